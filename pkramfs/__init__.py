@@ -1,0 +1,16 @@
+"""pkramfs: a tmpfs whose file tree survives a kexec.
+
+The chapters, in reading order; imports only point to what stands above in this list:
+
+    units errors record spans    the words used everywhere
+    machine/                     RAM, firmware map, memblock, leases, frames
+    pkram/                       what survives: super block, nodes, objects, streams
+    kernel/                      one kernel dies, the next is born: image, kaslr, kexec, boot
+    fs/                          a tmpfs whose pages are physical
+    fuse/                        the kernel's door (the only importer of pyfuse3)
+    control/                     talking to a running mount daemon
+    daemon                       one mount: the place that builds everything
+    cli/                         mount.pkramfs, pkram-kexec, pkramctl
+"""
+
+__version__ = "0.1.0"

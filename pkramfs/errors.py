@@ -1,0 +1,113 @@
+"""What can go wrong, as one tree; each class knows its exit status.
+
+    PkramfsError                  exit 1   anything below
+    ├─ UsageError                      2   the command line or a mount option is wrong
+    ├─ FormatError                     3   memory is not what it claims: page, record, field, found, expected
+    │   ├─ VersionError                    written by another format or layout version
+    │   └─ StaleError                      a super block that a later kernel has consumed
+    ├─ ExhaustedError (OSError)        4   out of pages or out of room behind RAM; errno ENOMEM or ENOSPC
+    ├─ ConflictError (OSError)         5   a kexec segment would overwrite preserved pages; EADDRNOTAVAIL
+    ├─ NotPreservedError               6   kexec asked for while a tree, or a node, would be lost
+    ├─ DaemonError                     7   a mount daemon did not answer, or died
+    ├─ MachineError                    8   the machine's directory cannot be used as it is
+    └─ PkramError (OSError)            9   the PKRAM core's own: EEXIST, ENOENT, EBUSY, ENODEV, …
+
+A message is one line for people: what, where, what to do. Chapters raise these or built-in
+OSErrors; only `fuse` turns them into FUSEError and only `cli` into exit statuses.
+mount.pkramfs has mount(8)'s own statuses instead (1 usage, 2 system, 32 failure).
+
+Kernel: include/uapi/asm-generic/errno-base.h
+"""
+
+import errno
+import os
+
+
+class PkramfsError(Exception):
+    """Anything that pkramfs reports to its user in one line."""
+
+    exit_status = 1
+
+
+class UsageError(PkramfsError):
+    exit_status = 2
+
+
+class FormatError(PkramfsError):
+    """A record in RAM is not what it claims to be.
+
+    `pfn` is the page (None where it is not one page), `record` and `field` name the place as
+    `format.py` does, `found` and `expected` are for people.
+    """
+
+    exit_status = 3
+
+    def __init__(
+        self, record: str, field: str, *, pfn: int | None = None, found: object = None, expected: object = None
+    ) -> None:
+        self.record, self.field, self.pfn = record, field, pfn
+        self.found, self.expected = found, expected
+        where = f"{record} at pfn {pfn:x}" if pfn is not None else record
+        super().__init__(f"{where}: {field} is {found}, expected {expected}")
+
+
+class VersionError(FormatError):
+    pass
+
+
+class StaleError(FormatError):
+    pass
+
+
+class ErrnoError(PkramfsError, OSError):
+    """A PkramfsError that carries an errno, so that `except OSError` sees it too."""
+
+    default_errno = errno.EIO
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        OSError.__init__(self, self.default_errno if code is None else code, message)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class ExhaustedError(ErrnoError):
+    exit_status = 4
+    default_errno = errno.ENOSPC
+
+
+class ConflictError(ErrnoError):
+    """A kexec segment would overwrite preserved pages. `conflicts` lists what, for people."""
+
+    exit_status = 5
+    default_errno = errno.EADDRNOTAVAIL
+
+    def __init__(self, message: str, conflicts: list[str] | None = None) -> None:
+        super().__init__(message)
+        self.conflicts = conflicts or []
+
+
+class NotPreservedError(PkramfsError):
+    exit_status = 6
+
+
+class DaemonError(PkramfsError):
+    exit_status = 7
+
+
+class MachineError(PkramfsError):
+    exit_status = 8
+
+
+class PkramError(ErrnoError):
+    """An error of the PKRAM core with the errno that the kernel's function would return."""
+
+    exit_status = 9
+
+
+def explain(error: OSError) -> str:
+    """One line for an OSError that has no message of its own: `/mnt/x: No such file or directory`."""
+    if isinstance(error, PkramfsError):
+        return str(error)
+    text = error.strerror or (os.strerror(error.errno) if error.errno else str(error))
+    return f"{os.fsdecode(error.filename)}: {text}" if error.filename else text

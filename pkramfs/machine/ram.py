@@ -1,0 +1,166 @@
+"""Physical memory: one sparse shared file, mapped by every process of the machine.
+
+    file offset = physical address; page `pfn` is bytes pfn*4096 … pfn*4096+4095
+
+This module owns every assumption about what lies behind RAM: mapping, size, hole punching, room.
+Everything above sees pages as bytes (`page`), as little-endian words (`words`) and three verbs:
+
+* `publish(address, value)`: the one aligned 8-byte store through which a change of shared
+  structures becomes visible, after all that it points to is complete (design: whoever dies before
+  it has changed nothing).
+* `punch(spans)`: give memory back to the host; the pages read as zeros afterwards.
+* `check_room(size)`: refuse, before touching, what the host could not back: a store to a page that
+  the host's file system cannot provide is a SIGBUS, which would kill the daemon.
+
+Reading a hole through a shared mapping makes tmpfs allocate the page. Code that scans memory which
+may be a hole uses `peek` (pread gives zeros and allocates nothing) or asks `data_spans` first.
+
+Kernel: the direct map, include/linux/mm.h; fallocate(2) FALLOC_FL_PUNCH_HOLE
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+from typing import Any
+
+import numpy as np
+
+from pkramfs.errors import ExhaustedError, MachineError, explain
+from pkramfs.spans import U64, Spans
+from pkramfs.units import MIB, PAGE_SHIFT, PAGE_SIZE, format_size
+
+POISON = 0x6B
+"""The byte that `--poison` fills unreserved memory with, the kernel's own POISON_FREE."""
+
+_ROOM_FLOOR, _ROOM_SHARE = 256 * MIB, 0.05
+_PUNCH_HOLE_KEEP_SIZE = 0x03
+_NO_PUNCH = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class Ram:
+    """The machine's memory, mapped shared. `size` is bytes, `pages` frames, holes included."""
+
+    def __init__(self, path: str, size: int, *, create: bool = False) -> None:
+        self.path, self.size, self.pages = path, size, size >> PAGE_SHIFT
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        try:
+            self.fd = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise MachineError(f"cannot open RAM: {explain(error)}") from None
+        try:
+            self._check_size(create)
+            self._mapping = mmap.mmap(self.fd, size, flags=mmap.MAP_SHARED)
+        except (OSError, MachineError) as error:
+            os.close(self.fd)
+            raise MachineError(f"cannot map RAM: {explain(error) if isinstance(error, OSError) else error}") from None
+        self.bytes = memoryview(self._mapping)
+        self.u64: U64 = np.frombuffer(self._mapping, dtype="<u8")
+
+    def _check_size(self, create: bool) -> None:
+        found = os.fstat(self.fd).st_size
+        if create and found < self.size:
+            os.ftruncate(self.fd, self.size)
+        elif found != self.size:
+            raise MachineError(
+                f"{self.path} is {format_size(found)} ({found} bytes), but machine.json says "
+                f"{format_size(self.size)} ({self.size} bytes): the memory was cut or replaced"
+            )
+
+    def close(self) -> None:
+        """Close the file. The mapping goes when the last view of it does."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def page(self, pfn: int, count: int = 1) -> memoryview:
+        """`count` pages from `pfn` as writable bytes, without a copy."""
+        start = pfn << PAGE_SHIFT
+        return self.bytes[start : start + (count << PAGE_SHIFT)]
+
+    def words(self, pfn: int, count: int = 1) -> U64:
+        """`count` pages from `pfn` as a writable array of 512 words each, without a copy."""
+        start = pfn << (PAGE_SHIFT - 3)
+        return self.u64[start : start + (count << (PAGE_SHIFT - 3))]
+
+    def peek(self, pfn: int, count: int = 1) -> bytes:
+        """A copy of `count` pages that allocates nothing where there is a hole."""
+        return os.pread(self.fd, count << PAGE_SHIFT, pfn << PAGE_SHIFT)
+
+    def load(self, address: int) -> int:
+        """The 8-byte word at an aligned physical address."""
+        return int(self.u64[address >> 3])
+
+    def publish(self, address: int, value: int) -> None:
+        """Store an aligned 8-byte word: the moment at which a change becomes visible to all."""
+        if address & 7:
+            raise AssertionError(f"publish to unaligned address {address:#x}")
+        self.u64[address >> 3] = value
+
+    def zero(self, pfn: int, count: int = 1) -> None:
+        """Fill pages with zeros, keeping them backed."""
+        self.words(pfn, count)[:] = 0
+
+    def copy(self, source: int, target: int, count: int = 1) -> None:
+        """Copy `count` pages from pfn `source` to pfn `target`."""
+        self.words(target, count)[:] = self.words(source, count)
+
+    def punch(self, spans: Spans) -> None:
+        """Give the pages of `spans` (in pfns) back to the host; they read as zeros from now on."""
+        for start, end in spans:
+            self._punch(start, end - start)
+
+    def punch_runs(self, starts: Any, counts: Any) -> None:
+        """`punch` for runs given as arrays of first pfn and count."""
+        self.punch(Spans.from_runs(starts, counts))
+
+    def _punch(self, pfn: int, count: int) -> None:
+        if _libc.fallocate(self.fd, _PUNCH_HOLE_KEEP_SIZE, pfn << PAGE_SHIFT, count << PAGE_SHIFT) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in _NO_PUNCH:
+            raise OSError(code, os.strerror(code), self.path)
+        self.zero(pfn, count)  # a backing without holes, such as devdax
+
+    def poison(self, spans: Spans) -> None:
+        """Fill pages with a pattern, in tests, so that what survives by accident dies."""
+        for start, end in spans:
+            np.frombuffer(self.page(start, end - start), dtype=np.uint8)[:] = POISON
+
+    def data_spans(self, start: int = 0, end: int | None = None) -> Spans:
+        """The pfns in [start, end) that the host has backed with memory; the rest reads as zeros."""
+        end = self.pages if end is None else end
+        found, at, limit = [], start << PAGE_SHIFT, end << PAGE_SHIFT
+        while at < limit:
+            try:
+                data = os.lseek(self.fd, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    break
+                raise
+            hole = os.lseek(self.fd, data, os.SEEK_HOLE)
+            found.append((data >> PAGE_SHIFT, (hole + PAGE_SIZE - 1) >> PAGE_SHIFT))
+            at = hole
+        return Spans(found).clip(start, end)
+
+    @property
+    def backed(self) -> int:
+        """Bytes of host memory behind RAM now."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def room(self) -> int:
+        """Bytes that may still be touched: what is free behind RAM less 5 % or 256 MiB, whichever is more."""
+        host = os.fstatvfs(self.fd)
+        free, whole = host.f_bavail * host.f_frsize, host.f_blocks * host.f_frsize
+        return free - max(_ROOM_FLOOR, int(whole * _ROOM_SHARE))
+
+    def check_room(self, size: int) -> None:
+        """ExhaustedError (ENOSPC) if touching `size` more bytes could exhaust the host."""
+        room = self.room()
+        if size > room:
+            raise ExhaustedError(
+                f"no room behind RAM: {format_size(size)} wanted, {format_size(max(room, 0))} may be used on the "
+                f"file system of {self.path}; free some there or give it a larger one"
+            )
