@@ -94,4 +94,4 @@ class Record:
 
 
 def _tuple_type(name: str, fields: list[F]) -> Any:
-    return namedtuple(name, [f.name for f in fields])  # noqa: PYI024 (the fields are data here)
+    return namedtuple(name, [f.name for f in fields])
