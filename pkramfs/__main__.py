@@ -1,0 +1,51 @@
+"""`python -m pkramfs VERB …`: every command under one roof, each imported only when asked for.
+
+    mount, kexec, ctl       what mount.pkramfs, pkram-kexec and pkramctl run
+    boot DIR                the boot of a machine, in a process that was given nothing else
+    mount-daemon            one mount; started by mount.pkramfs
+
+The last two are started by pkramfs itself, in a fresh interpreter: what they know, they were told
+on their command line or find in RAM.
+
+Kernel: none (busybox has the same door)
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+_VERBS = {
+    "mount": "pkramfs.cli.mount",
+    "kexec": "pkramfs.cli.kexec",
+    "ctl": "pkramfs.cli.ctl",
+    "boot": "pkramfs.cli.boot",
+    "mount-daemon": "pkramfs.daemon",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run VERB with the arguments after it; its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in ("--version", "-V"):
+        from pkramfs import __version__
+
+        print(f"pkramfs {__version__}")
+        return 0
+    if not words or words[0] not in _VERBS:
+        return _usage(words)
+    status = import_module(_VERBS[words[0]]).main(words[1:])
+    return 0 if status is None else int(status)
+
+
+def _usage(words: list[str]) -> int:
+    """How it is called: on stdout for --help, as an error otherwise."""
+    text = f"usage: python -m pkramfs {{{','.join(_VERBS)}}} ARGUMENTS…"
+    if words[:1] in (["-h"], ["--help"]):
+        print(text)
+        return 0
+    print(f"pkramfs: unknown verb {words[0]!r}; {text}" if words else text, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

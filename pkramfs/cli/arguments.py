@@ -1,0 +1,168 @@
+"""What all commands share: options, exit statuses, and errors as one line.
+
+    def main(argv=None) -> int:
+        return run(_parser(), _act, argv)
+
+`run` is the only place where an exception becomes a message and a status:
+
+    PkramfsError           its own one line and its class's exit status (errors.py)
+    OSError                `path: reason`, status 1
+    KeyboardInterrupt      130, as a shell shows a command that died of SIGINT
+    BrokenPipeError        141, silently: the reader (`| head`) has had enough
+    anything else          one line that asks for a report, status 70; with --debug the traceback
+
+An argument that is wrong is status 2 and one line, not a page of usage.
+
+Kernel: none; the habits are those of util-linux
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pkramfs.errors import PkramfsError, UsageError, explain
+from pkramfs.units import parse_size
+
+if TYPE_CHECKING:
+    from pkramfs.machine.directory import Machine
+
+USAGE, BUG, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
+
+Action = Callable[[argparse.Namespace], int | None]
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and whose options are never guessed from a prefix."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class _Version(argparse.Action):
+    """--version, without importing anything until it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from pkramfs import __version__
+
+        parser.exit(0, f"{parser.prog.partition(' ')[0]} (pkramfs) {__version__}\n")
+
+
+def add_common(parser: argparse.ArgumentParser, *, debug: Sequence[str] = ("--debug",)) -> None:
+    """Options that every command and subcommand takes, before or after the subcommand's name.
+
+    They have no default, so that a subcommand that was not given one does not undo the command's.
+    """
+    group = parser.add_argument_group("common options")
+    quiet = argparse.SUPPRESS
+    group.add_argument("--machine", metavar="NAME", default=quiet, help="which machine (default: default)")
+    group.add_argument("--root", metavar="DIR", default=quiet, help="where machines are (default: $PKRAM_ROOT)")
+    group.add_argument(*debug, dest="debug", action="store_true", default=quiet, help="show tracebacks")
+    group.add_argument("-V", "--version", nargs=0, action=_Version, help="print the version and exit")
+
+
+def machine(args: argparse.Namespace) -> "Machine":
+    """The machine that --root and --machine name. Touches nothing."""
+    from pkramfs.machine.directory import Machine
+
+    if root := getattr(args, "root", None):
+        # In the environment, so that boots and mounts started from here see the same machine.
+        os.environ["PKRAM_ROOT"] = os.path.abspath(root)
+    return Machine.locate(getattr(args, "machine", None))
+
+
+def size(text: str) -> int:
+    """An argument that is a size or an address: `64G`, `0x1000000`."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def number(text: str) -> int:
+    """An argument that is a whole number above zero."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"not a whole number above zero: {text!r}")
+    return int(text)
+
+
+def pfn(text: str) -> int:
+    """An argument that is a page frame number, in hexadecimal as all messages print it."""
+    try:
+        value = int(text, 16)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"not a pfn: {text!r} (write it in hexadecimal)")
+    return value
+
+
+def complain(program: str, message: str) -> None:
+    """One line on stderr."""
+    print(f"{program}: {message}", file=sys.stderr)
+
+
+def warn(program: str, message: str) -> None:
+    """One line on stderr about something that does not stop the command."""
+    complain(program, f"warning: {message}")
+
+
+def run(parser: argparse.ArgumentParser, act: Action, argv: Sequence[str] | None) -> int:
+    """Parse, act, and turn whatever goes wrong into one line and an exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        args = parser.parse_args(words)
+        debug = getattr(args, "debug", debug)
+        status = act(args)
+        sys.stdout.flush()
+    except SystemExit as leave:  # argparse has said why
+        return leave.code if isinstance(leave.code, int) else 0
+    except BrokenPipeError:
+        _discard_stdout()
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        return _report(parser.prog, error, debug=debug)
+    return status or 0
+
+
+def _report(program: str, error: Exception, *, debug: bool) -> int:
+    """Print an error and say with what status to leave."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, PkramfsError):
+        lines, status = [str(error), *_details(error)], error.exit_status
+    elif isinstance(error, OSError):
+        lines, status = [explain(error)], PkramfsError.exit_status
+    else:
+        kind = type(error).__name__
+        lines, status = [f"internal error: {kind}: {error}; --debug shows where, please report it"], BUG
+    for line in lines:
+        complain(program, line)
+    return status
+
+
+def _details(error: PkramfsError) -> list[str]:
+    """What an error lists: the conflicts of a ConflictError, each on its own line."""
+    return [f"  {line}" for line in getattr(error, "conflicts", [])]
+
+
+def _discard_stdout() -> None:
+    """Point stdout at /dev/null, so that the interpreter's last flush finds no closed pipe."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, sys.stdout.fileno())
+    os.close(sink)
+
+
+def need(condition: object, message: str) -> None:
+    """UsageError unless `condition` holds."""
+    if not condition:
+        raise UsageError(message)

@@ -1,0 +1,109 @@
+"""How answers look: tables on a terminal, columns in a pipe, JSON for programs.
+
+    NAME      MOUNTED ON   STATE       FILES   SIZE
+    mytmpfs   /mnt         preserved       1   2.0 GiB
+
+A command gathers plain data first (dicts, lists, numbers, text) and renders last, so that --json
+is the same data without a second way of finding it. rich is imported only for a terminal: it costs
+50 ms and a pipe has no use for colours. Text that came from RAM or from file names may hold
+anything; `printable` makes it one line that cannot talk to the terminal.
+
+Kernel: none
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Column(NamedTuple):
+    """A column of a table: its title, and whether it holds figures (which align right)."""
+
+    title: str
+    figures: bool = False
+
+
+def emit_json(data: Any) -> None:
+    """Print data as JSON, for programs. Bytes become text as file names do."""
+    print(json.dumps(data, indent=2, default=_plain, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, in terms of what it knows."""
+    if isinstance(value, bytes | bytearray):
+        return bytes(value).decode("utf-8", "backslashreplace")
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if hasattr(value, "_asdict"):
+        return value._asdict()
+    if hasattr(value, "tolist"):  # numpy
+        return value.tolist()
+    return str(value)
+
+
+def printable(value: Any) -> str:
+    """One line of text that is safe to print, whatever it was made from."""
+    text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes | bytearray) else str(value)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def table(columns: Sequence[Column], rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows under their titles."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    if _fancy():
+        _rich_table(columns, cells)
+    else:
+        print("\n".join(plain_table(columns, cells)))
+
+
+def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in plain text, padded to the widest cell, no trailing blanks."""
+    titles = [column.title for column in columns]
+    widths = [max(len(line[i]) for line in [titles, *rows]) for i in range(len(columns))]
+    return [_line(columns, widths, cells) for cells in [titles, *rows]]
+
+
+def _line(columns: Sequence[Column], widths: Sequence[int], cells: Sequence[str]) -> str:
+    padded = [
+        cell.rjust(width) if column.figures else cell.ljust(width)
+        for column, width, cell in zip(columns, widths, cells, strict=True)
+    ]
+    return "   ".join(padded).rstrip()
+
+
+def fields(pairs: Sequence[tuple[str, Any]]) -> None:
+    """Print `name   value` lines; pairs whose value is None are left out."""
+    shown = [(name, printable(value)) for name, value in pairs if value is not None]
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
+        print(f"{name.ljust(width)}   {value}".rstrip())
+
+
+def heading(text: str) -> None:
+    """Print the title of what follows."""
+    if not _fancy():
+        print(text)
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(text, style="bold", markup=False)
+
+
+def _fancy() -> bool:
+    """Whether stdout is a terminal that wants more than text."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and "NO_COLOR" not in os.environ
+
+
+def _rich_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for column in columns:
+        drawn.add_column(column.title, justify="right" if column.figures else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    Console(highlight=False).print(drawn)

@@ -1,0 +1,50 @@
+"""Tables are aligned, JSON takes what we have, and no text talks to the terminal."""
+
+import json
+from typing import NamedTuple
+
+from pkramfs.cli import render
+from pkramfs.cli.render import Column
+
+COLUMNS = [Column("NAME"), Column("FILES", figures=True), Column("STATE")]
+
+
+def test_a_table_is_aligned_and_has_no_trailing_blanks():
+    assert render.plain_table(COLUMNS, [["a", "1", "live"], ["mytmpfs", "12,345", "preserved"]]) == [
+        "NAME       FILES   STATE",
+        "a              1   live",
+        "mytmpfs   12,345   preserved",
+    ]
+
+
+def test_a_table_without_rows_is_its_titles():
+    assert render.plain_table(COLUMNS, []) == ["NAME   FILES   STATE"]
+
+
+def test_names_cannot_talk_to_the_terminal(capsys):
+    render.table([Column("NAME")], [[b"\x1b[2Jgone\n\xff"], ["naïve ☃"]])
+    assert capsys.readouterr().out == "NAME\n\\x1b[2Jgone\\n\\xff\nnaïve ☃\n"
+
+
+def test_fields_leave_out_what_is_not_known(capsys):
+    render.fields([("machine", "default"), ("pid", None), ("ram", "64 GiB")])
+    assert capsys.readouterr().out == "machine   default\nram       64 GiB\n"
+
+
+def test_json_takes_bytes_sets_arrays_and_named_tuples(capsys):
+    class Pair(NamedTuple):
+        a: int
+        b: bytes
+
+    class Array:
+        def tolist(self):
+            return [1, 2]
+
+    render.emit_json({"pair": [Pair(1, b"x")], "set": {2, 1}, "raw": b"\xff", "array": Array(), "name": "ü"})
+    assert json.loads(capsys.readouterr().out) == {
+        "pair": [[1, "x"]],
+        "set": [1, 2],
+        "raw": "\\xff",
+        "array": [1, 2],
+        "name": "ü",
+    }
