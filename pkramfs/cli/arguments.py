@@ -64,7 +64,7 @@ def add_common(parser: argparse.ArgumentParser, *, debug: Sequence[str] = ("--de
     group.add_argument("--machine", metavar="NAME", default=quiet, help="which machine (default: default)")
     group.add_argument("--root", metavar="DIR", default=quiet, help="where machines are (default: $PKRAM_ROOT)")
     group.add_argument(*debug, dest="debug", action="store_true", default=quiet, help="show tracebacks")
-    group.add_argument("-V", "--version", nargs=0, action=_Version, help="print the version and exit")
+    group.add_argument("-V", "--version", nargs=0, action=_Version, default=quiet, help="print the version and exit")
 
 
 def machine(args: argparse.Namespace) -> "Machine":
