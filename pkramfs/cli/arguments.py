@@ -51,7 +51,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from pkramfs import __version__
 
-        parser.exit(0, f"{parser.prog.partition(' ')[0]} (pkramfs) {__version__}\n")
+        print(f"{parser.prog.partition(' ')[0]} (pkramfs) {__version__}")
+        parser.exit()
 
 
 def add_common(parser: argparse.ArgumentParser, *, debug: Sequence[str] = ("--debug",)) -> None:
