@@ -1,0 +1,137 @@
+from pathlib import Path
+
+import pytest
+
+from pkramfs.errors import UsageError
+from pkramfs.kernel import image
+
+BZ = {
+    "setup_sects": 4,
+    "boot_flag": 0xAA55,
+    "header": b"HdrS",
+    "version": 0x20F,
+    "kernel_version": 0x300,
+    "loadflags": 1,
+    "kernel_alignment": 0x200000,
+    "relocatable_kernel": 1,
+    "xloadflags": 1,
+    "pref_address": 0x1000000,
+    "init_size": 0x800000,
+}
+
+
+def bzimage(path: Path, *, payload: bytes = b"k" * 10000, **changes: object) -> str:
+    """A file with a setup header as a real kernel has it."""
+    fields = BZ | {"syssize": (len(payload) + 15) // 16} | changes
+    setup = bytearray((int(str(fields["setup_sects"])) + 1) * 512)
+    setup[: image.SETUP.size] = image.SETUP.pack(**fields)
+    setup[0x500:0x510] = b"6.1.0-13-amd64 (" if len(setup) >= 0x510 else b""
+    path.write_bytes(bytes(setup) + payload)
+    return str(path)
+
+
+def elf(path: Path, loads: list[tuple[int, bytes, int]], **changes: object) -> str:
+    """An ELF file with one PT_LOAD per (paddr, bytes, memsz)."""
+    fields = {"ident": b"\x7fELF\x02\x01\x01", "type": 2, "machine": 62, "phoff": 64, "phentsize": 56}
+    at = 64 + 56 * len(loads)
+    table, body = b"", b""
+    for paddr, data, memsz in loads:
+        table += image.PHDR.pack(type=1, offset=at + len(body), paddr=paddr, filesz=len(data), memsz=memsz)
+        body += data
+    path.write_bytes(image.EHDR.pack(**(fields | {"phnum": len(loads)} | changes)) + table + body)
+    return str(path)
+
+
+def loaded(found: image.Image) -> bytes:
+    whole = bytearray(found.size)
+    for offset, data in found.payload():
+        whole[offset : offset + len(data)] = data
+    return bytes(whole)
+
+
+def test_builtin() -> None:
+    assert image.load_image("builtin").init_size == 16 << 20
+    found = image.load_image("builtin:5000")
+    assert (found.init_size, found.relocatable, found.align) == (8192, True, 2 << 20)
+    assert b"pkramfs" in b"".join(data for _, data in found.payload())
+    assert image.SETUP.read(bytes(0x1F1) + image.setup_header(found)).init_size == 8192
+    for bad in ("builtin:", "builtin:0", "builtin:many", "builtin:8G"):
+        if bad != "builtin:":
+            with pytest.raises(UsageError, match="builtin"):
+                image.load_image(bad)
+
+
+def test_bzimage(tmp_path: Path) -> None:
+    found = image.load_image(bzimage(tmp_path / "vmlinuz"))
+    assert (found.kind, found.name, found.version) == ("bzImage", "vmlinuz", "6.1.0-13-amd64")
+    assert (found.size, found.init_size) == (10000, 0x800000)
+    assert (found.align, found.preferred, found.relocatable) == (0x200000, 0x1000000, True)
+    assert loaded(found) == b"k" * 10000
+    assert image.SETUP.read(bytes(0x1F1) + image.setup_header(found)).pref_address == 0x1000000
+
+
+def test_an_image_takes_at_least_its_own_size(tmp_path: Path) -> None:
+    assert image.load_image(bzimage(tmp_path / "k", init_size=1)).init_size == 12288
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"boot_flag": 0}, "boot flag is 0x0000"),
+        ({"version": 0x0204}, "boot protocol 2.04 is too old"),
+        ({"xloadflags": 0}, "no 64-bit entry"),
+        ({"syssize": 5000}, "cut off: 12560 bytes, its header promises 82560"),
+        ({"kernel_alignment": 0x300000}, "not a power of two"),
+        ({"pref_address": 1 << 60}, "beyond physical memory"),
+        ({"header": b"XXXX"}, "neither a bzImage"),
+    ],
+)
+def test_a_bzimage_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, object], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        image.load_image(bzimage(tmp_path / "k", **changes))
+
+
+def test_a_bzimage_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = Path(bzimage(tmp_path / "k")).read_bytes()
+    for length in (0, 1, 0x202, 0x206, 0x210, 0x263, 0x264, 2559, 2560, len(whole) - 20):
+        (tmp_path / "cut").write_bytes(whole[:length])
+        with pytest.raises(UsageError, match="not a kernel that can be loaded"):
+            image.load_image(str(tmp_path / "cut"))
+
+
+def test_elf(tmp_path: Path) -> None:
+    found = image.load_image(elf(tmp_path / "vmlinux", [(0x1000000, b"text", 4), (0x1200000, b"data", 0x10000)]))
+    assert (found.kind, found.relocatable, found.preferred) == ("elf", False, 0x1000000)
+    assert (found.size, found.init_size) == (0x200004, 0x210000)
+    assert loaded(found)[:4] == b"text"
+    assert loaded(found)[0x200000:] == b"data"
+
+
+@pytest.mark.parametrize(
+    ("loads", "changes", "reason"),
+    [
+        ([(0x1000, b"x", 1)], {"machine": 183}, "64-bit x86"),
+        ([(0x1000, b"x", 1)], {"type": 1}, "type 1"),
+        ([(0x1000, b"x", 1)], {"phnum": 9}, "cut off: 9 program headers"),
+        ([(0x1000, b"x", 1)], {"phoff": 1 << 40}, "cut off"),
+        ([(0x1000, b"xyz", 1)], {}, "cut off"),
+        ([(0x1000, b"", 0)], {}, "nothing to load"),
+        ([(0x1000, b"x", 0x2000), (0x2000, b"y", 1)], {}, "overlap"),
+        ([(0, b"x", 1 << 40)], {}, "wants 1.0 TiB"),
+    ],
+)
+def test_an_elf_that_cannot_be_is_refused(
+    tmp_path: Path, loads: list[tuple[int, bytes, int]], changes: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(UsageError, match=reason):
+        image.load_image(elf(tmp_path / "k", loads, **changes))
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "gz").write_bytes(b"\x1f\x8b" + bytes(5000))
+    (tmp_path / "pe").write_bytes(b"MZ" + bytes(5000))
+    for name, reason in (("gz", "gzip"), ("pe", "PE program"), ("absent", "No such file"), (".", "Is a directory")):
+        with pytest.raises(UsageError, match=reason):
+            image.load_image(str(tmp_path / name))
+    with pytest.raises(UsageError, match="not a regular file"):
+        image.load_image("/dev/null")
