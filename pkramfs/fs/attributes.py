@@ -1,0 +1,216 @@
+"""Attributes of one inode: mode, owner, times, size, extended attributes, ACLs.
+
+Which time changes when, as tmpfs has it:
+
+    chmod, chown, utimensat, setxattr     ctime
+    truncate to another size              mtime and ctime; to the same size: neither
+    write                                 mtime and ctime
+    name added or removed                 mtime and ctime of the directory, ctime of the inode
+
+Times that the caller gives are taken as they are: with the writeback cache the kernel owns mtime and
+ctime of open files and sends what it has noted.
+
+Set-id bits and file capabilities protect content and owner: chown and truncate drop them here (write
+does in `data`). FUSE leaves that to us (HANDLE_KILLPRIV). chmod by a stranger to the group has
+lost its set-group-id bit in the kernel already.
+
+xattrs: the namespaces of tmpfs (user., trusted., security.) and ACLs; all but ACLs take inode space.
+
+Kernel: fs/attr.c (setattr_copy, setattr_should_drop_sgid), mm/shmem.c (shmem_setattr,
+shmem_xattr_handler_set), fs/xattr.c (simple_xattr_set)
+"""
+
+import errno
+import stat
+import time
+
+from pkramfs.fs import acl
+from pkramfs.fs.core import Core
+from pkramfs.fs.failure import fail
+from pkramfs.fs.inode import ROOT, Caller, Inode, in_group
+from pkramfs.fs.limits import xattr_space
+
+MAX_SIZE = (1 << 63) - 1
+XATTR_CREATE, XATTR_REPLACE = 1, 2
+XATTR_NAME_MAX, XATTR_SIZE_MAX, XATTR_LIST_MAX = 255, 65536, 65536
+CAPABILITY = b"security.capability"
+
+_NAMESPACES = (b"user.", b"trusted.", b"security.")
+_ACLS = (acl.ACCESS, acl.DEFAULT)
+
+
+class Attributes(Core):
+    """The operations on attributes; the argument is an inode number or handle."""
+
+    def setattr(
+        self,
+        number: int,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        size: int | None = None,
+        atime: int | None = None,
+        mtime: int | None = None,
+        ctime: int | None = None,
+        caller: Caller = ROOT,
+    ) -> Inode:
+        """Change what is given and return the inode."""
+        inode = self.inode(number)
+        if size is not None:
+            self._check_size(inode, size)
+        resized = size is not None and size != inode.size
+        if not resized and mode is None and uid is None and gid is None and _same_times(inode, atime, mtime, ctime):
+            return inode
+        self._change(
+            "setattr", ino=inode.ino, mode=mode, uid=uid, gid=gid, size=size, atime=atime, mtime=mtime, ctime=ctime
+        )
+        now = time.time_ns()
+        if size is not None and resized:
+            self._resize(inode, size)
+            inode.mtime = now
+        self._set_owner_and_mode(inode, mode, uid, gid, caller)
+        if size is not None:
+            self._drop_privileges(inode, keep_set_id=caller.uid == 0)
+        inode.atime = inode.atime if atime is None else atime
+        inode.mtime = inode.mtime if mtime is None else mtime
+        inode.ctime = now if ctime is None else ctime
+        return inode
+
+    def _set_owner_and_mode(
+        self, inode: Inode, mode: int | None, uid: int | None, gid: int | None, caller: Caller
+    ) -> None:
+        if (uid is not None or gid is not None) and inode.entries is None:
+            if inode.mode & 0o2010 == 0o2000 and not in_group(caller, inode.gid):
+                inode.mode &= ~stat.S_ISGID
+            self._drop_privileges(inode, keep_set_id=False)
+        inode.uid = inode.uid if uid is None else uid
+        inode.gid = inode.gid if gid is None else gid
+        if mode is not None:
+            inode.mode = inode.kind | mode & 0o7777
+            if inode.xattrs is not None and acl.ACCESS in inode.xattrs:
+                inode.xattrs[acl.ACCESS] = acl.with_mode(inode.xattrs[acl.ACCESS], mode)
+
+    def _drop_privileges(self, inode: Inode, *, keep_set_id: bool) -> None:
+        """Content or owner has changed: no set-user-id, no set-group-id of a program, no capabilities."""
+        if inode.entries is not None:
+            return
+        if not keep_set_id and inode.mode & 0o6000:
+            inode.mode &= ~stat.S_ISUID
+            if inode.mode & stat.S_IXGRP:
+                inode.mode &= ~stat.S_ISGID
+        if inode.xattrs is not None and CAPABILITY in inode.xattrs:
+            self.limits.inode_space -= xattr_space(CAPABILITY, inode.xattrs.pop(CAPABILITY))
+
+    @staticmethod
+    def _check_size(inode: Inode, size: int) -> None:
+        if inode.entries is not None:
+            raise fail(errno.EISDIR)
+        if not inode.is_file or size < 0:
+            raise fail(errno.EINVAL)
+        if size > MAX_SIZE:
+            raise fail(errno.EFBIG)
+
+    def _resize(self, inode: Inode, size: int) -> None:
+        raise NotImplementedError
+
+    # -- extended attributes --------------------------------------------------------------------
+
+    def getxattr(self, number: int, name: bytes) -> bytes:
+        """The value; ENODATA if there is none."""
+        inode = self.inode(number)
+        value = inode.xattrs.get(name) if inode.xattrs is not None else None
+        if value is None:
+            _check_xattr_name(inode, name)
+            raise fail(errno.ENODATA)
+        return value
+
+    def listxattr(self, number: int, caller: Caller = ROOT) -> list[bytes]:
+        """Names, ACLs first and the others in order; `trusted.` only for root."""
+        xattrs = self.inode(number).xattrs
+        if not xattrs:
+            return []
+        names = sorted(name for name in xattrs if caller.uid == 0 or not name.startswith(b"trusted."))
+        return [name for name in _ACLS if name in xattrs] + [name for name in names if name not in _ACLS]
+
+    def setxattr(self, number: int, name: bytes, value: bytes, flags: int = 0, caller: Caller = ROOT) -> None:
+        """Set a value; with XATTR_CREATE it must not exist yet, with XATTR_REPLACE it must."""
+        inode = self.inode(number)
+        _check_xattr_name(inode, name)
+        if len(value) > XATTR_SIZE_MAX:
+            raise fail(errno.E2BIG)
+        if flags & ~3:
+            raise fail(errno.EINVAL)
+        if name in _ACLS:
+            self._set_acl(inode, name, bytes(value), caller)
+            return
+        old = inode.xattrs.get(name) if inode.xattrs is not None else None
+        if old is None and flags & XATTR_REPLACE:
+            raise fail(errno.ENODATA)
+        if old is not None and flags & XATTR_CREATE:
+            raise fail(errno.EEXIST)
+        self.limits.require_space(xattr_space(name, value))
+        self._change("setxattr", ino=inode.ino, name=name, value=value)
+        if inode.xattrs is None:
+            inode.xattrs = {}
+        if old is not None:
+            self.limits.inode_space -= xattr_space(name, old)
+        self.limits.inode_space += xattr_space(name, value)
+        inode.xattrs[name] = bytes(value)
+        inode.ctime = time.time_ns()
+
+    def removexattr(self, number: int, name: bytes) -> None:
+        """Remove a value; ENODATA if there is none (an absent ACL is no error)."""
+        inode = self.inode(number)
+        _check_xattr_name(inode, name)
+        if name in _ACLS:
+            self._set_acl(inode, name, acl.pack([]), ROOT)
+            return
+        if inode.xattrs is None or name not in inode.xattrs:
+            raise fail(errno.ENODATA)
+        self._change("removexattr", ino=inode.ino, name=name)
+        self.limits.inode_space -= xattr_space(name, inode.xattrs.pop(name))
+        inode.ctime = time.time_ns()
+
+    def _set_acl(self, inode: Inode, name: bytes, value: bytes, caller: Caller) -> None:
+        entries = acl.parse(value)
+        if name == acl.DEFAULT and inode.entries is None:
+            if entries:
+                raise fail(errno.EACCES)
+            return
+        self._change("setxattr", ino=inode.ino, name=name, value=value)
+        keep = bool(entries)
+        if name == acl.ACCESS and entries:
+            bits, keep = acl.to_mode(entries)
+            inode.mode = inode.mode & ~0o777 | bits
+            if not in_group(caller, inode.gid):
+                inode.mode &= ~stat.S_ISGID
+        xattrs = inode.xattrs or {}
+        xattrs.pop(name, None)
+        if keep:
+            xattrs[name] = value
+        inode.xattrs = xattrs or None
+        inode.ctime = time.time_ns()
+
+
+def _same_times(inode: Inode, atime: int | None, mtime: int | None, ctime: int | None) -> bool:
+    """Whether setting these times changes nothing (without ctime it would be now)."""
+    if atime is None and mtime is None and ctime is None:
+        return True
+    return ctime == inode.ctime and atime in (None, inode.atime) and mtime in (None, inode.mtime)
+
+
+def _check_xattr_name(inode: Inode, name: bytes) -> None:
+    if name in _ACLS:
+        if stat.S_ISLNK(inode.mode):
+            raise fail(errno.EOPNOTSUPP)
+        return
+    space = next((known for known in _NAMESPACES if name.startswith(known)), None)
+    if space is None:
+        raise fail(errno.EOPNOTSUPP)
+    if name == space:
+        raise fail(errno.EINVAL)
+    if len(name) > XATTR_NAME_MAX:
+        raise fail(errno.ERANGE)
+    if space == b"user." and inode.entries is None and not inode.is_file:
+        raise fail(errno.EPERM)

@@ -1,0 +1,262 @@
+"""File content: reading, writing, truncating, holes; all of it slices of RAM.
+
+Two invariants make holes and growth free of cost:
+
+* A frame that `Frames` hands out reads as zeros, so a write touches only what it writes.
+* Beyond the end of a file its last page is zeros: whatever shrinks a file clears the rest of the
+  page that remains. So growth is a number, and a shrink followed by growth shows zeros.
+
+A hole is read from one static block of zeros: RAM is not touched, for reading a hole of a shared
+mapping would make the host allocate the page. A range that one run covers is read as a view
+of RAM without a copy; the caller must be done with it before the next change of the tree.
+
+A write first takes all frames it needs at once, then passes the gate, then copies run by run. Where
+they do not all fit it is split at a page until what fits is written: a short count, as write(2)
+has it, and ENOSPC only if not one byte could be written.
+
+Kernel: mm/filemap.c (generic_perform_write), mm/shmem.c (shmem_file_read_iter, shmem_fallocate)
+"""
+
+import errno
+import os
+import time
+from typing import Any
+
+from pkramfs.fs.attributes import MAX_SIZE, Attributes
+from pkramfs.fs.core import INO_MASK, WRITING
+from pkramfs.fs.failure import fail
+from pkramfs.fs.inode import ROOT, Caller, Inode
+from pkramfs.fs.pagecache import PageMap
+from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
+
+Buffer = bytes | memoryview
+
+_ZEROS = memoryview(bytes(1 << 20))
+_IN_PAGE = PAGE_SIZE - 1
+
+
+class Data(Attributes):
+    """The operations on content; the argument is an inode number or handle."""
+
+    # -- handles --------------------------------------------------------------------------------
+
+    def open(self, number: int, flags: int = os.O_RDONLY, caller: Caller = ROOT) -> int:
+        """Open a file and return its handle. O_TRUNC is honoured; the kernel has checked access."""
+        inode = self.inode(number)
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        if writing and self._frozen:
+            raise fail(errno.EROFS)
+        if flags & os.O_TRUNC and inode.is_file:
+            self._truncate_on_open(inode, caller)
+        inode.opens += 1
+        if not writing:
+            return inode.ino
+        inode.writers += 1
+        if caller.uid:
+            inode.unprivileged = True
+        return inode.ino | WRITING
+
+    def _truncate_on_open(self, inode: Inode, caller: Caller) -> None:
+        """Unlike truncate(2), O_TRUNC sets the times even of an empty file."""
+        self._change("setattr", ino=inode.ino, size=0)
+        if inode.size:
+            self._resize(inode, 0)
+        self._drop_privileges(inode, keep_set_id=caller.uid == 0)
+        inode.mtime = inode.ctime = time.time_ns()
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def read(self, number: int, offset: int, size: int) -> Buffer:
+        """Up to `size` bytes at `offset`; fewer at the end of the file. May be a view of RAM."""
+        inode = self.inodes.get(number & INO_MASK)
+        if inode is None or inode.entries is not None:
+            raise fail(errno.ESTALE if inode is None else errno.EISDIR)
+        end = min(offset + size, inode.size)
+        if inode.atime <= inode.mtime or inode.atime <= inode.ctime:
+            self._read_time(inode)
+        if end <= offset:
+            return b""
+        pages = inode.pages
+        if pages is None:
+            return zeros(end - offset)
+        first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
+        runs = pages.between(first, last)
+        if len(runs) == 1 and runs[0][2] == last - first:
+            start = (runs[0][1] << PAGE_SHIFT) + (offset & _IN_PAGE)
+            return self.ram.bytes[start : start + end - offset]
+        return self._gather(runs, offset, end) if runs else zeros(end - offset)
+
+    def _gather(self, runs: list[tuple[int, int, int]], offset: int, end: int) -> bytes:
+        """Join pieces of several runs and the holes between them."""
+        pieces: list[Buffer] = []
+        at = offset
+        for index, pfn, count in runs:
+            start, stop = index << PAGE_SHIFT, min((index + count) << PAGE_SHIFT, end)
+            if start > at:
+                pieces.append(zeros(start - at))
+                at = start
+            base = (pfn - index) << PAGE_SHIFT
+            pieces.append(self.ram.bytes[base + at : base + stop])
+            at = stop
+        if at < end:
+            pieces.append(zeros(end - at))
+        return b"".join(pieces)
+
+    # -- writing --------------------------------------------------------------------------------
+
+    def write(self, number: int, offset: int, data: Any) -> int:
+        """Write bytes at `offset` and return how many were written: all, or what there was room for."""
+        inode = self.inodes.get(number & INO_MASK)
+        if inode is None:
+            raise fail(errno.ESTALE)
+        if not inode.is_file:
+            raise fail(errno.EISDIR if inode.entries is not None else errno.EINVAL)
+        view = memoryview(data)
+        if offset + len(view) > MAX_SIZE:
+            if offset >= MAX_SIZE:
+                raise fail(errno.EFBIG)
+            view = view[: MAX_SIZE - offset]
+        return self._write(inode, offset, view) if len(view) else 0
+
+    def _write(self, inode: Inode, offset: int, view: memoryview) -> int:
+        size = len(view)
+        end = offset + size
+        try:
+            runs = self._runs_for_writing(inode, offset, end)
+        except OSError as error:
+            cut = ((offset + size // 2 + _IN_PAGE) & ~_IN_PAGE) - offset
+            if error.errno != errno.ENOSPC or cut >= size:
+                raise
+            return self._write_part(inode, offset, view, cut)
+        memory, shift = self.ram.bytes, PAGE_SHIFT
+        for index, pfn, count in runs:
+            base = (pfn - index) << shift
+            start, stop = max(index << shift, offset), min((index + count) << shift, end)
+            memory[base + start : base + stop] = view[start - offset : stop - offset]
+        if end > inode.size:
+            self._bytes += end - inode.size
+            inode.size = end
+        if inode.mode & 0o6000 or inode.xattrs:
+            self._drop_privileges(inode, keep_set_id=inode.opens > 0 and not inode.unprivileged)
+        inode.mtime = inode.ctime = time.time_ns()
+        return size
+
+    def _write_part(self, inode: Inode, offset: int, view: memoryview, cut: int) -> int:
+        """Not all fits: the first `cut` bytes, and as much as goes of the rest."""
+        written = self._write(inode, offset, view[:cut])
+        if written < cut:
+            return written
+        try:
+            return written + self._write(inode, offset + cut, view[cut:])
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            return written
+
+    def _runs_for_writing(self, inode: Inode, offset: int, end: int) -> list[tuple[int, int, int]]:
+        """The runs that cover a range, holes filled, once the change has passed the gate."""
+        first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
+        pages = inode.pages
+        if pages is not None:
+            runs = pages.between(first, last)
+            if len(runs) == 1 and runs[0][2] == last - first:
+                self._change("write", ino=inode.ino, offset=offset, end=end)
+                return runs
+        self._fill_holes(inode, first, last, "write", offset, end)
+        assert inode.pages is not None
+        return inode.pages.between(first, last)
+
+    def _fill_holes(self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int) -> None:
+        """Give every page in [first, last) a frame of zeros; all or none."""
+        pages = inode.pages
+        holes = [(first, last - first)] if pages is None else pages.holes(first, last)
+        total = sum(count for _, count in holes)
+        if self._frozen:
+            raise fail(errno.EROFS)
+        self.limits.require_pages(total)
+        frames = self.frames.allocate(total) if total else []
+        try:
+            self._change(kind, ino=inode.ino, offset=offset, end=end)
+        except BaseException:
+            if frames:
+                self.frames.free(*zip(*frames, strict=True))
+            raise
+        if pages is None:
+            pages = inode.pages = PageMap()
+        self.limits.pages += total
+        _distribute(pages, holes, frames)
+
+    # -- shrinking, growing, holes --------------------------------------------------------------
+
+    def _resize(self, inode: Inode, size: int) -> None:
+        if size < inode.size and inode.pages is not None:
+            self._free_runs(inode.pages.remove((size + _IN_PAGE) >> PAGE_SHIFT))
+            if size & _IN_PAGE:
+                self._clear(inode, size, (size | _IN_PAGE) + 1)
+            if not inode.pages.count:
+                inode.pages = None
+        self._bytes += size - inode.size
+        inode.size = size
+
+    def _clear(self, inode: Inode, start: int, end: int) -> None:
+        """Zero bytes of one page, if it is there."""
+        index = start >> PAGE_SHIFT
+        for _, pfn, _ in inode.pages.between(index, index + 1) if inode.pages is not None else ():
+            base = (pfn - index) << PAGE_SHIFT
+            self.ram.bytes[base + start : base + end] = _ZEROS[: end - start]
+
+    def allocate(self, number: int, offset: int, size: int, *, keep_size: bool = False) -> None:
+        """Give a range its pages now (fallocate); ENOSPC if they do not all fit."""
+        inode = self._file_range(number, offset, size)
+        end = offset + size
+        self._fill_holes(inode, offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT, "allocate", offset, end)
+        if end > inode.size and not keep_size:
+            self._bytes += end - inode.size
+            inode.size = end
+        inode.mtime = inode.ctime = time.time_ns()
+
+    def punch(self, number: int, offset: int, size: int) -> None:
+        """Make a range a hole: it reads as zeros and whole pages go back to the host."""
+        inode = self._file_range(number, offset, size)
+        end = offset + size
+        self._change("punch", ino=inode.ino, offset=offset, end=end)
+        if inode.pages is not None:
+            first, last = (offset + _IN_PAGE) >> PAGE_SHIFT, end >> PAGE_SHIFT
+            if first > last:
+                self._clear(inode, offset, end)
+            else:
+                self._free_runs(inode.pages.remove(first, last))
+                self._clear(inode, offset, first << PAGE_SHIFT)
+                self._clear(inode, last << PAGE_SHIFT, end)
+        inode.mtime = inode.ctime = time.time_ns()
+
+    def _file_range(self, number: int, offset: int, size: int) -> Inode:
+        inode = self.inode(number)
+        if inode.entries is not None:
+            raise fail(errno.EISDIR)
+        if not inode.is_file:
+            raise fail(errno.ENODEV)
+        if offset < 0 or size <= 0:
+            raise fail(errno.EINVAL)
+        if offset + size > MAX_SIZE:
+            raise fail(errno.EFBIG)
+        return inode
+
+
+def zeros(size: int) -> Buffer:
+    """Bytes of a hole."""
+    return _ZEROS[:size] if size <= len(_ZEROS) else bytes(size)
+
+
+def _distribute(pages: PageMap, holes: list[tuple[int, int]], frames: list[tuple[int, int]]) -> None:
+    """Put runs of frames into holes, cutting whichever is longer."""
+    supply = iter(frames)
+    pfn, left = 0, 0
+    for start, size in holes:
+        index, end = start, start + size
+        while index < end:
+            if not left:
+                pfn, left = next(supply)
+            count = min(left, end - index)
+            pages.insert(index, pfn, count)
+            index, pfn, left = index + count, pfn + count, left - count

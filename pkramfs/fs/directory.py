@@ -1,0 +1,103 @@
+"""Names to inodes, and a place in the listing that stays right while entries come and go.
+
+Every entry has a *cookie*, a number that only rises, given when the name appears and kept for as
+long as it exists. Listing is "the entries whose cookie is greater than c, in order of cookies":
+whoever is in the middle of a listing sees each entry that was there all the time exactly once,
+whatever is created or removed meanwhile (seekdir too). 1 and 2 are `.` and `..`.
+
+    entries   {name: (inode, cookie)}             the truth; one dict look-up for a name
+    _cookies  3  4  5  6  7        ascending      the order, searched by bisection
+    _names    a  b  -  d  -        - removed      squeezed out when more than half are dead
+
+A name that is renamed inside its directory keeps its cookie, so that a program which renames
+what it lists comes to an end; a name whose inode is replaced keeps it as well.
+
+Kernel: fs/libfs.c (simple_offset_add, offset_iterate_dir), which tmpfs uses since 6.6
+"""
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from itertools import compress
+
+from pkramfs.fs.inode import Inode
+
+FIRST_COOKIE = 3
+_BATCH = 256
+
+
+class Directory:
+    """The entries of one directory. `parent` is what `..` means; the root is its own parent."""
+
+    __slots__ = ("_cookies", "_dead", "_names", "entries", "next_cookie", "parent")
+
+    def __init__(self, parent: Inode) -> None:
+        self.parent = parent
+        self.entries: dict[bytes, tuple[Inode, int]] = {}
+        self.next_cookie = FIRST_COOKIE
+        self._cookies: array[int] = array("q")
+        self._names: list[bytes | None] = []
+        self._dead = 0
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def find(self, name: bytes) -> Inode | None:
+        entry = self.entries.get(name)
+        return None if entry is None else entry[0]
+
+    def add(self, name: bytes, inode: Inode) -> None:
+        """A name that is not there yet."""
+        cookie = self.next_cookie
+        self.next_cookie = cookie + 1
+        self.entries[name] = (inode, cookie)
+        self._cookies.append(cookie)
+        self._names.append(name)
+
+    def remove(self, name: bytes) -> None:
+        self._names[bisect_left(self._cookies, self.entries.pop(name)[1])] = None
+        self._dead += 1
+        if self._dead > 32 and self._dead * 2 > len(self._names):
+            self._squeeze()
+
+    def replace(self, name: bytes, inode: Inode) -> None:
+        """The name stays, at its place, and means another inode."""
+        self.entries[name] = (inode, self.entries[name][1])
+
+    def rename(self, old: bytes, new: bytes) -> None:
+        """Give an entry another name that is not there yet; it keeps its place."""
+        entry = self.entries.pop(old)
+        self.entries[new] = entry
+        self._names[bisect_left(self._cookies, entry[1])] = new
+
+    def after(self, cookie: int) -> Iterator[tuple[bytes, Inode, int]]:
+        """(name, inode, cookie) of the entries beyond `cookie`; the directory may change meanwhile."""
+        while True:
+            at = bisect_right(self._cookies, cookie)
+            batch = self._names[at : at + _BATCH]
+            if not batch:
+                return
+            cookie = self._cookies[at + len(batch) - 1]
+            for name in batch:
+                entry = self.entries.get(name) if name is not None else None
+                if name is not None and entry is not None:
+                    yield name, entry[0], entry[1]
+
+    def columns(self) -> tuple[list[bytes], list[tuple[Inode, int]]]:
+        """Names and (inode, cookie) in order of cookies, for saving."""
+        entries = self.entries
+        names = [name for name in self._names if name is not None]
+        return names, [entries[name] for name in names]
+
+    def fill(self, names: list[bytes], inodes: list[Inode], cookies: list[int]) -> None:
+        """All entries of an empty directory at once, cookies ascending."""
+        self.entries = dict(zip(names, zip(inodes, cookies, strict=True), strict=True))
+        self._names = list(names)
+        self._cookies = array("q", cookies)
+        self.next_cookie = cookies[-1] + 1 if cookies else FIRST_COOKIE
+
+    def _squeeze(self) -> None:
+        alive = [name is not None for name in self._names]
+        self._cookies = array("q", compress(self._cookies, alive))
+        self._names = list(compress(self._names, alive))
+        self._dead = 0

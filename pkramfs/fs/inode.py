@@ -1,0 +1,120 @@
+"""One file of any kind: its attributes, and what holds it alive.
+
+    names in directories      nlink      0: deleted
+    the kernel's references   lookups    counted by the door: += 1 for each entry it replies, see Tree.forget
+    open handles              opens      of which `writers` may write
+
+An inode goes when all three are 0 (a directory counts `nlink` as Unix does: 2 and one for each
+subdirectory). Exactly one of `entries` (directory), `pages` (regular file that holds pages) and
+`target` (symlink) is in use. Times are nanoseconds since the epoch. Slots keep an empty file with
+its name well below 1 KiB.
+
+Kernel: struct inode, struct shmem_inode_info
+"""
+
+from __future__ import annotations
+
+import stat
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from pkramfs.fs.limits import INLINE_TARGET
+
+if TYPE_CHECKING:
+    from pkramfs.fs.directory import Directory
+    from pkramfs.fs.pagecache import PageMap
+
+EMPTY_DIRECTORY_SIZE = 40
+ENTRY_SIZE = 20
+"""st_size of a directory: 20 bytes for each entry, `.` and `..` included, as tmpfs says."""
+
+BLOCKS_PER_PAGE = 8
+
+
+class Caller(Protocol):
+    """Who asks: pyfuse3's request context fits. `groups`, where present, are supplementary groups."""
+
+    @property
+    def uid(self) -> int: ...
+    @property
+    def gid(self) -> int: ...
+    @property
+    def umask(self) -> int: ...
+
+
+class Credentials(NamedTuple):
+    """A Caller for those that have no request: restores, tools, tests."""
+
+    uid: int = 0
+    gid: int = 0
+    umask: int = 0o022
+    pid: int = 0
+    groups: tuple[int, ...] = ()
+
+
+ROOT = Credentials()
+
+
+def in_group(caller: Caller, gid: int) -> bool:
+    """Whether the caller may keep the set-group-id bit of a file of that group."""
+    return caller.uid == 0 or caller.gid == gid or gid in getattr(caller, "groups", ())
+
+
+class Inode:
+    """See the module's page."""
+
+    __slots__ = (
+        "atime",
+        "ctime",
+        "entries",
+        "gid",
+        "ino",
+        "lookups",
+        "mode",
+        "mtime",
+        "nlink",
+        "opens",
+        "pages",
+        "rdev",
+        "size",
+        "target",
+        "uid",
+        "unprivileged",
+        "writers",
+        "xattrs",
+    )
+
+    def __init__(self, ino: int, mode: int, uid: int, gid: int, now: int) -> None:
+        self.ino, self.mode, self.uid, self.gid = ino, mode, uid, gid
+        self.atime = self.mtime = self.ctime = now
+        self.nlink = 1
+        self.size = self.rdev = 0
+        self.lookups = self.opens = self.writers = 0
+        self.unprivileged = False  # open for writing by somebody whose writes drop set-id bits
+        self.entries: Directory | None = None
+        self.pages: PageMap | None = None
+        self.target: bytes | None = None
+        self.xattrs: dict[bytes, bytes] | None = None
+
+    def __repr__(self) -> str:
+        return f"<inode {self.ino} {stat.filemode(self.mode)} nlink={self.nlink} size={self.size}>"
+
+    @property
+    def kind(self) -> int:
+        """The S_IF bits of the mode."""
+        return self.mode & 0o170000
+
+    @property
+    def is_file(self) -> bool:
+        return self.mode & 0o170000 == stat.S_IFREG
+
+    @property
+    def blocks(self) -> int:
+        """st_blocks: units of 512 bytes."""
+        if self.pages is not None:
+            return self.pages.count * BLOCKS_PER_PAGE
+        return self.own_pages * BLOCKS_PER_PAGE
+
+    @property
+    def own_pages(self) -> int:
+        """Pages counted against size= though no file data are in them: a long symlink's target."""
+        return 1 if self.target is not None and len(self.target) >= INLINE_TARGET else 0

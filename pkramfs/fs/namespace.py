@@ -1,0 +1,335 @@
+"""Names: look-up, creation, links, removal, renaming, listing.
+
+Rules that are easy to get wrong, each as tmpfs has it:
+
+* A new inode belongs to the caller; in a set-group-ID directory to the directory's group, and a
+  new directory inherits the bit. The umask applies unless the directory has a default ACL.
+* A directory's link count is 2 and one for each subdirectory; its size 20 bytes for each entry.
+* Every further hard link takes inode space, as every inode does.
+* rename: onto another name of the same inode does nothing; a directory never goes below itself; a
+  directory replaces only an empty directory, a file only a non-directory; `..` follows; the
+  whiteout that stays behind is a character device 0:0.
+* Times: a change of a name sets mtime and ctime of the directory and ctime of the inode.
+
+The kernel has checked permissions, the sticky bit included (default_permissions), and that both
+names are on one mount; everything else is checked here, before the gate.
+
+Kernel: fs/namei.c, fs/libfs.c (simple_rename_exchange), mm/shmem.c (shmem_mknod, shmem_rename2)
+"""
+
+import errno
+import stat
+import time
+from collections.abc import Iterator
+
+from pkramfs.fs import acl
+from pkramfs.fs.core import Core
+from pkramfs.fs.directory import Directory
+from pkramfs.fs.failure import fail
+from pkramfs.fs.inode import ENTRY_SIZE, ROOT, Caller, Inode
+from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE, NAME_MAX
+
+RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
+
+DOT, DOTDOT = b".", b".."
+TARGET_MAX = 4095
+_TYPES = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
+
+
+class Namespace(Core):
+    """The operations on names. A directory is given by its inode number, a name as bytes."""
+
+    # -- looking --------------------------------------------------------------------------------
+
+    def lookup(self, parent: int, name: bytes) -> Inode | None:
+        """The inode of a name, or None: absent names are no exception, they are looked up all the time."""
+        inode = self.inodes.get(parent)
+        if inode is None or inode.entries is None:
+            raise fail(errno.ESTALE if inode is None else errno.ENOTDIR)
+        entry = inode.entries.entries.get(name)
+        if entry is not None:
+            return entry[0]
+        if len(name) > NAME_MAX:
+            raise fail(errno.ENAMETOOLONG)
+        if name == DOT:
+            return inode
+        return inode.entries.parent if name == DOTDOT else None
+
+    def readdir(self, number: int, cookie: int = 0) -> Iterator[tuple[bytes, Inode, int]]:
+        """(name, inode, cookie to go on from) of the entries beyond `cookie`, `.` and `..` first."""
+        inode = self.directory(number)
+        entries = self._entries(inode)
+        self._read_time(inode)
+        if cookie < 1:
+            yield DOT, inode, 1
+        if cookie < 2:
+            yield DOTDOT, entries.parent, 2
+        yield from entries.after(cookie)
+
+    def readlink(self, number: int) -> bytes:
+        inode = self.inode(number)
+        if inode.target is None:
+            raise fail(errno.EINVAL)
+        self._read_time(inode)
+        return inode.target
+
+    # -- creating -------------------------------------------------------------------------------
+
+    def create(self, parent: int, name: bytes, mode: int, caller: Caller = ROOT) -> Inode:
+        """A new, empty regular file."""
+        return self.mknod(parent, name, stat.S_IFREG | mode & 0o7777, 0, caller)
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int = 0, caller: Caller = ROOT) -> Inode:
+        """A new regular file, FIFO, socket or device; a mode without a type means a regular file."""
+        kind = mode & 0o170000 or stat.S_IFREG
+        if kind not in _TYPES:
+            raise fail(errno.EPERM if kind == stat.S_IFDIR else errno.EINVAL)
+        folder = self._place_for(parent, name)
+        self._change("mknod", parent=parent, name=name, mode=mode, rdev=rdev, caller=caller)
+        inode = self._new_inode(folder, kind | mode & 0o7777, caller)
+        if kind in (stat.S_IFCHR, stat.S_IFBLK):
+            inode.rdev = rdev
+        self._enter(folder, name, inode)
+        return inode
+
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller = ROOT) -> Inode:
+        folder = self._place_for(parent, name)
+        self._change("mkdir", parent=parent, name=name, mode=mode, caller=caller)
+        inode = self._new_inode(folder, stat.S_IFDIR | mode & 0o7777, caller)
+        self._make_directory(inode, folder)
+        folder.nlink += 1
+        self._enter(folder, name, inode)
+        return inode
+
+    def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller = ROOT) -> Inode:
+        if not target or b"\0" in target:
+            raise fail(errno.ENOENT)
+        if len(target) > TARGET_MAX:
+            raise fail(errno.ENAMETOOLONG)
+        pages = 1 if len(target) >= INLINE_TARGET else 0
+        folder = self._place_for(parent, name)
+        self.limits.require_pages(pages)
+        self._change("symlink", parent=parent, name=name, target=target, caller=caller)
+        inode = self._new_inode(folder, stat.S_IFLNK | 0o777, caller)
+        inode.target, inode.size = bytes(target), len(target)
+        self.limits.pages += pages
+        self._enter(folder, name, inode)
+        return inode
+
+    def link(self, number: int, parent: int, name: bytes) -> Inode:
+        """One more name for a file that has at least one."""
+        inode = self.inode(number)
+        if inode.entries is not None:
+            raise fail(errno.EPERM)
+        if not inode.nlink:
+            raise fail(errno.ENOENT)
+        folder = self._place_for(parent, name)
+        self._change("link", ino=number, parent=parent, name=name)
+        inode.nlink += 1
+        self.limits.inode_space += INODE_SPACE
+        inode.ctime = time.time_ns()
+        self._enter(folder, name, inode)
+        return inode
+
+    def _place_for(self, parent: int, name: bytes) -> Inode:
+        """The directory for a new name, after all checks."""
+        folder = self.directory(parent)
+        if len(name) > NAME_MAX:
+            raise fail(errno.ENAMETOOLONG)
+        if name in self._entries(folder).entries or name in (DOT, DOTDOT):
+            raise fail(errno.EEXIST)
+        if not name or b"/" in name or b"\0" in name:
+            raise fail(errno.EINVAL)
+        if not folder.nlink:
+            raise fail(errno.ENOENT)  # removed, but still somebody's working directory
+        if self._frozen:
+            raise fail(errno.EROFS)  # not ENOSPC
+        self.limits.require_space()
+        return folder
+
+    def _new_inode(self, folder: Inode, mode: int, caller: Caller) -> Inode:
+        gid = caller.gid
+        if folder.mode & stat.S_ISGID:
+            gid = folder.gid
+            if stat.S_ISDIR(mode):
+                mode |= stat.S_ISGID
+        default = folder.xattrs.get(acl.DEFAULT) if folder.xattrs is not None else None
+        if default is None or stat.S_ISLNK(mode):
+            return self._allocate_inode(mode if stat.S_ISLNK(mode) else mode & ~caller.umask, caller.uid, gid)
+        mode, inherited = acl.inherit(default, mode)
+        inode = self._allocate_inode(mode, caller.uid, gid)
+        if inherited:
+            inode.xattrs = inherited
+        return inode
+
+    def _enter(self, folder: Inode, name: bytes, inode: Inode) -> None:
+        self._entries(folder).add(name, inode)
+        folder.size += ENTRY_SIZE
+        folder.mtime = folder.ctime = inode.ctime
+
+    # -- removing -------------------------------------------------------------------------------
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        folder = self.directory(parent)
+        inode = self._existing(folder, name)
+        if inode.entries is not None:
+            raise fail(errno.EISDIR)
+        self._change("unlink", parent=parent, name=name)
+        self._entries(folder).remove(name)
+        folder.size -= ENTRY_SIZE
+        folder.mtime = folder.ctime = time.time_ns()
+        self._drop_name(inode, folder, name, folder.ctime)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        folder = self.directory(parent)
+        if name == DOT:
+            raise fail(errno.EINVAL)
+        if name == DOTDOT:
+            raise fail(errno.ENOTEMPTY)
+        inode = self._existing(folder, name)
+        if inode.entries is None:
+            raise fail(errno.ENOTDIR)
+        if inode.entries.entries:
+            raise fail(errno.ENOTEMPTY)
+        self._change("rmdir", parent=parent, name=name)
+        self._entries(folder).remove(name)
+        folder.nlink -= 1
+        folder.size -= ENTRY_SIZE
+        folder.mtime = folder.ctime = time.time_ns()
+        self._drop_name(inode, folder, name, folder.ctime)
+
+    def _drop_name(self, inode: Inode, folder: Inode, name: bytes, now: int) -> None:
+        """An inode has lost a name that is already out of the directory."""
+        inode.ctime = now
+        if inode.entries is not None:
+            inode.nlink, inode.size = 0, 0
+        else:
+            inode.nlink -= 1
+            if inode.nlink:
+                self.limits.inode_space -= INODE_SPACE
+                return
+        if inode.lookups or inode.opens:
+            self.orphans[inode.ino] = (folder, name)
+        else:
+            self._reap(inode)
+
+    def _existing(self, folder: Inode, name: bytes) -> Inode:
+        entry = self._entries(folder).entries.get(name)
+        if entry is None:
+            raise fail(errno.ENAMETOOLONG if len(name) > NAME_MAX else errno.ENOENT)
+        return entry[0]
+
+    @staticmethod
+    def _entries(folder: Inode) -> Directory:
+        entries = folder.entries
+        if entries is None:
+            raise fail(errno.ENOTDIR)
+        return entries
+
+    # -- renaming -------------------------------------------------------------------------------
+
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0, caller: Caller = ROOT
+    ) -> None:
+        """Move a name. `flags` are renameat2's: NOREPLACE, EXCHANGE, WHITEOUT."""
+        if flags & ~7 or (flags & RENAME_EXCHANGE and flags & (RENAME_NOREPLACE | RENAME_WHITEOUT)):
+            raise fail(errno.EINVAL)
+        source, target = self.directory(parent), self.directory(new_parent)
+        if {name, new_name} & {DOT, DOTDOT}:
+            raise fail(errno.EEXIST if flags & RENAME_NOREPLACE else errno.EBUSY)
+        inode = self._existing(source, name)
+        victim = self._entries(target).find(new_name)
+        if victim is not None and flags & RENAME_NOREPLACE:
+            raise fail(errno.EEXIST)
+        if victim is None:
+            self._check_new_name(target, new_name, flags)
+        self._check_ancestry(inode, victim, source, target, flags)
+        if inode is victim:
+            return
+        if victim is not None and not flags & RENAME_EXCHANGE:
+            _check_replacement(inode, victim)
+        if flags & RENAME_WHITEOUT:
+            self.limits.require_space()
+        self._change(
+            "rename", parent=parent, name=name, new_parent=new_parent, new_name=new_name, flags=flags, caller=caller
+        )
+        if flags & RENAME_EXCHANGE and victim is not None:
+            self._exchange(source, name, inode, target, new_name, victim)
+            return
+        self._move(source, name, inode, target, new_name, victim)
+        if flags & RENAME_WHITEOUT:
+            self._enter(source, name, self._new_inode(source, stat.S_IFCHR, caller))
+
+    @staticmethod
+    def _check_new_name(target: Inode, name: bytes, flags: int) -> None:
+        if flags & RENAME_EXCHANGE or not target.nlink:
+            raise fail(errno.ENOENT)
+        if len(name) > NAME_MAX:
+            raise fail(errno.ENAMETOOLONG)
+        if not name or b"/" in name or b"\0" in name:
+            raise fail(errno.EINVAL)
+
+    def _check_ancestry(self, inode: Inode, victim: Inode | None, source: Inode, target: Inode, flags: int) -> None:
+        """No directory may end up below itself, nor be replaced by what it contains."""
+        if source is target:
+            return
+        if inode.entries is not None and self._is_below(target, inode):
+            raise fail(errno.EINVAL)
+        if victim is not None and victim.entries is not None and self._is_below(source, victim):
+            raise fail(errno.EINVAL if flags & RENAME_EXCHANGE else errno.ENOTEMPTY)
+
+    def _is_below(self, inode: Inode, ancestor: Inode) -> bool:
+        while inode is not ancestor:
+            if inode is self.root:
+                return False
+            inode = self._entries(inode).parent
+        return True
+
+    def _move(
+        self, source: Inode, name: bytes, inode: Inode, target: Inode, new_name: bytes, victim: Inode | None
+    ) -> None:
+        now = time.time_ns()
+        here, there = self._entries(source), self._entries(target)
+        if victim is not None:
+            here.remove(name)
+            there.replace(new_name, inode)
+        elif source is target:
+            here.rename(name, new_name)
+        else:
+            here.remove(name)
+            there.add(new_name, inode)
+        source.size -= ENTRY_SIZE
+        if victim is None:
+            target.size += ENTRY_SIZE
+        if inode.entries is not None:
+            inode.entries.parent = target
+            source.nlink -= 1
+            if victim is None:
+                target.nlink += 1
+        inode.ctime = source.mtime = source.ctime = target.mtime = target.ctime = now
+        if victim is not None:
+            self._drop_name(victim, target, new_name, now)
+
+    def _exchange(
+        self, source: Inode, name: bytes, inode: Inode, target: Inode, new_name: bytes, victim: Inode
+    ) -> None:
+        now = time.time_ns()
+        self._entries(source).replace(name, victim)
+        self._entries(target).replace(new_name, inode)
+        for moved, left, entered in ((inode, source, target), (victim, target, source)):
+            if moved.entries is not None:
+                moved.entries.parent = entered
+                left.nlink -= 1
+                entered.nlink += 1
+            moved.ctime = now
+        source.mtime = source.ctime = target.mtime = target.ctime = now
+
+
+def _check_replacement(inode: Inode, victim: Inode) -> None:
+    if inode.entries is None and victim.entries is not None:
+        raise fail(errno.EISDIR)
+    if inode.entries is not None:
+        if victim.entries is None:
+            raise fail(errno.ENOTDIR)
+        if victim.entries.entries:
+            raise fail(errno.ENOTEMPTY)

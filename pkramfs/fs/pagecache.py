@@ -1,0 +1,174 @@
+"""Which frames hold a file's pages: runs of consecutive pages in consecutive frames.
+
+    file page   0   1   2   3   4   5   6   7   8
+                |---run 0---|   hole    |--run 1--|
+    frames      340 341 342             900 901
+
+A run is three numbers, (index, pfn, count), laid one after the other in a C array: 24 bytes, no
+Python objects, and inserting or removing a run is one slice operation. A file that was written
+from start to end is usually one run whatever its size. Where a file has many runs they are cut
+into *leaves* of at most LEAF_RUNS, so that an insertion moves one leaf and not the whole file:
+
+    firsts         [ 5000,      9000 ]          first index of every leaf but the first
+    leaves   [ .. ][ 5000 .. ][ 9000 .. ]
+
+Runs never overlap and are in order of index; neighbours that continue each other are joined
+(inside a leaf). A hole is simply no run. Nothing here touches RAM or counts limits.
+
+Kernel: mm/filemap.c, include/linux/xarray.h; mm/shmem.c (shmem_insert_page, patches 23 and 36-38)
+"""
+
+from array import array
+from bisect import bisect_right, insort
+from collections.abc import Iterator
+
+Run = tuple[int, int, int]
+"""(file page index, first pfn, pages)"""
+
+LEAF_RUNS = 1024
+END = 1 << 62
+"""An index beyond every page of every file."""
+
+
+class PageMap:
+    """The runs of one file. `count` is the pages it holds."""
+
+    __slots__ = ("count", "firsts", "leaves")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.leaves: list[array[int]] = [array("q")]
+        self.firsts: list[int] | tuple[()] = ()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, count: int) -> "PageMap":
+        """A map from the bytes of its runs (as `leaves` hold them), which hold `count` pages."""
+        new = cls.__new__(cls)
+        new.count, new.firsts = count, ()
+        if len(raw) <= LEAF_RUNS * 24:
+            new.leaves = [array("q", raw)]
+        else:
+            step = LEAF_RUNS * 12
+            new.leaves = [array("q", raw[at : at + step]) for at in range(0, len(raw), step)]
+            new.firsts = [leaf[0] for leaf in new.leaves[1:]]
+        return new
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.between(0, END))
+
+    @property
+    def runs(self) -> int:
+        """Number of runs."""
+        return sum(map(len, self.leaves)) // 3
+
+    def between(self, first: int, last: int) -> list[Run]:
+        """The runs in [first, last), cut to it."""
+        found: list[Run] = []
+        for leaf in self.leaves[bisect_right(self.firsts, first) :] if self.firsts else self.leaves:
+            for at in range(_locate(leaf, first), len(leaf), 3):
+                index, pfn, count = leaf[at : at + 3]
+                if index >= last:
+                    return found
+                if index < first:
+                    pfn, count, index = pfn + first - index, count - (first - index), first
+                if index + count > last:
+                    count = last - index
+                found.append((index, pfn, count))
+        return found
+
+    def holes(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The (index, count) of [first, last) that no run covers."""
+        found = []
+        for index, _, count in self.between(first, last):
+            if index > first:
+                found.append((first, index - first))
+            first = index + count
+        if first < last:
+            found.append((first, last - first))
+        return found
+
+    def insert(self, index: int, pfn: int, count: int) -> None:
+        """Put a run where there is a hole."""
+        self.count += count
+        number = bisect_right(self.firsts, index) if self.firsts else 0
+        leaf = self.leaves[number]
+        at = _locate(leaf, index)
+        if at and leaf[at - 3] + leaf[at - 1] == index and leaf[at - 2] + leaf[at - 1] == pfn:
+            leaf[at - 1] += count
+            self._join_next(leaf, at)
+            return
+        if at < len(leaf) and index + count == leaf[at] and pfn + count == leaf[at + 1]:
+            leaf[at], leaf[at + 1], leaf[at + 2] = index, pfn, leaf[at + 2] + count
+        else:
+            leaf[at:at] = array("q", (index, pfn, count))
+        if len(leaf) > LEAF_RUNS * 3:
+            self._split(number)
+
+    def remove(self, first: int, last: int = END) -> list[tuple[int, int]]:
+        """Make [first, last) a hole; returns the (pfn, count) that were there."""
+        if not self.firsts:
+            gone = _cut(self.leaves[0], first, last)
+        else:
+            gone = []
+            low, high = bisect_right(self.firsts, first), bisect_right(self.firsts, last)
+            for leaf in self.leaves[low : high + 1]:
+                gone += _cut(leaf, first, last)
+            self._drop_empty()
+        self.count -= sum(count for _, count in gone)
+        return gone
+
+    @staticmethod
+    def _join_next(leaf: "array[int]", at: int) -> None:
+        """Join the run before `at` with the one there, if the latter continues it."""
+        if at < len(leaf):
+            index, pfn, count = leaf[at - 3 : at]
+            if index + count == leaf[at] and pfn + count == leaf[at + 1]:
+                leaf[at - 1] += leaf[at + 2]
+                del leaf[at : at + 3]
+
+    def _split(self, number: int) -> None:
+        leaf = self.leaves[number]
+        middle = len(leaf) // 6 * 3
+        self.leaves.insert(number + 1, leaf[middle:])
+        if not self.firsts:
+            self.firsts = []
+        insort(self.firsts, leaf[middle])
+        del leaf[middle:]
+
+    def _drop_empty(self) -> None:
+        self.leaves = [leaf for leaf in self.leaves if leaf] or [array("q")]
+        self.firsts = [leaf[0] for leaf in self.leaves[1:]] or ()
+
+
+def _locate(leaf: "array[int]", index: int) -> int:
+    """Where in the leaf the first run begins that ends beyond `index`; its length if none does."""
+    high = len(leaf)
+    if not high or leaf[high - 3] + leaf[high - 1] <= index:
+        return high  # beyond the last run, where files grow
+    low, high = 0, high // 3 - 1
+    while low < high:
+        middle = (low + high) >> 1
+        at = middle * 3
+        if leaf[at] + leaf[at + 2] <= index:
+            low = middle + 1
+        else:
+            high = middle
+    return low * 3
+
+
+def _cut(leaf: "array[int]", first: int, last: int) -> list[tuple[int, int]]:
+    """Remove [first, last) from one leaf; returns the (pfn, count) that were there."""
+    start = at = _locate(leaf, first)
+    gone: list[tuple[int, int]] = []
+    kept: list[int] = []
+    while at < len(leaf) and leaf[at] < last:
+        index, pfn, count = leaf[at : at + 3]
+        low, high = max(index, first), min(index + count, last)
+        if low > index:
+            kept += (index, pfn, low - index)
+        gone.append((pfn + low - index, high - low))
+        if high < index + count:
+            kept += (high, pfn + high - index, index + count - high)
+        at += 3
+    leaf[start:at] = array("q", kept)
+    return gone

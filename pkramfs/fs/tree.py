@@ -1,0 +1,25 @@
+"""The tree: a POSIX tmpfs as one object, without FUSE, threads or a clock of its own.
+
+    tree = Tree(ram, frames, Limits(max_pages, max_inodes))
+    inode = tree.create(tree.root.ino, b"name", 0o644, caller)
+    handle = tree.open(inode.ino, os.O_RDWR)
+    tree.write(handle, 0, b"bytes"); tree.read(handle, 0, 5); tree.release(handle)
+
+Operations take inode numbers (or handles), raise OSError with the errno that tmpfs would give, and
+return inodes, which a door reads its attributes from. Each operation is atomic for everyone who
+calls from one thread. The parts, one page each:
+
+    core         inode table, the gate for every change, references, figures
+    namespace    names: look-up, create, link, unlink, rename, readdir
+    attributes   setattr, xattrs, ACLs
+    data         open, read, write, truncate, holes
+
+Kernel: mm/shmem.c
+"""
+
+from pkramfs.fs.data import Data
+from pkramfs.fs.namespace import Namespace
+
+
+class Tree(Namespace, Data):
+    """A tmpfs in RAM; see the module's page."""

@@ -1,0 +1,148 @@
+"""A tree over a small RAM with a page allocator that fits a page.
+
+`SmallFrames` keeps the promises that fs/ counts on and checks the duties that fs/ has: nothing is
+freed twice, nothing that is in use is handed out, what is free reads as zeros.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from pkramfs.errors import ExhaustedError
+from pkramfs.fs.limits import Limits
+from pkramfs.fs.tree import Tree
+from pkramfs.machine.ram import Ram
+from pkramfs.spans import Spans
+
+RAM_PAGES = 16384
+
+
+class SmallFrames:
+    """machine.frames.Frames, small: first fit over a mask of pages."""
+
+    tree_id = 0x1234
+
+    def __init__(self, ram: Ram, *, longest: int = 1 << 30) -> None:
+        self.ram, self.longest = ram, longest
+        self.free_mask = np.zeros(ram.pages, dtype=bool)
+        self.free_mask[16:] = True
+        self.held = 0
+
+    @property
+    def free_pages(self) -> int:
+        return int(self.free_mask.sum())
+
+    @property
+    def used_pages(self) -> int:
+        return self.used().total
+
+    def used(self) -> Spans:
+        return Spans.from_mask(~self.free_mask[16:], 16)
+
+    def hold(self, pages: int) -> None:
+        self.held = pages
+
+    def allocate(self, count: int, order: int = 0, *, held: bool = False) -> list[tuple[int, int]]:
+        if count > self.free_pages - (0 if held else self.held):
+            raise ExhaustedError("out of pages")
+        runs, left = [], count
+        for start, end in Spans.from_mask(self.free_mask):
+            while start < end and left:
+                take = min(end - start, left, self.longest)
+                runs.append((start, take))
+                start, left = start + take, left - take
+        for start, take in runs:
+            self.free_mask[start : start + take] = False
+            assert not any(self.ram.peek(start, take)), "a free frame was not zero"
+        return runs
+
+    def allocate_pages(self, count: int) -> "np.ndarray":
+        return np.concatenate([np.arange(s, s + n, dtype=np.uint64) for s, n in self.allocate(count)])
+
+    def free(self, starts, counts) -> None:
+        for start, count in zip(starts, counts, strict=True):
+            assert not self.free_mask[int(start) : int(start) + int(count)].any(), "freed twice"
+            self.free_mask[int(start) : int(start) + int(count)] = True
+        self.ram.punch_runs(starts, counts)
+
+    def adopt(self, used: Spans) -> None:
+        self.free_mask[16:] = True
+        for start, end in used:
+            self.free_mask[start:end] = False
+
+
+@pytest.fixture
+def ram(tmp_path) -> Iterator[Ram]:
+    ram = Ram(str(tmp_path / "ram"), RAM_PAGES * 4096, create=True)
+    yield ram
+    ram.close()
+
+
+@pytest.fixture
+def frames(ram: Ram) -> SmallFrames:
+    return SmallFrames(ram)
+
+
+@pytest.fixture
+def tree(ram: Ram, frames: SmallFrames) -> Iterator[Tree]:
+    tree = Tree(ram, frames, Limits())  # type: ignore[arg-type]
+    yield tree
+    audit(tree)
+
+
+def audit(tree: Tree) -> None:
+    """What must hold after every test: counts agree with the tree, and frames with its files."""
+    used: list[tuple[int, int]] = []
+    links = {tree.root.ino: 2}
+    for inode in tree.inodes.values():
+        if inode.pages is not None:
+            assert sum(n for _, _, n in inode.pages) == inode.pages.count
+            used += [(pfn, pfn + n) for _, pfn, n in inode.pages]
+        if inode.entries is not None:
+            assert inode.size == (40 + 20 * len(inode.entries) if inode.nlink else 0)
+            for child, _ in inode.entries.entries.values():
+                links[child.ino] = links.get(child.ino, 2 if child.entries is not None else 0)
+                if child.entries is not None:
+                    assert child.entries.parent is inode
+                    links[inode.ino] = links.get(inode.ino, 2) + 1
+                else:
+                    links[child.ino] += 1
+    for inode in tree.inodes.values():
+        assert inode.nlink == links.get(inode.ino, 0), inode
+        assert inode.nlink or inode.lookups or inode.opens, f"{inode} should be gone"
+    assert Spans(used).total == sum(b - a for a, b in used), "two files share a frame"
+    assert Spans(used) == tree.frames.used()
+    assert tree.limits.pages == Spans(used).total + sum(i.own_pages for i in tree.inodes.values())
+    assert tree.counts().directories == sum(i.entries is not None for i in tree.inodes.values())
+    assert tree.counts().bytes == sum(i.size for i in tree.inodes.values() if i.is_file)
+
+
+class Shell:
+    """Shorthands for tests: names in the root, contents, listings."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.audit = audit
+
+    def write(self, name: bytes, data: bytes = b"", *, mode: int = 0o644, parent: int = 1) -> int:
+        """A new file with content; returns its inode number."""
+        ino = self.tree.create(parent, name, mode).ino
+        if data:
+            assert self.tree.write(ino, 0, data) == len(data)
+        return ino
+
+    def content(self, ino: int, tree: Tree | None = None) -> bytes:
+        tree = tree or self.tree
+        return bytes(tree.read(ino, 0, tree.inode(ino).size))
+
+    def listing(self, ino: int = 1) -> list[bytes]:
+        return [name for name, _, _ in self.tree.readdir(ino, 2)]
+
+    def mkdir(self, name: bytes, *, mode: int = 0o755, parent: int = 1) -> int:
+        return self.tree.mkdir(parent, name, mode).ino
+
+
+@pytest.fixture
+def sh(tree: Tree) -> Shell:
+    return Shell(tree)

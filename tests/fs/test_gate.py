@@ -1,0 +1,134 @@
+"""Frozen and preserved trees: which calls are changes, and what happens at the first one."""
+
+import errno
+import os
+
+import pytest
+
+from pkramfs.fs.namespace import RENAME_WHITEOUT
+
+CHANGES = {
+    "create": lambda t, f, d: t.create(1, b"new", 0o644),
+    "mkdir": lambda t, f, d: t.mkdir(1, b"new", 0o755),
+    "mknod": lambda t, f, d: t.mknod(1, b"new", 0o010644),
+    "symlink": lambda t, f, d: t.symlink(1, b"new", b"x" * 200),
+    "link": lambda t, f, d: t.link(f, 1, b"new"),
+    "unlink": lambda t, f, d: t.unlink(1, b"f"),
+    "rmdir": lambda t, f, d: t.rmdir(1, b"d"),
+    "rename": lambda t, f, d: t.rename(1, b"f", 1, b"g"),
+    "whiteout": lambda t, f, d: t.rename(1, b"f", 1, b"g", RENAME_WHITEOUT),
+    "chmod": lambda t, f, d: t.setattr(f, mode=0o600),
+    "chown": lambda t, f, d: t.setattr(d, uid=5),
+    "truncate": lambda t, f, d: t.setattr(f, size=1),
+    "utimens": lambda t, f, d: t.setattr(f, mtime=5),
+    "setxattr": lambda t, f, d: t.setxattr(f, b"user.a", b"2"),
+    "removexattr": lambda t, f, d: t.removexattr(f, b"user.a"),
+    "acl": lambda t, f, d: t.removexattr(f, b"system.posix_acl_access"),
+    "rewrite": lambda t, f, d: t.write(f, 0, b"new"),
+    "append": lambda t, f, d: t.write(f, 5000, b"new"),
+    "open O_TRUNC": lambda t, f, d: t.open(f, os.O_RDONLY | os.O_TRUNC),
+    "allocate": lambda t, f, d: t.allocate(f, 0, 1 << 20),
+    "punch": lambda t, f, d: t.punch(f, 0, 4096),
+}
+
+
+@pytest.fixture
+def some(tree, sh):
+    file = sh.write(b"f", b"data")
+    tree.setxattr(file, b"user.a", b"1")
+    return file, sh.mkdir(b"d")
+
+
+def snapshot(tree):
+    return [
+        (i.ino, i.mode, i.uid, i.gid, i.nlink, i.size, i.mtime, i.ctime, dict(i.xattrs or {}), i.blocks)
+        for i in tree.inodes.values()
+    ] + [tree.limits.pages, tree.limits.inode_space, [n for n, _, _ in tree.readdir(1)], bytes(tree.read(2, 0, 99))]
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_frozen_tree_refuses_every_change(tree, some, change) -> None:
+    tree.freeze()
+    before = snapshot(tree)
+    with pytest.raises(OSError) as caught:
+        change(tree, *some)
+    assert caught.value.errno == errno.EROFS
+    assert snapshot(tree) == before
+    tree.thaw()
+    change(tree, *some)
+    for inode in tree.inodes.values():
+        inode.opens = 0
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_the_first_change_of_a_preserved_tree_comes_after_the_withdrawal(tree, some, change) -> None:
+    calls = []
+    before = snapshot(tree)
+    tree.preserved = True
+    tree.on_first_change = lambda: calls.append(snapshot(tree) == before)
+    change(tree, *some)
+    assert calls == [True]
+    assert not tree.preserved
+    tree.create(1, b"second", 0o644)
+    assert calls == [True]
+    for inode in tree.inodes.values():
+        inode.opens = 0
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_where_the_withdrawal_fails_nothing_changes(tree, some, change) -> None:
+    def fail() -> None:
+        raise OSError(errno.EIO, "no")
+
+    before = snapshot(tree)
+    tree.preserved, tree.on_first_change = True, fail
+    with pytest.raises(OSError):
+        change(tree, *some)
+    assert tree.preserved
+    assert snapshot(tree) == before
+
+
+def test_looking_is_no_change(tree, sh, some) -> None:
+    file, _ = some
+    tree.preserved = True
+    tree.on_first_change = lambda: pytest.fail("withdrawn by a look")
+    tree.lookup(1, b"f")
+    list(tree.readdir(1))
+    tree.read(file, 0, 10)
+    tree.release(tree.open(file, os.O_RDWR))
+    tree.getxattr(file, b"user.a")
+    tree.statfs()
+    inode = tree.inode(file)
+    tree.setattr(file, mtime=inode.mtime, ctime=inode.ctime)  # the kernel flushes what it was told
+    for failing in (lambda: tree.create(1, b"f", 0o644), lambda: tree.unlink(1, b"absent")):
+        with pytest.raises(OSError):
+            failing()
+    assert tree.preserved
+
+
+def test_opening_for_writing_is_refused_while_frozen(tree, some) -> None:
+    file, _ = some
+    tree.freeze()
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_TRUNC):
+        with pytest.raises(OSError):
+            tree.open(file, flags)
+    tree.release(tree.open(file, os.O_RDONLY))
+
+
+def test_writers_are_named(tree, sh, some) -> None:
+    file, folder = some
+    below = sh.write(b"g", parent=folder)
+    reading, writing = tree.open(file, os.O_RDONLY), tree.open(below, os.O_WRONLY)
+    assert tree.writers() == [b"/d/g"]
+    tree.release(writing)
+    assert tree.writers() == []
+    tree.release(reading)
+
+
+def test_a_journal_sees_changes_after_their_checks(tree, some) -> None:
+    seen = []
+    tree.journal = lambda kind, record: seen.append((kind, record.get("name")))
+    with pytest.raises(OSError):
+        tree.create(1, b"f", 0o644)
+    tree.create(1, b"g", 0o644)
+    assert seen == [("mknod", b"g")]
