@@ -22,7 +22,6 @@ import ctypes
 import errno
 import mmap
 import os
-from typing import Any
 
 import numpy as np
 
@@ -110,13 +109,10 @@ class Ram:
     def punch(self, spans: Spans) -> None:
         """Give the pages of `spans` (in pfns) back to the host; they read as zeros from now on."""
         for start, end in spans:
-            self._punch(start, end - start)
+            self.punch_run(start, end - start)
 
-    def punch_runs(self, starts: Any, counts: Any) -> None:
-        """`punch` for runs given as arrays of first pfn and count."""
-        self.punch(Spans.from_runs(starts, counts))
-
-    def _punch(self, pfn: int, count: int) -> None:
+    def punch_run(self, pfn: int, count: int) -> None:
+        """`punch` for one run."""
         if _libc.fallocate(self.fd, _PUNCH_HOLE_KEEP_SIZE, pfn << PAGE_SHIFT, count << PAGE_SHIFT) == 0:
             return
         code = ctypes.get_errno()

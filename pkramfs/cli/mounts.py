@@ -1,0 +1,287 @@
+"""All mounts of a machine at once: ask them, freeze them, take that back, stop them, start them again.
+
+    look()      what each mount is and would lose; changes nothing              --dry-run, status
+    freeze()    flush the kernel's dirty pages, then no change until thaw()     -e, first step
+    thaw()      take back exactly what freeze() did                             -e, refused
+    stop()      every daemon detaches and ends; returns when all locks are free -e
+    restart()   run mount.pkramfs for what was preserved                        after the boot
+
+A mount is what its daemon says, never what /proc/mounts says: a lazily detached mount, or one in
+another mount namespace, is a mount as long as its daemon's lock is held. A daemon that does not
+answer stops everything, with its pid and the remedy, unless forced: then it is killed, because a
+process of the old kernel that still maps RAM must not live to see the new one.
+
+Kernel: kernel/reboot.c (kernel_restart_prepare), fs/sync.c (SYSCALL_DEFINE1(syncfs)),
+        include/linux/freezer.h
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pkramfs.errors import DaemonError, PkramfsError
+from pkramfs.units import plural
+
+if TYPE_CHECKING:
+    from pkramfs.kernel.kexec import MountReport
+    from pkramfs.machine.directory import Machine
+    from pkramfs.machine.mounts import MountEntry
+
+ANSWER_SECONDS = 10.0
+"""How long a daemon may take to say how it is."""
+FREEZE_SECONDS = 120.0
+"""How long flushing and freezing may take: dirty pages of a slow host must reach the daemon."""
+STOP_SECONDS = 30.0
+_POLL_SECONDS = 0.02
+
+Warn = Callable[[str], None]
+
+
+class Seen(NamedTuple):
+    """One mount: its entry and what its daemon said, or why it said nothing."""
+
+    entry: "MountEntry"
+    status: dict[str, Any] | None
+    silence: str
+
+    @property
+    def report(self) -> "MountReport":
+        """What the planner of a kexec needs to know."""
+        from pkramfs.kernel.kexec import MountReport
+
+        status = self.status or {}
+        preserved = status.get("state") == "preserved"
+        return MountReport(
+            mountpoint=self.entry.mountpoint,
+            name=self.entry.name,
+            preserved=preserved,
+            files=int(status.get("files", 0)),
+            reason="" if preserved else self.silence or _why_not(self),
+        )
+
+
+def _why_not(seen: Seen) -> str:
+    """Why a mount that answered is not preserved, in words."""
+    if not seen.entry.name:
+        return "mounted without pkram=NAME, so it cannot be preserved"
+    return f"not preserved: mount -o remount,preserve,ro {seen.entry.mountpoint}"
+
+
+def alive(machine: "Machine") -> list["MountEntry"]:
+    """The mounts whose daemons live, by mount point."""
+    found = sorted((e for e in machine.mounts() if e.alive), key=lambda e: (e.mountpoint, e.tree_id))
+    unknown = machine.live_ids() - {e.tree_id for e in found}
+    if unknown:
+        raise DaemonError(
+            f"{plural(len(unknown), 'process', 'processes')} hold a tree but say nothing of themselves: "
+            f"see who has {machine.path('mounts', f'{min(unknown):016x}.lock')} open (fuser), and end it"
+        )
+    return found
+
+
+def look(machine: "Machine") -> list[Seen]:
+    """Ask every daemon how it is. Changes nothing, raises nothing for a silent daemon."""
+    return [_ask(entry) for entry in alive(machine)]
+
+
+def _ask(entry: "MountEntry", verb: str = "status", seconds: float = ANSWER_SECONDS, **words: Any) -> Seen:
+    from pkramfs.control.client import call
+
+    try:
+        return Seen(entry, call(entry.socket, verb, timeout=seconds, **words), "")
+    except DaemonError as error:
+        return Seen(entry, None, _silent(entry, error))
+
+
+def _silent(entry: "MountEntry", error: Exception) -> str:
+    """A daemon that does not answer, in words: who it is and what to do."""
+    return (
+        f"the daemon of {entry.mountpoint} (pid {entry.pid}) does not answer ({error}): "
+        f"look at it, or kill {entry.pid} and umount {entry.mountpoint}, or use --force and lose its tree"
+    )
+
+
+class Mounts:
+    """The mounts of one machine on the way through a kexec."""
+
+    def __init__(self, machine: "Machine", *, force: bool = False, warn: Warn = lambda _: None) -> None:
+        self.machine, self.force, self.warn = machine, force, warn
+        self._frozen: list[MountEntry] = []
+
+    def freeze(self) -> list[Seen]:
+        """Flush and freeze every mount; if one fails, thaw all and raise (or go on, when forced)."""
+        try:
+            return [self._freeze(entry) for entry in alive(self.machine)]
+        except BaseException:
+            self.thaw()
+            raise
+
+    def _freeze(self, entry: "MountEntry") -> Seen:
+        seen = _ask(entry)
+        if seen.status is not None:
+            self._flush(entry)
+            if not seen.status.get("frozen"):
+                self._frozen.append(entry)  # before the call: an answer that is lost still froze it
+            frozen = _ask(entry, "freeze", FREEZE_SECONDS)
+            seen = _ask(entry) if frozen.status is not None else frozen
+        if seen.status is None and not self.force:
+            raise DaemonError(seen.silence)
+        if seen.status is None:
+            self.warn(seen.silence)
+        return seen
+
+    def _flush(self, entry: "MountEntry") -> None:
+        """Let the kernel send its dirty pages, so that the daemon knows all that was written."""
+        if not _bounded(lambda: syncfs(entry.mountpoint, entry.dev), FREEZE_SECONDS):
+            message = f"flushing {entry.mountpoint} took more than {FREEZE_SECONDS:.0f} s"
+            if not self.force:
+                raise DaemonError(f"{message}; its daemon is pid {entry.pid}")
+            self.warn(message)
+
+    def thaw(self) -> None:
+        """Take back the freezing of every mount that `freeze` froze; one that fails is a warning."""
+        while self._frozen:
+            entry = self._frozen.pop()
+            try:
+                thawed = _ask(entry, "thaw")
+                if thawed.status is None:
+                    self.warn(f"{entry.mountpoint} stays frozen: {thawed.silence}")
+            except PkramfsError as error:
+                self.warn(f"{entry.mountpoint} stays frozen: {error}")
+
+    def stop(self, entries: Iterable["MountEntry"] | None = None) -> None:
+        """End every daemon and wait until their locks are free."""
+        stopping = list(alive(self.machine) if entries is None else entries)
+        for entry in stopping:
+            answer = _ask(entry, "stop")
+            if answer.status is None:
+                self._stop_silent(entry, answer)
+        self._await_gone(stopping)
+        self._frozen.clear()
+
+    def _stop_silent(self, entry: "MountEntry", answer: Seen) -> None:
+        """A daemon that did not answer: gone already, or killed if forced, or an error."""
+        if entry.tree_id not in self.machine.live_ids():
+            return
+        if not self.force:
+            raise DaemonError(answer.silence)
+        self.warn(f"killing the daemon of {entry.mountpoint} (pid {entry.pid})")
+        kill(entry)
+
+    def _await_gone(self, entries: list["MountEntry"]) -> None:
+        deadline = time.monotonic() + STOP_SECONDS
+        while left := [e for e in entries if e.tree_id in self.machine.live_ids()]:
+            if time.monotonic() > deadline:
+                if not self.force:
+                    first = left[0]
+                    raise DaemonError(f"the daemon of {first.mountpoint} (pid {first.pid}) does not end: kill it")
+                for entry in left:
+                    kill(entry)
+                deadline = time.monotonic() + STOP_SECONDS
+            time.sleep(_POLL_SECONDS)
+
+
+def kill(entry: "MountEntry") -> None:
+    """Kill a mount daemon, if its pid still is one (a pid may have been given to somebody else)."""
+    if entry.pid <= 0:
+        return  # a damaged entry; kill(0) would be ourselves
+    try:
+        with open(f"/proc/{entry.pid}/cmdline", "rb") as words:
+            ours = b"pkramfs" in words.read()
+        if ours:
+            os.kill(entry.pid, signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # it is gone, which is what we want
+
+
+def syncfs(mountpoint: str, device: int | None) -> None:
+    """syncfs(2) on a mount point; nothing if something else is mounted there by now."""
+    try:
+        directory = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return  # detached, or in another namespace: only its daemon can say what has arrived
+    try:
+        if device is None or os.fstat(directory).st_dev == device:
+            ctypes.CDLL(None).syncfs(directory)
+    finally:
+        os.close(directory)
+
+
+def _bounded(work: Callable[[], None], seconds: float) -> bool:
+    """Whether `work` ended in time. It runs in a thread that is left behind: a FUSE call cannot be stopped."""
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(seconds)
+    return not worker.is_alive()
+
+
+class User(NamedTuple):
+    """A program that has files open in a mount, or stands in it."""
+
+    pid: int
+    name: str
+    places: int
+
+
+def users(mountpoint: str) -> list[User]:
+    """Programs that will get ENOTCONN, as far as /proc shows them to us. Never touches the mount itself."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        places = sum(_inside(link, mountpoint) for link in _links(pid))
+        if places and int(pid) != os.getpid():
+            found.append(User(int(pid), _name(pid), places))
+    return sorted(found)
+
+
+def _links(pid: str) -> list[str]:
+    """Where a process's descriptors, working directory and root point."""
+    links = []
+    try:
+        names = [f"fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
+    except OSError:
+        names = []  # not ours to look at, or gone
+    for name in ["cwd", "root", *names]:
+        try:
+            links.append(os.readlink(f"/proc/{pid}/{name}"))
+        except OSError:
+            continue  # closed meanwhile
+    return links
+
+
+def _inside(path: str, mountpoint: str) -> bool:
+    return path == mountpoint or path.startswith(mountpoint.rstrip("/") + "/")
+
+
+def _name(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/comm") as comm:
+            return comm.read().strip()
+    except OSError:
+        return "?"
+
+
+def restart(machine: "Machine", mounts: Iterable[dict[str, Any]], warn: Warn) -> int:
+    """Mount again what was preserved; how many could not be. Each failure is a warning with its reason."""
+    failed = 0
+    for mount in mounts:
+        done = subprocess.run(_mount_command(machine, mount), capture_output=True, text=True, check=False)
+        if done.returncode:
+            failed += 1
+            reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+            warn(f"{mount['mountpoint']} was not mounted again: {reason}")
+    if failed:
+        warn(f"{plural(failed, 'tree')} stay preserved; mount by hand when the reason is gone")
+    return failed
+
+
+def _mount_command(machine: "Machine", mount: dict[str, Any]) -> list[str]:
+    """The command that mounts an entry of nvram.json's list."""
+    options = mount.get("options", {})
+    words = [key if value is True else f"{key}={value}" for key, value in options.items() if value is not False]
+    return [sys.executable, "-m", "pkramfs", "mount", "none", mount["mountpoint"], "-o", ",".join(words)]

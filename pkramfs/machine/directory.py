@@ -1,0 +1,221 @@
+"""A machine is a directory: its RAM, its hardware, and what its kernel exports.
+
+    machine.json  ram                         the hardware; survives a kexec
+    nvram.json                                firmware variables; survive too
+    cmdline pkram iomem dmesg kernel.json     what the running kernel says of itself
+    kexec/                                    the image loaded for the next boot
+    mounts/ID.{lock,json,sock,log}            one mount daemon each, ID is its tree id
+    lock  lock.tables                         who may boot; who may change the shared tables
+
+This module knows names, atomic replacement and locks; what the files mean is told in the chapters
+that write them. JSON files are replaced by rename, so a reader sees the old one or the new one.
+
+Kernel: /proc/cmdline, /proc/iomem, /sys/kernel/pkram, /sys/firmware/memmap
+"""
+
+import json
+import os
+import secrets
+import stat
+import time
+from contextlib import AbstractContextManager
+from typing import Any
+
+from pkramfs.errors import MachineError, UsageError, explain
+from pkramfs.machine import locks
+from pkramfs.machine.firmware import FirmwareMap
+from pkramfs.machine.mounts import MountEntry, MountLock, claim, read_entries
+from pkramfs.machine.ram import Ram
+from pkramfs.units import PAGE_SIZE, round_down
+
+DEFAULT = "default"
+RUN_LINK = "/run/pkram"
+LIFECYCLE_TIMEOUT = 60.0
+
+
+class Machine:
+    """One machine's directory. Making the object touches nothing."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+
+    @classmethod
+    def locate(cls, name: str | None = None) -> "Machine":
+        """The machine called `name` below PKRAM_ROOT (or /dev/shm/pkram, /dev/shm/pkram-UID)."""
+        name = DEFAULT if name is None else name
+        if not name or name in (".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 255:
+            raise UsageError(f"machine name {name!r} cannot be: give a plain file name")
+        return cls(os.path.join(os.environ.get("PKRAM_ROOT") or default_root(), name))
+
+    def path(self, *parts: str) -> str:
+        """The path of a file of this machine; without parts, of its directory."""
+        return os.path.join(self.directory, *parts)
+
+    def exists(self) -> bool:
+        """Whether the machine was made (it has hardware)."""
+        return os.path.exists(self.path("machine.json"))
+
+    def create(self, hardware: FirmwareMap | None = None) -> None:
+        """Make the directory, machine.json and the RAM file; what is there already stays as it is."""
+        try:
+            for parts in ((), ("mounts",), ("kexec",)):
+                os.makedirs(self.path(*parts), mode=0o700, exist_ok=True)
+            self._check_owner()
+            if not self.exists():
+                hardware = hardware or FirmwareMap.default(host_memory(), seed=secrets.randbits(63))
+                Ram(self.path("ram"), hardware.size, create=True).close()
+                self.write_json("machine.json", {"version": 1, **hardware.to_json()})
+        except OSError as error:
+            raise MachineError(f"cannot make the machine {self.directory}: {explain(error)}") from None
+        self._link_run()
+
+    def _check_owner(self) -> None:
+        found = os.stat(self.directory)
+        if found.st_uid != os.geteuid() and os.geteuid() != 0:
+            raise MachineError(f"{self.directory} is user {found.st_uid}'s: set PKRAM_ROOT to a directory of yours")
+
+    def _link_run(self) -> None:
+        """/run/pkram names root's default machine; whatever else stands there is left alone."""
+        if os.geteuid() != 0 or self.directory != os.path.join(default_root(), DEFAULT):
+            return
+        try:
+            if stat.S_ISLNK(os.lstat(RUN_LINK).st_mode):
+                return
+        except FileNotFoundError:
+            os.symlink(self.directory, RUN_LINK)
+        except OSError as error:
+            raise MachineError(f"cannot look at {RUN_LINK}: {explain(error)}") from None
+
+    def hardware(self) -> FirmwareMap:
+        """The firmware map of machine.json."""
+        data = self.read_json("machine.json")
+        if data is None:
+            raise MachineError(f"there is no machine in {self.directory}: a mount makes one")
+        if data.get("version") != 1:
+            raise MachineError(f"{self.path('machine.json')}: version is {data.get('version')!r}, expected 1")
+        return FirmwareMap.from_json(data)
+
+    def ram(self) -> Ram:
+        """The machine's RAM, opened; its size must be what machine.json says."""
+        return Ram(self.path("ram"), self.hardware().size)
+
+    def lifecycle(self, *, shared: bool, timeout: float | None = LIFECYCLE_TIMEOUT) -> AbstractContextManager[None]:
+        """Hold the machine: shared to start a mount, exclusive to boot or to kexec."""
+        return locks.held(self.path("lock"), shared=shared, timeout=timeout, what=f"the machine {self.directory}")
+
+    def tables(self) -> AbstractContextManager[None]:
+        """Hold the lock on node list and lease table; for moments only."""
+        return locks.held(self.path("lock.tables"))
+
+    def read_text(self, name: str) -> str | None:
+        """A file's text, or None if it is not there."""
+        try:
+            with open(self.path(name), encoding="utf-8", errors="surrogateescape") as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise MachineError(f"cannot read {explain(error)}") from None
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace a file at once: readers see the old text or the new."""
+        replace_file(self.path(name), text)
+
+    def remove(self, name: str) -> None:
+        """Remove a file that may not be there."""
+        try:
+            os.unlink(self.path(name))
+        except FileNotFoundError:
+            return
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file's object, or None if it is not there."""
+        text = self.read_text(name)
+        if text is None:
+            return None
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise MachineError(f"{self.path(name)} is damaged: not JSON ({error})") from None
+        if not isinstance(data, dict):
+            raise MachineError(f"{self.path(name)} is damaged: not a JSON object")
+        return data
+
+    def write_json(self, name: str, data: dict[str, Any]) -> None:
+        """Replace a JSON file at once."""
+        self.write_text(name, json.dumps(data, indent=1) + "\n")
+
+    def log(self, message: str) -> None:
+        """Append a line to the kernel log, with the seconds since boot as dmesg has them."""
+        line = f"[{self._uptime():12.6f}] {message}\n".encode(errors="surrogateescape")
+        fd = os.open(self.path("dmesg"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, line)
+        finally:
+            os.close(fd)
+
+    def _uptime(self) -> float:
+        """Seconds since the dmesg file was begun, which is when the kernel was started."""
+        try:
+            with open(self.path("dmesg"), "rb") as file:
+                first = file.readline(200)
+        except FileNotFoundError:
+            return 0.0
+        _, found, began = first.partition(b"boot clock ")
+        try:
+            return max(0.0, time.time() - float(began)) if found else 0.0
+        except ValueError:
+            return 0.0
+
+    def begin_log(self) -> None:
+        """Start an empty kernel log: a new kernel's clock begins now."""
+        replace_file(self.path("dmesg"), f"[{0:12.6f}] clocksource: boot clock {time.time():.6f}\n")
+
+    def dmesg(self) -> str:
+        """The kernel log."""
+        return self.read_text("dmesg") or ""
+
+    def mounts(self) -> list[MountEntry]:
+        """The mount daemons that have an entry, dead ones included."""
+        return read_entries(self.path("mounts"))
+
+    def live_ids(self) -> set[int]:
+        """Tree ids whose daemon is alive, entry or not: those whose lock is held."""
+        found = set()
+        with os.scandir(self.path("mounts")) as entries:
+            for entry in entries:
+                stem, _, kind = entry.name.partition(".")
+                if kind == "lock" and locks.is_held(entry.path):
+                    found.add(int(stem, 16))
+        return found
+
+    def claim(self, tree_id: int) -> MountLock:
+        """Take the lock of a tree; MachineError if a living daemon holds it."""
+        return claim(self.path("mounts"), tree_id)
+
+
+def default_root() -> str:
+    """Where machines live when PKRAM_ROOT does not say."""
+    return "/dev/shm/pkram" if os.geteuid() == 0 else f"/dev/shm/pkram-{os.geteuid()}"
+
+
+def host_memory() -> int:
+    """Bytes of memory the host has, the default size of RAM (which is sparse)."""
+    return round_down(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), PAGE_SIZE)
+
+
+def replace_file(path: str, text: str) -> None:
+    """Write a file beside `path` and rename it over; nothing is left behind on failure."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", opener=_private) as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise MachineError(f"cannot write {path}: {explain(error)}") from None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -1,0 +1,132 @@
+"""What memory the machine has at power-on: the firmware's map, with holes, and NUMA nodes.
+
+    0      640K  1M                 3G           4G                     top
+    |usable|.....|usable            |............|usable                |
+
+The map is part of machine.json: like DIMMs it survives a kexec. Entries are byte ranges of a kind
+(`usable`, `reserved`, `acpi`); what no entry names is a hole. The first 4 KiB are never usable, so
+that pfn 0 can mean "none". NUMA nodes are byte ranges with a node number.
+
+Kernel: arch/x86/kernel/e820.c, arch/x86/mm/srat.c
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pkramfs.errors import MachineError
+from pkramfs.spans import Spans
+from pkramfs.units import GIB, KIB, MIB, PAGE_SIZE, format_size, round_down, round_up
+
+KINDS = ("usable", "reserved", "acpi")
+LOWEST, HIGHEST = 64 * MIB, 1 << 46
+MAX_NODES = 64
+
+Range = tuple[int, int, Any]
+
+
+@dataclass(frozen=True)
+class FirmwareMap:
+    """The hardware. `entries` are (start, end, kind), `nodes` are (start, end, node), all in bytes."""
+
+    entries: tuple[tuple[int, int, str], ...]
+    nodes: tuple[tuple[int, int, int], ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_ranges("firmware map", self.entries)
+        _check_ranges("NUMA nodes", self.nodes)
+        for start, end, kind in self.entries:
+            if kind not in KINDS:
+                raise MachineError(f"firmware map: {start:#x}-{end:#x} is {kind!r}, expected one of {', '.join(KINDS)}")
+        for start, end, node in self.nodes:
+            if not 0 <= node < MAX_NODES:
+                raise MachineError(f"NUMA nodes: {start:#x}-{end:#x} is node {node}, expected 0 to {MAX_NODES - 1}")
+        if not self.usable:
+            raise MachineError("firmware map: there is no usable memory in it")
+
+    @property
+    def size(self) -> int:
+        """Bytes of the RAM file: the end of the highest entry."""
+        return round_up(max(end for _, end, _ in self.entries), PAGE_SIZE)
+
+    @property
+    def usable(self) -> Spans:
+        """Pages that software may use, whole ones only, page 0 excluded."""
+        ranges = Spans((start, end) for start, end, kind in self.entries if kind == "usable")
+        return ranges.inward(PAGE_SIZE) - Spans([(0, 1)])
+
+    @property
+    def pages(self) -> int:
+        """Number of usable pages."""
+        return self.usable.total
+
+    def node_spans(self) -> dict[int, Spans]:
+        """Usable pages of each NUMA node; what no range names belongs to node 0."""
+        usable, found = self.usable, {}
+        named = Spans((start, end) for start, end, _ in self.nodes).outward(PAGE_SIZE)
+        for node in sorted({node for _, _, node in self.nodes} | {0}):
+            ranges = Spans((start, end) for start, end, owner in self.nodes if owner == node)
+            pages = ranges.outward(PAGE_SIZE) & usable
+            found[node] = pages | (usable - named) if node == 0 else pages
+        return found
+
+    def node_of(self, pfns: Any) -> Any:
+        """NUMA node of each pfn of an array."""
+        nodes = np.zeros(len(pfns), dtype=np.int64)
+        for start, end, node in self.nodes:
+            nodes[(pfns >= start // PAGE_SIZE) & (pfns < end // PAGE_SIZE)] = node
+        return nodes
+
+    @classmethod
+    def default(cls, ram_bytes: int, nodes: int = 1, seed: int = 0) -> "FirmwareMap":
+        """A PC with `ram_bytes` of memory, spread evenly over `nodes` NUMA nodes."""
+        if not LOWEST <= ram_bytes <= HIGHEST:
+            raise MachineError(
+                f"RAM of {format_size(ram_bytes)} cannot be: give {format_size(LOWEST)} to {format_size(HIGHEST)}"
+            )
+        if not 1 <= nodes <= MAX_NODES:
+            raise MachineError(f"{nodes} NUMA nodes cannot be: give 1 to {MAX_NODES}")
+        ram_bytes = round_down(ram_bytes, PAGE_SIZE)
+        low = min(ram_bytes, 3 * GIB)
+        entries = [(0, 640 * KIB, "usable"), (640 * KIB, MIB, "reserved"), (MIB, low, "usable")]
+        if ram_bytes > low:
+            entries.append((4 * GIB, 4 * GIB + ram_bytes - low, "usable"))
+        return cls(tuple(entries), _even_nodes(entries[-1][1], nodes), seed)
+
+    def to_json(self) -> dict[str, Any]:
+        """The hardware as machine.json has it."""
+        return {
+            "ram_bytes": self.size,
+            "map": [{"start": s, "end": e, "kind": k} for s, e, k in self.entries],
+            "nodes": [{"start": s, "end": e, "node": n} for s, e, n in self.nodes],
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> "FirmwareMap":
+        """The hardware that `to_json` gave; MachineError where it is anything else."""
+        try:
+            entries = tuple((int(e["start"]), int(e["end"]), str(e["kind"])) for e in data["map"])
+            nodes = tuple((int(n["start"]), int(n["end"]), int(n["node"])) for n in data.get("nodes", ()))
+            seed = int(data.get("seed", 0))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise MachineError(f"firmware map: not what machine.json should hold ({error!r})") from None
+        return cls(tuple(sorted(entries)), tuple(sorted(nodes)), seed)
+
+
+def _even_nodes(top: int, nodes: int) -> tuple[tuple[int, int, int], ...]:
+    """Equal slices of the address space, cut at 2 MiB."""
+    cuts = [round_down(top * n // nodes, 2 * MIB) for n in range(nodes)] + [top]
+    return tuple((cuts[n], cuts[n + 1], n) for n in range(nodes)) if nodes > 1 else ()
+
+
+def _check_ranges(what: str, ranges: tuple[Range, ...]) -> None:
+    at = 0
+    for start, end, _ in ranges:
+        if not 0 <= start < end <= HIGHEST * 2:
+            raise MachineError(f"{what}: {start:#x}-{end:#x} is not a range")
+        if start < at:
+            raise MachineError(f"{what}: {start:#x}-{end:#x} overlaps or precedes the range before it")
+        at = end

@@ -1,0 +1,276 @@
+"""The page allocator of one owner, inside the page blocks that it leased.
+
+Free memory is a set of *runs* (first pfn, count), found by their start, by their end and by size
+class, all in dictionaries: taking or giving back a run costs a few look-ups whatever its length,
+and neighbours join at once. Nobody else allocates in an owner's blocks, so there is no lock.
+
+    class 0: runs of 1 page    class 1: 2-3 pages    class 2: 4-7 pages    …
+
+A request takes the smallest class that surely fits, so the answer is one run in the common case;
+several where memory is fragmented. Blocks are leased ahead in growing batches and given back when
+wholly free, but for a small stock.
+
+A free frame reads as zeros: leased blocks arrive punched, and `free` punches what it takes.
+`hold` keeps some frames back for the owner's own save: a full RAM must not prevent preserving.
+
+Kernel: mm/page_alloc.c (buddy lists by order), mm/folio batches; rows 35 and 36 (work in bulk)
+"""
+
+from typing import Any
+
+import numpy as np
+
+from pkramfs.errors import ExhaustedError
+from pkramfs.machine.leases import Leases
+from pkramfs.machine.ram import Ram
+from pkramfs.spans import U64, Spans
+from pkramfs.units import BLOCK_PAGES, MAX_ORDER, PAGE_SHIFT
+
+Run = tuple[int, int]
+
+_CLASSES = 40
+_AHEAD_MAX = 64
+"""Most page blocks leased ahead of need."""
+_STOCK_BLOCKS = 16
+"""Wholly free blocks that are kept instead of being given back one by one."""
+
+
+class FreeRuns:
+    """A set of free runs that joins neighbours. Runs never overlap; that is the caller's promise."""
+
+    __slots__ = ("_classes", "_ends", "_starts", "total")
+
+    def __init__(self) -> None:
+        self._starts: dict[int, int] = {}
+        self._ends: dict[int, int] = {}
+        self._classes: list[dict[int, None]] = [{} for _ in range(_CLASSES)]
+        self.total = 0
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def add(self, start: int, count: int) -> None:
+        """Add a run, joined with what touches it."""
+        self.total += count
+        end = start + count
+        before = self._ends.get(start)
+        if before is not None:
+            self._drop(before, start)
+            start = before
+        after = self._starts.get(end)
+        if after is not None:
+            self._drop(end, after)
+            end = after
+        self._insert(start, end)
+
+    def _insert(self, start: int, end: int) -> None:
+        self._starts[start], self._ends[end] = end, start
+        self._classes[(end - start).bit_length() - 1][start] = None
+
+    def _drop(self, start: int, end: int) -> None:
+        del self._starts[start], self._ends[end], self._classes[(end - start).bit_length() - 1][start]
+
+    def cut(self, run: int, start: int, count: int) -> None:
+        """Take [start, start+count) out of the free run that begins at `run`."""
+        end = self._starts[run]
+        self._drop(run, end)
+        self.total -= count
+        if run < start:
+            self._insert(run, start)
+        if start + count < end:
+            self._insert(start + count, end)
+
+    def take(self, count: int) -> Run | None:
+        """One run of exactly `count` pages, from the smallest class that surely has one."""
+        for runs in self._classes[(count - 1).bit_length() :]:
+            for start in runs:
+                self.cut(start, start, count)
+                return start, count
+        for start in self._classes[count.bit_length() - 1]:  # this class may have it
+            if self._starts[start] - start >= count:
+                self.cut(start, start, count)
+                return start, count
+            break
+        return None
+
+    def take_aligned(self, count: int, align: int) -> Run | None:
+        """One run of `count` pages that starts at a multiple of `align`."""
+        for runs in self._classes[(count - 1).bit_length() :]:
+            for run in runs:
+                start = -(-run // align) * align
+                if start + count <= self._starts[run]:
+                    self.cut(run, start, count)
+                    return start, count
+        return None
+
+    def take_largest(self, most: int) -> Run | None:
+        """A run of the largest class, at most `most` pages of it."""
+        for runs in reversed(self._classes):
+            for start in runs:
+                count = min(self._starts[start] - start, most)
+                self.cut(start, start, count)
+                return start, count
+        return None
+
+    def spans(self) -> Spans:
+        """All free runs as a set."""
+        size = len(self._starts)
+        return Spans.from_arrays(
+            np.fromiter(self._starts.keys(), np.uint64, size), np.fromiter(self._starts.values(), np.uint64, size)
+        )
+
+
+class Frames:
+    """Frames of one owner (`tree_id`): allocate and free pages in bulk."""
+
+    def __init__(self, ram: Ram, leases: Leases, tree_id: int) -> None:
+        self.ram, self.leases, self.tree_id = ram, leases, tree_id
+        self._free = FreeRuns()
+        self._blocks = 0
+        self._held = 0
+        self._ahead = 1
+
+    @property
+    def free_pages(self) -> int:
+        """Pages of the leased blocks that are free now."""
+        return self._free.total
+
+    @property
+    def used_pages(self) -> int:
+        """Pages that are allocated."""
+        return self._blocks * BLOCK_PAGES - self._free.total
+
+    @property
+    def held_pages(self) -> int:
+        """Pages that only `allocate(held=True)` may use."""
+        return self._held
+
+    def hold(self, pages: int) -> None:
+        """Keep `pages` free for the save; leases them now. ExhaustedError if they are not to be had."""
+        if pages > self._held:
+            self._ensure(pages)
+        self._held = pages
+
+    def allocate(self, count: int, order: int = 0, *, held: bool = False) -> list[Run]:
+        """Runs of exactly `count` pages in all, few and large, zero-filled.
+
+        With `order`, runs start at multiples of 2**order as far as memory allows. ExhaustedError
+        (ENOSPC), and nothing taken, if RAM or the host behind it is full.
+        """
+        if count <= 0:
+            return []
+        self.ram.check_room(count << PAGE_SHIFT)
+        self._ensure(count + (0 if held else self._held))
+        if order == 0:
+            run = self._free.take(count)
+            if run is not None:
+                return [run]
+        return self._gather(count, min(order, MAX_ORDER))
+
+    def _gather(self, count: int, order: int) -> list[Run]:
+        """Aligned large runs first, then whatever is largest."""
+        runs: list[Run] = []
+        size = 1 << order
+        if order:
+            while count >= size:
+                run = self._free.take_aligned(count // size * size, size) or self._free.take_aligned(size, size)
+                if run is None:
+                    break
+                runs.append(run)
+                count -= run[1]
+        while count:
+            run = self._free.take(count) or self._free.take_largest(count)
+            if run is None:
+                raise AssertionError("the free runs hold less than their total")
+            runs.append(run)
+            count -= run[1]
+        return runs
+
+    def allocate_pages(self, count: int, *, held: bool = False) -> U64:
+        """The pfns of `count` pages as an array."""
+        runs = self.allocate(count, held=held)
+        if not runs:
+            return np.empty(0, dtype=np.uint64)
+        return np.concatenate([np.arange(start, start + size, dtype=np.uint64) for start, size in runs])
+
+    def _ensure(self, pages: int) -> None:
+        """See that `pages` are free, leasing blocks ahead of need while RAM has plenty."""
+        missing = pages - self._free.total
+        if missing <= 0:
+            return
+        need = -(-missing // BLOCK_PAGES)
+        try:
+            self._lease(max(need, self._ahead))
+            self._ahead = min(self._ahead * 2, _AHEAD_MAX)
+        except ExhaustedError:
+            if need >= self._ahead:
+                raise
+            self._ahead = 1
+            self._lease(need)
+
+    def _lease(self, blocks: int) -> None:
+        for start, end in self.leases.lease(self.tree_id, blocks):
+            self._free.add(start * BLOCK_PAGES, (end - start) * BLOCK_PAGES)
+            self._blocks += end - start
+
+    def free(self, starts: Any, counts: Any) -> None:
+        """Give runs back (first pfns and counts); neighbours join, memory goes back to the host."""
+        if len(starts) == 1:
+            start, count = int(starts[0]), int(counts[0])
+            self.ram.punch_run(start, count)
+            self._free.add(start, count)
+        else:
+            spans = Spans.from_runs(starts, counts)
+            self.ram.punch(spans)
+            for start, end in spans:
+                self._free.add(start, end - start)
+        if self._free.total - self._held > 2 * _STOCK_BLOCKS * BLOCK_PAGES:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Release wholly free blocks beyond the stock."""
+        free = self._free.spans()
+        whole = free.inward(BLOCK_PAGES)
+        keep = _STOCK_BLOCKS + -(-self._held // BLOCK_PAGES)
+        surplus = _last(whole, whole.total - keep)
+        if not surplus:
+            return
+        pages = surplus.scale(BLOCK_PAGES)
+        runs = free.starts[np.searchsorted(free.starts, pages.starts, side="right") - 1]
+        for run, (start, end) in zip(runs.tolist(), pages, strict=True):
+            self._free.cut(run, start, end - start)
+        self._blocks -= surplus.total
+        self.leases.release(self.tree_id, surplus)
+
+    def adopt(self, used: Spans) -> None:
+        """Take over the blocks that the tree id holds already: all of them but `used` is free."""
+        blocks = self.leases.blocks_of(self.tree_id)
+        pages = blocks.scale(BLOCK_PAGES)
+        if used - pages:
+            raise AssertionError(f"tree {self.tree_id:x} uses pages outside its page blocks")
+        free = pages - used
+        self.ram.punch(free)
+        self._free, self._blocks = FreeRuns(), blocks.total
+        for start, end in free:
+            self._free.add(start, end - start)
+
+    def used(self) -> Spans:
+        """Every allocated page."""
+        return self.leases.blocks_of(self.tree_id).scale(BLOCK_PAGES) - self._free.spans()
+
+    def release_all(self) -> None:
+        """Give every block back: the tree is gone."""
+        self.leases.release(self.tree_id, self.leases.blocks_of(self.tree_id))
+        self._free, self._blocks, self._held = FreeRuns(), 0, 0
+
+
+def _last(blocks: Spans, count: int) -> Spans:
+    """The highest `count` numbers of a set."""
+    if count <= 0:
+        return Spans()
+    skip = blocks.total - count
+    ends = np.cumsum(blocks.counts)
+    keep = ends > skip
+    starts = blocks.starts[keep].copy()
+    starts[0] += np.uint64(skip) - (ends[keep][0] - blocks.counts[keep][0])
+    return Spans.from_arrays(starts, blocks.ends[keep])

@@ -1,0 +1,143 @@
+"""Page-block leases: who owns each 2 MiB of RAM, one word a block, in a table in RAM.
+
+    block      0     1      2    3        4        5
+    word       HOLE  KERNEL FREE a3f1…    a3f1…    RESERVE
+
+A word is 0 (free), one of the kernel's three, or the *tree id* of a mount: a random number that is
+never used twice. Whether a tree's block is live or preserved is not written down but follows: it is
+preserved if a published node names the id, live if the id's lock is held, and otherwise free. So
+saving, freeing and taking over a tree are one store each, whatever the size, and what a dead daemon
+leased comes back at the next `sweep`.
+
+Words change only under the table lock. A leased block reads as zeros until its owner writes: `lease`
+punches what it hands out, `release` and `sweep` punch what they take back. Only backed pages of the
+table are read (a page that was never written is 512 free blocks), so that RAM of 16 TiB costs no
+more than what is in use.
+
+Kernel: include/linux/mmzone.h (pageblocks), mm/page_isolation.c; patches 28 to 31 (deferred work)
+"""
+
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+
+import numpy as np
+
+from pkramfs.errors import ExhaustedError
+from pkramfs.machine.ram import Ram
+from pkramfs.spans import U64, Spans
+from pkramfs.units import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, format_size
+
+FREE, KERNEL, HOLE, RESERVE = 0, 1, 2, 3
+FIRST_TREE_ID = 256
+STATES = {FREE: "free", KERNEL: "kernel", HOLE: "hole", RESERVE: "reserve"}
+
+_WORDS = PAGE_SIZE // 8
+
+
+def new_tree_id() -> int:
+    """A tree id that was never used: 63 random bits."""
+    return FIRST_TREE_ID + secrets.randbelow((1 << 63) - FIRST_TREE_ID)
+
+
+class Leases:
+    """The lease table at page `table_pfn`, for `blocks` page blocks."""
+
+    def __init__(
+        self, ram: Ram, table_pfn: int, blocks: int, lock: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.ram, self.table_pfn, self.blocks, self._lock = ram, table_pfn, blocks, lock
+        start = table_pfn * _WORDS
+        self.ids: U64 = ram.u64[start : start + blocks]
+        """The table itself. Reading a word of a page that is a hole makes the host back it."""
+
+    def _pieces(self) -> Iterator[tuple[int, U64]]:
+        """(first block, words) for each backed stretch of the table."""
+        pages = -(-self.blocks // _WORDS)
+        for start, end in self.ram.data_spans(self.table_pfn, self.table_pfn + pages):
+            first = (start - self.table_pfn) * _WORDS
+            yield first, self.ids[first : (end - self.table_pfn) * _WORDS]
+
+    def _where(self, keep: Callable[[U64], object]) -> Spans:
+        """Blocks of backed table pages for whose words `keep` is true."""
+        spans = Spans()
+        for first, words in self._pieces():
+            spans = spans | Spans.from_mask(keep(words), first)
+        return spans
+
+    def taken(self) -> Spans:
+        """Blocks that somebody owns."""
+        return self._where(lambda words: words != FREE)
+
+    def blocks_of(self, tree_id: int) -> Spans:
+        """Blocks that one owner holds."""
+        return self._where(lambda words: words == np.uint64(tree_id))
+
+    def tree_ids(self) -> set[int]:
+        """Every tree id that holds a block."""
+        found: set[int] = set()
+        for _, words in self._pieces():
+            found.update(np.unique(words).tolist())
+        return {owner for owner in found if owner >= FIRST_TREE_ID}
+
+    def counts(self) -> dict[str, int]:
+        """Blocks by state: free, kernel, hole, reserve, tree."""
+        found = dict.fromkeys((*STATES.values(), "tree"), 0)
+        for _, words in self._pieces():
+            for owner, count in zip(*np.unique(words, return_counts=True), strict=True):
+                found[STATES.get(int(owner), "tree")] += int(count)
+        found["free"] = self.blocks - sum(count for state, count in found.items() if state != "free")
+        return found
+
+    def lease(self, tree_id: int, count: int, *, align: int = 1) -> Spans:
+        """Take `count` free blocks, in one piece where there is one; ExhaustedError and nothing taken if too few."""
+        with self._lock():
+            free = self.taken().gaps(0, self.blocks)
+            if free.total < count:
+                raise ExhaustedError(
+                    f"RAM is full: {format_size(count * BLOCK_SIZE)} wanted, "
+                    f"{format_size(free.total * BLOCK_SIZE)} free"
+                )
+            chosen = _choose(free, count, align)
+            self.ram.punch(chosen.scale(BLOCK_PAGES))
+            self._set(chosen, tree_id)
+        return chosen
+
+    def release(self, tree_id: int, blocks: Spans) -> None:
+        """Give blocks of one owner back; AssertionError if they are not its own."""
+        with self._lock():
+            if blocks - self.blocks_of(tree_id):
+                raise AssertionError(f"tree {tree_id:x} releases page blocks that it does not own")
+            self.ram.punch(blocks.scale(BLOCK_PAGES))
+            self._set(blocks, FREE)
+
+
+    def sweep(self, keep: Callable[[], Iterable[int]]) -> int:
+        """Free every block of a tree id that `keep()`, asked under the lock, does not name; how many there were."""
+        with self._lock():
+            kept = np.array(sorted(keep()), dtype=np.uint64)
+            dead = self._where(lambda words: (words >= FIRST_TREE_ID) & ~np.isin(words, kept))
+            self.ram.punch(dead.scale(BLOCK_PAGES))
+            self._set(dead, FREE)
+        return dead.total
+
+    def _set(self, blocks: Spans, owner: int) -> None:
+        for start, end in blocks:
+            self.ids[start:end] = owner
+
+
+def _choose(free: Spans, count: int, align: int) -> Spans:
+    """The lowest piece that holds all, else the largest pieces first."""
+    start = free.first_fit(count, align)
+    if start is None and align > 1:
+        start = free.first_fit(count)
+    if start is not None:
+        return Spans([(start, start + count)])
+    chosen, left = [], count
+    for piece in np.argsort(-free.counts.astype(np.int64), kind="stable").tolist():
+        first, size = int(free.starts[piece]), min(int(free.counts[piece]), left)
+        chosen.append((first, first + size))
+        left -= size
+        if not left:
+            break
+    return Spans(chosen)

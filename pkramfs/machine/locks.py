@@ -1,0 +1,96 @@
+"""Locks between processes: flock on files of the machine's directory.
+
+A lock lives as long as the process that took it: whoever dies lets go, so no lock is ever stale.
+Descriptors are close-on-exec and never inherited. A file that somebody may remove (a mount's lock)
+is locked first and then compared with what its path names now, so that two processes never hold
+"the same" lock on two different files.
+
+Kernel: flock(2)
+"""
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pkramfs.errors import MachineError
+
+_POLL = 0.01
+_PROBE_GRACE = 0.2
+"""Seconds for which a lock may seem taken because somebody just looks whether it is (`is_held`)."""
+
+
+def open_lock(path: str) -> int:
+    """A descriptor of the lock file at `path`, made if it is not there."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def try_lock(fd: int, *, shared: bool = False) -> bool:
+    """Take the lock if it is free."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def held(path: str, *, shared: bool = False, timeout: float | None = None, what: str = "") -> Iterator[None]:
+    """Hold the lock at `path`; MachineError if it is not free within `timeout` seconds (None: wait)."""
+    fd = open_lock(path)
+    try:
+        if timeout is None:
+            fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        else:
+            _wait(fd, shared, timeout, what or path)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _wait(fd: int, shared: bool, timeout: float, what: str) -> None:
+    deadline = time.monotonic() + timeout
+    while not try_lock(fd, shared=shared):
+        if time.monotonic() >= deadline:
+            raise MachineError(f"{what} is busy: another boot, kexec or mount has held it for {timeout:.0f} s")
+        time.sleep(_POLL)
+
+
+def lock_removable(path: str) -> int | None:
+    """Lock a file that its holder removes when done; None if somebody holds it."""
+    deadline = time.monotonic() + _PROBE_GRACE
+    while True:
+        fd = open_lock(path)
+        locked = try_lock(fd)
+        if locked and _still_named(fd, path):
+            return fd
+        os.close(fd)
+        if not locked:
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(_POLL)
+
+
+def is_held(path: str) -> bool:
+    """Whether some process holds the lock at `path` (never creates it)."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        raise
+    try:
+        return not try_lock(fd, shared=True)
+    finally:
+        os.close(fd)
+
+
+def _still_named(fd: int, path: str) -> bool:
+    try:
+        named = os.stat(path)
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(fd)
+    return (mine.st_dev, mine.st_ino) == (named.st_dev, named.st_ino)
