@@ -17,13 +17,9 @@ def every(slots: kaslr.Slots) -> list[int]:
     st.sampled_from([1, 2, 4, 8]),
     st.integers(0, 20),
 )
-def test_slots_are_those_that_trying_every_address_finds(
-    free: list[bool], size: int, align: int, minimum: int
-) -> None:
+def test_slots_are_those_that_trying_every_address_finds(free: list[bool], size: int, align: int, minimum: int) -> None:
     brute = [
-        at
-        for at in range(len(free) - size + 1)
-        if at >= minimum and at % align == 0 and all(free[at : at + size])
+        at for at in range(len(free) - size + 1) if at >= minimum and at % align == 0 and all(free[at : at + size])
     ]
     assert every(kaslr.find_slots(Spans.from_mask(free), size, align, minimum=minimum)) == brute
 

@@ -1,0 +1,61 @@
+"""python -m pkramfs boot DIR: the boot of a machine, in a process that was given nothing else.
+
+Started by pkram-kexec and by the first mount with `--parent PID`, while that process holds the
+machine lock. It holds a lock of its own, so that a boot whose parent was killed is waited for, and
+gives up if its parent was gone before it began. Typed by hand (no --parent), it takes the machine
+lock itself; that is how to go on with `--force` after a boot that stopped at damaged metadata.
+
+Kernel: what the bootloader calls; arch/x86/boot/compressed/head_64.S
+"""
+
+import os
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+from pkramfs.errors import MachineError, PkramfsError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Boot the machine in DIR; 0 when kernel.json is written."""
+    parser = ArgumentParser(prog="boot", description="Boot the machine in a directory.")
+    parser.add_argument("directory", metavar="DIR", help="the machine's directory")
+    parser.add_argument("--parent", type=int, metavar="PID", help="who holds the machine lock for us")
+    parser.add_argument("--force", action="store_true", help="give up preserved memory that cannot be read")
+    args = parser.parse_args(argv)
+    try:
+        if args.parent is None:
+            _boot_by_hand(args.directory, args.force)
+        else:
+            _boot_for(args.parent, args.directory, args.force)
+    except PkramfsError as error:
+        print(f"boot: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+def _boot_for(parent: int, directory: str, force: bool) -> None:
+    from pkramfs.kernel.boot import boot
+    from pkramfs.kernel.running import BOOT_LOCK
+    from pkramfs.machine.directory import Machine
+    from pkramfs.machine.locks import held
+
+    machine = Machine(directory)
+    with held(machine.path(BOOT_LOCK)):
+        if os.getppid() != parent:
+            raise MachineError(f"the process that started this boot (pid {parent}) is gone")
+        boot(machine, force=force)
+
+
+def _boot_by_hand(directory: str, force: bool) -> None:
+    from pkramfs.kernel.running import LOCK_SECONDS, bring_up
+    from pkramfs.machine.directory import Machine
+
+    machine = Machine(directory)
+    machine.hardware()
+    with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
+        bring_up(machine, force=force)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""Boot: from RAM, a firmware map and a command line to a running kernel, in the order of a real one.
+
+    purgatory    are the loaded segments what was loaded?                      ┐
+    params       command line out of RAM                                       │ reads only
+    find         pkram= → super block → region list → nodes, all checked       │
+    place        KASLR, tables, reserve: everything has room                   ┘
+    release      every page that is not reserved is punched (or poisoned)      ┐ repeatable: nothing that
+    move         the kernel to its place                                       │ was handed over is changed
+    tables       lease table, from holes, kernel and nodes                     │
+    super        a new super block that names the old nodes                    │
+    files        cmdline, pkram, iomem                                         ┘
+    publish      kernel.json, by rename: the kernel is up
+
+Boot runs in a fresh process which is given RAM, machine.json, nvram.json and the command line, and
+nothing else. It may die after any step and be started again: what it finds is the same, what it
+decides comes from the machine's seed and the boot's number, and what it writes it writes again.
+Taking over (consuming the old super block, freeing what is stale) is the running kernel's first
+act, in running.py, because only then is there a kernel that could do it twice.
+
+Metadata that cannot be read stop the boot at `find`, before anything was punched. Forced, they are
+given up, one line in the log for each node that is lost.
+
+Kernel: arch/x86/boot/compressed, arch/x86/kernel/setup.c (setup_arch), init/main.c (start_kernel)
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pkramfs import __version__
+from pkramfs.errors import FormatError, MachineError, PkramfsError
+from pkramfs.kernel import cmdline as words
+from pkramfs.kernel import incoming, iomem, nvram, placement, staging, state, tables
+from pkramfs.kernel.incoming import Incoming
+from pkramfs.kernel.nvram import NodePages, Pending
+from pkramfs.kernel.placement import Placement
+from pkramfs.kernel.segments import destinations
+from pkramfs.kernel.state import KernelInfo
+from pkramfs.machine.directory import Machine
+from pkramfs.machine.firmware import FirmwareMap
+from pkramfs.machine.ram import Ram
+from pkramfs.pkram import superblock
+from pkramfs.spans import Spans
+from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, format_pfn, pages, plural
+
+AfterStep = Callable[[str], None]
+
+
+def nothing(_step: str) -> None:
+    """Between two steps of a boot nothing happens, unless a test says so."""
+
+
+def boot(machine: Machine, *, force: bool = False, after_step: AfterStep = nothing) -> KernelInfo:
+    """Boot what nvram.json says is pending. The caller holds the machine lock exclusively."""
+    pending = nvram.pending(machine)
+    if pending is None:
+        raise MachineError(f"{machine.path(nvram.NAME)}: no boot is pending")
+    started = Boot(machine, machine.hardware(), machine.ram(), pending, force or pending.force)
+    machine.begin_log()
+    for step in STEPS:
+        begun = time.perf_counter()
+        try:
+            step(started)
+        except PkramfsError as error:
+            machine.log(f"kernel panic - not syncing: {step.__name__}: {error}")
+            raise
+        started.phases[step.__name__] = time.perf_counter() - begun
+        after_step(step.__name__)
+    return started.info
+
+
+@dataclass
+class Boot:
+    """What a boot knows so far; each step adds to it."""
+
+    machine: Machine
+    hardware: FirmwareMap
+    ram: Ram
+    pending: Pending
+    force: bool
+    phases: dict[str, float] = field(default_factory=dict)
+    cmdline: str = ""
+    found: Incoming | None = None
+    lost: list[NodePages] = field(default_factory=list)
+    placed: Placement = field(init=False)
+    super_pfn: int = 0
+    info: KernelInfo = field(init=False)
+
+    @property
+    def usable(self) -> Spans:
+        return placement.usable_memory(self.hardware, self.cmdline)
+
+    @property
+    def preserved(self) -> Spans:
+        return self.found.preserved if self.found else Spans()
+
+    def log(self, message: str) -> None:
+        self.machine.log(message)
+
+
+def purgatory(boot: Boot) -> None:
+    """Check that what is in RAM is what was loaded."""
+    image = boot.pending.image
+    staging.verify_in_ram(boot.ram, boot.pending.segments)
+    version = f" {image.version}" if image.version else ""
+    boot.log(f"pkramfs {__version__} boots {image.name}{version} ({image.kind}), generation {boot.pending.generation}")
+
+
+def params(boot: Boot) -> None:
+    """Read the command line as boot parameters say where it is; a cold boot has nvram.json's."""
+    segments = {s.name: s for s in boot.pending.segments}
+    boot.cmdline = boot.pending.cmdline
+    if "params" in segments:
+        address = staging.cmdline_address(bytes(boot.ram.page(segments["params"].pfn)))
+        text = bytes(boot.ram.bytes[address : address + words.MAX_LENGTH + 1])
+        boot.cmdline = text.split(b"\0")[0].decode("utf-8", "surrogateescape")
+    words.validate(boot.cmdline)
+    boot.log(f"Command line: {boot.cmdline}")
+    boot.log("Firmware-provided physical RAM map:")
+    for start, end, kind in boot.hardware.entries:
+        boot.log(f"firmware: [mem {start:#018x}-{end - 1:#018x}] {kind}")
+
+
+def find(boot: Boot) -> None:
+    """Find what the last kernel left, or decide that nothing is expected."""
+    boot.lost = list(boot.pending.lost)
+    pfn = words.pkram_pfn(boot.cmdline)
+    if boot.pending.kind != nvram.KEXEC or pfn is None:
+        _expect_nothing(boot, "no pkram= on the command line")
+        return
+    boot.log("pkram: examining preserved memory")
+    try:
+        boot.found = incoming.examine(boot.ram, pfn, boot.usable)
+        _expect_nodes(boot, len(boot.found.nodes))
+    except FormatError as error:
+        boot.found = None
+        boot.log(f"pkram: invalid super block or metadata at pfn {format_pfn(pfn)}: {error}")
+        if boot.pending.nodes and not boot.force:
+            raise
+        _expect_nothing(boot, "metadata cannot be read")
+
+
+def _expect_nodes(boot: Boot, found: int) -> None:
+    if found < len(boot.pending.nodes):
+        raise FormatError("SuperBlock", "nodes", found=found, expected=len(boot.pending.nodes))
+
+
+def _expect_nothing(boot: Boot, reason: str) -> None:
+    """Going on without what was preserved is only done when there was nothing, or by force."""
+    expected = boot.pending.nodes
+    if expected and not boot.force:
+        raise FormatError("Command line", "pkram", found=reason, expected=plural(len(expected), "preserved node"))
+    boot.lost += expected
+    for name, count in boot.lost:
+        boot.log(f"pkram: {name} is lost ({plural(count, 'page')}): {reason}")
+
+
+def place(boot: Boot) -> None:
+    """Find room for everything, before anything is changed."""
+    boot.placed = placement.place(boot.hardware, boot.pending, boot.preserved)
+    start, end = boot.placed.kernel
+    how = f"slot 1 of {boot.placed.slots}" if boot.placed.slots == 1 else f"one of {plural(boot.placed.slots, 'slot')}"
+    if not boot.placed.slots:
+        how = "KASLR disabled"
+    boot.log(f"Kernel at [mem {start << PAGE_SHIFT:#018x}-{(end << PAGE_SHIFT) - 1:#018x}], {how}")
+    if boot.found:
+        nodes, ranges = boot.found.nodes, boot.found.preserved
+        boot.log(
+            f"pkram: found super block at pfn {format_pfn(boot.found.super_pfn)}, {plural(len(nodes), 'node')}, "
+            f"{ranges.total} pages in {plural(len(ranges), 'range')} reserved"
+        )
+
+
+def release(boot: Boot) -> None:
+    """Give back every page that nobody reserved, whatever the last kernel had there."""
+    kept = boot.preserved | boot.placed.spans | destinations(boot.pending.segments)
+    if boot.pending.poison:
+        boot.ram.poison(boot.ram.data_spans() - kept)
+    else:
+        boot.ram.punch(Spans([(0, boot.ram.pages)]) - kept)
+    _log_memory(boot)
+
+
+def _log_memory(boot: Boot) -> None:
+    whole, reserved = boot.usable.total, (boot.placed.spans | boot.preserved).total
+    boot.log(
+        f"Memory: {(whole - reserved) * 4}K/{whole * 4}K available "
+        f"({boot.placed.spans.total * 4}K reserved, {boot.preserved.total * 4}K preserved)"
+    )
+
+
+def move(boot: Boot) -> None:
+    """Bring the loaded kernel to its place, unless it runs where it was loaded."""
+    start, end = boot.placed.kernel
+    source = next((s for s in boot.pending.segments if s.name == "kernel"), None)
+    if source is not None and source.pfn != start:
+        boot.ram.punch(Spans([boot.placed.kernel]))
+        boot.ram.copy(source.pfn, start, min(end - start, pages(source.size)))
+        boot.log(f"Kernel moved from pfn {format_pfn(source.pfn)} to pfn {format_pfn(start)}")
+
+
+def build_tables(boot: Boot) -> None:
+    """Write the lease table: holes, the kernel's own, what was handed over, preserved trees."""
+    handed_over = destinations(boot.pending.segments) | (boot.found.stale if boot.found else Spans())
+    nodes = boot.found.nodes if boot.found else ()
+    trees = incoming.union(node.spans for node in nodes)
+    kernel = boot.placed.spans | (handed_over - placement.blocks_of(trees))
+    blocks = placement.block_count(boot.hardware)
+    tables.write(boot.ram, boot.placed.table, blocks, boot.usable, kernel, Spans([boot.placed.reserve]), nodes)
+    for node in nodes:
+        boot.log(f"pkram: node {node.name}: {plural(node.spans.total, 'page')} in {plural(len(node.spans), 'range')}")
+
+
+def super_block(boot: Boot) -> None:
+    """Make this kernel's super block, naming the nodes that were found. A crash kernel has none."""
+    boot.ram.punch(Spans([boot.placed.reserve]))
+    if boot.pending.kind == nvram.CRASH:
+        boot.log("pkram: disabled in a crash kernel")
+        return
+    boot.super_pfn = boot.placed.reserve[0]
+    first = boot.found.first_node_pfn if boot.found else 0
+    superblock.create(boot.ram, boot.super_pfn, boot.pending.generation, first)
+    boot.log(f"pkram: super block at pfn {format_pfn(boot.super_pfn)}")
+
+
+def files(boot: Boot) -> None:
+    """Write what /proc and /sys would show."""
+    boot.machine.write_text("cmdline", boot.cmdline + "\n")
+    if boot.super_pfn:
+        boot.machine.write_text("pkram", format_pfn(boot.super_pfn) + "\n")
+    owners = [(name, Spans([part])) for name, part in boot.placed.named.items()]
+    if boot.found:
+        owners += [(node.name, node.spans) for node in boot.found.nodes]
+    boot.machine.write_text("iomem", iomem.render(boot.hardware, owners))
+
+
+def publish(boot: Boot) -> None:
+    """Write kernel.json: from now on this is the running kernel."""
+    placed, found = boot.placed, boot.found
+    initmem = destinations(boot.pending.segments) - placed.spans
+    boot.info = KernelInfo(
+        generation=boot.pending.generation,
+        kind=boot.pending.kind,
+        image=boot.pending.image.name,
+        super_pfn=boot.super_pfn,
+        lease_table_pfn=placed.table[0],
+        blocks=placement.block_count(boot.hardware),
+        reserve_blocks=tuple(range(placed.reserve[0] // BLOCK_PAGES, placed.reserve[1] // BLOCK_PAGES)),
+        reserved=placed.named,
+        old_super_pfn=found.super_pfn if found else 0,
+        stale=tuple(found.stale) if found else (),
+        initmem=tuple(initmem),
+        booted=time.time(),
+        report=_report(boot),
+    )
+    boot.machine.write_json(state.NAME, boot.info.to_json())
+
+
+def _report(boot: Boot) -> dict[str, Any]:
+    """What `pkramctl report` shows: found, reserved, lost, and where the time went."""
+    nodes = boot.found.nodes if boot.found else ()
+    return {
+        "cmdline": boot.cmdline,
+        "nodes": [{"name": n.name, "pages": n.spans.total, "ranges": len(n.spans)} for n in nodes],
+        "lost": [{"name": name, "pages": count} for name, count in boot.lost],
+        "preserved_pages": boot.preserved.total,
+        "preserved_ranges": len(boot.preserved),
+        "reserved_bytes": {name: (end - start) * PAGE_SIZE for name, (start, end) in boot.placed.named.items()},
+        "kaslr_slots": boot.placed.slots,
+        "segments": [s.describe() for s in boot.pending.segments],
+        "phases": {name: round(seconds, 6) for name, seconds in boot.phases.items()},
+    }
+
+
+STEPS = (purgatory, params, find, place, release, move, build_tables, super_block, files, publish)

@@ -1,0 +1,77 @@
+"""What the last kernel left for this one: found through one number, believed only after checking.
+
+    pkram=34f ─→ super block ─→ region list          which pages must not be touched
+                     └────────→ nodes ─→ page tables whose they are
+
+Reading changes nothing and needs no allocator, so the planner uses it on the living kernel, too,
+and boot before it has decided anything. The region list must hold every page of every node; a
+list that is short would let boot punch somebody's data, so that is an error, not a warning.
+
+Kernel: mm/pkram.c (pkram_reserve, pkram_init), patches 10 to 14
+"""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from pkramfs.errors import FormatError
+from pkramfs.machine.ram import Ram
+from pkramfs.pkram import regions, superblock
+from pkramfs.pkram.store import Store
+from pkramfs.spans import Spans
+
+
+@dataclass(frozen=True)
+class IncomingNode:
+    """A preserved tree: the pages that its node names, metadata included."""
+
+    name: str
+    tree_id: int
+    pfn: int
+    spans: Spans
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """Everything that crosses: `preserved` is the region list, super block and list pages included."""
+
+    super_pfn: int
+    generation: int
+    first_node_pfn: int
+    preserved: Spans
+    nodes: tuple[IncomingNode, ...]
+
+    @property
+    def stale(self) -> Spans:
+        """The pages that no node owns: super block and region list, of no use after the take-over."""
+        return self.preserved - union(node.spans for node in self.nodes)
+
+
+def union(sets: Iterable[Spans]) -> Spans:
+    """All of many sets, in one pass."""
+    return Spans(span for spans in sets for span in spans)
+
+
+def examine(ram: Ram, super_pfn: int, usable: Spans) -> Incoming:
+    """Find and check what `pkram=` names; FormatError or StaleError says what is wrong with it."""
+    found = superblock.check(ram, super_pfn, usable)
+    preserved = regions.read(ram, found.region_pfn, usable) if found.region_pfn else Spans()
+    nodes = node_list(Store(ram, super_pfn, nullcontext))
+    missing = (union(node.spans for node in nodes) | Spans([(super_pfn, super_pfn + 1)])) - preserved
+    if missing:
+        raise FormatError(
+            "Regions",
+            "ranges",
+            pfn=found.region_pfn,
+            found=f"{missing.total} pages short",
+            expected="every node's pages",
+        )
+    return Incoming(super_pfn, found.generation, found.node_pfn, preserved, tuple(nodes))
+
+
+def node_list(store: Store) -> list[IncomingNode]:
+    """The published nodes with their pages, read from their page tables."""
+    return [
+        IncomingNode(node.name.decode("utf-8", "replace"), node.tree_id, node.pfn, store.pages_of(node))
+        for node in store.nodes()
+    ]

@@ -1,0 +1,41 @@
+"""The resource map of a booted machine, as /proc/iomem has it.
+
+    00100000-bfffffff : System RAM
+      01000000-01ffffff : Kernel image
+      02000000-021fffff : shmem-mytmpfs
+    c0000000-ffffffff : Reserved
+
+Kernel: kernel/resource.c, arch/x86/kernel/e820.c (e820__reserve_resources)
+"""
+
+from collections.abc import Iterable
+
+from pkramfs.machine.firmware import FirmwareMap
+from pkramfs.spans import Spans
+from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
+
+_KINDS = {"usable": "System RAM", "reserved": "Reserved", "acpi": "ACPI Tables"}
+_MOST_LINES = 512
+"""Lines for one owner; a tree in a hundred thousand pieces is summed up."""
+
+
+def render(hardware: FirmwareMap, owners: Iterable[tuple[str, Spans]]) -> str:
+    """The map: firmware ranges, and inside RAM what `owners` hold (spans in pages)."""
+    width = max(8, len(f"{hardware.size - 1:x}"))
+    inner = sorted(line for owner, spans in owners for line in _pieces(owner, spans))
+    lines, at = [], 0
+    for start, end, kind in hardware.entries:
+        lines.append(f"{start:0{width}x}-{end - 1:0{width}x} : {_KINDS.get(kind, kind)}")
+        while at < len(inner) and inner[at][0] < end:
+            first, last, owner = inner[at]
+            lines.append(f"  {first:0{width}x}-{last:0{width}x} : {owner}")
+            at += 1
+    return "\n".join(lines) + "\n"
+
+
+def _pieces(owner: str, spans: Spans) -> Iterable[tuple[int, int, str]]:
+    if len(spans) > _MOST_LINES:
+        start, end = int(spans.starts[0]), int(spans.ends[-1])
+        text = f"{owner} ({len(spans)} ranges, {spans.total} pages)"
+        return [(start << PAGE_SHIFT, end * PAGE_SIZE - 1, text)]
+    return [(start << PAGE_SHIFT, end * PAGE_SIZE - 1, owner) for start, end in spans]

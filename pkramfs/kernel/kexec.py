@@ -1,0 +1,355 @@
+"""kexec: load the next kernel, plan its birth, let the running one die.
+
+Loading (`load`) stages the next kernel's segments in kexec/ and decides their destinations; until
+`-e` nothing in RAM changes. What is preserved later must keep out of the destinations (`banned`);
+if it does not, a kernel loaded with -s is simply loaded elsewhere when it is executed, and one
+loaded with -c is refused.
+
+A Plan is a list of operations, each with describe() and execute(). The order of a kexec:
+
+     caller   lock the machine exclusively; freeze every mount, flushed; ask what each has preserved
+     plan     refuse: mounts not preserved, nodes that pkram= would lose, no room for the next kernel
+     1        stop the mounts: their daemons detach and end
+     2        load again elsewhere, if preserved pages have come to lie in a destination
+     3        write the region list into the reserve, and publish it in the super block
+     4        read all of it back as boot will, and place the next kernel: the last chance to refuse
+     5        nvram.json: the pending boot, and what to mount again
+     ──────── remove kernel.json: the point of no return (and cmdline, pkram, iomem, dmesg) ─────────
+     6        copy the segments into RAM, remove the staging directory's files
+     7        boot in a fresh process; it publishes kernel.json
+     8        take over: consume the old super block, free stale memory, clear the pending boot
+     caller   unlock; mount again
+
+Dying before the line leaves a kernel that goes on (the next command cancels the pending boot and
+the mounts have to be mounted again); dying after it leaves a boot that the next command resumes.
+Forced, a kexec goes on without what would be lost, and the new kernel's log names it.
+
+Kernel: kernel/kexec_core.c (kernel_kexec), kernel/kexec_file.c, kernel/kexec.c, mm/pkram.c
+        (pkram_reboot), patches 7, 10 and 15 to 18
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from pkramfs.errors import ExhaustedError, FormatError, MachineError, NotPreservedError, PkramfsError
+from pkramfs.kernel import cmdline as words
+from pkramfs.kernel import incoming, loading, nvram, placement, running, staging
+from pkramfs.kernel.incoming import IncomingNode
+from pkramfs.kernel.nvram import NodePages, Pending
+from pkramfs.kernel.running import Running
+from pkramfs.kernel.segments import conflicts, destinations
+from pkramfs.kernel.staging import FILE_MODE, Loaded
+from pkramfs.machine.directory import Machine
+from pkramfs.pkram import regions, superblock
+from pkramfs.spans import Spans
+from pkramfs.units import PAGE_SIZE, format_pfn, format_size, plural
+
+_BOOT_SECONDS, _COPY_RATE = 0.35, 1e9
+"""What a boot takes without segments (a fresh interpreter, mostly), and bytes copied and summed a second."""
+
+
+@dataclass(frozen=True)
+class MountReport:
+    """What a mount would lose: from its daemon, by way of the command that composes the kexec."""
+
+    mountpoint: str
+    name: str | None
+    preserved: bool
+    files: int
+    reason: str = ""
+
+
+class Operation(Protocol):
+    """One step of a plan."""
+
+    def describe(self) -> str: ...
+
+    def execute(self) -> None: ...
+
+
+@dataclass
+class Plan:
+    """What `-e` will do. `problems` are the reasons not to; `execute` raises the first of them."""
+
+    problems: list[PkramfsError]
+    warnings: list[str]
+    operations: list[Operation]
+    pause: float
+    """Predicted seconds from the first operation to the running kernel."""
+
+    def describe(self) -> list[str]:
+        """The plan for people, one line each."""
+        return [
+            *(f"refused: {problem}" for problem in self.problems),
+            *(f"warning: {warning}" for warning in self.warnings),
+            *(operation.describe() for operation in self.operations),
+            f"predicted pause: {self.pause:.1f} s",
+        ]
+
+    def execute(self, before: Callable[[Operation], None] = lambda _: None) -> None:
+        """Do it, telling `before` each operation. The caller holds the machine lock exclusively."""
+        if self.problems:
+            raise self.problems[0]
+        for operation in self.operations:
+            before(operation)
+            operation.execute()
+
+
+@dataclass
+class Transition:
+    """What the operations of one plan share: the dying kernel, the loaded one, and what crosses."""
+
+    kernel: Running
+    loaded: Loaded
+    force: bool
+    poison: bool
+    remount: Sequence[dict[str, object]]
+    keeps: bool = True
+    nodes: list[IncomingNode] = field(default_factory=list)
+    lost: list[NodePages] = field(default_factory=list)
+
+    @property
+    def machine(self) -> Machine:
+        return self.kernel.machine
+
+    @property
+    def preserved(self) -> Spans:
+        """Pages that must cross: of all nodes, and of the reserve that will hold the region list."""
+        if not self.keeps:
+            return Spans()
+        return incoming.union(node.spans for node in self.nodes) | self.kernel.info.reserve_pages
+
+    @property
+    def pending(self) -> Pending:
+        scratch = self.kernel.info.reserved.get("Scratch")
+        return Pending(
+            nvram.KEXEC,
+            self.kernel.generation + 1,
+            self.loaded.cmdline,
+            self.loaded.image,
+            self.loaded.segments,
+            self.force,
+            self.poison,
+            tuple((n.name, n.spans.total) for n in self.nodes) if self.keeps else (),
+            tuple(self.lost),
+            scratch,
+        )
+
+
+def load(machine: Machine, image: str, *, panic: bool = False, **words: Any) -> loading.Report:
+    """Load a kernel for the next -e; `words` are the other fields of loading.Request. Takes the machine lock."""
+    return loading.load(machine, loading.Request(image, **words), panic=panic)
+
+
+def unload(machine: Machine, *, panic: bool = False) -> bool:
+    """Forget the loaded kernel; whether there was one. Takes the machine lock."""
+    return loading.unload(machine, panic=panic)
+
+
+def plan(
+    machine: Machine,
+    mounts: Sequence[MountReport],
+    *,
+    force: bool = False,
+    poison: bool = False,
+    stop: Callable[[], None] = lambda: None,
+    remount: Sequence[dict[str, object]] = (),
+) -> Plan:
+    """Everything that `-e` will do, decided now and changing nothing.
+
+    The caller holds the machine lock exclusively (for a dry run, not even shared). `stop` ends all
+    mount daemons; `remount` is what nvram.json's list of mounts will be.
+    """
+    kernel = running.look(machine)
+    loaded = staging.read(machine)
+    if loaded is None:
+        raise MachineError("no kernel is loaded: pkram-kexec -l IMAGE")
+    going = Transition(kernel, loaded, force, poison, remount)
+    refusals, problems, warnings = _losses(going, mounts), [], []
+    for refusal in refusals:
+        (warnings if force else problems).append(str(refusal) if force else refusal)
+    problems += _impossible(going)
+    size = sum(s.size for s in loaded.segments)
+    return Plan(problems, warnings, _operations(going, mounts, stop), _BOOT_SECONDS + size / _COPY_RATE)
+
+
+def _operations(going: Transition, mounts: Sequence[MountReport], stop: Callable[[], None]) -> list[Operation]:
+    found: list[Operation] = [StopMounts(mounts, stop)] if mounts else []
+    if going.keeps and loading.blocking(going.loaded, going.preserved):
+        found.append(LoadElsewhere(going))
+    if going.keeps and going.nodes:
+        found.append(WriteRegions(going))
+    return [*found, Verify(going), DecideBoot(going), PointOfNoReturn(going), Boot(going), TakeOver(going)]
+
+
+def _losses(going: Transition, mounts: Sequence[MountReport]) -> list[PkramfsError]:
+    """What would be lost, as the errors that refuse it; fills in what crosses and what does not."""
+    found: list[PkramfsError] = []
+    for mount in mounts:
+        if not mount.preserved:
+            why = mount.reason or f"not preserved: mount -o remount,preserve,ro {mount.mountpoint}"
+            found.append(NotPreservedError(f"{mount.mountpoint}: {plural(mount.files, 'file')} would be lost ({why})"))
+            going.lost.append((f"{mount.mountpoint} ({mount.name or 'no name'}, not preserved)", 0))
+    try:
+        going.nodes = incoming.node_list(going.kernel.store)
+    except FormatError as error:
+        going.keeps = False
+        return [*found, error]
+    if going.nodes and not _names_current(going):
+        going.keeps = False
+        going.lost += [(f"node {n.name}", n.spans.total) for n in going.nodes]
+        found.append(NotPreservedError(loading.loss(going.nodes, going.loaded.cmdline, going.kernel.info.super_pfn)))
+    return found
+
+
+def _names_current(going: Transition) -> bool:
+    return words.pkram_pfn(going.loaded.cmdline) == going.kernel.info.super_pfn
+
+
+def _impossible(going: Transition) -> list[PkramfsError]:
+    """What force cannot help: destinations that would destroy what crosses, no room for the next kernel."""
+    blocking = loading.blocking(going.loaded, going.preserved)
+    if blocking and going.loaded.mode != FILE_MODE:
+        return [loading.conflict(conflicts(going.loaded.segments, loading.owners(going.kernel, going.nodes)))]
+    try:
+        loaded = loading.elsewhere(going.kernel, going.loaded, going.preserved) if blocking else going.loaded
+        hardware = going.machine.hardware()
+        placement.place(hardware, replace(going.pending, segments=loaded.segments), going.preserved)
+    except ExhaustedError as error:
+        return [error]
+    return []
+
+
+@dataclass
+class StopMounts:
+    """1: the daemons detach and end."""
+
+    mounts: Sequence[MountReport]
+    stop: Callable[[], None]
+
+    def describe(self) -> str:
+        return f"stop {plural(len(self.mounts), 'mount')}: {', '.join(m.mountpoint for m in self.mounts)}"
+
+    def execute(self) -> None:
+        self.stop()
+
+
+@dataclass
+class LoadElsewhere:
+    """2: pages were preserved where the kernel was to be copied; -s leaves the place to us."""
+
+    going: Transition
+
+    def describe(self) -> str:
+        blocked = loading.blocking(self.going.loaded, self.going.preserved)
+        return f"load again elsewhere: {plural(blocked.total, 'preserved page')} lie in a destination"
+
+    def execute(self) -> None:
+        going = self.going
+        moved = loading.elsewhere(going.kernel, going.loaded, going.preserved)
+        going.loaded = loading.restage(going.machine, moved)
+
+
+@dataclass
+class WriteRegions:
+    """3: the list of preserved ranges that the next kernel reads before it has any allocator."""
+
+    going: Transition
+
+    def describe(self) -> str:
+        nodes = self.going.nodes
+        pages = sum(n.spans.total for n in nodes)
+        names = ", ".join(n.name for n in nodes)
+        return f"hand over {plural(len(nodes), 'node')} ({names}): {format_size(pages * PAGE_SIZE)}"
+
+    def execute(self) -> None:
+        going, info, ram = self.going, self.going.kernel.info, self.going.kernel.ram
+        superblock.set_regions(ram, info.super_pfn, 0)
+        spans = incoming.union(n.spans for n in going.nodes) | Spans([(info.super_pfn, info.super_pfn + 1)])
+        reserve = info.reserve_pages - Spans([(info.super_pfn, info.super_pfn + 1)])
+        if regions.pages_needed(len(spans) + 2 * len(reserve)) > reserve.total:
+            spans = placement.blocks_of(spans)  # coarser, so shorter: whole page blocks belong to one owner
+        head = regions.build(ram, spans, lambda count: _first_pages(reserve, count))
+        superblock.set_regions(ram, info.super_pfn, head)
+
+
+def _first_pages(reserve: Spans, count: int) -> list[int]:
+    """The first `count` pages of the reserve: nothing else uses it, so a list is simply written again."""
+    found = [pfn for start, end in reserve for pfn in range(start, min(end, start + count))][:count]
+    if len(found) < count:
+        raise ExhaustedError(f"the reserve has {len(found)} pages, the region list needs {count}")
+    return found
+
+
+@dataclass
+class Verify:
+    """4: read what crosses as boot will, and find room for the next kernel, while we still can refuse."""
+
+    going: Transition
+
+    def describe(self) -> str:
+        return "verify what crosses, and that the next kernel has room"
+
+    def execute(self) -> None:
+        going, hardware = self.going, self.going.machine.hardware()
+        usable = placement.usable_memory(hardware, going.loaded.cmdline)
+        preserved = Spans()
+        if going.keeps and going.nodes:
+            preserved = incoming.examine(going.kernel.ram, going.kernel.info.super_pfn, usable).preserved
+        if blocked := destinations(going.loaded.segments) & preserved:
+            raise loading.conflict([f"{plural(blocked.total, 'preserved page')} from pfn {int(blocked.starts[0]):x}"])
+        placement.place(hardware, going.pending, preserved)
+
+
+@dataclass
+class DecideBoot:
+    """5: from now on a boot is pending, but this kernel still lives."""
+
+    going: Transition
+
+    def describe(self) -> str:
+        return f"decide the boot of {self.going.loaded.image.name}: {self.going.loaded.cmdline}"
+
+    def execute(self) -> None:
+        nvram.set_pending(self.going.machine, self.going.pending, list(self.going.remount))
+
+
+@dataclass
+class PointOfNoReturn:
+    """The running kernel is no more."""
+
+    going: Transition
+
+    def describe(self) -> str:
+        pfn = format_pfn(self.going.kernel.info.super_pfn)
+        return f"end kernel {self.going.kernel.generation} (super block at pfn {pfn}): the point of no return"
+
+    def execute(self) -> None:
+        running.retire(self.going.machine)
+
+
+@dataclass
+class Boot:
+    """6 and 7: segments into RAM, then a process that knows nothing else."""
+
+    going: Transition
+
+    def describe(self) -> str:
+        return "boot: " + "; ".join(s.describe() for s in self.going.loaded.segments)
+
+    def execute(self) -> None:
+        running.resume(self.going.machine)
+
+
+@dataclass
+class TakeOver:
+    """8: the new kernel's first act."""
+
+    going: Transition
+
+    def describe(self) -> str:
+        return "take over: consume the old super block, free what only boot needed"
+
+    def execute(self) -> None:
+        running.bring_up(self.going.machine)

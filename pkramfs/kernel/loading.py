@@ -1,0 +1,198 @@
+"""Loading a kernel: from files to segments with destinations that no preserved page is in.
+
+    -s  kexec_file_load   we choose: holes of preserved memory, off the running kernel, from the top
+                          down; free page blocks first, so that nothing need be relocated later
+    -c  kexec_load        you choose (--mem-min, --mem-max, --segment FILE@ADDR); a conflict is
+                          EADDRNOTAVAIL and lists the ranges and whose they are
+    -p  crash kernel      into crashkernel=, copied at once, because a crash leaves no time
+
+Loading twice replaces; unloading removes. A loaded kernel whose command line would lose what is
+preserved is a warning here and a refusal at -e, because the tree may be preserved only afterwards.
+
+Kernel: kernel/kexec_file.c (kexec_locate_mem_hole), kernel/kexec.c (do_kexec_load), patches 16 to 18
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from pkramfs.errors import ConflictError, ExhaustedError, MachineError, UsageError
+from pkramfs.kernel import cmdline as words
+from pkramfs.kernel import incoming, placement, running, staging
+from pkramfs.kernel.image import Image, load_image, setup_header
+from pkramfs.kernel.incoming import IncomingNode
+from pkramfs.kernel.nvram import ImageInfo
+from pkramfs.kernel.running import Running
+from pkramfs.kernel.segments import Segment, check_destinations, destinations, place_all
+from pkramfs.kernel.staging import CRASH_JSON, CRASH_MODE, FILE_MODE, LOAD_MODE, Loaded, Stage
+from pkramfs.machine.directory import Machine
+from pkramfs.spans import Spans
+from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, format_pfn, format_size, plural
+
+UserSegment = tuple[str, int]
+"""A file and the address at which the user wants it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line of pkram-kexec asks to be loaded. Addresses in bytes."""
+
+    image: str
+    initrd: str | None = None
+    append: str | None = None
+    reuse_cmdline: bool = False
+    syscall: str = "file"
+    mem_min: int = 0
+    mem_max: int | None = None
+    segments: Sequence[UserSegment] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was loaded, and what its user should know."""
+
+    loaded: Loaded
+    warnings: list[str] = field(default_factory=list)
+
+
+def load(machine: Machine, request: Request, *, panic: bool = False) -> Report:
+    """Load a kernel for the next -e, or as crash kernel. Takes the machine lock."""
+    image = load_image(request.image)
+    with running.exclusively(machine) as kernel, Stage(machine) as stage:
+        cmdline = compose_cmdline(kernel, request)
+        segments = _stage(stage, image, request, cmdline)
+        nodes = incoming.node_list(kernel.store)
+        room = _crash_range(kernel) if panic else None
+        placed = place_all(segments, [room]) if room else _place(kernel, segments, nodes, request)
+        mode = CRASH_MODE if panic else FILE_MODE if request.syscall == "file" else LOAD_MODE
+        loaded = Loaded(mode, ImageInfo.of(image), cmdline, stage.seal(placed, setup_header(image)))
+        if panic:
+            _load_crash(kernel, loaded)
+            return Report(loaded)
+        staging.write(machine, loaded)
+        return Report(loaded, _warnings(kernel, loaded, nodes))
+
+
+def unload(machine: Machine, *, panic: bool = False) -> bool:
+    """Forget the loaded kernel; whether there was one. Takes the machine lock."""
+    with running.exclusively(machine):
+        return staging.remove(machine, CRASH_JSON if panic else staging.KEXEC_JSON)
+
+
+def compose_cmdline(kernel: Running, request: Request) -> str:
+    """The next kernel's command line: the running one's with pkram= made current, and what is appended."""
+    parts = []
+    if request.reuse_cmdline:
+        parts.append(words.put(kernel.cmdline, "pkram", format_pfn(kernel.info.super_pfn)))
+    if request.append:
+        parts.append(request.append.strip())
+    cmdline = " ".join(parts)
+    words.validate(cmdline)
+    return cmdline
+
+
+def _stage(stage: Stage, image: Image, request: Request, cmdline: str) -> list[Segment]:
+    """Every segment's bytes in the staging directory; those that the user placed have their pfn."""
+    segments = [stage.kernel(image)]
+    if request.initrd:
+        segments.append(stage.copy("initrd", request.initrd))
+    segments.append(stage.data("cmdline", cmdline.encode("utf-8", "surrogateescape") + b"\0"))
+    for number, (path, address) in enumerate(request.segments):
+        if address % PAGE_SIZE or not address:
+            raise UsageError(f"--segment {path}@{address:#x}: the address must be a multiple of {PAGE_SIZE}, and not 0")
+        segments.append(stage.copy(f"segment{number}", path, address >> PAGE_SHIFT))
+    return segments + stage.reserve(len(segments) + 1)
+
+
+def _place(kernel: Running, segments: list[Segment], nodes: list[IncomingNode], request: Request) -> list[Segment]:
+    usable = kernel.machine.hardware().usable
+    limits = usable.clip(request.mem_min >> PAGE_SHIFT, (request.mem_max or 1 << 62) >> PAGE_SHIFT)
+    owned = owners(kernel, nodes)
+    if request.syscall == "file":
+        placed = place_all(segments, [room & limits for room in _rooms(kernel, owned)])
+    else:
+        # userspace knows the running kernel from /proc/iomem, and nothing of what is preserved
+        placed = place_all(segments, [limits - kernel.info.own_pages], top_down=False)
+    check_destinations(placed, usable, owned)
+    return placed
+
+
+def owners(kernel: Running, nodes: list[IncomingNode]) -> dict[str, Spans]:
+    """Whose pages must not be a destination, by what people call them."""
+    found = {f"node {node.name}": node.spans for node in nodes}
+    return found | {"the super block and region list": kernel.info.reserve_pages}
+
+
+def _rooms(kernel: Running, owned: dict[str, Spans]) -> list[Spans]:
+    """Where segments may go, best first: blocks that nobody has, then all that is not preserved."""
+    info, usable = kernel.info, kernel.machine.hardware().usable
+    if scratch := info.reserved.get("Scratch"):
+        return [Spans([scratch]) - Spans(part for name, part in info.reserved.items() if name != "Scratch")]
+    preserved = placement.blocks_of(incoming.union(owned.values()))
+    return [
+        kernel.leases.taken().gaps(0, info.blocks).scale(BLOCK_PAGES) & usable,
+        usable - info.own_pages - preserved,
+    ]
+
+
+def _crash_range(kernel: Running) -> Spans:
+    crash = kernel.info.reserved.get("Crash kernel")
+    if crash is None:
+        raise MachineError("no memory is set aside for a crash kernel: boot with crashkernel=SIZE")
+    return Spans([crash])
+
+
+def _load_crash(kernel: Running, loaded: Loaded) -> None:
+    """A crash kernel is copied at once, and its files are not needed any more."""
+    staging.copy_into_ram(kernel.machine, kernel.ram, loaded.segments)
+    in_ram = replace(loaded, segments=tuple(replace(s, file="") for s in loaded.segments))
+    staging.write(kernel.machine, in_ram, CRASH_JSON)
+
+
+def _warnings(kernel: Running, loaded: Loaded, nodes: list[IncomingNode]) -> list[str]:
+    found = []
+    if nodes and words.pkram_pfn(loaded.cmdline) != kernel.info.super_pfn:
+        found.append(loss(nodes, loaded.cmdline, kernel.info.super_pfn))
+    elif words.pkram_pfn(loaded.cmdline) is None:
+        pfn = format_pfn(kernel.info.super_pfn)
+        found.append(f"the command line has no pkram=: to keep what will be preserved, append pkram={pfn}")
+    return found
+
+
+def loss(nodes: list[IncomingNode], cmdline: str, super_pfn: int) -> str:
+    """What a wrong command line would cost, and the remedy."""
+    size = format_size(sum(n.spans.total for n in nodes) * PAGE_SIZE)
+    said = words.get(cmdline, "pkram")
+    wrong = f"the loaded command line says pkram={said}, " if said else ""
+    return f"{plural(len(nodes), 'node')}, {size} would be lost: {wrong}append pkram={format_pfn(super_pfn)}"
+
+
+def blocking(loaded: Loaded, preserved: Spans) -> Spans:
+    """Pages to be preserved that lie where the kernel will be copied."""
+    return destinations(loaded.segments) & preserved
+
+
+def conflict(lines: list[str]) -> ConflictError:
+    """The refusal of a kernel whose destinations hold preserved pages."""
+    return ConflictError(
+        f"cannot assign requested address: the loaded kernel would overwrite preserved pages; {lines[0]}; "
+        "load it elsewhere, or with -s",
+        lines,
+    )
+
+
+def elsewhere(kernel: Running, loaded: Loaded, preserved: Spans) -> Loaded:
+    """The same kernel with new destinations, clear of what is preserved now; ExhaustedError without room."""
+    fixed = 0 if loaded.image.relocatable else loaded.image.preferred >> PAGE_SHIFT
+    unplaced = [replace(s, pfn=fixed if s.name == "kernel" else 0) for s in loaded.segments]
+    placed = place_all(unplaced, _rooms(kernel, {"": preserved}))
+    if destinations(placed) & preserved:
+        raise ExhaustedError(f"{loaded.image.name} runs at {loaded.image.preferred:#x} only, where preserved pages are")
+    return replace(loaded, segments=tuple(placed))
+
+
+def restage(machine: Machine, loaded: Loaded) -> Loaded:
+    """Write boot parameters and purgatory again for new destinations."""
+    with Stage(machine) as stage:
+        sealed = replace(loaded, segments=stage.seal(loaded.segments, staging.header_of(machine, loaded)))
+        staging.write(machine, sealed)
+    return sealed

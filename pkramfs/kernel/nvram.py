@@ -1,0 +1,139 @@
+"""nvram.json: what crosses a kexec beside RAM, as firmware variables would.
+
+    boot_count   how many kernels this machine has had; the next kernel's generation is one more
+    pending      the boot that was decided and is not finished: whoever finds it goes on with it
+    mounts       what to mount again after the boot (design: the machine's /etc/fstab)
+
+The pending boot is written before the point of no return and cleared when the new kernel has
+taken over. Next to kernel.json it says where a kexec died:
+
+    kernel.json of      pending of       meaning
+    generation n        n + 1            died before the point of no return: cancelled
+    none                n + 1            died after it: resume
+    generation n + 1    n + 1            the new kernel is up and has to finish taking over
+    none                none             never booted; or damaged, if RAM holds data
+
+Kernel: drivers/firmware/efi/vars.c; struct kimage, which this record replaces once the old kernel is gone
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pkramfs.errors import MachineError
+from pkramfs.kernel.segments import Segment, from_json
+
+if TYPE_CHECKING:
+    from pkramfs.kernel.image import Image
+    from pkramfs.machine.directory import Machine
+
+NAME = "nvram.json"
+NodePages = tuple[str, int]
+"""A node's name and how many pages it has."""
+
+COLD, KEXEC, CRASH = "cold", "kexec", "crash"
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What boot must know about its kernel image; the bytes are in the kernel segment. Sizes in bytes."""
+
+    kind: str
+    name: str
+    version: str
+    init_size: int
+    align: int
+    preferred: int
+    relocatable: bool
+
+    @classmethod
+    def of(cls, image: "Image") -> "ImageInfo":
+        return cls(**{name: getattr(image, name) for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A boot that was decided. `nodes` must be found, `lost` are given up and only named in the log."""
+
+    kind: str
+    generation: int
+    cmdline: str
+    image: ImageInfo
+    segments: tuple[Segment, ...] = ()
+    force: bool = False
+    poison: bool = False
+    nodes: tuple[NodePages, ...] = ()
+    lost: tuple[NodePages, ...] = ()
+    scratch: tuple[int, int] | None = None
+    """Pages in which to place the kernel and its tables, as KHO hands them on."""
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return plain | {
+            "image": dict(vars(self.image)),
+            "segments": [s.to_json() for s in self.segments],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Pending":
+        try:
+            return cls(
+                **data
+                | {
+                    "image": ImageInfo(**data["image"]),
+                    "segments": tuple(from_json(data["segments"])),
+                    "nodes": tuple((str(name), int(count)) for name, count in data["nodes"]),
+                    "lost": tuple((str(name), int(count)) for name, count in data["lost"]),
+                    "scratch": tuple(data["scratch"]) if data["scratch"] else None,
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise MachineError(f"nvram.json: the pending boot cannot be read ({error!r})") from None
+
+
+def read(machine: "Machine") -> dict[str, Any]:
+    """All of nvram.json; what was never written reads as an unbooted machine's."""
+    data = machine.read_json(NAME) or {}
+    if not isinstance(data, dict) or not isinstance(data.get("boot_count", 0), int):
+        raise MachineError(f"{machine.path(NAME)}: not what this program wrote")
+    return {"boot_count": 0, "pending": None, "mounts": []} | data
+
+
+def pending(machine: "Machine") -> Pending | None:
+    """The boot that waits to be finished, if there is one."""
+    data = read(machine)["pending"]
+    return Pending.from_json(data) if data else None
+
+
+def set_pending(machine: "Machine", boot: Pending, mounts: Sequence[dict[str, Any]] | None = None) -> None:
+    """Decide a boot. `mounts` replaces the list of what to mount again."""
+    data = read(machine) | {"pending": boot.to_json()}
+    if mounts is not None:
+        data["mounts"] = list(mounts)
+    machine.write_json(NAME, data)
+
+
+def cancel(machine: "Machine") -> None:
+    """Forget a boot that died before the point of no return."""
+    machine.write_json(NAME, read(machine) | {"pending": None, "mounts": []})
+
+
+def finished(machine: "Machine", generation: int) -> None:
+    """The kernel of this generation has taken over."""
+    machine.write_json(NAME, read(machine) | {"pending": None, "boot_count": generation})
+
+
+def next_generation(machine: "Machine") -> int:
+    return int(read(machine)["boot_count"]) + 1
+
+
+def mounts(machine: "Machine") -> list[dict[str, Any]]:
+    """What to mount again after the boot."""
+    return list(read(machine)["mounts"])
+
+
+def clear_mounts(machine: "Machine") -> None:
+    """The mounts were started again, or it was decided not to."""
+    data = read(machine)
+    if data["mounts"]:
+        machine.write_json(NAME, data | {"mounts": []})

@@ -1,0 +1,178 @@
+"""Where the parts of a new kernel go: one pure function, asked before the old one dies and again in boot.
+
+    |..pp..[initrd]..[kernel].....pp....[reserve][scratch]|
+       ^       ^         ^              top down, whole page blocks
+       |       |         KASLR slot, clear of all others
+       |       where kexec loaded it; freed when boot is done
+       preserved: the new kernel must not even share a page block with it
+
+Everything that a kernel keeps lies in page blocks that hold no preserved page, because a block
+belongs to one owner. The lease table alone prefers the odd pages beside a hole (the second half of
+the first MiB block), which could not be leased to anybody.
+
+The kexec planner calls `place` with what is preserved now; boot calls it with what it finds. Same
+arguments, same answer: so a lack of room is found while the old kernel can still refuse, and a boot
+that is repeated puts everything in the same places.
+
+Kernel: arch/x86/boot/compressed/kaslr.c, setup_arch() up to memblock_allocate; KHO's scratch areas
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pkramfs.errors import ExhaustedError
+from pkramfs.kernel import cmdline as words
+from pkramfs.kernel import kaslr
+from pkramfs.kernel.nvram import ImageInfo, Pending
+from pkramfs.kernel.segments import LOWEST_PFN, Segment, destinations
+from pkramfs.kernel.state import Range
+from pkramfs.machine.firmware import FirmwareMap
+from pkramfs.spans import Spans
+from pkramfs.units import BLOCK_PAGES, MIB, PAGE_SHIFT, PAGE_SIZE, format_size, pages, plural, round_up
+
+_RESERVE_SHARE = 32768
+"""One reserve block (130,000 ranges) for every 64 GiB of RAM, and one more."""
+_KASLR_CEILING = 512 * MIB
+"""The lowest slot is the preferred address or this, whichever is lower."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Page ranges of the new kernel's parts, and what KASLR had to choose from."""
+
+    kernel: Range
+    slots: int
+    table: Range
+    reserve: Range
+    crash: Range | None
+    scratch: Range | None
+
+    @property
+    def named(self) -> dict[str, Range]:
+        """What stays reserved while the kernel lives."""
+        found = {"Kernel image": self.kernel, "Lease table": self.table, "PKRAM reserve": self.reserve}
+        if self.crash:
+            found["Crash kernel"] = self.crash
+        if self.scratch:
+            found["Scratch"] = self.scratch
+        return found
+
+    @property
+    def spans(self) -> Spans:
+        return Spans(self.named.values())
+
+
+def usable_memory(hardware: FirmwareMap, cmdline: str) -> Spans:
+    """The pages that the command line lets a kernel use."""
+    usable, limit = hardware.usable, words.memory_limit(cmdline)
+    return usable if limit is None else usable.clip(0, limit >> PAGE_SHIFT)
+
+
+def block_count(hardware: FirmwareMap) -> int:
+    """Page blocks from address 0 to the end of RAM, holes included."""
+    return -(-hardware.size // (BLOCK_PAGES * PAGE_SIZE))
+
+
+def blocks_of(spans: Spans) -> Spans:
+    """The pages of every page block that `spans` touch."""
+    return spans.outward(BLOCK_PAGES).scale(BLOCK_PAGES)
+
+
+def place(hardware: FirmwareMap, boot: Pending, preserved: Spans) -> Placement:
+    """Find room for every part of the kernel that `boot` starts; ExhaustedError says what has none."""
+    usable = usable_memory(hardware, boot.cmdline)
+    if lost := preserved - usable:
+        raise ExhaustedError(f"{plural(lost.total, 'preserved page')} lie outside of the memory that mem= allows")
+    loaded = destinations(boot.segments)
+    avoid = blocks_of(preserved) | loaded
+    # scratch may hold what is loaded: it is where kernels are loaded to
+    scratch = _reserve(usable, blocks_of(preserved), boot, "scratch", boot.scratch)
+    crash = _reserve(usable, avoid | _of(scratch), boot, "crashkernel", None)
+    outside = usable.clip(LOWEST_PFN, 1 << 62) - avoid - _of(crash) - _of(scratch)
+    inside = _of(scratch) - loaded if scratch else outside
+    kernel, slots = _place_kernel(boot, inside, preserved, hardware.seed)
+    taken = _of(kernel)
+    table = _place_table(block_count(hardware), usable, inside - taken, outside - taken)
+    taken = taken | _of(table)
+    reserve = _place_reserve(block_count(hardware), outside - taken)
+    return Placement(kernel, slots, table, reserve, crash, scratch)
+
+
+def _of(part: Range | None) -> Spans:
+    return Spans([part]) if part else Spans()
+
+
+def _reserve(usable: Spans, avoid: Spans, boot: Pending, name: str, kept: Range | None) -> Range | None:
+    """What `crashkernel=` or `scratch=` asks for: where it says, where it was, or as high as possible."""
+    wanted = words.reservation(boot.cmdline, name)
+    if wanted is None:
+        return None
+    count = round_up(pages(wanted.size), BLOCK_PAGES)
+    if kept and wanted.start is None and kept[1] - kept[0] == count:
+        return kept  # the loaded segments lie in it, and nothing preserved does
+    if wanted.start is not None:
+        start = wanted.start >> PAGE_SHIFT
+        if not usable.covers(start, start + count) or avoid.overlaps(start, start + count):
+            raise ExhaustedError(f"{name}={words.get(boot.cmdline, name)}: that memory is not RAM or is in use")
+        return start, start + count
+    at = (usable.clip(LOWEST_PFN, 1 << 62) - avoid).first_fit(count, BLOCK_PAGES, top_down=True)
+    if at is None:
+        raise ExhaustedError(f"{name}={words.get(boot.cmdline, name)}: no free range of {format_size(wanted.size)}")
+    return at, at + count
+
+
+def _place_kernel(boot: Pending, free: Spans, preserved: Spans, seed: int) -> tuple[Range, int]:
+    """The kernel's place: in place or preferred without KASLR, else a random slot."""
+    image, size = boot.image, pages(boot.image.init_size)
+    if not image.relocatable or words.has(boot.cmdline, "nokaslr"):
+        return _place_fixed(boot.segments, image, free, preserved), 0
+    # a block belongs to one owner, so a kernel starts and ends at block borders
+    align = max(BLOCK_PAGES, image.align >> PAGE_SHIFT)
+    low = min(image.preferred, _KASLR_CEILING) >> PAGE_SHIFT
+    slots = kaslr.find_slots(free, round_up(size, BLOCK_PAGES), align, minimum=low)
+    at = kaslr.choose(slots, seed, boot.generation)
+    if at is None:
+        where = "; append nokaslr to run it where it is loaded" if boot.segments else ""
+        raise ExhaustedError(
+            f"KASLR: no slot for a kernel of {format_size(size * PAGE_SIZE)} "
+            f"in {plural(len(free), 'free range')}{where}"
+        )
+    return (at, at + size), slots.total
+
+
+def _place_fixed(segments: Sequence[Segment], image: ImageInfo, free: Spans, preserved: Spans) -> Range:
+    """Where kexec loaded it, or for a cold boot at the preferred address or the first place above."""
+    size = pages(image.init_size)
+    for segment in segments:
+        if segment.name == "kernel":
+            if blocks_of(preserved).overlaps(segment.pfn, segment.end):
+                raise ExhaustedError(
+                    f"the kernel at pfn {segment.pfn:x} shares a page block with preserved pages: load it elsewhere"
+                )
+            return segment.pfn, segment.end
+    align = max(BLOCK_PAGES, image.align >> PAGE_SHIFT)
+    at = free.clip(image.preferred >> PAGE_SHIFT, 1 << 62).first_fit(size, align)
+    if at is None or (not image.relocatable and at != image.preferred >> PAGE_SHIFT):
+        raise ExhaustedError(f"no room for a kernel of {format_size(size * PAGE_SIZE)} at {image.preferred:#x}")
+    return at, at + size
+
+
+def _place_table(blocks: int, usable: Spans, inside: Spans, outside: Spans) -> Range:
+    """The lease table: in pages that no lease could use if there are enough, else high in free memory."""
+    count = pages(blocks * 8)
+    odd = outside - usable.inward(BLOCK_PAGES).scale(BLOCK_PAGES)
+    at = odd.first_fit(count)
+    if at is None:
+        at = inside.inward(BLOCK_PAGES).scale(BLOCK_PAGES).first_fit(count, BLOCK_PAGES, top_down=True)
+    if at is None:
+        raise ExhaustedError(f"no room for a lease table of {format_size(count * PAGE_SIZE)}")
+    return at, at + count
+
+
+def _place_reserve(blocks: int, free: Spans) -> Range:
+    """Whole page blocks for the super block and, when this kernel dies, its region list."""
+    count = (1 + blocks // _RESERVE_SHARE) * BLOCK_PAGES
+    at = free.inward(BLOCK_PAGES).scale(BLOCK_PAGES).first_fit(count, BLOCK_PAGES, top_down=True)
+    if at is None:
+        raise ExhaustedError(f"no room for PKRAM's reserve of {format_size(count * PAGE_SIZE)}")
+    return at, at + count

@@ -1,0 +1,249 @@
+"""The running kernel, as everybody who works under it finds it.
+
+    attach(machine)        the kernel, booted on first use; a pending boot is resumed
+    look(machine)          the kernel if one is up; changes nothing                          (pkramctl)
+    shared(machine)        the kernel, and no kexec while the block lasts       (starting a mount)
+    exclusively(machine)   the kernel, and nobody else                          (loading, -e)
+
+These four take the machine lock themselves: never call them while holding it. `bring_up` and
+`look` are for callers who hold it.
+
+`bring_up` reads two files and knows how far things are (the table in nvram.py): it cancels a kexec
+that died early, resumes one that died late, boots an untouched machine, and finishes a take-over.
+Taking over is the kernel's first act and may be repeated: consume the old super block, so that its
+pfn restores nothing twice; give back what was needed to boot only; clear the pending boot. Nothing
+is leased before it is done, because nobody gets a Running earlier.
+
+RAM with data but no kernel and no pending boot is refused: it was damaged, or is not ours.
+
+Kernel: init/main.c (kernel_init, free_initmem), mm/pkram.c (pkram_cleanup, patches 13 and 14)
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+from pkramfs.errors import MachineError
+from pkramfs.kernel import cmdline as words
+from pkramfs.kernel import nvram, staging, state, tables
+from pkramfs.kernel.image import BUILTIN, load_image
+from pkramfs.kernel.nvram import ImageInfo, Pending
+from pkramfs.kernel.segments import destinations
+from pkramfs.kernel.state import KernelInfo
+from pkramfs.machine.directory import Machine
+from pkramfs.machine.leases import FREE, KERNEL, Leases
+from pkramfs.machine.locks import held
+from pkramfs.machine.ram import Ram
+from pkramfs.pkram import superblock
+from pkramfs.pkram.store import Store
+from pkramfs.spans import Spans
+from pkramfs.units import BLOCK_PAGES, format_pfn, format_size, plural
+
+COLD_CMDLINE = "BOOT_IMAGE=builtin ro"
+LOCK_SECONDS = 30.0
+BOOT_LOCK = "lock.boot"
+"""Held by a boot process as long as it lives: it may outlive the one that started it."""
+_OF_ONE_KERNEL = ("cmdline", "pkram", "iomem", "dmesg")
+
+
+@dataclass
+class Running:
+    """A kernel that is up: its record, its RAM, its leases, its super block."""
+
+    machine: Machine
+    info: KernelInfo
+
+    @cached_property
+    def ram(self) -> Ram:
+        return self.machine.ram()
+
+    @cached_property
+    def leases(self) -> Leases:
+        return Leases(self.ram, self.info.lease_table_pfn, self.info.blocks, self.machine.tables)
+
+    @cached_property
+    def store(self) -> Store:
+        if not self.info.pkram:
+            raise MachineError("a crash kernel is running, with PKRAM off; leave it with pkram-kexec --cold")
+        return Store(self.ram, self.info.super_pfn, self.machine.tables)
+
+    @property
+    def generation(self) -> int:
+        return self.info.generation
+
+    @property
+    def cmdline(self) -> str:
+        return (self.machine.read_text("cmdline") or "").rstrip("\n")
+
+    def sweep(self) -> int:
+        """Give back what dead daemons had leased; how many blocks."""
+        return self.leases.sweep(lambda: self.store.preserved_ids() | self.machine.live_ids())
+
+    def banned(self) -> Spans:
+        """Pages that must not hold preserved data: a loaded kernel will be copied there."""
+        loaded = staging.read(self.machine)
+        return destinations(loaded.segments) if loaded else Spans()
+
+
+def attach(machine: Machine, *, boot: bool = True, timeout: float = LOCK_SECONDS) -> Running:
+    """The running kernel. With `boot`, a machine that is not up is brought up first."""
+    if not boot:
+        return look(machine)
+    with shared(machine, timeout) as kernel:
+        return kernel
+
+
+def look(machine: Machine) -> Running:
+    """The running kernel, without changing anything; MachineError where there is none."""
+    if not machine.exists():
+        raise MachineError(f"no machine at {machine.path()}: the first mount makes one")
+    info = state.read(machine)
+    if info is None:
+        waits = nvram.pending(machine) is not None
+        raise MachineError(
+            f"no kernel is running in {machine.path()}"
+            + (": a boot is pending, the next mount resumes it" if waits else ": the first mount boots it")
+        )
+    return Running(machine, info)
+
+
+@contextmanager
+def shared(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Running]:
+    """The running kernel, brought up if need be; no kexec happens while the block lasts."""
+    if not machine.exists():
+        machine.create()
+    while True:
+        with machine.lifecycle(shared=True, timeout=timeout):
+            info = state.read(machine)
+            if info is not None and nvram.pending(machine) is None:
+                yield Running(machine, info)
+                return
+        with exclusively(machine, timeout):
+            pass  # brought up; somebody may kexec before we have the lock again, so look again
+
+
+@contextmanager
+def exclusively(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Running]:
+    """The running kernel, brought up if need be, with nobody else starting anything."""
+    if not machine.exists():
+        machine.create()
+    with machine.lifecycle(shared=False, timeout=timeout):
+        yield bring_up(machine)
+
+
+def bring_up(machine: Machine, *, force: bool = False) -> Running:
+    """Whatever is undone between power-on and a running kernel. The caller holds the lock exclusively."""
+    with held(machine.path(BOOT_LOCK)):
+        pass  # a boot whose parent was killed has ended
+    info, pending = state.read(machine), nvram.pending(machine)
+    if info is None:
+        if pending is None:
+            _refuse_data(machine)
+            decide_cold(machine)
+        resume(machine, force=force)
+        info = state.read(machine)
+        if info is None:
+            raise MachineError("boot said that it succeeded but wrote no kernel.json")
+        pending = nvram.pending(machine)
+    kernel = Running(machine, info)
+    if pending is not None and pending.generation == info.generation:
+        take_over(kernel)
+    elif pending is not None:
+        machine.log("kexec: died before the point of no return; this kernel goes on")
+        nvram.cancel(machine)
+    return kernel
+
+
+def _refuse_data(machine: Machine) -> None:
+    """A machine that never booted has no data in RAM."""
+    data = machine.ram().data_spans()
+    if data:
+        raise MachineError(
+            f"{machine.path()} is damaged: no kernel.json and no pending boot, but "
+            f"{format_size(data.total * 4096)} of data in RAM; to start empty, remove the machine "
+            "(pkramctl machine destroy --force)"
+        )
+
+
+def decide_cold(machine: Machine, cmdline: str = COLD_CMDLINE) -> None:
+    """Make a boot that finds nothing the pending one."""
+    words.validate(cmdline)
+    image = ImageInfo.of(load_image(BUILTIN))
+    nvram.set_pending(machine, Pending(nvram.COLD, nvram.next_generation(machine), cmdline, image))
+
+
+def power_cycle(machine: Machine, cmdline: str = COLD_CMDLINE) -> Running:
+    """Forget all memory and boot cold. The caller holds the lock exclusively and has stopped the mounts."""
+    decide_cold(machine, cmdline)
+    retire(machine)
+    return bring_up(machine)
+
+
+def retire(machine: Machine) -> None:
+    """The point of no return: the running kernel is no more. Repeating it is harmless."""
+    for name in (state.NAME, *_OF_ONE_KERNEL):
+        machine.remove(name)
+
+
+def resume(machine: Machine, *, force: bool = False) -> None:
+    """From the point of no return to kernel.json, from wherever it was interrupted."""
+    pending = nvram.pending(machine)
+    if pending is None:
+        raise MachineError("no boot is pending")
+    retire(machine)
+    staging.remove(machine, staging.CRASH_JSON)
+    if staging.read(machine) is not None:
+        if pending.kind == nvram.KEXEC:
+            staging.copy_into_ram(machine, machine.ram(), pending.segments)
+        staging.remove(machine)
+    start_boot(machine, force=force)
+
+
+def start_boot(machine: Machine, *, force: bool = False) -> None:
+    """Run the boot in a process that is given nothing but the machine's directory, and wait for it."""
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "pkramfs",
+            "boot",
+            machine.path(),
+            "--parent",
+            str(os.getpid()),
+            *(["--force"] * force),
+        ],
+        env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": package},
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+        raise MachineError(f"boot failed: {reason.removeprefix('boot: ')}")
+
+
+def take_over(kernel: Running) -> None:
+    """The first act of a kernel that is up: consume, give back, and only then count as booted."""
+    info, ram = kernel.info, kernel.ram
+    if info.old_super_pfn:
+        superblock.consume(ram, info.old_super_pfn)
+    unneeded = Spans(info.stale) | Spans(info.initmem)
+    ram.punch(unneeded)
+    freed = unneeded.outward(BLOCK_PAGES) - info.own_pages.outward(BLOCK_PAGES)
+    with kernel.machine.tables():
+        view = tables.lease_view(ram, info.lease_table_pfn, info.blocks)
+        for start, end in freed:
+            view[start:end][view[start:end] == KERNEL] = FREE
+    if unneeded:
+        kernel.machine.log(f"Freeing {plural(unneeded.total, 'page')} that only boot needed")
+    if info.old_super_pfn:
+        kernel.machine.log(f"pkram: super block at pfn {format_pfn(info.old_super_pfn)} consumed")
+    nvram.finished(kernel.machine, info.generation)

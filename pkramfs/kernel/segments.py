@@ -1,0 +1,132 @@
+"""Segments: the pieces of the next kernel, each with a source and a destination in RAM.
+
+    kernel      the image                        aligned as it asks, room for its init size
+    initrd      the file given with --initrd
+    cmdline     the command line, NUL-terminated
+    params      boot parameters: the setup header with the addresses of the two above
+    purgatory   a list of all others with their SHA-256: checked before the kernel is entered
+
+A segment has `size` bytes to copy and `pages` pages that are its own (the rest is zero). With -s
+the destinations are found here, in holes of what must not be touched, from the top of memory down.
+With -c the user's limits and addresses count, and nobody but the check afterwards looks at what is
+preserved: that is kexec_load, and the refusal lists whose pages are in the way.
+
+Kernel: include/linux/kexec.h (struct kexec_segment), kernel/kexec_file.c (locate_mem_hole_top_down),
+        kernel/kexec_core.c (sanity_check_segment_list), patches 16 and 18
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from pkramfs.errors import ConflictError, ExhaustedError
+from pkramfs.spans import Spans
+from pkramfs.units import MIB, PAGE_SHIFT, PAGE_SIZE, format_size, pages, plural
+
+LOWEST_PFN = MIB >> PAGE_SHIFT
+"""Nothing is placed in the first MiB, which firmware and old hardware think is theirs."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One piece: `file` in the staging directory goes to page `pfn`; 0 is not placed yet."""
+
+    name: str
+    file: str
+    size: int
+    pages: int
+    align: int = 1
+    pfn: int = 0
+    sha256: str = ""
+
+    @property
+    def end(self) -> int:
+        return self.pfn + self.pages
+
+    def describe(self) -> str:
+        return (
+            f"{self.name}: {format_size(self.size)} to {self.pfn << PAGE_SHIFT:#x}-{(self.end << PAGE_SHIFT) - 1:#x} "
+            f"(pfn {self.pfn:x}, {plural(self.pages, 'page')})"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def from_json(items: Iterable[dict[str, Any]]) -> list[Segment]:
+    return [Segment(**item) for item in items]
+
+
+def destinations(segments: Iterable[Segment]) -> Spans:
+    """The pages that segments will be copied to."""
+    return Spans((s.pfn, s.end) for s in segments if s.pfn)
+
+
+def place_all(segments: Sequence[Segment], rooms: Sequence[Spans], *, top_down: bool = True) -> list[Segment]:
+    """A destination for every segment that has none, in the first of `rooms` that has a place for all.
+
+    Rooms go from best to barely acceptable; a kernel that wants a fixed address has it already.
+    """
+    failure: ExhaustedError | None = None
+    for room in rooms:
+        try:
+            return _place(segments, room, top_down)
+        except ExhaustedError as error:
+            failure = failure or error
+    raise failure or ExhaustedError("no RAM to load a kernel into")
+
+
+def _place(segments: Sequence[Segment], room: Spans, top_down: bool) -> list[Segment]:
+    """Places in one room. The largest first, so that small ones do not break the only big hole."""
+    room = room.clip(LOWEST_PFN, 1 << 62) - destinations(segments)
+    placed: dict[str, Segment] = {}
+    for segment in sorted(segments, key=lambda s: -s.pages):
+        if not segment.pfn:
+            at = room.first_fit(segment.pages, segment.align, top_down=top_down)
+            if at is None:
+                raise ExhaustedError(_no_hole(segment, room))
+            segment = replace(segment, pfn=at)
+            room = room - Spans([(segment.pfn, segment.end)])
+        placed[segment.name] = segment
+    return [placed[s.name] for s in segments]
+
+
+def _no_hole(segment: Segment, room: Spans) -> str:
+    largest = int(room.counts.max()) if room else 0
+    aligned = f" aligned to {format_size(segment.align * PAGE_SIZE)}" if segment.align > 1 else ""
+    return (
+        f"no place for the {segment.name}: {format_size(segment.pages * PAGE_SIZE)}{aligned} wanted, the largest of "
+        f"{plural(len(room), 'hole')} is {format_size(largest * PAGE_SIZE)}; free preserved memory or load less"
+    )
+
+
+def check_destinations(segments: Sequence[Segment], usable: Spans, owners: dict[str, Spans]) -> None:
+    """ConflictError unless every segment lies in RAM, apart from the others and from what `owners` own."""
+    foreign = [s for s in segments if not usable.covers(s.pfn, s.end)]
+    pairs = pairwise(sorted(segments, key=lambda s: s.pfn))
+    problems = [f"{s.describe()}: not all of it is usable RAM" for s in foreign]
+    problems += [f"{b.describe()}: overlaps the {a.name}" for a, b in pairs if b.pfn < a.end]
+    problems += conflicts(segments, owners)
+    if problems:
+        raise ConflictError(
+            f"cannot assign requested address: {plural(len(problems), 'conflict')}, the first is {problems[0]}; "
+            "choose other addresses, or load with -s, which finds them",
+            problems,
+        )
+
+
+def conflicts(segments: Iterable[Segment], owners: dict[str, Spans]) -> list[str]:
+    """One line for every range of somebody's pages that lies in a destination."""
+    found = []
+    for segment in segments:
+        for owner, spans in owners.items():
+            for start, end in Spans([(segment.pfn, segment.end)]) & spans:
+                where = f"{start << PAGE_SHIFT:#x}-{(end << PAGE_SHIFT) - 1:#x} ({plural(end - start, 'page')})"
+                found.append(f"{segment.name} at {segment.pfn << PAGE_SHIFT:#x}: {where} belongs to {owner}")
+    return found
+
+
+def page_count(size: int) -> int:
+    """Pages of a segment of `size` bytes; an empty file still has one, so that it has an address."""
+    return max(1, pages(size))

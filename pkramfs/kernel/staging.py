@@ -1,0 +1,238 @@
+"""The staging directory kexec/: what is loaded for the next boot, until it is copied into RAM.
+
+    kexec/kexec.json        the loaded kernel: image, command line, segments, mode
+    kexec/kernel.1a2b …     the segments' bytes; kexec.json names them
+    kexec/crash.json        the crash kernel, whose bytes are in RAM already
+
+Loading writes new files first, then renames kexec.json, then removes what nothing names any more:
+loading twice replaces, and a load that dies leaves the earlier one. That the directory has a
+kexec.json means, after the point of no return, that copying is not finished.
+
+Boot parameters and purgatory depend on the destinations of the others, so they are written by
+`seal`, again whenever a destination changes.
+
+Kernel: struct kimage; arch/x86/kernel/kexec-bzimage64.c (bzImage64_load), arch/x86/purgatory
+"""
+
+import hashlib
+import os
+import secrets
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pkramfs.errors import MachineError, UsageError, explain
+from pkramfs.kernel.image import HEADER_AT, Image
+from pkramfs.kernel.nvram import ImageInfo
+from pkramfs.kernel.segments import Segment, destinations, from_json, page_count
+from pkramfs.machine.ram import Ram
+from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
+
+if TYPE_CHECKING:
+    from pkramfs.machine.directory import Machine
+
+DIRECTORY, KEXEC_JSON, CRASH_JSON = "kexec", "kexec/kexec.json", "kexec/crash.json"
+FILE_MODE, LOAD_MODE, CRASH_MODE = "kexec_file_load", "kexec_load", "crash"
+_CHUNK = 1 << 20
+
+# boot parameters (the "zero page"): where the loader writes addresses; low and high halves
+_LOADER, _INITRD, _INITRD_SIZE, _CMDLINE = 0x210, (0x218, 0x0C0), (0x21C, 0x0C4), (0x228, 0x0C8)
+_KEXEC_LOADER = 0xD0
+_PURGATORY_LINE = 160
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What kexec.json says: a kernel that is ready to be executed."""
+
+    mode: str
+    image: ImageInfo
+    cmdline: str
+    segments: tuple[Segment, ...]
+
+    def segment(self, name: str) -> Segment | None:
+        return next((s for s in self.segments if s.name == name), None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "mode": self.mode,
+            "image": dict(vars(self.image)),
+            "cmdline": self.cmdline,
+            "segments": [s.to_json() for s in self.segments],
+        }
+
+
+def read(machine: "Machine", name: str = KEXEC_JSON) -> Loaded | None:
+    """What is loaded, or None."""
+    data = machine.read_json(name)
+    if data is None:
+        return None
+    try:
+        return Loaded(data["mode"], ImageInfo(**data["image"]), data["cmdline"], tuple(from_json(data["segments"])))
+    except (KeyError, TypeError) as error:
+        raise MachineError(f"{machine.path(name)} cannot be read ({error!r}): load the kernel again") from None
+
+
+def write(machine: "Machine", loaded: Loaded, name: str = KEXEC_JSON) -> None:
+    """Make `loaded` what the next kexec boots, and drop the files of what it replaces."""
+    machine.write_json(name, loaded.to_json())
+    sweep(machine)
+
+
+def remove(machine: "Machine", name: str = KEXEC_JSON) -> bool:
+    """Forget what is loaded; whether anything was."""
+    try:
+        os.unlink(machine.path(name))
+    except FileNotFoundError:
+        return False
+    sweep(machine)
+    return True
+
+
+def sweep(machine: "Machine") -> None:
+    """Remove staged files that no loaded kernel names."""
+    named = {os.path.basename(KEXEC_JSON), os.path.basename(CRASH_JSON)}
+    for name in (KEXEC_JSON, CRASH_JSON):
+        if loaded := read(machine, name):
+            named |= {s.file for s in loaded.segments}
+    with os.scandir(machine.path(DIRECTORY)) as entries:
+        for entry in entries:
+            if entry.name not in named:
+                os.unlink(entry.path)
+
+
+class Stage:
+    """Files of one load, removed again unless `keep` was called."""
+
+    def __init__(self, machine: "Machine") -> None:
+        self._directory, self._token = machine.path(DIRECTORY), secrets.token_hex(4)
+        self._written: list[str] = []
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            for name in self._written:
+                os.unlink(os.path.join(self._directory, name))
+
+    def kernel(self, image: Image) -> Segment:
+        """The image's payload, flattened; it wants room for all that the kernel needs to start."""
+        file = self._new("kernel")
+        with open(os.path.join(self._directory, file), "wb") as out:
+            for offset, data in image.payload():
+                out.seek(offset)
+                out.write(data)
+            out.truncate(image.size)
+        pfn = 0 if image.relocatable else image.preferred >> PAGE_SHIFT
+        return self._segment("kernel", file, page_count(image.init_size), max(1, image.align >> PAGE_SHIFT), pfn)
+
+    def copy(self, name: str, path: str, pfn: int = 0) -> Segment:
+        """A file of the user's, as it is."""
+        file = self._new(name)
+        try:
+            with open(path, "rb") as source, open(os.path.join(self._directory, file), "wb") as out:
+                while data := source.read(_CHUNK):
+                    out.write(data)
+        except OSError as error:
+            raise UsageError(f"cannot load the {name} from {explain(error)}") from None
+        return self._segment(name, file, 0, 1, pfn)
+
+    def data(self, name: str, data: bytes, pages: int = 0) -> Segment:
+        """Bytes that we made."""
+        file = self._new(name)
+        with open(os.path.join(self._directory, file), "wb") as out:
+            out.write(data)
+        return self._segment(name, file, pages, 1, 0)
+
+    def _new(self, name: str) -> str:
+        file = f"{name}.{self._token}.{len(self._written)}"
+        with open(os.path.join(self._directory, file), "xb"):
+            self._written.append(file)
+        return file
+
+    def _segment(self, name: str, file: str, pages: int, align: int, pfn: int) -> Segment:
+        with open(os.path.join(self._directory, file), "rb") as staged:
+            size = os.fstat(staged.fileno()).st_size
+            digest = hashlib.file_digest(staged, "sha256").hexdigest()
+        return Segment(name, file, size, max(pages, page_count(size)), align, pfn, digest)
+
+    def reserve(self, others: int) -> list[Segment]:
+        """Segments for boot parameters and purgatory, to be placed now and filled by `seal`."""
+        return [self.data("params", b"", 1), self.data("purgatory", b"", page_count(others * _PURGATORY_LINE))]
+
+    def seal(self, segments: Sequence[Segment], header: bytes) -> tuple[Segment, ...]:
+        """Fill in boot parameters and purgatory now that every destination is known."""
+        by_name = {s.name: s for s in segments}
+        for name, data in (("params", _parameters), ("purgatory", _purgatory)):
+            content = data(by_name, header)
+            sealed = self.data(name, content)
+            by_name[name] = replace(by_name[name], file=sealed.file, size=sealed.size, sha256=sealed.sha256)
+        return tuple(by_name[s.name] for s in segments)
+
+
+def _parameters(segments: dict[str, Segment], header: bytes) -> bytes:
+    """The zero page: the image's setup header and where the loader has put things."""
+    page = bytearray(PAGE_SIZE)
+    page[HEADER_AT : HEADER_AT + len(header)] = header
+    page[_LOADER] = _KEXEC_LOADER
+    _address(page, _CMDLINE, segments["cmdline"].pfn << PAGE_SHIFT)
+    if initrd := segments.get("initrd"):
+        _address(page, _INITRD, initrd.pfn << PAGE_SHIFT)
+        _address(page, _INITRD_SIZE, initrd.size)
+    return bytes(page)
+
+
+def _address(page: bytearray, fields: tuple[int, int], value: int) -> None:
+    for at, half in zip(fields, (value & 0xFFFFFFFF, value >> 32), strict=True):
+        struct.pack_into("<I", page, at, half)
+
+
+def _purgatory(segments: dict[str, Segment], _header: bytes) -> bytes:
+    lines = (f"{s.sha256} {s.pfn:x} {s.size:x} {s.name[:60]}" for s in segments.values() if s.name != "purgatory")
+    return "\n".join(lines).encode()
+
+
+def header_of(machine: "Machine", loaded: Loaded) -> bytes:
+    """The setup header inside the staged boot parameters."""
+    params = loaded.segment("params")
+    if params is None:
+        raise MachineError("the loaded kernel has no boot parameters: load it again")
+    with open(machine.path(DIRECTORY, params.file), "rb") as file:
+        page = bytearray(file.read())
+    for low, high in (_INITRD, _INITRD_SIZE, _CMDLINE):
+        page[low : low + 4] = page[high : high + 4] = bytes(4)
+    return bytes(page[HEADER_AT:])
+
+
+def cmdline_address(params: bytes) -> int:
+    """Where boot parameters say that the command line is."""
+    low, high = (struct.unpack_from("<I", params, at)[0] for at in _CMDLINE)
+    return int(high << 32 | low)
+
+
+def copy_into_ram(machine: "Machine", ram: Ram, segments: Sequence[Segment]) -> None:
+    """Put every segment at its destination; may be repeated."""
+    ram.check_room(sum(s.size for s in segments))
+    for segment in segments:
+        ram.punch(destinations([segment]))
+        with open(machine.path(DIRECTORY, segment.file), "rb", buffering=0) as file:
+            target = ram.page(segment.pfn, segment.pages)[: segment.size]
+            done = 0
+            while done < segment.size and (count := file.readinto(target[done:])):
+                done += count
+        if done != segment.size:
+            raise MachineError(f"the staged {segment.name} has {done} bytes, expected {segment.size}: load it again")
+
+
+def verify_in_ram(ram: Ram, segments: Sequence[Segment]) -> None:
+    """MachineError unless every segment is in RAM as it was loaded: what purgatory checks."""
+    for segment in segments:
+        found = hashlib.sha256(ram.page(segment.pfn, segment.pages)[: segment.size]).hexdigest()
+        if found != segment.sha256:
+            raise MachineError(
+                f"purgatory: the {segment.name} at pfn {segment.pfn:x} is not what was loaded "
+                f"(sha256 {found[:12]}…, expected {segment.sha256[:12]}…)"
+            )

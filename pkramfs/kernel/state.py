@@ -1,0 +1,99 @@
+"""kernel.json: what one boot decided, for everybody who works under this kernel.
+
+The kernel is no process; it is this record and the tables in RAM that it points to. It is written
+last, by rename: that is the moment at which the kernel is up. `layout` names the version of the
+private tables (lease table, reserve blocks); another version's commands refuse to touch them, and
+kexec is the upgrade, because what crosses it is declared in pkram/format.py alone.
+
+    super_pfn, reserve_blocks    the super block and the blocks held back for its region list
+    lease_table_pfn, blocks      who owns which page block
+    reserved                     named page ranges that are the kernel's: image, tables, scratch …
+    old_super_pfn, stale         what the last kernel handed over: consumed, then freed (running.py)
+    initmem                      what was needed to boot only: the loaded segments
+
+Kernel: boot_params, /sys/kernel/pkram, the symbols _text … _end
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from pkramfs import __version__
+from pkramfs.errors import MachineError
+from pkramfs.spans import Spans
+from pkramfs.units import BLOCK_PAGES
+
+if TYPE_CHECKING:
+    from pkramfs.machine.directory import Machine
+
+NAME = "kernel.json"
+LAYOUT = 1
+"""Version of everything private to a kernel: lease table, reserve blocks, kernel.json itself."""
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """The running kernel. Ranges are [start, end) in pages."""
+
+    generation: int
+    kind: str
+    image: str
+    super_pfn: int
+    lease_table_pfn: int
+    blocks: int
+    reserve_blocks: tuple[int, ...]
+    reserved: dict[str, Range]
+    old_super_pfn: int = 0
+    stale: tuple[Range, ...] = ()
+    initmem: tuple[Range, ...] = ()
+    booted: float = 0.0
+    report: dict[str, Any] = field(default_factory=dict)
+    layout: int = LAYOUT
+    version: str = __version__
+
+    @property
+    def pkram(self) -> bool:
+        """Whether PKRAM is on: a crash kernel has no super block."""
+        return self.super_pfn != 0
+
+    @property
+    def reserve_pages(self) -> Spans:
+        """The pages held back for the super block and the region list."""
+        return Spans((b * BLOCK_PAGES, (b + 1) * BLOCK_PAGES) for b in self.reserve_blocks)
+
+    @property
+    def own_pages(self) -> Spans:
+        """Everything that this kernel reserved for itself."""
+        return Spans(self.reserved.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def read(machine: "Machine", *, any_layout: bool = False) -> KernelInfo | None:
+    """The running kernel, or None. MachineError if it is another version's, unless `any_layout`."""
+    data = machine.read_json(NAME)
+    if data is None:
+        return None
+    if data.get("layout") != LAYOUT and not any_layout:
+        raise MachineError(
+            f"this kernel runs pkramfs {data.get('version', '?')}, this is {__version__}: pkram-kexec is the upgrade"
+        )
+    known = KernelInfo.__dataclass_fields__
+    try:
+        info = KernelInfo(**{key: value for key, value in data.items() if key in known})
+    except TypeError as error:
+        raise MachineError(f"{machine.path(NAME)} cannot be read ({error})") from None
+    return _with_tuples(info)
+
+
+def _with_tuples(info: KernelInfo) -> KernelInfo:
+    """JSON knows lists only."""
+    return replace(
+        info,
+        reserve_blocks=tuple(info.reserve_blocks),
+        reserved={name: (r[0], r[1]) for name, r in info.reserved.items()},
+        stale=tuple((r[0], r[1]) for r in info.stale),
+        initmem=tuple((r[0], r[1]) for r in info.initmem),
+    )

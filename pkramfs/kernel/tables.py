@@ -1,0 +1,58 @@
+"""The lease table as boot writes it: who owns each page block of the new kernel's RAM.
+
+    block      0     1     2     3     4     5 …
+    state     HOLE KERNEL FREE  id    id   RESERVE
+
+Only what is not FREE is written, because FREE is zero and the table starts as a hole in the RAM
+file: so a table for 16 TiB costs what its holes, kernels and preserved trees cost. A block that
+two owners claim is an error: it would mean that the last kernel broke the rule of one owner.
+
+Kernel: mm/mm_init.c (memmap_init, deferred_init_memmap), patches 28 to 31
+"""
+
+from collections.abc import Iterable
+
+from pkramfs.errors import FormatError
+from pkramfs.kernel.incoming import IncomingNode
+from pkramfs.kernel.state import Range
+from pkramfs.machine.leases import HOLE, KERNEL, RESERVE
+from pkramfs.machine.ram import Ram
+from pkramfs.spans import U64, Spans
+from pkramfs.units import BLOCK_PAGES, PAGE_SIZE
+
+
+def write(
+    ram: Ram, table: Range, blocks: int, usable: Spans, kernel: Spans, reserve: Spans, nodes: Iterable[IncomingNode]
+) -> None:
+    """Build the table in fresh pages. `usable`, `kernel` and `reserve` are pages."""
+    ram.punch(Spans([table]))
+    view = lease_view(ram, table[0], blocks)
+    holes = Spans([(0, blocks)]) - usable.inward(BLOCK_PAGES)
+    _fill(view, holes, HOLE)
+    kernel_blocks = kernel.outward(BLOCK_PAGES) - holes
+    _fill(view, kernel_blocks, KERNEL)
+    _fill(view, reserve.outward(BLOCK_PAGES), RESERVE)
+    taken = holes | kernel_blocks | reserve.outward(BLOCK_PAGES)
+    for node in nodes:
+        owned = node.spans.outward(BLOCK_PAGES)
+        if clash := owned & taken:
+            raise FormatError(
+                "Node",
+                "pages",
+                pfn=node.pfn,
+                found=f"page block {int(clash.starts[0]):x}",
+                expected="blocks of its own",
+            )
+        _fill(view, owned, node.tree_id)
+        taken = taken | owned
+
+
+def _fill(view: U64, blocks: Spans, state: int) -> None:
+    for start, end in blocks:
+        view[start:end] = state
+
+
+def lease_view(ram: Ram, table_pfn: int, blocks: int) -> U64:
+    """The table as an array of one word per block."""
+    start = table_pfn * PAGE_SIZE // 8
+    return ram.u64[start : start + blocks]
