@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pkramfs.errors import PkramfsError, UsageError, explain
+from pkramfs.errors import MachineError, PkramfsError, UsageError, explain
 from pkramfs.units import parse_size
 
 if TYPE_CHECKING:
@@ -76,6 +76,19 @@ def machine(args: argparse.Namespace) -> "Machine":
         # In the environment, so that boots and mounts started from here see the same machine.
         os.environ["PKRAM_ROOT"] = os.path.abspath(root)
     return Machine.locate(getattr(args, "machine", None))
+
+
+def existing(args: argparse.Namespace) -> "Machine":
+    """The machine, which must be there: looking at it does not make it."""
+    found = machine(args)
+    if not found.exists():
+        raise MachineError(f"there is no machine {found.path()}: a mount or `pkramctl machine create` makes it")
+    return found
+
+
+def wants_json(args: argparse.Namespace) -> bool:
+    """Whether --json was given, to the command or to its subcommand."""
+    return bool(getattr(args, "json", False))
 
 
 def size(text: str) -> int:

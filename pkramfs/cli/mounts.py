@@ -113,6 +113,8 @@ class Mounts:
     def __init__(self, machine: "Machine", *, force: bool = False, warn: Warn = lambda _: None) -> None:
         self.machine, self.force, self.warn = machine, force, warn
         self._frozen: list[MountEntry] = []
+        self.stopped = False
+        """Whether daemons were told to end, so that a thaw is not enough to go back."""
 
     def freeze(self) -> list[Seen]:
         """Flush and freeze every mount; if one fails, thaw all and raise (or go on, when forced)."""
@@ -155,9 +157,10 @@ class Mounts:
             except PkramfsError as error:
                 self.warn(f"{entry.mountpoint} stays frozen: {error}")
 
-    def stop(self, entries: Iterable["MountEntry"] | None = None) -> None:
+    def stop(self) -> None:
         """End every daemon and wait until their locks are free."""
-        stopping = list(alive(self.machine) if entries is None else entries)
+        stopping = alive(self.machine)
+        self.stopped = True
         for entry in stopping:
             answer = _ask(entry, "stop")
             if answer.status is None:

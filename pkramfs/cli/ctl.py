@@ -1,0 +1,136 @@
+"""pkramctl: a window into the machine, its kernel, its nodes and its memory.
+
+    status nodes                 who is there, in what state, how large
+    verify inspect               is it what it claims to be; field by field
+    dmesg iomem report           what the kernel said and decided
+    free                         give preserved memory back          ┐
+    machine create|destroy       make and remove machines            ┴ the only ones that change anything
+
+Looking never boots: a machine without a running kernel says so. Everything works where FUSE is
+absent, because nodes and their pages are found through RAM, not through a mount.
+
+`free` takes the node's tree id the way a mount does (its lock file), so that it cannot free what a
+mount is loading, saving or using; then it withdraws the node by one store, and what the tree had
+leased is free memory.
+
+Kernel: mm/pkram.c (pkram_store, patch 19), fs/proc/iomem, kernel/printk (dmesg)
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pkramfs.cli import arguments, hardware, inspect, nodes, render, status
+from pkramfs.errors import MachineError
+
+PROGRAM = "pkramctl"
+_DESCRIPTION = "Look into a pkramfs machine and keep it in order; see pkramctl(8)."
+
+Act = Callable[[argparse.Namespace], int | None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    return arguments.run(parser(), lambda args: args.act(args), argv)
+
+
+def parser() -> arguments.Parser:
+    """The command line: common options, then a command with its own."""
+    made = arguments.Parser(prog=PROGRAM, description=_DESCRIPTION)
+    _add_shared(made)
+    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _command(commands, "status", status.act, "the machine, its kernel, mounts and nodes")
+    _command(commands, "nodes", nodes.act_nodes, "what is preserved, by name")
+    free = _command(commands, "free", nodes.act_free, "give the memory of preserved nodes back")
+    free.add_argument("names", nargs="*", metavar="NAME", help="a mount's NAME, or a node's name")
+    free.add_argument("--all", action="store_true", help="every node that no mount is using")
+    verify = _command(commands, "verify", nodes.act_verify, "check all that would cross a kexec")
+    verify.add_argument("names", nargs="*", metavar="NAME", help="only these nodes")
+    _command(commands, "dmesg", _dmesg, "the kernel log")
+    _command(commands, "iomem", _iomem, "the kernel's resource map")
+    _command(commands, "report", _report, "what the last boot found, reserved and relocated")
+    look = _command(commands, "inspect", inspect.act, "a record that crosses a kexec, field by field")
+    look.add_argument("what", choices=inspect.KINDS, help="which kind of record")
+    look.add_argument("pfn", nargs="?", type=arguments.pfn, metavar="PFN", help="where (hexadecimal)")
+    _command(commands, "format", inspect.act_format, "the records of pkramfs-format(5), as Markdown")
+    _add_machine(_command(commands, "machine", None, "make, show and remove machines"))
+    return made
+
+
+def _add_shared(made: argparse.ArgumentParser) -> None:
+    arguments.add_common(made)
+    made.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="answer in JSON")
+
+
+def _command(commands: Any, name: str, act: Act | None, text: str) -> argparse.ArgumentParser:
+    """A subcommand with the shared options; `act` does its work."""
+    made: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    _add_shared(made)
+    if act is not None:
+        made.set_defaults(act=act)
+    return made
+
+
+def _add_machine(made: argparse.ArgumentParser) -> None:
+    verbs = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    create = _command(verbs, "create", hardware.create, "make a machine")
+    create.add_argument("--ram", type=arguments.size, metavar="SIZE", help="how much RAM (default: the host's)")
+    create.add_argument("--nodes", type=arguments.number, metavar="N", help="NUMA nodes (default: 1)")
+    create.add_argument("--map", metavar="FILE", help="a firmware map in JSON, as machine.json has it")
+    create.add_argument("--seed", type=int, metavar="N", help="what all random choices come from")
+    _command(verbs, "show", hardware.show, "the hardware")
+    destroy = _command(verbs, "destroy", hardware.destroy, "remove a machine and all its memory")
+    destroy.add_argument("--force", action="store_true", help="although trees are preserved in it")
+
+
+def _dmesg(args: argparse.Namespace) -> None:
+    text = arguments.existing(args).dmesg()
+    if arguments.wants_json(args):
+        render.emit_json(text.splitlines())
+    else:
+        for line in text.splitlines():
+            print(render.printable(line))
+
+
+def _iomem(args: argparse.Namespace) -> None:
+    text = arguments.existing(args).read_text("iomem")
+    if text is None:
+        raise MachineError("no kernel is running, so there is no resource map: mount something, or boot")
+    if arguments.wants_json(args):
+        render.emit_json([_resource(line) for line in text.splitlines()])
+    else:
+        print(text, end="")
+
+
+def _resource(line: str) -> dict[str, Any]:
+    """One line of iomem as data: `  00100000-bfffffff : System RAM`."""
+    addresses, _, name = line.strip().partition(" : ")
+    start, _, end = addresses.partition("-")
+    depth = (len(line) - len(line.lstrip())) // 2
+    return {"start": int(start, 16), "end": int(end, 16) + 1, "name": name, "depth": depth}
+
+
+def _report(args: argparse.Namespace) -> None:
+    from pkramfs.kernel import state
+
+    info = state.read(arguments.existing(args), any_layout=True)
+    if info is None:
+        raise MachineError("no kernel is running, so there is no boot to report")
+    if arguments.wants_json(args):
+        render.emit_json(info.report)
+    else:
+        render.fields(_flat(info.report))
+
+
+def _flat(report: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested data as dotted names, for people."""
+    pairs: list[tuple[str, Any]] = []
+    for name, value in report.items():
+        if isinstance(value, dict):
+            pairs += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for at, item in enumerate(value):
+                pairs += _flat(item, f"{prefix}{name}.{at}.")
+        else:
+            pairs.append((prefix + name, value))
+    return pairs

@@ -1,0 +1,369 @@
+"""pkram-kexec: load a kernel, let the running one die, boot the next; with kexec(8)'s spelling.
+
+    -u                      unload ┐
+    -l IMAGE, -p IMAGE      load   ├ in this order, as far as they are given
+    -e                      execute┘
+
+`-e` is composed here, because the planner (kernel/kexec.py) knows no daemons and the daemons no
+planner:
+
+    machine lock, exclusive
+      ├ freeze every mount, flushed ──── one does not answer ──→ thaw, status 7
+      ├ plan, with what the mounts said ─ trees or nodes lost ─→ thaw, name them, status 6
+      ├ stop the daemons, wait for their locks ─ one stays ────→ status 7
+      ├ ═══ point of no return (inside the plan) ═══
+      └ boot in a fresh process
+    machine lock released
+    mount again what was preserved (mounting takes the lock shared)
+
+Before the point of no return a failure leaves the machine as it was. After it, whoever comes next
+resumes the boot.
+
+Kernel: kexec-tools kexec/kexec.c, kernel/kexec_core.c (kernel_kexec)
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pkramfs.cli import arguments, mounts, render
+from pkramfs.cli.arguments import complain, need
+from pkramfs.errors import MachineError, NotPreservedError
+from pkramfs.units import format_size, plural
+
+if TYPE_CHECKING:
+    from pkramfs.cli.mounts import Mounts, Seen
+    from pkramfs.kernel.kexec import Plan
+    from pkramfs.kernel.staging import Loaded
+    from pkramfs.machine.directory import Machine
+
+PROGRAM = "pkram-kexec"
+LOCK_SECONDS = 30.0
+_DESCRIPTION = "Load a kernel and let a pkramfs machine die and be born again; see pkram-kexec(8)."
+_EPILOG = """examples:
+  pkram-kexec -s -l /boot/vmlinuz --initrd=/boot/initrd.img --append="root=/dev/sda1 pkram=$(cat /run/pkram/pkram)"
+  pkram-kexec -e
+  pkram-kexec -le builtin --reuse-cmdline
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    return arguments.run(parser(), _act, argv)
+
+
+def parser() -> arguments.Parser:
+    """The command line, as kexec(8) has it."""
+    usage = "%(prog)s [-l|-p|-u|-e|-S|--panic|--resume|--cold] [OPTIONS] [IMAGE]"
+    made = arguments.Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG, usage=usage)
+    made.add_argument("image", nargs="?", metavar="IMAGE", help="a bzImage, an ELF kernel, builtin or builtin:SIZE")
+    _add_actions(made)
+    _add_loading(made)
+    _add_executing(made)
+    arguments.add_common(made, debug=("-d", "--debug"))
+    return made
+
+
+def _add_actions(made: argparse.ArgumentParser) -> None:
+    group = made.add_argument_group("actions")
+    flag = partial(group.add_argument, action="store_true")
+    flag("-l", "--load", help="load IMAGE for the next -e")
+    flag("-p", "--load-panic", help="load IMAGE as crash kernel into crashkernel=")
+    flag("-u", "--unload", help="unload what was loaded (with -p: the crash kernel)")
+    flag("-e", "--exec", help="execute the loaded kernel")
+    flag("--panic", help="crash: boot the crash kernel, with PKRAM off")
+    flag("--resume", help="finish a kexec that died after the point of no return")
+    flag("--cold", help="power off and on: boot with empty memory")
+    flag("-S", "--status", help="say what is loaded")
+
+
+def _add_loading(made: argparse.ArgumentParser) -> None:
+    group = made.add_argument_group("loading")
+    how = group.add_mutually_exclusive_group()
+    syscall = partial(how.add_argument, action="store_const", dest="syscall")
+    syscall("-s", "--kexec-file-syscall", const="file", help="pkramfs chooses where, clear of preserved pages")
+    syscall("-c", "--kexec-syscall", const="load", help="you choose where; a conflict fails and is listed")
+    syscall("-a", "--kexec-syscall-auto", const=None, help="-c if --segment is given, else -s (default)")
+    group.add_argument("--initrd", "--ramdisk", metavar="FILE", help="initial RAM disk")
+    group.add_argument("--append", "--command-line", metavar="TEXT", help="the new kernel's command line")
+    group.add_argument("--reuse-cmdline", action="store_true", help="the running one, pkram= made current")
+    group.add_argument("--mem-min", metavar="ADDRESS", type=arguments.size, help="place nothing below this")
+    group.add_argument("--mem-max", metavar="ADDRESS", type=arguments.size, help="place nothing at or above this")
+    group.add_argument(
+        "--segment", metavar="FILE@ADDRESS", type=segment, action="append", default=[], help="load one more file"
+    )
+
+
+def _add_executing(made: argparse.ArgumentParser) -> None:
+    group = made.add_argument_group("executing")
+    flag = partial(group.add_argument, action="store_true")
+    flag("-n", "--dry-run", help="print the plan and change nothing")
+    flag("-v", "--verbose", help="print each step as it is done")
+    flag("--force", help="go on although trees or nodes will be lost")
+    flag("--no-remount", help="do not mount again what was preserved")
+    flag("--poison", help="fill what was not reserved with a pattern (for tests)")
+    flag("-x", "--no-ifdown", help=argparse.SUPPRESS)
+    flag("-y", "--no-sync", help=argparse.SUPPRESS)
+    group.add_argument("-t", "--type", help=argparse.SUPPRESS)
+
+
+def segment(text: str) -> tuple[str, int]:
+    """`FILE@ADDRESS` as its two parts."""
+    path, at, address = text.rpartition("@")
+    if not at or not path:
+        raise argparse.ArgumentTypeError(f"not FILE@ADDRESS: {text!r}")
+    return path, arguments.size(address)
+
+
+def check(args: argparse.Namespace) -> None:
+    """UsageError for what cannot be meant."""
+    loads = args.load or args.load_panic
+    ways = [name for name in ("exec", "panic", "resume", "cold") if getattr(args, name)]
+    acts = loads or args.unload or ways or args.status
+    need(acts, "nothing to do: give -l IMAGE, -p IMAGE, -u, -e, --panic, --resume, --cold or --status")
+    need(not (args.load and args.load_panic), "-l and -p load different kernels: give one of them")
+    need(len(ways) < 2, f"--{' and --'.join(ways)} are different ways to go: give one of them")
+    need(not args.status or not (loads or args.unload or ways), "--status stands alone")
+    wants_image = args.load or (args.load_panic and not args.unload)
+    need(args.image or not wants_image, "no IMAGE given: a bzImage, an ELF kernel, or builtin")
+    need(not args.image or loads, f"what to do with {args.image}? -l loads it, -p loads it as crash kernel")
+    need(args.syscall != "file" or not args.segment, "--segment chooses an address: use -c, not -s")
+
+
+def _act(args: argparse.Namespace) -> int:
+    """Do what was asked for, in order; the first that fails ends it."""
+    check(args)
+    machine = arguments.machine(args)
+    if args.status:
+        return _status(machine)
+    if args.unload:
+        _unload(args, machine)
+    if args.image:
+        _load(args, machine)
+    if args.exec:
+        return _dry_run(args, machine) if args.dry_run else _execute(args, machine)
+    for way, go in (("panic", _panic), ("resume", _resume), ("cold", _cold)):
+        if getattr(args, way):
+            return go(args, machine)
+    return 0
+
+
+def _status(machine: "Machine") -> int:
+    """Say what is loaded."""
+    from pkramfs.kernel import staging
+
+    for title, loaded in (
+        ("kernel", staging.read(machine)),
+        ("crash kernel", staging.read(machine, staging.CRASH_JSON)),
+    ):
+        if loaded is None:
+            print(f"{title}: none is loaded")
+        else:
+            print(f"{title}: {_line(loaded)}")
+            print(f"  command line: {render.printable(loaded.cmdline)}")
+    return 0
+
+
+def _line(loaded: "Loaded") -> str:
+    size = format_size(sum(segment.size for segment in loaded.segments))
+    image = loaded.image
+    version = f" {image.version}" if image.version else ""
+    return f"{render.printable(image.name)}{version} ({image.kind}), {size}, by {loaded.mode}"
+
+
+def _unload(args: argparse.Namespace, machine: "Machine") -> None:
+    """Unload; that nothing was loaded is no error, as with kexec(8)."""
+    from pkramfs.kernel import loading
+
+    if args.dry_run:
+        print("unload what is loaded")
+    elif not loading.unload(machine, panic=args.load_panic) and args.verbose:
+        print("nothing was loaded")
+
+
+def _load(args: argparse.Namespace, machine: "Machine") -> None:
+    """Load IMAGE and say what its user should know."""
+    from pkramfs.kernel import loading
+    from pkramfs.kernel.image import load_image
+
+    if args.dry_run:
+        image = load_image(args.image)
+        print(f"load {image.name} {image.version} ({image.kind}), which wants {format_size(image.init_size)}")
+        return
+    report = loading.load(machine, _request(args), panic=args.load_panic)
+    for warning in report.warnings:
+        arguments.warn(PROGRAM, warning)
+    if args.verbose:
+        print(f"loaded {_line(report.loaded)}")
+        for segment in report.loaded.segments:
+            print(f"  {segment.describe()}")
+
+
+def _request(args: argparse.Namespace) -> Any:
+    from pkramfs.kernel.loading import Request
+
+    return Request(
+        image=args.image,
+        initrd=args.initrd,
+        append=args.append,
+        reuse_cmdline=args.reuse_cmdline,
+        syscall=args.syscall or ("load" if args.segment else "file"),
+        mem_min=args.mem_min or 0,
+        mem_max=args.mem_max,
+        segments=args.segment,
+    )
+
+
+def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
+    """Print what -e would do; its status is the one that -e would leave with, as far as can be known."""
+    from pkramfs.kernel import kexec
+
+    seen = mounts.look(machine) if machine.exists() else []
+    reports = [one.report for one in seen]
+    plan = kexec.plan(machine, reports, force=args.force, poison=args.poison, remount=_to_remount(args, seen))
+    for line in plan.describe():
+        print(render.printable(line))
+    for line in _noticed(seen):
+        print(render.printable(line))
+    return plan.problems[0].exit_status if plan.problems else 0
+
+
+def _noticed(seen: "Sequence[Seen]") -> list[str]:
+    """Who will find that a mount went away under them."""
+    found = []
+    for one in seen:
+        place = one.entry.mountpoint
+        found += [f"{place}: {path} is open for writing" for path in (one.status or {}).get("writers", [])]
+        for user in mounts.users(place):
+            found.append(f"{place}: {user.name} (pid {user.pid}) uses it and will get ENOTCONN")
+    return found
+
+
+def _to_remount(args: argparse.Namespace, seen: "Sequence[Seen]") -> list[dict[str, Any]]:
+    """What nvram.json will carry: the mounts that come back, with their own options."""
+    if args.no_remount:
+        return []
+    return [
+        {"name": one.entry.name, "mountpoint": one.entry.mountpoint, "options": one.entry.options}
+        for one in seen
+        if one.report.preserved
+    ]
+
+
+def _execute(args: argparse.Namespace, machine: "Machine") -> int:
+    """Let the running kernel die and the loaded one be born."""
+    from pkramfs.kernel import kexec, running
+
+    going = mounts.Mounts(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
+    remount: list[dict[str, Any]] = []
+    try:
+        with running.exclusively(machine, LOCK_SECONDS):
+            _need_loaded(machine)
+            began = time.monotonic()
+            seen = going.freeze()
+            remount = _to_remount(args, seen)
+            plan = kexec.plan(
+                machine,
+                [one.report for one in seen],
+                force=args.force,
+                poison=args.poison,
+                stop=going.stop,
+                remount=remount,
+            )
+            if plan.problems:
+                going.thaw()
+                return _refuse(plan)
+            _perform(args, plan)
+            pause = time.monotonic() - began
+    except BaseException:
+        _undo(machine, going, remount)
+        raise
+    return _mount_again(machine, remount, f"in {pause:.2f} s")
+
+
+def _need_loaded(machine: "Machine") -> None:
+    """Find out before any mount is frozen."""
+    from pkramfs.kernel import staging
+
+    if staging.read(machine) is None:
+        raise MachineError("no kernel is loaded: pkram-kexec -l IMAGE")
+
+
+def _refuse(plan: "Plan") -> int:
+    """Say every reason not to go, one line each."""
+    for problem in plan.problems:
+        complain(PROGRAM, render.printable(problem))
+    if any(isinstance(problem, NotPreservedError) for problem in plan.problems):
+        complain(PROGRAM, "nothing was changed; --force goes on and loses what is named above")
+    return plan.problems[0].exit_status
+
+
+def _perform(args: argparse.Namespace, plan: "Plan") -> None:
+    for warning in plan.warnings:
+        arguments.warn(PROGRAM, render.printable(warning))
+    plan.execute(lambda step: print(render.printable(step.describe()), flush=True) if args.verbose else None)
+
+
+def _undo(machine: "Machine", going: "Mounts", remount: list[dict[str, Any]]) -> None:
+    """After a failure: while the old kernel lives, every mount is as it was."""
+    from pkramfs.kernel import state
+
+    going.thaw()
+    if not machine.exists() or not going.stopped:
+        return
+    if state.read(machine, any_layout=True) is None:
+        complain(PROGRAM, "the old kernel is gone and the new one is not up: pkram-kexec --resume goes on from there")
+        return
+    mounts.restart(machine, remount, partial(arguments.warn, PROGRAM))
+
+
+def _mount_again(machine: "Machine", remount: Sequence[dict[str, Any]], how: str) -> int:
+    """Mount what was preserved, and say that the new kernel is up."""
+    from pkramfs.kernel import nvram, running
+
+    info = running.look(machine).info
+    failed = mounts.restart(machine, remount, partial(arguments.warn, PROGRAM))
+    if not failed:
+        with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
+            nvram.clear_mounts(machine)
+    back = ", ".join(mount["mountpoint"] for mount in remount)
+    mounted = f"; mounted again: {back}" if back and not failed else ""
+    print(render.printable(f"kernel {info.generation} ({info.image}) is up {how}{mounted}"))
+    return 1 if failed else 0
+
+
+def _resume(args: argparse.Namespace, machine: "Machine") -> int:
+    """Finish a boot that was interrupted, and what comes after it."""
+    from pkramfs.kernel import nvram, running
+
+    if not machine.exists() or (nvram.pending(machine) is None and not nvram.mounts(machine)):
+        print("nothing to resume")
+        return 0
+    with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
+        running.bring_up(machine, force=args.force)
+        waiting = nvram.mounts(machine)
+    return _mount_again(machine, [] if args.no_remount else waiting, "again")
+
+
+def _cold(args: argparse.Namespace, machine: "Machine") -> int:
+    """Power off and on: whatever is in memory is gone. Works on a damaged machine, too, when forced."""
+    from pkramfs.cli import nodes
+    from pkramfs.kernel import running
+
+    going = mounts.Mounts(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
+    with arguments.existing(args).lifecycle(shared=False, timeout=LOCK_SECONDS):
+        if not args.force:
+            nodes.refuse_loss(machine)
+        if args.dry_run:
+            print("end the running kernel, forget all memory, boot cold")
+            return 0
+        going.stop()
+        running.power_cycle(machine)
+    return _mount_again(machine, [], "with empty memory")
+
+
+def _panic(args: argparse.Namespace, machine: "Machine") -> int:
+    """Crash."""
+    raise NotImplementedError

@@ -1,0 +1,192 @@
+"""pkramctl nodes, free, verify: what is preserved, by name.
+
+    NODE            STATE            SIZE      PAGES
+    shmem-mytmpfs   mounted          2.0 GiB   524,288
+    shmem-other     preserved        4.0 MiB     1,024
+
+`free` takes the node's tree id the way a mount does, by its lock file, so that it cannot free what
+a mount is loading, saving or using; then it withdraws the node by one store, and what the tree had
+leased is free memory again.
+
+Kernel: mm/pkram.c (pkram_store, patch 19)
+"""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from pkramfs.cli import arguments, render
+from pkramfs.cli.arguments import need
+from pkramfs.cli.render import Column
+from pkramfs.errors import FormatError, MachineError, NotPreservedError, PkramError, PkramfsError
+from pkramfs.units import PAGE_SIZE, format_pfn, format_size, plural
+
+if TYPE_CHECKING:
+    from pkramfs.kernel.running import Running
+    from pkramfs.machine.directory import Machine
+    from pkramfs.pkram.store import Node
+
+LOCK_SECONDS = 30.0
+PREFIX = b"shmem-"
+"""A mount's NAME is the node PREFIX + NAME."""
+
+
+def attached(machine: "Machine") -> "Running | None":
+    """The running kernel, looked at without booting one; None where there is none."""
+    from pkramfs.kernel import running, state
+
+    return running.look(machine) if state.read(machine, any_layout=True) else None
+
+
+def listing(machine: "Machine") -> list[dict[str, Any]]:
+    """Every node, as plain data, in the order of the node list."""
+    running = attached(machine)
+    if running is None or not running.info.pkram:
+        return []
+    live = machine.live_ids()
+    return [_describe(node, mounted=node.tree_id in live) for node in running.store.nodes()]
+
+
+def _describe(node: "Node", *, mounted: bool) -> dict[str, Any]:
+    return {
+        "name": node.name.decode("utf-8", "backslashreplace"),
+        "state": "mounted" if mounted else "preserved",
+        "pages": node.pages,
+        "bytes": node.pages * PAGE_SIZE,
+        "pfn": node.pfn,
+        "tree_id": f"{node.tree_id:016x}",
+        "created_ns": node.created_ns,
+    }
+
+
+def refuse_loss(machine: "Machine") -> None:
+    """NotPreservedError if emptying the memory would lose a tree: one that is mounted, or preserved."""
+    living = [entry.mountpoint for entry in machine.mounts() if entry.alive]
+    if living:
+        raise NotPreservedError(f"{plural(len(living), 'mount')} would be lost: umount {', '.join(living)} first")
+    try:
+        found, unfinished = listing(machine), _unfinished(machine)
+    except PkramfsError as error:
+        raise MachineError(f"cannot tell what is preserved ({error}): only --force goes on") from None
+    if unfinished:
+        raise NotPreservedError("a kexec is not finished, and what it hands over would be lost: pkram-kexec --resume")
+    if found:
+        size = format_size(sum(node["bytes"] for node in found))
+        raise NotPreservedError(f"{plural(len(found), 'node')}, {size}, would be lost: free them, or use --force")
+
+
+def _unfinished(machine: "Machine") -> bool:
+    """Whether the old kernel is gone and the new one not up, so that nobody knows the nodes."""
+    from pkramfs.kernel import nvram, state
+
+    return state.read(machine, any_layout=True) is None and nvram.pending(machine) is not None
+
+
+def act_nodes(args: argparse.Namespace) -> None:
+    """pkramctl nodes."""
+    found = listing(arguments.existing(args))
+    if arguments.wants_json(args):
+        render.emit_json(found)
+    else:
+        show(found)
+
+
+def show(found: list[dict[str, Any]]) -> None:
+    """Print nodes as a table."""
+    columns = [
+        Column("NODE"),
+        Column("STATE"),
+        Column("SIZE", figures=True),
+        Column("PAGES", figures=True),
+        Column("PFN", figures=True),
+    ]
+    rows = [(n["name"], n["state"], format_size(n["bytes"]), f"{n['pages']:,}", format_pfn(n["pfn"])) for n in found]
+    render.table(columns, rows)
+
+
+def act_free(args: argparse.Namespace) -> int:
+    """pkramctl free NAME… | --all."""
+    from pkramfs.kernel.running import look
+
+    need(bool(args.names) != args.all, "give the NAMEs to free, or --all")
+    machine = arguments.existing(args)
+    freed, problems = [], []
+    with machine.lifecycle(shared=True, timeout=LOCK_SECONDS):
+        running = look(machine)
+        for name in _node_names(running) if args.all else [_resolve(running, name) for name in args.names]:
+            try:
+                freed.append({"name": name.decode("utf-8", "backslashreplace"), "pages": _free(machine, running, name)})
+            except PkramfsError as error:
+                problems.append(error)
+        running.sweep()
+    _say_freed(args, freed)
+    for problem in problems:
+        arguments.complain("pkramctl", str(problem))
+    return problems[0].exit_status if problems else 0
+
+
+def _node_names(running: "Running") -> list[bytes]:
+    return [node.name for node in running.store.nodes()]
+
+
+def _resolve(running: "Running", name: str) -> bytes:
+    """The node that NAME means: a mount's NAME, or the node's own name."""
+    raw = name.encode("utf-8", "surrogateescape")
+    return raw if running.store.find(PREFIX + raw) is None and running.store.find(raw) is not None else PREFIX + raw
+
+
+def _free(machine: "Machine", running: "Running", name: bytes) -> int:
+    """Withdraw one node; the pages it preserved."""
+    node = running.store.find(name)
+    if node is None:
+        raise PkramError(f"no node {render.printable(name)} is preserved")
+    try:
+        lock = machine.claim(node.tree_id)
+    except MachineError:
+        raise PkramError(_in_use(machine, node)) from None
+    try:
+        running.store.withdraw(name)
+    finally:
+        lock.release()
+    machine.log(f"pkram: freed node {render.printable(name)}, {plural(node.pages, 'page')}")
+    return node.pages
+
+
+def _in_use(machine: "Machine", node: "Node") -> str:
+    place = next((entry.mountpoint for entry in machine.mounts() if entry.tree_id == node.tree_id), "a mount")
+    return (
+        f"{render.printable(node.name)} is in use by {place}: "
+        f"`mount -o remount,rw {place}` takes it back, umount and free drop it"
+    )
+
+
+def _say_freed(args: argparse.Namespace, freed: list[dict[str, Any]]) -> None:
+    if arguments.wants_json(args):
+        render.emit_json(freed)
+        return
+    for node in freed:
+        size = format_size(node["pages"] * PAGE_SIZE)
+        print(f"{render.printable(node['name'])}: {plural(node['pages'], 'page')} ({size}) given back")
+
+
+def act_verify(args: argparse.Namespace) -> int:
+    """pkramctl verify [NAME…]."""
+    from pkramfs.kernel.running import look
+
+    machine = arguments.existing(args)
+    with machine.lifecycle(shared=True, timeout=LOCK_SECONDS):
+        running = look(machine)
+        names = [_resolve(running, name) for name in args.names]
+        problems = find_problems(running, names)
+        count = len(names) or len(running.store.nodes())
+    if arguments.wants_json(args):
+        render.emit_json({"nodes": count, "problems": problems})
+    elif problems:
+        print("\n".join(render.printable(problem) for problem in problems))
+    else:
+        print(f"{plural(count, 'node')} checked, nothing is wrong")
+    return FormatError.exit_status if problems else 0
+
+
+def find_problems(running: "Running", names: list[bytes]) -> list[str]:
+    """What is wrong with these nodes (all, if none is named), one line each."""
+    raise NotImplementedError

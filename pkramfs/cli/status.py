@@ -1,0 +1,196 @@
+"""What `pkramctl status` shows: the machine, its kernel, its mounts and its nodes.
+
+    machine      /dev/shm/pkram/default, 64 GiB of RAM, 2.1 GiB of it backed by the host
+    kernel       generation 2, builtin, up since 12:00:01, super block at pfn 34f
+    next         /boot/vmlinuz-6.1 is loaded: pkram-kexec -e
+    memory       free 61.9 GiB, preserved 2.0 GiB, live 0 B, kernel 34 MiB
+
+    MOUNTED ON   NAME      STATE       FILES   SIZE      PID
+    /mnt         mytmpfs   preserved       1   2.0 GiB   4242
+
+    NODE            STATE              SIZE      PAGES
+    shmem-mytmpfs   held by a mount    2.0 GiB   524,288
+
+`gather` finds it as plain data (what --json prints); `show` prints it. A part that cannot be read
+(a damaged super block, a silent daemon) is shown as its error and hides none of the others: this is
+the command one runs when something is wrong.
+
+Kernel: /proc/meminfo, /sys/kernel/pkram, /sys/kernel/kexec_loaded
+"""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from pkramfs.cli import arguments, mounts, nodes, render
+from pkramfs.cli.render import Column
+from pkramfs.errors import PkramfsError
+from pkramfs.units import BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size
+
+if TYPE_CHECKING:
+    from pkramfs.machine.directory import Machine
+
+
+def act(args: argparse.Namespace) -> None:
+    """pkramctl status."""
+    found = gather(arguments.existing(args))
+    if arguments.wants_json(args):
+        render.emit_json(found)
+    else:
+        show(found)
+
+
+def gather(machine: "Machine") -> dict[str, Any]:
+    """Everything that there is to say, as plain data."""
+    found: dict[str, Any] = {"machine": _machine(machine)}
+    parts = {"kernel": _kernel, "next": _next, "memory": _memory, "mounts": _mounts, "nodes": nodes.listing}
+    problems = []
+    for name, look in parts.items():
+        try:
+            found[name] = look(machine)
+        except PkramfsError as error:
+            found[name] = [] if name in ("mounts", "nodes") else None
+            problems.append(f"{name}: {error}")
+    return found | {"problems": problems}
+
+
+def _machine(machine: "Machine") -> dict[str, Any]:
+    hardware = machine.hardware()
+    backed = None
+    try:
+        ram = machine.ram()
+        backed = ram.backed
+        ram.close()
+    except PkramfsError:
+        pass  # the parts that need RAM say what is wrong with it
+    return {"directory": machine.path(), "ram": hardware.usable.total * PAGE_SIZE, "backed": backed}
+
+
+def _kernel(machine: "Machine") -> dict[str, Any] | None:
+    from pkramfs.kernel import state
+
+    info = state.read(machine, any_layout=True)
+    if info is None:
+        return None
+    return {
+        "generation": info.generation,
+        "kind": info.kind,
+        "image": info.image,
+        "version": info.version,
+        "booted": info.booted,
+        "super_pfn": info.super_pfn,
+        "cmdline": (machine.read_text("cmdline") or "").strip(),
+    }
+
+
+def _next(machine: "Machine") -> dict[str, Any]:
+    """What is loaded, and a boot that waits to be finished."""
+    from pkramfs.kernel import nvram, staging
+
+    pending = nvram.pending(machine)
+    loaded, crash = staging.read(machine), staging.read(machine, staging.CRASH_JSON)
+    return {
+        "loaded": loaded.image.name if loaded else None,
+        "crash": crash.image.name if crash else None,
+        "pending": pending.generation if pending else None,
+        "remount": [mount["mountpoint"] for mount in nvram.mounts(machine)],
+    }
+
+
+def _memory(machine: "Machine") -> dict[str, int] | None:
+    """Bytes by the state of their page block."""
+    running = nodes.attached(machine)
+    if running is None:
+        return None
+    return {state: blocks * BLOCK_SIZE for state, blocks in running.leases.counts().items()}
+
+
+def _mounts(machine: "Machine") -> list[dict[str, Any]]:
+    return [_mount(seen) for seen in mounts.look(machine)]
+
+
+def _mount(seen: mounts.Seen) -> dict[str, Any]:
+    known = {"mountpoint": seen.entry.mountpoint, "name": seen.entry.name, "pid": seen.entry.pid}
+    if seen.status is None:
+        return known | {"state": "silent", "problem": seen.silence}
+    return known | seen.status
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print what `gather` found."""
+    render.fields(
+        [
+            ("machine", _machine_line(found["machine"])),
+            ("kernel", _kernel_line(found["kernel"])),
+            ("next", _next_line(found["next"])),
+            ("memory", _memory_line(found["memory"])),
+        ]
+    )
+    for problem in found["problems"]:
+        print(f"problem   {render.printable(problem)}")
+    if found["mounts"]:
+        print()
+        show_mounts(found["mounts"])
+    if found["nodes"]:
+        print()
+        nodes.show(found["nodes"])
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    backed = machine["backed"]
+    line = f"{machine['directory']}, {format_size(machine['ram'])} of RAM"
+    return line if backed is None else f"{line}, {format_size(backed)} of it backed by the host"
+
+
+def _kernel_line(kernel: dict[str, Any] | None) -> str:
+    if kernel is None:
+        return "none is running"
+    pkram = f"super block at pfn {format_pfn(kernel['super_pfn'])}" if kernel["super_pfn"] else "PKRAM is off"
+    return f"generation {kernel['generation']} ({kernel['kind']} boot of {kernel['image']}), {pkram}"
+
+
+def _next_line(following: dict[str, Any] | None) -> str | None:
+    if following is None:
+        return None
+    said = []
+    if following["pending"]:
+        said.append(f"the boot of generation {following['pending']} is not finished: the next mount resumes it")
+    if following["loaded"]:
+        said.append(f"{following['loaded']} is loaded: pkram-kexec -e")
+    if following["crash"]:
+        said.append(f"{following['crash']} is loaded as crash kernel")
+    return "; ".join(said) or None
+
+
+def _memory_line(memory: dict[str, int] | None) -> str | None:
+    if memory is None:
+        return None
+    return ", ".join(f"{state} {format_size(size)}" for state, size in memory.items())
+
+
+def show_mounts(found: list[dict[str, Any]]) -> None:
+    """Print mounts as a table."""
+    columns = [
+        Column("MOUNTED ON"),
+        Column("NAME"),
+        Column("STATE"),
+        Column("FILES", figures=True),
+        Column("SIZE", figures=True),
+        Column("PID", figures=True),
+    ]
+    render.table(columns, [_mount_row(mount) for mount in found])
+    for mount in found:
+        if "problem" in mount:
+            print(f"problem   {render.printable(mount['problem'])}")
+
+
+def _mount_row(mount: dict[str, Any]) -> list[Any]:
+    state = mount["state"] + (", frozen" if mount.get("frozen") and mount["state"] != "preserved" else "")
+    known = "files" in mount
+    return [
+        mount["mountpoint"],
+        mount["name"] or "-",
+        state,
+        f"{mount['files']:,}" if known else "?",
+        format_size(mount["bytes"]) if known else "?",
+        mount["pid"],
+    ]

@@ -1,0 +1,149 @@
+"""All mounts at once: what `-e` freezes it can thaw, a silent daemon stops it, and what lives is found."""
+
+import os
+import sys
+import types
+
+import pytest
+
+from pkramfs.cli import mounts
+from pkramfs.cli.mounts import Mounts
+from pkramfs.errors import DaemonError
+from pkramfs.machine.directory import Machine
+from pkramfs.machine.mounts import MountEntry
+
+
+class Daemon:
+    """A mount daemon as far as the control socket shows it."""
+
+    def __init__(self, name, *, preserved=True, frozen=False, silent=False):
+        self.name, self.preserved, self.frozen, self.silent = name, preserved, frozen, silent
+        self.alive, self.deaf, self.heard = True, False, []
+        self.tree_id = 0x1000 + len(name) * 7 + sum(map(ord, name))
+        self.entry = MountEntry(self.tree_id, name, f"/nowhere/{name}", 0, {"pkram": name}, None, True, f"{name}.sock")
+
+    def answer(self, verb):
+        self.heard.append(verb)
+        if self.silent:
+            raise DaemonError("timed out")
+        if verb == "stop":
+            self.alive = self.deaf
+        if verb in ("freeze", "thaw", "unfreeze"):
+            self.frozen = verb == "freeze"
+        return {"state": "preserved" if self.preserved else "live", "frozen": self.frozen, "files": 3, "bytes": 4096}
+
+
+class FakeMachine(Machine):
+    def __init__(self, daemons):
+        super().__init__("/nowhere")
+        self.daemons = daemons
+
+    def mounts(self):
+        return [d.entry for d in self.daemons if d.alive]
+
+    def live_ids(self):
+        return {d.tree_id for d in self.daemons if d.alive}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    made = FakeMachine([])
+
+    def call(socket, verb, timeout=None, **words):
+        return next(d for d in made.daemons if d.entry.socket == socket).answer(verb)
+
+    client = types.ModuleType("pkramfs.control.client")
+    client.call = call  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pkramfs.control.client", client)
+    return made
+
+
+def test_looking_freezes_nothing_and_reports_a_silent_daemon(machine):
+    machine.daemons = [Daemon("a"), Daemon("b", silent=True), Daemon("c", preserved=False)]
+    a, b, c = mounts.look(machine)
+    assert (a.report.preserved, a.report.files, a.report.reason) == (True, 3, "")
+    assert b.report.preserved is False
+    assert "does not answer" in b.report.reason and "/nowhere/b" in b.report.reason
+    assert c.report.reason == "not preserved: mount -o remount,preserve,ro /nowhere/c"
+    assert not any(d.frozen for d in machine.daemons)
+
+
+def test_a_mount_without_a_name_cannot_be_preserved(machine):
+    daemon = Daemon("x", preserved=False)
+    daemon.entry = MountEntry(**{**vars(daemon.entry), "name": None})
+    machine.daemons = [daemon]
+    assert "without pkram=NAME" in mounts.look(machine)[0].report.reason
+
+
+def test_thaw_takes_back_what_freeze_did_and_no_more(machine):
+    machine.daemons = [Daemon("a", preserved=False), Daemon("b", frozen=True)]
+    going = Mounts(machine)
+    assert [seen.report.preserved for seen in going.freeze()] == [False, True]
+    assert all(d.frozen for d in machine.daemons)
+    going.thaw()
+    assert [d.frozen for d in machine.daemons] == [False, True]
+
+
+def test_a_silent_daemon_stops_the_freeze_and_thaws_the_others(machine):
+    machine.daemons = [Daemon("a"), Daemon("b", silent=True)]
+    with pytest.raises(DaemonError, match=r"/nowhere/b.*pid.*--force"):
+        Mounts(machine).freeze()
+    assert not machine.daemons[0].frozen
+
+
+def test_forced_a_silent_daemon_is_a_warning(machine):
+    machine.daemons = [Daemon("a"), Daemon("b", silent=True)]
+    said = []
+    seen = Mounts(machine, force=True, warn=said.append).freeze()
+    assert [s.report.preserved for s in seen] == [True, False]
+    assert "does not answer" in said[0]
+
+
+def test_stop_waits_until_all_are_gone(machine):
+    machine.daemons = [Daemon("a"), Daemon("b")]
+    going = Mounts(machine)
+    going.stop()
+    assert machine.live_ids() == set()
+    assert going.stopped
+
+
+def test_stop_names_a_daemon_that_stays(machine, monkeypatch):
+    monkeypatch.setattr(mounts, "STOP_SECONDS", 0.05)
+    daemon = Daemon("a")
+    daemon.deaf = True
+    machine.daemons = [daemon]
+    with pytest.raises(DaemonError, match="/nowhere/a .* does not end"):
+        Mounts(machine).stop()
+
+
+def test_a_lock_without_an_entry_is_an_error(machine):
+    daemon = Daemon("a")
+    machine.daemons = [daemon]
+    machine.mounts = lambda: []
+    with pytest.raises(DaemonError, match="hold a tree but say nothing"):
+        mounts.alive(machine)
+
+
+def test_kill_never_touches_a_process_that_is_no_daemon(machine, monkeypatch):
+    killed = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
+    for pid in (0, -1, 1, 1 << 30):
+        mounts.kill(MountEntry(**{**vars(Daemon("a").entry), "pid": pid}))
+    assert killed == []
+
+
+def test_users_of_a_directory_are_found_without_touching_it(tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    child = os.fork()
+    if child == 0:
+        os.chdir(inside)
+        os.kill(os.getpid(), 19)  # wait here, stopped, until killed
+        os._exit(0)
+    try:
+        os.waitpid(child, os.WUNTRACED)
+        assert [user.pid for user in mounts.users(str(tmp_path))] == [child]
+        assert mounts.users(str(tmp_path) + "x") == []
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
