@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from pkramfs.cli import arguments, mounts, render
 from pkramfs.cli.arguments import complain, need
 from pkramfs.errors import MachineError, NotPreservedError
-from pkramfs.units import format_size, plural
+from pkramfs.units import format_size
 
 if TYPE_CHECKING:
     from pkramfs.cli.mounts import Mounts, Seen

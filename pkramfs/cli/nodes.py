@@ -32,9 +32,13 @@ PREFIX = b"shmem-"
 
 def attached(machine: "Machine") -> "Running | None":
     """The running kernel, looked at without booting one; None where there is none."""
-    from pkramfs.kernel import running, state
+    from pkramfs.kernel import state
 
-    return running.look(machine) if state.read(machine, any_layout=True) else None
+    if state.read(machine, any_layout=True) is None:
+        return None
+    from pkramfs.kernel.running import look
+
+    return look(machine)
 
 
 def listing(machine: "Machine") -> list[dict[str, Any]]:
@@ -105,10 +109,10 @@ def show(found: list[dict[str, Any]]) -> None:
 
 def act_free(args: argparse.Namespace) -> int:
     """pkramctl free NAME… | --all."""
-    from pkramfs.kernel.running import look
-
     need(bool(args.names) != args.all, "give the NAMEs to free, or --all")
     machine = arguments.existing(args)
+    from pkramfs.kernel.running import look
+
     freed, problems = [], []
     with machine.lifecycle(shared=True, timeout=LOCK_SECONDS):
         running = look(machine)
@@ -170,9 +174,9 @@ def _say_freed(args: argparse.Namespace, freed: list[dict[str, Any]]) -> None:
 
 def act_verify(args: argparse.Namespace) -> int:
     """pkramctl verify [NAME…]."""
+    machine = arguments.existing(args)
     from pkramfs.kernel.running import look
 
-    machine = arguments.existing(args)
     with machine.lifecycle(shared=True, timeout=LOCK_SECONDS):
         running = look(machine)
         names = [_resolve(running, name) for name in args.names]

@@ -112,14 +112,14 @@ def test_stop_names_a_daemon_that_stays(machine, monkeypatch):
     daemon = Daemon("a")
     daemon.deaf = True
     machine.daemons = [daemon]
-    with pytest.raises(DaemonError, match="/nowhere/a .* does not end"):
+    with pytest.raises(DaemonError, match=r"/nowhere/a .* does not end"):
         Mounts(machine).stop()
 
 
 def test_a_lock_without_an_entry_is_an_error(machine):
     daemon = Daemon("a")
     machine.daemons = [daemon]
-    machine.mounts = lambda: []
+    machine.mounts = list
     with pytest.raises(DaemonError, match="hold a tree but say nothing"):
         mounts.alive(machine)
 

@@ -1,0 +1,71 @@
+"""The manual says what the commands do: every option is in it, and the table of patches points at what exists."""
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+
+import pkramfs
+from pkramfs.cli import ctl, kexec
+
+PACKAGE = Path(pkramfs.__file__).parent
+MANUAL = PACKAGE / "resources" / "man"
+REPOSITORY = PACKAGE.parent
+
+
+def parsers(parser: argparse.ArgumentParser):
+    """A parser and all its subparsers."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from parsers(child)
+
+
+def options(parser: argparse.ArgumentParser) -> set[str]:
+    found = {option for one in parsers(parser) for action in one._actions for option in action.option_strings}
+    return {option for option in found if option.startswith("--")}
+
+
+@pytest.mark.parametrize(("page", "parser"), [("pkram-kexec.8", kexec.parser()), ("pkramctl.8", ctl.parser())])
+def test_every_option_is_in_the_manual_and_none_else(page, parser):
+    text = (MANUAL / f"{page}.md").read_text()
+    known = options(parser)
+    written = set(re.findall(r"`(--[a-z-]+)`|`-\w`, `(--[a-z-]+)`", text))
+    named = {name for pair in written for name in pair if name}
+    assert {o for o in known if f"`{o}`" not in text} == set()
+    assert named - known == set()
+
+
+def test_every_command_is_in_the_manual():
+    text = (MANUAL / "pkramctl.8.md").read_text()
+    for one in parsers(ctl.parser()):
+        command = one.prog.removeprefix("pkramctl").strip()
+        if command and command != "machine":
+            assert f"\n`{command}`" in text, command
+
+
+def table() -> list[tuple[str, ...]]:
+    text = (MANUAL / "pkramfs.7.md").read_text()
+    body = text.partition("<!-- table -->")[2].partition("<!-- /table -->")[0]
+    return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in body.strip().splitlines()[2:]]
+
+
+def test_all_43_patches_are_in_the_table():
+    assert [int(row[0]) for row in table()] == list(range(1, 44))
+
+
+@pytest.mark.parametrize("row", table(), ids=lambda row: row[0])
+def test_each_patch_has_its_code_and_its_test(row):
+    for path in row[2].split(", ") + row[3].split(", "):
+        assert (REPOSITORY / path.partition(" ")[0]).is_file(), path
+
+
+@pytest.mark.parametrize("page", sorted(MANUAL.glob("*.md")), ids=lambda page: page.name)
+def test_pages_have_the_usual_sections_in_order(page):
+    headings = re.findall(r"^## (.+)$", page.read_text(), re.MULTILINE)
+    assert headings[0] == "NAME"
+    assert headings[-1] == "SEE ALSO"
+    title, name = page.read_text().splitlines()[0], page.name.removesuffix(".md")
+    assert title == f"# {name.rpartition('.')[0]}({name.rpartition('.')[2]})"
