@@ -1,0 +1,403 @@
+"""One kernel dies, the next is born, and what was preserved is there."""
+
+from typing import Any
+
+import pytest
+
+from pkramfs.errors import ConflictError, ExhaustedError, FormatError, MachineError, NotPreservedError, UsageError
+from pkramfs.kernel import boot, kexec, nvram, running, staging, state
+from pkramfs.kernel.kexec import MountReport
+from pkramfs.spans import Spans
+from pkramfs.units import BLOCK_PAGES, MIB, PAGE_SHIFT
+
+
+def test_a_node_survives(lab: Any) -> None:
+    lab.preserve("shmem-a", 3000)
+    old = lab.up().info
+    kernel = lab.cycle()
+    assert kernel.generation == 2
+    assert lab.intact("shmem-a")
+    assert kernel.info.old_super_pfn == old.super_pfn
+    assert [n.name for n in kernel.store.nodes()] == [b"shmem-a"]
+    log = lab.machine.dmesg()
+    assert f"pkram: found super block at pfn {old.super_pfn:x}, 1 node, " in log
+    assert "Kernel moved from" in log
+
+
+def test_what_was_not_preserved_is_gone(lab: Any) -> None:
+    _, runs, _ = lab.grow(500)
+    lab.preserve("a", 500)
+    kernel = lab.cycle()
+    assert all(not any(kernel.ram.peek(pfn, count)) for pfn, count in runs)
+    assert lab.intact("a")
+
+
+@pytest.mark.parametrize("poison", [False, True])
+def test_many_generations_lose_and_leak_nothing(lab: Any, poison: bool) -> None:
+    free = None
+    for generation in range(6):
+        name = f"node{generation % 3}"
+        kernel = lab.up()
+        if kernel.store.find(name.encode()):
+            kernel.store.withdraw(name.encode())
+            kernel.sweep()
+        lab.preserve(name, 700 + 300 * (generation % 3), seed=generation)
+        kernel = lab.cycle("builtin:6M", poison=poison)
+        assert all(lab.intact(n.name.decode()) for n in kernel.store.nodes())
+        if generation >= 3:
+            left = kernel.leases.counts()["free"]
+            assert free in (None, left)
+            free = left
+
+
+def test_nodes_that_nobody_mounted_survive_a_second_kexec(lab: Any) -> None:
+    """D3 of the facts: the original forgets them."""
+    lab.preserve("a", 1000)
+    for _ in range(3):
+        lab.cycle(poison=True)
+        assert lab.intact("a")
+
+
+@pytest.mark.parametrize("step", [s.__name__ for s in boot.STEPS])
+def test_boot_that_dies_ends_in_the_same_state(make_lab: Any, step: str) -> None:
+    facts = []
+    for name in ("straight", "killed"):
+        lab = make_lab(name=name)
+        _set_ids(lab)
+        lab.preserve("a", 2000)
+        lab.load()
+        if name == "killed":
+            with lab.dies(step):
+                lab.execute()
+            assert (state.read(lab.machine) is None) == (step != "publish")
+        else:
+            lab.execute()
+        assert lab.intact("a")
+        facts.append(lab.facts())
+    straight, killed = facts
+    for key in straight:
+        if key not in ("ram", "info"):
+            assert straight[key] == killed[key], key
+
+
+def _set_ids(lab: Any) -> None:
+    """Nothing to do: tree ids are random, and facts() does not compare them."""
+
+
+def test_the_same_boot_twice_writes_the_same_ram(lab: Any) -> None:
+    lab.preserve("a", 2000)
+    lab.load()
+    with lab.dies("publish"):
+        lab.execute()
+    first = state.read(lab.machine)
+    lab.machine.remove(state.NAME)
+    with lab.dies("publish"):
+        lab.up()
+    second = state.read(lab.machine)
+    assert first is not None
+    assert second is not None
+    assert (first.reserved, first.super_pfn, first.stale) == (second.reserved, second.super_pfn, second.stale)
+    lab.up()
+    assert lab.intact("a")
+
+
+def test_take_over_may_be_repeated(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab.preserve("a", 100)
+    lab.load()
+    real, calls = nvram.finished, []
+
+    def dies(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("killed")
+        real(*args)
+
+    monkeypatch.setattr(nvram, "finished", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        lab.execute()
+    assert nvram.pending(lab.machine) is not None
+    assert lab.up().generation == 2
+    assert nvram.pending(lab.machine) is None
+    assert lab.intact("a")
+
+
+def test_dying_before_the_point_of_no_return_cancels(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab.preserve("a", 100)
+    lab.load()
+
+    def dies(_: Any) -> None:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(running, "retire", dies)
+    with pytest.raises(RuntimeError):
+        lab.execute()
+    assert nvram.pending(lab.machine) is not None
+    kernel = lab.up()
+    assert (kernel.generation, nvram.pending(lab.machine)) == (1, None)
+    assert lab.intact("a")
+    monkeypatch.undo()
+
+
+def test_dying_while_segments_are_copied_resumes(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab.preserve("a", 100)
+    lab.load()
+    real = staging.copy_into_ram
+
+    def dies(*args: Any) -> None:
+        real(*args)
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "copy_into_ram", dies)
+        with pytest.raises(RuntimeError):
+            lab.execute()
+    assert state.read(lab.machine) is None
+    assert lab.up().generation == 2
+    assert lab.intact("a")
+
+
+def test_the_boot_process_is_given_nothing_else(lab: Any) -> None:
+    lab.preserve("a", 10)
+    lab.load()
+    seen: list[list[str]] = []
+    lab.after = lambda step: seen.append(sorted(_files(lab.machine))) if step == "purgatory" else None
+    lab.execute()
+    assert seen == [["dmesg", "lock", "machine.json", "nvram.json", "ram"]]
+
+
+def _files(machine: Any) -> list[str]:
+    import os
+
+    found = [name for name in os.listdir(machine.path()) if os.path.isfile(machine.path(name))]
+    found += os.listdir(machine.path("kexec")) + os.listdir(machine.path("mounts"))
+    return [name for name in found if name not in ("lock.tables", "lock.boot")]
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("append", "said"),
+    [("ro pkram=", ""), ("ro pkram=abc", "the loaded command line says pkram=abc, "), ("ro pkram=0", "says pkram=0, ")],
+)
+def test_a_missing_or_wrong_pkram_is_refused(lab: Any, append: str, said: str) -> None:
+    lab.preserve("a", 256)
+    report = lab.load(append=append)
+    pfn = lab.up().info.super_pfn
+    expected = rf"1 node, 1\.0 MiB would be lost: .*{said}append pkram={pfn:x}"
+    assert any(__import__("re").search(expected, w) for w in report.warnings), report.warnings
+    with pytest.raises(NotPreservedError, match=expected):
+        lab.execute()
+    assert lab.intact("a")
+    kernel = lab.execute(force=True)
+    assert kernel.store.nodes() == []
+    assert kernel.leases.counts()["tree"] == 0
+    assert "pkram: node a is lost (" in lab.machine.dmesg()
+
+
+def test_a_stale_pkram_restores_nothing(lab: Any) -> None:
+    """D31 of the facts: booting twice with the same pfn."""
+    lab.preserve("a", 256)
+    pfn = lab.up().info.super_pfn
+    lab.cycle()
+    lab.up().store.withdraw(b"a")
+    lab.up().sweep()
+    lab.load(append=f"ro pkram={pfn:x}")
+    kernel = lab.execute()
+    assert kernel.store.nodes() == []
+    assert "invalid super block" in lab.machine.dmesg()
+
+
+def test_mounts_that_are_not_preserved_are_refused(lab: Any) -> None:
+    lab.load()
+    mounts = [MountReport("/mnt/a", "a", False, 3, "not preserved: do this"), MountReport("/mnt/b", "b", True, 1)]
+    with lab.machine.lifecycle(shared=False):
+        plan = kexec.plan(lab.machine, mounts)
+        with pytest.raises(NotPreservedError, match=r"/mnt/a: 3 files would be lost \(not preserved: do this\)"):
+            plan.execute()
+        assert len(plan.problems) == 1
+        stopped: list[str] = []
+        kexec.plan(lab.machine, mounts, force=True, stop=lambda: stopped.append("all")).execute()
+    assert stopped == ["all"]
+    assert "/mnt/a (a, not preserved) is lost" in lab.machine.dmesg()
+
+
+def test_nothing_loaded(lab: Any) -> None:
+    lab.up()
+    with pytest.raises(MachineError, match="no kernel is loaded"):
+        lab.execute()
+    lab.load()
+    assert kexec.unload(lab.machine) is True
+    assert kexec.unload(lab.machine) is False
+    with pytest.raises(MachineError, match="no kernel is loaded"):
+        lab.execute()
+
+
+def test_damaged_metadata_stop_the_boot_before_anything_is_punched(lab: Any) -> None:
+    lab.preserve("a", 256)
+    node = lab.up().store.nodes()[0]
+    lab.load()
+    with lab.dies("purgatory"):
+        lab.execute()
+    ram = lab.machine.ram()
+    good = bytes(ram.page(node.pfn))
+    ram.page(node.pfn)[100:104] = b"oops"
+    before = ram.data_spans()
+    for _ in range(2):
+        with pytest.raises(FormatError):
+            lab.up()
+    assert ram.data_spans() == before
+    ram.page(node.pfn)[:] = good
+    assert lab.up().generation == 2
+    assert lab.intact("a")
+
+
+def test_damaged_metadata_are_given_up_by_force(lab: Any) -> None:
+    lab.preserve("a", 256)
+    node = lab.up().store.nodes()[0]
+    lab.load()
+    with lab.dies("purgatory"):
+        lab.execute()
+    lab.machine.ram().page(node.pfn)[100:104] = b"oops"
+    with lab.machine.lifecycle(shared=False):
+        kernel = running.bring_up(lab.machine, force=True)
+    assert kernel.store.nodes() == []
+    assert "a is lost (" in lab.machine.dmesg()
+
+
+def test_damaged_metadata_are_refused_by_the_plan(lab: Any) -> None:
+    lab.preserve("a", 256)
+    lab.load()
+    node = lab.up().store.nodes()[0]
+    lab.up().ram.page(node.pfn)[100:104] = b"oops"
+    with pytest.raises(FormatError):
+        lab.execute()
+    assert lab.execute(force=True).store.nodes() == []
+
+
+def test_a_segment_that_changed_in_ram_is_not_entered(lab: Any) -> None:
+    lab.load()
+    segments = staging.read(lab.machine).segments
+    with lab.dies("purgatory"):
+        lab.execute()
+    kernel = next(s for s in segments if s.name == "kernel")
+    lab.machine.ram().page(kernel.pfn)[5] ^= 1
+    with pytest.raises(MachineError, match="purgatory: the kernel at pfn"):
+        lab.up()
+
+
+def test_no_room_is_found_before_the_old_kernel_is_stopped(lab: Any) -> None:
+    lab.preserve("a", 100)
+    lab.load("builtin:100M")
+    with lab.machine.lifecycle(shared=False):
+        plan = kexec.plan(lab.machine, [MountReport("/mnt", "a", True, 1)], stop=lambda: pytest.fail("stopped"))
+        with pytest.raises(ExhaustedError, match=r"KASLR: no slot.*append nokaslr"):
+            plan.execute()
+    kernel = lab.cycle("builtin:100M", "ro nokaslr")
+    assert "KASLR disabled" in lab.machine.dmesg()
+    assert lab.intact("a")
+    assert kernel.generation == 2
+
+
+# -- loading ------------------------------------------------------------------------------------------------------
+
+
+def test_loading_replaces_and_leaves_no_files(lab: Any, tmp_path: Any) -> None:
+    (tmp_path / "initrd").write_bytes(b"initrd" * 1000)
+    lab.load(initrd=str(tmp_path / "initrd"))
+    lab.load("builtin:8M")
+    loaded = staging.read(lab.machine)
+    assert loaded.segment("initrd") is None
+    import os
+
+    assert len(os.listdir(lab.machine.path("kexec"))) == 1 + len(loaded.segments)
+    for bad in ({"initrd": "/nonexistent"}, {"image": "/nonexistent"}):
+        with pytest.raises(UsageError, match="nonexistent"):
+            lab.load(**bad)
+    assert staging.read(lab.machine) == loaded
+    assert len(os.listdir(lab.machine.path("kexec"))) == 1 + len(loaded.segments)
+
+
+def test_the_kernel_chooses_destinations_clear_of_preserved_pages(lab: Any) -> None:
+    lab.preserve("a", 40000)
+    loaded = lab.load("builtin:16M").loaded
+    from pkramfs.kernel.segments import destinations
+
+    assert not destinations(loaded.segments) & lab.up().store.preserved()
+    assert not destinations(loaded.segments) & lab.up().info.own_pages
+
+
+def test_a_chosen_address_with_preserved_pages_is_refused_and_lists_whose(lab: Any, tmp_path: Any) -> None:
+    lab.preserve("shmem-a", 4000)
+    spans = lab.up().store.preserved()
+    address = int(spans.starts[0]) << PAGE_SHIFT
+    (tmp_path / "f").write_bytes(b"x" * 8192)
+    with pytest.raises(ConflictError, match="belongs to node shmem-a") as caught:
+        lab.load(syscall="load", segments=[(str(tmp_path / "f"), address)])
+    assert caught.value.conflicts == [
+        f"segment0 at {address:#x}: {address:#x}-{address + 8191:#x} (2 pages) belongs to node shmem-a"
+    ]
+    for address, reason in ((0xA0000, "not all of it is usable RAM"), (1 << 45, "not all of it is usable RAM")):
+        with pytest.raises(ConflictError, match=reason):
+            lab.load(syscall="load", segments=[(str(tmp_path / "f"), address)])
+    with pytest.raises(UsageError, match="multiple of 4096"):
+        lab.load(syscall="load", segments=[(str(tmp_path / "f"), 4097)])
+
+
+def test_mem_min_and_mem_max_bound_the_destinations(lab: Any) -> None:
+    loaded = lab.load(syscall="load", mem_min=100 * MIB, mem_max=120 * MIB).loaded
+    assert all(s.pfn << PAGE_SHIFT >= 100 * MIB and s.end << PAGE_SHIFT <= 120 * MIB for s in loaded.segments)
+    with pytest.raises(ExhaustedError, match="no place for the kernel"):
+        lab.load(syscall="load", mem_min=100 * MIB, mem_max=101 * MIB)
+
+
+def test_pages_preserved_after_loading_are_relocated(lab: Any) -> None:
+    """Row 15: the tree lies where the kernel will be copied; the save copies it elsewhere."""
+    frames, runs, total = lab.grow(1000)
+    lab.load(syscall="load", mem_min=runs[0][0] << PAGE_SHIFT)
+    banned = lab.up().banned()
+    assert banned & Spans((pfn, pfn + count) for pfn, count in runs)
+    lab.publish("a", frames, runs, total)
+    assert not banned & lab.up().store.preserved()
+    lab.execute(poison=True)
+    assert lab.intact("a")
+
+
+def test_a_kernel_loaded_with_s_goes_elsewhere_if_pages_came_to_lie_there(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.load("builtin:4M")
+    placed = {s.name: s for s in staging.read(lab.machine).segments}
+    kernel = lab.up()
+    with monkeypatch.context() as patch:
+        patch.setattr(running.Running, "banned", lambda _: Spans())
+        free = kernel.leases.taken().gaps(0, kernel.info.blocks).total
+        lab.preserve("a", (free - 12) * BLOCK_PAGES)
+        if not Spans([(placed["kernel"].pfn, placed["kernel"].end)]) & kernel.store.preserved():
+            pytest.fail("the test did not make a conflict")
+    with lab.machine.lifecycle(shared=False):
+        plan = kexec.plan(lab.machine, [])
+        assert any("load again elsewhere" in line for line in plan.describe())
+        plan.execute()
+    assert lab.intact("a")
+
+
+def test_the_plan_is_told_step_by_step(lab: Any) -> None:
+    lab.preserve("a", 10)
+    lab.load()
+    told: list[str] = []
+    with lab.machine.lifecycle(shared=False):
+        plan = kexec.plan(lab.machine, [MountReport("/mnt", "a", True, 1)])
+        lines = plan.describe()
+        plan.execute(lambda operation: told.append(operation.describe()))
+    assert lines[:-1] == told
+    assert lines[0] == "stop 1 mount: /mnt"
+    assert any("point of no return" in line for line in lines)
+    assert lines[-1].startswith("predicted pause: 0.")
+
+
+def test_reuse_cmdline_makes_pkram_current(lab: Any) -> None:
+    lab.cycle()
+    kexec.load(lab.machine, "builtin:4M", reuse_cmdline=True, append="quiet")
+    pfn = lab.up().info.super_pfn
+    assert staging.read(lab.machine).cmdline == f"ro pkram={pfn:x} quiet"

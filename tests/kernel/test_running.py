@@ -1,0 +1,121 @@
+"""Cold boots, what is refused, what is resumed."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from pkramfs.errors import MachineError
+from pkramfs.kernel import boot, nvram, running, state
+from pkramfs.units import BLOCK_PAGES, GIB, TIB
+
+
+def test_the_first_attach_boots(lab: Any) -> None:
+    kernel = lab.up()
+    assert kernel.generation == 1
+    assert lab.machine.read_text("cmdline") == "BOOT_IMAGE=builtin ro\n"
+    assert lab.machine.read_text("pkram") == f"{kernel.info.super_pfn:x}\n"
+    assert nvram.read(lab.machine)["boot_count"] == 1
+    assert nvram.pending(lab.machine) is None
+    assert kernel.store.nodes() == []
+    assert "Kernel image" in lab.machine.read_text("iomem")
+    lab.up()
+    assert lab.steps.count("publish") == 1
+
+
+def test_boot_runs_in_a_fresh_process(root: Any) -> None:
+    from pkramfs.machine.directory import Machine
+    from pkramfs.machine.firmware import FirmwareMap
+
+    machine = Machine.locate()
+    machine.create(FirmwareMap.default(GIB, seed=1))
+    kernel = running.attach(machine)
+    assert kernel.store.nodes() == []
+    assert "pkram: super block at pfn" in machine.dmesg()
+
+
+def test_looking_never_boots(lab: Any) -> None:
+    with pytest.raises(MachineError, match="no kernel is running"):
+        running.attach(lab.machine, boot=False)
+    assert lab.steps == []
+    lab.up()
+    assert running.look(lab.machine).generation == 1
+
+
+@pytest.mark.parametrize("step", [s.__name__ for s in boot.STEPS])
+def test_a_cold_boot_that_dies_is_resumed(lab: Any, step: str) -> None:
+    with lab.dies(step):
+        lab.up()
+    assert lab.up().generation == 1
+    counts = lab.up().leases.counts()
+    assert counts["tree"] == 0
+    assert sum(counts.values()) == lab.up().info.blocks
+
+
+def test_data_without_a_kernel_are_damage_not_a_fresh_machine(lab: Any) -> None:
+    lab.up()
+    for name in ("kernel.json", "nvram.json"):
+        lab.machine.remove(name)
+    before = lab.machine.ram().backed
+    with pytest.raises(MachineError, match=r"damaged.*to start empty"):
+        lab.up()
+    assert lab.machine.ram().backed == before
+
+
+def test_another_version_is_refused(lab: Any) -> None:
+    lab.up()
+    lab.machine.write_json(state.NAME, lab.machine.read_json(state.NAME) | {"layout": 99, "version": "9.9"})
+    with pytest.raises(MachineError, match=r"this kernel runs pkramfs 9\.9.*pkram-kexec is the upgrade"):
+        lab.up()
+
+
+def test_a_ram_file_cut_short_is_refused(lab: Any) -> None:
+    lab.up()
+    with open(lab.machine.path("ram"), "r+b") as ram:
+        ram.truncate(1 << 20)
+    with pytest.raises(MachineError, match="cut or replaced"):
+        _ = lab.up().ram
+
+
+def test_the_lease_table_covers_every_block(lab: Any) -> None:
+    kernel = lab.up()
+    counts = kernel.leases.counts()
+    assert counts["reserve"] == 1
+    assert counts["hole"] == 1  # the first MiB
+    assert counts["free"] + counts["kernel"] == kernel.info.blocks - 2
+    assert kernel.leases.ids[kernel.info.super_pfn // BLOCK_PAGES] == 3
+
+
+def test_power_cycle_forgets_everything(lab: Any) -> None:
+    lab.preserve("a", 100)
+    with lab.machine.lifecycle(shared=False):
+        kernel = running.power_cycle(lab.machine)
+    assert kernel.store.nodes() == []
+    assert kernel.generation == 2
+    assert kernel.leases.counts()["tree"] == 0
+
+
+def test_booting_16_tib_touches_no_more_than_4_gib(make_lab: Any) -> None:
+    backed = []
+    for size in (4 * GIB, 16 * TIB):
+        lab = make_lab(size, name=f"m{size}")
+        kernel = lab.up()
+        lab.preserve("a", 1000)
+        lab.cycle(poison=False)
+        assert lab.intact("a")
+        backed.append(kernel.ram.backed)
+    assert backed[1] < backed[0] + (1 << 20)
+
+
+def test_boot_by_hand(lab: Any) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pkramfs.cli.boot", lab.machine.path()], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert state.read(lab.machine) is not None
+    done = subprocess.run(
+        [sys.executable, "-m", "pkramfs.cli.boot", "/nonexistent"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 8
+    assert "there is no machine" in done.stderr
