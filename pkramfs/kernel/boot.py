@@ -89,7 +89,7 @@ class Boot:
 
     @property
     def usable(self) -> Spans:
-        return placement.usable_memory(self.hardware, self.cmdline)
+        return placement.usable_memory(self.hardware, self.pending)
 
     @property
     def preserved(self) -> Spans:
@@ -174,6 +174,8 @@ def place(boot: Boot) -> None:
 
 def release(boot: Boot) -> None:
     """Give back every page that nobody reserved, whatever the last kernel had there."""
+    if boot.pending.crash:
+        return  # the dead kernel's memory stays as it is, to be looked at
     kept = boot.preserved | boot.placed.spans | destinations(boot.pending.segments)
     if boot.pending.poison:
         boot.ram.poison(boot.ram.data_spans() - kept)
@@ -203,21 +205,22 @@ def move(boot: Boot) -> None:
 def build_tables(boot: Boot) -> None:
     """Write the lease table: holes, the kernel's own, what was handed over, preserved trees."""
     handed_over = destinations(boot.pending.segments) | (boot.found.stale if boot.found else Spans())
+    reserve = Spans([boot.placed.reserve]) if boot.placed.reserve else Spans()
     nodes = boot.found.nodes if boot.found else ()
     trees = incoming.union(node.spans for node in nodes)
     kernel = boot.placed.spans | (handed_over - placement.blocks_of(trees))
     blocks = placement.block_count(boot.hardware)
-    tables.write(boot.ram, boot.placed.table, blocks, boot.usable, kernel, Spans([boot.placed.reserve]), nodes)
+    tables.write(boot.ram, boot.placed.table, blocks, boot.usable, kernel, reserve, nodes)
     for node in nodes:
         boot.log(f"pkram: node {node.name}: {plural(node.spans.total, 'page')} in {plural(len(node.spans), 'range')}")
 
 
 def super_block(boot: Boot) -> None:
     """Make this kernel's super block, naming the nodes that were found. A crash kernel has none."""
-    boot.ram.punch(Spans([boot.placed.reserve]))
-    if boot.pending.kind == nvram.CRASH:
+    if boot.placed.reserve is None:
         boot.log("pkram: disabled in a crash kernel")
         return
+    boot.ram.punch(Spans([boot.placed.reserve]))
     boot.super_pfn = boot.placed.reserve[0]
     first = boot.found.first_node_pfn if boot.found else 0
     superblock.create(boot.ram, boot.super_pfn, boot.pending.generation, first)
@@ -238,7 +241,8 @@ def files(boot: Boot) -> None:
 def publish(boot: Boot) -> None:
     """Write kernel.json: from now on this is the running kernel."""
     placed, found = boot.placed, boot.found
-    initmem = destinations(boot.pending.segments) - placed.spans
+    reserve = placed.reserve or (0, 0)
+    initmem = Spans() if boot.pending.crash else destinations(boot.pending.segments) - placed.spans
     boot.info = KernelInfo(
         generation=boot.pending.generation,
         kind=boot.pending.kind,
@@ -246,7 +250,7 @@ def publish(boot: Boot) -> None:
         super_pfn=boot.super_pfn,
         lease_table_pfn=placed.table[0],
         blocks=placement.block_count(boot.hardware),
-        reserve_blocks=tuple(range(placed.reserve[0] // BLOCK_PAGES, placed.reserve[1] // BLOCK_PAGES)),
+        reserve_blocks=tuple(range(reserve[0] // BLOCK_PAGES, reserve[1] // BLOCK_PAGES)),
         reserved=placed.named,
         old_super_pfn=found.super_pfn if found else 0,
         stale=tuple(found.stale) if found else (),
@@ -267,9 +271,19 @@ def _report(boot: Boot) -> dict[str, Any]:
         "preserved_pages": boot.preserved.total,
         "preserved_ranges": len(boot.preserved),
         "reserved_bytes": {name: (end - start) * PAGE_SIZE for name, (start, end) in boot.placed.named.items()},
+        "numa": _numa(boot),
+        "dead": boot.pending.dead,
         "kaslr_slots": boot.placed.slots,
         "segments": [s.describe() for s in boot.pending.segments],
         "phases": {name: round(seconds, 6) for name, seconds in boot.phases.items()},
+    }
+
+
+def _numa(boot: Boot) -> dict[str, dict[str, int]]:
+    """Pages of each NUMA node: all, and preserved. A range that crosses a node's border is split there."""
+    return {
+        str(node): {"pages": spans.total, "preserved": (spans & boot.preserved).total}
+        for node, spans in boot.hardware.node_spans().items()
     }
 
 

@@ -161,14 +161,20 @@ def plan(
     The caller holds the machine lock exclusively (for a dry run, not even shared). `stop` ends all
     mount daemons; `remount` is what nvram.json's list of mounts will be.
     """
-    kernel = running.look(machine)
+    kernel = running.look(machine, any_layout=True)
+    if not kernel.info.pkram:
+        raise MachineError("a crash kernel is running: leave it with pkram-kexec --cold")
     loaded = staging.read(machine)
     if loaded is None:
         raise MachineError("no kernel is loaded: pkram-kexec -l IMAGE")
     going = Transition(kernel, loaded, force, poison, remount)
-    refusals, problems, warnings = _losses(going, mounts), [], []
-    for refusal in refusals:
-        (warnings if force else problems).append(str(refusal) if force else refusal)
+    problems: list[PkramfsError] = []
+    warnings: list[str] = []
+    for refusal in _losses(going, mounts):
+        if force:
+            warnings.append(str(refusal))
+        else:
+            problems.append(refusal)
     problems += _impossible(going)
     size = sum(s.size for s in loaded.segments)
     return Plan(problems, warnings, _operations(going, mounts, stop), _BOOT_SECONDS + size / _COPY_RATE)
@@ -293,7 +299,7 @@ class Verify:
 
     def execute(self) -> None:
         going, hardware = self.going, self.going.machine.hardware()
-        usable = placement.usable_memory(hardware, going.loaded.cmdline)
+        usable = placement.usable_memory(hardware, going.pending)
         preserved = Spans()
         if going.keeps and going.nodes:
             preserved = incoming.examine(going.kernel.ram, going.kernel.info.super_pfn, usable).preserved

@@ -24,6 +24,7 @@ from pkramfs.kernel.nvram import ImageInfo
 from pkramfs.kernel.running import Running
 from pkramfs.kernel.segments import Segment, check_destinations, destinations, place_all
 from pkramfs.kernel.staging import CRASH_JSON, CRASH_MODE, FILE_MODE, LOAD_MODE, Loaded, Stage
+from pkramfs.kernel.state import LAYOUT
 from pkramfs.machine.directory import Machine
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, format_pfn, format_size, plural
@@ -128,10 +129,10 @@ def _rooms(kernel: Running, owned: dict[str, Spans]) -> list[Spans]:
     if scratch := info.reserved.get("Scratch"):
         return [Spans([scratch]) - Spans(part for name, part in info.reserved.items() if name != "Scratch")]
     preserved = placement.blocks_of(incoming.union(owned.values()))
-    return [
-        kernel.leases.taken().gaps(0, info.blocks).scale(BLOCK_PAGES) & usable,
-        usable - info.own_pages - preserved,
-    ]
+    rest = usable - info.own_pages - preserved
+    if info.layout != LAYOUT:
+        return [rest]
+    return [kernel.leases.taken().gaps(0, info.blocks).scale(BLOCK_PAGES) & usable, rest]
 
 
 def _crash_range(kernel: Running) -> Spans:

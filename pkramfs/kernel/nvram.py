@@ -17,7 +17,7 @@ Kernel: drivers/firmware/efi/vars.c; struct kimage, which this record replaces o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pkramfs.errors import MachineError
@@ -66,6 +66,10 @@ class Pending:
     lost: tuple[NodePages, ...] = ()
     scratch: tuple[int, int] | None = None
     """Pages in which to place the kernel and its tables, as KHO hands them on."""
+    crash: tuple[int, int] | None = None
+    """Pages in which a crash kernel has to live; it touches no other."""
+    dead: dict[str, Any] = field(default_factory=dict)
+    """What a crash kernel may know about the kernel whose memory it finds."""
 
     def to_json(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -85,6 +89,7 @@ class Pending:
                     "nodes": tuple((str(name), int(count)) for name, count in data["nodes"]),
                     "lost": tuple((str(name), int(count)) for name, count in data["lost"]),
                     "scratch": tuple(data["scratch"]) if data["scratch"] else None,
+                    "crash": tuple(data["crash"]) if data["crash"] else None,
                 }
             )
         except (KeyError, TypeError, ValueError) as error:

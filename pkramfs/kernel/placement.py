@@ -43,28 +43,27 @@ class Placement:
     kernel: Range
     slots: int
     table: Range
-    reserve: Range
+    reserve: Range | None
     crash: Range | None
     scratch: Range | None
 
     @property
     def named(self) -> dict[str, Range]:
         """What stays reserved while the kernel lives."""
-        found = {"Kernel image": self.kernel, "Lease table": self.table, "PKRAM reserve": self.reserve}
-        if self.crash:
-            found["Crash kernel"] = self.crash
-        if self.scratch:
-            found["Scratch"] = self.scratch
-        return found
+        found = {"Kernel image": self.kernel, "Lease table": self.table}
+        later = {"PKRAM reserve": self.reserve, "Crash kernel": self.crash, "Scratch": self.scratch}
+        return found | {name: part for name, part in later.items() if part}
 
     @property
     def spans(self) -> Spans:
         return Spans(self.named.values())
 
 
-def usable_memory(hardware: FirmwareMap, cmdline: str) -> Spans:
-    """The pages that the command line lets a kernel use."""
-    usable, limit = hardware.usable, words.memory_limit(cmdline)
+def usable_memory(hardware: FirmwareMap, boot: Pending) -> Spans:
+    """The pages that a kernel may use: what mem= says, and a crash kernel its own reservation only."""
+    if boot.crash:
+        return Spans([boot.crash])
+    usable, limit = hardware.usable, words.memory_limit(boot.cmdline)
     return usable if limit is None else usable.clip(0, limit >> PAGE_SHIFT)
 
 
@@ -80,7 +79,9 @@ def blocks_of(spans: Spans) -> Spans:
 
 def place(hardware: FirmwareMap, boot: Pending, preserved: Spans) -> Placement:
     """Find room for every part of the kernel that `boot` starts; ExhaustedError says what has none."""
-    usable = usable_memory(hardware, boot.cmdline)
+    usable = usable_memory(hardware, boot)
+    if boot.crash:
+        return _place_crash(block_count(hardware), boot, usable)
     if lost := preserved - usable:
         raise ExhaustedError(f"{plural(lost.total, 'preserved page')} lie outside of the memory that mem= allows")
     loaded = destinations(boot.segments)
@@ -96,6 +97,15 @@ def place(hardware: FirmwareMap, boot: Pending, preserved: Spans) -> Placement:
     taken = taken | _of(table)
     reserve = _place_reserve(block_count(hardware), outside - taken)
     return Placement(kernel, slots, table, reserve, crash, scratch)
+
+
+def _place_crash(blocks: int, boot: Pending, room: Spans) -> Placement:
+    """A crash kernel runs where it was loaded, and has its table there, too."""
+    kernel = next((s for s in boot.segments if s.name == "kernel"), None)
+    at = (room - destinations(boot.segments)).first_fit(pages(blocks * 8))
+    if kernel is None or at is None:
+        raise ExhaustedError("no room for a crash kernel and its lease table: boot with a larger crashkernel=")
+    return Placement((kernel.pfn, kernel.end), 0, (at, at + pages(blocks * 8)), None, None, None)
 
 
 def _of(part: Range | None) -> Spans:

@@ -19,6 +19,7 @@ RAM with data but no kernel and no pending boot is refused: it was damaged, or i
 Kernel: init/main.c (kernel_init, free_initmem), mm/pkram.c (pkram_cleanup, patches 13 and 14)
 """
 
+import errno
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
-from pkramfs.errors import MachineError
+from pkramfs.errors import MachineError, PkramError
 from pkramfs.kernel import cmdline as words
 from pkramfs.kernel import nvram, staging, state, tables
 from pkramfs.kernel.image import BUILTIN, load_image
@@ -68,7 +69,9 @@ class Running:
     @cached_property
     def store(self) -> Store:
         if not self.info.pkram:
-            raise MachineError("a crash kernel is running, with PKRAM off; leave it with pkram-kexec --cold")
+            raise PkramError(
+                "a crash kernel is running, with PKRAM off; leave it with pkram-kexec --cold", errno.ENODEV
+            )
         return Store(self.ram, self.info.super_pfn, self.machine.tables)
 
     @property
@@ -81,7 +84,8 @@ class Running:
 
     def sweep(self) -> int:
         """Give back what dead daemons had leased; how many blocks."""
-        return self.leases.sweep(lambda: self.store.preserved_ids() | self.machine.live_ids())
+        preserved = self.store.preserved_ids if self.info.pkram else set[int]
+        return self.leases.sweep(lambda: preserved() | self.machine.live_ids())
 
     def banned(self) -> Spans:
         """Pages that must not hold preserved data: a loaded kernel will be copied there."""
@@ -97,11 +101,11 @@ def attach(machine: Machine, *, boot: bool = True, timeout: float = LOCK_SECONDS
         return kernel
 
 
-def look(machine: Machine) -> Running:
+def look(machine: Machine, *, any_layout: bool = False) -> Running:
     """The running kernel, without changing anything; MachineError where there is none."""
     if not machine.exists():
         raise MachineError(f"no machine at {machine.path()}: the first mount makes one")
-    info = state.read(machine)
+    info = state.read(machine, any_layout=any_layout)
     if info is None:
         waits = nvram.pending(machine) is not None
         raise MachineError(
@@ -128,7 +132,10 @@ def shared(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Running]
 
 @contextmanager
 def exclusively(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Running]:
-    """The running kernel, brought up if need be, with nobody else starting anything."""
+    """The running kernel, brought up if need be, with nobody else starting anything.
+
+    It may be another version's (then its lease table is not for us): kexec is the upgrade.
+    """
     if not machine.exists():
         machine.create()
     with machine.lifecycle(shared=False, timeout=timeout):
@@ -139,7 +146,7 @@ def bring_up(machine: Machine, *, force: bool = False) -> Running:
     """Whatever is undone between power-on and a running kernel. The caller holds the lock exclusively."""
     with held(machine.path(BOOT_LOCK)):
         pass  # a boot whose parent was killed has ended
-    info, pending = state.read(machine), nvram.pending(machine)
+    info, pending = state.read(machine, any_layout=True), nvram.pending(machine)
     if info is None:
         if pending is None:
             _refuse_data(machine)

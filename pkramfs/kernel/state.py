@@ -76,16 +76,22 @@ def read(machine: "Machine", *, any_layout: bool = False) -> KernelInfo | None:
     data = machine.read_json(NAME)
     if data is None:
         return None
-    if data.get("layout") != LAYOUT and not any_layout:
-        raise MachineError(
-            f"this kernel runs pkramfs {data.get('version', '?')}, this is {__version__}: pkram-kexec is the upgrade"
-        )
     known = KernelInfo.__dataclass_fields__
     try:
         info = KernelInfo(**{key: value for key, value in data.items() if key in known})
     except TypeError as error:
         raise MachineError(f"{machine.path(NAME)} cannot be read ({error})") from None
+    if not any_layout:
+        check_layout(info)
     return _with_tuples(info)
+
+
+def check_layout(info: KernelInfo) -> None:
+    """MachineError if the running kernel's private tables are another version's."""
+    if info.layout != LAYOUT:
+        raise MachineError(
+            f"this kernel runs pkramfs {info.version}, this is {__version__}: pkram-kexec is the upgrade"
+        )
 
 
 def _with_tuples(info: KernelInfo) -> KernelInfo:
