@@ -1,0 +1,31 @@
+"""A tmpfs whose pages are physical.
+
+A kernel's tmpfs is an index of names over pages of memory. This chapter is the same, with the pages
+at addresses that are known: a file's pages are *runs* of frames of RAM, so a tree can be preserved
+by writing down which runs belong to what, and no page is copied.
+
+    /                            directory    names to inodes, and a place in the listing
+    ├── film      inode 17 ────▶ page map     (index 0, pfn 8200, 262144 pages)
+    ├── table     inode 18 ────▶ page map     (0, 270344, 1)  hole  (512, 270345, 3)
+    └── link ───▶ inode 17       two names, one inode
+                                      │
+                 machine.frames ◀─────┘  allocates runs, takes them back, punches what is free
+
+What this chapter promises upward:
+
+* It behaves as tmpfs does, to the errno, except where it says otherwise.
+* Every change passes one gate, so a tree can be frozen, and nothing that a published node names is
+  ever changed: the first change of a preserved tree withdraws its node before it is applied.
+* A save publishes everything or nothing; a restore verifies everything before it takes anything.
+* A hole costs nothing and is read without touching RAM; what a file gives up goes back to the host.
+
+What it assumes from below: a frame that is handed out reads as zeros, frames are leased under the
+tree's id, and a node appears by one store. It knows neither FUSE nor sockets nor threads, and it
+does not check permissions: whoever calls has done that (in a mount, the kernel).
+
+Reading order: failure, limits, inode, directory, pagecache, then the tree: core, acl, namespace,
+attributes, data, tree; then what crosses a kexec: save, verify, restore. What is saved looks like
+`pkram.treeformat` says.
+
+Kernel: mm/shmem.c
+"""

@@ -132,7 +132,8 @@ class Core:
         return inode
 
     def _allocate_inode(self, mode: int, uid: int, gid: int) -> Inode:
-        inode = Inode(self.next_ino, mode, uid, gid, time.time_ns())
+        now = time.time_ns()
+        inode = Inode(self.next_ino, mode, uid, gid, now, now, now)
         self.inodes[self.next_ino] = inode
         self.next_ino += 1
         self.limits.inode_space += INODE_SPACE
@@ -142,6 +143,13 @@ class Core:
         inode.entries = Directory(parent)
         inode.nlink, inode.size = 2, EMPTY_DIRECTORY_SIZE
         self._directories += 1
+
+    def install(self, inodes: list[Inode], next_ino: int, directories: int, size: int) -> None:
+        """Make these inodes, the root first, the whole tree: what a restore has built."""
+        self.inodes = {inode.ino: inode for inode in inodes}
+        self.root, self.next_ino = inodes[0], next_ino
+        self.root.lookups = 1
+        self._directories, self._bytes = directories, size
 
     def forget(self, number: int, count: int = 1) -> None:
         """The kernel gives back `count` references that the door had counted in `lookups`."""

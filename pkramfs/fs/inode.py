@@ -83,11 +83,22 @@ class Inode:
         "xattrs",
     )
 
-    def __init__(self, ino: int, mode: int, uid: int, gid: int, now: int) -> None:
+    def __init__(
+        self,
+        ino: int,
+        mode: int,
+        uid: int,
+        gid: int,
+        atime: int,
+        mtime: int,
+        ctime: int,
+        nlink: int = 1,
+        size: int = 0,
+        rdev: int = 0,
+    ) -> None:
         self.ino, self.mode, self.uid, self.gid = ino, mode, uid, gid
-        self.atime = self.mtime = self.ctime = now
-        self.nlink = 1
-        self.size = self.rdev = 0
+        self.atime, self.mtime, self.ctime = atime, mtime, ctime
+        self.nlink, self.size, self.rdev = nlink, size, rdev
         self.lookups = self.opens = self.writers = 0
         self.unprivileged = False  # open for writing by somebody whose writes drop set-id bits
         self.entries: Directory | None = None

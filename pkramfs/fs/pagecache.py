@@ -35,23 +35,16 @@ class PageMap:
 
     __slots__ = ("count", "firsts", "leaves")
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.leaves: list[array[int]] = [array("q")]
+    def __init__(self, raw: bytes = b"", count: int = 0) -> None:
+        """A map of nothing, or of the runs whose bytes (as `leaves` hold them) are given."""
+        self.count = count
         self.firsts: list[int] | tuple[()] = ()
-
-    @classmethod
-    def from_bytes(cls, raw: bytes, count: int) -> "PageMap":
-        """A map from the bytes of its runs (as `leaves` hold them), which hold `count` pages."""
-        new = cls.__new__(cls)
-        new.count, new.firsts = count, ()
         if len(raw) <= LEAF_RUNS * 24:
-            new.leaves = [array("q", raw)]
+            self.leaves: list[array[int]] = [array("q", raw)]
         else:
             step = LEAF_RUNS * 12
-            new.leaves = [array("q", raw[at : at + step]) for at in range(0, len(raw), step)]
-            new.firsts = [leaf[0] for leaf in new.leaves[1:]]
-        return new
+            self.leaves = [array("q", raw[at : at + step]) for at in range(0, len(raw), step)]
+            self.firsts = [leaf[0] for leaf in self.leaves[1:]]
 
     def __iter__(self) -> Iterator[Run]:
         return iter(self.between(0, END))
@@ -59,7 +52,7 @@ class PageMap:
     @property
     def runs(self) -> int:
         """Number of runs."""
-        return sum(map(len, self.leaves)) // 3
+        return len(self.leaves[0]) // 3 if not self.firsts else sum(map(len, self.leaves)) // 3
 
     def between(self, first: int, last: int) -> list[Run]:
         """The runs in [first, last), cut to it."""

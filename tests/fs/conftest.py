@@ -5,6 +5,7 @@ freed twice, nothing that is in use is handed out, what is free reads as zeros.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ class SmallFrames:
         self.free_mask = np.zeros(ram.pages, dtype=bool)
         self.free_mask[16:] = True
         self.held = 0
+        self.leases = self  # all of RAM is leased to us
 
     @property
     def free_pages(self) -> int:
@@ -39,6 +41,9 @@ class SmallFrames:
 
     def used(self) -> Spans:
         return Spans.from_mask(~self.free_mask[16:], 16)
+
+    def blocks_of(self, tree_id: int) -> Spans:
+        return Spans([(0, self.ram.pages // 512)])
 
     def hold(self, pages: int) -> None:
         self.held = pages
@@ -64,7 +69,7 @@ class SmallFrames:
         for start, count in zip(starts, counts, strict=True):
             assert not self.free_mask[int(start) : int(start) + int(count)].any(), "freed twice"
             self.free_mask[int(start) : int(start) + int(count)] = True
-        self.ram.punch_runs(starts, counts)
+        self.ram.punch(Spans.from_runs(starts, counts))
 
     def adopt(self, used: Spans) -> None:
         self.free_mask[16:] = True
@@ -116,6 +121,72 @@ def audit(tree: Tree) -> None:
     assert tree.limits.pages == Spans(used).total + sum(i.own_pages for i in tree.inodes.values())
     assert tree.counts().directories == sum(i.entries is not None for i in tree.inodes.values())
     assert tree.counts().bytes == sum(i.size for i in tree.inodes.values() if i.is_file)
+
+
+class SmallStore:
+    """pkram.store.Store, small: nodes in a dictionary instead of RAM."""
+
+    def __init__(self) -> None:
+        self.saved: dict[bytes, list[object]] = {}
+
+    def metadata_pages(self, name: bytes) -> Spans:
+        return Spans()
+
+    @contextmanager
+    def prepare_save(self, name, *, tree_id, frames, banned, strict):
+        yield SmallSave(self, name)
+
+    @contextmanager
+    def prepare_load(self, name):
+        yield SmallLoad(self.saved[name])
+
+
+class SmallSave:
+    def __init__(self, store: SmallStore, name: bytes) -> None:
+        self.store, self.name, self.objects, self.moved = store, name, [], []
+
+    @contextmanager
+    def object(self):
+        self.stream, self.runs = b"", None
+        yield self
+        self.objects.append(self.stream if self.runs is None else self.runs)
+
+    def write(self, data: bytes) -> None:
+        self.stream += bytes(data)
+
+    def save_runs(self, index, pfn, count) -> None:
+        self.runs = (index, pfn, count)
+
+    def finish(self) -> None:
+        self.store.saved[self.name] = self.objects
+
+
+class SmallLoad(list):
+    def __init__(self, objects: list) -> None:
+        super().__init__(SmallReader(content) for content in objects)
+
+    def finish(self) -> None:
+        pass
+
+
+class SmallReader:
+    def __init__(self, content) -> None:
+        self.content = content
+
+    def read(self) -> bytes:
+        return self.content
+
+    def load_runs(self):
+        return self.content
+
+
+def exhaust(steps):
+    """Run a generator of progress to its end and return its result."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return end.value
 
 
 class Shell:

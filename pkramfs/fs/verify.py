@@ -1,0 +1,200 @@
+"""Is what a node claims to be a tree really one? Every rule, before a single frame is taken.
+
+PKRAM trusts what it loads: a name with a slash, a directory inside itself or a frame that two files
+share would all come to life. Here a restore begins with this page. It assumes nothing but that the
+lengths of the columns agree (TreeStream), and is arithmetic over whole columns, so that a million
+files take a fraction of a second. What fails is named: column, row, what was found and what not.
+
+    names     1 to 255 bytes, no NUL, no slash, not `.` and not `..`
+    shape     one root; every other directory has exactly one name, and the way up ends at the root
+    links     a file has as many names as it says, a directory 2 and one for each subdirectory
+    extents   only in regular files, rising, not overlapping, all pages of the stream and no more
+    frames    inside the page blocks of this tree, none used twice
+
+Kernel: nothing; defects D1 and D34 of the analysis of PKRAM
+"""
+
+import stat
+from typing import Any
+
+import numpy as np
+
+from pkramfs.errors import FormatError
+from pkramfs.fs import acl
+from pkramfs.fs.attributes import MAX_SIZE, XATTR_NAME_MAX, XATTR_SIZE_MAX
+from pkramfs.fs.core import INO_MASK, ROOT_INO
+from pkramfs.fs.directory import FIRST_COOKIE
+from pkramfs.fs.inode import EMPTY_DIRECTORY_SIZE, ENTRY_SIZE
+from pkramfs.fs.namespace import TARGET_MAX
+from pkramfs.pkram.treeformat import Array, TreeStream
+from pkramfs.spans import Spans
+from pkramfs.units import PAGE_SHIFT
+
+Runs = tuple[Array, Array, Array]
+"""(index in the page stream, pfn, count)"""
+
+_TYPES = [stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK]
+_DEVICES = [stat.S_IFCHR, stat.S_IFBLK]
+_NAMESPACES = (b"user.", b"trusted.", b"security.")
+
+
+def verify(tree: TreeStream, runs: Runs, allowed: Spans) -> None:
+    """FormatError unless columns and page stream are a tree whose frames lie in `allowed`."""
+    kinds = tree.inodes["mode"] & np.uint32(0o170000)
+    _verify_inodes(tree, kinds)
+    _verify_names(tree)
+    _verify_shape(tree, kinds)
+    _verify_links(tree, kinds)
+    _verify_extents(tree, kinds)
+    _verify_frames(tree, runs, allowed)
+    _verify_xattrs(tree)
+
+
+def _require(good: Array, record: str, field: str, values: Array, expected: str) -> None:
+    """All of `good`, or the first row that is not is named."""
+    if not good.all():
+        row = int(np.argmin(good))
+        raise FormatError(f"Tree {record}", f"{field} of row {row}", found=values[row], expected=expected)
+
+
+def _require_equal(found: Any, expected: Any, field: str) -> None:
+    if int(found) != int(expected):
+        raise FormatError("Tree", field, found=int(found), expected=int(expected))
+
+
+def _verify_inodes(tree: TreeStream, kinds: Array) -> None:
+    inodes = tree.inodes
+    ino, mode, size, rdev = inodes["ino"], inodes["mode"], inodes["size"], inodes["rdev"]
+    if not len(ino) or ino[0] != ROOT_INO or kinds[0] != stat.S_IFDIR:
+        raise FormatError("Tree inodes", "first row", found="something else", expected="the root directory")
+    rising = np.concatenate(([True], ino[1:] > ino[:-1]))
+    _require(rising, "inodes", "ino", ino, "more than the row before")
+    _require(ino < tree.header.next_ino, "inodes", "ino", ino, f"less than next_ino {tree.header.next_ino}")
+    if tree.header.next_ino > INO_MASK:
+        raise FormatError("Tree", "next_ino", found=tree.header.next_ino, expected=f"at most {INO_MASK}")
+    _require(np.isin(kinds, _TYPES) & (mode < 1 << 16), "inodes", "mode", mode, "a file type and permissions")
+    _require((rdev == 0) | np.isin(kinds, _DEVICES), "inodes", "rdev", rdev, "0, this is no device")
+    _require(size <= MAX_SIZE, "inodes", "size", size, f"at most {MAX_SIZE}")
+    special = ~np.isin(kinds, [stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK])
+    _require((size == 0) | ~special, "inodes", "size", size, "0 for a special file")
+    links = kinds == stat.S_IFLNK
+    _require(~links | ((size > 0) & (size <= TARGET_MAX)), "inodes", "size", size, f"a target of 1 to {TARGET_MAX}")
+    _require_equal(size[links].sum(), len(tree.targets), "bytes of all targets")
+
+
+def _verify_names(tree: TreeStream) -> None:
+    length = tree.entries["length"].astype(np.int64)
+    _require(length > 0, "entries", "length", length, "a name of 1 to 255 bytes")
+    _require_equal(length.sum(), len(tree.names), "bytes of all names")
+    letters = np.frombuffer(tree.names, dtype=np.uint8)
+    ends = np.cumsum(length)
+    starts = ends - length
+    for what, letter in (("slash", ord("/")), ("NUL", 0)):
+        at = np.flatnonzero(letters == letter)
+        if len(at):
+            row = int(np.searchsorted(ends, at[0], side="right"))
+            name = tree.names[int(starts[row]) : int(ends[row])]
+            raise FormatError("Tree entries", f"name of row {row}", found=name, expected=f"a name without {what}")
+    dots = (length <= 2) & (letters[starts] == ord(".")) & (letters[ends - 1] == ord("."))
+    _require(~dots, "entries", "name", length, "a name other than . and ..")
+
+
+def _verify_shape(tree: TreeStream, kinds: Array) -> None:
+    """Every directory but the root has one name, and from each the way up ends at the root."""
+    entries, total = tree.entries, len(kinds)
+    parent, child, cookie = entries["parent"], entries["child"], entries["cookie"]
+    _require(parent < total, "entries", "parent", parent, f"less than {total}")
+    _require(child < total, "entries", "child", child, f"less than {total}")
+    folder = kinds == stat.S_IFDIR
+    _require(folder[parent], "entries", "parent", parent, "the position of a directory")
+    same = parent[1:] == parent[:-1]
+    _require(np.concatenate(([True], parent[1:] >= parent[:-1])), "entries", "parent", parent, "rising positions")
+    rising = np.concatenate(([True], ~same | (cookie[1:] > cookie[:-1])))
+    _require(rising & (cookie >= FIRST_COOKIE) & (cookie < 1 << 62), "entries", "cookie", cookie, "rising cookies")
+    down = folder[child]
+    names = np.bincount(child[down], minlength=total)
+    expected = folder.astype(np.int64)
+    expected[0] = 0
+    _require(~folder | (names == expected), "inodes", "names of a directory", names, "one (the root: none)")
+    up = np.zeros(total, dtype=np.int64)
+    up[child[down]] = parent[down]
+    for _ in range(max(total.bit_length(), 1)):
+        up = up[up]  # each round doubles the height that was climbed
+    _require(up == 0, "inodes", "way up", up, "an end at the root: directories form a cycle")
+
+
+def _verify_links(tree: TreeStream, kinds: Array) -> None:
+    parent, child = tree.entries["parent"], tree.entries["child"]
+    total, nlink, folder = len(kinds), tree.inodes["nlink"], kinds == stat.S_IFDIR
+    names = np.bincount(child, minlength=total)
+    _require(folder | ((names == nlink) & (names > 0)), "inodes", "nlink", nlink, "the number of its names")
+    below = np.bincount(parent[folder[child]], minlength=total)
+    _require(~folder | (nlink == 2 + below), "inodes", "nlink", nlink, "2 and one for each subdirectory")
+    size = EMPTY_DIRECTORY_SIZE + ENTRY_SIZE * np.bincount(parent, minlength=total)
+    _require(~folder | (tree.inodes["size"] == size), "inodes", "size", tree.inodes["size"], "20 for each entry")
+
+
+def _verify_extents(tree: TreeStream, kinds: Array) -> None:
+    first, count = tree.extents["first"], tree.extents["count"]
+    per_inode = tree.inodes["extents"]
+    _require((per_inode == 0) | (kinds == stat.S_IFREG), "inodes", "extents", per_inode, "0, this is no file")
+    _require_equal(per_inode.sum(), len(first), "extents of all files")
+    last = MAX_SIZE >> PAGE_SHIFT
+    _require((count > 0) & (count <= last + 1), "extents", "count", count, "at least one page, within a file")
+    _require(first <= np.uint64(last + 1) - count, "extents", "first", first, "pages within a file")
+    owner = np.repeat(np.arange(len(per_inode)), per_inode)
+    after = np.concatenate(([True], (owner[1:] != owner[:-1]) | (first[1:] >= first[:-1] + count[:-1])))
+    _require(after, "extents", "first", first, "more than the end of the extent before")
+    _require_equal(_exact_sum(count), tree.header.pages, "pages of all extents")
+
+
+def _exact_sum(counts: Array) -> int:
+    """A sum that does not wrap round: hostile counts are at most 2**51, so summing halves is safe."""
+    low, high = counts & np.uint64(0xFFFFFFFF), counts >> np.uint64(32)
+    return int(low.sum()) + (int(high.sum()) << 32)
+
+
+def _verify_frames(tree: TreeStream, runs: Runs, allowed: Spans) -> None:
+    index, pfn, count = runs
+    _require((count > 0) & (count < 1 << 52), "pages", "count", count, "at least one page")
+    ends = np.cumsum(count)
+    _require(index == ends - count, "pages", "index", index, "the end of the run before")
+    _require_equal(_exact_sum(count), tree.header.pages, "pages of the page stream")
+    _require((pfn > 0) & (pfn < 1 << 52), "pages", "pfn", pfn, "a frame")
+    used = Spans.from_runs(pfn, count)
+    if used.total != tree.header.pages:
+        order = np.argsort(pfn, kind="stable")
+        again = np.flatnonzero(pfn[order][1:] < pfn[order][:-1] + count[order][:-1])
+        raise FormatError("Tree pages", "pfn", found=f"{int(pfn[order][again[0] + 1]):x} twice", expected="once")
+    outside = used - allowed
+    if outside:
+        first = int(outside.starts[0])
+        raise FormatError("Tree pages", "pfn", found=f"{first:x}", expected="a frame in this tree's page blocks")
+
+
+def _verify_xattrs(tree: TreeStream) -> None:
+    xattrs = tree.xattrs
+    owner, name_length, value_length = xattrs["inode"], xattrs["name_length"], xattrs["value_length"]
+    _require(owner < len(tree.inodes["ino"]), "xattrs", "inode", owner, "the position of an inode")
+    _require(np.concatenate(([True], owner[1:] >= owner[:-1])), "xattrs", "inode", owner, "rising positions")
+    _require((name_length > 0) & (name_length <= XATTR_NAME_MAX), "xattrs", "name_length", name_length, "1 to 255")
+    _require(value_length <= XATTR_SIZE_MAX, "xattrs", "value_length", value_length, f"at most {XATTR_SIZE_MAX}")
+    total = int(name_length.astype(np.int64).sum()) + int(value_length.astype(np.int64).sum())
+    _require_equal(total, len(tree.values), "bytes of all xattrs")
+    at = 0
+    for row, (names, values) in enumerate(zip(name_length.tolist(), value_length.tolist(), strict=True)):
+        name, value = tree.values[at : at + names], tree.values[at + names : at + names + values]
+        at += names + values
+        if name in (acl.ACCESS, acl.DEFAULT):
+            _verify_acl(row, value)
+        elif b"\0" in name or not name.startswith(_NAMESPACES):
+            raise FormatError("Tree xattrs", f"name of row {row}", found=name, expected="a name that tmpfs has")
+
+
+def _verify_acl(row: int, value: bytes) -> None:
+    try:
+        entries = acl.parse(value)
+    except OSError:
+        entries = []
+    if not entries:
+        raise FormatError("Tree xattrs", f"ACL of row {row}", found=value[:16].hex(), expected="an ACL")
