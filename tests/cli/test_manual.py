@@ -69,3 +69,11 @@ def test_pages_have_the_usual_sections_in_order(page):
     assert headings[-1] == "SEE ALSO"
     title, name = page.read_text().splitlines()[0], page.name.removesuffix(".md")
     assert title == f"# {name.rpartition('.')[0]}({name.rpartition('.')[2]})"
+
+
+def test_the_format_page_is_what_the_declarations_say():
+    from pkramfs.cli.inspect import format_tables
+
+    text = (MANUAL / "pkramfs-format.5.md").read_text()
+    written = text.partition("<!-- records -->\n")[2].partition("\n<!-- /records -->")[0]
+    assert written == format_tables(), "paste what `pkramctl format` prints into pkramfs-format.5.md"
