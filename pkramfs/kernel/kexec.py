@@ -30,7 +30,10 @@ Kernel: kernel/kexec_core.c (kernel_kexec), kernel/kexec_file.c, kernel/kexec.c,
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Protocol
+
+import numpy as np
 
 from pkramfs.errors import ExhaustedError, FormatError, MachineError, NotPreservedError, PkramfsError
 from pkramfs.kernel import cmdline as words
@@ -42,7 +45,7 @@ from pkramfs.kernel.segments import conflicts, destinations
 from pkramfs.kernel.staging import FILE_MODE, Loaded
 from pkramfs.machine.directory import Machine
 from pkramfs.pkram import regions, superblock
-from pkramfs.spans import Spans
+from pkramfs.spans import U64, Spans
 from pkramfs.units import PAGE_SIZE, format_pfn, format_size, plural
 
 _BOOT_SECONDS, _COPY_RATE = 0.35, 1e9
@@ -276,16 +279,21 @@ class WriteRegions:
         reserve = info.reserve_pages - Spans([(info.super_pfn, info.super_pfn + 1)])
         if regions.pages_needed(len(spans) + 2 * len(reserve)) > reserve.total:
             spans = placement.blocks_of(spans)  # coarser, so shorter: whole page blocks belong to one owner
-        head = regions.build(ram, spans, lambda count: _first_pages(reserve, count))
+        head = regions.build(ram, spans, _Reserve(reserve).take, generation=info.generation)
         superblock.set_regions(ram, info.super_pfn, head)
 
 
-def _first_pages(reserve: Spans, count: int) -> list[int]:
-    """The first `count` pages of the reserve: nothing else uses it, so a list is simply written again."""
-    found = [pfn for start, end in reserve for pfn in range(start, min(end, start + count))][:count]
-    if len(found) < count:
-        raise ExhaustedError(f"the reserve has {len(found)} pages, the region list needs {count}")
-    return found
+class _Reserve:
+    """Pages for the region list, in order. Nothing else uses them, so a list is simply written again."""
+
+    def __init__(self, pages: Spans) -> None:
+        self._free = (pfn for start, end in pages for pfn in range(start, end))
+
+    def take(self, count: int) -> U64:
+        found = list(islice(self._free, count))
+        if len(found) < count:
+            raise ExhaustedError(f"PKRAM's reserve is {count - len(found)} pages short of what the region list needs")
+        return np.array(found, dtype=np.uint64)
 
 
 @dataclass

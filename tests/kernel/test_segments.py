@@ -32,7 +32,9 @@ def test_a_worse_room_is_used_if_the_better_one_is_too_small() -> None:
     assert segments.place_all([seg("a", 4)], [best, worse])[0].pfn == 1000
     a, b = segments.place_all([seg("a", 8), seg("b", 3)], [best, worse])
     assert (a.pfn, b.pfn) == (1002, 2000)
-    with pytest.raises(ExhaustedError, match=r"no place for the a: 80\.0 KiB wanted, the largest of 1 hole is 16\.0 KiB"):
+    with pytest.raises(
+        ExhaustedError, match=r"no place for the a: 80\.0 KiB wanted, the largest of 1 hole is 16\.0 KiB"
+    ):
         segments.place_all([seg("a", 20)], [best, worse])
 
 

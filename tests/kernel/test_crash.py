@@ -1,0 +1,95 @@
+"""Crash kernels: in their own window, PKRAM off, the dead kernel's memory as it was."""
+
+import errno
+from typing import Any
+
+import pytest
+
+from pkramfs.errors import ExhaustedError, MachineError, PkramError
+from pkramfs.kernel import crash, kexec, running, staging
+from pkramfs.spans import Spans
+
+
+def ready(lab: Any) -> None:
+    """A kernel with a crash kernel loaded."""
+    lab.cycle(append="ro crashkernel=32M")
+    kexec.load(lab.machine, "builtin:8M", append="irqpoll maxcpus=1", panic=True)
+
+
+def panic(lab: Any) -> Any:
+    with lab.machine.lifecycle(shared=False):
+        return crash.panic(lab.machine)
+
+
+def test_the_memory_of_the_dead_kernel_stays(lab: Any) -> None:
+    ready(lab)
+    lab.preserve("a", 500)
+    lab.grow(300, seed=9)
+    kernel = lab.up()
+    window = Spans([kernel.info.reserved["Crash kernel"]])
+    outside = kernel.ram.data_spans() - window
+    before = {start: kernel.ram.peek(start, end - start) for start, end in outside}
+    dead = panic(lab)
+    assert (dead.info.kind, dead.info.super_pfn, dead.info.pkram) == ("crash", 0, False)
+    assert dead.ram.data_spans() - window == outside
+    assert {start: dead.ram.peek(start, len(data) // 4096) for start, data in before.items()} == before
+    assert not dead.info.own_pages - window
+    assert dead.leases.counts()["free"] * 512 < window.total
+    report = dead.info.report["dead"]
+    assert report["super_pfn"] == kernel.info.super_pfn
+    assert "Kernel panic - not syncing: sysrq triggered crash" in report["dmesg"][-1]
+    assert lab.machine.read_text("pkram") is None
+
+
+def test_pkram_is_off(lab: Any) -> None:
+    ready(lab)
+    dead = panic(lab)
+    with pytest.raises(PkramError, match="PKRAM off; leave it with pkram-kexec --cold") as caught:
+        _ = dead.store
+    assert caught.value.errno == errno.ENODEV
+    assert dead.sweep() == 0
+    with pytest.raises(PkramError):
+        lab.load(append="pkram=0")
+    with pytest.raises(MachineError, match="no crash kernel is loaded"):
+        panic(lab)
+
+
+def test_leaving_is_a_cold_boot(lab: Any) -> None:
+    ready(lab)
+    lab.preserve("a", 100)
+    panic(lab)
+    with lab.machine.lifecycle(shared=False):
+        kernel = running.power_cycle(lab.machine)
+    assert kernel.info.pkram
+    assert kernel.store.nodes() == []
+
+
+@pytest.mark.parametrize("step", ["purgatory", "release", "build_tables", "publish"])
+def test_a_crash_boot_that_dies_is_resumed(lab: Any, step: str) -> None:
+    ready(lab)
+    with lab.dies(step):
+        panic(lab)
+    assert lab.up().info.kind == "crash"
+
+
+def test_what_cannot_be_loaded(lab: Any) -> None:
+    with pytest.raises(MachineError, match="boot with crashkernel=SIZE"):
+        kexec.load(lab.machine, "builtin:8M", panic=True)
+    lab.cycle(append="ro crashkernel=32M")
+    with pytest.raises(ExhaustedError, match="no place for the kernel"):
+        kexec.load(lab.machine, "builtin:64M", panic=True)
+    with pytest.raises(MachineError, match="no crash kernel is loaded"):
+        panic(lab)
+
+
+def test_unloading(lab: Any) -> None:
+    ready(lab)
+    assert staging.read(lab.machine, staging.CRASH_JSON) is not None
+    assert kexec.unload(lab.machine, panic=True)
+    assert not kexec.unload(lab.machine, panic=True)
+
+
+def test_a_kexec_unloads_the_crash_kernel(lab: Any) -> None:
+    ready(lab)
+    lab.cycle(append="ro crashkernel=32M")
+    assert staging.read(lab.machine, staging.CRASH_JSON) is None
