@@ -124,8 +124,9 @@ class Data(Attributes):
         try:
             runs = self._runs_for_writing(inode, offset, end)
         except OSError as error:
-            cut = ((offset + size // 2 + _IN_PAGE) & ~_IN_PAGE) - offset
-            if error.errno != errno.ENOSPC or cut >= size:
+            middle = ((offset >> PAGE_SHIFT) + ((end + _IN_PAGE) >> PAGE_SHIFT)) >> 1
+            cut = (middle << PAGE_SHIFT) - offset
+            if error.errno != errno.ENOSPC or cut <= 0:
                 raise
             return self._write_part(inode, offset, view, cut)
         memory, shift = self.ram.bytes, PAGE_SHIFT

@@ -84,6 +84,14 @@ def ram(tmp_path) -> Iterator[Ram]:
     ram.close()
 
 
+@pytest.fixture(scope="session")
+def small_machine(tmp_path_factory):
+    """RAM, frames and the audit, made once: for tests that build many trees and leave none."""
+    ram = Ram(str(tmp_path_factory.mktemp("ram") / "ram"), RAM_PAGES * 4096, create=True)
+    yield ram, SmallFrames(ram), audit
+    ram.close()
+
+
 @pytest.fixture
 def frames(ram: Ram) -> SmallFrames:
     return SmallFrames(ram)

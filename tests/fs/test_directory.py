@@ -1,0 +1,95 @@
+"""Listings that neither skip nor repeat while entries come and go."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pkramfs.fs.directory import Directory
+from pkramfs.fs.inode import Inode
+
+NAMES = [b"%d" % n for n in range(40)]
+
+
+def inode(number: int) -> Inode:
+    return Inode(number, 0o100644, 0, 0, 0, 0, 0)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "remove", "rename", "replace", "read"]), st.integers(0, 39), st.integers(0, 39))
+    ),
+    st.integers(1, 7),
+)
+@settings(max_examples=300, deadline=None)
+def test_what_is_there_all_the_time_is_listed_exactly_once(steps, bite) -> None:
+    directory = Directory(inode(1))
+    for number in range(0, 40, 2):
+        directory.add(NAMES[number], inode(number))
+    untouched = set(directory.entries)
+    seen: list[bytes] = []
+    cookie = 0
+    for action, one, two in steps:
+        a, b = NAMES[one], NAMES[two]
+        if action == "add" and a not in directory.entries:
+            directory.add(a, inode(one))
+        elif action == "remove" and a in directory.entries:
+            directory.remove(a)
+            untouched.discard(a)
+        elif action == "rename" and a in directory.entries and b not in directory.entries:
+            directory.rename(a, b)
+            untouched -= {a, b}
+        elif action == "replace" and a in directory.entries:
+            directory.replace(a, inode(99))
+        elif action == "read":
+            for _, (name, _, cookie) in zip(range(bite), directory.after(cookie), strict=False):  # noqa: B007
+                seen.append(name)
+    seen += [name for name, _, _ in directory.after(cookie)]
+    assert all(seen.count(name) == 1 for name in untouched)
+    assert {name for name, _, _ in directory.after(0)} == set(directory.entries)
+    names, pairs = directory.columns()
+    assert names == [name for name, _, _ in directory.after(0)]
+    assert [c for _, c in pairs] == sorted(c for _, c in pairs)
+
+
+def test_a_renamed_entry_keeps_its_place_so_that_renaming_while_listing_ends() -> None:
+    directory = Directory(inode(1))
+    for number in range(1000):
+        directory.add(b"%d" % number, inode(number))
+    count = 0
+    for name, _, _ in directory.after(0):
+        directory.rename(name, b"new" + name)
+        count += 1
+    assert count == 1000
+
+
+def test_removing_while_listing_sees_every_entry() -> None:
+    directory = Directory(inode(1))
+    for number in range(5000):
+        directory.add(b"%d" % number, inode(number))
+    for name, _, _ in directory.after(0):
+        directory.remove(name)
+    assert not directory.entries
+    assert len(directory._names) < 64, "dead entries are squeezed out"
+
+
+def test_a_cookie_is_a_place_for_good() -> None:
+    directory = Directory(inode(1))
+    for number in range(100):
+        directory.add(b"%d" % number, inode(number))
+    place = [cookie for _, _, cookie in directory.after(0)][49]
+    for number in range(0, 90):
+        if number != 60:
+            directory.remove(b"%d" % number)
+    assert next(directory.after(place))[0] == b"60"
+
+
+def test_a_million_entries() -> None:
+    directory = Directory(inode(1))
+    one = inode(2)
+    total = 1_000_000
+    names = [b"%d" % number for number in range(total)]
+    directory.fill(names, [one] * total, list(range(3, total + 3)))
+    cookie = total // 2
+    assert next(directory.after(cookie))[2] == cookie + 1
+    for name in names[: total // 2 + 10]:
+        directory.remove(name)
+    assert next(directory.after(0))[0] == names[total // 2 + 10]
