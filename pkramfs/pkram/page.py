@@ -1,0 +1,105 @@
+"""Metadata pages: sealing what is written, checking what is read.
+
+Writers fill a page, set its checksum with `seal_page`, and make it reachable last. Readers come
+through `read_page`, which trusts nothing: the pfn must be memory, the magic and the checksum right.
+
+Kernel: no counterpart (the 2013 ancestor, PRAM, had checksums; defect D15)
+"""
+
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from pkramfs.errors import FormatError
+from pkramfs.machine.ram import Ram
+from pkramfs.pkram.format import COVERED
+from pkramfs.record import Record
+from pkramfs.spans import U64
+from pkramfs.units import PAGE_SHIFT, PAGE_SIZE, Pfn
+
+_PFN_BITS = 40
+_PFN_MASK = (1 << _PFN_BITS) - 1
+_PFN_FACTOR, _AT_FACTOR = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
+_WORD = (1 << 64) - 1
+
+
+def seal(pfn: int, address: int) -> int:
+    """The published word for `pfn` at physical `address`: pfn and 24 bits of check."""
+    mixed = (pfn * _PFN_FACTOR + address * _AT_FACTOR) & _WORD
+    return mixed >> _PFN_BITS << _PFN_BITS | pfn
+
+
+def seal_array(pfns: U64, addresses: U64) -> U64:
+    """`seal` for arrays."""
+    mixed = pfns * np.uint64(_PFN_FACTOR) + addresses * np.uint64(_AT_FACTOR)
+    return (mixed >> np.uint64(_PFN_BITS) << np.uint64(_PFN_BITS)) | pfns
+
+
+def unseal(word: int, address: int, record: str, field: str) -> Pfn:
+    """The pfn of a published word; FormatError if its check does not fit."""
+    pfn = word & _PFN_MASK
+    if seal(pfn, address) != word:
+        raise FormatError(
+            record, field, pfn=address >> PAGE_SHIFT, found=f"{word:#018x}", expected="a pfn with its check"
+        )
+    return Pfn(pfn)
+
+
+def read_word(ram: Ram, page: int, offset: int, record: str, field: str) -> Pfn:
+    """The pfn published at byte `offset` of a page."""
+    address = (page << PAGE_SHIFT) + offset
+    return unseal(ram.load(address), address, record, field)
+
+
+def publish(ram: Ram, page: int, offset: int, pfn: int) -> None:
+    """Make `pfn` reachable through the word at byte `offset` of a page: one store."""
+    address = (page << PAGE_SHIFT) + offset
+    ram.publish(address, seal(pfn, address))
+
+
+def checksum(ram: Ram, pfn: int) -> int:
+    """The checksum that a metadata page should carry."""
+    start = pfn << PAGE_SHIFT
+    return xxhash.xxh3_64_intdigest(ram.bytes[start + COVERED : start + PAGE_SIZE], seed=pfn)
+
+
+def seal_page(ram: Ram, pfn: int) -> None:
+    """Set a page's checksum: its contents are final."""
+    ram.u64[(pfn << PAGE_SHIFT >> 3) + 1] = checksum(ram, pfn)
+
+
+def write_page(ram: Ram, pfn: int, record: Record, words: dict[int, int], **values: Any) -> None:
+    """Write a whole metadata page: zeros, the record, published words {offset: pfn}, checksum."""
+    page = ram.page(pfn)
+    head = record.pack(**values)
+    page[: len(head)] = head
+    page[len(head) :] = bytes(PAGE_SIZE - len(head))
+    for offset, target in words.items():
+        publish(ram, pfn, offset, target)
+    seal_page(ram, pfn)
+
+
+def check_pfn(ram: Ram, pfn: int, record: str, field: str, at: int | None = None) -> None:
+    """FormatError unless `pfn` can be a page of this RAM."""
+    if not 0 < pfn < ram.pages:
+        raise FormatError(record, field, pfn=at, found=f"pfn {pfn:x}", expected=f"1 to {ram.pages - 1:x}")
+
+
+def read_page(ram: Ram, pfn: int, record: Record, magic: int) -> Any:
+    """The record of a metadata page after its magic and checksum were checked."""
+    check_pfn(ram, pfn, record.name, "pfn")
+    found = record.read(ram.bytes, pfn << PAGE_SHIFT)
+    if found.magic != magic:
+        raise FormatError(record.name, "magic", pfn=pfn, found=_letters(found.magic), expected=_letters(magic))
+    expected = checksum(ram, pfn)
+    if found.checksum != expected:
+        raise FormatError(
+            record.name, "checksum", pfn=pfn, found=f"{found.checksum:016x}", expected=f"{expected:016x}"
+        )
+    return found
+
+
+def _letters(magic: int) -> str:
+    raw = magic.to_bytes(8, "little")
+    return repr(raw.decode("ascii")) if raw.isalnum() else f"{magic:#018x}"

@@ -1,0 +1,112 @@
+"""The region list: every preserved range, for a kernel that has no allocator yet.
+
+Built at the end of the old kernel from all nodes' page tables, the super block and its own pages;
+read by early boot with nothing but array views; freed once boot is done. A chain of single pages,
+because one large block may not be free in fragmented memory. The first page's `previous` names the
+last, so that a walk from the top of memory can begin there.
+
+Its own pages are part of what it lists, and listing them can need another page: `build` goes on
+until both agree, where PKRAM estimates once and may lose the tail (D8).
+
+Kernel: mm/pkram.c (struct pkram_region_list), patches 10, 12 and 13
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from pkramfs.errors import FormatError
+from pkramfs.machine.ram import Ram
+from pkramfs.pkram.format import NEXT, OTHER, REGIONS, REGIONS_CAPACITY, REGIONS_MAGIC
+from pkramfs.pkram.page import check_pfn, read_page, read_word, seal_page, write_page
+from pkramfs.spans import U64, Spans
+from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
+
+_HEAD_WORDS = REGIONS.size // 8
+
+
+def pages_needed(ranges: int) -> int:
+    """Pages of a list of this many ranges (at least one)."""
+    return max(1, -(-ranges // REGIONS_CAPACITY))
+
+
+def build(ram: Ram, spans: Spans, allocate: Callable[[int], U64], *, generation: int = 0) -> int:
+    """Write the list of `spans` (pages) and of its own pages; returns the first page's pfn.
+
+    `allocate(n)` gives pfns of n more pages, outside of `spans`; raises if there are none.
+    """
+    pages = np.empty(0, dtype=np.uint64)
+    while True:
+        whole = spans | Spans.from_runs(pages, np.ones_like(pages))
+        missing = pages_needed(len(whole)) - len(pages)
+        if missing <= 0:
+            break
+        pages = np.concatenate((pages, np.asarray(allocate(missing), dtype=np.uint64)))
+    _write(ram, whole, pages.tolist(), generation)
+    return int(pages[0])
+
+
+def _write(ram: Ram, spans: Spans, pages: list[int], generation: int) -> None:
+    filled = pages[: pages_needed(len(spans))]
+    for number, pfn in enumerate(pages):
+        first = number * REGIONS_CAPACITY
+        part = slice(first, first + REGIONS_CAPACITY)
+        starts, counts = spans.starts[part], spans.counts[part]
+        before = pages[number - 1] if number else filled[-1]
+        after = pages[number + 1] if number + 1 < len(pages) else 0
+        write_page(
+            ram,
+            pfn,
+            REGIONS,
+            {NEXT: after, OTHER: before},
+            magic=REGIONS_MAGIC,
+            generation=generation,
+            count=len(starts),
+            regions=len(spans),
+            pages=spans.total,
+        )
+        words = ram.words(pfn)[_HEAD_WORDS : _HEAD_WORDS + 2 * len(starts)]
+        words[0::2], words[1::2] = starts << np.uint64(PAGE_SHIFT), counts << np.uint64(PAGE_SHIFT)
+        seal_page(ram, pfn)
+
+
+def read(ram: Ram, head: int, usable: Spans | None = None) -> Spans:
+    """The pages that the list names; FormatError for anything that cannot be."""
+    starts, sizes, seen, pfn, first = [], [], set[int](), head, None
+    while pfn:
+        if pfn in seen:
+            raise FormatError("Regions", "next", pfn=pfn, found="a page met before", expected="an end")
+        seen.add(pfn)
+        page = read_page(ram, pfn, REGIONS, REGIONS_MAGIC)
+        first = first or page
+        if page.count > REGIONS_CAPACITY:
+            raise FormatError("Regions", "count", pfn=pfn, found=page.count, expected=f"at most {REGIONS_CAPACITY}")
+        words = ram.words(pfn)[_HEAD_WORDS : _HEAD_WORDS + 2 * page.count]
+        starts.append(words[0::2].copy())
+        sizes.append(words[1::2].copy())
+        pfn = read_word(ram, pfn, NEXT, "Regions", "next")
+    if first is None:
+        raise FormatError("Regions", "pfn", found="none", expected="a region list")
+    return _checked(ram, np.concatenate(starts), np.concatenate(sizes), first, head, usable)
+
+
+def _checked(ram: Ram, base: U64, size: U64, first: object, head: int, usable: Spans | None) -> Spans:
+    """Turn bytes into pages after checking order, alignment, bounds and totals."""
+    ends = base + size
+    mask = np.uint64(PAGE_SIZE - 1)
+    if ((base | size) & mask).any() or not size.all() or (ends < base).any():
+        raise FormatError("Regions", "region", pfn=head, found="a range of no whole pages", expected="pages")
+    if (base[1:] <= ends[:-1]).any():
+        raise FormatError("Regions", "region", pfn=head, found="ranges out of order", expected="ascending, apart")
+    if len(ends):
+        check_pfn(ram, int(ends[-1] >> np.uint64(PAGE_SHIFT)) - 1, "Regions", "region", head)
+    shift = np.uint64(PAGE_SHIFT)
+    spans = Spans.from_arrays(base >> shift, ends >> shift)
+    for field, found in (("regions", len(base)), ("pages", spans.total)):
+        if getattr(first, field) != found:
+            raise FormatError("Regions", field, pfn=head, found=found, expected=getattr(first, field))
+    if usable is not None and (outside := spans - usable):
+        raise FormatError(
+            "Regions", "region", pfn=head, found=f"pfn {int(outside.starts[0]):x}", expected="usable memory"
+        )
+    return spans

@@ -1,0 +1,84 @@
+"""The super block: the one page whose pfn a kernel tells the next (`pkram=`).
+
+A kernel makes its own at boot and names the nodes in it all its life, so nothing has to be linked
+in the last moment. At kexec the region list is hung in. The next kernel reads it, takes the nodes
+over into a super block of its own, and only then *consumes* the old one: its magic is replaced, so
+that the same number given to a later boot restores nothing old (D31).
+
+Kernel: mm/pkram.c (struct pkram_super_block, pkram_reserve), patches 8 and 14
+"""
+
+from dataclasses import dataclass
+
+from pkramfs.errors import FormatError, StaleError, VersionError
+from pkramfs.machine.ram import Ram
+from pkramfs.pkram.format import (
+    CONSUMED_MAGIC,
+    FEATURES,
+    FORMAT_VERSION,
+    NEXT,
+    OTHER,
+    SUPER,
+    SUPER_MAGIC,
+)
+from pkramfs.pkram.page import publish, read_page, read_word, write_page
+from pkramfs.spans import Spans
+from pkramfs.units import PAGE_SHIFT, Pfn
+
+
+@dataclass(frozen=True)
+class Super:
+    """A checked super block."""
+
+    pfn: int
+    generation: int
+    node_pfn: Pfn
+    region_pfn: Pfn
+
+
+def create(ram: Ram, pfn: int, generation: int, node_pfn: int = 0) -> None:
+    """Write a super block to page `pfn`, naming the first node (0: none)."""
+    write_page(
+        ram,
+        pfn,
+        SUPER,
+        {NEXT: node_pfn, OTHER: 0},
+        magic=SUPER_MAGIC,
+        generation=generation,
+        version=FORMAT_VERSION,
+        features=FEATURES,
+    )
+
+
+def check(ram: Ram, pfn: int, usable: Spans | None = None) -> Super:
+    """Read a super block, trusting nothing.
+
+    StaleError if a later kernel consumed it, VersionError for another format, FormatError for
+    anything else that is wrong. `usable` are the pages that are memory.
+    """
+    if pfn <= 0 or pfn >= ram.pages or (usable is not None and pfn not in usable):
+        raise FormatError("Super", "pfn", found=f"{pfn:x}", expected="a page of usable memory")
+    magic = int.from_bytes(ram.peek(pfn)[:8], "little")
+    if magic == CONSUMED_MAGIC:
+        raise StaleError("Super", "magic", pfn=pfn, found="consumed by a later kernel", expected="a live super block")
+    found = read_page(ram, pfn, SUPER, SUPER_MAGIC)
+    if found.version != FORMAT_VERSION:
+        raise VersionError("Super", "version", pfn=pfn, found=found.version, expected=FORMAT_VERSION)
+    if found.features & ~FEATURES:
+        raise VersionError("Super", "features", pfn=pfn, found=f"{found.features:#x}", expected=f"{FEATURES:#x}")
+    return Super(
+        pfn,
+        found.generation,
+        read_word(ram, pfn, NEXT, "Super", "node"),
+        read_word(ram, pfn, OTHER, "Super", "regions"),
+    )
+
+
+def set_regions(ram: Ram, pfn: int, head: int) -> None:
+    """Hang the region list in (0: take it out)."""
+    publish(ram, pfn, OTHER, head)
+
+
+def consume(ram: Ram, pfn: int) -> None:
+    """Make the super block stale, by one store. Doing it again changes nothing."""
+    ram.publish(pfn << PAGE_SHIFT, CONSUMED_MAGIC)

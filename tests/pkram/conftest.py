@@ -1,0 +1,38 @@
+"""A small RAM with a lease table, a super block and an owner's frames."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from pkramfs.machine.frames import Frames
+from pkramfs.machine.leases import KERNEL, Leases
+from pkramfs.machine.ram import Ram
+from pkramfs.pkram import superblock
+from pkramfs.pkram.store import Store
+from pkramfs.units import BLOCK_SIZE
+
+TREE, SUPER_PFN = 0xABCDEF, 9
+
+
+@pytest.fixture
+def ram() -> Iterator[Ram]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        made = Ram(os.path.join(directory, "ram"), 64 * BLOCK_SIZE, create=True)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def frames(ram: Ram) -> Frames:
+    leases = Leases(ram, 1, 64, contextlib.nullcontext)
+    leases.ids[0] = KERNEL
+    return Frames(ram, leases, TREE)
+
+
+@pytest.fixture
+def store(ram: Ram) -> Store:
+    superblock.create(ram, SUPER_PFN, generation=7)
+    return Store(ram, SUPER_PFN, contextlib.nullcontext)
