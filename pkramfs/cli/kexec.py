@@ -365,5 +365,15 @@ def _cold(args: argparse.Namespace, machine: "Machine") -> int:
 
 
 def _panic(args: argparse.Namespace, machine: "Machine") -> int:
-    """Crash."""
-    raise NotImplementedError
+    """Crash: no mount is asked, nothing is saved."""
+    from pkramfs.kernel import crash, staging
+
+    with arguments.existing(args).lifecycle(shared=False, timeout=LOCK_SECONDS):
+        if staging.read(machine, staging.CRASH_JSON) is None:
+            raise MachineError("no crash kernel is loaded: boot with crashkernel=SIZE, then pkram-kexec -p IMAGE")
+        if args.dry_run:
+            print("kill the mounts and boot the crash kernel, with PKRAM off")
+            return 0
+        mounts.Mounts(machine, force=True).kill()
+        crash.panic(machine)
+    return _mount_again(machine, [], "with PKRAM off; pkram-kexec --cold leaves it")

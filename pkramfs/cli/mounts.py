@@ -130,13 +130,23 @@ class Mounts:
             self._flush(entry)
             if not seen.status.get("frozen"):
                 self._frozen.append(entry)  # before the call: an answer that is lost still froze it
-            frozen = _ask(entry, "freeze", FREEZE_SECONDS)
-            seen = _ask(entry) if frozen.status is not None else frozen
-        if seen.status is None and not self.force:
-            raise DaemonError(seen.silence)
+            seen = self._frozen_now(entry)
         if seen.status is None:
+            if not self.force:
+                raise DaemonError(seen.silence)
             self.warn(seen.silence)
         return seen
+
+    def _frozen_now(self, entry: "MountEntry") -> Seen:
+        """Freeze one mount and see how it is; a refusal (files open for writing) is final unless forced."""
+        try:
+            frozen = _ask(entry, "freeze", FREEZE_SECONDS)
+        except PkramfsError as refusal:
+            if not self.force:
+                raise
+            self.warn(f"{refusal}; what was not written yet is lost")
+            return _ask(entry)
+        return frozen if frozen.status is None else _ask(entry)
 
     def _flush(self, entry: "MountEntry") -> None:
         """Let the kernel send its dirty pages, so that the daemon knows all that was written."""
@@ -167,6 +177,13 @@ class Mounts:
                 self._stop_silent(entry, answer)
         self._await_gone(stopping)
         self._frozen.clear()
+
+    def kill(self) -> None:
+        """End every daemon as a crash does."""
+        dying = alive(self.machine)
+        for entry in dying:
+            kill(entry)
+        self._await_gone(dying)
 
     def _stop_silent(self, entry: "MountEntry", answer: Seen) -> None:
         """A daemon that did not answer: gone already, or killed if forced, or an error."""

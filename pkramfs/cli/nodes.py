@@ -96,6 +96,9 @@ def act_nodes(args: argparse.Namespace) -> None:
 
 def show(found: list[dict[str, Any]]) -> None:
     """Print nodes as a table."""
+    if not found:
+        print("no nodes are preserved")
+        return
     columns = [
         Column("NODE"),
         Column("STATE"),

@@ -3,7 +3,7 @@
     machine      /dev/shm/pkram/default, 64 GiB of RAM, 2.1 GiB of it backed by the host
     kernel       generation 2, builtin, up since 12:00:01, super block at pfn 34f
     next         /boot/vmlinuz-6.1 is loaded: pkram-kexec -e
-    memory       free 61.9 GiB, preserved 2.0 GiB, live 0 B, kernel 34 MiB
+    memory       free 61.9 GiB, trees 2.0 GiB, kernel 34 MiB
 
     MOUNTED ON   NAME      STATE       FILES   SIZE      PID
     /mnt         mytmpfs   preserved       1   2.0 GiB   4242
@@ -164,7 +164,9 @@ def _next_line(following: dict[str, Any] | None) -> str | None:
 def _memory_line(memory: dict[str, int] | None) -> str | None:
     if memory is None:
         return None
-    return ", ".join(f"{state} {format_size(size)}" for state, size in memory.items())
+    kernel = memory.get("kernel", 0) + memory.get("reserve", 0)
+    shown = {"free": memory.get("free", 0), "trees": memory.get("tree", 0), "kernel": kernel}
+    return ", ".join(f"{name} {format_size(size)}" for name, size in shown.items())
 
 
 def show_mounts(found: list[dict[str, Any]]) -> None:

@@ -77,3 +77,11 @@ def test_the_format_page_is_what_the_declarations_say():
     text = (MANUAL / "pkramfs-format.5.md").read_text()
     written = text.partition("<!-- records -->\n")[2].partition("\n<!-- /records -->")[0]
     assert written == format_tables(), "paste what `pkramctl format` prints into pkramfs-format.5.md"
+
+
+def test_every_mount_option_is_in_the_manual():
+    from pkramfs.fuse import options
+
+    text = (MANUAL / "mount.pkramfs.8.md").read_text()
+    for name in [*options._VALUES, *options._WORDS]:
+        assert f"`{name}=" in text or f"`{name}`" in text or f"`{name}," in text, name
