@@ -19,7 +19,6 @@ RAM with data but no kernel and no pending boot is refused: it was damaged, or i
 Kernel: init/main.c (kernel_init, free_initmem), mm/pkram.c (pkram_cleanup, patches 13 and 14)
 """
 
-import errno
 import os
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
-from pkramfs.errors import MachineError, PkramError
+from pkramfs.errors import MachineError
 from pkramfs.kernel import cmdline as words
 from pkramfs.kernel import nvram, staging, state, tables
 from pkramfs.kernel.image import BUILTIN, load_image
@@ -68,11 +67,7 @@ class Running:
 
     @cached_property
     def store(self) -> Store:
-        if not self.info.pkram:
-            raise PkramError(
-                "a crash kernel is running, with PKRAM off; leave it with pkram-kexec --cold", errno.ENODEV
-            )
-        return Store(self.ram, self.info.super_pfn, self.machine.tables)
+        return Store(self.ram, self.info.super_pfn or None, self.machine.tables)
 
     @property
     def generation(self) -> int:

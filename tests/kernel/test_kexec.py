@@ -288,12 +288,12 @@ def test_a_segment_that_changed_in_ram_is_not_entered(lab: Any) -> None:
 
 def test_no_room_is_found_before_the_old_kernel_is_stopped(lab: Any) -> None:
     lab.preserve("a", 100)
-    lab.load("builtin:100M")
+    lab.load("builtin:120M")
     with lab.machine.lifecycle(shared=False):
         plan = kexec.plan(lab.machine, [MountReport("/mnt", "a", True, 1)], stop=lambda: pytest.fail("stopped"))
         with pytest.raises(ExhaustedError, match=r"KASLR: no slot.*append nokaslr"):
             plan.execute()
-    kernel = lab.cycle("builtin:100M", "ro nokaslr")
+    kernel = lab.cycle("builtin:120M", "ro nokaslr")
     assert "KASLR disabled" in lab.machine.dmesg()
     assert lab.intact("a")
     assert kernel.generation == 2
@@ -333,7 +333,7 @@ def test_a_chosen_address_with_preserved_pages_is_refused_and_lists_whose(lab: A
     address = int(spans.starts[0]) << PAGE_SHIFT
     (tmp_path / "f").write_bytes(b"x" * 8192)
     with pytest.raises(ConflictError, match="belongs to node shmem-a") as caught:
-        lab.load(syscall="load", segments=[(str(tmp_path / "f"), address)])
+        lab.load(syscall="load", mem_min=100 * MIB, segments=[(str(tmp_path / "f"), address)])
     assert caught.value.conflicts == [
         f"segment0 at {address:#x}: {address:#x}-{address + 8191:#x} (2 pages) belongs to node shmem-a"
     ]

@@ -35,7 +35,7 @@ def test_holes_kernel_reserve_and_trees(lab: Any) -> None:
 @pytest.mark.parametrize("spans", [Spans([(B + 1, B + 2)]), Spans([(5 * B + 9, 5 * B + 10)]), Spans([(100, 101)])])
 def test_a_block_with_two_owners_is_damage(lab: Any, spans: Spans) -> None:
     nodes = [IncomingNode("a", 1000, 77, Spans([(5 * B, 5 * B + 1)])), IncomingNode("b", 2000, 99, spans)]
-    with pytest.raises(FormatError, match="Node at pfn 63: pages is page block .*, expected blocks of its own"):
+    with pytest.raises(FormatError, match=r"Node at pfn 63: pages is page block .*, expected blocks of its own"):
         write(lab.machine.ram(), nodes)
 
 
