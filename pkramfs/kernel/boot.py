@@ -124,7 +124,8 @@ def params(boot: Boot) -> None:
 
 def find(boot: Boot) -> None:
     """Find what the last kernel left, or decide that nothing is expected."""
-    boot.lost = list(boot.pending.lost)
+    for name, count in boot.pending.lost:
+        _lose(boot, name, count, "given up by a forced kexec")
     pfn = words.pkram_pfn(boot.cmdline)
     if boot.pending.kind != nvram.KEXEC or pfn is None:
         _expect_nothing(boot, "no pkram= on the command line")
@@ -133,6 +134,9 @@ def find(boot: Boot) -> None:
     try:
         boot.found = incoming.examine(boot.ram, pfn, boot.usable)
         _expect_nodes(boot, len(boot.found.nodes))
+        if not boot.found.nodes:
+            boot.log(f"pkram: super block at pfn {format_pfn(pfn)} is empty")
+            boot.found = None
     except FormatError as error:
         boot.found = None
         boot.log(f"pkram: invalid super block or metadata at pfn {format_pfn(pfn)}: {error}")
@@ -151,9 +155,14 @@ def _expect_nothing(boot: Boot, reason: str) -> None:
     expected = boot.pending.nodes
     if expected and not boot.force:
         raise FormatError("Command line", "pkram", found=reason, expected=plural(len(expected), "preserved node"))
-    boot.lost += expected
-    for name, count in boot.lost:
-        boot.log(f"pkram: {name} is lost ({plural(count, 'page')}): {reason}")
+    for name, count in expected:
+        _lose(boot, f"node {name}", count, reason)
+
+
+def _lose(boot: Boot, name: str, count: int, reason: str) -> None:
+    boot.lost.append((name, count))
+    size = f" ({plural(count, 'page')})" if count else ""
+    boot.log(f"pkram: {name} is lost{size}: {reason}")
 
 
 def place(boot: Boot) -> None:

@@ -55,6 +55,8 @@ def union(sets: Iterable[Spans]) -> Spans:
 def examine(ram: Ram, super_pfn: int, usable: Spans) -> Incoming:
     """Find and check what `pkram=` names; FormatError or StaleError says what is wrong with it."""
     found = superblock.check(ram, super_pfn, usable)
+    if not found.node_pfn and not found.region_pfn:
+        return Incoming(super_pfn, found.generation, 0, Spans(), ())
     preserved = regions.read(ram, found.region_pfn, usable) if found.region_pfn else Spans()
     nodes = node_list(Store(ram, super_pfn, nullcontext))
     missing = (union(node.spans for node in nodes) | Spans([(super_pfn, super_pfn + 1)])) - preserved

@@ -314,6 +314,8 @@ class Verify:
         if blocked := destinations(going.loaded.segments) & preserved:
             raise loading.conflict([f"{plural(blocked.total, 'preserved page')} from pfn {int(blocked.starts[0]):x}"])
         placement.place(hardware, going.pending, preserved)
+        # twice: where it is loaded, and where it runs
+        going.kernel.ram.check_room(2 * sum(s.size for s in going.loaded.segments))
 
 
 @dataclass

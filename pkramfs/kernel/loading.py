@@ -12,6 +12,7 @@ preserved is a warning here and a refusal at -e, because the tree may be preserv
 Kernel: kernel/kexec_file.c (kexec_locate_mem_hole), kernel/kexec.c (do_kexec_load), patches 16 to 18
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -93,6 +94,7 @@ def compose_cmdline(kernel: Running, request: Request) -> str:
 
 def _stage(stage: Stage, image: Image, request: Request, cmdline: str) -> list[Segment]:
     """Every segment's bytes in the staging directory; those that the user placed have their pfn."""
+    stage.check_room(image.size + sum(_file_size(path) for path in (request.initrd, *dict(request.segments)) if path))
     segments = [stage.kernel(image)]
     if request.initrd:
         segments.append(stage.copy("initrd", request.initrd))
@@ -102,6 +104,13 @@ def _stage(stage: Stage, image: Image, request: Request, cmdline: str) -> list[S
             raise UsageError(f"--segment {path}@{address:#x}: the address must be a multiple of {PAGE_SIZE}, and not 0")
         segments.append(stage.copy(f"segment{number}", path, address >> PAGE_SHIFT))
     return segments + stage.reserve(len(segments) + 1)
+
+
+def _file_size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0  # opening it will say what is wrong
 
 
 def _place(kernel: Running, segments: list[Segment], nodes: list[IncomingNode], request: Request) -> list[Segment]:

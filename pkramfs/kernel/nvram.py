@@ -119,8 +119,8 @@ def set_pending(machine: "Machine", boot: Pending, mounts: Sequence[dict[str, An
 
 
 def cancel(machine: "Machine") -> None:
-    """Forget a boot that died before the point of no return."""
-    machine.write_json(NAME, read(machine) | {"pending": None, "mounts": []})
+    """Forget a boot that died before the point of no return. Its mounts were stopped: they stay listed."""
+    machine.write_json(NAME, read(machine) | {"pending": None})
 
 
 def finished(machine: "Machine", generation: int) -> None:

@@ -106,6 +106,7 @@ class Stage:
     """Files of one load, removed again unless `keep` was called."""
 
     def __init__(self, machine: "Machine") -> None:
+        self._machine = machine
         self._directory, self._token = machine.path(DIRECTORY), secrets.token_hex(4)
         self._written: list[str] = []
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
@@ -117,6 +118,12 @@ class Stage:
         if kind is not None:
             for name in self._written:
                 os.unlink(os.path.join(self._directory, name))
+
+    def check_room(self, size: int) -> None:
+        """ExhaustedError if the machine's file system has no room for `size` bytes more."""
+        ram = self._machine.ram()
+        ram.check_room(size)
+        ram.close()
 
     def kernel(self, image: Image) -> Segment:
         """The image's payload, flattened; it wants room for all that the kernel needs to start."""

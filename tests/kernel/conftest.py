@@ -126,7 +126,7 @@ class Lab:
             "files": {name: self.machine.read_text(name) for name in ("cmdline", "pkram", "iomem")},
             "nodes": [n.name for n in kernel.store.nodes()],
             "left": sorted(os.listdir(self.machine.path("kexec"))),
-            "ram": [kernel.ram.peek(start, end - start) for start, end in self.reserved()],
+            "reserved": list(self.reserved()),
         }
 
     def reserved(self) -> Spans:

@@ -36,11 +36,11 @@ def test_a_pending_boot_is_read_as_it_was_written(lab: Any) -> None:
     assert nvram.read(lab.machine) == {"boot_count": 7, "pending": None, "mounts": []}
 
 
-def test_cancelling_keeps_the_count(lab: Any) -> None:
+def test_cancelling_keeps_the_count_and_the_mounts(lab: Any) -> None:
     nvram.finished(lab.machine, 3)
     nvram.set_pending(lab.machine, BOOT, [{"mountpoint": "/mnt"}])
     nvram.cancel(lab.machine)
-    assert nvram.read(lab.machine) == {"boot_count": 3, "pending": None, "mounts": []}
+    assert nvram.read(lab.machine) == {"boot_count": 3, "pending": None, "mounts": [{"mountpoint": "/mnt"}]}
 
 
 @pytest.mark.parametrize("damage", [{"pending": {"kind": "kexec"}}, {"boot_count": "many"}])
