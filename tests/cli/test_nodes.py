@@ -1,0 +1,180 @@
+"""Nodes without mounts: they survive pkram-kexec, are listed, checked, refused to be lost, and freed."""
+
+import json
+
+import numpy as np
+import pytest
+
+PAGES = 700
+
+
+@pytest.fixture
+def machine(root, ctl):
+    from pkramfs.machine.directory import Machine
+
+    assert ctl("machine", "create", "--ram", "256M", "--seed", "11")[0] == 0
+    return Machine.locate()
+
+
+def save(machine, name: bytes, seed: int = 1):
+    """Preserve a node of PAGES pages; the claim of its owner, who lives until it is released."""
+    from pkramfs.kernel import running
+    from pkramfs.machine.frames import Frames
+    from pkramfs.machine.leases import new_tree_id
+
+    with running.shared(machine) as kernel:
+        tree_id = new_tree_id()
+        claim = machine.claim(tree_id)
+        frames = Frames(kernel.ram, kernel.leases, tree_id)
+        runs = frames.allocate(PAGES)
+        for start, count in runs:
+            words = kernel.ram.words(start, count)
+            words[:] = np.random.default_rng([seed, start]).integers(0, 1 << 63, len(words), dtype=np.uint64)
+        with kernel.store.prepare_save(name, tree_id=tree_id, frames=frames) as node:
+            with node.object() as tree:
+                tree.write(b"bytes")
+                index = np.cumsum([0, *(count for _, count in runs)][:-1])
+                tree.save_runs(index, [start for start, _ in runs], [count for _, count in runs])
+            node.finish()
+    return claim
+
+
+def digest(machine, name: bytes) -> list[int]:
+    """What a node's pages hold, page by page."""
+    from pkramfs.kernel import running
+
+    kernel = running.look(machine)
+    with kernel.store.prepare_load(name) as load:
+        (tree,) = load
+        _, pfns, counts = tree.load_runs()
+        pages = [int(kernel.ram.words(pfn, count).sum()) for pfn, count in zip(pfns.tolist(), counts.tolist(), strict=True)]
+        assert tree.read() == b"bytes"
+    return pages
+
+
+def test_nodes_survive_one_kexec_after_another(machine, ctl, kexec):
+    save(machine, b"shmem-one").release()
+    save(machine, b"two", seed=2).release()
+    before = digest(machine, b"shmem-one"), digest(machine, b"two")
+    for generation in (2, 3):
+        status, out, err = kexec("-le", "builtin:2M", "--reuse-cmdline", "--poison")
+        assert (status, err) == (0, "")
+        assert out.startswith(f"kernel {generation} (builtin:2M) is up in ")
+        assert (digest(machine, b"shmem-one"), digest(machine, b"two")) == before
+    nodes = json.loads(ctl("--json", "nodes")[1])
+    assert sorted((n["name"], n["state"]) for n in nodes) == [("shmem-one", "preserved"), ("two", "preserved")]
+    assert all(n["pages"] > PAGES for n in nodes)
+    assert ctl("verify")[:2] == (0, "2 nodes checked, nothing is wrong\n")
+
+
+def test_a_kexec_that_would_lose_a_node_is_refused(machine, ctl, kexec):
+    save(machine, b"shmem-one").release()
+    status, _, err = kexec("-l", "builtin:2M", "--append=quiet")
+    assert status == 0
+    assert err.startswith("pkram-kexec: warning: 1 node, ")
+    status, out, err = kexec("-e", "--dry-run")
+    assert status == 6
+    assert "refused: 1 node" in out
+    status, _, err = kexec("-e")
+    assert status == 6
+    assert "append pkram=" in err
+    assert "nothing was changed" in err
+    assert json.loads(ctl("--json", "status")[1])["kernel"]["generation"] == 1
+    assert ctl("verify")[0] == 0
+
+
+def test_forced_it_is_lost_and_the_log_says_so(machine, ctl, kexec):
+    save(machine, b"shmem-one").release()
+    kexec("-l", "builtin:2M", "--append=quiet")
+    status, out, err = kexec("-e", "--force")
+    assert status == 0
+    assert "1 node" in err
+    assert json.loads(ctl("--json", "nodes")[1]) == []
+    assert "shmem-one" in ctl("dmesg")[1]
+    memory = json.loads(ctl("--json", "status")[1])["memory"]
+    assert memory["tree"] == 0
+
+
+def test_free_gives_the_memory_back(machine, ctl):
+    save(machine, b"shmem-one").release()
+    save(machine, b"two").release()
+    free = json.loads(ctl("--json", "status")[1])["memory"]["free"]
+    status, out, _ = ctl("free", "one")
+    assert status == 0
+    assert out.startswith("shmem-one: ") and out.endswith(" given back\n")
+    assert json.loads(ctl("--json", "status")[1])["memory"]["free"] > free
+    assert [n["name"] for n in json.loads(ctl("--json", "nodes")[1])] == ["two"]
+    assert ctl("free", "two")[0] == 0
+    status, _, err = ctl("free", "two")
+    assert (status, err) == (9, "pkramctl: no node shmem-two is preserved\n")
+
+
+def test_free_all_leaves_what_a_mount_uses(machine, ctl):
+    save(machine, b"shmem-one").release()
+    claim = save(machine, b"shmem-two")
+    status, out, err = ctl("free", "--all")
+    assert status == 9
+    assert "shmem-one" in out
+    assert "shmem-two is in use by a mount" in err
+    claim.release()
+    assert ctl("free", "--all")[0] == 0
+
+
+@pytest.mark.parametrize("words", [["free"], ["free", "a", "--all"]])
+def test_free_wants_names_or_all(machine, ctl, words):
+    status, _, err = ctl(*words)
+    assert (status, err) == (2, "pkramctl: give the NAMEs to free, or --all\n")
+
+
+def test_destroy_and_cold_refuse_to_lose_a_node(machine, ctl, kexec):
+    save(machine, b"shmem-one").release()
+    for status, _, err in (ctl("machine", "destroy"), kexec("--cold")):
+        assert status == 6
+        assert "1 node" in err
+    status, out, _ = kexec("--cold", "--force")
+    assert status == 0
+    assert out == "kernel 2 (builtin) is up with empty memory\n"
+    assert json.loads(ctl("--json", "nodes")[1]) == []
+    assert ctl("machine", "destroy")[0] == 0
+
+
+@pytest.mark.parametrize("what", ["superblock", "node", "object", "link", "pagetable"])
+def test_inspect_shows_a_sound_record(machine, ctl, what):
+    save(machine, b"shmem-one").release()
+    status, out, err = ctl("--json", "inspect", what)
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["problems"] == []
+    assert found["fields"] or found["entries"]
+    assert ctl("inspect", what)[0] == 0
+
+
+def test_inspect_says_what_is_wrong_with_a_page(machine, ctl):
+    save(machine, b"shmem-one").release()
+    node = json.loads(ctl("--json", "inspect", "node")[1])
+    machine.ram().bytes[(node["pfn"] << 12) + 60] ^= 1
+    status, out, _ = ctl("inspect", "node", f"{node['pfn']:x}")
+    assert status == 3
+    assert "problem: checksum is" in out
+    status, out, _ = ctl("inspect", "link", f"{node['pfn']:x}")
+    assert "problem: magic is PKRAMnd1, expected PKRAMln1" in out
+    assert ctl("verify")[0] == 3
+
+
+def test_inspect_of_a_hole_allocates_nothing(machine, ctl):
+    save(machine, b"shmem-one").release()
+    backed = machine.ram().backed
+    status, out, _ = ctl("inspect", "node", "8000")
+    assert status == 3
+    assert "the page was never written" in out
+    assert machine.ram().backed == backed
+
+
+def test_status_shows_a_damaged_list_and_all_the_rest(machine, ctl):
+    save(machine, b"shmem-one").release()
+    super_block = json.loads(ctl("--json", "inspect", "superblock")[1])
+    machine.ram().words(super_block["pfn"])[2] = 0xDEAD
+    status, out, _ = ctl("status")
+    assert status == 0
+    assert "problem   nodes: " in out
+    assert "generation 1" in out
