@@ -1,0 +1,27 @@
+"""The door: how the kernel's FUSE and the tree in RAM meet.
+
+    program ── write(2) ──▶ VFS ── /dev/fuse ──▶ session ──▶ operations ──▶ fs.Tree ──▶ RAM
+                             │                      │            │
+                      page cache, names,       mounts, serves,   turns requests into calls,
+                      attributes: endless      detaches          OSError into an errno
+
+The door decides nothing. What tmpfs would answer is known in `fs`; here is only what FUSE makes
+special:
+
+* We alone change the tree and every change comes through the kernel, so what the kernel knows stays
+  true: attributes, names and absent names are cached without end, pages over open and close.
+* The writeback cache is on. Dirty pages live in the kernel until it sends them; it owns size and
+  mtime of open files. RELEASE is sent only after all writes of that handle, so when the tree counts
+  no writers, everything has arrived. `preserve` stands on this.
+* A handle is an inode number (with a bit for writing): no table, nothing to lose when a daemon is
+  replaced.
+* Whatever a handler raises must end as an errno: any other exception ends pyfuse3's loop and with
+  it the mount.
+* As root the daemon opens /dev/fuse and calls mount(2) itself, so that somebody else could hold
+  the descriptor; a user's mount goes through fusermount3.
+
+In reading order: options (what -o means), syscalls (mount(2) and what is mounted), translate
+(attributes), operations (one method a request), session (mount, serve, detach).
+
+Kernel: fs/fuse/, include/uapi/linux/fuse.h
+"""

@@ -1,0 +1,170 @@
+"""mount.pkramfs: the helper that mount(8) calls, and the way to mount without root.
+
+    mount.pkramfs none DIR -o pkram=NAME,…          start a daemon, return when it serves
+    mount.pkramfs none DIR -o remount,…             cli/remount.py: talk to the daemon that is there
+
+mount(8) calls us as `mount.pkramfs SOURCE DIR [-sfnvN] [-o OPTIONS] [-t TYPE]`, and for a remount, by
+the kernel's name of the type, as mount.fuse.pkramfs. Exit statuses are mount(8)'s: 1 wrong usage, 2
+the system, 32 the mount failed; the reason is one line.
+
+Everything but the standard library is imported by the daemon only, so that `--help` costs nothing
+and a mount pays for one heavy start, not two.
+
+Kernel: util-linux, libmount/src/context_mount.c (exec_helper); mount(8), EXTERNAL HELPERS
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from pkramfs.cli import arguments
+from pkramfs.errors import PkramfsError, UsageError, explain
+from pkramfs.fuse.options import Options, parse
+
+PROGRAM = "mount.pkramfs"
+USAGE, SYSTEM, FAILURE = 1, 2, 32
+_DESCRIPTION = "Mount a tmpfs whose tree survives a kexec, or change such a mount; see mount.pkramfs(8)."
+_EPILOG = """examples:
+  mount -t pkramfs -o pkram=mytmpfs none /mnt
+  mount -o remount,preserve,ro /mnt
+  mount.pkramfs none ~/mnt -o pkram=mine,size=1G        (without root)
+"""
+
+
+class MountError(PkramfsError):
+    """The mount failed; mount(8)'s status for it."""
+
+    exit_status = FAILURE
+
+
+class _Parser(arguments.Parser):
+    """A parser with mount(8)'s status for wrong usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the helper; its exit status."""
+    return arguments.run(parser(), _act, argv)
+
+
+def parser() -> arguments.Parser:
+    """The command line that mount(8) uses."""
+    made = _Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG)
+    made.add_argument("source", metavar="SOURCE", help="anything, by custom `none`")
+    made.add_argument("directory", metavar="DIR", help="where to mount, or what to remount")
+    made.add_argument("-o", dest="options", metavar="OPTIONS", action="append", default=[], help="mount options")
+    made.add_argument("-t", dest="type", metavar="TYPE", help="pkramfs or fuse.pkramfs")
+    made.add_argument("-f", dest="fake", action="store_true", help="check the options, do nothing")
+    made.add_argument("-s", dest="sloppy", action="store_true", help=argparse.SUPPRESS)
+    made.add_argument("-n", dest="no_mtab", action="store_true", help=argparse.SUPPRESS)
+    made.add_argument("-N", dest="namespace", metavar="NS", help=argparse.SUPPRESS)
+    made.add_argument("-r", "--read-only", dest="read_only", action="store_true", help="as -o ro")
+    made.add_argument("-w", "--rw", dest="read_write", action="store_true", help=argparse.SUPPRESS)
+    made.add_argument("-v", "--verbose", dest="verbose", action="store_true", help="say what is done")
+    arguments.add_common(made)
+    return made
+
+
+def _act(args: argparse.Namespace) -> int:
+    try:
+        return _mount(args)
+    except UsageError as error:
+        error.exit_status = USAGE
+        raise
+    except (MountError, KeyboardInterrupt):
+        raise
+    except PkramfsError as error:
+        raise MountError(str(error)) from error
+    except OSError as error:
+        failed = MountError(explain(error))
+        failed.exit_status = SYSTEM
+        raise failed from error
+
+
+def _mount(args: argparse.Namespace) -> int:
+    if args.type not in (None, "pkramfs", "fuse.pkramfs", "fuse"):
+        raise UsageError(f"type {args.type!r} is not ours: pkramfs")
+    text = ",".join([*args.options, *(["ro"] * args.read_only), *_machine_words(args)])
+    options = parse(text)
+    if root := getattr(args, "root", None):
+        os.environ["PKRAM_ROOT"] = root
+    if os.environ.get("PKRAM_ROOT"):
+        os.environ["PKRAM_ROOT"] = os.path.abspath(os.environ["PKRAM_ROOT"])
+    directory = os.path.realpath(args.directory)
+    if options.remount:
+        from pkramfs.cli import remount
+
+        return 0 if args.fake else remount.remount(directory, options, _say(args))
+    _check_first(options)
+    if args.fake:
+        return 0
+    prepare(directory)
+    message = start(directory, text)
+    if message:
+        print(message)
+    elif args.verbose:
+        print(f"{PROGRAM}: {options.name or 'none'} mounted on {directory}")
+    return 0
+
+
+def _machine_words(args: argparse.Namespace) -> list[str]:
+    machine = getattr(args, "machine", None)
+    return [f"machine={machine}"] if machine else []
+
+
+def _say(args: argparse.Namespace) -> bool:
+    return bool(args.verbose)
+
+
+def _check_first(options: Options) -> None:
+    """What only a remount can ask for."""
+    if options.preserve is not None:
+        word = "preserve" if options.preserve else "nopreserve"
+        raise UsageError(f"{word} is for a mounted tree: mount first, then mount -o remount,preserve,ro DIR")
+
+
+def prepare(directory: str) -> None:
+    """See that the mount point can be one; a dead mount of ours that lies over it is detached."""
+    from pkramfs.fuse import syscalls
+
+    while syscalls.is_dead(directory):
+        syscalls.detach(directory)
+    if not os.path.lexists(directory):
+        raise MountError(f"mount point {directory} does not exist")
+    if not os.path.isdir(directory):
+        raise MountError(f"mount point {directory} is not a directory")
+
+
+def start(directory: str, text: str) -> str:
+    """Start a daemon and wait until it serves; returns what it has to say. MountError with its reason."""
+    ours, theirs = os.pipe()
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    try:
+        daemon = subprocess.Popen(
+            [sys.executable, "-P", "-m", "pkramfs", "mount-daemon", str(theirs), directory, text],
+            env={**os.environ, "PYTHONPATH": package},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[theirs],
+            start_new_session=True,
+        )
+    finally:
+        os.close(theirs)
+    with open(ours, encoding="utf-8") as pipe:
+        line = pipe.readline()
+    if not line:
+        raise MountError(f"the mount daemon (pid {daemon.pid}) died with status {daemon.wait()} before it served")
+    answer = json.loads(line)
+    if "error" in answer:
+        daemon.wait()
+        raise MountError(answer["error"])
+    daemon.returncode = 0  # it lives on; no warning that it does
+    return str(answer["ok"])

@@ -1,0 +1,132 @@
+"""`mount -o remount,…` on a mounted tree: preserve it, take that back, change its limits.
+
+    asked for                 result ro?   what is done
+    preserve                  yes          kernel ro ─▶ daemon preserves        fails: kernel rw again
+    preserve                  no           refused
+    rw                        no           daemon, if frozen, withdraws and thaws ─▶ kernel rw
+    nopreserve                either       daemon withdraws and thaws ─▶ kernel as asked
+    ro                        yes          kernel ro only; the tree stays live
+    size= nr_inodes=                       the daemon changes its limits
+
+mount(8) merges the current options into what it passes on, in any order, so what counts is the
+*result*: what was said, and where nothing was said what the mount is. Without root the kernel's flag
+stays as it is and the daemon's freeze alone makes the tree read-only.
+
+The daemon is found by the device number of what is mounted there, so a bind mount will do as well.
+
+Kernel: fs/namespace.c (do_remount), mm/shmem.c (shmem_reconfigure), patch 24
+"""
+
+import errno
+import os
+from typing import Any
+
+from pkramfs.cli.mount import PROGRAM, MountError
+from pkramfs.control.client import call
+from pkramfs.errors import PkramfsError, UsageError
+from pkramfs.fuse import syscalls
+from pkramfs.fuse.options import MS_RDONLY, MS_REMOUNT, Options
+from pkramfs.machine.mounts import MountEntry
+from pkramfs.units import PAGE_SHIFT, format_size, plural
+
+
+def remount(directory: str, options: Options, verbose: bool = False) -> int:
+    """Do what the options ask for; PkramfsError with the reason if that is refused."""
+    mounted = syscalls.mounted_at(directory)
+    if mounted is None or mounted.fstype != syscalls.FSTYPE:
+        raise MountError(f"{directory} is not a pkramfs mount")
+    entry = _entry(directory, mounted.dev, options)
+    if options.name not in (None, entry.name):
+        raise UsageError(
+            f"{directory} is mounted as {entry.name or 'a tree without a name'}: pkram= cannot be changed by a remount"
+        )
+    flags = options.flags(mounted.flags)
+    read_only = bool(flags & MS_RDONLY)
+    if options.preserve and not read_only:
+        raise UsageError(f"preserve needs a read-only mount: mount -o remount,preserve,ro {directory}")
+    _resize(entry, options)
+    if options.preserve:
+        answer = _preserve(entry, directory, mounted.flags, flags)
+        _tell(verbose, f"{entry.name} preserved: {_figures(answer)}")
+    elif read_only and options.preserve is None:
+        _make_read_only(entry, directory, mounted.flags, flags)
+    else:
+        if options.preserve is False or call(entry.socket, "status")["frozen"]:
+            call(entry.socket, "unpreserve")
+        _set_flags(directory, mounted.flags, flags)
+    return 0
+
+
+def _entry(directory: str, dev: int, options: Options) -> MountEntry:
+    """The daemon of the mount, wherever its machine is."""
+    from pkramfs.machine.directory import Machine
+
+    machine = Machine.locate(options.machine)
+    found = next((entry for entry in machine.mounts() if entry.dev == dev and entry.alive), None)
+    if found is None:
+        dead = syscalls.is_dead(directory)
+        raise MountError(
+            f"the daemon of {directory} has died, its tree is lost: umount {directory}"
+            if dead
+            else f"{directory} belongs to no mount daemon of the machine {machine.path()}: give machine= or PKRAM_ROOT"
+        )
+    return found
+
+
+def _resize(entry: MountEntry, options: Options) -> None:
+    if options.size is None and options.nr_inodes is None:
+        return
+    from pkramfs.machine.directory import Machine
+
+    ram = Machine.locate(options.machine).hardware().pages << PAGE_SHIFT
+    pages, inodes = options.limits(ram)
+    wanted: dict[str, Any] = {}
+    if options.size is not None:
+        wanted["pages"] = pages
+    if options.nr_inodes is not None:
+        wanted["inodes"] = inodes
+    call(entry.socket, "resize", **wanted)
+
+
+def _preserve(entry: MountEntry, directory: str, before: int, flags: int) -> dict[str, Any]:
+    """Kernel first, so that no new writer comes; back to rw if the daemon refuses."""
+    _make_read_only(entry, directory, before, flags)
+    try:
+        return call(entry.socket, "preserve", timeout=3600.0)
+    except PkramfsError:
+        if not before & MS_RDONLY:
+            _set_flags(directory, flags, before)
+        raise
+
+
+def _make_read_only(entry: MountEntry, directory: str, before: int, flags: int) -> None:
+    try:
+        _set_flags(directory, before, flags)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        raise MountError(f"{directory} is busy: {_users(entry)}") from None
+
+
+def _set_flags(directory: str, before: int, flags: int) -> None:
+    """Have the kernel change the flags; without root they stay as they are."""
+    if os.geteuid() == 0 and flags != before:
+        syscalls.mount("none", directory, syscalls.FSTYPE, flags | MS_REMOUNT, "")
+
+
+def _users(entry: MountEntry) -> str:
+    """Who keeps a mount from becoming read-only, as the daemon knows."""
+    status = call(entry.socket, "status")
+    reasons = [f"{path} is open for writing" for path in status.get("writers", [])]
+    reasons += [f"{path} is still open" for path in status.get("open_deleted", [])]
+    shown = ", ".join(reasons[:5]) + (f" and {len(reasons) - 5} more" if len(reasons) > 5 else "")
+    return (shown or "a file is open for writing") + "; close it and try again"
+
+
+def _figures(answer: dict[str, Any]) -> str:
+    return f"{plural(answer['files'], 'file')}, {format_size(answer['pages'] << PAGE_SHIFT)}"
+
+
+def _tell(verbose: bool, message: str) -> None:
+    if verbose:
+        print(f"{PROGRAM}: {message}")

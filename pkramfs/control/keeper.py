@@ -1,0 +1,234 @@
+"""What a daemon does for the verbs: keep one tree, and say in which state it is.
+
+    preserve     writers gone? ─▶ freeze ─▶ save ─▶ published          else thaw, and say why
+    unpreserve   node withdrawn by one store ─▶ thaw
+    freeze       writers gone? ─▶ freeze; says whether the tree is preserved
+    thaw         thaw, nothing else: a restored tree that was only frozen stays preserved
+    status       figures
+
+A file that is open for writing may have dirty pages that the kernel has not sent yet. RELEASE
+comes after the last of them, so `preserve` waits, bounded, until the tree counts no writers. Between
+that and `freeze` nothing is awaited, so no open can slip in.
+
+The lock lets one verb at a time change the state. Looking (`status`) needs no lock: it runs between
+two steps of a save.
+
+After the node was withdrawn its own pages (super structures, not files) go back to the frames.
+
+Kernel: fs/super.c (freeze_super), mm/shmem_pkram.c (shmem_save_pkram), patch 24
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import trio
+
+from pkramfs.errors import ErrnoError, PkramfsError, explain
+from pkramfs.fs.save import save
+from pkramfs.spans import Spans
+from pkramfs.units import format_size, plural
+
+if TYPE_CHECKING:
+    from pkramfs.fs.tree import Tree
+    from pkramfs.pkram.store import Store
+
+log = logging.getLogger(__name__)
+
+WRITERS_SECONDS = 3.0
+"""How long preserve waits for files that are open for writing to be closed."""
+_NAMED = 5
+"""How many files a refusal names."""
+
+T = TypeVar("T")
+
+
+class BusyError(ErrnoError):
+    """Files are open for writing; the message names them."""
+
+    default_errno = errno.EBUSY
+
+
+class Keeper:
+    """One tree with its node. `say` writes to the kernel log, `banned` tells what may not be preserved in place."""
+
+    def __init__(
+        self,
+        tree: "Tree",
+        store: "Store",
+        *,
+        name: str | None,
+        mountpoint: str,
+        strict: bool = False,
+        say: Callable[[str], None],
+        banned: Callable[[], Spans],
+    ) -> None:
+        self.tree, self.store, self.name, self.mountpoint, self.strict = tree, store, name, mountpoint, strict
+        self._say, self._banned = say, banned
+        self._lock = trio.Lock()
+        self._writer_gone = trio.Event()
+        self.stopping = trio.Event()
+        if tree.preserved:
+            tree.on_first_change = self._withdraw
+
+    @property
+    def node_name(self) -> bytes:
+        """The node that holds this tree when it is preserved."""
+        return b"shmem-" + os.fsencode(self.name or "")
+
+    def verbs(self) -> dict[str, Any]:
+        """What `server` answers."""
+        return {
+            "status": self.status,
+            "preserve": self.preserve,
+            "unpreserve": self.unpreserve,
+            "freeze": self.freeze,
+            "thaw": self.thaw,
+            "resize": self.resize,
+            "stop": self.stop,
+        }
+
+    def writer_gone(self) -> None:
+        """A file that was open for writing was closed."""
+        self._writer_gone.set()
+
+    # -- verbs ----------------------------------------------------------------------------------
+
+    async def status(self) -> dict[str, Any]:
+        tree, counts = self.tree, self.tree.counts()
+        return {
+            "name": self.name,
+            "mountpoint": self.mountpoint,
+            "state": "preserved" if tree.preserved else "live",
+            "frozen": tree.frozen,
+            "files": counts.files,
+            "dirs": counts.directories,
+            "pages": counts.pages,
+            "bytes": counts.bytes,
+            "writers": _texts(tree.writers()),
+            "open_deleted": _texts(tree.deleted()),
+            "busy": self._lock.locked(),
+            "pid": os.getpid(),
+        }
+
+    async def preserve(self, strict: bool = False) -> dict[str, Any]:
+        """Freeze the tree and publish its node; nothing happens where that is done already."""
+        if self.name is None:
+            raise ErrnoError(
+                f"{self.mountpoint} was mounted without pkram=NAME, so it cannot be preserved: mount it with a name",
+                errno.EINVAL,
+            )
+        async with self._lock:
+            if self.tree.preserved and self.tree.frozen:
+                return await self.status()
+            thawed = not self.tree.frozen
+            await self._freeze()
+            try:
+                report = {} if self.tree.preserved else await self._save(strict or self.strict)
+            except BaseException as error:
+                if thawed:
+                    self.tree.thaw()
+                if isinstance(error, PkramfsError | OSError):
+                    self._say(f"pkramfs: {self.mountpoint} was not preserved: {_reason(error)}")
+                raise
+            return await self.status() | report
+
+    async def _save(self, strict: bool) -> dict[str, Any]:
+        report = await drive(save(self.tree, self.store, self.node_name, strict=strict, banned=self._banned()))
+        self.tree.on_first_change = self._withdraw
+        self._say(
+            f"pkramfs: {self.name} preserved: {plural(report.files, 'file')}, "
+            f"{format_size(report.pages << 12)}, {report.seconds * 1000:.1f} ms"
+        )
+        for path in report.deleted:
+            self._say(f"pkramfs: {self.name}: {path} is not preserved")
+        return {"report": report._asdict()}
+
+    async def unpreserve(self) -> dict[str, Any]:
+        """Give the tree back to its writers; the node goes."""
+        async with self._lock:
+            if self.tree.preserved:
+                self._withdraw()
+                self.tree.preserved = False
+            self.tree.thaw()
+            return await self.status()
+
+    async def freeze(self) -> dict[str, Any]:
+        """No change from now on, if the tree is preserved. A live one goes on: freezing would save nothing of it,
+        and what the kernel has not sent yet would be lost if the kexec is refused."""
+        async with self._lock:
+            if self.tree.preserved and not self.tree.frozen:
+                await self._freeze()
+            return {"preserved": self.tree.preserved}
+
+    async def resize(self, pages: int | None = None, inodes: int | None = None) -> dict[str, Any]:
+        """remount,size= and nr_inodes=."""
+        self.tree.limits.resize(pages, inodes)
+        return {}
+
+    async def thaw(self) -> dict[str, Any]:
+        """Take a freeze back; a preserved tree lets go of its node only when it is changed."""
+        async with self._lock:
+            self.tree.thaw()
+            return {"preserved": self.tree.preserved}
+
+    async def stop(self) -> dict[str, Any]:
+        """End the daemon once this is answered."""
+        self.stopping.set()
+        return {}
+
+    async def settled(self) -> None:
+        """Wait until no verb is changing the state."""
+        async with self._lock:
+            pass
+
+    # -- how ------------------------------------------------------------------------------------
+
+    async def _freeze(self) -> None:
+        """Freeze when nobody can have unsent changes; BusyError naming the files if that does not come."""
+        with trio.move_on_after(WRITERS_SECONDS):
+            while self._has_writers():
+                self._writer_gone = trio.Event()
+                await self._writer_gone.wait()
+        writers = self.tree.writers()
+        if writers:
+            raise BusyError(f"{_list(writers)} on {self.mountpoint}: close the files and try again")
+        self.tree.freeze()
+
+    def _has_writers(self) -> bool:
+        return any(inode.writers for inode in self.tree.inodes.values())
+
+    def _withdraw(self) -> None:
+        """The node goes by one store; then its pages are ordinary free memory."""
+        pages = self.store.metadata_pages(self.node_name)
+        self.store.withdraw(self.node_name)
+        self.tree.frames.free(pages.starts, pages.counts)
+        self.tree.on_first_change = None
+        self._say(f"pkramfs: {self.name} is no longer preserved: it is changed again")
+
+
+async def drive(work: Generator[Any, None, T]) -> T:
+    """Run a long work to its end, answering requests between its steps."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            value: T = done.value
+            return value
+        await trio.lowlevel.checkpoint()
+
+
+def _texts(paths: list[bytes]) -> list[str]:
+    return [os.fsdecode(path) for path in paths]
+
+
+def _list(paths: list[bytes]) -> str:
+    named = ", ".join(_texts(paths[:_NAMED]))
+    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+    return f"{named}{more} {'is' if len(paths) == 1 else 'are'} open for writing"
+
+
+def _reason(error: BaseException) -> str:
+    return explain(error) if isinstance(error, OSError) else str(error)

@@ -1,0 +1,74 @@
+"""One request, one answer, each a line of JSON.
+
+    {"verb": "preserve", "args": {"strict": false}}
+    {"ok": {"files": 3, …}}    or    {"error": "one line for people", "status": 1, "errno": 16}
+
+`status` is the exit status of the error's class, `errno` the system's number where there is one. A
+line is at most LINE_MAX bytes, so that no peer can make the other collect without end.
+
+A socket's path may be longer than the 108 bytes that the kernel takes, so both sides name it as
+/proc/self/fd/N/NAME, N being its directory.
+
+Kernel: net/unix/af_unix.c (UNIX_PATH_MAX)
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pkramfs.errors import DaemonError, PkramfsError, explain
+
+LINE_MAX = 16 << 20
+
+
+@contextmanager
+def short_path(path: str) -> Iterator[str]:
+    """Another, short path of the same file; valid inside the block."""
+    directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{os.path.basename(path)}"
+    finally:
+        os.close(directory)
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """A message as its line. Paths that are no UTF-8 travel as surrogates."""
+    return json.dumps(message).encode() + b"\n"
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """The message of a line; ValueError if it is none."""
+    message = json.loads(line)
+    if not isinstance(message, dict):
+        raise ValueError("not an object")
+    return message
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """The answer that says what went wrong."""
+    if isinstance(error, PkramfsError):
+        return {"error": str(error), "status": error.exit_status, "errno": getattr(error, "errno", None)}
+    if isinstance(error, OSError):
+        return {"error": explain(error), "status": PkramfsError.exit_status, "errno": error.errno}
+    kind = type(error).__name__
+    return {"error": f"internal error: {kind}: {error}; the daemon's log has more", "status": 70, "errno": None}
+
+
+class RefusedError(PkramfsError):
+    """The daemon answered, and the answer was no. Carries its words, exit status and errno."""
+
+    def __init__(self, message: str, status: int, code: int | None) -> None:
+        super().__init__(message)
+        self.exit_status, self.errno = status, code
+
+
+def result(answer: dict[str, Any]) -> dict[str, Any]:
+    """What a daemon answered, or its refusal as an exception."""
+    if "error" in answer:
+        raise RefusedError(str(answer["error"]), int(answer.get("status") or 1), answer.get("errno"))
+    found = answer.get("ok")
+    if not isinstance(found, dict):
+        raise DaemonError("it answered something else than this version understands")
+    return found

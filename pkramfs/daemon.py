@@ -1,0 +1,298 @@
+"""One mount, from its start to its end: the only place that builds everything.
+
+    mount.pkramfs ──starts──▶ python -m pkramfs mount-daemon FD DIR OPTIONS
+
+    attach the machine (first use boots it)            nobody may kexec until we serve
+    claim the NAME and a tree id                       the id of its node, or a new one
+    restore the tree from its node, or make a new one
+    mount(2), listen, answer ──▶ FD: "serving"         or the reason why not, as one line
+    … until umount, stop or SIGTERM
+    a preserved tree keeps its node and its memory; a live one is freed, as tmpfs does
+
+A save that runs when the last user leaves is completed first. A NAME whose daemon is still going
+is waited for. Whatever this process prints goes to mounts/ID.log.
+
+Kernel: fs/super.c (get_tree_nodev), fs/namespace.c, mm/shmem.c (shmem_fill_super, shmem_put_super)
+"""
+
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import trio
+
+from pkramfs.control.keeper import Keeper, drive
+from pkramfs.control.server import Server
+from pkramfs.errors import MachineError, PkramfsError, explain
+from pkramfs.fs.limits import Limits
+from pkramfs.fs.restore import restore
+from pkramfs.fs.tree import Tree
+from pkramfs.fuse import syscalls
+from pkramfs.fuse.operations import Operations
+from pkramfs.fuse.options import Options, parse
+from pkramfs.fuse.session import Session
+from pkramfs.kernel.running import Running, shared
+from pkramfs.machine import locks
+from pkramfs.machine.directory import Machine
+from pkramfs.machine.frames import Frames
+from pkramfs.machine.leases import new_tree_id
+from pkramfs.machine.mounts import MountEntry, MountLock
+from pkramfs.units import PAGE_SHIFT, format_size, plural
+
+log = logging.getLogger("pkramfs")
+
+GOING_SECONDS = 30.0
+"""How long a NAME is waited for whose daemon is unmounted but not gone."""
+READY_SECONDS = 30.0
+_POLL_SECONDS = 0.02
+
+
+class AlreadyMounted(Exception):
+    """The same NAME is mounted on the same directory: nothing to do."""
+
+
+class Reporter:
+    """The pipe to whoever started us: one line of JSON, once."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        os.set_inheritable(fd, False)
+
+    def send(self, **message: Any) -> None:
+        """Say how the start went; nobody may be listening any more."""
+        if self._fd < 0:
+            return
+        try:
+            os.write(self._fd, json.dumps(message).encode() + b"\n")
+        except BrokenPipeError:
+            log.info("the mount command is gone")
+        os.close(self._fd)
+        self._fd = -1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the daemon of one mount: FD of the status pipe, mount point, options."""
+    fd, mountpoint, text = sys.argv[1:] if argv is None else argv
+    reporter = Reporter(int(fd))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        Daemon(parse(text), mountpoint, reporter).run()
+    except AlreadyMounted as found:
+        reporter.send(ok=str(found))
+    except (PkramfsError, OSError) as error:
+        reason = explain(error) if isinstance(error, OSError) else str(error)
+        log.error("%s", reason)
+        reporter.send(error=reason)
+        return 1
+    except BaseException as error:
+        log.exception("the daemon ends")
+        reporter.send(error=f"internal error: {type(error).__name__}: {error}; please report it")
+        return 1
+    return 0
+
+
+class Daemon:
+    """One mount. `run` returns when it is over."""
+
+    def __init__(self, options: Options, mountpoint: str, reporter: Reporter) -> None:
+        self.options, self.mountpoint, self.reporter = options, mountpoint, reporter
+        self.machine = Machine.locate(options.machine)
+        self._starting = ExitStack()
+        self._restored = False
+
+    def run(self) -> None:
+        """Build, serve, take down."""
+        with self._starting:
+            self.kernel = self._attach()
+            lock = self._claim()
+            try:
+                self._run_claimed(lock)
+            finally:
+                lock.release()
+
+    def _run_claimed(self, lock: MountLock) -> None:
+        self.lock = lock
+        _log_to(lock.path("log"))
+        self.frames = Frames(self.kernel.ram, self.kernel.leases, lock.tree_id)
+        kept = self._restored
+        try:
+            self.kernel.sweep()
+            trio.run(self._serve, strict_exception_groups=False)
+        finally:
+            tree = getattr(self, "tree", None)
+            kept = kept if tree is None else tree.preserved
+            if not kept:
+                self.frames.release_all()
+            self.machine.log(
+                f"pkramfs: {self.options.name or self.mountpoint} unmounted, its tree is "
+                f"{'preserved' if kept else 'freed'}"
+            )
+
+    # -- the start ------------------------------------------------------------------------------
+
+    def _attach(self) -> Running:
+        """The running kernel, which stays ours until the mount serves; waits for a NAME that is going."""
+        deadline = time.monotonic() + GOING_SECONDS
+        while True:
+            kernel = self._starting.enter_context(shared(self.machine))
+            holder = self._holder()
+            if holder is None:
+                return kernel
+            self._refuse_mounted(holder)
+            self._starting.close()  # a kexec may be what it is waiting for
+            if time.monotonic() > deadline:
+                raise MachineError(
+                    f"{holder.name} was mounted on {holder.mountpoint} and its daemon (pid {holder.pid}) has not ended "
+                    "yet: end the programs that use it, or the daemon"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _holder(self) -> MountEntry | None:
+        """The living mount that has our NAME."""
+        if self.options.name is None:
+            return None
+        return next((e for e in self.machine.mounts() if e.alive and e.name == self.options.name), None)
+
+    def _refuse_mounted(self, holder: MountEntry) -> None:
+        """A NAME belongs to one mount at a time."""
+        if not any(m.dev == holder.dev and m.mountpoint == holder.mountpoint for m in syscalls.mounts()):
+            return  # unmounted, or about to be mounted
+        if holder.mountpoint == self.mountpoint:
+            raise AlreadyMounted(f"{holder.name} is already mounted on {holder.mountpoint}")
+        raise MachineError(f"{holder.name} is mounted on {holder.mountpoint} already: a name has one mount at a time")
+
+    def _claim(self) -> MountLock:
+        """Take the tree id of the NAME's node, or a new one, so that nobody else takes the NAME."""
+        with locks.held(self.machine.path("lock.names")):
+            holder = self._holder()
+            if holder is not None:
+                raise MachineError(f"{holder.name} is just being mounted on {holder.mountpoint} (pid {holder.pid})")
+            node = self.kernel.store.find(self.node_name) if self.options.name else None
+            self._restored = node is not None
+            lock = self.machine.claim(new_tree_id() if node is None else node.tree_id)
+            lock.write_entry(self._entry(None))
+        return lock
+
+    @property
+    def node_name(self) -> bytes:
+        return b"shmem-" + os.fsencode(self.options.name or "")
+
+    def _entry(self, dev: int | None) -> dict[str, Any]:
+        return {
+            "name": self.options.name,
+            "mountpoint": self.mountpoint,
+            "pid": os.getpid(),
+            "options": self.options.lasting(),
+            "dev": dev,
+            "restored": self._restored,
+        }
+
+    async def _build(self) -> Tree:
+        options, ram = self.options, self.kernel.ram
+        limits = Limits(*options.limits(self.machine.hardware().pages << PAGE_SHIFT))
+        if self._restored:
+            return await drive(restore(self.kernel.store, self.node_name, ram, self.frames, limits))
+        return Tree(
+            ram,
+            self.frames,
+            limits,
+            root_mode=0o1777 if options.mode is None else options.mode,
+            uid=os.geteuid() if options.uid is None else options.uid,
+            gid=os.getegid() if options.gid is None else options.gid,
+        )
+
+    # -- the life -------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        self.tree = tree = await self._build()
+        operations = Operations(tree)
+        self.keeper = keeper = Keeper(
+            tree,
+            self.kernel.store,
+            name=self.options.name,
+            mountpoint=self.mountpoint,
+            strict=self.options.strict,
+            say=self.machine.log,
+            banned=self.kernel.banned,
+        )
+        operations.writer_gone = keeper.writer_gone
+        server = Server(self.lock.path("sock"), keeper.verbs())
+        self.session = session = Session(operations, self.mountpoint)
+        session.mount(self.options.flags())
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.serve)
+                nursery.start_soon(self._announce)
+                nursery.start_soon(self._end_on_signal)
+                nursery.start_soon(self._end_on_request, server)
+                await session.serve()
+                await server.idle()  # a save completes, and its command is told
+                await keeper.settled()
+                nursery.cancel_scope.cancel()
+        finally:
+            session.close()
+
+    async def _announce(self) -> None:
+        """Say that we serve, once the kernel has shaken hands."""
+        with trio.move_on_after(READY_SECONDS) as waiting:
+            await self.session.ready.wait()
+        if waiting.cancelled_caught:
+            syscalls.detach(self.mountpoint)
+            raise MachineError(f"the kernel did not answer the mount of {self.mountpoint}")
+        self.lock.write_entry(self._entry(self.session.dev))
+        self.machine.log(f"pkramfs: {self.options.name or 'a tree'} mounted on {self.mountpoint}{self._what()}")
+        self._starting.close()
+        self.reporter.send(ok="")
+
+    def _what(self) -> str:
+        if not self._restored:
+            return ""
+        counts = self.tree.counts()
+        return f" (restored {plural(counts.files, 'file')}, {format_size(counts.pages << PAGE_SHIFT)})"
+
+    # -- the end --------------------------------------------------------------------------------
+
+    async def _end_on_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                log.info("signal %d: unmounting", number)
+                await self._unmount()
+                return
+
+    async def _unmount(self) -> None:
+        """Flush and unmount; what is still in use is detached and gets ENOTCONN."""
+        try:
+            await trio.to_thread.run_sync(lambda: syscalls.detach(self.mountpoint, lazy=False), abandon_on_cancel=True)
+        except OSError as error:
+            log.info("%s", explain(error))
+            await trio.to_thread.run_sync(syscalls.syncfs, self.mountpoint, abandon_on_cancel=True)
+            await self._leave()
+
+    async def _end_on_request(self, server: Server) -> None:
+        await self.keeper.stopping.wait()
+        await server.idle()
+        await self._leave()
+
+    async def _leave(self) -> None:
+        """Detach now, whoever is still inside."""
+        try:
+            await trio.to_thread.run_sync(syscalls.detach, self.mountpoint, abandon_on_cancel=True)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # not mounted any more
+                log.warning("cannot detach: %s", explain(error))
+        self.session.terminate()
+
+
+def _log_to(path: str) -> None:
+    """From now on what this process prints goes to a file."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)

@@ -1,0 +1,244 @@
+"""One method for each kind of request: from pyfuse3's words to the tree's and back.
+
+Handlers are ordinary functions; `_request` makes the coroutine that pyfuse3 wants and the net below
+it. They never wait, so each request is atomic and the answer may be a view of RAM or an object that
+is used again for the next answer.
+
+    OSError           its errno
+    anything else     EIO, the traceback in the daemon's log; the mount lives on
+
+References: an inode that is named in an answer to look-up, create, mknod, mkdir, symlink, link or
+readdir (but for `.` and `..`) gets one `lookups`; the kernel gives them back with FORGET.
+
+FLUSH, FSYNC and FSYNCDIR are answered ENOSYS once, and the kernel does not ask again: it has
+written what is dirty before it asks, and RAM is as durable as this gets.
+
+Kernel: fs/fuse/dir.c, fs/fuse/file.c, fs/fuse/readdir.c
+"""
+
+import errno
+import functools
+import logging
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
+
+from pkramfs.fs.core import WRITING
+from pkramfs.fs.inode import Inode
+from pkramfs.fs.tree import Tree
+from pkramfs.fuse.translate import Translator
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _request(
+    handler: Callable[Concatenate["Operations", P], T],
+) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]]:
+    """Make a request handler of a function that raises OSError."""
+
+    @functools.wraps(handler)
+    async def request(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return handler(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except OSError as error:
+            raise FUSEError(error.errno or errno.EIO) from None
+        except Exception:
+            log.exception("%s%r failed", handler.__name__, _brief(args))
+            raise FUSEError(errno.EIO) from None
+
+    return request
+
+
+def _brief(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments for the log, without file content."""
+    return tuple(f"<{len(arg)} bytes>" if isinstance(arg, bytes) and len(arg) > 255 else arg for arg in args)
+
+
+class Operations(pyfuse3.Operations):
+    """The requests of one mount, answered by one tree.
+
+    `ready` is called when the kernel has said INIT: from then on the mount answers. `writer_gone` is
+    called after each close of a file that was open for writing.
+    """
+
+    supports_dot_lookup = True
+    enable_writeback_cache = True
+    enable_acl = True
+
+    def __init__(self, tree: Tree) -> None:
+        super().__init__()
+        self.tree = tree
+        self.ready: Callable[[], None] = _nothing
+        self.writer_gone: Callable[[], None] = _nothing
+        self._translate = Translator()
+        self._entry = self._translate.entry
+
+    def init(self) -> None:
+        self.ready()
+
+    def _named(self, inode: Inode) -> EntryAttributes:
+        """The answer that gives the kernel a reference."""
+        inode.lookups += 1
+        return self._entry(inode)
+
+    # -- names ----------------------------------------------------------------------------------
+
+    @_request
+    def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        inode = self.tree.lookup(parent, name)
+        return self._translate.absent() if inode is None else self._named(inode)
+
+    async def forget(self, inodes: Sequence[tuple[int, int]]) -> None:
+        for number, count in inodes:
+            try:
+                self.tree.forget(number, count)
+            except Exception:  # nobody waits for an answer; the others must be forgotten too
+                log.exception("forget(%d, %d) failed", number, count)
+
+    @_request
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        return self._named(self.tree.mknod(parent, name, mode, rdev, ctx))
+
+    @_request
+    def mkdir(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._named(self.tree.mkdir(parent, name, mode, ctx))
+
+    @_request
+    def symlink(self, parent: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        return self._named(self.tree.symlink(parent, name, target, ctx))
+
+    @_request
+    def link(self, inode: int, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        return self._named(self.tree.link(inode, parent, name))
+
+    @_request
+    def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
+        self.tree.unlink(parent, name)
+
+    @_request
+    def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
+        self.tree.rmdir(parent, name)
+
+    @_request
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: RequestContext
+    ) -> None:
+        self.tree.rename(parent, name, new_parent, new_name, flags, ctx)
+
+    @_request
+    def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return self.tree.readlink(inode)
+
+    # -- listing --------------------------------------------------------------------------------
+
+    @_request
+    def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return self.tree.directory(inode).ino
+
+    @_request
+    def readdir(self, handle: int, start: int, token: pyfuse3.ReaddirToken) -> None:
+        reply, entry = pyfuse3.readdir_reply, self._entry
+        for name, inode, cookie in self.tree.readdir(handle, start):
+            if not reply(token, name, entry(inode), cookie):
+                return
+            if cookie > 2:  # not for `.` and `..`
+                inode.lookups += 1
+
+    @_request
+    def releasedir(self, handle: int) -> None:
+        pass
+
+    # -- attributes -----------------------------------------------------------------------------
+
+    @_request
+    def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(self.tree.inode(inode))
+
+    @_request
+    def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, handle: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        changed = self.tree.setattr(
+            inode,
+            mode=attr.st_mode & 0o7777 if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime=attr.st_atime_ns if fields.update_atime else None,
+            mtime=attr.st_mtime_ns if fields.update_mtime else None,
+            ctime=attr.st_ctime_ns if fields.update_ctime else None,
+            caller=ctx,
+        )
+        return self._entry(changed)
+
+    @_request
+    def statfs(self, ctx: RequestContext) -> StatvfsData:
+        return self._translate.statfs(self.tree.statfs())
+
+    @_request
+    def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        return self.tree.getxattr(inode, name)
+
+    @_request
+    def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        return self.tree.listxattr(inode, ctx)
+
+    @_request
+    def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        self.tree.setxattr(inode, name, value, 0, ctx)
+
+    @_request
+    def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        self.tree.removexattr(inode, name)
+
+    # -- content --------------------------------------------------------------------------------
+
+    @_request
+    def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        return FileInfo(fh=self.tree.open(inode, flags, ctx), keep_cache=True)
+
+    @_request
+    def create(
+        self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        inode = self.tree.create(parent, name, mode, ctx)
+        handle = self.tree.open(inode.ino, flags & ~os.O_TRUNC, ctx)
+        return FileInfo(fh=handle, keep_cache=True), self._named(inode)
+
+    @_request
+    def read(self, handle: int, offset: int, size: int) -> bytes:
+        return cast(bytes, self.tree.read(handle, offset, size))  # or a view of RAM, which is sent as it is
+
+    @_request
+    def write(self, handle: int, offset: int, data: bytes) -> int:
+        return self.tree.write(handle, offset, data)
+
+    @_request
+    def release(self, handle: int) -> None:
+        self.tree.release(handle)
+        if handle & WRITING:
+            self.writer_gone()
+
+    @_request
+    def flush(self, handle: int) -> NoReturn:
+        raise FUSEError(errno.ENOSYS)
+
+    @_request
+    def fsync(self, handle: int, datasync: bool) -> NoReturn:
+        raise FUSEError(errno.ENOSYS)
+
+    @_request
+    def fsyncdir(self, handle: int, datasync: bool) -> NoReturn:
+        raise FUSEError(errno.ENOSYS)
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""

@@ -1,0 +1,283 @@
+"""What `-o` means: tmpfs's options, ours, and the words that mount(8) and the kernel add.
+
+    size=2G  nr_inodes=1m  mode=1777 …      tmpfs's own
+    pkram=NAME  preserve  nopreserve        the announcement's
+    pkram_strict  machine=NAME              ours
+    ro  nosuid  noatime …                   mount flags: a bit that is set or cleared
+    user_id=0  max_read=…  x-systemd.…      said by others for others: known and ignored
+
+Any other word is a UsageError that names it. A remount through mount(8) arrives merged with the
+mount's current options and reordered, so order says nothing and kernel words must pass.
+
+Only the standard library is imported: the commands read options before they import anything.
+
+Kernel: mm/shmem.c (shmem_fs_parameters, shmem_parse_options), fs/fs_context.c
+"""
+
+import os
+import re
+from dataclasses import dataclass, field
+
+from pkramfs.errors import UsageError
+from pkramfs.units import PAGE_SIZE, parse_size
+
+NAME_MAX_BYTES = 127
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
+MS_REMOUNT, MS_DIRSYNC, MS_NOSYMFOLLOW = 32, 128, 256
+MS_NOATIME, MS_NODIRATIME, MS_RELATIME, MS_STRICTATIME, MS_LAZYTIME = 1024, 2048, 1 << 21, 1 << 24, 1 << 25
+
+_SET = {
+    "ro": MS_RDONLY,
+    "nosuid": MS_NOSUID,
+    "nodev": MS_NODEV,
+    "noexec": MS_NOEXEC,
+    "sync": MS_SYNCHRONOUS,
+    "dirsync": MS_DIRSYNC,
+    "nosymfollow": MS_NOSYMFOLLOW,
+    "noatime": MS_NOATIME,
+    "nodiratime": MS_NODIRATIME,
+    "relatime": MS_RELATIME,
+    "strictatime": MS_STRICTATIME,
+    "lazytime": MS_LAZYTIME,
+}
+_CLEAR = {
+    "rw": MS_RDONLY,
+    "suid": MS_NOSUID,
+    "dev": MS_NODEV,
+    "exec": MS_NOEXEC,
+    "async": MS_SYNCHRONOUS,
+    "symfollow": MS_NOSYMFOLLOW,
+    "atime": MS_NOATIME,
+    "diratime": MS_NODIRATIME,
+    "norelatime": MS_RELATIME,
+    "nostrictatime": MS_STRICTATIME,
+    "nolazytime": MS_LAZYTIME,
+}
+_ATIME = MS_NOATIME | MS_RELATIME | MS_STRICTATIME
+_IGNORED = re.compile(
+    "auto|noauto|defaults|(no)?users?|owner|group|nofail|_netdev|silent|loud|(no)?mand|(no)?iversion|seclabel|"
+    "inode32|inode64|noswap|default_permissions|allow_other|r?bind"
+)
+_IGNORED_KEYS = re.compile(
+    "user_id|group_id|rootmode|fd|blksize|max_read|subtype|fsname|(fs|def|root)?context|comment|user|u?helper"
+)
+_HUGE = ("never", "always", "within_size", "advise")
+_MPOL = re.compile(r"(default|local|(prefer|bind|interleave|weighted interleave)(=\w+)?(:[0-9,-]+)?)")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A size= as written: bytes, or a share of RAM."""
+
+    value: int
+    percent: bool = False
+
+    def bytes_of(self, ram: int) -> int:
+        """Bytes, given how large RAM is; a share is rounded up to a page, as tmpfs does."""
+        return ram * self.value // 100 if self.percent else self.value
+
+
+@dataclass
+class Options:
+    """One -o string, understood. None means: not said."""
+
+    words: list[str] = field(default_factory=list)
+    name: str | None = None
+    size: Amount | None = None
+    nr_inodes: int | None = None
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    huge: str | None = None
+    mpol: str | None = None
+    strict: bool = False
+    machine: str | None = None
+    remount: bool = False
+    preserve: bool | None = None
+    set_flags: int = 0
+    clear_flags: int = 0
+
+    @property
+    def read_only(self) -> bool | None:
+        """Whether ro was asked for; None if neither ro nor rw was."""
+        if self.set_flags & MS_RDONLY:
+            return True
+        return False if self.clear_flags & MS_RDONLY else None
+
+    def flags(self, current: int = 0) -> int:
+        """Mount flags after these options, from the `current` ones."""
+        if self.set_flags & _ATIME:
+            current &= ~_ATIME
+        return current & ~self.clear_flags | self.set_flags
+
+    def limits(self, ram: int) -> tuple[int, int]:
+        """(pages, inodes) that the mount may use; tmpfs's default is half of RAM, 0 means no limit."""
+        size = ram // 2 if self.size is None else self.size.bytes_of(ram)
+        inodes = ram // PAGE_SIZE // 2 if self.nr_inodes is None else self.nr_inodes
+        return -(-size // PAGE_SIZE), inodes
+
+    def lasting(self) -> dict[str, str | bool]:
+        """What to give to mount again to get the same mount: `{"pkram": "x", "ro": True}`."""
+        found: dict[str, str | bool] = {}
+        for word in self.words:
+            key, equals, value = word.partition("=")
+            if key not in ("remount", "preserve", "nopreserve"):
+                found[key] = value if equals else True
+        return found
+
+
+def parse(text: str) -> Options:
+    """Understand an -o string; UsageError for what is unknown or malformed."""
+    found = Options()
+    for word in split(text):
+        found.words.append(word)
+        _take(found, word)
+    return found
+
+
+def split(text: str) -> list[str]:
+    """The words of an -o string. As in tmpfs a comma before a digit goes on with a list of nodes (mpol=)."""
+    return [word for word in re.split(r",(?!\d)", text) if word]
+
+
+def _take(found: Options, word: str) -> None:
+    key, equals, value = word.partition("=")
+    if key in _SET or key in _CLEAR:
+        _no_value(word, equals)
+        _take_flag(found, key)
+    elif key in _WORDS:
+        _no_value(word, equals)
+        _WORDS[key](found)
+    elif key in _VALUES:
+        if not value:
+            raise UsageError(f"mount option {key} needs a value: {key}=…")
+        _VALUES[key](found, value)
+    elif not (_is_foreign(key) or (_IGNORED_KEYS if equals else _IGNORED).fullmatch(key)):
+        raise UsageError(f"unknown mount option {word!r}")
+
+
+def _is_foreign(key: str) -> bool:
+    """Options for programs of user space."""
+    return key.startswith(("x-", "X-"))
+
+
+def _no_value(word: str, equals: str) -> None:
+    if equals:
+        raise UsageError(f"mount option {word!r} takes no value")
+
+
+def _take_flag(found: Options, key: str) -> None:
+    """The last of two that contradict each other counts."""
+    if key in _SET:
+        bit = _SET[key]
+        found.set_flags, found.clear_flags = found.set_flags | bit, found.clear_flags & ~bit
+    else:
+        bit = _CLEAR[key]
+        found.set_flags, found.clear_flags = found.set_flags & ~bit, found.clear_flags | bit
+
+
+def _name(found: Options, value: str) -> None:
+    size = len(os.fsencode(value))
+    if size > NAME_MAX_BYTES:
+        raise UsageError(f"pkram= is {size} bytes long: a name has 1 to {NAME_MAX_BYTES} bytes")
+    if found.name not in (None, value):
+        raise UsageError(f"pkram= is given twice: {found.name!r} and {value!r}")
+    found.name = value
+
+
+def _size(found: Options, value: str) -> None:
+    if value.endswith("%"):
+        if not value[:-1].isdecimal():
+            raise UsageError(f"mount option size={value}: not a percentage")
+        found.size = Amount(int(value[:-1]), percent=True)
+    else:
+        found.size = Amount(_number("size", value))
+
+
+def _blocks(found: Options, value: str) -> None:
+    found.size = Amount(_number("nr_blocks", value) * PAGE_SIZE)
+
+
+def _inodes(found: Options, value: str) -> None:
+    found.nr_inodes = _number("nr_inodes", value)
+
+
+def _number(key: str, value: str) -> int:
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise UsageError(f"mount option {key}={value}: {error}") from None
+
+
+def _mode(found: Options, value: str) -> None:
+    if not re.fullmatch("[0-7]{1,5}", value) or int(value, 8) > 0o7777:
+        raise UsageError(f"mount option mode={value}: not an octal mode up to 7777")
+    found.mode = int(value, 8)
+
+
+def _uid(found: Options, value: str) -> None:
+    found.uid = _account("uid", value)
+
+
+def _gid(found: Options, value: str) -> None:
+    found.gid = _account("gid", value)
+
+
+def _account(key: str, value: str) -> int:
+    if value.isdecimal() and int(value) < 0xFFFFFFFF:
+        return int(value)
+    import grp
+    import pwd
+
+    try:
+        return pwd.getpwnam(value).pw_uid if key == "uid" else grp.getgrnam(value).gr_gid
+    except KeyError:
+        raise UsageError(f"mount option {key}={value}: neither a number nor a known name") from None
+
+
+def _huge(found: Options, value: str) -> None:
+    if value not in _HUGE:
+        raise UsageError(f"mount option huge={value}: write one of {', '.join(_HUGE)}")
+    found.huge = value
+
+
+def _mpol(found: Options, value: str) -> None:
+    if not _MPOL.fullmatch(value):
+        raise UsageError(f"mount option mpol={value}: write default, local, prefer:N, bind:LIST or interleave:LIST")
+    found.mpol = value
+
+
+def _machine(found: Options, value: str) -> None:
+    found.machine = value
+
+
+def _preserve(found: Options) -> None:
+    found.preserve = True
+
+
+def _nopreserve(found: Options) -> None:
+    found.preserve = False
+
+
+def _strict(found: Options) -> None:
+    found.strict = True
+
+
+def _remount(found: Options) -> None:
+    found.remount = True
+
+
+_WORDS = {"preserve": _preserve, "nopreserve": _nopreserve, "pkram_strict": _strict, "remount": _remount}
+_VALUES = {
+    "pkram": _name,
+    "size": _size,
+    "nr_blocks": _blocks,
+    "nr_inodes": _inodes,
+    "mode": _mode,
+    "uid": _uid,
+    "gid": _gid,
+    "huge": _huge,
+    "mpol": _mpol,
+    "machine": _machine,
+}

@@ -1,0 +1,64 @@
+"""Attributes of an inode in pyfuse3's words, without making an object for each answer.
+
+Answers are sent before the handler's coroutine gives way to anybody else, so one EntryAttributes and
+one StatvfsData, made once, serve every request. That keeps a look-up or a line of a listing at a
+dozen stores.
+
+Timeouts are endless: we alone change the tree, and every change comes through the kernel.
+
+Kernel: include/uapi/linux/fuse.h (fuse_attr, fuse_entry_out), fs/fuse/inode.c (fuse_change_attributes)
+"""
+
+import pyfuse3
+
+from pkramfs.fs.inode import Inode
+from pkramfs.fs.limits import StatFs
+from pkramfs.units import PAGE_SIZE
+
+FOREVER = 1e9
+"""Seconds; the kernel's clock of jiffies takes any number."""
+
+
+class Translator:
+    """Fills the answers of one mount."""
+
+    def __init__(self) -> None:
+        self._entry = entry = pyfuse3.EntryAttributes()
+        entry.entry_timeout = entry.attr_timeout = FOREVER
+        entry.st_blksize = PAGE_SIZE
+        entry.generation = 0  # inode numbers are never used twice
+        self._absent = absent = pyfuse3.EntryAttributes()
+        absent.st_ino = 0
+        absent.entry_timeout = FOREVER
+        self._statfs = pyfuse3.StatvfsData()
+
+    def entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        """The answer that describes `inode`; valid until the next call."""
+        entry = self._entry
+        entry.st_ino = inode.ino
+        entry.st_mode = inode.mode
+        entry.st_nlink = inode.nlink
+        entry.st_uid = inode.uid
+        entry.st_gid = inode.gid
+        entry.st_rdev = inode.rdev
+        entry.st_size = inode.size
+        entry.st_blocks = inode.blocks
+        entry.st_atime_ns = inode.atime
+        entry.st_mtime_ns = inode.mtime
+        entry.st_ctime_ns = inode.ctime
+        return entry
+
+    def absent(self) -> pyfuse3.EntryAttributes:
+        """The answer that there is no such name, which the kernel may remember."""
+        return self._absent
+
+    def statfs(self, found: StatFs) -> pyfuse3.StatvfsData:
+        """The answer to statfs(2)."""
+        answer = self._statfs
+        answer.f_bsize = answer.f_frsize = found.block_size
+        answer.f_blocks = found.blocks
+        answer.f_bfree = answer.f_bavail = found.blocks_free
+        answer.f_files = found.files
+        answer.f_ffree = answer.f_favail = found.files_free
+        answer.f_namemax = found.name_max
+        return answer
