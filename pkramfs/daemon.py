@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon of one mount: FD of the status pipe, mount point, options."""
     fd, mountpoint, text = sys.argv[1:] if argv is None else argv
     reporter = Reporter(int(fd))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     try:
         Daemon(parse(text), mountpoint, reporter).run()
     except AlreadyMounted as found:
@@ -124,7 +124,7 @@ class Daemon:
         kept = self._restored
         try:
             self.kernel.sweep()
-            trio.run(self._serve, strict_exception_groups=False)
+            _run(self._serve)
         finally:
             tree = getattr(self, "tree", None)
             kept = kept if tree is None else tree.preserved
@@ -134,6 +134,7 @@ class Daemon:
                 f"pkramfs: {self.options.name or self.mountpoint} unmounted, its tree is "
                 f"{'preserved' if kept else 'freed'}"
             )
+            _drop_empty(lock.path("log"))
 
     # -- the start ------------------------------------------------------------------------------
 
@@ -290,9 +291,26 @@ class Daemon:
         self.session.terminate()
 
 
+def _run(function: Callable[[], Awaitable[None]]) -> None:
+    """Run under trio; of several exceptions the first is what went wrong, the others follow from it."""
+    try:
+        trio.run(function)
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
+
+
 def _log_to(path: str) -> None:
     """From now on what this process prints goes to a file."""
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+
+
+def _drop_empty(path: str) -> None:
+    """A log in which nothing stands is no news."""
+    if os.path.getsize(path) == 0:
+        os.unlink(path)
