@@ -48,8 +48,6 @@ class Record:
     def __init__(self, name: str, size: int, meaning: str, fields: list[F]) -> None:
         self.name, self.size, self.meaning, self.fields = name, size, meaning, tuple(fields)
         self._struct = struct.Struct(self._layout())
-        if self._struct.size != size:
-            raise AssertionError(f"{name}: fields end at {self._struct.size}, declared {size}")
         self.tuple: Any = _tuple_type(name, fields)
         self.dtype = np.dtype(
             {
@@ -70,6 +68,8 @@ class Record:
             parts.append(f"{field.offset - at}x")
             parts.append(field.code if field.code.endswith("s") else _STRUCT[field.code])
             at = field.offset + field.size
+        if at > self.size:
+            raise AssertionError(f"{self.name}: fields end at {at}, declared {self.size}")
         parts.append(f"{self.size - at}x")
         return "".join(parts)
 

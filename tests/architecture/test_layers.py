@@ -1,0 +1,91 @@
+"""Imports point down: a chapter imports what stands below it, and third-party code where it may."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2] / "pkramfs"
+LAYERS = [
+    {"cli"},
+    {"daemon"},
+    {"fuse", "control"},
+    {"fs", "kernel"},
+    {"pkram"},
+    {"machine"},
+    {"spans", "record"},
+    {"units", "errors"},
+]
+RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
+RANK |= {"__main__": len(LAYERS), "__init__": -1}
+NUMPY = {"spans", "record", "machine", "pkram", "fs", "kernel", "daemon"}
+ALLOWED = {
+    "numpy": NUMPY,
+    "xxhash": {"pkram", "fs"},
+    "trio": {"daemon", "fuse", "control"},
+    "pyfuse3": {"fuse"},
+    "rich": {"cli"},
+}
+TOP_LEVEL_OF_COMMANDS = {"cli", "units", "errors", "fuse.options", "control.client", "control.protocol", "__init__"}
+"""What commands may import before they know what they have to do (start-up time)."""
+
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def chapter(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> list[str]:
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name the whole path"
+            module = node.module or ""
+            names += [f"{module}.{alias.name}" for alias in node.names] if module == "pkramfs" else [module]
+    return names
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_imports_point_down(path: Path) -> None:
+    here = chapter(path)
+    for name in imported(ast.parse(path.read_text())):
+        package, _, rest = name.partition(".")
+        if package == "pkramfs":
+            there = rest.partition(".")[0] or "__init__"
+            if there in RANK:
+                assert here == there or RANK[there] < RANK[here], f"{here} may not import {name}"
+        elif package not in sys.stdlib_module_names:
+            assert here in ALLOWED.get(package, ()), f"{here} may not import {package}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "cli").glob("*.py")), ids=relative)
+def test_commands_start_light(path: Path) -> None:
+    """Chapters are imported inside functions, so that --help does not pay for them."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        if is_type_checking(node):
+            continue
+        for name in imported(ast.Module([node], [])) if isinstance(node, ast.Import | ast.ImportFrom) else []:
+            package, _, rest = name.partition(".")
+            if package == "pkramfs":
+                light = any(rest == word or rest.startswith(word + ".") for word in TOP_LEVEL_OF_COMMANDS)
+                assert light or rest == "__version__", f"import {name} inside the function that needs it"
+            else:
+                assert package in sys.stdlib_module_names, f"import {name} inside the function that needs it"
+
+
+def test_the_test_sees_violations() -> None:
+    assert imported(ast.parse("from pkramfs.fs import tree\nimport trio")) == ["pkramfs.fs", "trio"]
+    assert RANK["fs"] > RANK["pkram"] and RANK["fs"] == RANK["kernel"]

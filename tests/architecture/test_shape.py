@@ -1,0 +1,82 @@
+"""The shape of the code: sizes, essays, linters, light commands."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[2]
+ROOT = TOP / "pkramfs"
+MODULES = sorted(ROOT.rglob("*.py"))
+CHAPTERS = [path.parent for path in sorted(ROOT.glob("*/__init__.py"))]
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(TOP))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_modules_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 500
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_every_module_says_what_it_is(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    assert docstring, "a module begins with what it is and why"
+    if path.parent != ROOT and path.parent.name != "cli":
+        assert re.search(r"^Kernel: ", docstring, re.MULTILINE), "and ends with its counterpart in the kernel"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=relative)
+def test_chapters_open_with_an_essay_and_nothing_else(path: Path) -> None:
+    tree = ast.parse((path / "__init__.py").read_text())
+    assert len(tree.body) == 1 and len((ast.get_docstring(tree) or "").splitlines()) >= 15
+
+
+@pytest.mark.parametrize("command", [["ruff", "check", "."], ["mypy"]], ids=lambda c: c[0])
+def test_linters_agree(command: list[str]) -> None:
+    result = subprocess.run([sys.executable, "-m", *command], cwd=TOP, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+
+
+@pytest.mark.parametrize("command", ["mount", "kexec", "ctl"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['pkramfs', {command!r}, '--help']\n"
+        "try:\n    runpy.run_module('pkramfs', run_name='__main__')\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'numpy', 'trio', 'pyfuse3', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "usage" in result.stdout.lower()
+
+
+def test_top_level_is_five_entries() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True, check=False)
+    if tracked.returncode != 0 or not tracked.stdout:
+        pytest.skip("not a git checkout")
+    top = {name.partition("/")[0] for name in tracked.stdout.split()}
+    assert {name for name in top if not name.startswith(".")} == {
+        "README.md",
+        "pkramfs",
+        "pyproject.toml",
+        "tests",
+        "tools",
+    }
+
+
+def test_tools_are_executable() -> None:
+    for path in (TOP / "tools").iterdir():
+        if not path.suffix and path.is_file():
+            assert os.access(path, os.X_OK), path

@@ -1,0 +1,139 @@
+"""Options, order and clean-up of the whole suite."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+ORDER = ("prelude", "architecture", "machine", "pkram", "kernel", "fs", "fuse", "control", "cli", "mount", "kexec")
+"""Lowest chapter first, so that the lowest broken one reports first."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the long forms, too")
+    parser.addoption("--seed", type=int, default=0, help="seed of the random tests (printed)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    seed = config.getoption("--seed")
+    hypothesis.settings.register_profile(
+        "default",
+        derandomize=seed == 0,
+        deadline=None,
+        max_examples=1000 if config.getoption("--long") else 100,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        database=None,
+    )
+    hypothesis.settings.load_profile("default")
+    random.seed(seed)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seed: {config.getoption('--seed')} (--seed N for another)"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(ORDER)}
+    items.sort(key=lambda item: rank.get(Path(item.fspath).parent.name, len(ORDER)))
+    reason = fuse_missing()
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="the long form: --long runs it"))
+        if "mount" in item.keywords and reason and not os.environ.get("CI"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def fuse_missing() -> str:
+    """Why real mounts cannot be made here, or nothing."""
+    if not os.path.exists("/dev/fuse"):
+        return "/dev/fuse is missing"
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        return "fusermount3 is missing and this is not root"
+    return ""
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The run's seed, for tests that make their own random choices."""
+    return int(request.config.getoption("--seed"))
+
+
+@pytest.fixture
+def pkram_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory of its own for machines; whatever is mounted or runs there at the end is taken down."""
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    root = Path(tempfile.mkdtemp(prefix="pkram-test-", dir=base))
+    monkeypatch.setenv("PKRAM_ROOT", str(root))
+    try:
+        yield root
+    finally:
+        take_down(root)
+
+
+def take_down(root: Path) -> None:
+    """Unmount, end the daemons by pid, remove the files; lazily and forcibly only where needed."""
+    for entry in sorted(root.glob("*/mounts/*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            _take_down_mount(json.loads(entry.read_text()))
+    for mountpoint in mounts_below(root):
+        subprocess.run(["umount", "-l", mountpoint], check=False, capture_output=True)
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def _take_down_mount(entry: dict[str, object]) -> None:
+    mountpoint, pid = str(entry.get("mountpoint", "")), int(str(entry.get("pid", 0)))
+    for command in (["umount", mountpoint], ["fusermount3", "-u", mountpoint], ["umount", "-l", mountpoint]):
+        if mountpoint not in mounted():
+            break
+        subprocess.run(command, check=False, capture_output=True)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if wait_gone(pid, 5.0):
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def wait_gone(pid: int, seconds: float) -> bool:
+    """Wait, with a deadline, until a process has ended."""
+    deadline = time.monotonic() + seconds
+    while _is_ours(pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _is_ours(pid: int) -> bool:
+    try:
+        return pid > 0 and b"pkramfs" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def mounted() -> list[str]:
+    """Mount points of every pkramfs mount."""
+    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as file:
+        rows = [line.split() for line in file]
+    return [row[1].encode().decode("unicode_escape") for row in rows if row[2] == "fuse.pkramfs"]
+
+
+def mounts_below(root: Path) -> list[str]:
+    return [point for point in mounted() if point.startswith(f"{root}/")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_mounted() -> Iterator[None]:
+    """The suite leaves no mounts behind that were not there before."""
+    before = set(mounted())
+    yield
+    assert set(mounted()) <= before
