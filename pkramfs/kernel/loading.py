@@ -64,7 +64,7 @@ def load(machine: Machine, request: Request, *, panic: bool = False) -> Report:
         segments = _stage(stage, image, request, cmdline)
         nodes = incoming.node_list(kernel.store)
         room = _crash_range(kernel) if panic else None
-        placed = place_all(segments, [room]) if room else _place(kernel, segments, nodes, request)
+        placed = _place_in(room, segments) if room else _place(kernel, segments, nodes, request)
         mode = CRASH_MODE if panic else FILE_MODE if request.syscall == "file" else LOAD_MODE
         loaded = Loaded(mode, ImageInfo.of(image), cmdline, stage.seal(placed, setup_header(image)))
         if panic:
@@ -117,12 +117,21 @@ def _place(kernel: Running, segments: list[Segment], nodes: list[IncomingNode], 
     usable = kernel.machine.hardware().usable
     limits = usable.clip(request.mem_min >> PAGE_SHIFT, (request.mem_max or 1 << 62) >> PAGE_SHIFT)
     owned = owners(kernel, nodes)
+    remedy = "choose other addresses, or load with -s, which finds them"
     if request.syscall == "file":
+        remedy = f"{request.image} cannot run anywhere else"
         placed = place_all(segments, [room & limits for room in _rooms(kernel, owned)])
     else:
         # userspace knows the running kernel from /proc/iomem, and nothing of what is preserved
         placed = place_all(segments, [limits - kernel.info.own_pages], top_down=False)
-    check_destinations(placed, usable, owned)
+    check_destinations(placed, usable, owned, remedy)
+    return placed
+
+
+def _place_in(room: Spans, segments: list[Segment]) -> list[Segment]:
+    """Inside the crash kernel's window, which is copied to at once: nothing may lie outside of it."""
+    placed = place_all(segments, [room])
+    check_destinations(placed, room, {}, "a crash kernel must be relocatable, or crashkernel= be where it runs")
     return placed
 
 

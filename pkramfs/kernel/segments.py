@@ -101,7 +101,7 @@ def _no_hole(segment: Segment, room: Spans) -> str:
     )
 
 
-def check_destinations(segments: Sequence[Segment], usable: Spans, owners: dict[str, Spans]) -> None:
+def check_destinations(segments: Sequence[Segment], usable: Spans, owners: dict[str, Spans], remedy: str) -> None:
     """ConflictError unless every segment lies in RAM, apart from the others and from what `owners` own."""
     foreign = [s for s in segments if not usable.covers(s.pfn, s.end)]
     pairs = pairwise(sorted(segments, key=lambda s: s.pfn))
@@ -110,8 +110,8 @@ def check_destinations(segments: Sequence[Segment], usable: Spans, owners: dict[
     problems += conflicts(segments, owners)
     if problems:
         raise ConflictError(
-            f"cannot assign requested address: {plural(len(problems), 'conflict')}, the first is {problems[0]}; "
-            "choose other addresses, or load with -s, which finds them",
+            f"cannot assign requested address: {plural(len(problems), 'conflict')}, "
+            f"the first is {problems[0]}; {remedy}",
             problems,
         )
 

@@ -1,45 +1,10 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pkramfs.errors import UsageError
 from pkramfs.kernel import image
-
-BZ = {
-    "setup_sects": 4,
-    "boot_flag": 0xAA55,
-    "header": b"HdrS",
-    "version": 0x20F,
-    "kernel_version": 0x300,
-    "loadflags": 1,
-    "kernel_alignment": 0x200000,
-    "relocatable_kernel": 1,
-    "xloadflags": 1,
-    "pref_address": 0x1000000,
-    "init_size": 0x800000,
-}
-
-
-def bzimage(path: Path, *, payload: bytes = b"k" * 10000, **changes: object) -> str:
-    """A file with a setup header as a real kernel has it."""
-    fields = BZ | {"syssize": (len(payload) + 15) // 16} | changes
-    setup = bytearray((int(str(fields["setup_sects"])) + 1) * 512)
-    setup[: image.SETUP.size] = image.SETUP.pack(**fields)
-    setup[0x500:0x510] = b"6.1.0-13-amd64 (" if len(setup) >= 0x510 else b""
-    path.write_bytes(bytes(setup) + payload)
-    return str(path)
-
-
-def elf(path: Path, loads: list[tuple[int, bytes, int]], **changes: object) -> str:
-    """An ELF file with one PT_LOAD per (paddr, bytes, memsz)."""
-    fields = {"ident": b"\x7fELF\x02\x01\x01", "type": 2, "machine": 62, "phoff": 64, "phentsize": 56}
-    at = 64 + 56 * len(loads)
-    table, body = b"", b""
-    for paddr, data, memsz in loads:
-        table += image.PHDR.pack(type=1, offset=at + len(body), paddr=paddr, filesz=len(data), memsz=memsz)
-        body += data
-    path.write_bytes(image.EHDR.pack(**(fields | {"phnum": len(loads)} | changes)) + table + body)
-    return str(path)
 
 
 def loaded(found: image.Image) -> bytes:
@@ -61,7 +26,7 @@ def test_builtin() -> None:
                 image.load_image(bad)
 
 
-def test_bzimage(tmp_path: Path) -> None:
+def test_bzimage(bzimage: Any, tmp_path: Path) -> None:
     found = image.load_image(bzimage(tmp_path / "vmlinuz"))
     assert (found.kind, found.name, found.version) == ("bzImage", "vmlinuz", "6.1.0-13-amd64")
     assert (found.size, found.init_size) == (10000, 0x800000)
@@ -70,7 +35,7 @@ def test_bzimage(tmp_path: Path) -> None:
     assert image.SETUP.read(bytes(0x1F1) + image.setup_header(found)).pref_address == 0x1000000
 
 
-def test_an_image_takes_at_least_its_own_size(tmp_path: Path) -> None:
+def test_an_image_takes_at_least_its_own_size(bzimage: Any, tmp_path: Path) -> None:
     assert image.load_image(bzimage(tmp_path / "k", init_size=1)).init_size == 12288
 
 
@@ -86,12 +51,14 @@ def test_an_image_takes_at_least_its_own_size(tmp_path: Path) -> None:
         ({"header": b"XXXX"}, "neither a bzImage"),
     ],
 )
-def test_a_bzimage_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, object], reason: str) -> None:
+def test_a_bzimage_that_cannot_be_is_refused(
+    bzimage: Any, tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
     with pytest.raises(UsageError, match=reason):
         image.load_image(bzimage(tmp_path / "k", **changes))
 
 
-def test_a_bzimage_cut_anywhere_is_refused(tmp_path: Path) -> None:
+def test_a_bzimage_cut_anywhere_is_refused(bzimage: Any, tmp_path: Path) -> None:
     whole = Path(bzimage(tmp_path / "k")).read_bytes()
     for length in (0, 1, 0x202, 0x206, 0x210, 0x263, 0x264, 2559, 2560, len(whole) - 20):
         (tmp_path / "cut").write_bytes(whole[:length])
@@ -99,7 +66,7 @@ def test_a_bzimage_cut_anywhere_is_refused(tmp_path: Path) -> None:
             image.load_image(str(tmp_path / "cut"))
 
 
-def test_elf(tmp_path: Path) -> None:
+def test_elf(elf: Any, tmp_path: Path) -> None:
     found = image.load_image(elf(tmp_path / "vmlinux", [(0x1000000, b"text", 4), (0x1200000, b"data", 0x10000)]))
     assert (found.kind, found.relocatable, found.preferred) == ("elf", False, 0x1000000)
     assert (found.size, found.init_size) == (0x200004, 0x210000)
@@ -121,7 +88,7 @@ def test_elf(tmp_path: Path) -> None:
     ],
 )
 def test_an_elf_that_cannot_be_is_refused(
-    tmp_path: Path, loads: list[tuple[int, bytes, int]], changes: dict[str, object], reason: str
+    elf: Any, tmp_path: Path, loads: list[tuple[int, bytes, int]], changes: dict[str, object], reason: str
 ) -> None:
     with pytest.raises(UsageError, match=reason):
         image.load_image(elf(tmp_path / "k", loads, **changes))

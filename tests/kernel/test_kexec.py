@@ -375,6 +375,38 @@ def test_mem_min_and_mem_max_bound_the_destinations(lab: Any) -> None:
         lab.load(syscall="load", mem_min=100 * MIB, mem_max=101 * MIB)
 
 
+def test_a_bzimage_with_an_initrd(lab: Any, bzimage: Any, tmp_path: Any) -> None:
+    (tmp_path / "initrd").write_bytes(b"i" * 3_000_000)
+    image = bzimage(tmp_path / "vmlinuz", payload=b"k" * 2_000_000)
+    lab.preserve("a", 3000)
+    lab.load(image, initrd=str(tmp_path / "initrd"))
+    kernel = lab.execute(poison=True)
+    assert lab.intact("a")
+    start, end = kernel.info.reserved["Kernel image"]
+    assert (end - start) << PAGE_SHIFT == 0x800000
+    assert bytes(kernel.ram.page(start, 489)[:2_000_000]) == b"k" * 2_000_000
+    assert "boots vmlinuz 6.1.0-13-amd64 (bzImage)" in lab.machine.dmesg()
+
+
+def test_an_elf_kernel_runs_at_its_address_only(lab: Any, elf: Any, tmp_path: Any) -> None:
+    image = elf(tmp_path / "vmlinux", [(64 * MIB, b"text" * 2000, MIB), (68 * MIB, b"data", 4096)])
+    lab.preserve("a", 3000)
+    lab.load(image)
+    kernel = lab.execute()
+    assert kernel.info.reserved["Kernel image"] == (64 * MIB >> PAGE_SHIFT, (68 * MIB >> PAGE_SHIFT) + 1)
+    assert bytes(kernel.ram.page(68 * MIB >> PAGE_SHIFT)[:5]) == b"data\0"
+    lab.cycle()
+    lab.preserve("b", 48000)
+    with pytest.raises(ConflictError, match=r"belongs to node b; .*vmlinux cannot run anywhere else"):
+        lab.load(image)
+
+
+def test_a_kernel_that_cannot_move_is_refused_as_crash_kernel(lab: Any, elf: Any, tmp_path: Any) -> None:
+    lab.cycle(append="ro crashkernel=32M")
+    with pytest.raises(ConflictError, match="must be relocatable"):
+        kexec.load(lab.machine, elf(tmp_path / "k", [(64 * MIB, b"text", MIB)]), panic=True)
+
+
 def test_pages_preserved_after_loading_are_relocated(lab: Any) -> None:
     """Row 15: the tree lies where the kernel will be copied; the save copies it elsewhere."""
     frames, runs, total = lab.grow(1000)

@@ -1,13 +1,19 @@
 """Cold boots, what is refused, what is resumed."""
 
+import contextlib
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
 
+from pkramfs.cli import boot as cli_boot
 from pkramfs.errors import MachineError
 from pkramfs.kernel import boot, nvram, running, state
+from pkramfs.machine import locks
+from pkramfs.machine.directory import Machine
+from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.units import BLOCK_PAGES, GIB, TIB
 
 
@@ -25,9 +31,6 @@ def test_the_first_attach_boots(lab: Any) -> None:
 
 
 def test_boot_runs_in_a_fresh_process(root: Any) -> None:
-    from pkramfs.machine.directory import Machine
-    from pkramfs.machine.firmware import FirmwareMap
-
     machine = Machine.locate()
     machine.create(FirmwareMap.default(GIB, seed=1))
     kernel = running.attach(machine)
@@ -106,6 +109,33 @@ def test_booting_16_tib_touches_no_more_than_4_gib(make_lab: Any) -> None:
         assert lab.intact("a")
         backed.append(kernel.ram.backed)
     assert backed[1] < backed[0] + (1 << 20)
+
+
+def test_two_first_mounts_at_once_boot_once(root: Any) -> None:
+    program = "from pkramfs.kernel.running import attach; from pkramfs.machine.directory import Machine; "
+    program += "print(attach(Machine.locate()).generation)"
+    Machine.locate().create(FirmwareMap.default(GIB, seed=1))
+    started = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(3)]
+    assert [process.communicate()[0] for process in started] == [b"1\n"] * 3
+    assert nvram.read(Machine.locate())["boot_count"] == 1
+
+
+def test_a_boot_whose_parent_is_gone_does_nothing(lab: Any) -> None:
+    with pytest.raises(MachineError, match="is gone"):
+        cli_boot._boot_for(1 << 30, lab.machine.path(), False)
+    assert state.read(lab.machine) is None
+
+
+def test_a_boot_that_outlived_its_parent_is_waited_for(lab: Any) -> None:
+    running.decide_cold(lab.machine)
+    orphan = threading.Thread(target=lambda: (held.wait(), boot.boot(lab.machine), lock.close()))
+    held, lock = threading.Event(), contextlib.ExitStack()
+    lock.enter_context(locks.held(lab.machine.path(running.BOOT_LOCK)))
+    orphan.start()
+    held.set()
+    assert lab.up().generation == 1
+    orphan.join()
+    assert lab.steps == [], "the orphan booted, nobody else"
 
 
 def test_boot_by_hand(lab: Any) -> None:

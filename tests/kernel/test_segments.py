@@ -66,10 +66,10 @@ def test_places_lie_in_the_room_apart_and_aligned(
 def test_conflicts_say_whose_pages() -> None:
     usable = Spans([(256, 10000)])
     owners = {"node a": Spans([(1000, 1010), (1020, 1030)]), "node b": Spans([(2000, 2001)])}
-    segments.check_destinations([seg("x", 10, pfn=990), seg("y", 10, pfn=1010)], usable, owners)
+    segments.check_destinations([seg("x", 10, pfn=990), seg("y", 10, pfn=1010)], usable, owners, "")
     with pytest.raises(ConflictError, match="4 conflicts, the first is z") as caught:
         segments.check_destinations(
-            [seg("x", 30, pfn=995), seg("y", 4, pfn=1998), seg("z", 1, pfn=10000)], usable, owners
+            [seg("x", 30, pfn=995), seg("y", 4, pfn=1998), seg("z", 1, pfn=10000)], usable, owners, "go away"
         )
     assert caught.value.conflicts == [
         "z: 4.0 KiB to 0x2710000-0x2710fff (pfn 2710, 1 page): not all of it is usable RAM",
@@ -81,7 +81,7 @@ def test_conflicts_say_whose_pages() -> None:
 
 def test_segments_that_overlap_each_other_are_refused() -> None:
     with pytest.raises(ConflictError, match="overlaps the x"):
-        segments.check_destinations([seg("y", 10, pfn=1005), seg("x", 10, pfn=1000)], Spans([(256, 10000)]), {})
+        segments.check_destinations([seg("y", 10, pfn=1005), seg("x", 10, pfn=1000)], Spans([(256, 10000)]), {}, "")
 
 
 def test_json_gives_the_same_segments() -> None:
