@@ -14,11 +14,14 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
+
 from pkramfs.errors import FormatError
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram import regions, superblock
 from pkramfs.pkram.store import Store
 from pkramfs.spans import Spans
+from pkramfs.units import BLOCK_PAGES
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,16 @@ class Incoming:
 
     @property
     def stale(self) -> Spans:
-        """The pages that no node owns: super block and region list, of no use after the take-over."""
-        return self.preserved - union(node.spans for node in self.nodes)
+        """Super block and region list, of no use after the take-over: pages in no node's page blocks."""
+        trees = union(node.spans for node in self.nodes)
+        return self.preserved - trees.outward(BLOCK_PAGES).scale(BLOCK_PAGES)
 
 
 def union(sets: Iterable[Spans]) -> Spans:
     """All of many sets, in one pass."""
-    return Spans(span for spans in sets for span in spans)
+    empty, all_sets = np.empty(0, dtype=np.uint64), list(sets)
+    starts = np.concatenate([empty, *(spans.starts for spans in all_sets)])
+    return Spans.from_arrays(starts, np.concatenate([empty, *(spans.ends for spans in all_sets)]))
 
 
 def examine(ram: Ram, super_pfn: int, usable: Spans) -> Incoming:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pkramfs.errors import ConflictError, ExhaustedError, FormatError, MachineError, NotPreservedError, UsageError
@@ -197,6 +198,30 @@ def test_numa_counts_are_reported(make_lab: Any) -> None:
     assert list(numa) == ["0", "1", "2", "3"]
     assert sum(node["preserved"] for node in numa.values()) == kernel.info.report["preserved_pages"] > 40000
     assert sum(node["pages"] for node in numa.values()) == lab.machine.hardware().usable.total
+
+
+def test_a_tree_in_more_pieces_than_the_reserve_can_list(make_lab: Any) -> None:
+    """D8 of the facts: the original drops the tail; here the list becomes coarser."""
+    lab = make_lab(16 << 30, name="large")
+    frames, runs, _ = lab.grow(1)
+    kernel = lab.up()
+    pieces = 140_000
+    runs = frames.allocate(2 * pieces)
+    pages = np.concatenate([np.arange(start, start + count, 2, dtype=np.uint64) for start, count in runs])
+    with kernel.store.prepare_save(b"a", tree_id=frames.tree_id, frames=frames) as save:
+        with save.object() as stream:
+            stream.save_runs(np.arange(len(pages), dtype=np.uint64), pages, np.ones_like(pages))
+        save.finish()
+    marked = [int(pages[n]) for n in (0, 1, 77_777, -1)]
+    for pfn in marked:
+        kernel.ram.words(pfn)[:] = pfn
+    preserved = kernel.store.preserved()
+    assert len(preserved) > 129_000
+    kernel = lab.cycle()
+    assert kernel.store.preserved() == preserved
+    assert all((kernel.ram.words(pfn) == pfn).all() for pfn in marked)
+    assert kernel.info.report["preserved_ranges"] < 1000
+    assert len(kernel.info.stale) < 10
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------
