@@ -131,6 +131,8 @@ def _flat(report: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             for at, item in enumerate(value):
                 pairs += _flat(item, f"{prefix}{name}.{at}.")
+        elif isinstance(value, list):
+            pairs += [(prefix + name if at == 0 else "", item) for at, item in enumerate(value or ["-"])]
         else:
             pairs.append((prefix + name, value))
     return pairs

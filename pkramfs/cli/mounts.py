@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.mounts import MountEntry
 
-ANSWER_SECONDS = 10.0
-"""How long a daemon may take to say how it is."""
+ANSWER_SECONDS = 5.0
+"""How long a daemon may take to say how it is; it answers between two steps of its longest work."""
 FREEZE_SECONDS = 120.0
 """How long flushing and freezing may take: dirty pages of a slow host must reach the daemon."""
 STOP_SECONDS = 30.0
@@ -90,11 +90,11 @@ def look(machine: "Machine") -> list[Seen]:
     return [_ask(entry) for entry in alive(machine)]
 
 
-def _ask(entry: "MountEntry", verb: str = "status", seconds: float = ANSWER_SECONDS, **words: Any) -> Seen:
+def _ask(entry: "MountEntry", verb: str = "status", seconds: float | None = None) -> Seen:
     from pkramfs.control.client import call
 
     try:
-        return Seen(entry, call(entry.socket, verb, timeout=seconds, **words), "")
+        return Seen(entry, call(entry.socket, verb, timeout=seconds or ANSWER_SECONDS), "")
     except DaemonError as error:
         return Seen(entry, None, _silent(entry, error))
 
@@ -113,6 +113,7 @@ class Mounts:
     def __init__(self, machine: "Machine", *, force: bool = False, warn: Warn = lambda _: None) -> None:
         self.machine, self.force, self.warn = machine, force, warn
         self._frozen: list[MountEntry] = []
+        self._silent: set[int] = set()
         self.stopped = False
         """Whether daemons were told to end, so that a thaw is not enough to go back."""
 
@@ -135,6 +136,7 @@ class Mounts:
             if not self.force:
                 raise DaemonError(seen.silence)
             self.warn(seen.silence)
+            self._silent.add(entry.tree_id)
         return seen
 
     def _frozen_now(self, entry: "MountEntry") -> Seen:
@@ -172,8 +174,9 @@ class Mounts:
         stopping = alive(self.machine)
         self.stopped = True
         for entry in stopping:
-            answer = _ask(entry, "stop")
-            if answer.status is None:
+            if entry.tree_id in self._silent:
+                self._kill_silent(entry)
+            elif (answer := _ask(entry, "stop")).status is None:
                 self._stop_silent(entry, answer)
         self._await_gone(stopping)
         self._frozen.clear()
@@ -191,6 +194,9 @@ class Mounts:
             return
         if not self.force:
             raise DaemonError(answer.silence)
+        self._kill_silent(entry)
+
+    def _kill_silent(self, entry: "MountEntry") -> None:
         self.warn(f"killing the daemon of {entry.mountpoint} (pid {entry.pid})")
         kill(entry)
 

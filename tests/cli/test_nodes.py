@@ -47,7 +47,8 @@ def digest(machine, name: bytes) -> list[int]:
     with kernel.store.prepare_load(name) as load:
         (tree,) = load
         _, pfns, counts = tree.load_runs()
-        pages = [int(kernel.ram.words(pfn, count).sum()) for pfn, count in zip(pfns.tolist(), counts.tolist(), strict=True)]
+        runs = zip(pfns.tolist(), counts.tolist(), strict=True)
+        pages = [int(kernel.ram.words(pfn, count).sum()) for pfn, count in runs]
         assert tree.read() == b"bytes"
     return pages
 
@@ -86,7 +87,7 @@ def test_a_kexec_that_would_lose_a_node_is_refused(machine, ctl, kexec):
 def test_forced_it_is_lost_and_the_log_says_so(machine, ctl, kexec):
     save(machine, b"shmem-one").release()
     kexec("-l", "builtin:2M", "--append=quiet")
-    status, out, err = kexec("-e", "--force")
+    status, _, err = kexec("-e", "--force")
     assert status == 0
     assert "1 node" in err
     assert json.loads(ctl("--json", "nodes")[1]) == []
