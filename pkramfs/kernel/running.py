@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
-from pkramfs.errors import MachineError
+from pkramfs.errors import FormatError, MachineError
 from pkramfs.kernel import cmdline as words
 from pkramfs.kernel import nvram, staging, state, tables
 from pkramfs.kernel.image import BUILTIN, load_image
@@ -229,7 +229,10 @@ def start_boot(machine: Machine, *, force: bool = False) -> None:
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
-        raise MachineError(f"boot failed: {reason.removeprefix('boot: ')}")
+        remedy = ""
+        if done.returncode == FormatError.exit_status:
+            remedy = "; nothing was freed: pkram-kexec --resume --force goes on and loses what is preserved"
+        raise MachineError(f"boot failed: {reason.removeprefix('boot: ')}{remedy}")
 
 
 def take_over(kernel: Running) -> None:

@@ -303,6 +303,20 @@ def test_damaged_metadata_stop_the_boot_before_anything_is_punched(lab: Any) -> 
     assert lab.intact("a")
 
 
+def test_a_boot_that_stopped_at_damage_says_how_to_go_on(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab.preserve("a", 256)
+    node = lab.up().store.nodes()[0]
+    lab.load()
+    with lab.dies("purgatory"):
+        lab.execute()
+    lab.machine.ram().page(node.pfn)[100:104] = b"oops"
+    monkeypatch.undo()  # boot in a process of its own, as everywhere else
+    with pytest.raises(MachineError, match=r"boot failed: Node at pfn .*pkram-kexec --resume --force goes on"):
+        lab.up()
+    with lab.machine.lifecycle(shared=False):
+        assert running.bring_up(lab.machine, force=True).store.nodes() == []
+
+
 def test_damaged_metadata_are_given_up_by_force(lab: Any) -> None:
     lab.preserve("a", 256)
     node = lab.up().store.nodes()[0]
