@@ -19,7 +19,6 @@ Kernel: none; the habits are those of util-linux
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -151,6 +150,8 @@ def run(parser: argparse.ArgumentParser, act: Action, argv: Sequence[str] | None
 def _report(program: str, error: Exception, *, debug: bool) -> int:
     """Print an error and say with what status to leave."""
     if debug:
+        import traceback
+
         traceback.print_exception(error)
     if isinstance(error, PkramfsError):
         lines, status = [str(error), *_details(error)], error.exit_status

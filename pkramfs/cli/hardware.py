@@ -15,8 +15,6 @@ Kernel: arch/x86/kernel/e820.c prints the same map at boot
 import argparse
 import json
 import os
-import secrets
-import shutil
 from typing import TYPE_CHECKING, Any
 
 from pkramfs.cli import arguments, nodes, render
@@ -44,6 +42,8 @@ def create(args: argparse.Namespace) -> None:
 
 def _hardware(args: argparse.Namespace) -> "FirmwareMap | None":
     """The hardware that the options describe; None lets the machine take the host's size."""
+    import secrets
+
     from pkramfs.machine.directory import host_memory
     from pkramfs.machine.firmware import FirmwareMap
 
@@ -95,6 +95,8 @@ def _show_machine(args: argparse.Namespace, machine: "Machine") -> None:
 
 def destroy(args: argparse.Namespace) -> None:
     """Remove the machine, unless something that lives or is preserved would go with it."""
+    import shutil
+
     machine = arguments.existing(args)
     with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
         _refuse_live(machine)

@@ -15,10 +15,8 @@ Kernel: kernel/reboot.c (kernel_restart_prepare), fs/sync.c (SYSCALL_DEFINE1(syn
         include/linux/freezer.h
 """
 
-import ctypes
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -228,6 +226,8 @@ def kill(entry: "MountEntry") -> None:
 
 def syncfs(mountpoint: str, device: int | None) -> None:
     """syncfs(2) on a mount point; nothing if something else is mounted there by now."""
+    import ctypes
+
     try:
         directory = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
@@ -294,6 +294,8 @@ def _name(pid: str) -> str:
 
 def restart(machine: "Machine", mounts: Iterable[dict[str, Any]], warn: Warn) -> int:
     """Mount again what was preserved; how many could not be. Each failure is a warning with its reason."""
+    import subprocess
+
     failed = 0
     for mount in mounts:
         done = subprocess.run(_mount_command(machine, mount), capture_output=True, text=True, check=False)
