@@ -53,7 +53,8 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys, runpy\n"
         f"sys.argv = ['pkramfs', {command!r}, '--help']\n"
-        "try:\n    runpy.run_module('pkramfs', run_name='__main__')\nexcept SystemExit as end:\n    assert not end.code\n"
+        "try:\n    runpy.run_module('pkramfs', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code\n"
         "heavy = {'numpy', 'trio', 'pyfuse3', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
