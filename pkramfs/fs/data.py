@@ -104,8 +104,11 @@ class Data(Attributes):
 
     # -- writing --------------------------------------------------------------------------------
 
-    def write(self, number: int, offset: int, data: Any) -> int:
-        """Write bytes at `offset` and return how many were written: all, or what there was room for."""
+    def write(self, number: int, offset: int, data: Any, *, stamp: bool = True) -> int:
+        """Write bytes at `offset` and return how many were written: all, or what there was room for.
+
+        Without `stamp` the times stay as they are: for a caller that owns them and will set them.
+        """
         inode = self.inodes.get(number & INO_MASK)
         if inode is None:
             raise fail(errno.ESTALE)
@@ -116,9 +119,9 @@ class Data(Attributes):
             if offset >= MAX_SIZE:
                 raise fail(errno.EFBIG)
             view = view[: MAX_SIZE - offset]
-        return self._write(inode, offset, view) if len(view) else 0
+        return self._write(inode, offset, view, stamp) if len(view) else 0
 
-    def _write(self, inode: Inode, offset: int, view: memoryview) -> int:
+    def _write(self, inode: Inode, offset: int, view: memoryview, stamp: bool) -> int:
         size = len(view)
         end = offset + size
         try:
@@ -128,7 +131,7 @@ class Data(Attributes):
             cut = (middle << PAGE_SHIFT) - offset
             if error.errno != errno.ENOSPC or cut <= 0:
                 raise
-            return self._write_part(inode, offset, view, cut)
+            return self._write_part(inode, offset, view, cut, stamp)
         memory, shift = self.ram.bytes, PAGE_SHIFT
         for index, pfn, count in runs:
             base = (pfn - index) << shift
@@ -139,16 +142,17 @@ class Data(Attributes):
             inode.size = end
         if inode.mode & 0o6000 or inode.xattrs:
             self._drop_privileges(inode, keep_set_id=inode.opens > 0 and not inode.unprivileged)
-        inode.mtime = inode.ctime = time.time_ns()
+        if stamp:
+            inode.mtime = inode.ctime = time.time_ns()
         return size
 
-    def _write_part(self, inode: Inode, offset: int, view: memoryview, cut: int) -> int:
+    def _write_part(self, inode: Inode, offset: int, view: memoryview, cut: int, stamp: bool) -> int:
         """Not all fits: the first `cut` bytes, and as much as goes of the rest."""
-        written = self._write(inode, offset, view[:cut])
+        written = self._write(inode, offset, view[:cut], stamp)
         if written < cut:
             return written
         try:
-            return written + self._write(inode, offset + cut, view[cut:])
+            return written + self._write(inode, offset + cut, view[cut:], stamp)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -175,6 +179,7 @@ class Data(Attributes):
         if self._frozen:
             raise fail(errno.EROFS)
         self.limits.require_pages(total)
+        self._grow()
         frames = self.frames.allocate(total) if total else []
         try:
             self._change(kind, ino=inode.ino, offset=offset, end=end)
@@ -185,13 +190,15 @@ class Data(Attributes):
         if pages is None:
             pages = inode.pages = PageMap()
         self.limits.pages += total
+        before = pages.runs
         _distribute(pages, holes, frames)
+        self._runs += pages.runs - before
 
     # -- shrinking, growing, holes --------------------------------------------------------------
 
     def _resize(self, inode: Inode, size: int) -> None:
         if size < inode.size and inode.pages is not None:
-            self._free_runs(inode.pages.remove((size + _IN_PAGE) >> PAGE_SHIFT))
+            self._free_pages(inode.pages, (size + _IN_PAGE) >> PAGE_SHIFT)
             if size & _IN_PAGE:
                 self._clear(inode, size, (size | _IN_PAGE) + 1)
             if not inode.pages.count:
@@ -226,7 +233,7 @@ class Data(Attributes):
             if first > last:
                 self._clear(inode, offset, end)
             else:
-                self._free_runs(inode.pages.remove(first, last))
+                self._free_pages(inode.pages, first, last)
                 self._clear(inode, offset, first << PAGE_SHIFT)
                 self._clear(inode, last << PAGE_SHIFT, end)
         inode.mtime = inode.ctime = time.time_ns()

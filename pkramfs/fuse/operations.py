@@ -5,7 +5,15 @@ it. They never wait, so each request is atomic and the answer may be a view of R
 is used again for the next answer.
 
     OSError           its errno
+    ENOSPC            once more, when the kernel has let go of what was just deleted (see below)
     anything else     EIO, the traceback in the daemon's log; the mount lives on
+
+`rm big; cp other .` works on a full tmpfs. Here the memory of a deleted file comes back with the
+kernel's FORGET, which it sends after other requests. So a request that found no room waits, bounded
+and outside the handler, for the next FORGET while deleted inodes are left that nobody has open.
+
+A write that did not fit whole is ENOSPC, not a short count: behind the writeback cache nobody reads
+the count, and the rest would be lost in silence. The error reaches the program at close or fsync.
 
 References: an inode that is named in an answer to look-up, create, mknod, mkdir, symlink, link or
 readdir (but for `.` and `..`) gets one `lookups`; the kernel gives them back with FORGET.
@@ -24,14 +32,18 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from pkramfs.fs.core import WRITING
+from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.tree import Tree
 from pkramfs.fuse.translate import Translator
 
 log = logging.getLogger(__name__)
+
+_FORGET_SECONDS = 0.1
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,10 +61,13 @@ def _request(
         except FUSEError:
             raise
         except OSError as error:
-            raise FUSEError(error.errno or errno.EIO) from None
+            if error.errno != errno.ENOSPC or not self._may_forget():
+                raise FUSEError(error.errno or errno.EIO) from None
         except Exception:
             log.exception("%s%r failed", handler.__name__, _brief(args))
             raise FUSEError(errno.EIO) from None
+        await self._wait_for_room()
+        return await request(self, *args, **kwargs)
 
     return request
 
@@ -80,6 +95,23 @@ class Operations(pyfuse3.Operations):
         self.writer_gone: Callable[[], None] = _nothing
         self._translate = Translator()
         self._entry = self._translate.entry
+        self._forgot = trio.Event()
+        self._hopeless: set[int] = set()
+
+    def _may_forget(self) -> bool:
+        """Whether deleted inodes wait for nothing but a FORGET, and it is worth waiting, too."""
+        orphans = self.tree.orphans
+        if not orphans or self._hopeless == orphans.keys():
+            return False
+        return any(not inode.opens for inode, _ in orphans.values())
+
+    async def _wait_for_room(self) -> None:
+        """Until the kernel forgets something; if it does not, these orphans are not waited for again."""
+        waited = set(self.tree.orphans)
+        with trio.move_on_after(_FORGET_SECONDS) as waiting:
+            await self._forgot.wait()
+        if waiting.cancelled_caught:
+            self._hopeless = waited
 
     def init(self) -> None:
         self.ready()
@@ -102,6 +134,8 @@ class Operations(pyfuse3.Operations):
                 self.tree.forget(number, count)
             except Exception:  # nobody waits for an answer; the others must be forgotten too
                 log.exception("forget(%d, %d) failed", number, count)
+        self._forgot.set()
+        self._forgot = trio.Event()
 
     @_request
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
@@ -219,7 +253,12 @@ class Operations(pyfuse3.Operations):
 
     @_request
     def write(self, handle: int, offset: int, data: bytes) -> int:
-        return self.tree.write(handle, offset, data)
+        # With the writeback cache the kernel owns mtime and sends it when it has written back; a late
+        # WRITE must not overwrite what it, or utimensat, has set before.
+        written = self.tree.write(handle, offset, data, stamp=False)
+        if written != len(data):
+            raise fail(errno.ENOSPC)
+        return written
 
     @_request
     def release(self, handle: int) -> None:
