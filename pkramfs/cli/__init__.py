@@ -3,7 +3,7 @@
 Three commands and no decisions of their own: each one reads its arguments, composes what the
 chapters below offer, and prints what they answer.
 
-    mount.pkramfs     as mount(8) calls it: mount, remount,preserve,ro, remount,rw        mount.py
+    mount.pkramfs     as mount(8) calls it: mount, remount,preserve,ro, remount,rw        mount.py, remount.py
     pkram-kexec       with kexec(8)'s spelling: load an image, die, be born again         kexec.py
     pkramctl          a window into the machine, its kernel, its nodes and its memory     ctl.py
     python -m pkramfs boot DIR      what pkram-kexec starts: a fresh process that knows nothing   boot.py
@@ -16,6 +16,11 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     arguments   shared options, exit statuses, errors as one line
     render      tables for people, the same as JSON for programs
     mounts      all mounts of a machine at once: ask, freeze, thaw, stop, start again
+    nodes       what is preserved: list and free               ┐
+    status      everything at a glance                         │
+    inspect     a record in memory, field by field             ├ pkramctl's subjects
+    verify      all that would cross a kexec, checked          │
+    hardware    machines made, shown, removed                  ┘
 
 Promises of every command:
 

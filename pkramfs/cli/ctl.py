@@ -20,7 +20,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pkramfs.cli import arguments, hardware, inspect, nodes, render, status
+from pkramfs.cli import arguments, hardware, inspect, nodes, render, status, verify
 from pkramfs.errors import MachineError
 
 PROGRAM = "pkramctl"
@@ -44,8 +44,8 @@ def parser() -> arguments.Parser:
     free = _command(commands, "free", nodes.act_free, "give the memory of preserved nodes back")
     free.add_argument("names", nargs="*", metavar="NAME", help="a mount's NAME, or a node's name")
     free.add_argument("--all", action="store_true", help="every node that no mount is using")
-    verify = _command(commands, "verify", nodes.act_verify, "check all that would cross a kexec")
-    verify.add_argument("names", nargs="*", metavar="NAME", help="only these nodes")
+    check = _command(commands, "verify", verify.act, "check all that would cross a kexec")
+    check.add_argument("names", nargs="*", metavar="NAME", help="only these nodes")
     _command(commands, "dmesg", _dmesg, "the kernel log")
     _command(commands, "iomem", _iomem, "the kernel's resource map")
     _command(commands, "report", _report, "what the last boot found, reserved and relocated")

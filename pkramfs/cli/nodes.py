@@ -1,4 +1,4 @@
-"""pkramctl nodes, free, verify: what is preserved, by name.
+"""pkramctl nodes and free: what is preserved, by name.
 
     NODE            STATE            SIZE      PAGES
     shmem-mytmpfs   mounted          2.0 GiB   524,288
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pkramfs.cli import arguments, render
 from pkramfs.cli.arguments import need
 from pkramfs.cli.render import Column
-from pkramfs.errors import FormatError, MachineError, NotPreservedError, PkramError, PkramfsError
+from pkramfs.errors import MachineError, NotPreservedError, PkramError, PkramfsError
 from pkramfs.units import PAGE_SIZE, format_pfn, format_size, plural
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def act_free(args: argparse.Namespace) -> int:
     freed, problems = [], []
     with machine.lifecycle(shared=True, timeout=LOCK_SECONDS):
         running = look(machine)
-        for name in _node_names(running) if args.all else [_resolve(running, name) for name in args.names]:
+        for name in _node_names(running) if args.all else [resolve(running, name) for name in args.names]:
             try:
                 freed.append({"name": name.decode("utf-8", "backslashreplace"), "pages": _free(machine, running, name)})
             except PkramfsError as error:
@@ -135,7 +135,7 @@ def _node_names(running: "Running") -> list[bytes]:
     return [node.name for node in running.store.nodes()]
 
 
-def _resolve(running: "Running", name: str) -> bytes:
+def resolve(running: "Running", name: str) -> bytes:
     """The node that NAME means: a mount's NAME, or the node's own name."""
     raw = name.encode("utf-8", "surrogateescape")
     return raw if running.store.find(PREFIX + raw) is None and running.store.find(raw) is not None else PREFIX + raw
@@ -173,27 +173,3 @@ def _say_freed(args: argparse.Namespace, freed: list[dict[str, Any]]) -> None:
     for node in freed:
         size = format_size(node["pages"] * PAGE_SIZE)
         print(f"{render.printable(node['name'])}: {plural(node['pages'], 'page')} ({size}) given back")
-
-
-def act_verify(args: argparse.Namespace) -> int:
-    """pkramctl verify [NAME…]."""
-    machine = arguments.existing(args)
-    from pkramfs.kernel.running import look
-
-    with machine.lifecycle(shared=True, timeout=LOCK_SECONDS):
-        running = look(machine)
-        names = [_resolve(running, name) for name in args.names]
-        problems = find_problems(running, names)
-        count = len(names) or len(running.store.nodes())
-    if arguments.wants_json(args):
-        render.emit_json({"nodes": count, "problems": problems})
-    elif problems:
-        print("\n".join(render.printable(problem) for problem in problems))
-    else:
-        print(f"{plural(count, 'node')} checked, nothing is wrong")
-    return FormatError.exit_status if problems else 0
-
-
-def find_problems(running: "Running", names: list[bytes]) -> list[str]:
-    """What is wrong with these nodes (all, if none is named), one line each."""
-    raise NotImplementedError
