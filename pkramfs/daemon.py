@@ -30,7 +30,7 @@ import trio
 
 from pkramfs.control.keeper import Keeper, drive
 from pkramfs.control.server import Server
-from pkramfs.errors import MachineError, PkramfsError, explain
+from pkramfs.errors import MachineError, PkramfsError, UsageError, explain
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.restore import restore
 from pkramfs.fs.tree import Tree
@@ -89,13 +89,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PkramfsError, OSError) as error:
         reason = explain(error) if isinstance(error, OSError) else str(error)
         log.error("%s", reason)
-        reporter.send(error=reason)
+        _say(text, f"pkramfs: {mountpoint} was not mounted: {reason}")
+        reporter.send(error=reason, status=error.exit_status if isinstance(error, UsageError) else 0)
         return 1
     except BaseException as error:
         log.exception("the daemon ends")
         reporter.send(error=f"internal error: {type(error).__name__}: {error}; please report it")
         return 1
     return 0
+
+
+def _say(options: str, message: str) -> None:
+    """A line in the kernel log, if there is a machine to have one."""
+    try:
+        Machine.locate(parse(options).machine).log(message)
+    except (PkramfsError, OSError) as error:
+        log.warning("no line in the kernel log: %s", error)
 
 
 class Daemon:

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from pkramfs.cli import arguments
+from pkramfs.control.protocol import RefusedError
 from pkramfs.errors import PkramfsError, UsageError, explain
 from pkramfs.fuse.options import Options, parse
 
@@ -39,6 +40,10 @@ class MountError(PkramfsError):
     """The mount failed; mount(8)'s status for it."""
 
     exit_status = FAILURE
+
+
+class AnsweredError(MountError):
+    """The daemon has said why it did not start."""
 
 
 class _Parser(arguments.Parser):
@@ -74,17 +79,36 @@ def parser() -> arguments.Parser:
 def _act(args: argparse.Namespace) -> int:
     try:
         return _mount(args)
-    except UsageError as error:
-        error.exit_status = USAGE
-        raise
-    except (MountError, KeyboardInterrupt):
-        raise
-    except PkramfsError as error:
-        raise MountError(str(error)) from error
-    except OSError as error:
-        failed = MountError(explain(error))
-        failed.exit_status = SYSTEM
+    except (PkramfsError, OSError) as error:
+        failed = _failure(error)
+        if not isinstance(error, AnsweredError | RefusedError):
+            _log(args, str(failed))
         raise failed from error
+
+
+def _failure(error: Exception) -> MountError:
+    """An error with mount(8)'s status for it."""
+    failed = MountError(explain(error) if isinstance(error, OSError) else str(error))
+    if isinstance(error, UsageError):
+        failed.exit_status = USAGE
+    elif isinstance(error, OSError) and not isinstance(error, PkramfsError):
+        failed.exit_status = SYSTEM
+    elif isinstance(error, MountError):
+        failed.exit_status = error.exit_status
+    return failed
+
+
+def _log(args: argparse.Namespace, message: str) -> None:
+    """A refusal is a line in the kernel log, too, if the machine is there. (The daemon writes its own.)"""
+    from pkramfs.machine.directory import Machine
+
+    words = [word for word in ",".join(args.options).split(",") if word.startswith("machine=")]
+    try:
+        machine = Machine.locate(words[-1].partition("=")[2] if words else getattr(args, "machine", None))
+        if machine.exists():
+            machine.log(f"{PROGRAM}: {args.directory}: {message}")
+    except (PkramfsError, OSError):
+        return  # the message itself reaches the user in any case
 
 
 def _mount(args: argparse.Namespace) -> int:
@@ -165,6 +189,8 @@ def start(directory: str, text: str) -> str:
     answer = json.loads(line)
     if "error" in answer:
         daemon.wait()
-        raise MountError(answer["error"])
+        failed = AnsweredError(answer["error"])
+        failed.exit_status = USAGE if answer.get("status") else FAILURE
+        raise failed
     daemon.returncode = 0  # it lives on; no warning that it does
     return str(answer["ok"])

@@ -115,25 +115,28 @@ class Keeper:
 
     async def preserve(self, strict: bool = False) -> dict[str, Any]:
         """Freeze the tree and publish its node; nothing happens where that is done already."""
+        try:
+            async with self._lock:
+                return await self._preserve(strict or self.strict)
+        except (PkramfsError, OSError) as error:
+            self._say(f"pkramfs: {self.mountpoint} was not preserved: {_reason(error)}")
+            raise
+
+    async def _preserve(self, strict: bool) -> dict[str, Any]:
         if self.name is None:
             raise ErrnoError(
                 f"{self.mountpoint} was mounted without pkram=NAME, so it cannot be preserved: mount it with a name",
                 errno.EINVAL,
             )
-        async with self._lock:
-            if self.tree.preserved and self.tree.frozen:
-                return await self.status()
-            thawed = not self.tree.frozen
-            await self._freeze()
-            try:
-                report = {} if self.tree.preserved else await self._save(strict or self.strict)
-            except BaseException as error:
-                if thawed:
-                    self.tree.thaw()
-                if isinstance(error, PkramfsError | OSError):
-                    self._say(f"pkramfs: {self.mountpoint} was not preserved: {_reason(error)}")
-                raise
-            return await self.status() | report
+        if self.tree.preserved and self.tree.frozen:
+            return await self.status()
+        await self._freeze()
+        try:
+            report = {} if self.tree.preserved else await self._save(strict)
+        except BaseException:
+            self.tree.thaw()
+            raise
+        return await self.status() | report
 
     async def _save(self, strict: bool) -> dict[str, Any]:
         report = await drive(save(self.tree, self.store, self.node_name, strict=strict, banned=self._banned()))

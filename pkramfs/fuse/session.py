@@ -10,8 +10,8 @@ and `fuse.pkramfs` the type, which sends remounts to /sbin/mount.fuse.pkramfs.
 The session ends when the kernel says so (umount, the last user gone) or after `terminate`. A daemon
 that dies leaves ENOTCONN at the mount point, never an empty directory that looks like lost files.
 
-One task reads and answers: handlers never wait, so a second one would only cost its wake-ups. There
-is one session in a process, pyfuse3 keeps it in globals.
+Two tasks take turns at reading and answering, so that one may wait (for room) while the other goes
+on. There is one session in a process, pyfuse3 keeps it in globals.
 
 Kernel: fs/fuse/inode.c (fuse_fill_super), fs/fuse/dev.c
 """
@@ -28,6 +28,8 @@ from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.options import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY
 
 _USER_FLAGS = {MS_RDONLY: "ro", MS_NOEXEC: "noexec", MS_NOSUID: "nosuid", MS_NODEV: "nodev"}
+
+_TASKS = 2
 
 
 class Session:
@@ -77,7 +79,7 @@ class Session:
 
     async def serve(self) -> None:
         """Answer requests until the mount is gone."""
-        await pyfuse3.main(1, 1)
+        await pyfuse3.main(_TASKS, 4 * _TASKS)
 
     def terminate(self) -> None:
         """Stop serving; what is still open there gets ENOTCONN when the process ends."""
