@@ -100,7 +100,7 @@ class Attributes(Core):
             if inode.mode & stat.S_IXGRP:
                 inode.mode &= ~stat.S_ISGID
         if inode.xattrs is not None and CAPABILITY in inode.xattrs:
-            self.limits.inode_space -= xattr_space(CAPABILITY, inode.xattrs.pop(CAPABILITY))
+            self._put_xattr(inode, CAPABILITY, None)
 
     @staticmethod
     def _check_size(inode: Inode, size: int) -> None:
@@ -126,11 +126,12 @@ class Attributes(Core):
         return value
 
     def listxattr(self, number: int, caller: Caller = ROOT) -> list[bytes]:
-        """Names, ACLs first and the others in order; `trusted.` only for root."""
+        """Names, ACLs first and the others in falling order, as tmpfs does; `trusted.` only for root."""
         xattrs = self.inode(number).xattrs
         if not xattrs:
             return []
-        names = sorted(name for name in xattrs if caller.uid == 0 or not name.startswith(b"trusted."))
+        seen = (name for name in xattrs if caller.uid == 0 or not name.startswith(b"trusted."))
+        names = sorted(seen, reverse=True)
         return [name for name in _ACLS if name in xattrs] + [name for name in names if name not in _ACLS]
 
     def setxattr(self, number: int, name: bytes, value: bytes, flags: int = 0, caller: Caller = ROOT) -> None:
@@ -150,13 +151,9 @@ class Attributes(Core):
         if old is not None and flags & XATTR_CREATE:
             raise fail(errno.EEXIST)
         self.limits.require_space(xattr_space(name, value))
+        self._grow()
         self._change("setxattr", ino=inode.ino, name=name, value=value)
-        if inode.xattrs is None:
-            inode.xattrs = {}
-        if old is not None:
-            self.limits.inode_space -= xattr_space(name, old)
-        self.limits.inode_space += xattr_space(name, value)
-        inode.xattrs[name] = bytes(value)
+        self._put_xattr(inode, name, bytes(value))
         inode.ctime = time.time_ns()
 
     def removexattr(self, number: int, name: bytes) -> None:
@@ -169,7 +166,7 @@ class Attributes(Core):
         if inode.xattrs is None or name not in inode.xattrs:
             raise fail(errno.ENODATA)
         self._change("removexattr", ino=inode.ino, name=name)
-        self.limits.inode_space -= xattr_space(name, inode.xattrs.pop(name))
+        self._put_xattr(inode, name, None)
         inode.ctime = time.time_ns()
 
     def _set_acl(self, inode: Inode, name: bytes, value: bytes, caller: Caller) -> None:
@@ -185,11 +182,7 @@ class Attributes(Core):
             inode.mode = inode.mode & ~0o777 | bits
             if not in_group(caller, inode.gid):
                 inode.mode &= ~stat.S_ISGID
-        xattrs = inode.xattrs or {}
-        xattrs.pop(name, None)
-        if keep:
-            xattrs[name] = value
-        inode.xattrs = xattrs or None
+        self._put_xattr(inode, name, value if keep else None)
         inode.ctime = time.time_ns()
 
 

@@ -24,6 +24,7 @@ Kernel: mm/shmem.c (shmem_get_inode, shmem_evict_inode), fs/super.c (freeze_supe
 from __future__ import annotations
 
 import errno
+import math
 import stat
 import time
 from collections.abc import Callable
@@ -33,6 +34,10 @@ from pkramfs.fs.directory import Directory
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import EMPTY_DIRECTORY_SIZE, Inode
 from pkramfs.fs.limits import INODE_SPACE, Limits, StatFs, xattr_space
+from pkramfs.fs.pagecache import END, PageMap
+from pkramfs.pkram.store import estimate
+from pkramfs.pkram.treeformat import EXTENTS, INODES, TREE, XATTRS
+from pkramfs.spans import Spans
 
 if TYPE_CHECKING:
     from pkramfs.machine.frames import Frames
@@ -43,6 +48,10 @@ WRITING = 1 << 62
 """Set in the handle of a file that is open for writing."""
 INO_MASK = WRITING - 1
 
+RUN_WEIGHT = 1152
+"""Bytes that a run of frames costs a save at worst: an extent, entries, a share of the page table."""
+
+_HOLD_AHEAD = 1 << 20
 _DAY = 86_400 * 10**9
 
 
@@ -68,9 +77,14 @@ class Core:
         self.journal: Callable[[str, dict[str, Any]], None] | None = None
         self.relatime = True
         self.orphans: dict[int, tuple[Inode, bytes]] = {}
+        self.node_pages = Spans()
         self._frozen = self._preserved = self._guarded = False
         self._directories = 0
         self._bytes = 0
+        self._stream_bytes = TREE.size
+        self._runs = 0
+        self._hold_above: float = math.inf  # weights at which to hold more or fewer frames
+        self._hold_below = -1
         self.root = self._allocate_inode(stat.S_IFDIR | root_mode & 0o7777, uid, gid)
         self.root.lookups = 1  # the mount itself
         self._make_directory(self.root, self.root)
@@ -137,6 +151,7 @@ class Core:
         self.inodes[self.next_ino] = inode
         self.next_ino += 1
         self.limits.inode_space += INODE_SPACE
+        self._stream_bytes += INODES.width
         return inode
 
     def _make_directory(self, inode: Inode, parent: Inode) -> None:
@@ -144,12 +159,15 @@ class Core:
         inode.nlink, inode.size = 2, EMPTY_DIRECTORY_SIZE
         self._directories += 1
 
-    def install(self, inodes: list[Inode], next_ino: int, directories: int, size: int) -> None:
+    def install(
+        self, inodes: list[Inode], next_ino: int, *, directories: int, size: int, stream_bytes: int, runs: int
+    ) -> None:
         """Make these inodes, the root first, the whole tree: what a restore has built."""
         self.inodes = {inode.ino: inode for inode in inodes}
         self.root, self.next_ino = inodes[0], next_ino
         self.root.lookups = 1
         self._directories, self._bytes = directories, size
+        self._stream_bytes, self._runs = stream_bytes, runs
 
     def forget(self, number: int, count: int = 1) -> None:
         """The kernel gives back `count` references that the door had counted in `lookups`."""
@@ -165,24 +183,79 @@ class Core:
             return
         self.orphans.pop(inode.ino, None)
         del self.inodes[inode.ino]
-        space = INODE_SPACE
-        for name, value in (inode.xattrs or {}).items():
-            space += xattr_space(name, value)
-        self.limits.inode_space -= space
+        self.limits.inode_space -= INODE_SPACE
+        self._stream_bytes -= INODES.width + len(inode.target or b"")
+        for name in list(inode.xattrs or ()):
+            self._put_xattr(inode, name, None)
         self.limits.pages -= inode.own_pages
         if inode.pages is not None:
-            self._free_runs(inode.pages.remove(0))
+            self._free_pages(inode.pages, 0)
         if inode.entries is not None:
             self._directories -= 1
         elif inode.is_file:
             self._bytes -= inode.size
+        if self._stream_bytes < self._hold_below and not self._guarded:
+            self.hold_for_save()
 
-    def _free_runs(self, runs: list[tuple[int, int]]) -> None:
-        """Give frames back to the host."""
-        if runs:
-            starts, counts = zip(*runs, strict=True)
+    def _free_pages(self, pages: PageMap, first: int, last: int = END) -> None:
+        """Give the frames of a range of file pages back to the host."""
+        before = pages.runs
+        gone = pages.remove(first, last)
+        if gone:
+            self._runs += pages.runs - before
+            starts, counts = zip(*gone, strict=True)
             self.limits.pages -= sum(counts)
             self.frames.free(starts, counts)
+
+    def _put_xattr(self, inode: Inode, name: bytes, value: bytes | None) -> None:
+        """Set or remove an xattr, counting inode space (ACLs take none) and what a save will need."""
+        xattrs = inode.xattrs or {}
+        old = xattrs.pop(name, None)
+        for sign, counted in ((-1, old), (1, value)):
+            if counted is not None:
+                self._stream_bytes += sign * (XATTRS.width + len(name) + len(counted))
+                if not name.startswith(b"system."):
+                    self.limits.inode_space += sign * xattr_space(name, counted)
+        if value is not None:
+            xattrs[name] = value
+        inode.xattrs = xattrs or None
+
+    # -- room for the save ----------------------------------------------------------------------
+
+    def hold_for_save(self) -> None:
+        """From now on keep as many frames free as saving this tree needs, while it grows and shrinks.
+
+        So writers meet ENOSPC before the tree can no longer be preserved. ExhaustedError if there
+        is no room now. A preserved tree needs none before its first change, which frees its node.
+        """
+        if self._preserved:
+            self._hold_above = 0
+            return
+        self.frames.hold(self.pages_needed(_HOLD_AHEAD))
+        weight = self._weight()
+        self._hold_above, self._hold_below = weight + _HOLD_AHEAD, weight // 2 - _HOLD_AHEAD // 2
+
+    def _grow(self) -> None:
+        """Before a change that makes the tree larger: hold more frames if it has outgrown those held."""
+        if self._weight() > self._hold_above and not self._guarded:
+            self.hold_for_save()
+
+    def pages_needed(self, growth: int = 0) -> int:
+        """Frames that a save needs for itself, if the tree grows by so many bytes of description."""
+        extents = EXTENTS.width * self._runs
+        return estimate(self._runs + growth // RUN_WEIGHT, self._stream_bytes + extents + growth)
+
+    def node_withdrawn(self) -> Spans:
+        """The tree is live again; returns the pages that only its node used, for the caller to free."""
+        self.preserved = False
+        if self._hold_above != math.inf:
+            self._hold_above = -1  # at the next growth
+        pages, self.node_pages = self.node_pages, Spans()
+        return pages
+
+    def _weight(self) -> int:
+        """How much there is to save besides pages, in bytes."""
+        return self._stream_bytes + self._runs * RUN_WEIGHT
 
     # -- handles --------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from pkramfs.fs.directory import Directory
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import ENTRY_SIZE, ROOT, Caller, Inode
 from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE, NAME_MAX
+from pkramfs.pkram.treeformat import ENTRIES
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 
@@ -113,6 +114,7 @@ class Namespace(Core):
         inode = self._new_inode(folder, stat.S_IFLNK | 0o777, caller)
         inode.target, inode.size = bytes(target), len(target)
         self.limits.pages += pages
+        self._stream_bytes += len(target)
         self._enter(folder, name, inode)
         return inode
 
@@ -145,6 +147,7 @@ class Namespace(Core):
         if self._frozen:
             raise fail(errno.EROFS)  # not ENOSPC
         self.limits.require_space()
+        self._grow()
         return folder
 
     def _new_inode(self, folder: Inode, mode: int, caller: Caller) -> Inode:
@@ -158,12 +161,13 @@ class Namespace(Core):
             return self._allocate_inode(mode if stat.S_ISLNK(mode) else mode & ~caller.umask, caller.uid, gid)
         mode, inherited = acl.inherit(default, mode)
         inode = self._allocate_inode(mode, caller.uid, gid)
-        if inherited:
-            inode.xattrs = inherited
+        for name, value in inherited.items():
+            self._put_xattr(inode, name, value)
         return inode
 
     def _enter(self, folder: Inode, name: bytes, inode: Inode) -> None:
         self._entries(folder).add(name, inode)
+        self._stream_bytes += ENTRIES.width + len(name)
         folder.size += ENTRY_SIZE
         folder.mtime = folder.ctime = inode.ctime
 
@@ -175,9 +179,7 @@ class Namespace(Core):
         if inode.entries is not None:
             raise fail(errno.EISDIR)
         self._change("unlink", parent=parent, name=name)
-        self._entries(folder).remove(name)
-        folder.size -= ENTRY_SIZE
-        folder.mtime = folder.ctime = time.time_ns()
+        self._leave(folder, name)
         self._drop_name(inode, folder, name, folder.ctime)
 
     def rmdir(self, parent: int, name: bytes) -> None:
@@ -192,17 +194,21 @@ class Namespace(Core):
         if inode.entries.entries:
             raise fail(errno.ENOTEMPTY)
         self._change("rmdir", parent=parent, name=name)
-        self._entries(folder).remove(name)
+        self._leave(folder, name)
         folder.nlink -= 1
+        self._drop_name(inode, folder, name, folder.ctime)
+
+    def _leave(self, folder: Inode, name: bytes) -> None:
+        self._entries(folder).remove(name)
+        self._stream_bytes -= ENTRIES.width + len(name)
         folder.size -= ENTRY_SIZE
         folder.mtime = folder.ctime = time.time_ns()
-        self._drop_name(inode, folder, name, folder.ctime)
 
     def _drop_name(self, inode: Inode, folder: Inode, name: bytes, now: int) -> None:
         """An inode has lost a name that is already out of the directory."""
         inode.ctime = now
         if inode.entries is not None:
-            inode.nlink, inode.size = 0, 0
+            inode.nlink = 0
         else:
             inode.nlink -= 1
             if inode.nlink:
@@ -298,8 +304,10 @@ class Namespace(Core):
         else:
             here.remove(name)
             there.add(new_name, inode)
+        self._stream_bytes -= ENTRIES.width + len(name)
         source.size -= ENTRY_SIZE
         if victim is None:
+            self._stream_bytes += ENTRIES.width + len(new_name)
             target.size += ENTRY_SIZE
         if inode.entries is not None:
             inode.entries.parent = target

@@ -26,33 +26,29 @@ Run = tuple[int, int, int]
 """(file page index, first pfn, pages)"""
 
 LEAF_RUNS = 1024
+RUN_BYTES = 24
 END = 1 << 62
 """An index beyond every page of every file."""
 
 
 class PageMap:
-    """The runs of one file. `count` is the pages it holds."""
+    """The runs of one file: `count` pages in `runs` runs."""
 
-    __slots__ = ("count", "firsts", "leaves")
+    __slots__ = ("count", "firsts", "leaves", "runs")
 
     def __init__(self, raw: bytes = b"", count: int = 0) -> None:
         """A map of nothing, or of the runs whose bytes (as `leaves` hold them) are given."""
-        self.count = count
+        self.count, self.runs = count, len(raw) // RUN_BYTES
         self.firsts: list[int] | tuple[()] = ()
-        if len(raw) <= LEAF_RUNS * 24:
+        if self.runs <= LEAF_RUNS:
             self.leaves: list[array[int]] = [array("q", raw)]
         else:
-            step = LEAF_RUNS * 12
+            step = LEAF_RUNS // 2 * RUN_BYTES
             self.leaves = [array("q", raw[at : at + step]) for at in range(0, len(raw), step)]
             self.firsts = [leaf[0] for leaf in self.leaves[1:]]
 
     def __iter__(self) -> Iterator[Run]:
         return iter(self.between(0, END))
-
-    @property
-    def runs(self) -> int:
-        """Number of runs."""
-        return len(self.leaves[0]) // 3 if not self.firsts else sum(map(len, self.leaves)) // 3
 
     def between(self, first: int, last: int) -> list[Run]:
         """The runs in [first, last), cut to it."""
@@ -92,32 +88,40 @@ class PageMap:
             return
         if at < len(leaf) and index + count == leaf[at] and pfn + count == leaf[at + 1]:
             leaf[at], leaf[at + 1], leaf[at + 2] = index, pfn, leaf[at + 2] + count
-        else:
-            leaf[at:at] = array("q", (index, pfn, count))
+            return
+        leaf[at:at] = array("q", (index, pfn, count))
+        self.runs += 1
         if len(leaf) > LEAF_RUNS * 3:
             self._split(number)
 
     def remove(self, first: int, last: int = END) -> list[tuple[int, int]]:
         """Make [first, last) a hole; returns the (pfn, count) that were there."""
-        if not self.firsts:
-            gone = _cut(self.leaves[0], first, last)
-        else:
-            gone = []
+        low = high = 0
+        if self.firsts:
             low, high = bisect_right(self.firsts, first), bisect_right(self.firsts, last)
-            for leaf in self.leaves[low : high + 1]:
-                gone += _cut(leaf, first, last)
+        gone = []
+        for number in range(low, high + 1):
+            leaf = self.leaves[number]
+            self.runs -= len(leaf) // 3
+            gone += _cut(leaf, first, last)
+            self.runs += len(leaf) // 3
+        if high > low or (self.firsts and not self.leaves[low]):
             self._drop_empty()
+        elif len(self.leaves[low]) > LEAF_RUNS * 3:
+            self._split(low)
+        elif low:
+            self.firsts[low - 1] = self.leaves[low][0]  # type: ignore[index]
         self.count -= sum(count for _, count in gone)
         return gone
 
-    @staticmethod
-    def _join_next(leaf: "array[int]", at: int) -> None:
+    def _join_next(self, leaf: "array[int]", at: int) -> None:
         """Join the run before `at` with the one there, if the latter continues it."""
         if at < len(leaf):
             index, pfn, count = leaf[at - 3 : at]
             if index + count == leaf[at] and pfn + count == leaf[at + 1]:
                 leaf[at - 1] += leaf[at + 2]
                 del leaf[at : at + 3]
+                self.runs -= 1
 
     def _split(self, number: int) -> None:
         leaf = self.leaves[number]

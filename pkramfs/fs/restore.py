@@ -30,7 +30,7 @@ from pkramfs.fs.pagecache import PageMap
 from pkramfs.fs.save import Progress, no_collection
 from pkramfs.fs.tree import Tree
 from pkramfs.fs.verify import Runs, verify
-from pkramfs.pkram.treeformat import TreeStream
+from pkramfs.pkram.treeformat import EXTENTS, TreeStream
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SIZE, format_size
 
@@ -61,10 +61,19 @@ def restore(
     with no_collection():
         directories = _build_directories(parts, inodes)
     yield Progress("adopt", 0, 1)
-    frames.adopt(Spans.from_runs(runs[1], runs[2]) | store.metadata_pages(node_name))
+    node_pages = store.metadata_pages(node_name)
+    frames.adopt(Spans.from_runs(runs[1], runs[2]) | node_pages)
     tree = Tree(ram, frames, limits)
     size = sum(parts.inodes["size"][_positions(parts, stat.S_IFREG)].tolist())
-    tree.install(inodes, parts.header.next_ino, directories, size)
+    tree.install(
+        inodes,
+        parts.header.next_ino,
+        directories=directories,
+        size=size,
+        stream_bytes=len(stream) - EXTENTS.width * parts.header.extents,
+        runs=sum(inode.pages.runs for inode in inodes if inode.pages is not None),
+    )
+    tree.node_pages = node_pages
     limits.pages, limits.inode_space = pages, space
     tree.preserved = True
     return tree
@@ -172,18 +181,16 @@ def _build_directories(parts: TreeStream, inodes: list[Inode]) -> int:
     """Fill every directory; returns how many there are."""
     table = parts.entries
     lengths = table["length"].astype(np.int64)
-    edges = np.cumsum(lengths)
-    names = [
-        parts.names[start:end] for start, end in zip((edges - lengths).tolist(), edges.tolist(), strict=True)
-    ]
+    ends = np.cumsum(lengths)
+    names = [parts.names[start:end] for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True)]
     children = [inodes[position] for position in table["child"].tolist()]
     cookies = table["cookie"].tolist()
     folders = [inodes[position] for position in _positions(parts, stat.S_IFDIR)]
     for inode in folders:
         inode.entries = Directory(inodes[0])
     parents, starts = np.unique(table["parent"], return_index=True)
-    ends = [*starts[1:].tolist(), len(names)]
-    for position, start, end in zip(parents.tolist(), starts.tolist(), ends, strict=True):
+    edges = [*starts.tolist(), len(names)]
+    for position, start, end in zip(parents.tolist(), edges[:-1], edges[1:], strict=True):
         folder = inodes[position]
         assert folder.entries is not None
         folder.entries.fill(names[start:end], children[start:end], cookies[start:end])

@@ -104,7 +104,9 @@ def save(
         with saving.object() as writer:
             writer.save_runs(index, pfn, count)
         yield Progress("publish", 0, 1)
-        saving.finish()
+        node = saving.finish()
+        moved = sum(count for _, count in saving.moved)
+    tree.node_pages = store.pages_of(node) - Spans.from_runs(pfn, count)
     tree.preserved = True
     counts = tree.counts()
     return SaveReport(
@@ -114,10 +116,21 @@ def save(
         bytes=counts.bytes,
         stream_bytes=stream_bytes,
         runs=len(index),
-        moved=len(saving.moved),
+        moved=moved,
         deleted=[os.fsdecode(path) for path in tree.deleted()],
         seconds=time.monotonic() - began,
     )
+
+
+def withdraw(tree: Tree, store: Store, node_name: bytes) -> None:
+    """Take back a tree's node by one store and free what only the node used: metadata and moved copies.
+
+    What a daemon does at `remount,rw`, and at the first change of a restored tree (on_first_change).
+    """
+    store.withdraw(node_name)
+    pages = tree.node_withdrawn()
+    if pages:
+        tree.frames.free(pages.starts, pages.counts)
 
 
 def _refuse_what_pkram_refuses(tree: Tree) -> None:

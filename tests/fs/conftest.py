@@ -4,16 +4,22 @@
 freed twice, nothing that is in use is handed out, what is free reads as zeros.
 """
 
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pkramfs.errors import ExhaustedError
 from pkramfs.fs.limits import Limits
+from pkramfs.fs.restore import restore
+from pkramfs.fs.save import save
 from pkramfs.fs.tree import Tree
 from pkramfs.machine.ram import Ram
+from pkramfs.pkram.treeformat import ENTRIES, INODES, TREE, XATTRS
 from pkramfs.spans import Spans
 
 RAM_PAGES = 16384
@@ -77,19 +83,32 @@ class SmallFrames:
             self.free_mask[start:end] = False
 
 
+@contextmanager
+def small_ram(pages: int = RAM_PAGES):
+    """RAM on the host's own tmpfs, as a machine has it."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        ram = Ram(os.path.join(directory, "ram"), pages * 4096, create=True)
+        yield ram
+        ram.close()
+
+
 @pytest.fixture
-def ram(tmp_path) -> Iterator[Ram]:
-    ram = Ram(str(tmp_path / "ram"), RAM_PAGES * 4096, create=True)
-    yield ram
-    ram.close()
+def ram() -> Iterator[Ram]:
+    with small_ram() as ram:
+        yield ram
+
+
+@pytest.fixture
+def large_ram() -> Iterator[Ram]:
+    with small_ram(4 * RAM_PAGES) as ram:
+        yield ram
 
 
 @pytest.fixture(scope="session")
-def small_machine(tmp_path_factory):
+def small_machine():
     """RAM, frames and the audit, made once: for tests that build many trees and leave none."""
-    ram = Ram(str(tmp_path_factory.mktemp("ram") / "ram"), RAM_PAGES * 4096, create=True)
-    yield ram, SmallFrames(ram), audit
-    ram.close()
+    with small_ram() as ram:
+        yield ram, SmallFrames(ram), audit
 
 
 @pytest.fixture
@@ -113,7 +132,7 @@ def audit(tree: Tree) -> None:
             assert sum(n for _, _, n in inode.pages) == inode.pages.count
             used += [(pfn, pfn + n) for _, pfn, n in inode.pages]
         if inode.entries is not None:
-            assert inode.size == (40 + 20 * len(inode.entries) if inode.nlink else 0)
+            assert inode.size == 40 + 20 * len(inode.entries)
             for child, _ in inode.entries.entries.values():
                 links[child.ino] = links.get(child.ino, 2 if child.entries is not None else 0)
                 if child.entries is not None:
@@ -127,6 +146,12 @@ def audit(tree: Tree) -> None:
     assert Spans(used).total == sum(b - a for a, b in used), "two files share a frame"
     assert Spans(used) == tree.frames.used()
     assert tree.limits.pages == Spans(used).total + sum(i.own_pages for i in tree.inodes.values())
+    assert tree._runs == sum(i.pages.runs for i in tree.inodes.values() if i.pages is not None)
+    stream = TREE.size + sum(INODES.width + len(i.target or b"") for i in tree.inodes.values())
+    folders = [inode.entries.entries for inode in tree.inodes.values() if inode.entries is not None]
+    stream += sum(ENTRIES.width + len(name) for names in folders for name in names)
+    stream += sum(XATTRS.width + len(n) + len(v) for i in tree.inodes.values() for n, v in (i.xattrs or {}).items())
+    assert 0 <= tree._stream_bytes - stream < 256
     assert tree.counts().directories == sum(i.entries is not None for i in tree.inodes.values())
     assert tree.counts().bytes == sum(i.size for i in tree.inodes.values() if i.is_file)
 
@@ -136,6 +161,9 @@ class SmallStore:
 
     def __init__(self) -> None:
         self.saved: dict[bytes, list[object]] = {}
+
+    def pages_of(self, node: Spans) -> Spans:
+        return node
 
     def metadata_pages(self, name: bytes) -> Spans:
         return Spans()
@@ -165,8 +193,9 @@ class SmallSave:
     def save_runs(self, index, pfn, count) -> None:
         self.runs = (index, pfn, count)
 
-    def finish(self) -> None:
+    def finish(self) -> Spans:
         self.store.saved[self.name] = self.objects
+        return Spans.from_runs(*self.objects[1][1:])
 
 
 class SmallLoad(list):
@@ -218,6 +247,12 @@ class Shell:
     def listing(self, ino: int = 1) -> list[bytes]:
         return [name for name, _, _ in self.tree.readdir(ino, 2)]
 
+    save = staticmethod(save)
+
+    def exhaust(self, steps: Any) -> Any:
+        """The result of a generator of progress."""
+        return exhaust(steps)
+
     def mkdir(self, name: bytes, *, mode: int = 0o755, parent: int = 1) -> int:
         return self.tree.mkdir(parent, name, mode).ino
 
@@ -225,3 +260,45 @@ class Shell:
 @pytest.fixture
 def sh(tree: Tree) -> Shell:
     return Shell(tree)
+
+
+@pytest.fixture
+def small_store() -> SmallStore:
+    return SmallStore()
+
+
+@pytest.fixture
+def round_trip(ram, frames, small_store):
+    """Save a tree, restore it with frames that know nothing but their tree id, and return the copy."""
+
+    def run(tree: Tree, limits: Limits | None = None, **options: Any) -> Tree:
+        tree.freeze()
+        exhaust(save(tree, small_store, b"shmem-x", **options))
+        tree.thaw()
+        again = SmallFrames(ram)
+        copy = exhaust(restore(small_store, b"shmem-x", ram, again, limits or Limits()))
+        audit(copy)
+        return copy
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_round_trip(small_machine):
+    """For hypothesis: an empty tree on the common RAM, and a way to save and restore it."""
+    ram, _, _ = small_machine
+
+    def make():
+        ram.punch(Spans([(16, ram.pages)]))
+        return Tree(ram, SmallFrames(ram), Limits()), check
+
+    def check(tree: Tree) -> Tree:
+        audit(tree)
+        store = SmallStore()
+        tree.freeze()
+        exhaust(save(tree, store, b"shmem-x"))
+        copy = exhaust(restore(store, b"shmem-x", ram, SmallFrames(ram), Limits()))
+        audit(copy)
+        return copy
+
+    return make

@@ -1,5 +1,7 @@
 """Listings that neither skip nor repeat while entries come and go."""
 
+from itertools import islice
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +17,9 @@ def inode(number: int) -> Inode:
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["add", "remove", "rename", "replace", "read"]), st.integers(0, 39), st.integers(0, 39))
+        st.tuples(
+            st.sampled_from(["add", "remove", "rename", "replace", "read"]), st.integers(0, 39), st.integers(0, 39)
+        )
     ),
     st.integers(1, 7),
 )
@@ -40,8 +44,9 @@ def test_what_is_there_all_the_time_is_listed_exactly_once(steps, bite) -> None:
         elif action == "replace" and a in directory.entries:
             directory.replace(a, inode(99))
         elif action == "read":
-            for _, (name, _, cookie) in zip(range(bite), directory.after(cookie), strict=False):  # noqa: B007
-                seen.append(name)
+            batch = list(islice(directory.after(cookie), bite))
+            seen += [name for name, _, _ in batch]
+            cookie = batch[-1][2] if batch else cookie
     seen += [name for name, _, _ in directory.after(cookie)]
     assert all(seen.count(name) == 1 for name in untouched)
     assert {name for name, _, _ in directory.after(0)} == set(directory.entries)
@@ -76,7 +81,7 @@ def test_a_cookie_is_a_place_for_good() -> None:
     for number in range(100):
         directory.add(b"%d" % number, inode(number))
     place = [cookie for _, _, cookie in directory.after(0)][49]
-    for number in range(0, 90):
+    for number in range(90):
         if number != 60:
             directory.remove(b"%d" % number)
     assert next(directory.after(place))[0] == b"60"

@@ -25,6 +25,7 @@ def check(pages: PageMap, model: dict[int, int]) -> None:
     assert found == model
     assert pages.count == len(model)
     assert list(pages.firsts) == [leaf[0] for leaf in pages.leaves[1:]]
+    assert pages.runs == sum(map(len, pages.leaves)) // 3
     assert all(len(leaf) <= (pagecache.LEAF_RUNS + 1) * 3 for leaf in pages.leaves)
 
 
