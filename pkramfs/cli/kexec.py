@@ -142,6 +142,9 @@ def _act(args: argparse.Namespace) -> int:
         _unload(args, machine)
     if args.image:
         _load(args, machine)
+    if args.exec and args.image and args.dry_run:
+        print("execute it: load it without --dry-run to see that plan")
+        return 0
     if args.exec:
         return _dry_run(args, machine) if args.dry_run else _execute(args, machine)
     for way, go in (("panic", _panic), ("resume", _resume), ("cold", _cold)):

@@ -82,7 +82,9 @@ def _unfinished(machine: "Machine") -> bool:
     """Whether the old kernel is gone and the new one not up, so that nobody knows the nodes."""
     from pkramfs.kernel import nvram, state
 
-    return state.read(machine, any_layout=True) is None and nvram.pending(machine) is not None
+    pending = nvram.pending(machine)
+    waits = pending is not None and pending.kind == nvram.KEXEC
+    return waits and state.read(machine, any_layout=True) is None
 
 
 def act_nodes(args: argparse.Namespace) -> None:

@@ -211,3 +211,23 @@ def test_verify_of_a_name_that_is_not_there(machine, ctl):
     save(machine, b"one").release()
     status, out, _ = ctl("verify", "nobody")
     assert (status, out) == (3, "no node shmem-nobody is preserved\n")
+
+
+def test_a_cold_boot_that_died_hands_nothing_over(machine, ctl, kexec, monkeypatch):
+    from pkramfs.errors import MachineError
+    from pkramfs.kernel import running
+
+    def die(*_, **__):
+        raise MachineError("the lights went out")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "start_boot", die)
+        assert kexec("-l", "builtin")[0] == 8
+    assert "the boot of generation 1 is not finished" in ctl("status")[1]
+    assert ctl("machine", "destroy")[0] == 0
+
+
+def test_a_dry_run_loads_and_boots_nothing(machine, ctl, kexec):
+    assert kexec("-n", "-le", "builtin:3M", "--reuse-cmdline")[0] == 0
+    assert kexec("--status")[1].startswith("kernel: none is loaded\n")
+    assert ctl("status")[1].splitlines()[1] == "kernel    none is running"
