@@ -19,21 +19,23 @@ Kernel: fs/namespace.c (do_remount), mm/shmem.c (shmem_reconfigure), patch 24
 
 import errno
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pkramfs.cli.mount import PROGRAM, MountError
 from pkramfs.control.client import call
 from pkramfs.errors import PkramfsError, UsageError
-from pkramfs.fuse import syscalls
 from pkramfs.fuse.options import MS_RDONLY, MS_REMOUNT, Options
-from pkramfs.machine.mounts import MountEntry
+from pkramfs.fuse.syscalls import FSTYPE, is_dead, mount, mounted_at
 from pkramfs.units import PAGE_SHIFT, format_size, plural
+
+if TYPE_CHECKING:
+    from pkramfs.machine.mounts import MountEntry
 
 
 def remount(directory: str, options: Options, verbose: bool = False) -> int:
     """Do what the options ask for; PkramfsError with the reason if that is refused."""
-    mounted = syscalls.mounted_at(directory)
-    if mounted is None or mounted.fstype != syscalls.FSTYPE:
+    mounted = mounted_at(directory)
+    if mounted is None or mounted.fstype != FSTYPE:
         raise MountError(f"{directory} is not a pkramfs mount")
     entry = _entry(directory, mounted.dev, options)
     if options.name not in (None, entry.name):
@@ -57,14 +59,14 @@ def remount(directory: str, options: Options, verbose: bool = False) -> int:
     return 0
 
 
-def _entry(directory: str, dev: int, options: Options) -> MountEntry:
+def _entry(directory: str, dev: int, options: Options) -> "MountEntry":
     """The daemon of the mount, wherever its machine is."""
     from pkramfs.machine.directory import Machine
 
     machine = Machine.locate(options.machine)
     found = next((entry for entry in machine.mounts() if entry.dev == dev and entry.alive), None)
     if found is None:
-        dead = syscalls.is_dead(directory)
+        dead = is_dead(directory)
         raise MountError(
             f"the daemon of {directory} has died, its tree is lost: umount {directory}"
             if dead
@@ -73,7 +75,7 @@ def _entry(directory: str, dev: int, options: Options) -> MountEntry:
     return found
 
 
-def _resize(entry: MountEntry, options: Options) -> None:
+def _resize(entry: "MountEntry", options: Options) -> None:
     if options.size is None and options.nr_inodes is None:
         return
     from pkramfs.machine.directory import Machine
@@ -88,7 +90,7 @@ def _resize(entry: MountEntry, options: Options) -> None:
     call(entry.socket, "resize", **wanted)
 
 
-def _preserve(entry: MountEntry, directory: str, before: int, flags: int) -> dict[str, Any]:
+def _preserve(entry: "MountEntry", directory: str, before: int, flags: int) -> dict[str, Any]:
     """Kernel first, so that no new writer comes; back to rw if the daemon refuses."""
     _make_read_only(entry, directory, before, flags)
     try:
@@ -99,7 +101,7 @@ def _preserve(entry: MountEntry, directory: str, before: int, flags: int) -> dic
         raise
 
 
-def _make_read_only(entry: MountEntry, directory: str, before: int, flags: int) -> None:
+def _make_read_only(entry: "MountEntry", directory: str, before: int, flags: int) -> None:
     try:
         _set_flags(directory, before, flags)
     except OSError as error:
@@ -111,10 +113,10 @@ def _make_read_only(entry: MountEntry, directory: str, before: int, flags: int) 
 def _set_flags(directory: str, before: int, flags: int) -> None:
     """Have the kernel change the flags; without root they stay as they are."""
     if os.geteuid() == 0 and flags != before:
-        syscalls.mount("none", directory, syscalls.FSTYPE, flags | MS_REMOUNT, "")
+        mount("none", directory, FSTYPE, flags | MS_REMOUNT, "")
 
 
-def _users(entry: MountEntry) -> str:
+def _users(entry: "MountEntry") -> str:
     """Who keeps a mount from becoming read-only, as the daemon knows."""
     status = call(entry.socket, "status")
     reasons = [f"{path} is open for writing" for path in status.get("writers", [])]
