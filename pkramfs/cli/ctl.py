@@ -20,7 +20,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pkramfs.cli import arguments, hardware, inspect, nodes, render, status, verify
+from pkramfs.cli import arguments, hardware, inspect, nodes, render, report, status, verify
 from pkramfs.errors import MachineError
 
 PROGRAM = "pkramctl"
@@ -48,7 +48,7 @@ def parser() -> arguments.Parser:
     check.add_argument("names", nargs="*", metavar="NAME", help="only these nodes")
     _command(commands, "dmesg", _dmesg, "the kernel log")
     _command(commands, "iomem", _iomem, "the kernel's resource map")
-    _command(commands, "report", _report, "what the last boot found, reserved and relocated")
+    _command(commands, "report", report.show, "what the last boot found, reserved and relocated")
     look = _command(commands, "inspect", inspect.act, "a record that crosses a kexec, field by field")
     look.add_argument("what", choices=inspect.KINDS, help="which kind of record")
     look.add_argument("pfn", nargs="?", type=arguments.pfn, metavar="PFN", help="where (hexadecimal)")
@@ -108,31 +108,3 @@ def _resource(line: str) -> dict[str, Any]:
     start, _, end = addresses.partition("-")
     depth = (len(line) - len(line.lstrip())) // 2
     return {"start": int(start, 16), "end": int(end, 16) + 1, "name": name, "depth": depth}
-
-
-def _report(args: argparse.Namespace) -> None:
-    from pkramfs.kernel import state
-
-    info = state.read(arguments.existing(args), any_layout=True)
-    if info is None:
-        raise MachineError("no kernel is running, so there is no boot to report")
-    if arguments.wants_json(args):
-        render.emit_json(info.report)
-    else:
-        render.fields(_flat(info.report))
-
-
-def _flat(report: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested data as dotted names, for people."""
-    pairs: list[tuple[str, Any]] = []
-    for name, value in report.items():
-        if isinstance(value, dict):
-            pairs += _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for at, item in enumerate(value):
-                pairs += _flat(item, f"{prefix}{name}.{at}.")
-        elif isinstance(value, list):
-            pairs += [(prefix + name if at == 0 else "", item) for at, item in enumerate(value or ["-"])]
-        else:
-            pairs.append((prefix + name, value))
-    return pairs
