@@ -1,22 +1,23 @@
 """Names to inodes, and a place in the listing that stays right while entries come and go.
 
 Every entry has a *cookie*, a number that only rises, given when the name appears and kept for as
-long as it exists. Listing is "the entries whose cookie is greater than c, in order of cookies":
-whoever is in the middle of a listing sees each entry that was there all the time exactly once,
-whatever is created or removed meanwhile (seekdir too). 1 and 2 are `.` and `..`.
+long as it exists. Listing is newest first, "the entries whose cookie is less than c": whoever is in
+the middle of a listing sees each entry that was there all the time exactly once, whatever is
+created or removed meanwhile (seekdir too), and what appears meanwhile is out of reach, so that a
+program which creates a name for each one it lists comes to an end. 1 and 2 are `.` and `..`.
 
     entries   {name: (inode, cookie)}             the truth; one dict look-up for a name
     _cookies  3  4  5  6  7        ascending      the order, searched by bisection
     _names    a  b  -  d  -        - removed      squeezed out when more than half are dead
 
-A name that is renamed inside its directory keeps its cookie, so that a program which renames
-what it lists comes to an end; a name whose inode is replaced keeps it as well.
+A name that is renamed inside its directory keeps its cookie, so that a listing does not miss it; a
+name whose inode is replaced keeps it as well.
 
 Kernel: fs/libfs.c (simple_offset_add, offset_iterate_dir), which tmpfs uses since 6.6
 """
 
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import compress
 
@@ -71,20 +72,21 @@ class Directory:
         self._names[bisect_left(self._cookies, entry[1])] = new
 
     def after(self, cookie: int) -> Iterator[tuple[bytes, Inode, int]]:
-        """(name, inode, cookie) of the entries beyond `cookie`; the directory may change meanwhile."""
-        while True:
-            at = bisect_right(self._cookies, cookie)
-            batch = self._names[at : at + _BATCH]
-            if not batch:
+        """(name, inode, cookie) of what a listing that came to `cookie` has still to show, newest first."""
+        cookie = cookie if cookie >= FIRST_COOKIE else self.next_cookie
+        while True:  # removals between two entries are fine; a rename is seen by the next call
+            end = bisect_left(self._cookies, cookie)
+            start = max(end - _BATCH, 0)
+            if start == end:
                 return
-            cookie = self._cookies[at + len(batch) - 1]
-            for name in batch:
+            cookie = self._cookies[start]
+            for name in reversed(self._names[start:end]):
                 entry = self.entries.get(name) if name is not None else None
                 if name is not None and entry is not None:
                     yield name, entry[0], entry[1]
 
     def columns(self) -> tuple[list[bytes], list[tuple[Inode, int]]]:
-        """Names and (inode, cookie) in order of cookies, for saving."""
+        """Names and (inode, cookie), oldest first, for saving."""
         entries = self.entries
         names = [name for name in self._names if name is not None]
         return names, [entries[name] for name in names]

@@ -17,7 +17,7 @@ and a microsecond each. Rows name inodes by their *position* in the inode column
 
     inodes    in rising order of inode number, the root first. The n-th inode's extents, target and
               xattrs follow those of the inodes before it.
-    entries   all names: of the directory at position `parent`, in the order of the listing
+    entries   all names: of the directory at position `parent`, oldest first
     extents   where a file's pages belong: `count` pages of the page stream, from where the extent
               before ended, are the file's pages from `first` on. Between extents are holes.
     xattrs    name and value, one behind the other in the blob

@@ -296,7 +296,7 @@ def test_rename_to_another_name_of_the_same_file_does_nothing(tree, sh) -> None:
     ino = sh.write(b"a")
     tree.link(ino, 1, b"b")
     tree.rename(1, b"a", 1, b"b")
-    assert sh.listing() == [b"a", b"b"]
+    assert sh.listing() == [b"b", b"a"]
 
 
 def test_rename_times(tree, sh) -> None:
