@@ -19,7 +19,7 @@ from pkramfs.errors import DaemonError, explain
 TIMEOUT = 120.0
 
 
-def call(path: str, verb: str, *, timeout: float = TIMEOUT, **args: Any) -> dict[str, Any]:
+def call(path: str, verb: str, /, *, timeout: float = TIMEOUT, **args: Any) -> dict[str, Any]:
     """The answer to one verb of the daemon that listens at `path`."""
     try:
         line = _exchange(path, protocol.encode({"verb": verb, "args": args}), timeout)

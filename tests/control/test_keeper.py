@@ -1,0 +1,165 @@
+"""The states of a tree, with a store that only remembers what it was asked."""
+
+import errno
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from pkramfs.control import keeper as module
+from pkramfs.control.keeper import Keeper
+from pkramfs.errors import ErrnoError, PkramError
+from pkramfs.fs.limits import Limits
+from pkramfs.fs.save import Progress, SaveReport
+from pkramfs.fs.tree import Tree
+from pkramfs.spans import Spans
+
+
+class Store:
+    def __init__(self) -> None:
+        self.names: list[bytes] = []
+
+    def metadata_pages(self, name: bytes) -> Spans:
+        return Spans([(10, 12)])
+
+    def withdraw(self, name: bytes) -> None:
+        self.names.remove(name)
+
+
+class Frames:
+    def __init__(self) -> None:
+        self.freed = 0
+
+    def free(self, starts: Any, counts: Any) -> None:
+        self.freed += int(sum(counts))
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def keeper(said: list[str], monkeypatch: pytest.MonkeyPatch) -> Keeper:
+    tree = Tree(None, Frames(), Limits())  # type: ignore[arg-type]
+
+    def save(tree: Tree, store: Any, name: bytes, **_: Any) -> Iterator[Progress]:
+        assert tree.frozen
+        yield Progress("half", 0, 1)
+        if store.names is None:
+            raise PkramError("no memory", errno.ENOMEM)
+        store.names.append(name)
+        tree.preserved = True
+        return SaveReport(1, 1, 1, 1, 1, 1, 0, [], 0.0)
+
+    monkeypatch.setattr(module, "save", save)
+    return Keeper(
+        tree,
+        Store(),
+        name="x",
+        mountpoint="/mnt",
+        say=said.append,
+        banned=Spans,  # type: ignore[arg-type]
+    )
+
+
+def ask(function: Any, *args: Any) -> Any:
+    return trio.run(function, *args)
+
+
+def test_there_and_back(keeper: Keeper, said: list[str]) -> None:
+    answer = ask(keeper.preserve)
+    assert (answer["state"], answer["frozen"]) == ("preserved", True)
+    assert keeper.store.names == [b"shmem-x"]  # type: ignore[attr-defined]
+    with pytest.raises(OSError):
+        keeper.tree.create(1, b"new", 0o644)
+    answer = ask(keeper.unpreserve)
+    assert (answer["state"], answer["frozen"]) == ("live", False)
+    assert keeper.store.names == []  # type: ignore[attr-defined]
+    assert keeper.tree.frames.freed == 2  # type: ignore[attr-defined]
+    keeper.tree.create(1, b"new", 0o644)
+    assert [line for line in said if "x preserved" in line]
+
+
+def test_the_first_change_withdraws(keeper: Keeper) -> None:
+    ask(keeper.preserve)
+    ask(keeper.thaw)
+    assert keeper.tree.preserved and keeper.store.names == [b"shmem-x"]  # type: ignore[attr-defined]
+    keeper.tree.create(1, b"new", 0o644)
+    assert not keeper.tree.preserved and keeper.store.names == []  # type: ignore[attr-defined]
+    keeper.tree.create(1, b"more", 0o644)
+    ask(keeper.preserve)
+    assert keeper.store.names == [b"shmem-x"]  # type: ignore[attr-defined]
+
+
+def test_freeze_is_for_preserved_trees(keeper: Keeper) -> None:
+    assert ask(keeper.freeze) == {"preserved": False}
+    assert not keeper.tree.frozen
+    ask(keeper.preserve)
+    ask(keeper.thaw)
+    assert ask(keeper.freeze) == {"preserved": True}
+    assert keeper.tree.frozen
+
+
+def test_a_failed_save_thaws(keeper: Keeper, said: list[str]) -> None:
+    keeper.store.names = None  # type: ignore[attr-defined]
+    with pytest.raises(PkramError):
+        ask(keeper.preserve)
+    assert not keeper.tree.frozen and not keeper.tree.preserved
+    assert "was not preserved: no memory" in said[-1]
+
+
+def test_without_a_name(keeper: Keeper) -> None:
+    keeper.name = None
+    with pytest.raises(ErrnoError, match="without pkram=NAME"):
+        ask(keeper.preserve)
+
+
+def test_writers_are_waited_for_and_then_named(keeper: Keeper, autojump_clock: Any) -> None:
+    inode = keeper.tree.create(1, b"file", 0o644)
+    keeper.tree.open(inode.ino, os.O_WRONLY)
+
+    async def wait() -> None:
+        began = trio.current_time()
+        with pytest.raises(ErrnoError, match="/file is open for writing") as caught:
+            await keeper.preserve()
+        assert caught.value.errno == errno.EBUSY
+        assert trio.current_time() - began == pytest.approx(module.WRITERS_SECONDS)
+
+    trio.run(wait, clock=autojump_clock)
+    assert not keeper.tree.frozen
+
+
+def test_the_last_close_lets_preserve_go_on(keeper: Keeper, autojump_clock: Any) -> None:
+    inode = keeper.tree.create(1, b"file", 0o644)
+    handles = [keeper.tree.open(inode.ino, os.O_WRONLY) for _ in range(2)]
+
+    async def close() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keeper.preserve)
+            for handle in handles:
+                await trio.testing.wait_all_tasks_blocked()
+                assert not keeper.tree.frozen
+                keeper.tree.release(handle)
+                keeper.writer_gone()
+
+    trio.run(close, clock=autojump_clock)
+    assert keeper.tree.preserved
+
+
+def test_two_at_once_save_once(keeper: Keeper, said: list[str]) -> None:
+    async def both() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keeper.preserve)
+            nursery.start_soon(keeper.preserve)
+
+    trio.run(both)
+    assert keeper.store.names == [b"shmem-x"]  # type: ignore[attr-defined]
+    assert len(said) == 1
+
+
+def test_verbs_name_themselves(keeper: Keeper) -> None:
+    assert set(keeper.verbs()) == {"status", "preserve", "unpreserve", "freeze", "thaw", "resize", "stop"}

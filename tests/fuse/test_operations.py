@@ -1,0 +1,116 @@
+"""Handlers without a kernel: what becomes of exceptions, references, answers."""
+
+import errno
+import os
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+pyfuse3 = pytest.importorskip("pyfuse3")
+
+from pkramfs.fs.core import WRITING  # noqa: E402
+from pkramfs.fs.inode import Credentials  # noqa: E402
+from pkramfs.fs.limits import Limits  # noqa: E402
+from pkramfs.fs.tree import Tree  # noqa: E402
+from pkramfs.fuse.operations import Operations  # noqa: E402
+
+ME = Credentials(uid=5, gid=6)
+
+
+class NoFrames:
+    """Frames of a machine whose memory nobody touches."""
+
+    def allocate(self, count: int) -> list[tuple[int, int]]:
+        raise OSError(errno.ENOSPC, "no frames here")
+
+
+@pytest.fixture
+def ops() -> Operations:
+    return Operations(Tree(None, NoFrames(), Limits()))  # type: ignore[arg-type]
+
+
+def ask(handler: Any, *args: Any) -> Any:
+    return trio.run(lambda: handler(*args))
+
+
+def test_references_are_counted(ops: Operations) -> None:
+    entry = ask(ops.mkdir, 1, b"dir", 0o755, ME)
+    assert (entry.st_ino, entry.st_uid, entry.st_gid) == (2, 5, 6)
+    inode = ops.tree.inode(2)
+    assert inode.lookups == 1
+    ask(ops.lookup, 1, b"dir", ME)
+    ask(ops.getattr, 2, ME)
+    assert inode.lookups == 2
+    ask(ops.rmdir, 1, b"dir", ME)
+    ask(ops.forget, [(2, 2), (99, 1)])
+    assert 2 not in ops.tree.inodes
+
+
+def test_absent_names_may_be_remembered(ops: Operations) -> None:
+    entry = ask(ops.lookup, 1, b"no", ME)
+    assert entry.st_ino == 0 and entry.entry_timeout > 1e6
+
+
+def test_an_os_error_is_its_errno(ops: Operations) -> None:
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        ask(ops.unlink, 1, b"no", ME)
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_anything_else_is_eio_and_a_line_in_the_log(ops: Operations, caplog: pytest.LogCaptureFixture) -> None:
+    ops.tree.unlink = lambda *_: 1 / 0  # type: ignore[method-assign, assignment]
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        ask(ops.unlink, 1, b"no", ME)
+    assert caught.value.errno == errno.EIO
+    assert "ZeroDivisionError" in caplog.text and "unlink" in caplog.text
+
+
+def test_forget_survives_anything(ops: Operations, caplog: pytest.LogCaptureFixture) -> None:
+    ops.tree.forget = lambda *_: 1 / 0  # type: ignore[method-assign, assignment]
+    ask(ops.forget, [(2, 1), (3, 1)])
+    assert caplog.text.count("ZeroDivisionError") == 2
+
+
+def test_handles_are_inode_numbers(ops: Operations) -> None:
+    info, entry = ask(ops.create, 1, b"file", 0o644, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, ME)
+    assert info.fh == entry.st_ino | WRITING and info.keep_cache
+    gone = []
+    ops.writer_gone = lambda: gone.append(1)
+    ask(ops.release, info.fh)
+    assert gone == [1]
+    info = ask(ops.open, entry.st_ino, os.O_RDONLY, ME)
+    assert info.fh == entry.st_ino
+    ask(ops.release, info.fh)
+    assert gone == [1]
+
+
+@pytest.mark.parametrize("handler", ["flush", "fsync", "fsyncdir"])
+def test_what_the_kernel_need_not_ask(ops: Operations, handler: str) -> None:
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        ask(getattr(ops, handler), *([1] if handler == "flush" else [1, False]))
+    assert caught.value.errno == errno.ENOSYS
+
+
+def test_no_room_without_orphans_is_said_at_once(ops: Operations) -> None:
+    info, _ = ask(ops.create, 1, b"file", 0o644, os.O_WRONLY, ME)
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        ask(ops.write, info.fh, 0, b"x")
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_no_room_waits_for_what_was_deleted(ops: Operations) -> None:
+    """Two inodes fit; the second is deleted but not forgotten when a third is made."""
+    ops.tree.limits.max_inodes = 2
+    gone = ask(ops.mkdir, 1, b"a", 0o755, ME).st_ino
+    ask(ops.rmdir, 1, b"a", ME)
+
+    async def both() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ops.mkdir, 1, b"b", 0o755, ME)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(ops.forget, [(gone, 1)])
+
+    trio.run(both)
+    assert ops.tree.lookup(1, b"b") is not None
