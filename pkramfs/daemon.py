@@ -222,6 +222,8 @@ class Daemon:
 
     async def _serve(self) -> None:
         self.tree = tree = await self._build()
+        if self.options.name is not None:
+            tree.hold_for_save()  # a full RAM must not prevent preserving
         operations = Operations(tree)
         self.keeper = keeper = Keeper(
             tree,

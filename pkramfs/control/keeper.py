@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from pkramfs.errors import ErrnoError, PkramfsError, explain
-from pkramfs.fs.save import save
+from pkramfs.fs.save import save, withdraw
 from pkramfs.spans import Spans
 from pkramfs.units import format_size, plural
 
@@ -154,7 +154,6 @@ class Keeper:
         async with self._lock:
             if self.tree.preserved:
                 self._withdraw()
-                self.tree.preserved = False
             self.tree.thaw()
             return await self.status()
 
@@ -204,10 +203,8 @@ class Keeper:
         return any(inode.writers for inode in self.tree.inodes.values())
 
     def _withdraw(self) -> None:
-        """The node goes by one store; then its pages are ordinary free memory."""
-        pages = self.store.metadata_pages(self.node_name)
-        self.store.withdraw(self.node_name)
-        self.tree.frames.free(pages.starts, pages.counts)
+        """The node goes by one store; then its pages, copies of moved ones too, are ordinary free memory."""
+        withdraw(self.tree, self.store, self.node_name)
         self.tree.on_first_change = None
         self._say(f"pkramfs: {self.name} is no longer preserved: it is changed again")
 

@@ -79,10 +79,10 @@ class Directory:
             start = max(end - _BATCH, 0)
             if start == end:
                 return
-            cookie = self._cookies[start]
+            top, cookie = cookie, self._cookies[start]
             for name in reversed(self._names[start:end]):
                 entry = self.entries.get(name) if name is not None else None
-                if name is not None and entry is not None:
+                if name is not None and entry is not None and entry[1] < top:
                     yield name, entry[0], entry[1]
 
     def columns(self) -> tuple[list[bytes], list[tuple[Inode, int]]]:

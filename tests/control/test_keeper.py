@@ -22,9 +22,6 @@ class Store:
     def __init__(self) -> None:
         self.names: list[bytes] = []
 
-    def metadata_pages(self, name: bytes) -> Spans:
-        return Spans([(10, 12)])
-
     def withdraw(self, name: bytes) -> None:
         self.names.remove(name)
 
@@ -52,7 +49,7 @@ def keeper(said: list[str], monkeypatch: pytest.MonkeyPatch) -> Keeper:
         if store.names is None:
             raise PkramError("no memory", errno.ENOMEM)
         store.names.append(name)
-        tree.preserved = True
+        tree.preserved, tree.node_pages = True, Spans([(10, 12)])
         return SaveReport(1, 1, 1, 1, 1, 1, 0, [], 0.0)
 
     monkeypatch.setattr(module, "save", save)
