@@ -71,16 +71,12 @@ class Column(NamedTuple):
         return np.dtype(f"<{self.code}")
 
 
-class Section(NamedTuple):
-    """Columns of equal length; the header's field `name` is that length."""
+class Section:
+    """Columns of equal length; the header's field `name` is that length, `width` the bytes of one row."""
 
-    name: str
-    columns: tuple[Column, ...]
-
-    @property
-    def width(self) -> int:
-        """Bytes of one row."""
-        return sum(column.dtype.itemsize for column in self.columns)
+    def __init__(self, name: str, columns: tuple[Column, ...]) -> None:
+        self.name, self.columns = name, columns
+        self.width = sum(column.dtype.itemsize for column in columns)
 
 
 INODES = Section(
