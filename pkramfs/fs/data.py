@@ -20,6 +20,7 @@ Kernel: mm/filemap.c (generic_perform_write), mm/shmem.c (shmem_file_read_iter, 
 import errno
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from pkramfs.fs.attributes import MAX_SIZE, Attributes
@@ -27,12 +28,14 @@ from pkramfs.fs.core import INO_MASK, WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import ROOT, Caller, Inode
 from pkramfs.fs.pagecache import PageMap
+from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
 Buffer = bytes | memoryview
 
 _ZEROS = memoryview(bytes(1 << 20))
 _IN_PAGE = PAGE_SIZE - 1
+_PIECE = 256
 
 
 class Data(Attributes):
@@ -238,6 +241,34 @@ class Data(Attributes):
                 self._clear(inode, last << PAGE_SHIFT, end)
         inode.mtime = inode.ctime = time.time_ns()
 
+    def sparsify(self, number: int) -> int:
+        """Give back the pages of a file that are all zeros, which changes nothing to be seen; how many they were."""
+        inode = self.inode(number)
+        if inode.pages is None:
+            return 0
+        empty = [
+            (index + start, index + end)
+            for index, pfn, count in _pieces(inode.pages)
+            for start, end in Spans.from_mask(~self.ram.words(pfn, count).reshape(count, -1).any(axis=1))
+        ]
+        if empty:
+            self._change("sparsify", ino=inode.ino, ranges=empty)
+        for start, end in empty:
+            self._free_pages(inode.pages, start, end)
+        return sum(end - start for start, end in empty)
+
+    def extents(self, number: int) -> list[tuple[int, int]]:
+        """(offset, size) of the parts of a file that are no hole, for those who cannot ask SEEK_DATA."""
+        inode = self.inode(number)
+        found: list[tuple[int, int]] = []
+        for index, _, count in inode.pages or ():
+            start, end = index << PAGE_SHIFT, min((index + count) << PAGE_SHIFT, inode.size)
+            if found and sum(found[-1]) == start:
+                found[-1] = (found[-1][0], end - found[-1][0])
+            elif start < end:
+                found.append((start, end - start))
+        return found
+
     def _file_range(self, number: int, offset: int, size: int) -> Inode:
         inode = self.inode(number)
         if inode.entries is not None:
@@ -254,6 +285,13 @@ class Data(Attributes):
 def zeros(size: int) -> Buffer:
     """Bytes of a hole."""
     return _ZEROS[:size] if size <= len(_ZEROS) else bytes(size)
+
+
+def _pieces(pages: PageMap) -> Iterator[tuple[int, int, int]]:
+    """The runs of a map in pieces that fit the processor's cache."""
+    for index, pfn, count in pages:
+        for at in range(0, count, _PIECE):
+            yield index + at, pfn + at, min(_PIECE, count - at)
 
 
 def _distribute(pages: PageMap, holes: list[tuple[int, int]], frames: list[tuple[int, int]]) -> None:

@@ -188,6 +188,28 @@ def test_allocate_and_punch(tree, sh) -> None:
         tree.allocate(ino, 0, 0)
 
 
+def test_zeros_can_be_given_back(tree, sh) -> None:
+    text = b"x" * PAGE + bytes(300 * PAGE) + b"y" + bytes(2 * PAGE)
+    ino = sh.write(b"f", text)
+    before = tree.inode(ino).mtime, tree.inode(ino).ctime
+    assert tree.sparsify(ino) == 302
+    assert tree.inode(ino).blocks == 16
+    assert (tree.inode(ino).mtime, tree.inode(ino).ctime) == before
+    assert sh.content(ino) == text
+    assert tree.sparsify(ino) == 0
+    assert tree.sparsify(sh.write(b"g")) == 0
+
+
+def test_extents_are_what_is_no_hole(tree, sh) -> None:
+    ino = sh.write(b"f", b"x" * 100)
+    assert tree.extents(ino) == [(0, 100)]
+    tree.write(ino, 10 * PAGE, b"x" * (PAGE + 1))
+    tree.write(ino, 12 * PAGE, b"x")
+    tree.allocate(ino, 50 * PAGE, PAGE, keep_size=True)
+    assert tree.extents(ino) == [(0, PAGE), (10 * PAGE, 2 * PAGE + 1)]
+    assert tree.extents(sh.write(b"g")) == []
+
+
 operations = st.lists(
     st.tuples(
         st.sampled_from(["write", "write", "truncate", "punch", "allocate", "read"]),

@@ -28,6 +28,7 @@ CHANGES = {
     "append": lambda t, f, d: t.write(f, 5000, b"new"),
     "open O_TRUNC": lambda t, f, d: t.open(f, os.O_RDONLY | os.O_TRUNC),
     "allocate": lambda t, f, d: t.allocate(f, 0, 1 << 20),
+    "sparsify": lambda t, f, d: t.sparsify(t.lookup(1, b"zeros").ino),
     "punch": lambda t, f, d: t.punch(f, 0, 4096),
 }
 
@@ -36,6 +37,7 @@ CHANGES = {
 def some(tree, sh):
     file = sh.write(b"f", b"data")
     tree.setxattr(file, b"user.a", b"1")
+    sh.write(b"zeros", bytes(5000))
     return file, sh.mkdir(b"d")
 
 
