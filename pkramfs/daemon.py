@@ -237,7 +237,7 @@ class Daemon:
         operations.writer_gone = keeper.writer_gone
         server = Server(self.lock.path("sock"), keeper.verbs())
         self.session = session = Session(operations, self.mountpoint)
-        session.mount(self.options.flags())
+        session.mount(self.options.flags(), allow_other="allow_other" in self.options.words)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(server.serve)

@@ -1,11 +1,11 @@
 """One FUSE mount: made, served, detached.
 
-As root:    open /dev/fuse ─▶ mount(2) with fd=N ─▶ pyfuse3.init("/dev/fd/N") ─▶ serve
-As a user:  pyfuse3.init(DIR), which has libfuse run fusermount3 ─▶ serve
+    root     open /dev/fuse ─▶ mount(2) with fd=N ─┐
+    a user   fusermount3, which sends the fd back ─┴▶ handshake ─▶ pyfuse3 ─▶ serve
 
-As root we hold the descriptor ourselves, so that another process could, and give mount(2) the flags
-that root asked for (libfuse would add nosuid and nodev). `none` is the source, as in the announcement,
-and `fuse.pkramfs` the type, which sends remounts to /sbin/mount.fuse.pkramfs.
+In both cases we hold the descriptor ourselves, so that another process could. As root mount(2) gets the
+flags that root asked for (libfuse would add nosuid and nodev). `none` is the source, as in the
+announcement, and `fuse.pkramfs` the type, which sends remounts to /sbin/mount.fuse.pkramfs.
 
 The session ends when the kernel says so (umount, the last user gone) or after `terminate`. A daemon
 that dies leaves ENOTCONN at the mount point, never an empty directory that looks like lost files.
@@ -13,22 +13,25 @@ that dies leaves ENOTCONN at the mount point, never an empty directory that look
 Two tasks take turns at reading and answering, so that one may wait (for room) while the other goes
 on. There is one session in a process, pyfuse3 keeps it in globals.
 
-Kernel: fs/fuse/inode.c (fuse_fill_super), fs/fuse/dev.c
+Kernel: fs/fuse/inode.c (fuse_fill_super), fs/fuse/dev.c; libfuse util/fusermount.c
 """
 
+import array
 import os
+import socket
 import stat
+import subprocess
 
 import pyfuse3
 import trio
 
 from pkramfs.errors import MachineError, explain
 from pkramfs.fuse import syscalls
+from pkramfs.fuse.handshake import Handshake
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.options import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY
 
 _USER_FLAGS = {MS_RDONLY: "ro", MS_NOEXEC: "noexec", MS_NOSUID: "nosuid", MS_NODEV: "nodev"}
-
 _TASKS = 2
 
 
@@ -39,43 +42,29 @@ class Session:
         self.operations, self.mountpoint = operations, mountpoint
         self.ready = trio.Event()
         self.dev: int | None = None
-        self._fd = -1
-        operations.ready = self.ready.set
 
-    def mount(self, flags: int) -> None:
-        """Attach to the directory; MachineError with the reason if the system refuses."""
+    def mount(self, flags: int, *, allow_other: bool = False) -> None:
+        """Attach to the directory; MachineError with the reason if the system refuses.
+
+        `allow_other` is for users: root's mounts are for all anyway.
+        """
         if os.geteuid() == 0:
-            self._mount_as_root(flags)
+            device = _mount_as_root(self.mountpoint, flags)
         else:
-            self._mount_as_user(flags)
+            device = _mount_as_user(self.mountpoint, flags, allow_other)
         mounted = syscalls.mounted_at(self.mountpoint)
         self.dev = mounted.dev if mounted else None
+        try:
+            self._handshake = Handshake(device)
+            self.operations.ready = self._connected
+            pyfuse3.init(self.operations, f"/dev/fd/{self._handshake.fd}", set())
+        except (RuntimeError, MachineError, OSError) as error:
+            syscalls.detach(self.mountpoint)
+            raise MachineError(f"cannot serve {self.mountpoint}: {error}") from None
 
-    def _mount_as_root(self, flags: int) -> None:
-        try:
-            self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise MachineError(f"cannot open {explain(error)}; is the fuse module loaded?") from None
-        kind = stat.S_IFMT(os.stat(self.mountpoint).st_mode)
-        data = f"fd={self._fd},rootmode={kind:o},user_id=0,group_id=0,default_permissions,allow_other"
-        try:
-            syscalls.mount("none", self.mountpoint, syscalls.FSTYPE, flags, data)
-        except OSError as error:
-            raise MachineError(f"cannot mount on {explain(error)}") from None
-        try:
-            pyfuse3.init(self.operations, f"/dev/fd/{self._fd}", set())
-        except RuntimeError as error:
-            syscalls.umount(self.mountpoint, lazy=True)
-            raise MachineError(f"libfuse does not take the mount: {error}") from None
-
-    def _mount_as_user(self, flags: int) -> None:
-        words = {word for bit, word in _USER_FLAGS.items() if flags & bit}
-        try:
-            pyfuse3.init(
-                self.operations, self.mountpoint, {"fsname=none", "subtype=pkramfs", "default_permissions", *words}
-            )
-        except RuntimeError as error:
-            raise MachineError(f"cannot mount on {self.mountpoint}: {error}") from None
+    def _connected(self) -> None:
+        self._handshake.complete()
+        self.ready.set()
 
     async def serve(self) -> None:
         """Answer requests until the mount is gone."""
@@ -88,3 +77,54 @@ class Session:
     def close(self) -> None:
         """Let go of the kernel's end. Call it once, after `serve`."""
         pyfuse3.close(unmount=False)
+
+
+def _mount_as_root(mountpoint: str, flags: int) -> int:
+    """Mount and return the connection's descriptor."""
+    try:
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise MachineError(f"cannot open {explain(error)}; is the fuse module loaded?") from None
+    try:
+        kind = stat.S_IFMT(os.stat(mountpoint).st_mode)
+        data = f"fd={device},rootmode={kind:o},user_id=0,group_id=0,default_permissions,allow_other"
+        syscalls.mount("none", mountpoint, syscalls.FSTYPE, flags, data)
+    except OSError as error:
+        os.close(device)
+        raise MachineError(f"cannot mount on {explain(error)}") from None
+    return device
+
+
+def _mount_as_user(mountpoint: str, flags: int, allow_other: bool) -> int:
+    """Have fusermount3 mount, and take the connection's descriptor from it."""
+    words = ["fsname=none", "subtype=pkramfs", "default_permissions", *(["allow_other"] * allow_other)]
+    words += [word for bit, word in _USER_FLAGS.items() if flags & bit]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        try:
+            done = subprocess.run(
+                ["fusermount3", "-o", ",".join(words), "--", mountpoint],
+                env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise MachineError("fusermount3 is missing: install the package fuse3, or mount as root") from None
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["fusermount3 failed"])[-1]
+            raise MachineError(f"cannot mount on {mountpoint}: {reason.removeprefix('fusermount3: ')}")
+        return _receive_descriptor(ours)
+
+
+def _receive_descriptor(peer: socket.socket) -> int:
+    size = array.array("i").itemsize
+    _, extra, _, _ = peer.recvmsg(1, socket.CMSG_SPACE(size))
+    for level, kind, data in extra:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(data) >= size:
+            device = array.array("i", data[:size])[0]
+            os.set_inheritable(device, False)
+            return device
+    raise MachineError("fusermount3 sent no descriptor")

@@ -106,12 +106,15 @@ def mounted_at(directory: str) -> Mounted | None:
 
 
 def is_dead(directory: str) -> bool:
-    """Whether a mount of ours is there whose daemon is gone."""
+    """Whether a mount of ours is there whose daemon is gone.
+
+    Asked with statfs, which always is a request: stat may be answered from the kernel's endless cache.
+    """
     mounted = mounted_at(directory)
     if mounted is None or mounted.fstype != FSTYPE:
         return False
     try:
-        os.stat(directory)
+        os.statvfs(directory)
     except OSError as error:
         return error.errno == errno.ENOTCONN
     return False

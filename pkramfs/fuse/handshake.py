@@ -1,0 +1,124 @@
+"""INIT: what kernel and daemon agree on, said by us instead of by libfuse.
+
+    kernel ──INIT──▶ we read it, choose, answer ──▶ kernel
+                          │
+                          └─ the same INIT, through a socket pair ─▶ libfuse
+                                        its answer goes nowhere; from then on it reads /dev/fuse
+
+libfuse and pyfuse3 do not let a file system choose all that FUSE offers. What we choose else:
+
+    HANDLE_KILLPRIV_V2   the kernel need not ask for security.capability before each write
+                         (20 times the speed of small cached writes)
+    DONT_MASK            the umask is ours to apply: not where a default ACL rules
+    CACHE_SYMLINKS       a link's target is asked for once
+    PARALLEL_DIROPS      look-ups in one directory do not wait for each other
+
+and no AUTO_INVAL_DATA: nobody but the kernel changes a file, so its pages stay true.
+
+`Operations.init` is called while libfuse works on its INIT, before anything else is read: there
+the real descriptor takes the place of the socket, by dup2. (Later would be too late: trio would go on
+waiting for the socket.) libfuse's answer then reaches the kernel with a number that it never gave,
+and is dropped. The same way a new daemon can take over the connection of an old one.
+
+Kernel: fs/fuse/inode.c (fuse_send_init, process_init_reply), include/uapi/linux/fuse.h
+"""
+
+import os
+import socket
+import struct
+from typing import NamedTuple
+
+from pkramfs.errors import MachineError
+
+FUSE_INIT = 26
+MAJOR, MINOR = 7, 36
+"""The protocol that we speak: old enough for every libfuse 3.10 and later."""
+MAX_WRITE = 1 << 20
+MAX_PAGES = MAX_WRITE >> 12
+MAX_BACKGROUND = 64
+
+ASYNC_READ, ATOMIC_O_TRUNC, EXPORT_SUPPORT, BIG_WRITES, DONT_MASK = 1 << 0, 1 << 3, 1 << 4, 1 << 5, 1 << 6
+DO_READDIRPLUS, ASYNC_DIO, WRITEBACK_CACHE, PARALLEL_DIROPS = 1 << 13, 1 << 15, 1 << 16, 1 << 18
+HANDLE_KILLPRIV, POSIX_ACL, MAX_PAGES_FLAG, CACHE_SYMLINKS = 1 << 19, 1 << 20, 1 << 22, 1 << 23
+HANDLE_KILLPRIV_V2, INIT_EXT = 1 << 28, 1 << 30
+
+NEEDED = ATOMIC_O_TRUNC | BIG_WRITES | DONT_MASK | DO_READDIRPLUS | WRITEBACK_CACHE | MAX_PAGES_FLAG
+WANTED = NEEDED | ASYNC_READ | EXPORT_SUPPORT | ASYNC_DIO | PARALLEL_DIROPS | POSIX_ACL | CACHE_SYMLINKS
+
+_HEADER = struct.Struct("<IIQQIIIHH")  # length, opcode, unique, node, uid, gid, pid, extension, padding
+_INIT = struct.Struct("<IIII")  # major, minor, max_readahead, flags; then what later kernels added
+_INIT_REST = 48
+_REPLY = struct.Struct("<IiQ")  # length, error, unique
+_INIT_REPLY = struct.Struct("<IIIIHHIIHHII24x")
+_ROOM = 1 << 17
+
+
+class Init(NamedTuple):
+    """The kernel's INIT request."""
+
+    unique: int
+    minor: int
+    max_readahead: int
+    flags: int
+
+
+def read_init(fd: int) -> Init:
+    """The first request of a new connection."""
+    request = os.read(fd, _ROOM)
+    _, opcode, unique, *_ = _HEADER.unpack_from(request)
+    major, minor, readahead, flags = _INIT.unpack_from(request, _HEADER.size)
+    if opcode != FUSE_INIT or major != MAJOR:
+        raise MachineError(f"/dev/fuse speaks another protocol: request {opcode}, version {major}.{minor}")
+    missing = NEEDED & ~flags
+    if missing:
+        raise MachineError(f"this kernel's FUSE ({major}.{minor}) is too old: it lacks features {missing:#x}")
+    return Init(unique, minor, readahead, flags)
+
+
+def choose(offered: int) -> int:
+    """The features that we want of those that the kernel offers."""
+    privileges = HANDLE_KILLPRIV_V2 if offered & HANDLE_KILLPRIV_V2 else HANDLE_KILLPRIV
+    return offered & (WANTED | privileges)
+
+
+def answer(init: Init) -> bytes:
+    """Our reply to the kernel."""
+    body = _INIT_REPLY.pack(
+        MAJOR,
+        min(MINOR, init.minor),
+        init.max_readahead,
+        choose(init.flags),
+        MAX_BACKGROUND,
+        MAX_BACKGROUND * 3 // 4,
+        MAX_WRITE,
+        1,  # nanoseconds
+        MAX_PAGES,
+        0,
+        0,
+        0,
+    )
+    return _REPLY.pack(_REPLY.size + len(body), 0, init.unique) + body
+
+
+def request(init: Init) -> bytes:
+    """An INIT for libfuse, which shall think that it is the kernel's."""
+    body = _INIT.pack(MAJOR, min(MINOR, init.minor), init.max_readahead, init.flags & ~INIT_EXT) + bytes(_INIT_REST)
+    return _HEADER.pack(_HEADER.size + len(body), FUSE_INIT, 1, 0, 0, 0, 0, 0, 0) + body
+
+
+class Handshake:
+    """Between the mount and the first request: `fd` is for libfuse, until `complete`."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        init = read_init(device)
+        os.write(device, answer(init))
+        theirs, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        self._ours.send(request(init))
+        self.fd = theirs.detach()
+
+    def complete(self) -> None:
+        """Put the device in the socket's place. Call it from Operations.init."""
+        os.dup2(self._device, self.fd, inheritable=False)
+        os.close(self._device)
+        self._ours.close()
