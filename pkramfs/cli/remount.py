@@ -48,7 +48,7 @@ def remount(directory: str, options: Options, verbose: bool = False) -> int:
         raise UsageError(f"preserve needs a read-only mount: mount -o remount,preserve,ro {directory}")
     _resize(entry, options)
     if options.preserve:
-        answer = _preserve(entry, directory, mounted.flags, flags)
+        answer = _preserve(entry, directory, mounted.flags, flags, options.strict)
         _tell(verbose, f"{entry.name} preserved: {_figures(answer)}")
     elif read_only and options.preserve is None:
         _make_read_only(entry, directory, mounted.flags, flags)
@@ -90,11 +90,11 @@ def _resize(entry: "MountEntry", options: Options) -> None:
     call(entry.socket, "resize", **wanted)
 
 
-def _preserve(entry: "MountEntry", directory: str, before: int, flags: int) -> dict[str, Any]:
+def _preserve(entry: "MountEntry", directory: str, before: int, flags: int, strict: bool) -> dict[str, Any]:
     """Kernel first, so that no new writer comes; back to rw if the daemon refuses."""
     _make_read_only(entry, directory, before, flags)
     try:
-        return call(entry.socket, "preserve", timeout=3600.0)
+        return call(entry.socket, "preserve", timeout=3600.0, strict=strict)
     except PkramfsError:
         if not before & MS_RDONLY:
             _set_flags(directory, flags, before)
