@@ -28,6 +28,7 @@ import errno
 import functools
 import logging
 import os
+import stat
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
 
@@ -211,6 +212,8 @@ class Operations(pyfuse3.Operations):
             ctime=attr.st_ctime_ns if fields.update_ctime else None,
             caller=ctx,
         )
+        if changed.mode & 0o6000 and not _any(fields):
+            changed = self.tree.setattr(inode, mode=_without_set_id(changed.mode), caller=ctx)
         return self._entry(changed)
 
     @_request
@@ -277,6 +280,25 @@ class Operations(pyfuse3.Operations):
     @_request
     def fsyncdir(self, handle: int, datasync: bool) -> NoReturn:
         raise FUSEError(errno.ENOSYS)
+
+
+def _any(fields: SetattrFields) -> bool:
+    """Whether a SETATTR sets anything. One that does not is the kernel's "somebody without privilege writes
+    here": its flag FATTR_KILL_SUIDGID does not get through libfuse."""
+    return bool(
+        fields.update_size
+        or fields.update_mtime
+        or fields.update_ctime
+        or fields.update_atime
+        or fields.update_mode
+        or fields.update_uid
+        or fields.update_gid
+    )
+
+
+def _without_set_id(mode: int) -> int:
+    """A mode after a write by somebody unprivileged: set-group-ID without group execution is another thing."""
+    return mode & 0o7777 & ~stat.S_ISUID & ~(stat.S_ISGID if mode & stat.S_IXGRP else 0)
 
 
 def _nothing() -> None:

@@ -105,6 +105,19 @@ def mounted_at(directory: str) -> Mounted | None:
     return found[-1] if found else None
 
 
+def places(dev: int | None) -> list[str]:
+    """Where this file system lies on top: its mount, if nothing covers it, and its bind mounts."""
+    top = {mounted.mountpoint: mounted.dev for mounted in mounts()}  # the last of a path hides the others
+    return [path for path, found in top.items() if found == dev]
+
+
+def detach_all(dev: int | None, *, lazy: bool = True) -> None:
+    """Unmount a file system wherever it is on top. What somebody mounted over it is not ours to unmount."""
+    while found := places(dev):
+        for path in reversed(found):
+            detach(path, lazy=lazy)
+
+
 def is_dead(directory: str) -> bool:
     """Whether a mount of ours is there whose daemon is gone.
 
