@@ -126,6 +126,15 @@ def warn(program: str, message: str) -> None:
     complain(program, f"warning: {message}")
 
 
+def note(found: "Machine", message: str) -> None:
+    """A refusal is a line in the machine's kernel log, too, where there is a machine to write to."""
+    try:
+        if found.exists():
+            found.log(message)
+    except (PkramfsError, OSError):
+        return  # the message itself reaches the user in any case
+
+
 def run(parser: argparse.ArgumentParser, act: Action, argv: Sequence[str] | None) -> int:
     """Parse, act, and turn whatever goes wrong into one line and an exit status."""
     words = list(sys.argv[1:] if argv is None else argv)

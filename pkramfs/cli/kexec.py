@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkramfs.cli import arguments, mounts, render
 from pkramfs.cli.arguments import complain, need
-from pkramfs.errors import MachineError, NotPreservedError
+from pkramfs.errors import MachineError, NotPreservedError, PkramfsError
 from pkramfs.units import format_size
 
 if TYPE_CHECKING:
@@ -51,7 +51,16 @@ _EPILOG = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status."""
-    return arguments.run(parser(), _act, argv)
+    return arguments.run(parser(), _noted, argv)
+
+
+def _noted(args: argparse.Namespace) -> int:
+    """Act; what is refused is a line in the kernel log, too."""
+    try:
+        return _act(args)
+    except PkramfsError as error:
+        arguments.note(arguments.machine(args), f"kexec: {error}")
+        raise
 
 
 def parser() -> arguments.Parser:
@@ -277,7 +286,7 @@ def _execute(args: argparse.Namespace, machine: "Machine") -> int:
             )
             if plan.problems:
                 going.thaw()
-                return _refuse(plan)
+                return _refuse(machine, plan)
             _perform(args, plan)
             pause = time.monotonic() - began
     except BaseException:
@@ -294,10 +303,11 @@ def _need_loaded(machine: "Machine") -> None:
         raise MachineError("no kernel is loaded: pkram-kexec -l IMAGE")
 
 
-def _refuse(plan: "Plan") -> int:
+def _refuse(machine: "Machine", plan: "Plan") -> int:
     """Say every reason not to go, one line each."""
     for problem in plan.problems:
         complain(PROGRAM, render.printable(problem))
+        arguments.note(machine, f"kexec: refused: {render.printable(problem)}")
     if any(isinstance(problem, NotPreservedError) for problem in plan.problems):
         complain(PROGRAM, "nothing was changed; --force goes on and loses what is named above")
     return plan.problems[0].exit_status

@@ -105,10 +105,9 @@ def _log(args: argparse.Namespace, message: str) -> None:
     words = [word for word in ",".join(args.options).split(",") if word.startswith("machine=")]
     try:
         machine = Machine.locate(words[-1].partition("=")[2] if words else getattr(args, "machine", None))
-        if machine.exists():
-            machine.log(f"{PROGRAM}: {args.directory}: {message}")
-    except (PkramfsError, OSError):
-        return  # the message itself reaches the user in any case
+    except PkramfsError:
+        return  # a machine that cannot be named has no log
+    arguments.note(machine, f"{PROGRAM}: {args.directory}: {message}")
 
 
 def _mount(args: argparse.Namespace) -> int:

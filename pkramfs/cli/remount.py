@@ -45,7 +45,8 @@ def remount(directory: str, options: Options, verbose: bool = False) -> int:
     flags = options.flags(mounted.flags)
     read_only = bool(flags & MS_RDONLY)
     if options.preserve and not read_only:
-        raise UsageError(f"preserve needs a read-only mount: mount -o remount,preserve,ro {directory}")
+        how = "mount" if os.geteuid() == 0 else f"{PROGRAM} none"
+        raise UsageError(f"preserve needs a read-only mount: {how} {directory} -o remount,preserve,ro")
     _resize(entry, options)
     if options.preserve:
         answer = _preserve(entry, directory, mounted.flags, flags, options.strict)

@@ -240,3 +240,16 @@ def test_a_host_too_full_says_so_and_loses_nothing(user):
         subprocess.run(["umount", str(user.directory("one"))], capture_output=True, check=False)
         os.environ["PKRAM_ROOT"] = str(user.root)
         user.ok("umount", "-l", small)
+
+
+def test_refusals_are_in_the_kernel_log(user):
+    path = user.mount("one")
+    (path / "file").write_bytes(b"data")
+    user.refused(2, "pkram-kexec", "-l", "/nonexistent")
+    user.refused(8, "pkram-kexec", "-e")
+    user.load()
+    user.refused(6, "pkram-kexec", "-e")
+    user.refused(1, "mount.pkramfs", "none", path, "-o", "remount,bogus")
+    log = user.dmesg()
+    for part in ("/nonexistent", "no kernel is loaded", "1 file would be lost", "bogus"):
+        assert part in log
