@@ -1,0 +1,39 @@
+"""The command: which sections, how often, where to."""
+
+import argparse
+import sys
+
+from benchmarks.table import Table
+
+SECTIONS = ("rfc", "scale", "pause", "io", "meta", "memory", "start")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tools/bench", description="Measure pkramfs beside its references.")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each figure (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
+    args = parser.parse_args()
+    if unknown := set(args.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
+    table = Table(args.runs, args.quick)
+    for name in args.sections or SECTIONS:
+        section(name)(table)
+    print(table.verdict())
+    if args.json:
+        table.write_json(args.json)
+    return 0
+
+
+def section(name: str):  # type: ignore[no-untyped-def]
+    from benchmarks import core, files, space, users
+
+    for module in (core, users, files, space):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AssertionError(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

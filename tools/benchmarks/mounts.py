@@ -1,0 +1,76 @@
+"""Real mounts for the benchmark: ours, a kernel tmpfs beside it, and a machine of their own."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+
+
+def command(*words: object) -> str:
+    """Run a command that must succeed; its output."""
+    program = BIN / str(words[0])
+    line = [str(program) if program.exists() else str(words[0]), *map(str, words[1:])]
+    result = subprocess.run(line, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if result.returncode:
+        raise SystemExit(f"tools/bench: {' '.join(line)}: {result.stderr.strip()}")
+    return result.stdout
+
+
+def unmount(path: Path) -> None:
+    words = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
+    if subprocess.run([*words, str(path)], capture_output=True, check=False).returncode:
+        subprocess.run([*words, "-l" if os.geteuid() == 0 else "-z", str(path)], capture_output=True, check=False)
+
+
+class Lab:
+    """A scratch directory, a machine in it, mounts on demand."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.machine = directory / "machines" / "default"
+        self.mounted: list[Path] = []
+
+    def mount(self, name: str, options: str = "") -> Path:
+        path = self.directory / name
+        path.mkdir(exist_ok=True)
+        command("mount.pkramfs", "none", path, "-o", f"pkram={name}{options}")
+        if path not in self.mounted:
+            self.mounted.append(path)
+        return path
+
+    def reference(self) -> Path:
+        """A directory on a kernel tmpfs: one of its own for root, /dev/shm otherwise."""
+        path = self.directory / "tmpfs"
+        path.mkdir(exist_ok=True)
+        if os.geteuid() == 0 and path not in self.mounted:
+            command("mount", "-t", "tmpfs", "none", path)
+            self.mounted.append(path)
+        return path
+
+    def preserve(self, path: Path) -> None:
+        command("mount.pkramfs", "none", path, "-o", "remount,preserve,ro")
+
+    def load(self) -> None:
+        pfn = (self.machine / "pkram").read_text().strip()
+        command("pkram-kexec", "-s", "-l", "builtin", f"--append=ro pkram={pfn}")
+
+
+@contextlib.contextmanager
+def lab() -> Iterator[Lab]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pkram-bench-") as directory:
+        made = Lab(Path(directory))
+        before = os.environ.get("PKRAM_ROOT")
+        os.environ["PKRAM_ROOT"] = str(made.machine.parent)
+        try:
+            yield made
+        finally:
+            for path in reversed(made.mounted):
+                unmount(path)
+            os.environ.pop("PKRAM_ROOT")
+            if before is not None:
+                os.environ["PKRAM_ROOT"] = before
