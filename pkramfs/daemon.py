@@ -15,7 +15,6 @@ is waited for. Whatever this process prints goes to mounts/ID.log.
 Kernel: fs/super.c (get_tree_nodev), fs/namespace.c, mm/shmem.c (shmem_fill_super, shmem_put_super)
 """
 
-import errno
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import trio
@@ -51,6 +51,8 @@ log = logging.getLogger("pkramfs")
 GOING_SECONDS = 30.0
 """How long a NAME is waited for whose daemon is unmounted but not gone."""
 READY_SECONDS = 30.0
+LINGER_SECONDS = 2.0
+"""How long SIGTERM waits, after unmounting, for a mount that has users elsewhere."""
 _POLL_SECONDS = 0.02
 
 
@@ -281,11 +283,14 @@ class Daemon:
     async def _unmount(self) -> None:
         """Flush and unmount; what is still in use is detached and gets ENOTCONN."""
         try:
-            await trio.to_thread.run_sync(lambda: syscalls.detach(self.mountpoint, lazy=False), abandon_on_cancel=True)
+            await _in_thread(partial(syscalls.detach_all, self.session.dev, lazy=False))
+            # Now the session ends, and this task with it, unless somebody has the mount where we cannot see it.
+            await trio.sleep(LINGER_SECONDS)
         except OSError as error:
             log.info("%s", explain(error))
-            await trio.to_thread.run_sync(syscalls.syncfs, self.mountpoint, abandon_on_cancel=True)
-            await self._leave()
+            for place in syscalls.places(self.session.dev)[:1]:
+                await _in_thread(partial(syscalls.syncfs, place))
+        await self._leave()
 
     async def _end_on_request(self, server: Server) -> None:
         await self.keeper.stopping.wait()
@@ -295,11 +300,15 @@ class Daemon:
     async def _leave(self) -> None:
         """Detach now, whoever is still inside."""
         try:
-            await trio.to_thread.run_sync(syscalls.detach, self.mountpoint, abandon_on_cancel=True)
+            await _in_thread(partial(syscalls.detach_all, self.session.dev))
         except OSError as error:
-            if error.errno != errno.EINVAL:  # not mounted any more
-                log.warning("cannot detach: %s", explain(error))
+            log.warning("cannot detach: %s", explain(error))
         self.session.terminate()
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    """Do what may ask our own mount and wait for it: in a thread, so that we can answer."""
+    await trio.to_thread.run_sync(work, abandon_on_cancel=True)
 
 
 def _run(function: Callable[[], Awaitable[None]]) -> None:
