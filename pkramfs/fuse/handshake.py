@@ -119,6 +119,7 @@ class Handshake:
 
     def complete(self) -> None:
         """Put the device in the socket's place. Call it from Operations.init."""
+        os.set_blocking(self._device, False)
         os.dup2(self._device, self.fd, inheritable=False)
         os.close(self._device)
         self._ours.close()

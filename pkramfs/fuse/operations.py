@@ -109,7 +109,7 @@ class Operations(pyfuse3.Operations):
     async def _wait_for_room(self) -> None:
         """Until the kernel forgets something; if it does not, these orphans are not waited for again."""
         waited = set(self.tree.orphans)
-        with trio.move_on_after(_FORGET_SECONDS) as waiting:
+        with trio.move_on_after(_FORGET_SECONDS, shield=True) as waiting:  # or nobody would answer the request
             await self._forgot.wait()
         if waiting.cancelled_caught:
             self._hopeless = waited

@@ -11,7 +11,8 @@ The session ends when the kernel says so (umount, the last user gone) or after `
 that dies leaves ENOTCONN at the mount point, never an empty directory that looks like lost files.
 
 Two tasks take turns at reading and answering, so that one may wait (for room) while the other goes
-on. There is one session in a process, pyfuse3 keeps it in globals.
+on. There is one session in a process, pyfuse3 keeps it in globals. Reading never blocks: a request
+whose asker is killed may be gone when we come to read it, and then verbs must still be heard.
 
 Kernel: fs/fuse/inode.c (fuse_fill_super), fs/fuse/dev.c; libfuse util/fusermount.c
 """
@@ -68,7 +69,13 @@ class Session:
 
     async def serve(self) -> None:
         """Answer requests until the mount is gone."""
-        await pyfuse3.main(_TASKS, 4 * _TASKS)
+        serving = True
+        while serving:
+            serving = False
+            try:
+                await pyfuse3.main(_TASKS, 4 * _TASKS)
+            except* BlockingIOError:
+                serving = True  # whoever asked was killed between our waking up and our reading
 
     def terminate(self) -> None:
         """Stop serving; what is still open there gets ENOTCONN when the process ends."""
@@ -116,6 +123,7 @@ def _mount_as_user(mountpoint: str, flags: int, allow_other: bool) -> int:
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["fusermount3 failed"])[-1]
             raise MachineError(f"cannot mount on {mountpoint}: {reason.removeprefix('fusermount3: ')}")
+        theirs.close()  # so that we do not wait for what never comes
         return _receive_descriptor(ours)
 
 

@@ -44,6 +44,11 @@ class Lab:
         """mount.pkramfs none DIR -o OPTIONS."""
         return self.run("mount", "none", str(directory), *(["-o", options] if options else []), *more)
 
+    def start(self, directory: Path, options: str) -> subprocess.Popen[bytes]:
+        """mount.pkramfs in the background."""
+        words = [sys.executable, "-m", "pkramfs", "mount", "none", str(directory), "-o", options]
+        return subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+
     def mount(self, name: str, options: str | None = None) -> Path:
         """Mount on a directory called `name`, as pkram=name unless options are given; it must succeed."""
         directory = self.dir(name)

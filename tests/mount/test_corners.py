@@ -1,7 +1,13 @@
 """Corners of real mounts in which something once was lost or ignored."""
 
+import errno
+import errno
 import os
+import resource
+import shutil
 import signal
+import subprocess
+import time
 from typing import Any
 
 import pytest
@@ -32,3 +38,96 @@ def test_strict_said_at_the_remount(lab: Any) -> None:
     (mnt / "directory").rmdir()
     lab.remount(mnt, "preserve,ro,pkram_strict")
     assert lab.nodes() == ["shmem-one"]
+
+
+def test_a_name_whose_daemon_is_going_is_waited_for(lab: Any) -> None:
+    mnt = lab.mount("one")
+    entry = lab.entry(mnt)
+    fd = os.open(mnt / "file", os.O_RDWR | os.O_CREAT)
+    subprocess.run(["umount", "-l", str(mnt)] if ROOT else ["fusermount3", "-uz", str(mnt)], check=True)
+    again = lab.start(mnt, "pkram=one")
+    os.write(fd, b"x")
+    os.close(fd)
+    assert again.wait(30) == 0
+    assert lab.entry(mnt).pid != entry.pid
+
+
+def test_room_comes_back_at_once(lab: Any) -> None:
+    """A file system that is full takes a new file as soon as another is deleted."""
+    mnt = lab.mount("one", "pkram=one,size=4M,nr_inodes=4")
+    for number in range(30):
+        (mnt / f"full{number}").write_bytes(bytes(4 << 20))
+        (mnt / f"full{number}").unlink()
+    for number in range(3):
+        (mnt / f"inode{number}").touch()
+    with pytest.raises(OSError) as caught:
+        (mnt / "more").touch()
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_killed_clients(lab: Any) -> None:
+    mnt = lab.mount("one")
+    code = "while true; do echo x > $0/$$; cat $0/$$; ls $0; rm $0/$$; done"
+    for _ in range(3):
+        clients = [subprocess.Popen(["sh", "-c", code, str(mnt)], stdout=subprocess.PIPE) for _ in range(8)]
+        for client in clients:
+            assert client.stdout is not None and client.stdout.read(1)
+            client.kill()
+        for client in clients:
+            client.communicate()
+    assert lab.status(mnt)["state"] == "live"
+    lab.remount(mnt, "preserve,ro")
+
+
+def test_ten_thousand_open_files(lab: Any) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    count = min(10_000, hard - 100)
+    mnt = lab.mount("one")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count + 50, hard))
+    files = [os.open(mnt / str(number), os.O_RDWR | os.O_CREAT) for number in range(count)]
+    try:
+        os.write(files[-1], b"last")
+        assert len(lab.status(mnt)["writers"]) == count
+    finally:
+        for fd in files:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (mnt / str(count - 1)).read_bytes() == b"last"
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root")
+def test_set_id_bits_go_when_a_stranger_writes(lab: Any) -> None:
+    mnt = lab.mount("one")
+    for above in (lab.root, *lab.root.parents[:2]):
+        os.chmod(above, 0o755)
+    for change in (f"echo x >> {mnt}/f", f"echo x > {mnt}/f", f"truncate -s 3 {mnt}/f"):
+        (mnt / "f").write_text("program")
+        os.chmod(mnt / "f", 0o6777)
+        (mnt / "f").open("a").close()
+        assert os.stat(mnt / "f").st_mode & 0o7777 == 0o6777
+        subprocess.run(["sh", "-c", change], user=1000, group=1000, extra_groups=[], check=True)
+        assert os.stat(mnt / "f").st_mode & 0o7777 == 0o777, change
+        os.unlink(mnt / "f")
+
+
+def test_the_umask_is_not_for_default_acls(lab: Any) -> None:
+    if shutil.which("setfacl") is None:
+        pytest.skip("setfacl is missing")
+    mnt = lab.mount("one")
+    (mnt / "dir").mkdir()
+    subprocess.run(["setfacl", "-d", "-m", "u::rwx,g::rwx,o::---", str(mnt / "dir")], check=True)
+    subprocess.run(["sh", "-c", f"umask 077; touch {mnt}/dir/file {mnt}/plain"], check=True)
+    assert os.stat(mnt / "dir" / "file").st_mode & 0o777 == 0o660
+    assert os.stat(mnt / "plain").st_mode & 0o777 == 0o600
+
+
+def test_small_cached_writes_are_not_asked_about(lab: Any) -> None:
+    """Without HANDLE_KILLPRIV_V2 each write is a request, and ten thousand of them take a second."""
+    mnt = lab.mount("one")
+    fd = os.open(mnt / "file", os.O_RDWR | os.O_CREAT)
+    began = time.monotonic()
+    for _ in range(10_000):
+        os.pwrite(fd, b"x", 0)
+    took = time.monotonic() - began
+    os.close(fd)
+    assert took < 0.3

@@ -1,0 +1,61 @@
+"""Serving goes on when a request has vanished before it was read."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+pyfuse3 = pytest.importorskip("pyfuse3")
+
+from pkramfs.errors import MachineError  # noqa: E402
+from pkramfs.fuse import session as module  # noqa: E402
+from pkramfs.fuse.session import Session  # noqa: E402
+
+
+class Ops:
+    ready: Any = None
+
+
+def _main(calls: list[int], *errors: BaseException | None) -> Any:
+    async def main(*_: int) -> None:
+        error = errors[len(calls)]
+        calls.append(1)
+        if error is not None:
+            raise BaseExceptionGroup("of a nursery", [error])
+
+    return main
+
+
+def test_a_vanished_request_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    gone = BlockingIOError(errno.EAGAIN, "fuse_session_receive_buf failed")
+    monkeypatch.setattr(pyfuse3, "main", _main(calls, gone, gone, None))
+    trio.run(Session(Ops(), "/nowhere").serve)  # type: ignore[arg-type]
+    assert len(calls) == 3
+
+
+def test_other_errors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(pyfuse3, "main", _main(calls, OSError(errno.EIO, "oh")))
+    with pytest.raises(BaseExceptionGroup):
+        trio.run(Session(Ops(), "/nowhere").serve)  # type: ignore[arg-type]
+    assert len(calls) == 1
+
+
+def test_users_without_fusermount3_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MachineError, match="install the package fuse3"):
+        module._mount_as_user(str(tmp_path), 0, False)
+
+
+@pytest.mark.parametrize(("script", "part"), [("echo no way >&2; exit 1", "no way"), ("exit 0", "sent no descriptor")])
+def test_what_fusermount3_says_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, part: str
+) -> None:
+    (tmp_path / "fusermount3").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "fusermount3").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(MachineError, match=part):
+        module._mount_as_user(str(tmp_path), 0, False)
