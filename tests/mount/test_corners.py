@@ -1,7 +1,6 @@
 """Corners of real mounts in which something once was lost or ignored."""
 
 import errno
-import errno
 import os
 import resource
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.mount
+ROOT = os.geteuid() == 0
 
 
 def test_a_dead_mount_is_recognized_although_the_kernel_knows_its_attributes(lab: Any) -> None:
