@@ -2,10 +2,10 @@
 
 import errno
 import os
-import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -79,20 +79,27 @@ def test_killed_clients(lab: Any) -> None:
     lab.remount(mnt, "preserve,ro")
 
 
+OPENER = """
+import os, resource, sys
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+count = min(10_000, hard - 20)
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+files = [os.open(f"{sys.argv[1]}/{number}", os.O_RDWR | os.O_CREAT) for number in range(count)]
+os.write(files[-1], b"last")
+print(count, flush=True)
+sys.stdin.read()
+"""
+
+
 def test_ten_thousand_open_files(lab: Any) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    count = min(10_000, hard - 100)
     mnt = lab.mount("one")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count + 50, hard))
-    files = [os.open(mnt / str(number), os.O_RDWR | os.O_CREAT) for number in range(count)]
-    try:
-        os.write(files[-1], b"last")
+    words = [sys.executable, "-c", OPENER, str(mnt)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as opener:
+        assert opener.stdout is not None
+        count = int(opener.stdout.readline())
         assert len(lab.status(mnt)["writers"]) == count
-    finally:
-        for fd in files:
-            os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert (mnt / str(count - 1)).read_bytes() == b"last"
+    lab.remount(mnt, "preserve,ro")
 
 
 @pytest.mark.skipif(not ROOT, reason="needs root")
