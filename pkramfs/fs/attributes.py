@@ -11,7 +11,7 @@ Times that the caller gives are taken as they are: with the writeback cache the 
 ctime of open files and sends what it has noted.
 
 Set-id bits and file capabilities protect content and owner: chown and truncate drop them here (write
-does in `data`). FUSE leaves that to us (HANDLE_KILLPRIV). chmod by a stranger to the group has
+does in `data`). FUSE leaves that to us (HANDLE_KILLPRIV_V2). chmod by a stranger to the group has
 lost its set-group-id bit in the kernel already.
 
 xattrs: the namespaces of tmpfs (user., trusted., security.) and ACLs; all but ACLs take inode space.
@@ -60,7 +60,9 @@ class Attributes(Core):
         if size is not None:
             self._check_size(inode, size)
         resized = size is not None and size != inode.size
-        if not resized and mode is None and uid is None and gid is None and _same_times(inode, atime, mtime, ctime):
+        strips = size is not None and self._has_privileges(inode, keep_set_id=caller.uid == 0)
+        same = mode is None and uid is None and gid is None and _same_times(inode, atime, mtime, ctime)
+        if same and not resized and not strips:
             return inode
         self._change(
             "setattr", ino=inode.ino, mode=mode, uid=uid, gid=gid, size=size, atime=atime, mtime=mtime, ctime=ctime
@@ -71,7 +73,7 @@ class Attributes(Core):
             inode.mtime = now
         self._set_owner_and_mode(inode, mode, uid, gid, caller)
         if size is not None:
-            self._drop_privileges(inode, keep_set_id=caller.uid == 0)
+            self._drop_privileges(inode, caller, keep_set_id=caller.uid == 0)
         inode.atime = inode.atime if atime is None else atime
         inode.mtime = inode.mtime if mtime is None else mtime
         inode.ctime = now if ctime is None else ctime
@@ -81,9 +83,7 @@ class Attributes(Core):
         self, inode: Inode, mode: int | None, uid: int | None, gid: int | None, caller: Caller
     ) -> None:
         if (uid is not None or gid is not None) and inode.entries is None:
-            if inode.mode & 0o2010 == 0o2000 and not in_group(caller, inode.gid):
-                inode.mode &= ~stat.S_ISGID
-            self._drop_privileges(inode, keep_set_id=False)
+            self._drop_privileges(inode, caller, keep_set_id=False)
         inode.uid = inode.uid if uid is None else uid
         inode.gid = inode.gid if gid is None else gid
         if mode is not None:
@@ -91,14 +91,18 @@ class Attributes(Core):
             if inode.xattrs is not None and acl.ACCESS in inode.xattrs:
                 inode.xattrs[acl.ACCESS] = acl.with_mode(inode.xattrs[acl.ACCESS], mode)
 
-    def _drop_privileges(self, inode: Inode, *, keep_set_id: bool) -> None:
-        """Content or owner has changed: no set-user-id, no set-group-id of a program, no capabilities."""
+    @staticmethod
+    def _has_privileges(inode: Inode, *, keep_set_id: bool) -> bool:
+        """Whether a change of content may take something away: most files have nothing to lose."""
+        set_id = not keep_set_id and inode.mode & 0o6000 != 0
+        return inode.entries is None and (set_id or (inode.xattrs is not None and CAPABILITY in inode.xattrs))
+
+    def _drop_privileges(self, inode: Inode, caller: Caller, *, keep_set_id: bool) -> None:
+        """Content or owner has changed: no set-id bits, no capabilities."""
         if inode.entries is not None:
             return
         if not keep_set_id and inode.mode & 0o6000:
-            inode.mode &= ~stat.S_ISUID
-            if inode.mode & stat.S_IXGRP:
-                inode.mode &= ~stat.S_ISGID
+            inode.mode = without_set_id(inode, caller)
         if inode.xattrs is not None and CAPABILITY in inode.xattrs:
             self._put_xattr(inode, CAPABILITY, None)
 
@@ -184,6 +188,15 @@ class Attributes(Core):
                 inode.mode &= ~stat.S_ISGID
         self._put_xattr(inode, name, value if keep else None)
         inode.ctime = time.time_ns()
+
+
+def without_set_id(inode: Inode, caller: Caller) -> int:
+    """The mode after a change by an unprivileged caller. Without group execution set-group-ID is no
+    program's privilege: only a stranger to the group takes it away."""
+    mode = inode.mode & ~stat.S_ISUID
+    if mode & stat.S_ISGID and (mode & stat.S_IXGRP or not in_group(caller, inode.gid)):
+        mode &= ~stat.S_ISGID
+    return mode
 
 
 def _same_times(inode: Inode, atime: int | None, mtime: int | None, ctime: int | None) -> bool:

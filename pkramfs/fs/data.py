@@ -64,7 +64,7 @@ class Data(Attributes):
         self._change("setattr", ino=inode.ino, size=0)
         if inode.size:
             self._resize(inode, 0)
-        self._drop_privileges(inode, keep_set_id=caller.uid == 0)
+        self._drop_privileges(inode, caller, keep_set_id=caller.uid == 0)
         inode.mtime = inode.ctime = time.time_ns()
 
     # -- reading --------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class Data(Attributes):
     def write(self, number: int, offset: int, data: Any, *, stamp: bool = True) -> int:
         """Write bytes at `offset` and return how many were written: all, or what there was room for.
 
-        Without `stamp` the times stay as they are: for a caller that owns them and will set them.
+        Without `stamp` times and privileges stay as they are: for a kernel that owns them and will set them.
         """
         inode = self.inodes.get(number & INO_MASK)
         if inode is None:
@@ -143,9 +143,9 @@ class Data(Attributes):
         if end > inode.size:
             self._bytes += end - inode.size
             inode.size = end
-        if inode.mode & 0o6000 or inode.xattrs:
-            self._drop_privileges(inode, keep_set_id=inode.opens > 0 and not inode.unprivileged)
         if stamp:
+            if inode.mode & 0o6000 or inode.xattrs:
+                self._drop_privileges(inode, ROOT, keep_set_id=inode.opens > 0 and not inode.unprivileged)
             inode.mtime = inode.ctime = time.time_ns()
         return size
 

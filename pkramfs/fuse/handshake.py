@@ -39,11 +39,13 @@ MAX_BACKGROUND = 64
 
 ASYNC_READ, ATOMIC_O_TRUNC, EXPORT_SUPPORT, BIG_WRITES, DONT_MASK = 1 << 0, 1 << 3, 1 << 4, 1 << 5, 1 << 6
 DO_READDIRPLUS, ASYNC_DIO, WRITEBACK_CACHE, PARALLEL_DIROPS = 1 << 13, 1 << 15, 1 << 16, 1 << 18
-HANDLE_KILLPRIV, POSIX_ACL, MAX_PAGES_FLAG, CACHE_SYMLINKS = 1 << 19, 1 << 20, 1 << 22, 1 << 23
+POSIX_ACL, MAX_PAGES_FLAG, CACHE_SYMLINKS = 1 << 20, 1 << 22, 1 << 23
 HANDLE_KILLPRIV_V2, INIT_EXT = 1 << 28, 1 << 30
 
 NEEDED = ATOMIC_O_TRUNC | BIG_WRITES | DONT_MASK | DO_READDIRPLUS | WRITEBACK_CACHE | MAX_PAGES_FLAG
 WANTED = NEEDED | ASYNC_READ | EXPORT_SUPPORT | ASYNC_DIO | PARALLEL_DIROPS | POSIX_ACL | CACHE_SYMLINKS
+WANTED |= HANDLE_KILLPRIV_V2
+"""Kernels before 5.11 lack the last: without it, and without its forerunner, they drop set-id bits themselves."""
 
 _HEADER = struct.Struct("<IIQQIIIHH")  # length, opcode, unique, node, uid, gid, pid, extension, padding
 _INIT = struct.Struct("<IIII")  # major, minor, max_readahead, flags; then what later kernels added
@@ -77,8 +79,7 @@ def read_init(fd: int) -> Init:
 
 def choose(offered: int) -> int:
     """The features that we want of those that the kernel offers."""
-    privileges = HANDLE_KILLPRIV_V2 if offered & HANDLE_KILLPRIV_V2 else HANDLE_KILLPRIV
-    return offered & (WANTED | privileges)
+    return offered & WANTED
 
 
 def answer(init: Init) -> bytes:

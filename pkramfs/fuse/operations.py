@@ -28,7 +28,6 @@ import errno
 import functools
 import logging
 import os
-import stat
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
 
@@ -36,11 +35,12 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
+from pkramfs.fs.attributes import without_set_id
 from pkramfs.fs.core import WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.tree import Tree
-from pkramfs.fuse.translate import Translator
+from pkramfs.fuse.translate import Asker, Translator
 
 log = logging.getLogger(__name__)
 
@@ -201,6 +201,7 @@ class Operations(pyfuse3.Operations):
     def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, handle: int | None, ctx: RequestContext
     ) -> EntryAttributes:
+        asker = Asker(ctx)
         changed = self.tree.setattr(
             inode,
             mode=attr.st_mode & 0o7777 if fields.update_mode else None,
@@ -210,10 +211,10 @@ class Operations(pyfuse3.Operations):
             atime=attr.st_atime_ns if fields.update_atime else None,
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
             ctime=attr.st_ctime_ns if fields.update_ctime else None,
-            caller=ctx,
+            caller=asker,
         )
-        if changed.mode & 0o6000 and not _any(fields):
-            changed = self.tree.setattr(inode, mode=_without_set_id(changed.mode), caller=ctx)
+        if changed.mode & 0o6000 and ctx.uid and not _any(fields):
+            changed = self.tree.setattr(inode, mode=without_set_id(changed, asker) & 0o7777, caller=asker)
         return self._entry(changed)
 
     @_request
@@ -230,7 +231,7 @@ class Operations(pyfuse3.Operations):
 
     @_request
     def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        self.tree.setxattr(inode, name, value, 0, ctx)
+        self.tree.setxattr(inode, name, value, 0, Asker(ctx))
 
     @_request
     def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -240,7 +241,7 @@ class Operations(pyfuse3.Operations):
 
     @_request
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return FileInfo(fh=self.tree.open(inode, flags, ctx), keep_cache=True)
+        return FileInfo(fh=self.tree.open(inode, flags, Asker(ctx)), keep_cache=True)
 
     @_request
     def create(
@@ -257,7 +258,8 @@ class Operations(pyfuse3.Operations):
     @_request
     def write(self, handle: int, offset: int, data: bytes) -> int:
         # With the writeback cache the kernel owns mtime and sends it when it has written back; a late
-        # WRITE must not overwrite what it, or utimensat, has set before.
+        # WRITE must not overwrite what it, or utimensat, has set before. It says, too, when a write takes
+        # set-id bits away (setattr); the write-back of a mapping does not.
         written = self.tree.write(handle, offset, data, stamp=False)
         if written != len(data):
             raise fail(errno.ENOSPC)
@@ -283,8 +285,8 @@ class Operations(pyfuse3.Operations):
 
 
 def _any(fields: SetattrFields) -> bool:
-    """Whether a SETATTR sets anything. One that does not is the kernel's "somebody without privilege writes
-    here": its flag FATTR_KILL_SUIDGID does not get through libfuse."""
+    """Whether a SETATTR sets anything. One that does not is the kernel's "somebody writes here who may not keep
+    privileges": from root it is about capabilities, which the kernel removes itself, else about set-id bits."""
     return bool(
         fields.update_size
         or fields.update_mtime
@@ -294,11 +296,6 @@ def _any(fields: SetattrFields) -> bool:
         or fields.update_uid
         or fields.update_gid
     )
-
-
-def _without_set_id(mode: int) -> int:
-    """A mode after a write by somebody unprivileged: set-group-ID without group execution is another thing."""
-    return mode & 0o7777 & ~stat.S_ISUID & ~(stat.S_ISGID if mode & stat.S_IXGRP else 0)
 
 
 def _nothing() -> None:

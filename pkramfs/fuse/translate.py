@@ -9,6 +9,9 @@ Timeouts are endless: we alone change the tree, and every change comes through t
 Kernel: include/uapi/linux/fuse.h (fuse_attr, fuse_entry_out), fs/fuse/inode.c (fuse_change_attributes)
 """
 
+from collections.abc import Collection
+from typing import cast
+
 import pyfuse3
 
 from pkramfs.fs.inode import Inode
@@ -17,6 +20,22 @@ from pkramfs.units import PAGE_SIZE
 
 FOREVER = 1e9
 """Seconds; the kernel's clock of jiffies takes any number."""
+
+
+class Asker:
+    """Who asks, with the supplementary groups that FUSE does not send: /proc is read where a rule needs them."""
+
+    __slots__ = ("_pid", "gid", "uid", "umask")
+
+    def __init__(self, context: pyfuse3.RequestContext) -> None:
+        self.uid, self.gid, self.umask, self._pid = context.uid, context.gid, context.umask, context.pid
+
+    @property
+    def groups(self) -> Collection[int]:
+        try:
+            return cast(Collection[int], pyfuse3.get_sup_groups(self._pid))
+        except (OSError, RuntimeError, ValueError):
+            return ()  # it is gone, or in a pid namespace beside ours
 
 
 class Translator:
