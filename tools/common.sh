@@ -1,0 +1,30 @@
+# What the tools share; sourced, not run. Expects $tool, the name that messages begin with.
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+say() { printf '%s: %s\n' "$tool" "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+# Can we be root, and how? Sets may_be_root and sudo. A password is asked for only where somebody sits
+# who may give one.
+find_root() {
+    sudo=() may_be_root=yes
+    [ "$(id -u)" -ne 0 ] || return 0
+    sudo=(sudo)
+    command -v sudo >/dev/null || { sudo=() may_be_root=; return 0; }
+    sudo -n true 2>/dev/null && return 0
+    if [ -t 0 ] && [ -t 2 ] && id -nG | tr ' ' '\n' | grep -qxE 'sudo|wheel|admin'; then return 0; fi
+    sudo=() may_be_root=
+}
+
+# MiB that may be used: what the machine has available, or less where a control group says so.
+available_mib() {
+    local host limit=0 used=0 mine=/sys/fs/cgroup/memory.max
+    host=$(awk '/^MemAvailable/ {print int($2 / 1024)}' /proc/meminfo)
+    if [ -r "$mine" ] && read -r limit <"$mine" && [ "$limit" != max ]; then
+        read -r used <"${mine%max}current"
+        limit=$(((limit - used) >> 20))
+        [ "$limit" -ge "$host" ] || host=$limit
+    fi
+    echo "$host"
+}
