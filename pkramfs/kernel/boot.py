@@ -39,6 +39,7 @@ from pkramfs.kernel.segments import destinations
 from pkramfs.kernel.state import KernelInfo
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.firmware import FirmwareMap
+from pkramfs.machine.memblock import Flag, Memblock
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram import superblock
 from pkramfs.spans import Spans
@@ -84,6 +85,7 @@ class Boot:
     found: Incoming | None = None
     lost: list[NodePages] = field(default_factory=list)
     placed: Placement = field(init=False)
+    early: Memblock = field(init=False)
     super_pfn: int = 0
     info: KernelInfo = field(init=False)
 
@@ -167,7 +169,7 @@ def _lose(boot: Boot, name: str, count: int, reason: str) -> None:
 
 def place(boot: Boot) -> None:
     """Find room for everything, before anything is changed."""
-    boot.placed = placement.place(boot.hardware, boot.pending, boot.preserved)
+    boot.placed, boot.early = placement.arrange(boot.hardware, boot.pending, boot.preserved)
     start, end = boot.placed.kernel
     how = f"slot 1 of {boot.placed.slots}" if boot.placed.slots == 1 else f"one of {plural(boot.placed.slots, 'slot')}"
     if not boot.placed.slots:
@@ -185,7 +187,7 @@ def release(boot: Boot) -> None:
     """Give back every page that nobody reserved, whatever the last kernel had there."""
     if boot.pending.crash:
         return  # the dead kernel's memory stays as it is, to be looked at
-    kept = boot.preserved | boot.placed.spans | destinations(boot.pending.segments)
+    kept = boot.early.reserved.spans.outward(PAGE_SIZE)
     if boot.pending.poison:
         boot.ram.poison(boot.ram.data_spans() - kept)
     else:
@@ -289,10 +291,14 @@ def _report(boot: Boot) -> dict[str, Any]:
 
 
 def _numa(boot: Boot) -> dict[str, dict[str, int]]:
-    """Pages of each NUMA node: all, and preserved. A range that crosses a node's border is split there."""
+    """Pages of each NUMA node: all, and preserved."""
+    memory, reserved = boot.early.memory, boot.early.reserved
     return {
-        str(node): {"pages": spans.total, "preserved": (spans & boot.preserved).total}
-        for node, spans in boot.hardware.node_spans().items()
+        str(node): {
+            "pages": memory.on_node(node).total // PAGE_SIZE,
+            "preserved": reserved.on_node(node, Flag.PRESERVED).total // PAGE_SIZE,
+        }
+        for node in boot.hardware.node_spans()
     }
 
 

@@ -224,7 +224,7 @@ def _impossible(going: Transition) -> list[PkramfsError]:
     try:
         loaded = loading.elsewhere(going.kernel, going.loaded, going.preserved) if blocking else going.loaded
         hardware = going.machine.hardware()
-        placement.place(hardware, replace(going.pending, segments=loaded.segments), going.preserved)
+        placement.arrange(hardware, replace(going.pending, segments=loaded.segments), going.preserved)
     except ExhaustedError as error:
         return [error]
     return []
@@ -313,7 +313,7 @@ class Verify:
             preserved = incoming.examine(going.kernel.ram, going.kernel.info.super_pfn, usable).preserved
         if blocked := destinations(going.loaded.segments) & preserved:
             raise loading.conflict([f"{plural(blocked.total, 'preserved page')} from pfn {int(blocked.starts[0]):x}"])
-        placement.place(hardware, going.pending, preserved)
+        placement.arrange(hardware, going.pending, preserved)
         # twice: where it is loaded, and where it runs
         going.kernel.ram.check_room(2 * sum(s.size for s in going.loaded.segments))
 

@@ -10,11 +10,18 @@ Everything that a kernel keeps lies in page blocks that hold no preserved page, 
 belongs to one owner. The lease table alone prefers the odd pages beside a hole (the second half of
 the first MiB block), which could not be leased to anybody.
 
-The kexec planner calls `place` with what is preserved now; boot calls it with what it finds. Same
+Two steps, each over a memblock of its own:
+
+    place      finds room: preserved page blocks are reserved first, whole; nodes are not known yet
+    reserve    what early boot holds in the end: kernel, tables, loaded segments, and the preserved
+               ranges merged in one pass, cut at NUMA borders. An overlap is EBUSY and names both
+
+The kexec planner asks for both (`arrange`) with what is preserved now; boot with what it finds. Same
 arguments, same answer: so a lack of room is found while the old kernel can still refuse, and a boot
 that is repeated puts everything in the same places.
 
-Kernel: arch/x86/boot/compressed/kaslr.c, setup_arch() up to memblock_allocate; KHO's scratch areas
+Kernel: arch/x86/boot/compressed/kaslr.c, setup_arch() up to initmem_init(); KHO's scratch areas;
+        mm/pkram.c (pkram_reserve), patches 11, 12 and 28 to 30
 """
 
 from collections.abc import Sequence
@@ -27,6 +34,7 @@ from pkramfs.kernel.nvram import ImageInfo, Pending
 from pkramfs.kernel.segments import LOWEST_PFN, Segment, destinations
 from pkramfs.kernel.state import Range
 from pkramfs.machine.firmware import FirmwareMap
+from pkramfs.machine.memblock import Memblock
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, MIB, PAGE_SHIFT, PAGE_SIZE, format_size, pages, plural, round_up
 
@@ -77,6 +85,22 @@ def blocks_of(spans: Spans) -> Spans:
     return spans.outward(BLOCK_PAGES).scale(BLOCK_PAGES)
 
 
+def arrange(hardware: FirmwareMap, boot: Pending, preserved: Spans) -> tuple[Placement, Memblock]:
+    """`place`, then `reserve`: all that can be refused before anything is changed."""
+    placed = place(hardware, boot, preserved)
+    return placed, reserve(hardware, boot, placed, preserved)
+
+
+def reserve(hardware: FirmwareMap, boot: Pending, placed: Placement, preserved: Spans) -> Memblock:
+    """Early boot's lists once everything has its place: what is not in them is free for all."""
+    early = Memblock.of(usable_memory(hardware, boot))
+    early.reserve_pages(placed.spans | destinations(boot.segments))
+    early.merge_preserved(preserved.scale(PAGE_SIZE))
+    early.set_nodes(hardware)
+    early.isolate()
+    return early
+
+
 def place(hardware: FirmwareMap, boot: Pending, preserved: Spans) -> Placement:
     """Find room for every part of the kernel that `boot` starts; ExhaustedError says what has none."""
     usable = usable_memory(hardware, boot)
@@ -84,19 +108,37 @@ def place(hardware: FirmwareMap, boot: Pending, preserved: Spans) -> Placement:
         return _place_crash(block_count(hardware), boot, usable)
     if lost := preserved - usable:
         raise ExhaustedError(f"{plural(lost.total, 'preserved page')} lie outside of the memory that mem= allows")
-    loaded = destinations(boot.segments)
-    avoid = blocks_of(preserved) | loaded
+    outside = Memblock.of(usable)
+    outside.merge_preserved(blocks_of(preserved).scale(PAGE_SIZE))
+    outside.reserve(0, LOWEST_PFN * PAGE_SIZE)
     # scratch may hold what is loaded: it is where kernels are loaded to
-    scratch = _reserve(usable, blocks_of(preserved), boot, "scratch", boot.scratch)
-    crash = _reserve(usable, avoid | _of(scratch), boot, "crashkernel", None)
-    outside = usable.clip(LOWEST_PFN, 1 << 62) - avoid - _of(crash) - _of(scratch)
-    inside = _of(scratch) - loaded if scratch else outside
+    scratch = _reserve(outside, boot, "scratch", boot.scratch)
+    outside.reserve_pages(destinations(boot.segments))
+    crash = _reserve(outside, boot, "crashkernel", None)
+    inside = _inside(scratch, boot) if scratch else outside
     kernel, slots = _place_kernel(boot, inside, preserved, hardware.seed)
-    taken = _of(kernel)
-    table = _place_table(block_count(hardware), usable, inside - taken, outside - taken)
-    taken = taken | _of(table)
-    reserve = _place_reserve(block_count(hardware), outside - taken)
-    return Placement(kernel, slots, table, reserve, crash, scratch)
+    for room in (inside, outside):
+        room.reserve_pages(Spans([kernel]))
+    table = _place_table(block_count(hardware), usable, inside, outside)
+    outside.reserve_pages(Spans([table]))
+    return Placement(kernel, slots, table, _place_reserve(block_count(hardware), outside), crash, scratch)
+
+
+def _inside(scratch: Range, boot: Pending) -> Memblock:
+    """Scratch as a memory of its own, less what is loaded in it."""
+    room = Memblock.of(Spans([scratch]))
+    room.reserve_pages(destinations(boot.segments))
+    return room
+
+
+def _find(room: Memblock, count: int, align: int = 1, *, low: int = 0, bottom_up: bool = False) -> Range | None:
+    """Room for `count` pages; everything here counts pages, memblock bytes."""
+    at = room.find(count * PAGE_SIZE, align * PAGE_SIZE, minimum=low * PAGE_SIZE, bottom_up=bottom_up)
+    return None if at is None else (at // PAGE_SIZE, at // PAGE_SIZE + count)
+
+
+def _free(room: Memblock) -> Spans:
+    return room.free_spans().inward(PAGE_SIZE)
 
 
 def _place_crash(blocks: int, boot: Pending, room: Spans) -> Placement:
@@ -108,37 +150,36 @@ def _place_crash(blocks: int, boot: Pending, room: Spans) -> Placement:
     return Placement((kernel.pfn, kernel.end), 0, (at, at + pages(blocks * 8)), None, None, None)
 
 
-def _of(part: Range | None) -> Spans:
-    return Spans([part]) if part else Spans()
-
-
-def _reserve(usable: Spans, avoid: Spans, boot: Pending, name: str, kept: Range | None) -> Range | None:
-    """What `crashkernel=` or `scratch=` asks for: where it says, where it was, or as high as possible."""
+def _reserve(room: Memblock, boot: Pending, name: str, kept: Range | None) -> Range | None:
+    """Set aside what `crashkernel=` or `scratch=` asks for: where it says, where it was, or as high as possible."""
     wanted = words.reservation(boot.cmdline, name)
     if wanted is None:
         return None
+    found: Range | None
     count = round_up(pages(wanted.size), BLOCK_PAGES)
-    if kept and wanted.start is None and kept[1] - kept[0] == count:
-        return kept  # the loaded segments lie in it, and nothing preserved does
     if wanted.start is not None:
-        start = wanted.start >> PAGE_SHIFT
-        if not usable.covers(start, start + count) or avoid.overlaps(start, start + count):
+        if not room.is_memory(wanted.start, count * PAGE_SIZE) or room.overlaps(wanted.start, count * PAGE_SIZE):
             raise ExhaustedError(f"{name}={words.get(boot.cmdline, name)}: that memory is not RAM or is in use")
-        return start, start + count
-    at = (usable.clip(LOWEST_PFN, 1 << 62) - avoid).first_fit(count, BLOCK_PAGES, top_down=True)
-    if at is None:
+        found = wanted.start >> PAGE_SHIFT, (wanted.start >> PAGE_SHIFT) + count
+    elif kept and kept[1] - kept[0] == count:
+        found = kept  # the loaded segments lie in it, and nothing preserved does
+    else:
+        found = _find(room, count, BLOCK_PAGES)
+    if found is None:
         raise ExhaustedError(f"{name}={words.get(boot.cmdline, name)}: no free range of {format_size(wanted.size)}")
-    return at, at + count
+    room.reserve_pages(Spans([found]))
+    return found
 
 
-def _place_kernel(boot: Pending, free: Spans, preserved: Spans, seed: int) -> tuple[Range, int]:
+def _place_kernel(boot: Pending, room: Memblock, preserved: Spans, seed: int) -> tuple[Range, int]:
     """The kernel's place: in place or preferred without KASLR, else a random slot."""
     image, size = boot.image, pages(boot.image.init_size)
     if not image.relocatable or words.has(boot.cmdline, "nokaslr"):
-        return _place_fixed(boot.segments, image, free, preserved), 0
+        return _place_fixed(boot.segments, image, room, preserved), 0
     # a block belongs to one owner, so a kernel starts and ends at block borders
     align = max(BLOCK_PAGES, image.align >> PAGE_SHIFT)
     low = min(image.preferred, _KASLR_CEILING) >> PAGE_SHIFT
+    free = _free(room)
     slots = kaslr.find_slots(free, round_up(size, BLOCK_PAGES), align, minimum=low)
     at = kaslr.choose(slots, seed, boot.generation)
     if at is None:
@@ -150,7 +191,7 @@ def _place_kernel(boot: Pending, free: Spans, preserved: Spans, seed: int) -> tu
     return (at, at + size), slots.total
 
 
-def _place_fixed(segments: Sequence[Segment], image: ImageInfo, free: Spans, preserved: Spans) -> Range:
+def _place_fixed(segments: Sequence[Segment], image: ImageInfo, room: Memblock, preserved: Spans) -> Range:
     """Where kexec loaded it, or for a cold boot at the preferred address or the first place above."""
     size = pages(image.init_size)
     for segment in segments:
@@ -161,28 +202,28 @@ def _place_fixed(segments: Sequence[Segment], image: ImageInfo, free: Spans, pre
                 )
             return segment.pfn, segment.end
     align = max(BLOCK_PAGES, image.align >> PAGE_SHIFT)
-    at = free.clip(image.preferred >> PAGE_SHIFT, 1 << 62).first_fit(size, align)
-    if at is None or (not image.relocatable and at != image.preferred >> PAGE_SHIFT):
+    found = _find(room, size, align, low=image.preferred >> PAGE_SHIFT, bottom_up=True)
+    if found is None or (not image.relocatable and found[0] != image.preferred >> PAGE_SHIFT):
         raise ExhaustedError(f"no room for a kernel of {format_size(size * PAGE_SIZE)} at {image.preferred:#x}")
-    return at, at + size
+    return found
 
 
-def _place_table(blocks: int, usable: Spans, inside: Spans, outside: Spans) -> Range:
+def _place_table(blocks: int, usable: Spans, inside: Memblock, outside: Memblock) -> Range:
     """The lease table: in pages that no lease could use if there are enough, else high in free memory."""
     count = pages(blocks * 8)
-    odd = outside - usable.inward(BLOCK_PAGES).scale(BLOCK_PAGES)
-    at = odd.first_fit(count)
-    if at is None:
-        at = inside.inward(BLOCK_PAGES).scale(BLOCK_PAGES).first_fit(count, BLOCK_PAGES, top_down=True)
-    if at is None:
+    odd = (_free(outside) - usable.inward(BLOCK_PAGES).scale(BLOCK_PAGES)).first_fit(count)
+    if odd is not None:
+        return odd, odd + count
+    whole = _find(inside, round_up(count, BLOCK_PAGES), BLOCK_PAGES)
+    if whole is None:
         raise ExhaustedError(f"no room for a lease table of {format_size(count * PAGE_SIZE)}")
-    return at, at + count
+    return whole[0], whole[0] + count
 
 
-def _place_reserve(blocks: int, free: Spans) -> Range:
+def _place_reserve(blocks: int, room: Memblock) -> Range:
     """Whole page blocks for the super block and, when this kernel dies, its region list."""
     count = (1 + blocks // _RESERVE_SHARE) * BLOCK_PAGES
-    at = free.inward(BLOCK_PAGES).scale(BLOCK_PAGES).first_fit(count, BLOCK_PAGES, top_down=True)
-    if at is None:
+    found = _find(room, count, BLOCK_PAGES)
+    if found is None:
         raise ExhaustedError(f"no room for PKRAM's reserve of {format_size(count * PAGE_SIZE)}")
-    return at, at + count
+    return found

@@ -116,9 +116,9 @@ class Regions:
         chosen = (self.flags & flag) != 0
         return Spans.from_arrays(self.bases[chosen], self.ends[chosen])
 
-    def on_node(self, nid: int) -> Spans:
-        """The bytes of one node."""
-        chosen = self.nids == nid
+    def on_node(self, nid: int, flag: Flag = Flag.NONE) -> Spans:
+        """The bytes of one node, all or those that have a flag."""
+        chosen = (self.nids == nid) & ((self.flags & flag) == flag)
         return Spans.from_arrays(self.bases[chosen], self.ends[chosen])
 
     def add(self, spans: Spans, flags: Flag = Flag.NONE, nid: int = NO_NODE) -> None:

@@ -1,16 +1,18 @@
 """Where a new kernel's parts go."""
 
+import errno
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkramfs.errors import ExhaustedError
+from pkramfs.errors import ExhaustedError, PkramError
 from pkramfs.kernel import nvram, placement
 from pkramfs.kernel.nvram import ImageInfo, Pending
 from pkramfs.kernel.segments import Segment
 from pkramfs.machine.firmware import FirmwareMap
+from pkramfs.machine.memblock import Flag
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, GIB, MIB, TIB
 
@@ -101,3 +103,32 @@ def test_no_room_for_the_reserve() -> None:
             replace(BOOT, cmdline="nokaslr", segments=(loaded(first, BLOCK_PAGES),)),
             Spans((pfn, pfn + 1) for pfn in range(first + BLOCK_PAGES, last, BLOCK_PAGES)),
         )
+
+
+def test_preserved_ranges_are_reserved_apart_and_know_their_node() -> None:
+    hardware = FirmwareMap.default(128 * MIB, nodes=2, seed=3)
+    border = 64 * MIB // 4096
+    preserved = Spans([(border - 2 * BLOCK_PAGES, border + BLOCK_PAGES), (border + 9 * BLOCK_PAGES, border + 9999)])
+    placed, early = placement.arrange(hardware, BOOT, preserved)
+    marked = [region for region in early.reserved if region.flags & Flag.PRESERVED]
+    assert [(region.base // 4096, region.end // 4096, region.nid) for region in marked] == [
+        (border - 2 * BLOCK_PAGES, border, 0),
+        (border, border + BLOCK_PAGES, 1),
+        (border + 9 * BLOCK_PAGES, border + 9999, 1),
+    ]
+    assert early.reserved.spans == (placed.spans | preserved).scale(4096)
+
+
+def test_an_overlap_at_the_last_step_is_refused_and_names_both() -> None:
+    placed = placement.place(SMALL, BOOT, Spans())
+    start = placed.kernel[0]
+    with pytest.raises(PkramError, match=f"{start * 4096:x}") as refused:
+        placement.reserve(SMALL, BOOT, placed, Spans([(start + 3, start + 4)]))
+    assert refused.value.errno == errno.EBUSY
+
+
+def test_d13_the_reserve_of_the_super_block_is_nobodys_destination() -> None:
+    placed, early = placement.arrange(SMALL, BOOT, Spans())
+    assert placed.reserve is not None
+    assert early.is_reserved(placed.reserve[0] * 4096, (placed.reserve[1] - placed.reserve[0]) * 4096)
+    assert not early.free_spans().overlaps(placed.reserve[0] * 4096, placed.reserve[1] * 4096)
