@@ -24,7 +24,7 @@ from typing import Any
 from pkramfs.errors import MachineError, UsageError, explain
 from pkramfs.machine import locks
 from pkramfs.machine.firmware import FirmwareMap
-from pkramfs.machine.mounts import MountEntry, MountLock, claim, read_entries
+from pkramfs.machine.mounts import MountEntry, MountLock, claim, live_ids, read_entries
 from pkramfs.machine.ram import Ram
 from pkramfs.units import PAGE_SIZE, round_down
 
@@ -61,10 +61,11 @@ class Machine:
             for parts in ((), ("mounts",), ("kexec",)):
                 os.makedirs(self.path(*parts), mode=0o700, exist_ok=True)
             self._check_owner()
-            if not self.exists():
-                hardware = hardware or FirmwareMap.default(host_memory(), seed=secrets.randbits(63))
-                Ram(self.path("ram"), hardware.size, create=True).close()
-                self.write_json("machine.json", {"version": 1, **hardware.to_json()})
+            with self.lifecycle(shared=False):  # two first mounts at once make one machine
+                if not self.exists():
+                    hardware = hardware or FirmwareMap.default(host_memory(), seed=secrets.randbits(63))
+                    Ram(self.path("ram"), hardware.size, create=True).close()
+                    self.write_json("machine.json", {"version": 1, **hardware.to_json()})
         except OSError as error:
             raise MachineError(f"cannot make the machine {self.directory}: {explain(error)}") from None
         self._link_run()
@@ -93,7 +94,10 @@ class Machine:
             raise MachineError(f"there is no machine in {self.directory}: a mount makes one")
         if data.get("version") != 1:
             raise MachineError(f"{self.path('machine.json')}: version is {data.get('version')!r}, expected 1")
-        return FirmwareMap.from_json(data)
+        try:
+            return FirmwareMap.from_json(data)
+        except MachineError as error:
+            raise MachineError(f"{self.path('machine.json')} is damaged: {error}") from None
 
     def ram(self) -> Ram:
         """The machine's RAM, opened; its size must be what machine.json says."""
@@ -181,13 +185,7 @@ class Machine:
 
     def live_ids(self) -> set[int]:
         """Tree ids whose daemon is alive, entry or not: those whose lock is held."""
-        found = set()
-        with os.scandir(self.path("mounts")) as entries:
-            for entry in entries:
-                stem, _, kind = entry.name.partition(".")
-                if kind == "lock" and locks.is_held(entry.path):
-                    found.add(int(stem, 16))
-        return found
+        return live_ids(self.path("mounts"))
 
     def claim(self, tree_id: int) -> MountLock:
         """Take the lock of a tree; MachineError if a living daemon holds it."""

@@ -18,6 +18,7 @@ import numpy as np
 from pkramfs.errors import MachineError
 from pkramfs.spans import Spans
 from pkramfs.units import GIB, KIB, MIB, PAGE_SIZE, format_size, round_down, round_up
+from pkramfs.units import pages as page_count
 
 KINDS = ("usable", "reserved", "acpi")
 LOWEST, HIGHEST = 64 * MIB, 1 << 46
@@ -65,18 +66,18 @@ class FirmwareMap:
     def node_spans(self) -> dict[int, Spans]:
         """Usable pages of each NUMA node; what no range names belongs to node 0."""
         usable, found = self.usable, {}
-        named = Spans((start, end) for start, end, _ in self.nodes).outward(PAGE_SIZE)
-        for node in sorted({node for _, _, node in self.nodes} | {0}):
-            ranges = Spans((start, end) for start, end, owner in self.nodes if owner == node)
-            pages = ranges.outward(PAGE_SIZE) & usable
-            found[node] = pages | (usable - named) if node == 0 else pages
+        pages = [(page_count(start), page_count(end), node) for start, end, node in self.nodes]
+        named = Spans((start, end) for start, end, _ in pages)
+        for node in sorted({node for _, _, node in pages} | {0}):
+            its = Spans((start, end) for start, end, owner in pages if owner == node) & usable
+            found[node] = its | (usable - named) if node == 0 else its
         return found
 
     def node_of(self, pfns: Any) -> Any:
-        """NUMA node of each pfn of an array."""
+        """NUMA node of each pfn of an array: a page is where it starts."""
         nodes = np.zeros(len(pfns), dtype=np.int64)
         for start, end, node in self.nodes:
-            nodes[(pfns >= start // PAGE_SIZE) & (pfns < end // PAGE_SIZE)] = node
+            nodes[(pfns >= page_count(start)) & (pfns < page_count(end))] = node
         return nodes
 
     @classmethod
@@ -88,6 +89,8 @@ class FirmwareMap:
             )
         if not 1 <= nodes <= MAX_NODES:
             raise MachineError(f"{nodes} NUMA nodes cannot be: give 1 to {MAX_NODES}")
+        if ram_bytes < nodes * 2 * MIB:
+            raise MachineError(f"{nodes} NUMA nodes cannot be in {format_size(ram_bytes)}: each has 2 MiB or more")
         ram_bytes = round_down(ram_bytes, PAGE_SIZE)
         low = min(ram_bytes, 3 * GIB)
         entries = [(0, 640 * KIB, "usable"), (640 * KIB, MIB, "reserved"), (MIB, low, "usable")]
@@ -108,12 +111,19 @@ class FirmwareMap:
     def from_json(cls, data: Any) -> "FirmwareMap":
         """The hardware that `to_json` gave; MachineError where it is anything else."""
         try:
-            entries = tuple((int(e["start"]), int(e["end"]), str(e["kind"])) for e in data["map"])
-            nodes = tuple((int(n["start"]), int(n["end"]), int(n["node"])) for n in data.get("nodes", ()))
-            seed = int(data.get("seed", 0))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            entries = tuple((_whole(e["start"]), _whole(e["end"]), str(e["kind"])) for e in data["map"])
+            nodes = tuple((_whole(n["start"]), _whole(n["end"]), _whole(n["node"])) for n in data.get("nodes", ()))
+            seed = _whole(data.get("seed", 0))
+        except (KeyError, TypeError, AttributeError) as error:
             raise MachineError(f"firmware map: not what machine.json should hold ({error!r})") from None
         return cls(tuple(sorted(entries)), tuple(sorted(nodes)), seed)
+
+
+def _whole(value: Any) -> int:
+    """A number as JSON has it: 1.5, "1" and true are none."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is not a whole number")
+    return value
 
 
 def _even_nodes(top: int, nodes: int) -> tuple[tuple[int, int, int], ...]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pkramfs.errors import MachineError
+from pkramfs.errors import MachineError, explain
 
 _POLL = 0.01
 _PROBE_GRACE = 0.2
@@ -24,7 +24,10 @@ _PROBE_GRACE = 0.2
 
 def open_lock(path: str) -> int:
     """A descriptor of the lock file at `path`, made if it is not there."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise MachineError(f"cannot lock {explain(error)}") from None
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:

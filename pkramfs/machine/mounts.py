@@ -12,6 +12,7 @@ Kernel: /proc/mounts, which cannot say whose daemon lives
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ from pkramfs.errors import MachineError, explain
 from pkramfs.machine import locks
 
 _SUFFIXES = ("json", "sock", "lock")
+_NAME = re.compile(r"[0-9a-f]{16}\.(json|lock)")
+_FIELDS = {"name": str, "mountpoint": str, "pid": int, "options": dict, "dev": int}
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,28 @@ def read_entries(directory: str) -> list[MountEntry]:
     return [entry for entry in entries if entry is not None]
 
 
-def _read_entry(directory: str, name: str) -> MountEntry | None:
+def live_ids(directory: str) -> set[int]:
+    """Tree ids whose lock is held, whether they have an entry or not."""
+    found = set()
     try:
-        tree_id = int(name.removesuffix(".json"), 16)
-    except ValueError:
+        names = os.listdir(directory)
+    except OSError as error:  # nobody lives? who would believe that frees the memory of those who do
+        raise MachineError(f"cannot tell who is mounted: {explain(error)}") from None
+    for name in names:
+        tree_id = _tree_id(name, ".lock")
+        if tree_id is not None and locks.is_held(os.path.join(directory, name)):
+            found.add(tree_id)
+    return found
+
+
+def _tree_id(name: str, suffix: str) -> int | None:
+    """The tree id that a file is named by; None for a file that is not ours."""
+    return int(name[:16], 16) if _NAME.fullmatch(name) and name.endswith(suffix) else None
+
+
+def _read_entry(directory: str, name: str) -> MountEntry | None:
+    tree_id = _tree_id(name, ".json")
+    if tree_id is None:
         return None
     data, damaged = _read_data(os.path.join(directory, name))
     if data is None:
@@ -104,7 +125,7 @@ def _read_entry(directory: str, name: str) -> MountEntry | None:
         tree_id=tree_id,
         name=data.get("name"),
         mountpoint=str(data.get("mountpoint", "?")),
-        pid=int(data.get("pid", 0)),
+        pid=data.get("pid") or 0,
         options=data.get("options") or {},
         dev=data.get("dev"),
         alive=locks.is_held(stem(directory, tree_id) + ".lock"),
@@ -118,8 +139,8 @@ def _read_data(path: str) -> tuple[dict[str, Any] | None, str]:
     try:
         with open(path, encoding="utf-8") as file:
             data = json.load(file)
-        if not isinstance(data, dict) or not isinstance(data.get("pid", 0), int):
-            raise ValueError("not a mount entry")
+        if wrong := _wrong_field(data):
+            raise ValueError(wrong)
     except FileNotFoundError:
         return None, ""
     except OSError as error:
@@ -127,3 +148,14 @@ def _read_data(path: str) -> tuple[dict[str, Any] | None, str]:
     except ValueError as error:
         return {}, f"{path} is damaged: {error}"
     return data, ""
+
+
+def _wrong_field(data: Any) -> str:
+    """Why this is no mount entry, or nothing."""
+    if not isinstance(data, dict):
+        return "not a mount entry"
+    for key, kinds in _FIELDS.items():
+        value = data.get(key)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            return f"{key} is {value!r}"
+    return f"pid is {data['pid']}" if (data.get("pid") or 0) < 0 else ""

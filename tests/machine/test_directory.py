@@ -1,0 +1,150 @@
+"""The machine's directory: names, damage, and what a place that cannot be written says."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pkramfs.errors import MachineError, UsageError
+from pkramfs.machine.directory import Machine, default_root
+from pkramfs.machine.firmware import FirmwareMap
+from pkramfs.units import MIB
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    monkeypatch.setenv("PKRAM_ROOT", str(tmp_path))
+    made = Machine.locate()
+    made.create(FirmwareMap.default(64 * MIB, seed=1))
+    return made
+
+
+def test_a_machine_is_what_it_was_made(machine: Machine) -> None:
+    assert machine.exists()
+    assert machine.hardware() == FirmwareMap.default(64 * MIB, seed=1)
+    assert machine.ram().size == 64 * MIB
+    assert sorted(os.listdir(machine.path())) == ["kexec", "lock", "machine.json", "mounts", "ram"]
+    assert os.stat(machine.path()).st_mode & 0o777 == 0o700
+
+
+def test_making_it_again_changes_nothing(machine: Machine) -> None:
+    machine.ram().words(5)[:] = 7
+    machine.create(FirmwareMap.default(128 * MIB))
+    assert machine.hardware().size == 64 * MIB
+    assert machine.ram().words(5).sum() == 7 * 512
+
+
+def test_two_first_mounts_make_one_machine(tmp_path: Path) -> None:
+    machines = [Machine(str(tmp_path / "m")) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: machines[n].create(FirmwareMap.default((64 + n) * MIB, seed=n)), range(8)))
+    made = machines[0].hardware()
+    assert made == FirmwareMap.default((64 + made.seed) * MIB, seed=made.seed)
+    assert machines[0].ram().size == made.size
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/", "a\0", "x" * 256])
+def test_names_that_cannot_be(name: str) -> None:
+    with pytest.raises(UsageError, match="give a plain file name"):
+        Machine.locate(name)
+
+
+def test_where_machines_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PKRAM_ROOT", "/somewhere")
+    assert Machine.locate("größe").path("ram") == "/somewhere/größe/ram"
+    monkeypatch.setenv("PKRAM_ROOT", "")
+    assert Machine.locate().path() == f"{default_root()}/default"
+
+
+@pytest.mark.parametrize("root", ["/proc/nowhere", "/dev/null/x"])
+def test_a_root_that_cannot_be_written(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PKRAM_ROOT", root)
+    machine = Machine.locate()
+    with pytest.raises(MachineError, match=f"cannot make the machine {root}/default: "):
+        machine.create()
+    with pytest.raises(MachineError, match="cannot lock"), machine.lifecycle(shared=True):
+        pass
+    with pytest.raises(MachineError, match="cannot write"):
+        machine.write_text("pkram", "1")
+    with pytest.raises(MachineError, match="cannot tell who is mounted"):
+        machine.live_ids()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not JSON"),
+        ("{", "not JSON"),
+        ("\0\0", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ("{}", "version is None, expected 1"),
+        ('{"version": 2}', "version is 2, expected 1"),
+        ('{"version": 1}', "machine.json is damaged: firmware map: not what machine.json should hold"),
+        ('{"version": 1, "map": [{"start": 0, "end": Infinity, "kind": "usable"}]}', "inf is not a whole number"),
+        (
+            '{"version": 1, "map": [{"start": 0, "end": 9999, "kind": "usable"}, '
+            '{"start": 8192, "end": 99999, "kind": "usable"}]}',
+            "overlaps or precedes",
+        ),
+    ],
+)
+def test_a_damaged_description_is_named(machine: Machine, text: str, reason: str) -> None:
+    Path(machine.path("machine.json")).write_text(text)
+    with pytest.raises(MachineError, match=reason) as refused:
+        machine.hardware()
+    assert machine.path("machine.json") in str(refused.value)
+
+
+def test_without_a_description_there_is_no_machine(machine: Machine) -> None:
+    os.unlink(machine.path("machine.json"))
+    assert not machine.exists()
+    with pytest.raises(MachineError, match="there is no machine in"):
+        machine.ram()
+
+
+@pytest.mark.parametrize("size", [0, 4096, 64 * MIB - 1, 65 * MIB])
+def test_ram_that_was_cut_or_replaced(machine: Machine, size: int) -> None:
+    os.truncate(machine.path("ram"), size)
+    with pytest.raises(MachineError, match=rf"\({size} bytes\), but machine.json says 64.0 MiB"):
+        machine.ram()
+
+
+def test_ram_that_is_gone(machine: Machine) -> None:
+    os.unlink(machine.path("ram"))
+    with pytest.raises(MachineError, match=r"cannot open RAM: .*ram: No such file"):
+        machine.ram()
+    os.mkdir(machine.path("ram"))
+    with pytest.raises(MachineError, match=r"cannot open RAM: .*ram: Is a directory"):
+        machine.ram()
+
+
+def test_files_are_replaced_at_once(machine: Machine) -> None:
+    machine.write_json("x.json", {"a": 1})
+    with open(machine.path("x.json")) as old:
+        machine.write_json("x.json", {"a": 2})
+        assert json.load(old) == {"a": 1}
+    assert machine.read_json("x.json") == {"a": 2}
+    assert machine.read_json("y.json") is None
+    machine.remove("x.json")
+    machine.remove("x.json")
+    assert [name for name in os.listdir(machine.path()) if "x.json" in name] == []
+
+
+def test_text_that_is_not_unicode_comes_back(machine: Machine) -> None:
+    machine.write_text("cmdline", "a=\udcff")
+    assert machine.read_text("cmdline") == "a=\udcff"
+
+
+def test_the_log_counts_from_the_boot(machine: Machine) -> None:
+    machine.log("before any boot")
+    assert machine.dmesg() == "[    0.000000] before any boot\n"
+    machine.begin_log()
+    machine.log("after it")
+    first, second = machine.dmesg().splitlines()
+    assert "boot clock" in first
+    assert second.endswith("] after it")
+    Path(machine.path("dmesg")).write_text("[ 0.0] clocksource: boot clock soon\n")
+    machine.log("a damaged clock")
+    assert "[    0.000000] a damaged clock" in machine.dmesg()

@@ -1,0 +1,90 @@
+"""Entries of mount daemons: living, dead and damaged."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from pkramfs.errors import MachineError
+from pkramfs.machine import mounts
+
+ENTRY = {"name": "a", "mountpoint": "/mnt", "pid": 42, "options": {"pkram": "a", "ro": True}, "dev": 7, "more": 1}
+ID = 0xABCD
+
+
+def test_an_entry_lives_as_long_as_its_lock(tmp_path: Path) -> None:
+    lock = mounts.claim(str(tmp_path), ID)
+    lock.write_entry(ENTRY)
+    (entry,) = mounts.read_entries(str(tmp_path))
+    assert (entry.tree_id, entry.name, entry.pid, entry.alive, entry.damaged) == (ID, "a", 42, True, "")
+    assert (entry.options, entry.dev, entry.extra) == (ENTRY["options"], 7, {"more": 1})
+    assert mounts.live_ids(str(tmp_path)) == {ID}
+    with pytest.raises(MachineError, match="tree abcd is in use by another mount daemon"):
+        mounts.claim(str(tmp_path), ID)
+    lock.release()
+    lock.release()
+    assert os.listdir(tmp_path) == []
+    assert mounts.live_ids(str(tmp_path)) == set()
+
+
+def test_who_has_no_entry_yet_is_alive(tmp_path: Path) -> None:
+    lock = mounts.claim(str(tmp_path), ID)
+    assert mounts.read_entries(str(tmp_path)) == []
+    assert mounts.live_ids(str(tmp_path)) == {ID}
+    lock.release()
+
+
+def test_what_a_dead_daemon_left(tmp_path: Path) -> None:
+    (tmp_path / f"{ID:016x}.lock").touch()
+    (tmp_path / f"{ID:016x}.json").write_text(json.dumps(ENTRY))
+    assert [entry.alive for entry in mounts.read_entries(str(tmp_path))] == [False]
+    assert mounts.live_ids(str(tmp_path)) == set()
+    mounts.claim(str(tmp_path), ID).release()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["x.json", "12.json", "+00000000000abcd.json", "000000000000abcd.json.tmp", "x.lock"])
+def test_foreign_files_are_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    assert mounts.read_entries(str(tmp_path)) == []
+    assert mounts.live_ids(str(tmp_path)) == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Expecting value"),
+        ("{", "Expecting"),
+        ("[]", "not a mount entry"),
+        (json.dumps(ENTRY | {"pid": "forty-two"}), "pid is 'forty-two'"),
+        (json.dumps(ENTRY | {"pid": True}), "pid is True"),
+        (json.dumps(ENTRY | {"pid": -1}), "pid is -1"),
+        (json.dumps(ENTRY | {"options": ["ro"]}), r"options is \['ro'\]"),
+        (json.dumps(ENTRY | {"name": 5}), "name is 5"),
+        (json.dumps(ENTRY | {"mountpoint": {}}), "mountpoint is {}"),
+        (json.dumps(ENTRY | {"dev": "7"}), "dev is '7'"),
+        ("\xff\xfe", "is damaged"),
+    ],
+)
+def test_a_damaged_entry_is_still_a_mount_and_says_why(tmp_path: Path, text: str, reason: str) -> None:
+    lock = mounts.claim(str(tmp_path), ID)
+    Path(lock.path("json")).write_bytes(text.encode("latin-1"))
+    (entry,) = mounts.read_entries(str(tmp_path))
+    assert (entry.tree_id, entry.alive, entry.options) == (ID, True, {})
+    assert lock.path("json") in entry.damaged
+    assert re.search(reason, entry.damaged)
+    lock.release()
+
+
+def test_an_entry_that_says_little_is_read(tmp_path: Path) -> None:
+    (tmp_path / f"{ID:016x}.json").write_text('{"pid": null}')
+    (entry,) = mounts.read_entries(str(tmp_path))
+    assert (entry.name, entry.mountpoint, entry.pid, entry.damaged) == (None, "?", 0, "")
+
+
+def test_no_directory_is_no_entry_but_nobody_says_that_none_lives(tmp_path: Path) -> None:
+    assert mounts.read_entries(str(tmp_path / "gone")) == []
+    with pytest.raises(MachineError, match="cannot tell who is mounted"):
+        mounts.live_ids(str(tmp_path / "gone"))
