@@ -44,6 +44,7 @@ from pkramfs.machine.directory import Machine
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import new_tree_id
 from pkramfs.machine.mounts import MountEntry, MountLock
+from pkramfs.machine.policy import Policy
 from pkramfs.units import PAGE_SHIFT, format_size, plural
 
 log = logging.getLogger("pkramfs")
@@ -131,7 +132,8 @@ class Daemon:
     def _run_claimed(self, lock: MountLock) -> None:
         self.lock = lock
         _log_to(lock.path("log"))
-        self.frames = Frames(self.kernel.ram, self.kernel.leases, lock.tree_id)
+        policy = Policy.parse(self.options.mpol, self.machine.hardware())
+        self.frames = Frames(self.kernel.ram, self.kernel.leases, lock.tree_id, policy)
         kept = self._restored
         try:
             self.kernel.sweep()

@@ -4,6 +4,7 @@
     kernel       generation 2, builtin, up since 12:00:01, super block at pfn 34f
     next         /boot/vmlinuz-6.1 is loaded: pkram-kexec -e
     memory       free 61.9 GiB, trees 2.0 GiB, kernel 34 MiB
+    node 0       free 30.9 GiB, trees 1.0 GiB, kernel 34 MiB             (several NUMA nodes only)
 
     MOUNTED ON   NAME      STATE       FILES   SIZE      PID
     /mnt         mytmpfs   preserved       1   2.0 GiB   4242
@@ -42,7 +43,8 @@ def act(args: argparse.Namespace) -> None:
 def gather(machine: "Machine") -> dict[str, Any]:
     """Everything that there is to say, as plain data."""
     found: dict[str, Any] = {"machine": _machine(machine)}
-    parts = {"kernel": _kernel, "next": _next, "memory": _memory, "mounts": _mounts, "nodes": nodes.listing}
+    parts = {"kernel": _kernel, "next": _next, "memory": _memory, "numa": _numa, "mounts": _mounts}
+    parts |= {"nodes": nodes.listing}
     problems = []
     for name, look in parts.items():
         try:
@@ -104,6 +106,20 @@ def _memory(machine: "Machine") -> dict[str, int] | None:
     return {state: blocks * BLOCK_SIZE for state, blocks in running.leases.counts().items()}
 
 
+def _numa(machine: "Machine") -> dict[str, dict[str, int]] | None:
+    """Bytes of each NUMA node by who has them, where there are several nodes."""
+    running = nodes.attached(machine)
+    if running is None:
+        return None
+    from pkramfs.machine.policy import node_blocks
+
+    parts = node_blocks(machine.hardware())
+    if len(parts) == 1:
+        return None
+    found = running.leases.counts_in(parts)
+    return {str(node): {who: n * BLOCK_SIZE for who, n in counts.items()} for node, counts in found.items()}
+
+
 def _mounts(machine: "Machine") -> list[dict[str, Any]]:
     return [_mount(seen) for seen in mounts.look(machine)]
 
@@ -123,6 +139,7 @@ def show(found: dict[str, Any]) -> None:
             ("kernel", _kernel_line(found["kernel"])),
             ("next", _next_line(found["next"])),
             ("memory", _memory_line(found["memory"])),
+            *((f"node {node}", _memory_line(memory)) for node, memory in (found["numa"] or {}).items()),
         ]
     )
     for problem in found["problems"]:

@@ -12,6 +12,7 @@ wholly free, but for a small stock.
 
 A free frame reads as zeros: leased blocks arrive punched, and `free` punches what it takes.
 `hold` keeps some frames back for the owner's own save: a full RAM must not prevent preserving.
+A `policy` (mpol=) says which NUMA nodes new blocks come from.
 
 Kernel: mm/page_alloc.c (buddy lists by order), mm/folio batches; rows 35 and 36 (work in bulk)
 """
@@ -22,6 +23,7 @@ import numpy as np
 
 from pkramfs.errors import ExhaustedError
 from pkramfs.machine.leases import Leases
+from pkramfs.machine.policy import Policy
 from pkramfs.machine.ram import Ram
 from pkramfs.spans import U64, Spans
 from pkramfs.units import BLOCK_PAGES, MAX_ORDER, PAGE_SHIFT
@@ -123,8 +125,8 @@ class FreeRuns:
 class Frames:
     """Frames of one owner (`tree_id`): allocate and free pages in bulk."""
 
-    def __init__(self, ram: Ram, leases: Leases, tree_id: int) -> None:
-        self.ram, self.leases, self.tree_id = ram, leases, tree_id
+    def __init__(self, ram: Ram, leases: Leases, tree_id: int, policy: Policy | None = None) -> None:
+        self.ram, self.leases, self.tree_id, self.policy = ram, leases, tree_id, policy
         self._free = FreeRuns()
         self._blocks = 0
         self._held = 0
@@ -209,7 +211,7 @@ class Frames:
             self._lease(need)
 
     def _lease(self, blocks: int) -> None:
-        for start, end in self.leases.lease(self.tree_id, blocks):
+        for start, end in self.leases.lease(self.tree_id, blocks, policy=self.policy):
             self._free.add(start * BLOCK_PAGES, (end - start) * BLOCK_PAGES)
             self._blocks += end - start
 

@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 
 from pkramfs.errors import ExhaustedError
+from pkramfs.machine.policy import Policy
 from pkramfs.machine.ram import Ram
 from pkramfs.spans import U64, Spans
 from pkramfs.units import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, format_size
@@ -80,6 +81,15 @@ class Leases:
             found.update(np.unique(words).tolist())
         return {owner for owner in found if owner >= FIRST_TREE_ID}
 
+    def counts_in(self, parts: dict[int, Spans]) -> dict[int, dict[str, int]]:
+        """Blocks of each part by who has them: free, tree, kernel (whatever else is not free)."""
+        taken, trees = self.taken(), self._where(lambda words: words >= FIRST_TREE_ID)
+        found = {}
+        for part, blocks in parts.items():
+            owned, leased = (taken & blocks).total, (trees & blocks).total
+            found[part] = {"free": blocks.total - owned, "tree": leased, "kernel": owned - leased}
+        return found
+
     def counts(self) -> dict[str, int]:
         """Blocks by state: free, kernel, hole, reserve, tree."""
         found = dict.fromkeys((*STATES.values(), "tree"), 0)
@@ -89,16 +99,21 @@ class Leases:
         found["free"] = self.blocks - sum(count for state, count in found.items() if state != "free")
         return found
 
-    def lease(self, tree_id: int, count: int, *, align: int = 1) -> Spans:
+    def lease(self, tree_id: int, count: int, *, align: int = 1, policy: Policy | None = None) -> Spans:
         """Take `count` free blocks, in one piece where there is one; ExhaustedError and nothing taken if too few."""
         with self._lock():
             free = self.taken().gaps(0, self.blocks)
-            if free.total < count:
+            shares = [(free, min(count, free.total))] if policy is None else policy.shares(free, count)
+            if (room := sum(share for _, share in shares)) < count:
+                where = f" for mpol={policy.text}" if policy else ""
                 raise ExhaustedError(
-                    f"RAM is full: {format_size(count * BLOCK_SIZE)} wanted, "
-                    f"{format_size(free.total * BLOCK_SIZE)} free"
+                    f"RAM is full{where}: {format_size(count * BLOCK_SIZE)} wanted, "
+                    f"{format_size(room * BLOCK_SIZE)} free"
                 )
-            chosen = _choose(free, count, align)
+            chosen = Spans()
+            for blocks, share in shares:
+                if share:
+                    chosen = chosen | _choose(blocks - chosen if chosen else blocks, share, align)
             self.ram.punch(chosen.scale(BLOCK_PAGES))
             self._set(chosen, tree_id)
         return chosen
