@@ -28,8 +28,9 @@ from pkramfs.pkram.format import (
     LINK_CAPACITY,
     LINK_MAGIC,
     NEXT,
+    OTHER,
 )
-from pkramfs.pkram.page import check_pfn, publish, read_page, seal_array, unseal
+from pkramfs.pkram.page import check_pfn, expect_flags, expect_unused, publish, read_page, seal_array, unseal
 from pkramfs.spans import U64
 from pkramfs.units import MAX_ORDER, PAGE_SHIFT, PAGE_SIZE
 
@@ -175,7 +176,7 @@ def write_links(
     words[at] = LINK_MAGIC
     following = np.append(pages[1:], np.uint64(0))
     words[at + np.uint64(2)] = seal_array(following, (at << np.uint64(3)) + np.uint64(NEXT))
-    words[at + np.uint64(3)] = seal_array(np.zeros_like(pages), (at << np.uint64(3)) + np.uint64(NEXT + 8))
+    words[at + np.uint64(3)] = seal_array(np.zeros_like(pages), (at << np.uint64(3)) + np.uint64(OTHER))
     words[at + np.uint64(4)] = generation
     words[at + np.uint64(5)] = index[starts]
     words[at + np.uint64(6)] = counts.astype(np.uint64)
@@ -223,6 +224,8 @@ def read_links(ram: Ram, head: int, tail: int, links: int, generation: int) -> t
             raise FormatError("Link", "count", pfn=pfn, found=page.count, expected=f"1 to {LINK_CAPACITY}")
         if page.generation != generation:
             raise FormatError("Link", "generation", pfn=pfn, found=page.generation, expected=generation)
+        expect_flags("Link", pfn, page.flags)
+        expect_unused(ram, pfn, "Link", OTHER, "other")
         pages.append(pfn)
         bounds.append((page.index, page.count))
         pfn = unseal(page.next, (pfn << PAGE_SHIFT) + NEXT, "Link", "next")

@@ -100,6 +100,18 @@ def read_page(ram: Ram, pfn: int, record: Record, magic: int) -> Any:
     return found
 
 
+def expect_unused(ram: Ram, pfn: int, record: str, offset: int, field: str) -> None:
+    """FormatError unless a published word that this record does not use is a sealed 0."""
+    if target := read_word(ram, pfn, offset, record, field):
+        raise FormatError(record, field, pfn=pfn, found=f"pfn {target:x}", expected="none")
+
+
+def expect_flags(record: str, pfn: int, found: int, known: int = 0) -> None:
+    """FormatError if flags are set that this version does not know."""
+    if found & ~known:
+        raise FormatError(record, "flags", pfn=pfn, found=f"{found:#x}", expected=f"nothing but {known:#x}")
+
+
 def _letters(magic: int) -> str:
     raw = magic.to_bytes(8, "little")
     return repr(raw.decode("ascii")) if raw.isalnum() else f"{magic:#018x}"

@@ -18,7 +18,7 @@ import numpy as np
 from pkramfs.errors import FormatError
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.format import NEXT, OTHER, REGIONS, REGIONS_CAPACITY, REGIONS_MAGIC
-from pkramfs.pkram.page import check_pfn, read_page, read_word, seal_page, write_page
+from pkramfs.pkram.page import check_pfn, expect_flags, read_page, read_word, seal_page, write_page
 from pkramfs.spans import U64, Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
@@ -81,6 +81,8 @@ def read(ram: Ram, head: int, usable: Spans | None = None) -> Spans:
         first = first or page
         if page.count > REGIONS_CAPACITY:
             raise FormatError("Regions", "count", pfn=pfn, found=page.count, expected=f"at most {REGIONS_CAPACITY}")
+        expect_flags("Regions", pfn, page.flags)
+        read_word(ram, pfn, OTHER, "Regions", "previous")
         words = ram.words(pfn)[_HEAD_WORDS : _HEAD_WORDS + 2 * page.count]
         starts.append(words[0::2].copy())
         sizes.append(words[1::2].copy())

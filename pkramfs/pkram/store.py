@@ -28,7 +28,7 @@ from pkramfs.errors import FormatError, PkramError
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram import pagetable, superblock
 from pkramfs.pkram.format import LINK_CAPACITY, NAME_MAX, NEXT, NODE, NODE_MAGIC, OTHER
-from pkramfs.pkram.page import publish, read_page, read_word, write_page
+from pkramfs.pkram.page import expect_flags, expect_unused, publish, read_page, read_word, write_page
 from pkramfs.pkram.relocate import Allocator
 from pkramfs.pkram.streams import Arena, ObjectReader, ObjectWriter
 from pkramfs.spans import Spans
@@ -347,6 +347,8 @@ def read_node(ram: Ram, pfn: int) -> Node:
     page = read_page(ram, pfn, NODE, NODE_MAGIC)
     if not 0 < page.name_length <= NAME_MAX:
         raise FormatError("Node", "name_length", pfn=pfn, found=page.name_length, expected=f"1 to {NAME_MAX}")
+    expect_flags("Node", pfn, page.flags, STRICT)
+    expect_unused(ram, pfn, "Node", OTHER, "other")
     return Node(
         name=page.name[: page.name_length],
         tree_id=page.tree_id,

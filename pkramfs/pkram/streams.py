@@ -29,7 +29,7 @@ from pkramfs.machine.ram import Ram
 from pkramfs.pkram import link
 from pkramfs.pkram.format import ENTRY_HUGE, LINK_CAPACITY, NEXT, OBJECT, OBJECT_MAGIC, OTHER
 from pkramfs.pkram.link import U8
-from pkramfs.pkram.page import read_page, write_page
+from pkramfs.pkram.page import expect_flags, expect_unused, read_page, write_page
 from pkramfs.pkram.relocate import Allocator, allocate_outside, move_out
 from pkramfs.spans import U64, Spans
 from pkramfs.units import BLOCK_ORDER, PAGE_SIZE, pages
@@ -243,6 +243,9 @@ class ObjectReader:
         self.record = read_page(ram, pfn, OBJECT, OBJECT_MAGIC)
         if self.record.generation != generation:
             raise FormatError("Object", "generation", pfn=pfn, found=self.record.generation, expected=generation)
+        expect_flags("Object", pfn, self.record.flags)
+        for offset, field in ((NEXT, "next"), (OTHER, "other")):
+            expect_unused(ram, pfn, "Object", offset, field)
         self.length: int = self.record.data_length
         self._read_bytes(generation)
         self._read_pages(generation)
