@@ -15,6 +15,7 @@ is waited for. Whatever this process prints goes to mounts/ID.log.
 Kernel: fs/super.c (get_tree_nodev), fs/namespace.c, mm/shmem.c (shmem_fill_super, shmem_put_super)
 """
 
+import faulthandler
 import json
 import logging
 import os
@@ -38,6 +39,7 @@ from pkramfs.fuse import syscalls
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.options import Options, parse
 from pkramfs.fuse.session import Session
+from pkramfs.kernel import crash
 from pkramfs.kernel.running import Running, shared
 from pkramfs.machine import locks
 from pkramfs.machine.directory import Machine
@@ -121,6 +123,7 @@ class Daemon:
 
     def run(self) -> None:
         """Build, serve, take down."""
+        crash.notice(self.machine)
         with self._starting:
             self.kernel = self._attach()
             lock = self._claim()
@@ -132,6 +135,7 @@ class Daemon:
     def _run_claimed(self, lock: MountLock) -> None:
         self.lock = lock
         _log_to(lock.path("log"))
+        faulthandler.enable()  # an abort or a fault leaves its name in the log: panic_on_oops (kernel/crash.py)
         policy = Policy.parse(self.options.mpol, self.machine.hardware())
         self.frames = Frames(self.kernel.ram, self.kernel.leases, lock.tree_id, policy)
         kept = self._restored
@@ -191,6 +195,7 @@ class Daemon:
             node = self.kernel.store.find(self.node_name) if self.options.name else None
             self._restored = node is not None
             lock = self.machine.claim(new_tree_id() if node is None else node.tree_id)
+            self._log_at = _size(lock.path("log"))
             lock.write_entry(self._entry(None))
         return lock
 
@@ -206,6 +211,7 @@ class Daemon:
             "options": self.options.lasting(),
             "dev": dev,
             "restored": self._restored,
+            "log_at": self._log_at,
         }
 
     async def _build(self) -> Tree:
@@ -330,6 +336,14 @@ def _log_to(path: str) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+
+
+def _size(path: str) -> int:
+    """How long a log is already: a tree id may have had a daemon before."""
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:
+        return 0
 
 
 def _drop_empty(path: str) -> None:

@@ -147,6 +147,7 @@ def _act(args: argparse.Namespace) -> int:
     machine = arguments.machine(args)
     if args.status:
         return _status(machine)
+    _notice_oops(args, machine)
     if args.unload:
         _unload(args, machine)
     if args.image:
@@ -160,6 +161,16 @@ def _act(args: argparse.Namespace) -> int:
         if getattr(args, way):
             return go(args, machine)
     return 0
+
+
+def _notice_oops(args: argparse.Namespace, machine: "Machine") -> None:
+    """With panic_on_oops a daemon that has aborted took its kernel with it; leaving is all that can be done then."""
+    if args.dry_run or args.panic or args.cold:
+        return
+    from pkramfs.kernel import crash
+
+    if crash.notice(machine) is not None:
+        raise MachineError("panic_on_oops: a mount daemon had aborted, the crash kernel runs now: pkramctl report")
 
 
 def _status(machine: "Machine") -> int:

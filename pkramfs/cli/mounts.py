@@ -16,7 +16,6 @@ Kernel: kernel/reboot.c (kernel_restart_prepare), fs/sync.c (SYSCALL_DEFINE1(syn
 """
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -212,16 +211,10 @@ class Mounts:
 
 
 def kill(entry: "MountEntry") -> None:
-    """Kill a mount daemon, if its pid still is one (a pid may have been given to somebody else)."""
-    if entry.pid <= 0:
-        return  # a damaged entry; kill(0) would be ourselves
-    try:
-        with open(f"/proc/{entry.pid}/cmdline", "rb") as words:
-            ours = b"pkramfs" in words.read()
-        if ours:
-            os.kill(entry.pid, signal.SIGKILL)
-    except (FileNotFoundError, ProcessLookupError):
-        pass  # it is gone, which is what we want
+    """Kill a mount daemon, if its pid still is one."""
+    from pkramfs.machine import mounts
+
+    mounts.kill(entry)
 
 
 def syncfs(mountpoint: str, device: int | None) -> None:

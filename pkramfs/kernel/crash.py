@@ -7,16 +7,79 @@ Nothing is saved, frozen or handed over: a panic leaves no time for that. The cr
 all but its own window, so nothing of the dead one is overwritten; what is known about that one (its
 super block, its last log lines) is in the boot report. Leaving a crash kernel is a cold boot.
 
-Kernel: kernel/crash_core.c, kernel/panic.c, include/linux/crash_dump.h (is_kdump_kernel), patch 20
+A mount daemon that aborts or faults (SIGABRT, SIGSEGV, SIGBUS, …) is this kernel's oops: its
+interpreter writes how it ended into the daemon's log. With `panic_on_oops` on the command line the
+oops is a panic. There is no process that is the kernel and could see it happen; so whoever comes
+next (the next mount, the next pkram-kexec) finds the dead daemon's entry and panics before doing
+anything else (`notice`). A daemon that was killed with SIGKILL is no oops: somebody wanted that.
+Without a crash kernel the log says so and life goes on, because all that a panic could do is lose
+every other tree.
+
+Kernel: kernel/crash_core.c, kernel/panic.c (panic_on_oops), include/linux/crash_dump.h (is_kdump_kernel),
+        patch 20
 """
 
+import time
+
 from pkramfs.errors import MachineError
-from pkramfs.kernel import nvram, running, staging
+from pkramfs.kernel import cmdline as words
+from pkramfs.kernel import nvram, running, staging, state
 from pkramfs.kernel.nvram import Pending
 from pkramfs.kernel.running import Running
 from pkramfs.machine.directory import Machine
+from pkramfs.machine.mounts import MountEntry, kill, last_words
 
+PANIC_ON_OOPS = "panic_on_oops"
 _LAST_LINES = 50
+_GONE_SECONDS = 30.0
+_POLL_SECONDS = 0.01
+
+
+def notice(machine: Machine) -> Running | None:
+    """Panic if a daemon of this kernel has oopsed and the command line asks for it. Takes the machine lock."""
+    if not machine.exists() or _oops(machine) is None:
+        return None
+    with machine.lifecycle(shared=False):
+        oops = _oops(machine)
+        if oops is None:
+            return None  # somebody else noticed
+        entry, how = oops
+        reason = f"Fatal exception: {how} in the daemon of {entry.mountpoint} (pid {entry.pid})"
+        if staging.read(machine, staging.CRASH_JSON) is None:
+            machine.log(f"{reason}; {PANIC_ON_OOPS}, but no crash kernel is loaded: going on")
+            machine.claim(entry.tree_id).release()
+            return None
+        _kill_all(machine)
+        return panic(machine, reason)
+
+
+def _oops(machine: Machine) -> tuple[MountEntry, str] | None:
+    """A daemon that oopsed under the running kernel, and how, if that matters to it."""
+    info = state.read(machine, any_layout=True)
+    if info is None or not info.pkram or not _panics(machine.read_text("cmdline") or ""):
+        return None
+    for entry in machine.mounts():
+        ended = last_words(machine.path("mounts"), entry)
+        if ended is not None and ended[1] >= info.booted:
+            return entry, ended[0]
+    return None
+
+
+def _panics(cmdline: str) -> bool:
+    value = words.get(cmdline, PANIC_ON_OOPS)
+    return words.has(cmdline.strip(), PANIC_ON_OOPS) if value is None else value != "0"
+
+
+def _kill_all(machine: Machine) -> None:
+    """A panic asks nobody: every other daemon ends where it is."""
+    for entry in machine.mounts():
+        if entry.alive:
+            kill(entry)
+    deadline = time.monotonic() + _GONE_SECONDS
+    while machine.live_ids():
+        if time.monotonic() > deadline:
+            raise MachineError("a mount daemon does not end: kill it, then pkram-kexec --panic")
+        time.sleep(_POLL_SECONDS)
 
 
 def panic(machine: Machine, reason: str = "sysrq triggered crash") -> Running:

@@ -13,6 +13,7 @@ Kernel: /proc/mounts, which cannot say whose daemon lives
 import json
 import os
 import re
+import signal
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from pkramfs.machine import locks
 
 _SUFFIXES = ("json", "sock", "lock")
 _NAME = re.compile(r"[0-9a-f]{16}\.(json|lock)")
+_FATAL = re.compile(rb"^Fatal Python error: (.*)$", re.MULTILINE)
 _FIELDS = {"name": str, "mountpoint": str, "pid": int, "options": dict, "dev": int}
 
 
@@ -82,6 +84,32 @@ def claim(directory: str, tree_id: int) -> MountLock:
     if fd is None:
         raise MachineError(f"tree {tree_id:x} is in use by another mount daemon")
     return MountLock(directory, tree_id, fd)
+
+
+def kill(entry: MountEntry) -> None:
+    """Kill a mount daemon, if its pid still is one (a pid may have been given to somebody else)."""
+    if entry.pid <= 0:
+        return  # a damaged entry; kill(0) would be ourselves
+    try:
+        with open(f"/proc/{entry.pid}/cmdline", "rb") as words:
+            ours = b"pkramfs" in words.read()
+        if ours:
+            os.kill(entry.pid, signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # it is gone, which is what we want
+
+
+def last_words(directory: str, entry: MountEntry) -> tuple[str, float] | None:
+    """How a dead daemon ended, if it was an abort or a fault, and when: its interpreter's own line in its log."""
+    log = stem(directory, entry.tree_id) + ".log"
+    try:
+        with open(log, "rb") as file:
+            file.seek(int(entry.extra.get("log_at") or 0))
+            found = _FATAL.findall(file.read())
+            ended = os.fstat(file.fileno()).st_mtime
+    except (OSError, ValueError, TypeError):
+        return None  # no log, no fault
+    return (found[-1].decode("ascii", "replace"), ended) if found and not entry.alive else None
 
 
 def read_entries(directory: str) -> list[MountEntry]:

@@ -1,8 +1,10 @@
 """How a mount ends when it is not alone: under another mount, with bind mounts, in another namespace."""
 
+import json
 import os
 import signal
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,3 +63,62 @@ def _end(lab: Any, entry: MountEntry, how: str) -> None:
     else:
         os.kill(entry.pid, signal.SIGTERM)
     lab.gone(entry)
+
+
+def oops(lab: Any, directory: Path, number: int) -> None:
+    entry = lab.entry(directory)
+    os.kill(entry.pid, number)
+    lab.gone(entry)
+
+
+def with_crash_kernel(lab: Any, cmdline: str) -> None:
+    assert lab.run("ctl", "machine", "create", "--ram", "256M").returncode == 0
+    done = lab.run("kexec", "-le", "builtin:4M", "--append", f"ro crashkernel=32M {cmdline}")
+    assert done.returncode == 0, done.stderr
+    assert lab.run("kexec", "-p", "builtin:8M").returncode == 0
+
+
+def kind(lab: Any) -> str:
+    return str(json.loads(lab.run("ctl", "--json", "status").stdout)["kernel"]["kind"])
+
+
+def test_an_aborted_daemon_is_a_panic_if_the_command_line_says_so(lab: Any) -> None:
+    with_crash_kernel(lab, "panic_on_oops")
+    one, other = lab.mount("one"), lab.mount("other")
+    survivor = lab.entry(other)
+    oops(lab, one, signal.SIGABRT)
+    done = lab.run("kexec", "-l", "builtin:4M")
+    assert done.returncode == 8
+    assert "panic_on_oops: a mount daemon had aborted" in done.stderr
+    assert kind(lab) == "crash"
+    lab.gone(survivor)
+    (dead,) = (line for line in report(lab)["dead"]["dmesg"] if "Kernel panic" in line)
+    assert f"Fatal exception: Aborted in the daemon of {one}" in dead
+    assert lab.run("kexec", "--cold").returncode == 0
+    assert kind(lab) == "cold"
+
+
+def report(lab: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(lab.run("ctl", "--json", "report").stdout)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "number"),
+    [("panic_on_oops", signal.SIGKILL), ("panic_on_oops=0", signal.SIGABRT), ("", signal.SIGABRT)],
+)
+def test_other_deaths_are_none(lab: Any, cmdline: str, number: int) -> None:
+    with_crash_kernel(lab, cmdline)
+    oops(lab, lab.mount("one"), number)
+    lab.umount(lab.mount("two"))
+    assert kind(lab) == "kexec"
+
+
+def test_without_a_crash_kernel_the_log_says_so(lab: Any) -> None:
+    with_crash_kernel(lab, "panic_on_oops=1")
+    assert lab.run("kexec", "-p", "-u").returncode == 0
+    oops(lab, lab.mount("one"), signal.SIGSEGV)
+    lab.umount(lab.mount("two"))
+    assert kind(lab) == "kexec"
+    assert "Segmentation fault in the daemon of" in lab.dmesg()
+    assert "no crash kernel is loaded: going on" in lab.dmesg()
