@@ -215,3 +215,45 @@ def _read_bitmaps(ram: Ram, units: U64, entries: U64) -> Spans:
     block = units[(starts // np.uint64(LOWER)).astype(np.int64)] * np.uint64(LOWER)
     first = starts // np.uint64(LOWER) * np.uint64(LOWER)
     return Spans.from_arrays(block + starts - first, block + ends - first)
+
+
+def any_preserved(ram: Ram, root: int, start: int, end: int) -> bool:
+    """Whether a page that holds any byte of the physical range [start, end) is named by the table.
+
+    Bounds are byte addresses and are aligned outwards; only what covers the range is descended into.
+
+    Kernel: pkram_has_preserved_pages()
+    """
+    first, last = start >> PAGE_SHIFT, (end + PAGE_SIZE - 1) >> PAGE_SHIFT
+    return end > start and bool(read_range(ram, root, first, last))
+
+
+def read_range(ram: Ram, root: int, first: int, last: int) -> Spans:
+    """The pages of [first, last) that the table names, reading no more of it than covers them."""
+    check_pfn(ram, root, "PageTable", "root")
+    pages, numbers = np.array([root], dtype=np.uint64), np.zeros(1, dtype=np.uint64)
+    found = Spans()
+    for covers in (ROOT, UPPER, LOWER):
+        units, entries = _children(ram, pages, numbers)
+        inside = (units >= np.uint64(first // covers)) & (units <= np.uint64(max(last - 1, 0) // covers))
+        numbers, entries, full = _descend(ram, units[inside], entries[inside])
+        found = found | full.scale(covers)
+        pages = entries >> np.uint64(PAGE_SHIFT)
+    return (found | _read_bitmaps(ram, numbers, entries)).clip(first, last)
+
+
+def next_hole_below(ram: Ram, root: int, limit: int, count: int) -> int | None:
+    """First page of the highest `count` pages in a row below page `limit` of which the table names none.
+
+    Walks down one GiB at a time, so a hole near the top is found without reading the rest (D25: the
+    kernel's search stepped one page at a time).
+    """
+    top = edge = limit
+    while edge > 0:
+        edge = max(0, (edge - 1) // UPPER * UPPER)
+        # The stretch above may continue a hole that begins here, so it is looked at again with this one.
+        hole = read_range(ram, root, edge, top).gaps(edge, top).first_fit(count, top_down=True)
+        if hole is not None:
+            return hole
+        top = min(limit, edge + count)
+    return None

@@ -33,3 +33,36 @@ def test_a_fragmented_block_is_one_bitmap(ram, frames):
     spans = Spans((a, a + 1) for a in range(1 << 20, (1 << 20) + 512, 2))
     root, _, pages = pagetable.build(ram, spans, frames.allocate_pages)
     assert pagetable.read(ram, root) - Spans.from_runs(pages, np.ones_like(pages)) == spans
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_range_queries_agree_with_the_set(ram, frames, seed):
+    rng = random.Random(seed)
+    top = rng.choice((1 << 14, 1 << 20, 1 << 27))
+    spans = Spans(
+        (a, a + rng.choice((1, 5, 512, 1 << 18)))
+        for a in (rng.randrange(1 << 15, (1 << 15) + top) for _ in range(rng.randint(1, 30)))
+    )
+    root, _, pages = pagetable.build(ram, spans, frames.allocate_pages)
+    whole = spans | Spans.from_runs(pages, np.ones_like(pages))
+    edges = [*whole.starts.tolist(), *whole.ends.tolist()]
+    for _ in range(20):
+        first = max(0, rng.choice(edges) + rng.randint(-600, 600))
+        last = first + rng.choice((1, 3, 512, 1 << 19))
+        assert pagetable.read_range(ram, root, first, last) == whole.clip(first, last)
+        assert pagetable.any_preserved(ram, root, first << 12, last << 12) == whole.overlaps(first, last)
+    for count in (1, 7, 512, 5000):
+        limit = rng.choice(edges) + rng.randint(0, 600)
+        expected = whole.gaps(0, limit).first_fit(count, top_down=True)
+        assert pagetable.next_hole_below(ram, root, limit, count) == expected
+
+
+def test_bounds_inside_a_page_count_the_page(ram, frames):
+    """Facts 10.5: frames 1, 2, 3 and 7; the original skips the page in which a range begins."""
+    base = 1 << 20
+    spans = Spans([(base + 1, base + 4), (base + 7, base + 8)])
+    root, _, _ = pagetable.build(ram, spans, frames.allocate_pages)
+    at = base << 12
+    assert not pagetable.any_preserved(ram, root, at + 0x4000, at + 0x7000)
+    assert pagetable.any_preserved(ram, root, at + 0x3FFF, at + 0x4000)
+    assert not pagetable.any_preserved(ram, root, at + 0x4000, at + 0x4000)
