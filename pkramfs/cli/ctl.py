@@ -18,10 +18,13 @@ Kernel: mm/pkram.c (pkram_store, patch 19), fs/proc/iomem, kernel/printk (dmesg)
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pkramfs.cli import arguments, hardware, inspect, nodes, render, report, status, verify
-from pkramfs.errors import MachineError
+from pkramfs.errors import FormatError, MachineError
+
+if TYPE_CHECKING:
+    from pkramfs.machine.directory import Machine
 
 PROGRAM = "pkramctl"
 _DESCRIPTION = "Look into a pkramfs machine and keep it in order; see pkramctl(8)."
@@ -93,13 +96,25 @@ def _dmesg(args: argparse.Namespace) -> None:
 
 
 def _iomem(args: argparse.Namespace) -> None:
-    text = arguments.existing(args).read_text("iomem")
-    if text is None:
-        raise MachineError("no kernel is running, so there is no resource map: mount something, or boot")
+    text = _resources(arguments.existing(args))
     if arguments.wants_json(args):
         render.emit_json([_resource(line) for line in text.splitlines()])
     else:
         print(text, end="")
+
+
+def _resources(machine: "Machine") -> str:
+    """The map of now; what boot found, with a word about it, where the nodes cannot be read."""
+    as_booted = machine.read_text("iomem")
+    if as_booted is None:
+        raise MachineError("no kernel is running, so there is no resource map: mount something, or boot")
+    from pkramfs.kernel import iomem, running
+
+    try:
+        return iomem.current(running.look(machine, any_layout=True))
+    except FormatError as error:
+        arguments.warn(PROGRAM, f"this is the map as booted, the nodes of now cannot be read: {error}")
+        return as_booted
 
 
 def _resource(line: str) -> dict[str, Any]:

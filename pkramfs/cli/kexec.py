@@ -348,7 +348,9 @@ def _mount_again(machine: "Machine", remount: Sequence[dict[str, Any]], how: str
     from pkramfs.kernel import nvram, running
 
     info = running.look(machine).info
-    failed = mounts.restart(machine, remount, partial(arguments.warn, PROGRAM))
+    warn = partial(arguments.warn, PROGRAM)
+    remount = mounts.still_there(machine, remount, warn)
+    failed = mounts.restart(machine, remount, warn)
     if not failed:
         with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
             nvram.clear_mounts(machine)

@@ -285,6 +285,23 @@ def _name(pid: str) -> str:
         return "?"
 
 
+def still_there(machine: "Machine", mounts: Iterable[dict[str, Any]], warn: Warn) -> list[dict[str, Any]]:
+    """Those of `mounts` whose tree crossed: an empty mount in the place of a lost tree would look like one."""
+    wanted = list(mounts)
+    if not wanted:
+        return []
+    from pkramfs.cli.nodes import PREFIX
+    from pkramfs.kernel.running import look
+
+    kernel = look(machine)
+    crossed = {node.name for node in kernel.store.nodes()} if kernel.info.pkram else set()
+    crossed |= {PREFIX + os.fsencode(entry.name) for entry in machine.mounts() if entry.alive and entry.name}
+    for mount in wanted:
+        if PREFIX + os.fsencode(str(mount["name"])) not in crossed:
+            warn(f"{mount['name']} is not mounted again on {mount['mountpoint']}: its tree was lost")
+    return [mount for mount in wanted if PREFIX + os.fsencode(str(mount["name"])) in crossed]
+
+
 def restart(machine: "Machine", mounts: Iterable[dict[str, Any]], warn: Warn) -> int:
     """Mount again what was preserved; how many could not be. Each failure is a warning with its reason."""
     import subprocess

@@ -5,11 +5,16 @@
       02000000-021fffff : shmem-mytmpfs
     c0000000-ffffffff : Reserved
 
+Boot writes the map as it finds it into the file `iomem`; `current` is the map of now, with the trees
+that were saved or withdrawn since.
+
 Kernel: kernel/resource.c, arch/x86/kernel/e820.c (e820__reserve_resources)
 """
 
 from collections.abc import Iterable
 
+from pkramfs.kernel.incoming import node_list
+from pkramfs.kernel.running import Running
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
@@ -17,6 +22,14 @@ from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 _KINDS = {"usable": "System RAM", "reserved": "Reserved", "acpi": "ACPI Tables"}
 _MOST_LINES = 512
 """Lines for one owner; a tree in a hundred thousand pieces is summed up."""
+
+
+def current(kernel: Running) -> str:
+    """The map of a running kernel: its record, and the nodes that are published now."""
+    owners = [(name, Spans([part])) for name, part in kernel.info.reserved.items()]
+    if kernel.info.pkram:
+        owners += [(node.name, node.spans) for node in node_list(kernel.store)]
+    return render(kernel.machine.hardware(), owners)
 
 
 def render(hardware: FirmwareMap, owners: Iterable[tuple[str, Spans]]) -> str:

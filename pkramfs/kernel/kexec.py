@@ -328,7 +328,8 @@ class DecideBoot:
         return f"decide the boot of {self.going.loaded.image.name}: {self.going.loaded.cmdline}"
 
     def execute(self) -> None:
-        nvram.set_pending(self.going.machine, self.going.pending, list(self.going.remount))
+        remount = list(self.going.remount) if self.going.keeps else []  # no empty mount in the place of a lost tree
+        nvram.set_pending(self.going.machine, self.going.pending, remount)
 
 
 @dataclass

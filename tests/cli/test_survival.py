@@ -259,3 +259,18 @@ def test_free_refuses_a_mounted_tree(machine, place, ctl):
     assert status == 9
     assert f"shmem-one is in use by {mnt}" in err
     assert ctl("machine", "destroy", "--force")[0] == 8
+
+
+def test_a_tree_that_a_forced_kexec_lost_is_not_mounted_again_empty(machine, place, ctl, kexec):
+    mnt = place()
+    mount(mnt, "pkram=one")
+    fill(mnt)
+    mount(mnt, "remount,preserve,ro")
+    assert " : shmem-one" in ctl("iomem")[1]
+    kexec("-l", "builtin:2M", "--append=ro")
+    status, out, err = kexec("-e", "--force")
+    assert status == 0
+    assert f"one is not mounted again on {mnt}: its tree was lost" in err
+    assert "mounted again" not in out
+    assert machine.live_ids() == set()
+    assert " : shmem-one" not in ctl("iomem")[1]

@@ -1,3 +1,5 @@
+from typing import Any
+
 from pkramfs.kernel import iomem
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.spans import Spans
@@ -22,3 +24,15 @@ def test_a_tree_in_many_pieces_is_one_line() -> None:
     pieces = Spans((pfn, pfn + 1) for pfn in range(512, 5000, 2))
     text = iomem.render(FirmwareMap.default(128 * MIB), [("shmem-a", pieces)])
     assert "  00200000-01386fff : shmem-a (2244 ranges, 2244 pages)\n" in text
+
+
+def test_the_map_of_now_shows_what_was_saved_and_withdrawn_since(lab: Any) -> None:
+    kernel = lab.up()
+    assert iomem.current(kernel) == lab.machine.read_text("iomem")
+    lab.preserve("a", 700)
+    assert iomem.current(kernel).count(" : a\n") == len(kernel.store.preserved())
+    lab.cycle()
+    kernel = lab.up()
+    assert iomem.current(kernel) == lab.machine.read_text("iomem")
+    kernel.store.withdraw(b"a")
+    assert " : a\n" not in iomem.current(kernel)
