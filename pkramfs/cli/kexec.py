@@ -248,9 +248,17 @@ def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
     plan = kexec.plan(machine, reports, force=args.force, poison=args.poison, remount=_to_remount(args, seen))
     for line in plan.describe():
         print(render.printable(line))
-    for line in _noticed(seen):
+    for line in [*_noticed(seen), *(_ways(machine) if args.verbose else [])]:
         print(render.printable(line))
     return plan.problems[0].exit_status if plan.problems else 0
+
+
+def _ways(machine: "Machine") -> list[str]:
+    """What bans and relocation cost here, and what scratch would."""
+    from pkramfs.kernel import running, staging, ways
+
+    kernel, loaded = running.look(machine, any_layout=True), staging.read(machine)
+    return [] if loaded is None else ways.compare(kernel, loaded, kernel.store.preserved()).describe()
 
 
 def _noticed(seen: "Sequence[Seen]") -> list[str]:

@@ -43,6 +43,7 @@ Read in this order:
     running      attach: boot, resume, take over, or just look
     loading      -l: destinations that overwrite nothing that is preserved
     kexec        the plan of -e, and the order of all of it
+    ways         what bans and relocation cost, and what scratch would
     crash        a kernel to look at the dead one with
 
 Kernel: kernel/kexec*.c, arch/x86/boot/compressed, arch/x86/kernel/setup.c, init/main.c

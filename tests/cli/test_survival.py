@@ -207,6 +207,7 @@ def test_files_open_for_writing_refuse_and_are_named(machine, place, ctl, kexec)
         status, out, _ = kexec("-e", "--dry-run")
         assert status == 6
         assert f"{mnt}: /many is open for writing" in out
+        assert "scratch: " in kexec("-e", "--dry-run", "-v")[1]
         assert f"(pid {os.getpid()}) uses it" not in out  # ourselves, who are not asked
         assert kexec("-e")[0] == 6
         file.write("more")

@@ -87,3 +87,46 @@ def test_segments_that_overlap_each_other_are_refused() -> None:
 def test_json_gives_the_same_segments() -> None:
     found = [seg("kernel", 5, align=512, pfn=77)]
     assert segments.from_json([s.to_json() for s in found]) == found
+
+
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=40),
+    st.integers(1, 6),
+    st.sampled_from([1, 2, 4]),
+    st.booleans(),
+)
+def test_d25_a_hole_is_where_trying_every_address_finds_it(
+    free: list[bool], pages: int, align: int, top_down: bool
+) -> None:
+    """In both directions, as the kernel's own search from below has never heard of preserved pages."""
+    places = [
+        LOWEST_PFN + at
+        for at in range(len(free) - pages + 1)
+        if (LOWEST_PFN + at) % align == 0 and all(free[at : at + pages])
+    ]
+    room = Spans.from_mask(free, LOWEST_PFN)
+    try:
+        (found,) = segments.place_all([seg("a", pages, align=align)], [room], top_down=top_down)
+    except ExhaustedError:
+        assert places == []
+        return
+    assert found.pfn == (places[-1] if top_down else places[0])
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=14), st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_what_is_refused_does_not_fit_largest_first(free: list[bool], wanted: list[int]) -> None:
+    """A refusal is checked against the same rule done by hand, one page at a time."""
+    room, taken = list(free), []
+    for pages in sorted(wanted, reverse=True):
+        places = [at for at in range(len(room) - pages + 1) if all(room[at : at + pages])]
+        if not places:
+            break
+        taken.append(places[-1])
+        room[places[-1] : places[-1] + pages] = [False] * pages
+    asked = [seg(f"s{n}", pages) for n, pages in enumerate(wanted)]
+    try:
+        placed = segments.place_all(asked, [Spans.from_mask(free, LOWEST_PFN)])
+    except ExhaustedError:
+        assert len(taken) < len(wanted)
+        return
+    assert sorted(s.pfn - LOWEST_PFN for s in placed) == sorted(taken)
