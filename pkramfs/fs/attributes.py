@@ -3,7 +3,7 @@
 Which time changes when, as tmpfs has it:
 
     chmod, chown, utimensat, setxattr     ctime
-    truncate to another size              mtime and ctime; to the same size: neither
+    truncate, also to the same size       mtime and ctime
     write                                 mtime and ctime
     name added or removed                 mtime and ctime of the directory, ctime of the inode
 
@@ -59,17 +59,16 @@ class Attributes(Core):
         inode = self.inode(number)
         if size is not None:
             self._check_size(inode, size)
-        resized = size is not None and size != inode.size
-        strips = size is not None and self._has_privileges(inode, keep_set_id=caller.uid == 0)
         same = mode is None and uid is None and gid is None and _same_times(inode, atime, mtime, ctime)
-        if same and not resized and not strips:
+        if same and size is None:
             return inode
         self._change(
             "setattr", ino=inode.ino, mode=mode, uid=uid, gid=gid, size=size, atime=atime, mtime=mtime, ctime=ctime
         )
         now = time.time_ns()
-        if size is not None and resized:
-            self._resize(inode, size)
+        if size is not None:
+            if size != inode.size:
+                self._resize(inode, size)
             inode.mtime = now
         self._set_owner_and_mode(inode, mode, uid, gid, caller)
         if size is not None:
@@ -90,12 +89,6 @@ class Attributes(Core):
             inode.mode = inode.kind | mode & 0o7777
             if inode.xattrs is not None and acl.ACCESS in inode.xattrs:
                 inode.xattrs[acl.ACCESS] = acl.with_mode(inode.xattrs[acl.ACCESS], mode)
-
-    @staticmethod
-    def _has_privileges(inode: Inode, *, keep_set_id: bool) -> bool:
-        """Whether a change of content may take something away: most files have nothing to lose."""
-        set_id = not keep_set_id and inode.mode & 0o6000 != 0
-        return inode.entries is None and (set_id or (inode.xattrs is not None and CAPABILITY in inode.xattrs))
 
     def _drop_privileges(self, inode: Inode, caller: Caller, *, keep_set_id: bool) -> None:
         """Content or owner has changed: no set-id bits, no capabilities."""

@@ -31,7 +31,7 @@ def file(tree, sh):
         ({"gid": 5}, False, True),
         ({"size": 2}, True, True),
         ({"size": 9}, True, True),
-        ({"size": 4}, False, False),
+        ({"size": 4}, True, True),
         ({"atime": 5}, False, True),
         ({"mtime": 5}, True, True),
         ({}, False, False),
