@@ -46,9 +46,9 @@ def test_every_command_is_in_the_manual():
             assert f"\n`{command}`" in text, command
 
 
-def table() -> list[tuple[str, ...]]:
+def table(name: str = "table") -> list[tuple[str, ...]]:
     text = (MANUAL / "pkramfs.7.md").read_text()
-    body = text.partition("<!-- table -->")[2].partition("<!-- /table -->")[0]
+    body = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
     return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in body.strip().splitlines()[2:]]
 
 
@@ -61,6 +61,18 @@ def test_each_patch_has_its_code_and_its_test(row):
     assert (REPOSITORY / row[2]).is_file(), row[2]
     path, _, name = row[3].partition("::")
     assert f"def {name}(" in (REPOSITORY / path).read_text(), row[3]
+
+
+@pytest.mark.parametrize("row", table("defects"), ids=lambda row: row[0])
+def test_each_defect_has_its_test(row):
+    path, _, name = row[2].partition("::")
+    assert name.startswith(f"test_{row[0].lower()}_")
+    assert f"def {name}(" in (REPOSITORY / path).read_text(), row[2]
+
+
+def test_defects_are_in_order():
+    numbers = [int(row[0].removeprefix("D")) for row in table("defects")]
+    assert numbers == sorted(set(numbers))
 
 
 @pytest.mark.parametrize("page", sorted(MANUAL.glob("*.md")), ids=lambda page: page.name)

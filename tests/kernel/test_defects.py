@@ -1,0 +1,156 @@
+"""Defects of the series that cannot happen here, by their numbers; pkramfs(7) lists them all."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pkramfs.errors import ConflictError, PkramError, StaleError
+from pkramfs.kernel import crash, kexec, nvram, placement
+from pkramfs.kernel.nvram import ImageInfo, Pending
+from pkramfs.machine.firmware import FirmwareMap
+from pkramfs.machine.frames import Frames
+from pkramfs.machine.leases import new_tree_id
+from pkramfs.pkram import superblock
+from pkramfs.spans import Spans
+from pkramfs.units import BLOCK_PAGES, MIB
+
+
+def load_half(lab: Any, name: bytes) -> None:
+    """A load whose user fails after the first batch of pages."""
+    with pytest.raises(RuntimeError), lab.up().store.prepare_load(name) as load:
+        for stream in load:
+            stream.read(3)
+            raise RuntimeError("the insert failed")
+
+
+def test_d11_pages_of_a_batch_that_could_not_be_inserted_are_not_lost(lab: Any) -> None:
+    lab.preserve("a", 3000)
+    load_half(lab, b"a")
+    assert lab.intact("a")
+    lab.cycle(poison=True)
+    assert lab.intact("a")
+
+
+def test_d12_no_number_of_bans_is_too_many(lab: Any, tmp_path: Path) -> None:
+    """The original's table has 34 entries on one node; then bans are dropped with a line in the log."""
+    piece = tmp_path / "piece"
+    piece.write_bytes(b"x" * 4096)
+    start, step = 60 * MIB, 64 * 4096
+    places = [(str(piece), start + number * step) for number in range(300)]
+    lab.load(syscall="load", segments=places)
+    banned = lab.up().banned()
+    assert len(banned) >= 300
+    for number in range(14):
+        lab.preserve(f"node{number}", 1500, seed=number)
+    assert not lab.up().store.preserved() & banned
+    lab.execute(poison=True)
+    assert all(lab.intact(f"node{number}") for number in range(14))
+
+
+def test_d13_a_segment_over_the_super_block_is_refused(lab: Any, tmp_path: Path) -> None:
+    piece = tmp_path / "piece"
+    piece.write_bytes(b"x")
+    with pytest.raises(ConflictError) as refused:
+        lab.load(syscall="load", segments=[(str(piece), lab.up().info.super_pfn * 4096)])
+    assert "belongs to the super block and region list" in refused.value.conflicts[0]
+
+
+def test_d14_early_boot_takes_no_preserved_page() -> None:
+    hardware = FirmwareMap.default(256 * MIB, nodes=2, seed=5)
+    image = ImageInfo("builtin", "builtin", "1", 4 * MIB, 2 * MIB, 16 * MIB, True)
+    chance = np.random.default_rng(1)
+    for generation in range(100):
+        pages = np.unique(chance.integers(BLOCK_PAGES, 65536, 30).astype(np.uint64))
+        preserved = Spans.from_arrays(pages, pages + np.uint64(1)) & hardware.usable
+        placed, early = placement.arrange(hardware, Pending(nvram.KEXEC, generation, "ro", image), preserved)
+        assert not placement.blocks_of(placed.spans) & preserved
+        assert not early.free_spans() & preserved.scale(4096)
+
+
+def test_d16_one_cpu_is_enough(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    lab.preserve("a", 20000)
+    lab.cycle()
+    assert lab.intact("a")
+
+
+def test_d20_a_failed_load_leaks_nothing(lab: Any) -> None:
+    before = lab.up().leases.counts()
+    lab.preserve("a", 3000)
+    kernel = lab.up()
+    leased, backed = kernel.leases.counts(), kernel.ram.data_spans()
+    load_half(lab, b"a")
+    assert (kernel.leases.counts(), kernel.ram.data_spans()) == (leased, backed)
+    kernel.store.withdraw(b"a")
+    kernel.sweep()
+    assert kernel.leases.counts() == before
+
+
+def test_d23_two_saves_at_once_do_not_mix(lab: Any) -> None:
+    kernel, sums, grown = lab.up(), {}, {}
+    for seed, name in enumerate(("a", "b")):
+        grown[name] = lab.grow(4000, seed=seed)
+        sums[name] = grown[name][2]
+    threads = [threading.Thread(target=lab.publish, args=(name, *grown[name])) for name in grown]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {node.name for node in kernel.store.nodes()} == {b"a", b"b"}
+    lab.cycle(poison=True)
+    assert lab.intact("a")
+    assert lab.intact("b")
+    for name, total in sums.items():
+        with lab.up().store.prepare_load(name.encode()) as load:
+            assert [int(stream.read()) for stream in load] == [total]
+
+
+def test_d24_what_one_object_fails_at_ends_the_whole_save(lab: Any) -> None:
+    kernel = lab.up()
+    frames = Frames(kernel.ram, kernel.leases, new_tree_id())
+    ((pfn, count),) = frames.allocate(100)
+    with (
+        pytest.raises(RuntimeError),
+        kernel.store.prepare_save(b"a", tree_id=frames.tree_id, frames=frames) as save,
+    ):
+        with save.object() as stream:
+            stream.save_runs(*(np.array([value], np.uint64) for value in (0, pfn, count)))
+        with save.object():
+            raise RuntimeError("a worker failed")
+    assert kernel.store.find(b"a") is None
+    assert frames.used_pages == 100
+
+
+def test_d26_a_crash_kernel_does_not_say_that_it_preserved(lab: Any) -> None:
+    lab.cycle(append="ro crashkernel=32M")
+    kexec.load(lab.machine, "builtin:8M", panic=True)
+    with lab.machine.lifecycle(shared=False):
+        dead = crash.panic(lab.machine)
+    frames = Frames(dead.ram, dead.leases, new_tree_id())
+    with pytest.raises(PkramError) as refused, dead.store.prepare_save(b"a", tree_id=frames.tree_id, frames=frames):
+        pass
+    assert refused.value.errno == errno.ENODEV
+
+
+def test_d31_a_super_block_is_good_once(lab: Any) -> None:
+    lab.preserve("a", 100)
+    old = lab.up().info.super_pfn
+    kernel = lab.cycle("builtin:4M")
+    assert kernel.info.old_super_pfn == old
+    assert not any(kernel.ram.peek(old)), "consumed, then freed"
+    superblock.consume(kernel.ram, kernel.info.super_pfn)
+    with pytest.raises(StaleError):
+        superblock.check(kernel.ram, kernel.info.super_pfn, kernel.machine.hardware().usable)
+
+
+def test_d32_nothing_saved_is_no_error(lab: Any) -> None:
+    lab.cycle()
+    log = lab.machine.dmesg()
+    assert "is empty" in log
+    assert "invalid" not in log
