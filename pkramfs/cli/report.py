@@ -27,7 +27,8 @@ def show(args: argparse.Namespace) -> None:
         return
     render.fields(_summary(info))
     report = info.report
-    _table("NODE", report.get("nodes"), lambda node: [node["name"], _pages(node["pages"]), node["ranges"]], "RANGES")
+    nodes = [[n["name"], _pages(n["pages"]), n["ranges"], n.get("moved", 0)] for n in report.get("nodes") or []]
+    _table("NODE", nodes, "RANGES", "PAGES RELOCATED")
     _numa(report.get("numa") or {})
     _phases(report.get("phases") or {})
 
@@ -54,18 +55,18 @@ def _pages(count: int) -> str:
     return format_size(count * PAGE_SIZE)
 
 
-def _table(title: str, rows: Any, cells: Any, last: str) -> None:
+def _table(title: str, rows: list[list[Any]], *figures: str) -> None:
     if rows:
         print()
-        columns = [render.Column(title), render.Column("SIZE", True), render.Column(last, True)]
-        render.table(columns, [cells(row) for row in rows])
+        columns = [render.Column(title), render.Column("SIZE", True), *(render.Column(f, True) for f in figures)]
+        render.table(columns, rows)
 
 
 def _numa(nodes: dict[str, dict[str, int]]) -> None:
     if len(nodes) > 1:
         rows = list(nodes.items())
         cells = [[name, _pages(node["pages"]), _pages(node["preserved"])] for name, node in rows]
-        _table("NUMA NODE", cells, lambda row: row, "PRESERVED")
+        _table("NUMA NODE", cells, "PRESERVED")
 
 
 def _phases(phases: dict[str, float]) -> None:

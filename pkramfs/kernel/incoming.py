@@ -32,6 +32,8 @@ class IncomingNode:
     tree_id: int
     pfn: int
     spans: Spans
+    moved: int = 0
+    """Pages that were relocated when the tree was saved."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,6 @@ def examine(ram: Ram, super_pfn: int, usable: Spans) -> Incoming:
 def node_list(store: Store) -> list[IncomingNode]:
     """The published nodes with their pages, read from their page tables."""
     return [
-        IncomingNode(node.name.decode("utf-8", "replace"), node.tree_id, node.pfn, store.pages_of(node))
+        IncomingNode(node.name.decode("utf-8", "replace"), node.tree_id, node.pfn, store.pages_of(node), node.moved)
         for node in store.nodes()
     ]

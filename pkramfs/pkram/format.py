@@ -77,7 +77,7 @@ SUPER = _page(
 )
 NODE = _page(
     "Node",
-    360,
+    368,
     "A named node: one saved tree, or whatever a user of the library saves.",
     [
         F("next", "u8", NEXT, "published: next node"),
@@ -93,6 +93,7 @@ NODE = _page(
         F("name_length", "u4", 92, "bytes of the name, 1 to 255"),
         F("flags", "u8", 96, "bit 0: saved as PKRAM does (strict)"),
         F("name", "256s", 104, "the name, zero-padded; bytes, not text"),
+        F("moved", "u8", 360, "frames that hold copies of pages that lay in banned memory"),
     ],
 )
 OBJECT = _page(

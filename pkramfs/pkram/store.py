@@ -52,6 +52,8 @@ class Node:
     table_pfn: int
     table_checksum: int
     object_pfn: int
+    moved: int
+    """Frames that hold copies: their pages lay where a loaded kernel, or this one, would be."""
 
 
 class Store:
@@ -304,6 +306,7 @@ class Save:
             name_length=len(self.name),
             flags=STRICT if self._strict else 0,
             name=self.name,
+            moved=sum(count for _, count in self.moved),
         )
         self.store._publish(self.name, node_pfn)
         self._open = False
@@ -361,6 +364,7 @@ def read_node(ram: Ram, pfn: int) -> Node:
         table_pfn=page.table,
         table_checksum=page.table_checksum,
         object_pfn=page.object,
+        moved=page.moved,
     )
 
 
