@@ -8,7 +8,11 @@ and neighbours join at once. Nobody else allocates in an owner's blocks, so ther
 
 A request takes the smallest class that surely fits, so the answer is one run in the common case;
 several where memory is fragmented. Blocks are leased ahead in growing batches and given back when
-wholly free, but for a small stock.
+wholly free, but for a small stock (both in proportion to RAM: an idle mount must not starve others).
+
+A class is a dictionary used as a stack: `popitem` is the one cheap way to any of its members, since
+looking for the first steps over all that were deleted before it (100,000 frees, then allocations,
+would be quadratic).
 
 A free frame reads as zeros: leased blocks arrive punched, and `free` punches what it takes.
 `hold` keeps some frames back for the owner's own save: a full RAM must not prevent preserving.
@@ -26,15 +30,19 @@ from pkramfs.machine.leases import Leases
 from pkramfs.machine.policy import Policy
 from pkramfs.machine.ram import Ram
 from pkramfs.spans import U64, Spans
-from pkramfs.units import BLOCK_PAGES, MAX_ORDER, PAGE_SHIFT
+from pkramfs.units import BLOCK_PAGES, MAX_ORDER, PAGE_SHIFT, round_up
 
 Run = tuple[int, int]
 
 _CLASSES = 40
-_AHEAD_MAX = 64
-"""Most page blocks leased ahead of need."""
-_STOCK_BLOCKS = 16
-"""Wholly free blocks that are kept instead of being given back one by one."""
+_AHEAD_MAX, _AHEAD_SHARE = 64, 32
+"""Most page blocks leased ahead of need, and at most this part of RAM."""
+_STOCK_MAX, _STOCK_SHARE = 16, 128
+"""Wholly free blocks that are kept instead of being given back one by one, and their part of RAM."""
+_TRIES = 16
+"""Runs of one class that are looked at for an aligned place before a larger class is cut."""
+_FLOOR_FOR_SAVE = 0.25
+"""How much of the host's last room the frames held for a save must leave."""
 
 
 class FreeRuns:
@@ -53,6 +61,8 @@ class FreeRuns:
 
     def add(self, start: int, count: int) -> None:
         """Add a run, joined with what touches it."""
+        if start in self._starts:
+            raise AssertionError(f"pages from pfn {start:x} are freed twice")
         self.total += count
         end = start + count
         before = self._ends.get(start)
@@ -85,33 +95,53 @@ class FreeRuns:
     def take(self, count: int) -> Run | None:
         """One run of exactly `count` pages, from the smallest class that surely has one."""
         for runs in self._classes[(count - 1).bit_length() :]:
-            for start in runs:
-                self.cut(start, start, count)
-                return start, count
-        for start in self._classes[count.bit_length() - 1]:  # this class may have it
+            if runs:
+                return self._taken(_top(runs), count)
+        for start in _tops(self._classes[count.bit_length() - 1]):  # this class may have it
             if self._starts[start] - start >= count:
-                self.cut(start, start, count)
-                return start, count
-            break
+                return self._taken(start, count)
         return None
 
+    def _taken(self, run: int, count: int) -> Run:
+        self.cut(run, run, count)
+        return run, count
+
     def take_aligned(self, count: int, align: int) -> Run | None:
-        """One run of `count` pages that starts at a multiple of `align`."""
-        for runs in self._classes[(count - 1).bit_length() :]:
-            for run in runs:
-                start = -(-run // align) * align
+        """One run of `count` pages that starts at a multiple of `align`: a close fit if soon found, or a sure one."""
+        sure = (count + align - 2).bit_length()
+        for runs in self._classes[count.bit_length() - 1 : sure]:
+            for run in _tops(runs):
+                start = round_up(run, align)
                 if start + count <= self._starts[run]:
                     self.cut(run, start, count)
                     return start, count
+        for runs in self._classes[sure:]:
+            if runs:
+                run = _top(runs)
+                start = round_up(run, align)
+                self.cut(run, start, count)
+                return start, count
+        return None
+
+    def take_multiple(self, most: int, size: int) -> Run | None:
+        """The longest run of whole aligned frames of `size` pages among the largest free runs, at most `most` pages."""
+        for runs in reversed(self._classes[size.bit_length() - 1 :]):
+            found: tuple[int, int, int] = (0, 0, 0)
+            for run in _tops(runs):
+                start = round_up(run, size)
+                found = max(found, (min(self._starts[run] - start, most) // size * size, start, run))
+            count, start, run = found
+            if count > 0:
+                self.cut(run, start, count)
+                return start, count
         return None
 
     def take_largest(self, most: int) -> Run | None:
         """A run of the largest class, at most `most` pages of it."""
         for runs in reversed(self._classes):
-            for start in runs:
-                count = min(self._starts[start] - start, most)
-                self.cut(start, start, count)
-                return start, count
+            if runs:
+                start = _top(runs)
+                return self._taken(start, min(self._starts[start] - start, most))
         return None
 
     def spans(self) -> Spans:
@@ -120,6 +150,20 @@ class FreeRuns:
         return Spans.from_arrays(
             np.fromiter(self._starts.keys(), np.uint64, size), np.fromiter(self._starts.values(), np.uint64, size)
         )
+
+
+def _top(runs: dict[int, None]) -> int:
+    """The member that came last."""
+    start, _ = runs.popitem()
+    runs[start] = None
+    return start
+
+
+def _tops(runs: dict[int, None]) -> list[int]:
+    """The members that came last, a few of them."""
+    found = [runs.popitem()[0] for _ in range(min(_TRIES, len(runs)))]
+    runs.update(dict.fromkeys(reversed(found)))
+    return found
 
 
 class Frames:
@@ -131,6 +175,10 @@ class Frames:
         self._blocks = 0
         self._held = 0
         self._ahead = 1
+        self._freed = 0
+        """Pages freed since we last looked for blocks to give back."""
+        self._ahead_max = _part(leases.blocks, _AHEAD_SHARE, _AHEAD_MAX)
+        self._stock = _part(leases.blocks, _STOCK_SHARE, _STOCK_MAX)
 
     @property
     def free_pages(self) -> int:
@@ -161,25 +209,19 @@ class Frames:
         """
         if count <= 0:
             return []
-        self.ram.check_room(count << PAGE_SHIFT)
-        self._ensure(count + (0 if held else self._held))
+        self.ram.check_room(count << PAGE_SHIFT, floor=_FLOOR_FOR_SAVE if held else 1.0)
+        order = min(order, MAX_ORDER)
+        self._ensure(count + (0 if held else self._held), align=max(1, (1 << order) // BLOCK_PAGES))
         if order == 0:
             run = self._free.take(count)
             if run is not None:
                 return [run]
-        return self._gather(count, min(order, MAX_ORDER))
+        return self._gather(count, order)
 
     def _gather(self, count: int, order: int) -> list[Run]:
         """Aligned large runs first, then whatever is largest."""
-        runs: list[Run] = []
-        size = 1 << order
-        if order:
-            while count >= size:
-                run = self._free.take_aligned(count // size * size, size) or self._free.take_aligned(size, size)
-                if run is None:
-                    break
-                runs.append(run)
-                count -= run[1]
+        runs = self._gather_aligned(count, 1 << order) if order else []
+        count -= sum(size for _, size in runs)
         while count:
             run = self._free.take(count) or self._free.take_largest(count)
             if run is None:
@@ -188,6 +230,29 @@ class Frames:
             count -= run[1]
         return runs
 
+    def _gather_aligned(self, count: int, size: int) -> list[Run]:
+        """As many aligned runs of `size` pages, or of multiples of it, as there are; fresh blocks if there are none."""
+        runs: list[Run] = []
+        leased = size < BLOCK_PAGES
+        while count >= size:
+            run = self._free.take_aligned(count // size * size, size) or self._free.take_multiple(count, size)
+            if run is not None:
+                runs.append(run)
+                count -= run[1]
+            elif leased or not self._lease_aligned(count // size * size, size):
+                break
+            else:
+                leased = True
+        return runs
+
+    def _lease_aligned(self, count: int, size: int) -> bool:
+        """Lease blocks because those that are here are too fragmented; whether there were any."""
+        try:
+            self._lease_ahead(count // BLOCK_PAGES, align=size // BLOCK_PAGES)
+        except ExhaustedError:
+            return False  # fragments will do
+        return True
+
     def allocate_pages(self, count: int, *, held: bool = False) -> U64:
         """The pfns of `count` pages as an array."""
         runs = self.allocate(count, held=held)
@@ -195,23 +260,26 @@ class Frames:
             return np.empty(0, dtype=np.uint64)
         return np.concatenate([np.arange(start, start + size, dtype=np.uint64) for start, size in runs])
 
-    def _ensure(self, pages: int) -> None:
+    def _ensure(self, pages: int, *, align: int = 1) -> None:
         """See that `pages` are free, leasing blocks ahead of need while RAM has plenty."""
         missing = pages - self._free.total
         if missing <= 0:
             return
-        need = -(-missing // BLOCK_PAGES)
+        self._lease_ahead(-(-missing // BLOCK_PAGES), align=align)
+
+    def _lease_ahead(self, need: int, *, align: int = 1) -> None:
+        """Lease `need` blocks, and more while RAM has them."""
         try:
-            self._lease(max(need, self._ahead))
-            self._ahead = min(self._ahead * 2, _AHEAD_MAX)
+            self._lease(max(need, self._ahead), align=align)
+            self._ahead = min(self._ahead * 2, self._ahead_max)
         except ExhaustedError:
             if need >= self._ahead:
                 raise
             self._ahead = 1
-            self._lease(need)
+            self._lease(need, align=align)
 
-    def _lease(self, blocks: int) -> None:
-        for start, end in self.leases.lease(self.tree_id, blocks, policy=self.policy):
+    def _lease(self, blocks: int, *, align: int = 1) -> None:
+        for start, end in self.leases.lease(self.tree_id, blocks, align=align, policy=self.policy):
             self._free.add(start * BLOCK_PAGES, (end - start) * BLOCK_PAGES)
             self._blocks += end - start
 
@@ -222,27 +290,36 @@ class Frames:
             self.ram.punch_run(start, count)
             self._free.add(start, count)
         else:
-            spans = Spans.from_runs(starts, counts)
-            self.ram.punch(spans)
-            for start, end in spans:
-                self._free.add(start, end - start)
-        if self._free.total - self._held > 2 * _STOCK_BLOCKS * BLOCK_PAGES:
+            count = self._free_many(Spans.from_runs(starts, counts), int(np.sum(counts)))
+        self._freed += count
+        # looking costs one pass over all runs, so it is done once for many frees
+        enough = max(self._stock * BLOCK_PAGES, len(self._free) // 8)
+        if self._freed >= enough and self._free.total - self._held > 2 * self._stock * BLOCK_PAGES:
+            self._freed = 0
             self._give_back()
+
+    def _free_many(self, spans: Spans, count: int) -> int:
+        if spans.total != count:
+            raise AssertionError(f"{count - spans.total} pages are freed twice")
+        self.ram.punch(spans)
+        for start, end in spans:
+            self._free.add(start, end - start)
+        return count
 
     def _give_back(self) -> None:
         """Release wholly free blocks beyond the stock."""
         free = self._free.spans()
         whole = free.inward(BLOCK_PAGES)
-        keep = _STOCK_BLOCKS + -(-self._held // BLOCK_PAGES)
+        keep = self._stock + -(-self._held // BLOCK_PAGES)
         surplus = _last(whole, whole.total - keep)
         if not surplus:
             return
+        self.leases.release(self.tree_id, surplus)  # first, because it can fail
         pages = surplus.scale(BLOCK_PAGES)
         runs = free.starts[np.searchsorted(free.starts, pages.starts, side="right") - 1]
         for run, (start, end) in zip(runs.tolist(), pages, strict=True):
             self._free.cut(run, start, end - start)
         self._blocks -= surplus.total
-        self.leases.release(self.tree_id, surplus)
 
     def adopt(self, used: Spans) -> None:
         """Take over the blocks that the tree id holds already: all of them but `used` is free."""
@@ -264,6 +341,11 @@ class Frames:
         """Give every block back: the tree is gone."""
         self.leases.release(self.tree_id, self.leases.blocks_of(self.tree_id))
         self._free, self._blocks, self._held = FreeRuns(), 0, 0
+
+
+def _part(blocks: int, share: int, most: int) -> int:
+    """A part of RAM's blocks, at least one and at most `most`."""
+    return max(1, min(most, blocks // share))
 
 
 def _last(blocks: Spans, count: int) -> Spans:

@@ -54,7 +54,8 @@ class Ram:
             self._mapping = mmap.mmap(self.fd, size, flags=mmap.MAP_SHARED)
         except (OSError, MachineError) as error:
             os.close(self.fd)
-            raise MachineError(f"cannot map RAM: {explain(error) if isinstance(error, OSError) else error}") from None
+            why = f"{path}: {explain(error)}" if isinstance(error, OSError) else error
+            raise MachineError(f"cannot map RAM of {format_size(size)}: {why}") from None
         self.bytes = memoryview(self._mapping)
         self.u64: U64 = np.frombuffer(self._mapping, dtype="<u8")
 
@@ -86,7 +87,14 @@ class Ram:
 
     def peek(self, pfn: int, count: int = 1) -> bytes:
         """A copy of `count` pages that allocates nothing where there is a hole."""
-        return os.pread(self.fd, count << PAGE_SHIFT, pfn << PAGE_SHIFT)
+        at, end = pfn << PAGE_SHIFT, (pfn + count) << PAGE_SHIFT
+        data = os.pread(self.fd, end - at, at)
+        while len(data) < end - at:  # one call gives 2 GiB at most
+            more = os.pread(self.fd, end - at - len(data), at + len(data))
+            if not more:
+                raise MachineError(f"{self.path} ends at {at + len(data):#x}, before the end of RAM: it was cut")
+            data += more
+        return data
 
     def load(self, address: int) -> int:
         """The 8-byte word at an aligned physical address."""
@@ -146,15 +154,18 @@ class Ram:
         """Bytes of host memory behind RAM now."""
         return os.fstat(self.fd).st_blocks * 512
 
-    def room(self) -> int:
-        """Bytes that may still be touched: what is free behind RAM less 5 % or 256 MiB, whichever is more."""
+    def room(self, *, floor: float = 1.0) -> int:
+        """Bytes that may still be touched: what is free behind RAM less 5 % or 256 MiB, whichever is more.
+
+        `floor` is how much of that reserve must stay: what has to succeed may use some of it.
+        """
         host = os.fstatvfs(self.fd)
         free, whole = host.f_bavail * host.f_frsize, host.f_blocks * host.f_frsize
-        return free - max(_ROOM_FLOOR, int(whole * _ROOM_SHARE))
+        return free - int(floor * max(_ROOM_FLOOR, whole * _ROOM_SHARE))
 
-    def check_room(self, size: int) -> None:
+    def check_room(self, size: int, *, floor: float = 1.0) -> None:
         """ExhaustedError (ENOSPC) if touching `size` more bytes could exhaust the host."""
-        room = self.room()
+        room = self.room(floor=floor)
         if size > room:
             raise ExhaustedError(
                 f"no room behind RAM: {format_size(size)} wanted, {format_size(max(room, 0))} may be used on the "

@@ -13,11 +13,17 @@ from pkramfs.units import BLOCK_SIZE
 
 
 @pytest.fixture
-def ram() -> Iterator[Ram]:
+def ram_path() -> Iterator[str]:
+    """Where a RAM file may be of any size: on a tmpfs."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-        made = Ram(os.path.join(directory, "ram"), 64 * BLOCK_SIZE, create=True)
-        yield made
-        made.close()
+        yield os.path.join(directory, "ram")
+
+
+@pytest.fixture
+def ram(ram_path: str) -> Iterator[Ram]:
+    made = Ram(ram_path, 64 * BLOCK_SIZE, create=True)
+    yield made
+    made.close()
 
 
 @pytest.fixture

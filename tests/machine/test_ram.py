@@ -1,0 +1,105 @@
+"""Physical memory: bytes and words of it, holes, damage, and how much the host still has."""
+
+import os
+
+import numpy as np
+import pytest
+
+from pkramfs.errors import ExhaustedError, MachineError
+from pkramfs.machine import ram as ram_module
+from pkramfs.machine.ram import POISON, Ram
+from pkramfs.spans import Spans
+from pkramfs.units import GIB, MIB, PAGE_SIZE, TIB
+
+
+def test_views_are_the_same_memory(ram):
+    ram.page(3)[:4] = b"\1\2\3\4"
+    assert ram.words(3)[0] == ram.load(3 * PAGE_SIZE) == 0x04030201
+    ram.publish(3 * PAGE_SIZE + 8, 77)
+    assert bytes(ram.page(3)[8:10]) == b"\x4d\0"
+    assert len(ram.page(3, 5)) == 5 * PAGE_SIZE and len(ram.words(3, 5)) == 5 * 512
+
+
+def test_what_one_process_writes_another_reads(ram):
+    other = Ram(ram.path, ram.size)
+    ram.words(9)[:] = 5
+    assert (other.words(9) == 5).all()
+    other.close()
+
+
+def test_a_word_is_published_whole_or_not(ram):
+    with pytest.raises(AssertionError, match="unaligned"):
+        ram.publish(4097, 1)
+
+
+def test_punched_memory_is_zero_and_costs_nothing(ram):
+    ram.words(0, 100)[:] = 1
+    assert ram.backed == 100 * PAGE_SIZE
+    ram.punch(Spans([(10, 20), (30, 90)]))
+    assert ram.data_spans() == Spans([(0, 10), (20, 30), (90, 100)])
+    assert not ram.words(10, 10).any()
+
+
+def test_where_holes_cannot_be_punched_memory_is_zeroed(ram, monkeypatch):
+    ram.words(0, 4)[:] = 1
+    monkeypatch.setattr(ram_module._libc, "fallocate", lambda *_args: -1)
+    monkeypatch.setattr(ram_module.ctypes, "get_errno", lambda: 95)
+    ram.punch(Spans([(1, 3)]))
+    assert [int(ram.words(page).sum()) for page in range(4)] == [512, 0, 0, 512]
+    monkeypatch.setattr(ram_module.ctypes, "get_errno", lambda: 5)
+    with pytest.raises(OSError, match="Input/output error"):
+        ram.punch(Spans([(1, 3)]))
+
+
+def test_looking_into_holes_costs_nothing(ram):
+    assert ram.peek(7, 3) == bytes(3 * PAGE_SIZE)
+    assert ram.data_spans() == Spans()
+    assert ram.backed == 0
+
+
+def test_a_look_is_whole_or_an_error(ram, monkeypatch):
+    ram.words(5, 3)[:] = 3
+    whole, pread = ram.peek(4, 5), os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: pread(fd, min(size, 1000), at))  # one call may give less
+    assert ram.peek(4, 5) == whole
+    os.truncate(ram.path, 6 * PAGE_SIZE)
+    with pytest.raises(MachineError, match="ends at 0x6000, before the end of RAM: it was cut"):
+        ram.peek(4, 5)
+
+
+def test_backed_memory_is_found_in_16_tib(ram_path):
+    ram = Ram(ram_path, 16 * TIB, create=True)
+    for pfn in (0, 1 << 20, (1 << 32) - 1):
+        ram.words(pfn)[0] = 1
+    assert ram.data_spans() == Spans([(0, 1), (1 << 20, (1 << 20) + 1), ((1 << 32) - 1, 1 << 32)])
+    assert ram.data_spans(1, 1 << 21) == Spans([(1 << 20, (1 << 20) + 1)])
+    assert not ram.data_spans(1, 1 << 20)
+    ram.close()
+
+
+def test_copy_and_poison(ram):
+    ram.words(2, 2)[:] = np.arange(1024)
+    ram.copy(2, 8, 2)
+    assert (ram.words(8, 2) == np.arange(1024)).all()
+    ram.poison(Spans([(8, 9)]))
+    assert set(bytes(ram.page(8))) == {POISON} and ram.words(9)[0] == 512
+
+
+@pytest.mark.parametrize(("whole", "free", "room"), [(64, 10, 6.8), (1, 0.5, 0.25), (4, 0.1, -0.15)])
+def test_some_room_is_left_to_the_host(ram, monkeypatch, whole, free, room):
+    """5 % of the file system or 256 MiB, whichever is more."""
+    figures = (4096, 4096, int(whole * GIB) >> 12, 0, int(free * GIB) >> 12, 0, 0, 0, 0, 255)
+    monkeypatch.setattr(os, "fstatvfs", lambda _fd: os.statvfs_result(figures))
+    assert ram.room() == pytest.approx(room * GIB, abs=MIB)
+    assert ram.room(floor=0) == pytest.approx(free * GIB, abs=MIB)
+    with pytest.raises(ExhaustedError, match=r"no room behind RAM: .* wanted, .* may be used on the file system of"):
+        ram.check_room(int(max(room, 0) * GIB) + 2 * MIB)
+    if room > 0:
+        ram.check_room(int(room * GIB) - 2 * MIB)
+
+
+def test_a_file_of_another_size_is_refused_and_closed(ram):
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(MachineError, match=r"cannot map RAM of 64.0 MiB: .*the memory was cut or replaced"):
+        Ram(ram.path, 64 * MIB)
+    assert len(os.listdir("/proc/self/fd")) == before
