@@ -23,7 +23,7 @@ from pkramfs.units import PAGE_SIZE, format_pfn, format_size, plural
 if TYPE_CHECKING:
     from pkramfs.kernel.running import Running
     from pkramfs.machine.directory import Machine
-    from pkramfs.pkram.store import Node
+    from pkramfs.pkram.node import Node
 
 LOCK_SECONDS = 30.0
 PREFIX = b"shmem-"

@@ -21,8 +21,8 @@ from pkramfs.units import format_pfn, plural
 
 if TYPE_CHECKING:
     from pkramfs.kernel.running import Running
-    from pkramfs.pkram.store import Node
-    from pkramfs.pkram.streams import ObjectReader
+    from pkramfs.pkram.node import Node
+    from pkramfs.pkram.reader import ObjectReader
     from pkramfs.spans import Spans
 
 

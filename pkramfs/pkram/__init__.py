@@ -16,7 +16,8 @@ Promised upward: `Store` saves, loads, lists and withdraws nodes, and a crash at
 old state or the new one. Assumed from below: frames that read as zeros, a lock for the node list,
 8-byte stores that are not torn.
 
-In reading order: format, page, superblock, link, streams, relocate, pagetable, store, regions;
+In reading order: format, page, superblock; parallel, link, chain (page streams, written and read);
+relocate, arena, marks, streams, reader (objects); pagetable, tablewriter; node, save, store; regions.
 treeformat declares what a file tree writes into its byte stream.
 
 Kernel: mm/pkram.c, mm/pkram_pagetable.c, include/linux/pkram.h

@@ -1,4 +1,4 @@
-"""Link pages: packed entries (frame, order, flags) of index-contiguous runs, encoded in bulk.
+"""Link pages: packed entries (frame, order, flags) of index-contiguous runs. How they are made.
 
     link  index 512: | 2^9 at 40000 | 2^0 at 51 | 2^0 at 52 |      indices 512, 1024, 1025
 
@@ -7,17 +7,23 @@ jump in the index begins a new link, and a link can be read without any other. W
 also begin where an aligned group of indices would not fit whole (row 43), so that a loader gets
 batches that begin on round indices: 448 of 504 (of PKRAM's 510) entries for base pages, 504 for huge.
 
+What is to be written is *rows*: row k stands for repeat[k] blocks of one order that follow one
+another in index and in memory. Where links begin is computed on rows; entries are made for 64 links
+at a time, which is what fits the L2 cache, so memory does not grow with what is saved.
+
 Kernel: mm/pkram.c (struct pkram_link, pkram_add_link), patches 4, 5, 33 and 43
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from pkramfs.errors import FormatError
 from pkramfs.machine.ram import Ram
+from pkramfs.pkram import parallel
 from pkramfs.pkram.format import (
     COVERED,
     ENTRY_FLAGS_MASK,
@@ -30,17 +36,19 @@ from pkramfs.pkram.format import (
     NEXT,
     OTHER,
 )
-from pkramfs.pkram.page import check_pfn, expect_flags, expect_unused, publish, read_page, seal_array, unseal
+from pkramfs.pkram.page import publish, seal_array
 from pkramfs.spans import U64
 from pkramfs.units import MAX_ORDER, PAGE_SHIFT, PAGE_SIZE
 
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
 
-_HEAD_WORDS = LINK.size // 8
-_PAGE_WORDS = PAGE_SIZE // 8
-_GROUPS = ((0, 64, 64), (9, 4096, 8))
-"""Row 43: entries of this order at an index that is a multiple of the second come in groups of the third."""
+BATCH = 64
+"""Links that are made, or read, in one step: 252 KiB of entries."""
+HEAD_WORDS = LINK.size // 8
+PAGE_WORDS = PAGE_SIZE // 8
+_GROUPS = {0: (64, 64), 9: (4096, 8)}
+"""Row 43: entries of this order, at an index that is a multiple of the first, come in groups of the second."""
 
 
 def encode(pfn: U64, order: U8, flags: int = 0) -> U64:
@@ -113,30 +121,62 @@ def _emit_largest(
     left -= taken
 
 
+def join_runs(index: U64, pfn: U64, count: U64) -> tuple[U64, U64, U64]:
+    """Runs by index as the fewest runs."""
+    if len(index) < 2:
+        return index, pfn, count
+    fresh = np.ones(len(index), dtype=bool)
+    fresh[1:] = (index[1:] != index[:-1] + count[:-1]) | (pfn[1:] != pfn[:-1] + count[:-1])
+    first = np.flatnonzero(fresh)
+    return index[first], pfn[first], np.add.reduceat(count, first)
+
+
 def join_blocks(index: U64, pfn: U64, order: U8) -> tuple[U64, U64, U64]:
     """Blocks by index as the fewest runs (index, pfn, count): the reverse of `split_runs`."""
-    if not len(index):
-        return index, pfn, np.empty(0, dtype=np.uint64)
-    size = sizes(order)
-    fresh = np.ones(len(index), dtype=bool)
-    fresh[1:] = (index[1:] != index[:-1] + size[:-1]) | (pfn[1:] != pfn[:-1] + size[:-1])
-    first = np.flatnonzero(fresh)
-    return index[first], pfn[first], np.add.reduceat(size, first)
+    return join_runs(index, pfn, sizes(order))
 
 
-def break_links(index: U64, order: U8, capacity: int = LINK_CAPACITY, *, align: bool = False) -> tuple[I64, I64]:
-    """Where links begin and how many entries each has, for blocks given by index."""
-    if not len(index):
-        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    jumps = np.flatnonzero(index[1:] != index[:-1] + sizes(order[:-1])) + 1
-    edges = np.concatenate(([0], jumps, [len(index)])).astype(np.int64)
-    if align:
-        starts = np.fromiter(_aligned_starts(index, order, capacity, edges), dtype=np.int64)
-    elif capacity >= len(index):
-        starts = edges[:-1]
+@dataclass(frozen=True)
+class Rows:
+    """Blocks to write: row k is repeat[k] blocks of 2**order[k] pages, one after the other."""
+
+    index: U64
+    pfn: U64
+    order: U8
+    flags: U8
+    repeat: I64
+
+
+def rows(index: U64, pfn: U64, order: U8, flags: U8 | None = None, repeat: U64 | None = None) -> Rows:
+    """Rows of one block each, or of `repeat` blocks."""
+    flags = np.zeros(len(index), dtype=np.uint8) if flags is None else flags
+    counts = np.ones(len(index), dtype=np.int64) if repeat is None else repeat.astype(np.int64)
+    return Rows(index, pfn, order, flags, counts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where links begin among the entries of rows, how many entries each has, and its first index."""
+
+    offsets: I64
+    starts: I64
+    counts: I64
+    index: U64
+
+
+def plan(blocks: Rows, capacity: int = LINK_CAPACITY, *, align: bool = False) -> Plan:
+    """Cut rows into links: after every jump of the index, after `capacity` entries, and as row 43 wants it."""
+    offsets = np.concatenate(([0], np.cumsum(blocks.repeat)))
+    size = sizes(blocks.order) * blocks.repeat.astype(np.uint64)
+    jumps = np.flatnonzero(blocks.index[1:] != blocks.index[:-1] + size[:-1]) + 1
+    edges = np.concatenate(([0], jumps, [len(blocks.index)])).astype(np.int64) if len(blocks.index) else jumps[:0]
+    if align and len(edges):
+        starts = np.concatenate([_aligned_starts(blocks, offsets, a, b, capacity) for a, b in pairwise(edges.tolist())])
     else:
-        starts = _plain_starts(edges, capacity)
-    return starts, np.diff(np.append(starts, len(index)))
+        starts = _plain_starts(offsets[edges], capacity)
+    row = np.searchsorted(offsets, starts, side="right") - 1
+    index = blocks.index[row] + ((starts - offsets[row]).astype(np.uint64) << blocks.order[row].astype(np.uint64))
+    return Plan(offsets, starts, np.diff(np.append(starts, offsets[-1])), index)
 
 
 def _plain_starts(edges: I64, capacity: int) -> I64:
@@ -147,116 +187,115 @@ def _plain_starts(edges: I64, capacity: int) -> I64:
     return starts
 
 
-def _aligned_starts(index: U64, order: U8, capacity: int, edges: I64) -> Iterator[int]:
-    """Row 43: also begin a link at an aligned index whose group would not fit in the rest of the link."""
+def _aligned_starts(blocks: Rows, offsets: I64, first: int, last: int, capacity: int) -> I64:
+    """Row 43 for a stretch of rows without a jump: links end where the next whole group would not fit."""
+    start, end = int(offsets[first]), int(offsets[last])
+    orders = np.unique(blocks.order[first:last])
+    if len(orders) > 1:
+        return np.fromiter(_mixed_starts(blocks, offsets, first, last, capacity), dtype=np.int64)
+    order = int(orders[0])
+    if order not in _GROUPS or int(blocks.index[first]) % (1 << order):
+        return _plain_starts(np.array([start, end]), capacity)
+    step, group = _GROUPS[order]
+    ahead = -int(blocks.index[first]) % step >> order  # entries before the first aligned one
+    whole = ahead + (capacity - ahead) // group * group
+    starts = np.arange(start + whole, end, capacity // group * group)
+    return np.concatenate(([start], starts)).astype(np.int64)
+
+
+def _mixed_starts(blocks: Rows, offsets: I64, first: int, last: int, capacity: int) -> Iterator[int]:
+    """The same where orders change on the way: entry by entry, for it is short or rare."""
+    part = slice(first, last)
+    order = np.repeat(blocks.order[part], blocks.repeat[part])
+    index = blocks.index[first] + np.cumsum(sizes(order)) - sizes(order)
+    base, end = int(offsets[first]), int(offsets[last] - offsets[first])
     aligned = [
         (np.flatnonzero((order == wanted) & (index % np.uint64(step) == 0)), capacity - group)
-        for wanted, step, group in _GROUPS
+        for wanted, (step, group) in _GROUPS.items()
     ]
-    for start, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        at = start
-        while at < end:
-            yield at
-            stop = min(at + capacity, end)
-            for places, full in aligned:
-                first = int(np.searchsorted(places, at + full, side="right"))
-                if first < len(places):
-                    stop = min(stop, int(places[first]))
-            at = stop
+    at = 0
+    while at < end:
+        yield base + at
+        stop = min(at + capacity, end)
+        for where, full in aligned:
+            place = int(np.searchsorted(where, at + full, side="right"))
+            if place < len(where):
+                stop = min(stop, int(where[place]))
+        at = stop
 
 
-def write_links(
-    ram: Ram, pages: U64, index: U64, entries: U64, starts: I64, counts: I64, generation: int
-) -> None:
-    """Fill link pages, chain them in order and seal them. `pages` has one zeroed pfn for each link."""
-    if not len(pages):
-        return
-    at = pages << np.uint64(PAGE_SHIFT - 3)
-    words = ram.u64
-    words[at] = LINK_MAGIC
+def expand(blocks: Rows, offsets: I64, first: int, last: int) -> U64:
+    """The entries first … last-1 of all that rows stand for."""
+    low = int(np.searchsorted(offsets, first, side="right")) - 1
+    high = int(np.searchsorted(offsets, last, side="left"))
+    part = slice(low, high)
+    entries = encode(blocks.pfn[part], blocks.order[part])
+    entries |= blocks.flags[part].astype(np.uint64) << np.uint64(ENTRY_FLAGS_SHIFT)
+    step = sizes(blocks.order[part]) << np.uint64(ENTRY_PFN_SHIFT)
+    if high - low == 1:
+        start = entries[0] + np.uint64(first - int(offsets[low])) * step[0]
+        ramp: U64 = np.arange(last - first, dtype=np.uint64) * step[0]
+        ramp += start
+        return ramp
+    entries[0] += np.uint64(first - int(offsets[low])) * step[0]
+    if len(entries) == last - first:
+        return entries
+    repeat = np.minimum(offsets[low + 1 : high + 1], last) - np.maximum(offsets[part], first)
+    within = np.arange(last - first, dtype=np.uint64) - np.repeat(np.cumsum(repeat) - repeat, repeat).astype(np.uint64)
+    return np.repeat(entries, repeat) + within * np.repeat(step, repeat)
+
+
+def write_links(ram: Ram, pages: U64, blocks: Rows, where: Plan, generation: int) -> None:
+    """Fill link pages, chain them in order and seal them. `pages` has one zeroed pfn for each link.
+
+    Memory that is touched for the first time costs far more than the arithmetic, and is what
+    several CPUs do faster than one; so batches of links go to all of them.
+    """
     following = np.append(pages[1:], np.uint64(0))
+
+    def write(batch: int) -> None:
+        part = slice(batch * BATCH, (batch + 1) * BATCH)
+        _write_batch(ram, pages[part], following[part], blocks, where, part, generation)
+
+    batches = -(-len(pages) // BATCH)
+    parallel.each(write, batches, threads=None if batches >= 8 else 1)
+
+
+def _write_batch(
+    ram: Ram, pages: U64, following: U64, blocks: Rows, where: Plan, part: slice, generation: int
+) -> None:
+    at = pages << np.uint64(PAGE_SHIFT - 3)
+    starts, counts, words = where.starts[part], where.counts[part], ram.u64
+    first, last = int(starts[0]), int(starts[-1] + counts[-1])
+    _store_entries(ram, at, expand(blocks, where.offsets, first, last), starts - first, counts)
+    words[at] = LINK_MAGIC
     words[at + np.uint64(2)] = seal_array(following, (at << np.uint64(3)) + np.uint64(NEXT))
     words[at + np.uint64(3)] = seal_array(np.zeros_like(pages), (at << np.uint64(3)) + np.uint64(OTHER))
     words[at + np.uint64(4)] = generation
-    words[at + np.uint64(5)] = index[starts]
+    words[at + np.uint64(5)] = where.index[part]
     words[at + np.uint64(6)] = counts.astype(np.uint64)
-    _store_entries(ram, at, entries, starts, counts)
-    body = ram.bytes
+    words[at + np.uint64(1)] = checksums(ram, pages)
+
+
+def checksums(ram: Ram, pages: U64) -> U64:
+    """The checksum that each page should carry: the one loop over pages that there is."""
+    body, digest, found = ram.bytes, xxhash.xxh3_64_intdigest, []
     for pfn in pages.tolist():
-        begin = pfn << PAGE_SHIFT
-        ram.u64[(begin >> 3) + 1] = xxhash.xxh3_64_intdigest(body[begin + COVERED : begin + PAGE_SIZE], seed=pfn)
+        start = pfn << PAGE_SHIFT
+        found.append(digest(body[start + COVERED : start + PAGE_SIZE], pfn))
+    return np.array(found, dtype=np.uint64)
+
+
+def _store_entries(ram: Ram, at: U64, entries: U64, starts: I64, counts: I64) -> None:
+    """Whole links as slices where pages are neighbours and equally full, what is left one by one."""
+    apart = (counts[1:] != counts[:-1]) | (at[1:] != at[:-1] + np.uint64(PAGE_WORDS))
+    edges = [0, *(np.flatnonzero(apart) + 1).tolist(), len(at)]
+    for low, high in pairwise(edges):
+        number, full, first = high - low, int(counts[low]), int(starts[low])
+        target = ram.u64[int(at[low]) : int(at[low]) + number * PAGE_WORDS].reshape(number, PAGE_WORDS)
+        target[:, HEAD_WORDS : HEAD_WORDS + full] = entries[first : first + number * full].reshape(number, full)
 
 
 def hang(ram: Ram, pfn: int, following: int) -> None:
     """Chain another stream of links behind link page `pfn`."""
     publish(ram, pfn, NEXT, following)
-
-
-def _store_entries(ram: Ram, at: U64, entries: U64, starts: I64, counts: I64) -> None:
-    """Whole links as slices where pages are neighbours, what is left one link at a time."""
-    whole = 0
-    while whole < len(at):
-        full = int(counts[whole])
-        end = whole + 1
-        while end < len(at) and counts[end] == full and at[end] == at[end - 1] + np.uint64(_PAGE_WORDS):
-            end += 1
-        rows = end - whole
-        target = ram.u64[int(at[whole]) : int(at[whole]) + rows * _PAGE_WORDS].reshape(rows, _PAGE_WORDS)
-        first = int(starts[whole])
-        target[:, _HEAD_WORDS : _HEAD_WORDS + full] = entries[first : first + rows * full].reshape(rows, full)
-        whole = end
-
-
-def read_links(ram: Ram, head: int, tail: int, links: int, generation: int) -> tuple[U64, U64, U64]:
-    """All of a stream's (index, entry) and its link pages, every page checked.
-
-    Returns (index of each entry, entries, link pfns). FormatError for a chain that is longer or
-    shorter than the object says, that has a cycle, or whose last page is not `tail`.
-    """
-    pages: list[int] = []
-    bounds: list[tuple[int, int]] = []
-    pfn = head
-    while pfn:
-        if len(pages) >= links:
-            raise FormatError("Link", "next", pfn=pfn, found="one more link", expected=f"{links} in the stream")
-        page = read_page(ram, pfn, LINK, LINK_MAGIC)
-        if not 0 < page.count <= LINK_CAPACITY:
-            raise FormatError("Link", "count", pfn=pfn, found=page.count, expected=f"1 to {LINK_CAPACITY}")
-        if page.generation != generation:
-            raise FormatError("Link", "generation", pfn=pfn, found=page.generation, expected=generation)
-        expect_flags("Link", pfn, page.flags)
-        expect_unused(ram, pfn, "Link", OTHER, "other")
-        pages.append(pfn)
-        bounds.append((page.index, page.count))
-        pfn = unseal(page.next, (pfn << PAGE_SHIFT) + NEXT, "Link", "next")
-    if len(pages) != links or (pages and pages[-1] != tail):
-        raise FormatError("Object", "links", found=f"{len(pages)} links", expected=f"{links}, ending at {tail:x}")
-    if not pages:
-        empty = np.empty(0, dtype=np.uint64)
-        return empty, empty, empty
-    return _gather(ram, np.array(pages, dtype=np.uint64), np.array(bounds, dtype=np.uint64))
-
-
-def _gather(ram: Ram, pages: U64, bounds: U64) -> tuple[U64, U64, U64]:
-    """Entries of checked link pages and the index of each."""
-    counts = bounds[:, 1].astype(np.int64)
-    firsts = np.cumsum(counts) - counts
-    at = np.repeat((pages << np.uint64(PAGE_SHIFT - 3)) + np.uint64(_HEAD_WORDS), counts)
-    within = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(firsts, counts)
-    entries = ram.u64[at + within.astype(np.uint64)]
-    size = np.uint64(1) << (entries & np.uint64(ENTRY_ORDER_MASK))
-    before = np.cumsum(size) - size
-    return np.repeat(bounds[:, 0] - before[firsts], counts) + before, entries, pages
-
-
-def check_entries(ram: Ram, entries: U64, record: str) -> None:
-    """FormatError unless every entry is an aligned block of this RAM."""
-    pfn, order, _ = decode(entries)
-    bad = (order > MAX_ORDER) | (pfn == 0)
-    size = np.uint64(1) << np.minimum(order, MAX_ORDER).astype(np.uint64)
-    bad |= (pfn & (size - np.uint64(1))) != 0
-    if bad.any():
-        found = int(entries[np.flatnonzero(bad)[0]])
-        raise FormatError(record, "entry", found=f"{found:#x}", expected="an aligned block of order 0 to 18")
-    if len(pfn):
-        check_pfn(ram, int((pfn + size).max()) - 1, record, "entry")

@@ -91,7 +91,7 @@ def read_page(ram: Ram, pfn: int, record: Record, magic: int) -> Any:
     check_pfn(ram, pfn, record.name, "pfn")
     found = record.read(ram.bytes, pfn << PAGE_SHIFT)
     if found.magic != magic:
-        raise FormatError(record.name, "magic", pfn=pfn, found=_letters(found.magic), expected=_letters(magic))
+        raise FormatError(record.name, "magic", pfn=pfn, found=letters(found.magic), expected=letters(magic))
     expected = checksum(ram, pfn)
     if found.checksum != expected:
         raise FormatError(
@@ -112,6 +112,7 @@ def expect_flags(record: str, pfn: int, found: int, known: int = 0) -> None:
         raise FormatError(record, "flags", pfn=pfn, found=f"{found:#x}", expected=f"nothing but {known:#x}")
 
 
-def _letters(magic: int) -> str:
+def letters(magic: int) -> str:
+    """A magic as its eight letters, or as a number if it is none."""
     raw = magic.to_bytes(8, "little")
     return repr(raw.decode("ascii")) if raw.isalnum() else f"{magic:#018x}"

@@ -1,4 +1,4 @@
-"""The preserved-page table of a node: a sparse tree of bitmaps over physical memory.
+"""The preserved-page table of a node: a sparse tree of bitmaps over physical memory. Reading it.
 
     level     entry covers   an entry is                                   page of 512 entries covers
     root      512 GiB        0 | page of the next level                    256 TiB
@@ -7,14 +7,18 @@
     bitmap    512 pages      one bit each; 64 bitmaps share a page
 
 The geometry is that of an x86 page table, as in PKRAM, but runs are stored as high up as they fit:
-a node of contiguous memory costs a handful of pages whatever its size. The table is built once, at
-the end of a save, and then never changes; it hangs off its node, so that the view of all preserved
-memory is the union of the nodes' tables and is right in every later kernel, too (D3).
+a node of contiguous memory costs a handful of pages whatever its size. The table hangs off its node
+and never changes once the node is published, so the view of all preserved memory is the union of
+the nodes' tables and is right in every later kernel, too (D3).
+
+A reader trusts nothing: every table page must be memory, may occur once only, and may stand for no
+address above the end of RAM, which bounds whatever damage can make a reader do. Questions about a
+range read only what they need. Bounds given in bytes are aligned outwards: a range that begins in
+the middle of a page includes the page, which the original overlooks.
 
 Kernel: mm/pkram_pagetable.c, patches 9 and 17
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,231 +33,209 @@ from pkramfs.spans import U64, Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
 ENTRIES = 512
-BITMAP_BYTES = ENTRIES // 8
-SLOTS = PAGE_SIZE // BITMAP_BYTES
+BITMAP_WORDS = ENTRIES // 64
+SLOTS = PAGE_SIZE // (BITMAP_WORDS * 8)
 LOWER, UPPER = ENTRIES, ENTRIES * ENTRIES
 """Pages that an entry of the lower and of the upper level covers."""
 ROOT = UPPER * ENTRIES
 
-Allocate = Callable[[int], U64]
+FULL = np.uint64(TABLE_FULL)
+_STEP = 64 * UPPER
+"""Pages that a question about a long range looks at in one step: 64 GiB."""
+_WORD = np.arange(BITMAP_WORDS, dtype=np.uint64)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What a table for some spans holds, before it has pages. Numbers are units of each level."""
+class Walk:
+    """All that a table says: pages named, its own pages in walking order, their checksum."""
 
-    full_upper: Spans
-    full_lower: Spans
-    partial: U64
-    lower_pages: U64
-    upper_pages: U64
-
-    @property
-    def pages(self) -> int:
-        return 1 + len(self.upper_pages) + len(self.lower_pages) + -(-len(self.partial) // SLOTS)
+    spans: Spans
+    pages: U64
+    checksum: int
 
 
-def _plan(spans: Spans) -> _Plan:
-    full_upper = spans.inward(UPPER)
-    full_lower = spans.inward(LOWER) - full_upper.scale(UPPER // LOWER)
-    partial = _numbers(spans.outward(LOWER) - spans.inward(LOWER))
-    lower_pages = _numbers(spans.outward(UPPER) - full_upper)
-    return _Plan(full_upper, full_lower, partial, lower_pages, _numbers(spans.outward(ROOT)))
-
-
-def _numbers(spans: Spans) -> U64:
-    """Every number of a (small) set."""
-    counts = spans.counts.astype(np.int64)
-    within = np.arange(spans.total, dtype=np.uint64) - np.repeat(np.cumsum(counts) - counts, counts).astype(np.uint64)
-    return np.repeat(spans.starts, counts) + within
-
-
-def build(ram: Ram, spans: Spans, allocate: Allocate) -> tuple[int, int, U64]:
-    """Write the table of `spans` and of its own pages; returns (root pfn, checksum, all table pages).
-
-    `allocate(n)` gives n more zeroed pages outside of `spans`. Listing the table's own pages can
-    need another page, so pages are added until they suffice.
-    """
-    pages = np.empty(0, dtype=np.uint64)
-    while True:
-        whole = spans | Spans.from_runs(pages, np.ones_like(pages))
-        plan = _plan(whole)
-        if plan.pages <= len(pages):
-            break
-        pages = np.concatenate((pages, allocate(plan.pages - len(pages))))
-    _write(ram, whole, plan, pages)
-    return int(pages[0]), checksum(ram, int(pages[0])), pages
-
-
-def _write(ram: Ram, spans: Spans, plan: _Plan, pages: U64) -> None:
-    ends = np.cumsum([1, len(plan.upper_pages), len(plan.lower_pages)])
-    root, upper, lower, bitmaps = np.split(pages, ends)
-    for pfn in pages.tolist():
-        ram.zero(pfn)
-    _link(ram, root, np.zeros(1, dtype=np.uint64), plan.upper_pages, upper)
-    _link(ram, upper, plan.upper_pages, plan.lower_pages, lower)
-    _fill(ram, upper, plan.upper_pages, plan.full_upper)
-    _fill(ram, lower, plan.lower_pages, plan.full_lower)
-    if not len(plan.partial):
-        return
-    slot = np.arange(len(plan.partial), dtype=np.uint64)
-    holder = bitmaps[slot // np.uint64(SLOTS)]
-    entry = holder << np.uint64(PAGE_SHIFT) | slot % np.uint64(SLOTS)
-    ram.u64[_places(lower, plan.lower_pages, plan.partial)] = entry
-    bits = _bitmaps(spans, plan.partial).view("<u8").reshape(-1, BITMAP_BYTES // 8)
-    at = (holder << np.uint64(PAGE_SHIFT - 3)) + slot % np.uint64(SLOTS) * np.uint64(BITMAP_BYTES // 8)
-    ram.u64[at[:, None] + np.arange(BITMAP_BYTES // 8, dtype=np.uint64)] = bits
-
-
-def _places(pages: U64, numbers: U64, units: U64) -> U64:
-    """Word numbers in RAM of the entries of `units`, in table pages that stand for `numbers`."""
-    which = np.searchsorted(numbers, units // np.uint64(ENTRIES))
-    return (pages[which] << np.uint64(PAGE_SHIFT - 3)) + units % np.uint64(ENTRIES)
-
-
-def _link(ram: Ram, parents: U64, numbers: U64, children: U64, child_pages: U64) -> None:
-    ram.u64[_places(parents, numbers, children)] = child_pages << np.uint64(PAGE_SHIFT)
-
-
-def _fill(ram: Ram, pages: U64, numbers: U64, full: Spans) -> None:
-    """Mark whole stretches FULL, cut where a table page ends."""
-    for start, end in full:
-        while start < end:
-            stop = min(end, (start // ENTRIES + 1) * ENTRIES)
-            place = int(_places(pages, numbers, np.array([start], dtype=np.uint64))[0])
-            ram.u64[place : place + stop - start] = TABLE_FULL
-            start = stop
-
-
-def _bitmaps(spans: Spans, blocks: U64) -> npt.NDArray[np.uint8]:
-    """The 512-bit maps of partly preserved 2 MiB blocks, packed."""
-    inside = spans & Spans.from_runs(blocks, np.ones_like(blocks)).scale(LOWER)
-    # A span may run over several blocks; at block borders the running sum of edges is right anyway.
-    flat = np.zeros(len(blocks) * ENTRIES + 1, dtype=np.int8)
-    cut = _cut_at_blocks(inside)
-    which = np.searchsorted(blocks, cut[0] // np.uint64(LOWER)).astype(np.int64) * ENTRIES
-    np.add.at(flat, which + (cut[0] % np.uint64(LOWER)).astype(np.int64), 1)
-    np.add.at(flat, which + (cut[1] - cut[0] // np.uint64(LOWER) * np.uint64(LOWER)).astype(np.int64), -1)
-    return np.packbits(np.cumsum(flat[:-1], dtype=np.int8).astype(bool), bitorder="little")
-
-
-def _cut_at_blocks(spans: Spans) -> tuple[U64, U64]:
-    """Starts and ends of spans, cut at every 2 MiB border."""
-    step = np.uint64(LOWER)
-    first, last = spans.starts // step, (spans.ends - np.uint64(1)) // step
-    pieces = (last - first + np.uint64(1)).astype(np.int64)
-    block = np.repeat(first, pieces) + (
-        np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    ).astype(np.uint64)
-    starts = np.maximum(np.repeat(spans.starts, pieces), block * step)
-    return starts, np.minimum(np.repeat(spans.ends, pieces), (block + np.uint64(1)) * step)
-
-
-def _children(ram: Ram, pages: U64, numbers: U64) -> tuple[U64, U64]:
-    """(unit, entry) of every entry that is not 0 in table pages that stand for `numbers`."""
-    if not len(pages):
-        return pages, pages
-    base = (pages << np.uint64(PAGE_SHIFT - 3))[:, None] + np.arange(ENTRIES, dtype=np.uint64)
-    entries = ram.u64[base]
-    row, column = np.nonzero(entries)
-    return numbers[row] * np.uint64(ENTRIES) + column.astype(np.uint64), entries[row, column]
-
-
-def _descend(ram: Ram, units: U64, entries: U64) -> tuple[U64, U64, Spans]:
-    """Split entries into (units with a child, the children's pages) and the FULL units."""
-    full = entries == np.uint64(TABLE_FULL)
-    pages = entries[~full] >> np.uint64(PAGE_SHIFT)
-    if len(pages):
-        for edge in (int(pages.min()), int(pages.max())):
-            check_pfn(ram, edge, "PageTable", "entry")
-    if (entries[~full] & np.uint64(PAGE_SIZE - 1 & ~TABLE_SLOT_MASK)).any():
-        raise FormatError("PageTable", "entry", found="unknown bits", expected="a page and a slot")
-    return units[~full], entries[~full], Spans.from_runs(units[full], np.ones(int(full.sum()), dtype=np.uint64))
+def walk(ram: Ram, root: int) -> Walk:
+    """Read a whole table; FormatError for anything that cannot be."""
+    check_pfn(ram, root, "PageTable", "root")
+    units = np.zeros(1, dtype=np.uint64)
+    pages = [np.array([root], dtype=np.uint64)]
+    found = Spans()
+    for covers in (ROOT, UPPER, LOWER):
+        units, entries, full = _children(ram, pages[-1], units, covers)
+        found = found | full.scale(covers)
+        if covers == LOWER:
+            _check_bits(entries, TABLE_SLOT_MASK, "lower entry")
+            found = found | read_bitmaps(ram, units, entries)
+            pages.append(np.unique(entries >> np.uint64(PAGE_SHIFT)))
+        else:
+            _check_bits(entries, 0, "upper entry")
+            pages.append(entries >> np.uint64(PAGE_SHIFT))
+    own = np.concatenate(pages)
+    if len(np.unique(own)) != len(own):
+        raise FormatError("PageTable", "entry", pfn=root, found="a table page named twice", expected="each once")
+    if found and int(found.ends[-1]) > ram.pages:
+        end = int(found.ends[-1])
+        raise FormatError("PageTable", "pages", pfn=root, found=f"pfn {end - 1:x}", expected=f"below {ram.pages:x}")
+    digest = xxhash.xxh3_64()
+    for pfn in own.tolist():
+        digest.update(ram.page(pfn))
+    return Walk(found, own, digest.intdigest())
 
 
 def read(ram: Ram, root: int) -> Spans:
     """Every page that the table names."""
-    return _walk(ram, root)[0]
+    return walk(ram, root).spans
 
 
 def checksum(ram: Ram, root: int) -> int:
     """XXH3-64 of all table pages, in walking order."""
-    digest = xxhash.xxh3_64()
-    for pfn in _walk(ram, root)[1].tolist():
-        digest.update(ram.page(pfn))
-    return digest.intdigest()
-
-
-def _walk(ram: Ram, root: int) -> tuple[Spans, U64]:
-    """(pages named, table pages in walking order)."""
-    check_pfn(ram, root, "PageTable", "root")
-    shift = np.uint64(PAGE_SHIFT)
-    pages = [np.array([root], dtype=np.uint64)]
-    units, entries = _children(ram, pages[0], np.zeros(1, dtype=np.uint64))
-    found = Spans()
-    for covers in (ROOT, UPPER):
-        units, entries, full = _descend(ram, units, entries)
-        found = found | full.scale(covers)
-        pages.append(entries >> shift)
-        units, entries = _children(ram, pages[-1], units)
-    units, entries, full = _descend(ram, units, entries)
-    found = found | full.scale(LOWER)
-    pages.append(np.unique(entries >> shift))
-    return found | _read_bitmaps(ram, units, entries), np.concatenate(pages)
-
-
-def _read_bitmaps(ram: Ram, units: U64, entries: U64) -> Spans:
-    if not len(units):
-        return Spans()
-    at = (entries >> np.uint64(PAGE_SHIFT) << np.uint64(PAGE_SHIFT - 3)) + (
-        entries & np.uint64(TABLE_SLOT_MASK)
-    ) * np.uint64(BITMAP_BYTES // 8)
-    words = ram.u64[at[:, None] + np.arange(BITMAP_BYTES // 8, dtype=np.uint64)]
-    bits = np.unpackbits(words.view(np.uint8).reshape(-1), bitorder="little").astype(bool)
-    runs = Spans.from_mask(bits)
-    starts, ends = _cut_at_blocks(runs)
-    block = units[(starts // np.uint64(LOWER)).astype(np.int64)] * np.uint64(LOWER)
-    first = starts // np.uint64(LOWER) * np.uint64(LOWER)
-    return Spans.from_arrays(block + starts - first, block + ends - first)
+    return walk(ram, root).checksum
 
 
 def any_preserved(ram: Ram, root: int, start: int, end: int) -> bool:
     """Whether a page that holds any byte of the physical range [start, end) is named by the table.
 
-    Bounds are byte addresses and are aligned outwards; only what covers the range is descended into.
-
     Kernel: pkram_has_preserved_pages()
     """
-    first, last = start >> PAGE_SHIFT, (end + PAGE_SIZE - 1) >> PAGE_SHIFT
-    return end > start and bool(read_range(ram, root, first, last))
-
-
-def read_range(ram: Ram, root: int, first: int, last: int) -> Spans:
-    """The pages of [first, last) that the table names, reading no more of it than covers them."""
-    check_pfn(ram, root, "PageTable", "root")
-    pages, numbers = np.array([root], dtype=np.uint64), np.zeros(1, dtype=np.uint64)
-    found = Spans()
-    for covers in (ROOT, UPPER, LOWER):
-        units, entries = _children(ram, pages, numbers)
-        inside = (units >= np.uint64(first // covers)) & (units <= np.uint64(max(last - 1, 0) // covers))
-        numbers, entries, full = _descend(ram, units[inside], entries[inside])
-        found = found | full.scale(covers)
-        pages = entries >> np.uint64(PAGE_SHIFT)
-    return (found | _read_bitmaps(ram, numbers, entries)).clip(first, last)
+    first, last = start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)
+    if end <= start:
+        return False
+    return any(read_range(ram, root, low, min(low + _STEP, last)) for low in range(first, last, _STEP))
 
 
 def next_hole_below(ram: Ram, root: int, limit: int, count: int) -> int | None:
     """First page of the highest `count` pages in a row below page `limit` of which the table names none.
 
-    Walks down one GiB at a time, so a hole near the top is found without reading the rest (D25: the
-    kernel's search stepped one page at a time).
+    Walks downwards, many GiB at a time, so a hole near the top is found without reading the rest and
+    the walk ends at the bottom (D21, D25: the kernel's search stepped one page at a time).
     """
-    top = edge = limit
-    while edge > 0:
-        edge = max(0, (edge - 1) // UPPER * UPPER)
-        # The stretch above may continue a hole that begins here, so it is looked at again with this one.
-        hole = read_range(ram, root, edge, top).gaps(edge, top).first_fit(count, top_down=True)
+    top = at = limit  # [at, top) is known to be free
+    while at > 0:
+        at = max(0, (at - 1) // _STEP * _STEP)
+        spans = read_range(ram, root, at, top)
+        hole = spans.gaps(at, top).first_fit(count, top_down=True)
         if hole is not None:
             return hole
-        top = min(limit, edge + count)
+        top = int(spans.starts[0]) if spans else top
     return None
+
+
+def read_range(ram: Ram, root: int, start: int, end: int) -> Spans:
+    """The pages of [start, end) that the table names, reading no more of it than covers them."""
+    check_pfn(ram, root, "PageTable", "root")
+    end = min(end, ram.pages)
+    if end <= start:
+        return Spans()
+    units = np.arange(start // UPPER, (end - 1) // UPPER + 1, dtype=np.uint64)
+    entries = upper_entries(ram, root, units)
+    full = entries == FULL
+    found = Spans.from_runs(units[full], np.ones(int(full.sum()), dtype=np.uint64)).scale(UPPER)
+    below = ~full & (entries != 0)
+    pages = entries[below] >> np.uint64(PAGE_SHIFT)
+    _check_pages(ram, pages)
+    lower, entries, full_lower = _children(ram, pages, units[below], LOWER)
+    near = (lower >= np.uint64(start // LOWER)) & (lower <= np.uint64((end - 1) // LOWER))
+    _check_bits(entries, TABLE_SLOT_MASK, "lower entry")
+    return (found | full_lower.scale(LOWER) | read_bitmaps(ram, lower[near], entries[near])).clip(start, end)
+
+
+def upper_entries(ram: Ram, root: int, units: U64) -> U64:
+    """The upper entries of 1 GiB `units`, 0 where there is no page for them."""
+    parents = gather(ram, np.full(len(units), root, dtype=np.uint64), units // np.uint64(ENTRIES))
+    _check_bits(parents, 0, "root entry")
+    pages = parents >> np.uint64(PAGE_SHIFT)
+    _check_pages(ram, pages[pages != 0])
+    return gather(ram, pages, units)
+
+
+def gather(ram: Ram, pages: U64, units: U64) -> U64:
+    """The entry of each unit in the table page given for it, 0 where that page is 0."""
+    found = np.zeros(len(units), dtype=np.uint64)
+    there = pages != 0
+    found[there] = ram.u64[places(pages[there], units[there])]
+    return found
+
+
+def places(pages: U64, units: U64) -> U64:
+    """Word numbers in RAM of the entries of `units` in these table pages."""
+    return (pages << np.uint64(PAGE_SHIFT - 3)) + units % np.uint64(ENTRIES)
+
+
+def bitmap_places(entries: U64) -> U64:
+    """Word numbers in RAM of the bitmaps that lower entries name, a row of 8 each."""
+    slot = entries & np.uint64(TABLE_SLOT_MASK)
+    first = (entries >> np.uint64(PAGE_SHIFT) << np.uint64(PAGE_SHIFT - 3)) + slot * np.uint64(BITMAP_WORDS)
+    return first[:, None] + _WORD
+
+
+def _children(ram: Ram, pages: U64, numbers: U64, covers: int) -> tuple[U64, U64, Spans]:
+    """Entries of table pages that stand for `numbers`: (units, entries) with a child, and the FULL units."""
+    if not len(pages):
+        return pages, pages, Spans()
+    base = (pages << np.uint64(PAGE_SHIFT - 3))[:, None] + np.arange(ENTRIES, dtype=np.uint64)
+    entries = ram.u64[base]
+    row, column = np.nonzero(entries)
+    units = numbers[row] * np.uint64(ENTRIES) + column.astype(np.uint64)
+    entries = entries[row, column]
+    if len(units) and int(units[-1] if len(pages) == 1 else units.max()) * covers >= ram.pages:
+        raise FormatError(
+            "PageTable", "entry", pfn=int(pages[0]), found="an entry above the end of RAM", expected="0 there"
+        )
+    full = entries == FULL if covers != ROOT else np.zeros(len(entries), dtype=bool)
+    _check_pages(ram, entries[~full] >> np.uint64(PAGE_SHIFT))
+    return units[~full], entries[~full], Spans.from_runs(units[full], np.ones(int(full.sum()), dtype=np.uint64))
+
+
+def _check_pages(ram: Ram, pages: U64) -> None:
+    if len(pages):
+        for edge in (int(pages.min()), int(pages.max())):
+            check_pfn(ram, edge, "PageTable", "entry")
+
+
+def _check_bits(entries: U64, allowed: int, field: str) -> None:
+    bad = entries & np.uint64(PAGE_SIZE - 1 & ~allowed) != 0
+    if bad.any():
+        found = int(entries[bad][0])
+        raise FormatError("PageTable", field, found=f"{found:#x}", expected="0, full, or a page and a slot")
+
+
+def read_bitmaps(ram: Ram, blocks: U64, entries: U64) -> Spans:
+    """The pages of 2 MiB `blocks` whose lower entries name bitmaps."""
+    if not len(blocks):
+        return Spans()
+    return spans_of_bits(blocks, ram.u64[bitmap_places(entries)])
+
+
+def spans_of_bits(blocks: U64, bits: U64) -> Spans:
+    """The pages that bitmaps (a row of 8 words for each 2 MiB block) have set."""
+    flags = np.unpackbits(np.ascontiguousarray(bits).view(np.uint8).reshape(-1), bitorder="little")
+    padded = np.zeros((len(blocks), ENTRIES + 2), dtype=np.int8)
+    padded[:, 1:-1] = flags.reshape(len(blocks), ENTRIES)
+    row, column = np.nonzero(np.diff(padded, axis=1))
+    edges = blocks[row] * np.uint64(LOWER) + column.astype(np.uint64)
+    return Spans.from_arrays(edges[::2], edges[1::2])
+
+
+def bits_of_spans(spans: Spans) -> tuple[U64, U64]:
+    """The 2 MiB blocks that spans touch, ascending, and a bitmap (8 words) for each."""
+    starts, ends, block = _cut_at_blocks(spans)
+    fresh = np.ones(len(block), dtype=bool)
+    fresh[1:] = block[1:] != block[:-1]
+    blocks, row = block[fresh], np.cumsum(fresh) - 1
+    edges = np.zeros((len(blocks), ENTRIES + 1), dtype=np.int8)
+    base = block * np.uint64(LOWER)
+    edges[row, (starts - base).astype(np.int64)] = 1
+    edges[row, (ends - base).astype(np.int64)] = -1
+    flags: npt.NDArray[np.int8] = np.cumsum(edges[:, :ENTRIES], axis=1, dtype=np.int8)
+    return blocks, np.packbits(flags.view(np.uint8), axis=1, bitorder="little").view("<u8")
+
+
+def _cut_at_blocks(spans: Spans) -> tuple[U64, U64, U64]:
+    """(starts, ends, block) of spans cut at every 2 MiB border."""
+    step, one = np.uint64(LOWER), np.uint64(1)
+    first = spans.starts // step
+    pieces = ((spans.ends - one) // step - first + one).astype(np.int64)
+    within = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    block = np.repeat(first, pieces) + within.astype(np.uint64)
+    starts = np.maximum(np.repeat(spans.starts, pieces), block * step)
+    return starts, np.minimum(np.repeat(spans.ends, pieces), (block + one) * step), block

@@ -9,7 +9,9 @@ tree frozen until the node is withdrawn, so the copy cannot become stale (D7).
     kept  [----------]    [---]
     moved             [==]  ─► one run elsewhere, or several: the largest pieces that fit
 
-Bans are a set of spans, so there is no table to overflow (D12).
+Only the banned part of a huge page moves; both parts are then entries of the largest orders that
+fit, where PKRAM copies all of it into base pages. Bans are a set of spans, so there is no table to
+overflow (D12).
 
 Kernel: mm/pkram.c (banned_regions, pkram_alloc_page, __pkram_save_page), patches 5 and 15
 """
@@ -17,26 +19,41 @@ Kernel: mm/pkram.c (banned_regions, pkram_alloc_page, __pkram_save_page), patche
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from pkramfs.machine.ram import Ram
 from pkramfs.spans import U64, Spans
+
+Run = tuple[int, int]
 
 
 class Allocator(Protocol):
     """What a save needs of a frame allocator: see `machine.frames.Frames`."""
 
-    def allocate(self, count: int, order: int = 0, *, held: bool = False) -> list[tuple[int, int]]: ...
+    def allocate(self, count: int, order: int = 0, *, held: bool = False) -> list[Run]: ...
 
     def free(self, starts: list[int], counts: list[int]) -> None: ...
 
 
-def allocate_outside(frames: Allocator, count: int, banned: Spans) -> list[tuple[int, int]]:
+def touched(banned: Spans, pfn: U64, count: U64) -> npt.NDArray[np.bool_]:
+    """For each run, whether any page of it is banned."""
+    if not banned:
+        return np.zeros(len(pfn), dtype=bool)
+    at = np.searchsorted(banned.ends, pfn, side="right")
+    first = np.append(banned.starts, ~np.uint64(0))[at]
+    hit: npt.NDArray[np.bool_] = first < pfn + count
+    return hit
+
+
+def allocate_outside(frames: Allocator, count: int, banned: Spans) -> list[Run]:
     """Runs of `count` frames outside of `banned`.
 
     Frames found inside are parked until the end, so that the allocator does not offer them again.
     """
-    good: list[tuple[int, int]] = []
-    parked: list[tuple[int, int]] = []
+    if not banned:
+        return frames.allocate(count, held=True)
+    good: list[Run] = []
+    parked: list[Run] = []
     try:
         while count:
             for start, size in frames.allocate(count, held=True):
@@ -53,36 +70,38 @@ def allocate_outside(frames: Allocator, count: int, banned: Spans) -> list[tuple
     return good
 
 
-def _free(frames: Allocator, runs: list[tuple[int, int]]) -> None:
+def _free(frames: Allocator, runs: list[Run]) -> None:
     if runs:
         frames.free([start for start, _ in runs], [count for _, count in runs])
 
 
 def move_out(
     ram: Ram, frames: Allocator, index: U64, pfn: U64, count: U64, banned: Spans
-) -> tuple[U64, U64, U64, list[tuple[int, int]]]:
+) -> tuple[U64, U64, U64, list[Run]]:
     """Runs (index, pfn, count) with every banned part replaced by a copy elsewhere.
 
     Returns the new runs, by index, and the frames that hold the copies.
     """
-    touched = np.array([banned.overlaps(a, a + n) for a, n in zip(pfn.tolist(), count.tolist(), strict=True)], bool)
-    rows = [np.column_stack((index, pfn, count))[~touched]]
-    copies: list[tuple[int, int]] = []
+    hit = touched(banned, pfn, count)
+    if not hit.any():
+        return index, pfn, count, []
+    rows = [np.column_stack((index, pfn, count))[~hit]]
+    copies: list[Run] = []
     try:
-        for first, start, size in zip(
-            index[touched].tolist(), pfn[touched].tolist(), count[touched].tolist(), strict=True
-        ):
+        for first, start, size in zip(index[hit].tolist(), pfn[hit].tolist(), count[hit].tolist(), strict=True):
             run = Spans([(start, start + size)])
             kept = [(first + a - start, a, b - a) for a, b in run - banned]
-            moved = [piece for a, b in run & banned for piece in _copy(ram, frames, first + a - start, a, b, banned)]
-            copies += [(target, length) for _, target, length in moved]
-            rows.append(np.array(kept + moved, dtype=np.uint64).reshape(-1, 3))
+            for a, b in run & banned:
+                moved = _copy(ram, frames, first + a - start, a, b, banned)
+                copies += [(target, length) for _, target, length in moved]
+                kept += moved
+            rows.append(np.array(kept, dtype=np.uint64).reshape(-1, 3))
     except BaseException:
         _free(frames, copies)
         raise
     table = np.concatenate(rows)
     table = table[np.argsort(table[:, 0], kind="stable")]
-    return table[:, 0], table[:, 1], table[:, 2], copies
+    return table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy(), copies
 
 
 def _copy(ram: Ram, frames: Allocator, index: int, start: int, end: int, banned: Spans) -> list[tuple[int, int, int]]:

@@ -10,50 +10,33 @@ under the machine's table lock and read without: every step of a reader is check
 meets a node on its way out sees an error and looks again.
 
 A save lives in the page blocks of its owner (`tree_id`), metadata too: so withdrawing a node, or
-sweeping a dead owner, needs no walk over its pages.
+sweeping a dead owner, needs no walk over its pages. Within a process a save or a load in progress
+keeps the name busy; between processes the lock of the tree id does, which a mount holds while it
+lives and `pkramctl free` takes before it withdraws.
 
 Kernel: mm/pkram.c (pkram_prepare_save … pkram_finish_load), patches 2, 3, 7 and 19
 """
 
 import errno
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from pkramfs.errors import FormatError, PkramError
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram import pagetable, superblock
-from pkramfs.pkram.format import LINK_CAPACITY, NAME_MAX, NEXT, NODE, NODE_MAGIC, OTHER
-from pkramfs.pkram.page import expect_flags, expect_unused, publish, read_page, read_word, write_page
+from pkramfs.pkram.format import LINK_CAPACITY, NAME_MAX, NEXT
+from pkramfs.pkram.node import Node, check_frames, read_node, read_objects, read_table, shown
+from pkramfs.pkram.page import publish, read_word
+from pkramfs.pkram.reader import ObjectReader
 from pkramfs.pkram.relocate import Allocator
-from pkramfs.pkram.streams import Arena, ObjectReader, ObjectWriter
+from pkramfs.pkram.save import Save
 from pkramfs.spans import Spans
-from pkramfs.units import PAGE_SIZE, format_pfn, pages
+from pkramfs.units import pages
 
-STRICT = 1
-
-
-@dataclass(frozen=True)
-class Node:
-    """A published node. `pages` counts its frames, metadata included."""
-
-    name: bytes
-    tree_id: int
-    pfn: int
-    pages: int
-    created_ns: int
-    objects: int
-    generation: int
-    strict: bool
-    table_pfn: int
-    table_checksum: int
-    object_pfn: int
-    moved: int
-    """Frames that hold copies: their pages lay where a loaded kernel, or this one, would be."""
+_LOOKS = 3
+"""How often the list is read before damage is believed: a node may be withdrawn under our eyes."""
 
 
 class Store:
@@ -68,7 +51,8 @@ class Store:
         self._loading: dict[bytes, int] = {}
         self._mutex = threading.Lock()
 
-    def _root(self) -> int:
+    def root(self) -> int:
+        """The super block's pfn; PkramError (ENODEV) if PKRAM is off."""
         if self.super_pfn is None:
             raise PkramError("PKRAM is switched off in this kernel", errno.ENODEV)
         return self.super_pfn
@@ -77,13 +61,15 @@ class Store:
 
     def nodes(self) -> list[Node]:
         """Every published node, newest first; FormatError if the list is damaged."""
-        try:
-            return list(self._walk())
-        except FormatError:
-            return list(self._walk())  # a node may have been withdrawn under our eyes
+        for _ in range(_LOOKS - 1):
+            try:
+                return list(self._walk())
+            except FormatError:
+                continue
+        return list(self._walk())
 
     def _walk(self) -> Iterator[Node]:
-        pfn, seen = read_word(self.ram, self._root(), NEXT, "Super", "node"), set[int]()
+        pfn, seen = read_word(self.ram, self.root(), NEXT, "Super", "node"), set[int]()
         while pfn:
             if pfn in seen:
                 raise FormatError("Node", "next", pfn=pfn, found="a node met before", expected="the end of the list")
@@ -97,19 +83,11 @@ class Store:
 
     def preserved_ids(self) -> set[int]:
         """Tree ids that published nodes name."""
-        return set() if self.super_pfn is None else {node.tree_id for node in self.nodes()}
+        return {node.tree_id for node in self.nodes()}
 
     def pages_of(self, node: Node) -> Spans:
         """Every frame of a node, from its page table."""
-        found = pagetable.checksum(self.ram, node.table_pfn)
-        if found != node.table_checksum:
-            raise FormatError(
-                "Node", "table_checksum", pfn=node.pfn, found=f"{found:016x}", expected=f"{node.table_checksum:016x}"
-            )
-        spans = pagetable.read(self.ram, node.table_pfn)
-        if spans.total != node.pages:
-            raise FormatError("Node", "pages", pfn=node.pfn, found=spans.total, expected=node.pages)
-        return spans
+        return read_table(self.ram, node).spans
 
     def preserved(self) -> Spans:
         """Every frame of every node."""
@@ -122,14 +100,14 @@ class Store:
         """The frames that a node uses for itself, so that its owner can free them after a withdrawal."""
         node = self._named(name)
         spans = self.pages_of(node)
-        for reader in read_objects(self.ram, node):
+        for reader in read_objects(self.ram, node, spans):
             spans = spans - reader.data
         return spans
 
     def _named(self, name: bytes) -> Node:
         node = self.find(name)
         if node is None:
-            raise PkramError(f"there is no node {_shown(name)}", errno.ENOENT)
+            raise PkramError(f"there is no node {shown(name)}", errno.ENOENT)
         return node
 
     # -- saving ----------------------------------------------------------------------------------
@@ -148,31 +126,32 @@ class Store:
 
         Errors: ENODEV (off), ENAMETOOLONG, EINVAL (empty), EEXIST (also while being saved).
         """
-        self._root()
+        self.root()
         if len(name) > NAME_MAX:
             raise PkramError(f"the node name has {len(name)} bytes, at most {NAME_MAX} can be", errno.ENAMETOOLONG)
         if not name or b"\0" in name:
             raise PkramError("a node name must not be empty nor contain NUL", errno.EINVAL)
         with self._mutex:
             if name in self._saving or self.find(name) is not None:
-                raise PkramError(f"node {_shown(name)} exists already", errno.EEXIST)
+                raise PkramError(f"node {shown(name)} exists already", errno.EEXIST)
             self._saving.add(name)
         try:
             return Save(self, name, tree_id, frames, banned or Spans(), strict=strict, align=align)
         except BaseException:
-            self._saved(name)
+            self.saved(name)
             raise
 
-    def _publish(self, name: bytes, pfn: int) -> None:
-        """Hang a complete node into the list."""
-        root = self._root()
+    def publish(self, name: bytes, pfn: int) -> None:
+        """Hang a complete node into the list. Done by `Save.finish`."""
+        root = self.root()
         with self._lock():
             if self.find(name) is not None:
-                raise PkramError(f"node {_shown(name)} exists already", errno.EEXIST)
+                raise PkramError(f"node {shown(name)} exists already", errno.EEXIST)
             publish(self.ram, pfn, NEXT, read_word(self.ram, root, NEXT, "Super", "node"))
             publish(self.ram, root, NEXT, pfn)
 
-    def _saved(self, name: bytes) -> None:
+    def saved(self, name: bytes) -> None:
+        """A save of this name has ended. Done by `Save`."""
         with self._mutex:
             self._saving.discard(name)
 
@@ -184,10 +163,10 @@ class Store:
         With `consume`, PKRAM's own contract: the node is withdrawn at once and what is not used of
         it is the caller's to free. Errors: ENODEV, ENOENT, EBUSY (being saved).
         """
-        self._root()
+        self.root()
         with self._mutex:
             if name in self._saving:
-                raise PkramError(f"node {_shown(name)} is being saved", errno.EBUSY)
+                raise PkramError(f"node {shown(name)} is being saved", errno.EBUSY)
             self._loading[name] = self._loading.get(name, 0) + 1
         try:
             load = Load(self, self._named(name))
@@ -206,118 +185,43 @@ class Store:
 
     # -- freeing ---------------------------------------------------------------------------------
 
-    def withdraw(self, name: bytes) -> Node:
-        """Take a node out of the list by one store; its frames are its owner's again.
+    def withdraw(self, which: bytes | int) -> Node:
+        """Take a node (by name or tree id) out of the list by one store; its frames are its owner's again.
 
-        Errors: ENOENT, EBUSY while this process saves or loads it.
+        Errors: ENODEV, ENOENT, EBUSY while this process saves or loads it.
         """
+        found = next((node for node in self.nodes() if which in (node.name, node.tree_id)), None)
+        name = which if isinstance(which, bytes) else found.name if found else b""
         with self._mutex:
             if name in self._saving or name in self._loading:
-                raise PkramError(f"node {_shown(name)} is being saved or loaded", errno.EBUSY)
+                raise PkramError(f"node {shown(name)} is being saved or loaded", errno.EBUSY)
+        if found is None:
+            raise PkramError(f"there is no node {shown(which)}", errno.ENOENT)
         return self._withdraw(name)
 
     def _withdraw(self, name: bytes) -> Node:
-        before = self._root()
+        before = self.root()
         with self._lock():
             for node in self._walk():
                 if node.name == name:
                     publish(self.ram, before, NEXT, read_word(self.ram, node.pfn, NEXT, "Node", "next"))
                     return node
                 before = node.pfn
-        raise PkramError(f"there is no node {_shown(name)}", errno.ENOENT)
+        raise PkramError(f"there is no node {shown(name)}", errno.ENOENT)
 
+    def free(self, names: list[bytes] | None = None) -> int:
+        """Withdraw nodes: these, or all that nobody saves or loads; how many pages that gives back.
 
-class Save:
-    """A node being saved; nobody sees it before `finish`."""
+        The pages are free once their owners' page blocks are swept. Errors: those of `withdraw`, for
+        the first name that has one; the ones before it are gone by then.
 
-    def __init__(
-        self,
-        store: Store,
-        name: bytes,
-        tree_id: int,
-        frames: Allocator,
-        banned: Spans,
-        *,
-        strict: bool,
-        align: bool,
-    ) -> None:
-        self.store, self.name, self.tree_id = store, name, tree_id
-        self._ram, self._strict, self._align = store.ram, strict, align
-        self._arena = Arena(store.ram, frames, banned, self._no_memory)
-        self.generation = superblock.check(store.ram, store._root()).generation
-        self._writers: list[ObjectWriter] = []
-        self._open = True
-
-    def _no_memory(self, error: OSError) -> PkramError:
-        return PkramError(f"no memory to save node {_shown(self.name)}: {error}", errno.ENOMEM)
-
-    def __enter__(self) -> "Save":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        if self._open:
-            self.discard()
-
-    @property
-    def moved(self) -> list[tuple[int, int]]:
-        """Runs of frames that hold copies of banned pages."""
-        return [run for writer in self._writers for run in writer.moved]
-
-    def object(self) -> ObjectWriter:
-        """Begin the next object; the one before must be finished."""
-        if not self._open:
-            raise PkramError(f"node {_shown(self.name)} is not being saved any more", errno.EINVAL)
-        if self._writers and self._writers[-1].values is None:
-            raise PkramError("the object before is not finished", errno.EBUSY)
-        writer = ObjectWriter(self._arena, self.generation, strict=self._strict, align=self._align)
-        self._writers.append(writer)
-        return writer
-
-    def finish(self) -> Node:
-        """Publish the node by one store."""
-        if not self._open:
-            raise PkramError(f"node {_shown(self.name)} is not being saved any more", errno.EINVAL)
-        data = Spans()
-        for writer in self._writers:
-            writer.finish()
-            data = data | writer.data
-        if data.total != sum(writer.page_count for writer in self._writers):
-            raise PkramError("a frame was saved by two objects", errno.EINVAL)
-        places = self._arena.pages(len(self._writers) + 1).tolist()
-        node_pfn, objects = places[0], places[1:]
-        for writer, pfn, following in zip(self._writers, objects, [*objects[1:], 0], strict=True):
-            writer.write_record(pfn, following)
-        root, digest, _ = pagetable.build(self._ram, data | self._arena.spans(), self._arena.pages)
-        total = (data | self._arena.spans()).total
-        write_page(
-            self._ram,
-            node_pfn,
-            NODE,
-            {NEXT: 0, OTHER: 0},
-            magic=NODE_MAGIC,
-            generation=self.generation,
-            tree_id=self.tree_id,
-            object=objects[0] if objects else 0,
-            table=root,
-            table_checksum=digest,
-            pages=total,
-            created=time.time_ns(),
-            objects=len(objects),
-            name_length=len(self.name),
-            flags=STRICT if self._strict else 0,
-            name=self.name,
-            moved=sum(count for _, count in self.moved),
-        )
-        self.store._publish(self.name, node_pfn)
-        self._open = False
-        self.store._saved(self.name)
-        return read_node(self._ram, node_pfn)
-
-    def discard(self) -> None:
-        """Give everything back; nobody saw it."""
-        self._open = False
-        self._arena.release()
-        self.store._saved(self.name)
+        Kernel: writing 0 to /sys/kernel/pkram (patch 19), which knows no names
+        """
+        if names is None:
+            with self._mutex:
+                busy = self._saving | self._loading.keys()
+            names = [node.name for node in self.nodes() if node.name not in busy]
+        return sum(self.withdraw(name).pages for name in names)
 
 
 class Load:
@@ -325,8 +229,9 @@ class Load:
 
     def __init__(self, store: Store, node: Node) -> None:
         self.store, self.node = store, node
-        self._readers = read_objects(store.ram, node)
-        check_frames(node, self._readers, store.pages_of(node))
+        table = read_table(store.ram, node)
+        self._readers = read_objects(store.ram, node, table.spans)
+        check_frames(node, table, self._readers)
         self._open = True
 
     def __enter__(self) -> "Load":
@@ -345,70 +250,14 @@ class Load:
             self.store._loaded(self.node.name)
 
 
-def read_node(ram: Ram, pfn: int) -> Node:
-    """A checked node page."""
-    page = read_page(ram, pfn, NODE, NODE_MAGIC)
-    if not 0 < page.name_length <= NAME_MAX:
-        raise FormatError("Node", "name_length", pfn=pfn, found=page.name_length, expected=f"1 to {NAME_MAX}")
-    expect_flags("Node", pfn, page.flags, STRICT)
-    expect_unused(ram, pfn, "Node", OTHER, "other")
-    return Node(
-        name=page.name[: page.name_length],
-        tree_id=page.tree_id,
-        pfn=pfn,
-        pages=page.pages,
-        created_ns=page.created,
-        objects=page.objects,
-        generation=page.generation,
-        strict=bool(page.flags & STRICT),
-        table_pfn=page.table,
-        table_checksum=page.table_checksum,
-        object_pfn=page.object,
-        moved=page.moved,
-    )
+def estimate(runs: int, stream_bytes: int, page_count: int = 0) -> int:
+    """Frames that saving so many runs and bytes may need for itself, relocations aside.
 
-
-def read_objects(ram: Ram, node: Node) -> list[ObjectReader]:
-    """All objects of a node, checked one by one and against the node's page table."""
-    readers: list[ObjectReader] = []
-    pfn = node.object_pfn
-    while pfn:
-        if len(readers) >= node.objects:
-            raise FormatError("Object", "object", pfn=pfn, found="one more object", expected=f"{node.objects}")
-        readers.append(ObjectReader(ram, pfn, node.generation))
-        pfn = readers[-1].record.object
-    if len(readers) != node.objects:
-        raise FormatError("Node", "objects", pfn=node.pfn, found=len(readers), expected=node.objects)
-    return readers
-
-
-def check_frames(node: Node, readers: list[ObjectReader], table: Spans) -> None:
-    """FormatError unless the objects' frames are all in the page table, and no frame has two users."""
-    total, union = 0, Spans()
-    for reader in readers:
-        for spans in (reader.data, reader.metadata()):
-            total += spans.total
-            union = union | spans
-    if union.total != total:
-        raise FormatError("Node", "objects", pfn=node.pfn, found="a frame with two uses", expected="one use each")
-    if missing := union - table:
-        raise FormatError(
-            "PageTable", "pages", pfn=node.table_pfn, found=f"pfn {int(missing.starts[0]):x} absent", expected="present"
-        )
-
-
-def estimate(runs: int, stream_bytes: int) -> int:
-    """Frames that saving so many runs and bytes surely needs for itself."""
-    blocks = runs * 4 + 64
+    A run becomes up to two blocks of each order that is smaller than it. Where `page_count`, the
+    pages in all runs, is not known, runs of the length that they mostly have are assumed.
+    """
+    each = 2 * (page_count // max(runs, 1)).bit_length() if page_count else 4
+    blocks = runs * min(each, 40) + (page_count >> 18) + 64
     links = -(-blocks // LINK_CAPACITY) + 2
     table = 8 + 2 * -(-runs // 8)
     return pages(stream_bytes) + links + table + 8
-
-
-def _shown(name: bytes) -> str:
-    return name.decode("utf-8", "backslashreplace")
-
-
-def describe(node: Node) -> str:
-    """One line for logs."""
-    return f"{_shown(node.name)} at pfn {format_pfn(node.pfn)}, {node.pages * PAGE_SIZE} bytes"

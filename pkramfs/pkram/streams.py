@@ -1,100 +1,62 @@
-"""The two streams of an object: bytes of any length, and pages by index. Writer and reader.
+"""The two streams of an object: bytes of any length, and pages by index. How they are written.
 
     bytes   write(b"…") write(b"…")        ─► frames, filled to the brim ─► links
     pages   save_runs(index, pfn, count)    ─► aligned blocks              ─► links
 
-A writer collects; `finish` writes the link pages and the object, in the frames of the node's owner.
-Several threads may save pages of one object at once, each in calls of its own: what a call brings
-goes into links of its own, and links carry their index, so their order does not matter (rows 32-34).
-The byte stream belongs to one thread.
+Any number of threads may save pages of one object at once (rows 32-34). Small calls are collected
+until they fill 64 links, so a file of one page does not cost a link of its own (D30); whoever fills
+them up writes them, outside of the lock. Links carry their index, so the order in which they were
+added, which happens under the lock, does not matter to a reader. The byte stream belongs to one
+thread.
 
-A reader has been checked whole before it is handed out; reading it consumes nothing.
+Memory does not grow with what is saved: arrays that are given are worked through in slices.
 
-Kernel: mm/pkram.c (pkram_write, pkram_read, pkram_save_file_page, pkram_load_file_pages),
-patches 4, 5, 6, 32 to 36
+Kernel: mm/pkram.c (pkram_write, pkram_save_file_page, pkram_add_link), patches 4, 5, 6, 32 to 34
 """
 
 import errno
 import itertools
 import threading
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from pkramfs.errors import FormatError, PkramError
-from pkramfs.machine.ram import Ram
+from pkramfs.errors import PkramError
 from pkramfs.pkram import link
+from pkramfs.pkram.arena import Arena
+from pkramfs.pkram.chain import INDEX_MAX
 from pkramfs.pkram.format import ENTRY_HUGE, LINK_CAPACITY, NEXT, OBJECT, OBJECT_MAGIC, OTHER
-from pkramfs.pkram.link import U8
-from pkramfs.pkram.page import expect_flags, expect_unused, read_page, write_page
-from pkramfs.pkram.relocate import Allocator, allocate_outside, move_out
-from pkramfs.spans import U64, Spans
-from pkramfs.units import BLOCK_ORDER, PAGE_SIZE, pages
+from pkramfs.pkram.link import BATCH, Rows
+from pkramfs.pkram.marks import Marks
+from pkramfs.pkram.page import write_page
+from pkramfs.pkram.relocate import Run, touched
+from pkramfs.spans import U64
+from pkramfs.units import BLOCK_ORDER, MAX_ORDER, PAGE_SIZE, pages
 
 _FLUSH = 1 << 20
 """Bytes that the byte stream collects before it takes frames for them."""
-
-Runs = list[tuple[int, int]]
-
-
-class Arena:
-    """The frames that a save takes for itself: metadata, byte pages, copies. All go if it is discarded."""
-
-    def __init__(self, ram: Ram, frames: Allocator, banned: Spans, no_memory: Callable[[OSError], PkramError]) -> None:
-        self.ram, self.frames, self.banned = ram, frames, banned
-        self._no_memory, self._lock = no_memory, threading.Lock()
-        self.runs: Runs = []
-
-    def take(self, count: int) -> Runs:
-        """Runs of `count` zeroed frames outside of banned memory."""
-        if not count:
-            return []
-        with self._lock:
-            try:
-                runs = allocate_outside(self.frames, count, self.banned)
-            except OSError as error:
-                raise self._no_memory(error) from error
-            self.runs += runs
-        return runs
-
-    def pages(self, count: int) -> U64:
-        """The pfns of `count` zeroed frames."""
-        runs = self.take(count)
-        if not runs:
-            return np.empty(0, dtype=np.uint64)
-        return np.concatenate([np.arange(start, start + size, dtype=np.uint64) for start, size in runs])
-
-    def adopt(self, runs: Runs) -> None:
-        """Count frames that were taken elsewhere as this save's."""
-        with self._lock:
-            self.runs += runs
-
-    def release(self) -> None:
-        """Give everything back."""
-        if self.runs:
-            self.frames.free([start for start, _ in self.runs], [count for _, count in self.runs])
-        self.runs = []
-
-    def spans(self) -> Spans:
-        return Spans((start, start + count) for start, count in self.runs)
+_COLLECT = BATCH * LINK_CAPACITY
+"""Blocks that the page stream collects before it takes links for them."""
+_SLICE = 32 * _COLLECT
+"""Runs of a call that are worked on at once: whole links, if each is one page."""
 
 
 class ObjectWriter:
     """One object being saved. Use it in a `with`: leaving finishes it."""
 
-    def __init__(self, arena: Arena, generation: int, *, strict: bool, align: bool) -> None:
-        self._arena, self._ram, self._generation = arena, arena.ram, generation
+    def __init__(self, arena: Arena, marks: Marks, generation: int, *, strict: bool, align: bool) -> None:
+        self._arena, self._ram, self._marks, self._generation = arena, arena.ram, marks, generation
         self._strict, self._align = strict, align
-        self._buffer, self._byte_runs, self._length = bytearray(), Runs(), 0
+        self._buffer, self._byte_runs, self._length = bytearray(), list[Run](), 0
         self._digest = xxhash.xxh3_64()
         self._lock = threading.Lock()
-        self._page_links: list[tuple[U64, U64, U64]] = []
+        self._collected: list[Rows] = []
+        self._waiting = 0
+        self._chains: list[U64] = []
         self.page_count = 0
-        self.data: Spans = Spans()
-        self.moved: Runs = []
+        self.moved: list[Run] = []
         self.values: dict[str, int] | None = None
         """The object record's fields, once finished."""
 
@@ -105,6 +67,8 @@ class ObjectWriter:
         if kind is None:
             self.finish()
 
+    # -- bytes -----------------------------------------------------------------------------------
+
     def write(self, data: Any) -> int:
         """Append bytes to the byte stream; returns how many. PkramError (ENOMEM) if memory is out."""
         view = memoryview(data).cast("B")
@@ -112,10 +76,10 @@ class ObjectWriter:
         self._length += len(view)
         self._digest.update(view)
         if len(self._buffer) >= _FLUSH:
-            self._flush(len(self._buffer) // PAGE_SIZE * PAGE_SIZE)
+            self._flush_bytes(len(self._buffer) // PAGE_SIZE * PAGE_SIZE)
         return len(view)
 
-    def _flush(self, size: int) -> None:
+    def _flush_bytes(self, size: int) -> None:
         done = 0
         for start, count in self._arena.take(pages(size)):
             part = memoryview(self._buffer)[done : min(done + count * PAGE_SIZE, size)]
@@ -125,81 +89,119 @@ class ObjectWriter:
             self._byte_runs.append((start, count))
         del self._buffer[:size]
 
-    def save_runs(self, index: Any, pfn: Any, count: Any) -> None:
-        """Preserve runs of frames: arrays of first index, first pfn and pages; any number of threads.
+    # -- pages -----------------------------------------------------------------------------------
 
-        Frames are not copied unless they are banned. Saving a frame twice is EINVAL at `finish` of
-        the node (PKRAM panics, D19).
+    def save_runs(self, index: Any, pfn: Any, count: Any) -> None:
+        """Preserve runs of frames: arrays (u64) of first index, first pfn and pages; from any thread.
+
+        Frames are not copied unless they are banned. They become the fewest naturally aligned
+        blocks, or one entry each in a strict save. Errors: EINVAL (not memory, index too large),
+        EEXIST (a frame is saved twice; told here or at `Save.finish`), ENOMEM.
+
+        Kernel: pkram_save_file_page()
         """
-        index, pfn, count = (np.asarray(column, dtype=np.uint64) for column in (index, pfn, count))
-        if not len(index):
-            return
+        index, pfn, count = self._checked(index, pfn, count)
+        for first in range(0, len(index), _SLICE):
+            part = slice(first, first + _SLICE)
+            self._save_slice(index[part], pfn[part], count[part])
+
+    def _save_slice(self, index: U64, pfn: U64, count: U64) -> None:
         if self._arena.banned:
-            index, pfn, count, copies = move_out(
-                self._ram, self._arena.frames, index, pfn, count, self._arena.banned
-            )
-            self._arena.adopt(copies)
+            index, pfn, count, copies = self._arena.move_out(index, pfn, count)
             with self._lock:
                 self.moved += copies
+        self._name(pfn, count)
         if self._strict:
-            self._save_singly(index, pfn, count)
+            self._collect(link.rows(index, pfn, np.zeros(len(pfn), dtype=np.uint8), repeat=count))
         else:
-            self._save_blocks(*link.split_runs(index, pfn, count), 0)
-
-    def _save_singly(self, index: U64, pfn: U64, count: U64) -> None:
-        """One order-0 entry a page, as PKRAM does."""
-        each = count.astype(np.int64)
-        within = np.arange(int(count.sum()), dtype=np.uint64) - np.repeat(np.cumsum(count) - count, each)
-        order = np.zeros(len(within), dtype=np.uint8)
-        self._save_blocks(np.repeat(index, each) + within, np.repeat(pfn, each) + within, order, 0)
+            self._collect(link.rows(*link.split_runs(index, pfn, count)))
 
     def save_pages(self, index: Any, pfn: Any, order: Any) -> None:
         """Preserve blocks as they are: arrays of index, pfn (aligned to the order) and order 0 to 18.
 
         An order-9 block is marked as a huge page. Blocks that touch banned memory are moved and
-        come back in pieces.
+        come back in pieces. Errors as in `save_runs`.
+
+        Kernel: pkram_save_file_page() with a compound page
         """
-        index, pfn = np.asarray(index, dtype=np.uint64), np.asarray(pfn, dtype=np.uint64)
-        order = np.asarray(order, dtype=np.uint8)
-        sizes = link.sizes(order)
-        if (pfn & (sizes - np.uint64(1))).any() or (pfn == 0).any():
+        order = np.asarray(order, dtype=np.uint8).reshape(-1)
+        if (order > MAX_ORDER).any():
+            raise PkramError(f"the order of a block to preserve is above {MAX_ORDER}", errno.EINVAL)
+        index, pfn, sizes = self._checked(index, pfn, link.sizes(order))
+        if (pfn & (sizes - np.uint64(1))).any():
             raise PkramError("a block to preserve is not aligned to its order", errno.EINVAL)
-        if self._arena.banned and any(
-            self._arena.banned.overlaps(a, a + n) for a, n in zip(pfn.tolist(), sizes.tolist(), strict=True)
+        hit = touched(self._arena.banned, pfn, sizes)
+        if hit.any():
+            self.save_runs(index[hit], pfn[hit], sizes[hit])
+            index, pfn, order, sizes = index[~hit], pfn[~hit], order[~hit], sizes[~hit]
+        for first in range(0, len(index), _SLICE):
+            part = slice(first, first + _SLICE)
+            self._name(pfn[part], sizes[part])
+            flags = np.where(order[part] == BLOCK_ORDER, ENTRY_HUGE, 0).astype(np.uint8)
+            self._collect(link.rows(index[part], pfn[part], order[part], flags))
+
+    def _checked(self, index: Any, pfn: Any, count: Any) -> tuple[U64, U64, U64]:
+        """Columns as arrays; EINVAL if they cannot be runs of this RAM."""
+        columns = [np.asarray(column, dtype=np.uint64).reshape(-1) for column in (index, pfn, count)]
+        index, pfn, count = columns
+        if not len(index) == len(pfn) == len(count):
+            raise PkramError("index, pfn and count are not of one length", errno.EINVAL)
+        limit = np.uint64(self._ram.pages)
+        if len(index) and (
+            not count.all() or not pfn.all() or int(count.max()) > limit or int((pfn + count).max()) > limit
         ):
-            self.save_runs(index, pfn, sizes)
-        elif len(index):
-            self._save_blocks(index, pfn, order, ENTRY_HUGE)
+            raise PkramError("pages to preserve are not memory", errno.EINVAL)
+        if len(index) and int((index + count).max()) > INDEX_MAX:
+            raise PkramError("the index of a page to preserve is too large", errno.EINVAL)
+        return index, pfn, count
 
-    def _save_blocks(self, index: U64, pfn: U64, order: U8, huge: int) -> None:
-        entries = link.encode(pfn, order)
-        if huge:
-            entries[order == BLOCK_ORDER] |= np.uint64(ENTRY_HUGE << 5)
-        links = self._write_links(index, entries, order, align=self._align)
-        sizes = link.sizes(order)
+    def _name(self, pfn: U64, count: U64) -> None:
         with self._lock:
-            self._page_links.append(links)
-            before = self.data.total
-            self.page_count += int(sizes.sum())
-            self.data = self.data | Spans.from_runs(pfn, sizes)
-            if self.data.total != before + int(sizes.sum()):
-                raise PkramError("a frame was saved twice", errno.EINVAL)
+            self._marks.add(pfn, count)
+            self.page_count += int(count.sum())
 
-    def _write_links(self, index: U64, entries: U64, order: U8, *, align: bool) -> tuple[U64, U64, U64]:
-        """Write one chain of links that nothing names yet; (link pfns, …)."""
-        starts, counts = link.break_links(index, order, LINK_CAPACITY, align=align)
-        where = self._arena.pages(len(starts))
-        link.write_links(self._ram, where, index, entries, starts, counts, self._generation)
-        return where, starts.astype(np.uint64), counts.astype(np.uint64)
+    def _collect(self, blocks: Rows) -> None:
+        """Keep blocks until there are enough for 64 links; a call that brings as many is written at once."""
+        size = int(blocks.repeat.sum())
+        if size >= _COLLECT:
+            self._write(blocks)
+            return
+        with self._lock:
+            self._collected.append(blocks)
+            self._waiting += size
+            if self._waiting < _COLLECT:
+                return
+            full, self._collected, self._waiting = self._collected, [], 0
+        self._write(_together(full))
+
+    def _write(self, blocks: Rows) -> None:
+        """Write links of blocks, and add them to the stream."""
+        chain = self._write_links(blocks, align=self._align)
+        with self._lock:
+            self._chains.append(chain)
+
+    def _write_links(self, blocks: Rows, *, align: bool) -> U64:
+        """Write one chain of links that nothing names yet; their pfns."""
+        where = link.plan(blocks, align=align)
+        places = self._arena.pages(len(where.starts))
+        link.write_links(self._ram, places, blocks, where, self._generation)
+        return places
+
+    # -- the end -----------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Write the rest of the byte stream and chain the links; the object is complete."""
+        """Write what was collected and chain the links; the object is complete.
+
+        Kernel: pkram_finish_save_obj()
+        """
         if self.values is not None:
             return
         if self._buffer:
-            self._flush(len(self._buffer))
-        byte_links = self._finish_bytes()
-        page_links = self._chain_pages()
+            self._flush_bytes(len(self._buffer))
+        if self._collected:
+            full, self._collected = self._collected, []
+            self._write(_together(full))
+        byte_links, page_links = self._finish_bytes(), self._chain_pages()
         self.values = {
             "generation": self._generation,
             "pages_head": int(page_links[0]) if len(page_links) else 0,
@@ -217,16 +219,19 @@ class ObjectWriter:
         if not self._byte_runs:
             return np.empty(0, dtype=np.uint64)
         runs = np.array(self._byte_runs, dtype=np.uint64)
-        index = np.cumsum(runs[:, 1]) - runs[:, 1]
-        blocks = link.split_runs(index, runs[:, 0], runs[:, 1])
-        return self._write_links(blocks[0], link.encode(blocks[1], blocks[2]), blocks[2], align=False)[0]
+        pfn, count = runs[:, 0].copy(), runs[:, 1].copy()
+        index = np.cumsum(count) - count
+        if self._strict:
+            return self._write_links(
+                link.rows(index, pfn, np.zeros(len(pfn), dtype=np.uint8), repeat=count), align=False
+            )
+        return self._write_links(link.rows(*link.split_runs(index, pfn, count)), align=False)
 
     def _chain_pages(self) -> U64:
         """Hang the chains of all calls behind one another."""
-        chains = [links for links, _, _ in self._page_links]
-        for before, after in itertools.pairwise(chains):
+        for before, after in itertools.pairwise(self._chains):
             link.hang(self._ram, int(before[-1]), int(after[0]))
-        return np.concatenate(chains) if chains else np.empty(0, dtype=np.uint64)
+        return np.concatenate(self._chains) if self._chains else np.empty(0, dtype=np.uint64)
 
     def write_record(self, pfn: int, following: int) -> None:
         """Write the object's own page, naming the next object."""
@@ -235,97 +240,16 @@ class ObjectWriter:
         write_page(self._ram, pfn, OBJECT, {NEXT: 0, OTHER: 0}, magic=OBJECT_MAGIC, object=following, **self.values)
 
 
-class ObjectReader:
-    """One object of a loaded node, checked whole."""
-
-    def __init__(self, ram: Ram, pfn: int, generation: int) -> None:
-        self._ram, self.pfn = ram, pfn
-        self.record = read_page(ram, pfn, OBJECT, OBJECT_MAGIC)
-        if self.record.generation != generation:
-            raise FormatError("Object", "generation", pfn=pfn, found=self.record.generation, expected=generation)
-        expect_flags("Object", pfn, self.record.flags)
-        for offset, field in ((NEXT, "next"), (OTHER, "other")):
-            expect_unused(ram, pfn, "Object", offset, field)
-        self.length: int = self.record.data_length
-        self._read_bytes(generation)
-        self._read_pages(generation)
-        self._at = 0
-
-    def _read_bytes(self, generation: int) -> None:
-        found = self.record
-        index, entries, self._byte_links = link.read_links(
-            self._ram, found.bytes_head, found.bytes_tail, found.byte_links, generation
-        )
-        link.check_entries(self._ram, entries, "Object.bytes")
-        first, pfn, count = link.join_blocks(index, *link.decode(entries)[:2])
-        if (np.cumsum(count) - count != first).any() or int(count.sum()) != pages(self.length):
-            raise FormatError(
-                "Object", "data_length", pfn=self.pfn, found=f"{int(count.sum())} pages of bytes", expected=self.length
-            )
-        self._byte_runs: Runs = list(zip(pfn.tolist(), count.tolist(), strict=True))
-        digest = xxhash.xxh3_64()
-        for view in self._views():
-            digest.update(view)
-        if digest.intdigest() != found.data_checksum:
-            raise FormatError(
-                "Object",
-                "data_checksum",
-                pfn=self.pfn,
-                found=f"{digest.intdigest():016x}",
-                expected=f"{found.data_checksum:016x}",
-            )
-
-    def _views(self) -> list[memoryview]:
-        """The byte stream, a piece for each run of frames."""
-        left, views = self.length, []
-        for start, count in self._byte_runs:
-            size = min(left, count * PAGE_SIZE)
-            views.append(self._ram.page(start, count)[:size])
-            left -= size
-        return views
-
-    def _read_pages(self, generation: int) -> None:
-        found = self.record
-        self.index, self._entries, self._page_links = link.read_links(
-            self._ram, found.pages_head, found.pages_tail, found.page_links, generation
-        )
-        link.check_entries(self._ram, self._entries, "Object.pages")
-        pfn, order, _ = link.decode(self._entries)
-        total = int(link.sizes(order).sum())
-        if total != found.page_count:
-            raise FormatError("Object", "page_count", pfn=self.pfn, found=total, expected=found.page_count)
-        self.data = Spans.from_runs(pfn, link.sizes(order))
-        if self.data.total != total:
-            raise FormatError("Object", "pages", pfn=self.pfn, found="a frame named twice", expected="each once")
-
-    def metadata(self) -> Spans:
-        """The object's own frames: its page, its links, the byte stream."""
-        singles = np.concatenate((self._byte_links, self._page_links, np.array([self.pfn], dtype=np.uint64)))
-        frames = Spans.from_runs(singles, np.ones_like(singles))
-        return frames | Spans((start, start + count) for start, count in self._byte_runs)
-
-    def read(self, size: int = -1) -> bytes:
-        """The next `size` bytes of the byte stream (all that is left for -1); short at the end."""
-        end = self.length if size < 0 else min(self._at + size, self.length)
-        parts, at = [], 0
-        for view in self._views():
-            low, high = max(self._at - at, 0), min(end - at, len(view))
-            if low < high:
-                parts.append(view[low:high])
-            at += len(view)
-        self._at = end
-        return b"".join(parts)
-
-    def load_pages(self) -> tuple[U64, U64, Any]:
-        """The page stream as arrays (index, pfn, order), by link order."""
-        pfn, order, _ = link.decode(self._entries)
-        return self.index, pfn, order
-
-    def load_runs(self) -> tuple[U64, U64, U64]:
-        """The page stream as the fewest runs (index, pfn, count), by index."""
-        index, pfn, order = self.load_pages()
-        if len(index) > 1 and (index[1:] < index[:-1]).any():
-            by_index = np.argsort(index, kind="stable")
-            index, pfn, order = index[by_index], pfn[by_index], order[by_index]
-        return link.join_blocks(index, pfn, order)
-
+def _together(parts: list[Rows]) -> Rows:
+    """Rows of many calls as one, by index."""
+    if len(parts) == 1:
+        return parts[0]
+    index = np.concatenate([part.index for part in parts])
+    by_index = np.argsort(index, kind="stable")
+    return Rows(
+        index[by_index],
+        np.concatenate([part.pfn for part in parts])[by_index],
+        np.concatenate([part.order for part in parts])[by_index],
+        np.concatenate([part.flags for part in parts])[by_index],
+        np.concatenate([part.repeat for part in parts])[by_index],
+    )

@@ -36,3 +36,19 @@ def frames(ram: Ram) -> Frames:
 def store(ram: Ram) -> Store:
     superblock.create(ram, SUPER_PFN, generation=7)
     return Store(ram, SUPER_PFN, contextlib.nullcontext)
+
+
+@pytest.fixture
+def wide() -> Iterator[Ram]:
+    """Very much sparse RAM (64 TiB), for tables of what lies far apart."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        made = Ram(os.path.join(directory, "ram"), 64 << 40, create=True)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def wide_frames(wide: Ram) -> Frames:
+    leases = Leases(wide, 1, 64, contextlib.nullcontext)
+    leases.ids[0] = KERNEL
+    return Frames(wide, leases, TREE)

@@ -33,13 +33,17 @@ def test_entries_are_encoded_as_pkram_does(pfn, order, flags, entry):
 )
 def test_links_break_where_pkram_breaks_them(start, count, order, align, links):
     index = np.uint64(start) + (np.arange(count, dtype=np.uint64) << np.uint64(order))
-    starts, counts = link.break_links(index, np.full(count, order, np.uint8), 510, align=align)
-    assert list(zip(index[starts].tolist(), counts.tolist(), strict=True)) == links
+    orders = np.full(count, order, np.uint8)
+    singly = link.rows(index, index + np.uint64(1 << 20), orders)
+    at_once = link.rows(index[:1], index[:1] + np.uint64(1 << 20), orders[:1], repeat=u64(count))
+    for rows in (singly, at_once):
+        plan = link.plan(rows, 510, align=align)
+        assert list(zip(plan.index.tolist(), plan.counts.tolist(), strict=True)) == links
 
 
 def test_a_jump_begins_a_link():
-    starts, counts = link.break_links(u64(0, 1, 5, 6, 9), np.zeros(5, np.uint8))
-    assert (starts.tolist(), counts.tolist()) == ([0, 2, 4], [2, 2, 1])
+    plan = link.plan(link.rows(u64(0, 1, 5, 6, 9), u64(7, 8, 9, 10, 11), np.zeros(5, np.uint8)))
+    assert (plan.index.tolist(), plan.counts.tolist()) == ([0, 5, 9], [2, 2, 1])
 
 
 @pytest.mark.parametrize("seed", range(200))

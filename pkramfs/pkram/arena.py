@@ -1,0 +1,78 @@
+"""The frames that a save takes for itself: metadata, byte pages, copies of banned pages.
+
+All of them lie outside of banned memory, all are given back if the save is discarded, and all become
+part of the node if it is published. Any number of threads may take.
+
+Kernel: mm/pkram.c (pkram_alloc_page), patch 15
+"""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from pkramfs.errors import PkramError
+from pkramfs.machine.ram import Ram
+from pkramfs.pkram.relocate import Allocator, Run, allocate_outside, move_out
+from pkramfs.spans import U64, Spans
+
+
+class Arena:
+    """Frames of one save. `no_memory` makes the error to raise (ENOMEM) of the allocator's."""
+
+    def __init__(self, ram: Ram, frames: Allocator, banned: Spans, no_memory: Callable[[OSError], PkramError]) -> None:
+        self.ram, self.frames, self.banned = ram, frames, banned
+        self._no_memory, self._lock = no_memory, threading.Lock()
+        self._runs: list[Run] = []
+        self._listed = 0
+
+    def take(self, count: int) -> list[Run]:
+        """Runs of `count` zeroed frames outside of banned memory."""
+        if not count:
+            return []
+        with self._lock:
+            try:
+                runs = allocate_outside(self.frames, count, self.banned)
+            except OSError as error:
+                raise self._no_memory(error) from error
+            self._runs += runs
+        return runs
+
+    def pages(self, count: int) -> U64:
+        """The pfns of `count` zeroed frames."""
+        runs = self.take(count)
+        if not runs:
+            return np.empty(0, dtype=np.uint64)
+        return np.concatenate([np.arange(start, start + size, dtype=np.uint64) for start, size in runs])
+
+    def move_out(self, index: U64, pfn: U64, count: U64) -> tuple[U64, U64, U64, list[Run]]:
+        """Runs with their banned parts copied elsewhere, and where the copies are."""
+        with self._lock:
+            try:
+                index, pfn, count, copies = move_out(self.ram, self.frames, index, pfn, count, self.banned)
+            except OSError as error:
+                raise self._no_memory(error) from error
+            self._runs += copies
+        return index, pfn, count, copies
+
+    def give_back(self, pages: U64) -> None:
+        """Return frames that were taken and not used."""
+        if len(pages):
+            gone = Spans.from_runs(pages, np.ones_like(pages))
+            self._runs = [(start, end - start) for start, end in self.spans() - gone]
+            self.frames.free(gone.starts.tolist(), gone.counts.tolist())
+
+    def release(self) -> None:
+        """Give everything back."""
+        runs, self._runs = self._runs, []
+        if runs:
+            self.frames.free([start for start, _ in runs], [count for _, count in runs])
+
+    def spans(self) -> Spans:
+        """Every frame that was taken."""
+        return Spans((start, start + count) for start, count in self._runs)
+
+    def unlisted(self) -> Spans:
+        """What was taken since this was last asked."""
+        fresh, self._listed = self._runs[self._listed :], len(self._runs)
+        return Spans((start, start + count) for start, count in fresh)

@@ -1,0 +1,128 @@
+"""A node as it is read: its page, its page table, its objects, each trusted as far as it was checked.
+
+    node page ─► magic, checksum, flags, name
+    page table ─► the frames that are the node's; nothing outside of them is looked at
+    objects ───► as many as the node says, none twice
+    all frames ─► used once, and in the page table
+
+Kernel: mm/pkram.c (struct pkram_node, pkram_prepare_load_obj), patches 2 and 3
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pkramfs.errors import FormatError
+from pkramfs.machine.ram import Ram
+from pkramfs.pkram import pagetable
+from pkramfs.pkram.format import NAME_MAX, NODE, NODE_MAGIC, OTHER
+from pkramfs.pkram.page import check_pfn, expect_flags, expect_unused, read_page
+from pkramfs.pkram.pagetable import Walk
+from pkramfs.pkram.reader import ObjectReader
+from pkramfs.spans import Spans
+
+STRICT = 1
+
+
+@dataclass(frozen=True)
+class Node:
+    """A published node. `pages` counts its frames, metadata included."""
+
+    name: bytes
+    tree_id: int
+    pfn: int
+    pages: int
+    created_ns: int
+    objects: int
+    generation: int
+    strict: bool
+    table_pfn: int
+    table_checksum: int
+    object_pfn: int
+    moved: int
+    """Frames that hold copies: their pages lay where a loaded kernel, or this one, would be."""
+
+
+def read_node(ram: Ram, pfn: int) -> Node:
+    """A checked node page."""
+    page = read_page(ram, pfn, NODE, NODE_MAGIC)
+    if not 0 < page.name_length <= NAME_MAX:
+        raise FormatError("Node", "name_length", pfn=pfn, found=page.name_length, expected=f"1 to {NAME_MAX}")
+    name, rest = page.name[: page.name_length], page.name[page.name_length :]
+    if rest.strip(b"\0") or b"\0" in name:
+        raise FormatError("Node", "name", pfn=pfn, found=page.name.rstrip(b"\0"), expected="as long as name_length")
+    expect_flags("Node", pfn, page.flags, STRICT)
+    expect_unused(ram, pfn, "Node", OTHER, "other")
+    return Node(
+        name=name,
+        tree_id=page.tree_id,
+        pfn=pfn,
+        pages=page.pages,
+        created_ns=page.created,
+        objects=page.objects,
+        generation=page.generation,
+        strict=bool(page.flags & STRICT),
+        table_pfn=page.table,
+        table_checksum=page.table_checksum,
+        object_pfn=page.object,
+        moved=page.moved,
+    )
+
+
+def read_table(ram: Ram, node: Node) -> Walk:
+    """A node's page table, agreeing with what the node says of it."""
+    check_pfn(ram, node.table_pfn, "Node", "table", node.pfn)
+    table = pagetable.walk(ram, node.table_pfn)
+    for field, found, expected in (
+        ("table_checksum", f"{node.table_checksum:016x}", f"{table.checksum:016x}"),
+        ("pages", node.pages, table.spans.total),
+    ):
+        if found != expected:
+            raise FormatError("Node", field, pfn=node.pfn, found=found, expected=f"{expected}, as its page table says")
+    return table
+
+
+def read_objects(ram: Ram, node: Node, allowed: Spans) -> list[ObjectReader]:
+    """All objects of a node, in the order of saving, each checked; `allowed` are the node's frames."""
+    readers: list[ObjectReader] = []
+    seen, pfn, holder = set[int](), node.object_pfn, ("Node", node.pfn)
+    while pfn:
+        record, at = holder
+        if len(readers) >= node.objects or pfn in seen:
+            found = "an object met before" if pfn in seen else f"pfn {pfn:x}"
+            raise FormatError(record, "object", pfn=at, found=found, expected=f"the end after {node.objects} objects")
+        if pfn >= ram.pages or pfn not in allowed:
+            raise FormatError(
+                record, "object", pfn=at, found=f"pfn {pfn:x}", expected="a page of the node's page table"
+            )
+        seen.add(pfn)
+        readers.append(ObjectReader(ram, pfn, node.generation, allowed))
+        holder, pfn = ("Object", pfn), readers[-1].record.object
+    if len(readers) != node.objects:
+        raise FormatError("Node", "objects", pfn=node.pfn, found=node.objects, expected=f"{len(readers)} in the list")
+    return readers
+
+
+def check_frames(node: Node, table: Walk, readers: list[ObjectReader]) -> Spans:
+    """FormatError unless every use of a frame is the only one, and in the page table; returns all uses."""
+    sets = [Spans([(node.pfn, node.pfn + 1)]), Spans.from_runs(table.pages, np.ones_like(table.pages))]
+    uses = 1 + len(table.pages) + sum(reader.uses() for reader in readers)
+    sets += [spans for reader in readers for spans in (reader.metadata(), reader.data)]
+    starts, ends = (np.concatenate([getattr(one, edge) for one in sets]) for edge in ("starts", "ends"))
+    together = Spans.from_arrays(starts, ends)
+    if together.total != uses:
+        raise FormatError("Node", "objects", pfn=node.pfn, found="a frame with two uses", expected="one use each")
+    if missing := together - table.spans:
+        raise FormatError(
+            "PageTable",
+            "pages",
+            pfn=node.table_pfn,
+            found=f"pfn {int(missing.starts[0]):x} absent",
+            expected="every frame that the node uses",
+        )
+    return together
+
+
+def shown(name: bytes | int) -> str:
+    """A node's name, or its tree id, for people."""
+    return f"of tree {name:016x}" if isinstance(name, int) else name.decode("utf-8", "backslashreplace")
