@@ -32,7 +32,7 @@ BEST_WRITE = 8 << 20
 class Unchecked(Ram):
     """RAM larger than the host: frames are recorded here, not touched."""
 
-    def check_room(self, size: int) -> None:
+    def check_room(self, size: int, *, floor: float = 1.0) -> None:
         pass
 
 
