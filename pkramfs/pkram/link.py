@@ -14,6 +14,7 @@ at a time, which is what fits the L2 cache, so memory does not grow with what is
 Kernel: mm/pkram.c (struct pkram_link, pkram_add_link), patches 4, 5, 33 and 43
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -47,6 +48,7 @@ BATCH = 64
 """Links that are made, or read, in one step: 252 KiB of entries."""
 HEAD_WORDS = LINK.size // 8
 PAGE_WORDS = PAGE_SIZE // 8
+_COLUMN = np.arange(LINK_CAPACITY, dtype=np.uint64)
 _GROUPS = {0: (64, 64), 9: (4096, 8)}
 """Row 43: entries of this order, at an index that is a multiple of the first, come in groups of the second."""
 
@@ -123,10 +125,10 @@ def _emit_largest(
 
 def join_runs(index: U64, pfn: U64, count: U64) -> tuple[U64, U64, U64]:
     """Runs by index as the fewest runs."""
-    if len(index) < 2:
-        return index, pfn, count
     fresh = np.ones(len(index), dtype=bool)
     fresh[1:] = (index[1:] != index[:-1] + count[:-1]) | (pfn[1:] != pfn[:-1] + count[:-1])
+    if fresh.all():
+        return index, pfn, count
     first = np.flatnonzero(fresh)
     return index[first], pfn[first], np.add.reduceat(count, first)
 
@@ -229,14 +231,10 @@ def expand(blocks: Rows, offsets: I64, first: int, last: int) -> U64:
     low = int(np.searchsorted(offsets, first, side="right")) - 1
     high = int(np.searchsorted(offsets, last, side="left"))
     part = slice(low, high)
-    entries = encode(blocks.pfn[part], blocks.order[part])
-    entries |= blocks.flags[part].astype(np.uint64) << np.uint64(ENTRY_FLAGS_SHIFT)
+    entries = _entries(blocks, part)
+    if first == offsets[low] and len(entries) == last - first:
+        return entries
     step = sizes(blocks.order[part]) << np.uint64(ENTRY_PFN_SHIFT)
-    if high - low == 1:
-        start = entries[0] + np.uint64(first - int(offsets[low])) * step[0]
-        ramp: U64 = np.arange(last - first, dtype=np.uint64) * step[0]
-        ramp += start
-        return ramp
     entries[0] += np.uint64(first - int(offsets[low])) * step[0]
     if len(entries) == last - first:
         return entries
@@ -245,11 +243,33 @@ def expand(blocks: Rows, offsets: I64, first: int, last: int) -> U64:
     return np.repeat(entries, repeat) + within * np.repeat(step, repeat)
 
 
-def write_links(ram: Ram, pages: U64, blocks: Rows, where: Plan, generation: int) -> None:
-    """Fill link pages, chain them in order and seal them. `pages` has one zeroed pfn for each link.
+def _entries(blocks: Rows, part: slice) -> U64:
+    """The first entry of each of some rows."""
+    entries = blocks.pfn[part] << np.uint64(ENTRY_PFN_SHIFT)
+    if blocks.order[part].any() or blocks.flags[part].any():
+        entries |= blocks.order[part]
+        entries |= blocks.flags[part].astype(np.uint64) << np.uint64(ENTRY_FLAGS_SHIFT)
+    return entries
 
-    Memory that is touched for the first time costs far more than the arithmetic, and is what
-    several CPUs do faster than one; so batches of links go to all of them.
+
+class _Workbench(threading.local):
+    """One thread's buffer for a batch of links, and what the checksum of each covers."""
+
+    def __init__(self) -> None:
+        self.words = np.zeros((BATCH, PAGE_WORDS), dtype=np.uint64)
+        whole = memoryview(self.words).cast("B")  # type: ignore[arg-type]
+        self.bytes = whole
+        self.covered = [whole[at + COVERED : at + PAGE_SIZE] for at in range(0, len(whole), PAGE_SIZE)]
+
+
+_bench = _Workbench()
+
+
+def write_links(ram: Ram, pages: U64, blocks: Rows, where: Plan, generation: int) -> None:
+    """Make link pages, chained in order and sealed. `pages` has one pfn for each link.
+
+    Links are made in a buffer that stays in the cache and written from there: memory that is touched
+    for the first time costs far more than the arithmetic, and through a mapping most of all.
     """
     following = np.append(pages[1:], np.uint64(0))
 
@@ -264,36 +284,45 @@ def write_links(ram: Ram, pages: U64, blocks: Rows, where: Plan, generation: int
 def _write_batch(
     ram: Ram, pages: U64, following: U64, blocks: Rows, where: Plan, part: slice, generation: int
 ) -> None:
-    at = pages << np.uint64(PAGE_SHIFT - 3)
-    starts, counts, words = where.starts[part], where.counts[part], ram.u64
+    words, address = _bench.words[: len(pages)], pages << np.uint64(PAGE_SHIFT)
+    starts, counts = where.starts[part], where.counts[part]
     first, last = int(starts[0]), int(starts[-1] + counts[-1])
-    _store_entries(ram, at, expand(blocks, where.offsets, first, last), starts - first, counts)
-    words[at] = LINK_MAGIC
-    words[at + np.uint64(2)] = seal_array(following, (at << np.uint64(3)) + np.uint64(NEXT))
-    words[at + np.uint64(3)] = seal_array(np.zeros_like(pages), (at << np.uint64(3)) + np.uint64(OTHER))
-    words[at + np.uint64(4)] = generation
-    words[at + np.uint64(5)] = where.index[part]
-    words[at + np.uint64(6)] = counts.astype(np.uint64)
-    words[at + np.uint64(1)] = checksums(ram, pages)
-
-
-def checksums(ram: Ram, pages: U64) -> U64:
-    """The checksum that each page should carry: the one loop over pages that there is."""
-    body, digest, found = ram.bytes, xxhash.xxh3_64_intdigest, []
-    for pfn in pages.tolist():
-        start = pfn << PAGE_SHIFT
-        found.append(digest(body[start + COVERED : start + PAGE_SIZE], pfn))
-    return np.array(found, dtype=np.uint64)
-
-
-def _store_entries(ram: Ram, at: U64, entries: U64, starts: I64, counts: I64) -> None:
-    """Whole links as slices where pages are neighbours and equally full, what is left one by one."""
-    apart = (counts[1:] != counts[:-1]) | (at[1:] != at[:-1] + np.uint64(PAGE_WORDS))
-    edges = [0, *(np.flatnonzero(apart) + 1).tolist(), len(at)]
+    low = int(np.searchsorted(where.offsets, first, side="right")) - 1
+    if last <= where.offsets[low + 1]:
+        _lay_out_row(words[:, HEAD_WORDS:], blocks, low, starts - where.offsets[low], counts)
+    else:
+        _lay_out(words[:, HEAD_WORDS:], expand(blocks, where.offsets, first, last), counts)
+    words[:, 0] = LINK_MAGIC
+    words[:, 2] = seal_array(following, address + np.uint64(NEXT))
+    words[:, 3] = seal_array(np.zeros_like(pages), address + np.uint64(OTHER))
+    words[:, 4], words[:, 5], words[:, 6], words[:, 7] = generation, where.index[part], counts, 0
+    digest = xxhash.xxh3_64_intdigest
+    words[:, 1] = [digest(view, pfn) for view, pfn in zip(_bench.covered, pages.tolist(), strict=False)]
+    edges = [0, *(np.flatnonzero(pages[1:] != pages[:-1] + np.uint64(1)) + 1).tolist(), len(pages)]
     for low, high in pairwise(edges):
-        number, full, first = high - low, int(counts[low]), int(starts[low])
-        target = ram.u64[int(at[low]) : int(at[low]) + number * PAGE_WORDS].reshape(number, PAGE_WORDS)
-        target[:, HEAD_WORDS : HEAD_WORDS + full] = entries[first : first + number * full].reshape(number, full)
+        ram.write(int(pages[low]), _bench.bytes[low * PAGE_SIZE : high * PAGE_SIZE])
+
+
+def _lay_out_row(rows: U64, blocks: Rows, row: int, starts: I64, counts: I64) -> None:
+    """Fill the rows of a batch from one row of blocks, which is an arithmetic progression."""
+    here = slice(row, row + 1)
+    step = sizes(blocks.order[here]) << np.uint64(ENTRY_PFN_SHIFT)
+    base = _entries(blocks, here) + starts.astype(np.uint64) * step
+    np.add(base[:, None], _COLUMN * step, out=rows)
+    for short in np.flatnonzero(counts < LINK_CAPACITY).tolist():
+        rows[short, counts[short] :] = 0
+
+
+def _lay_out(rows: U64, entries: U64, counts: I64) -> None:
+    """Put entries into the rows of a batch: at once where all but the last are equally full."""
+    full, number = int(counts[0]), len(counts)
+    if (counts[:-1] == full).all():
+        head = entries[: full * (number - 1)]
+        rows[:-1, :full], rows[:-1, full:] = head.reshape(number - 1, full), 0
+        rows[-1, : counts[-1]], rows[-1, counts[-1] :] = entries[len(head) :], 0
+        return
+    rows[:] = 0
+    rows[np.arange(LINK_CAPACITY) < counts[:, None]] = entries
 
 
 def hang(ram: Ram, pfn: int, following: int) -> None:

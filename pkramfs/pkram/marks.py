@@ -1,7 +1,7 @@
 """Which frames were named, each at most once: noticed while a save or a load goes on.
 
 A frame in two places would be two files' page (D19: the original panics). Runs come in any order and
-any number, so three ways of keeping them, by what they cost:
+any number, from any thread, so there are three ways of keeping them, by what they cost:
 
     few, long        a set of spans
     few, short       bits in an array, looked at before they are set
@@ -13,69 +13,86 @@ Kernel: mm/pkram_pagetable.c (pkram_add_identity_map, whose BUG this answers)
 """
 
 import errno
+import threading
 
 import numpy as np
 import numpy.typing as npt
 
 from pkramfs.errors import PkramError
+from pkramfs.pkram import parallel
 from pkramfs.spans import U64, Spans
 
 _FEW = 16
 _SHORT = 32
 """Pages of a run on average, below which runs are marked page by page."""
-_SLICE = 1 << 16
+_SLICE = 1 << 15
 
 
 class Marks:
-    """A set of frames of a RAM of `pages` pages."""
+    """A set of frames of a RAM of `pages` pages. Frames must be below that."""
 
     def __init__(self, pages: int) -> None:
         self._pages, self._bits = pages, _NO_BITS
         self._low, self._high, self._marked = pages, 0, 0
         self._long = Spans()
+        self._lock = threading.Lock()
 
     def add(self, pfn: U64, count: U64) -> None:
         """Name runs of frames. PkramError (EEXIST) if one is known to be named; the rest `spans` finds."""
         if not len(pfn):
             return
         total = int(count.sum())
-        if total > _SHORT * len(pfn):
-            spans = Spans.from_runs(pfn, count)
+        with self._lock:
+            if len(pfn) <= _FEW or total > _SHORT * len(pfn):
+                self._add_spans(Spans.from_runs(pfn, count), total, short=total <= _SHORT * len(pfn))
+                return
+            self._account(int(pfn.min()), int(pfn.max()) + int(count.max()), total)
+        self._mark(pfn, count, single=total == len(pfn))
+
+    def _add_spans(self, spans: Spans, total: int, *, short: bool) -> None:
+        """A set of spans, refused if any of it is known."""
+        if spans.total != total or (len(spans) <= _FEW and self._known(spans)):
+            raise twice()
+        if not short:
             together = self._long | spans
-            if together.total != self._long.total + total or (len(pfn) <= _FEW and self._any(spans)):
+            if together.total != self._long.total + total:
                 raise twice()
             self._long = together
             return
-        self._mark(pfn, count, total)
+        self._account(int(spans.starts[0]), int(spans.ends[-1]), total)
+        for start, end in spans:
+            self._bits[start:end] = True
 
-    def _mark(self, pfn: U64, count: U64, total: int) -> None:
-        if self._bits is _NO_BITS:
+    def _known(self, spans: Spans) -> bool:
+        if spans & self._long:
+            return True
+        return len(self._bits) > 0 and any(bool(self._bits[start:end].any()) for start, end in spans)
+
+    def _account(self, low: int, high: int, total: int) -> None:
+        if not len(self._bits):
             self._bits = np.zeros(self._pages, dtype=bool)
-        if len(pfn) <= _FEW and (self._any(spans := Spans.from_runs(pfn, count)) or spans & self._long):
-            raise twice()
-        self._low = min(self._low, int(pfn.min()))
-        self._high = max(self._high, int((pfn + count).max()))
+        self._low, self._high = min(self._low, low), max(self._high, high)
         self._marked += total
-        if total == len(pfn):
-            self._bits[pfn] = True
-            return
-        for first in range(0, len(pfn), _SLICE):
-            part = slice(first, first + _SLICE)
-            each = count[part].astype(np.int64)
-            within = np.arange(int(each.sum())) - np.repeat(np.cumsum(each) - each, each)
-            self._bits[np.repeat(pfn[part].astype(np.int64), each) + within] = True
 
-    def _any(self, spans: Spans) -> bool:
-        if self._bits is _NO_BITS:
-            return False
-        return any(bool(self._bits[start:end].any()) for start, end in spans)
+    def _mark(self, pfn: U64, count: U64, *, single: bool) -> None:
+        """Set the bits of many short runs."""
+
+        def work(number: int) -> None:
+            part = slice(number * _SLICE, (number + 1) * _SLICE)
+            where = pfn[part].view(np.int64)  # an index of another type would be converted first
+            if not single:
+                each = count[part].view(np.int64)
+                where = np.repeat(where - (np.cumsum(each) - each), each) + np.arange(int(each.sum()))
+            self._bits[where] = True
+
+        steps = -(-len(pfn) // _SLICE)
+        parallel.each(work, steps, threads=None if steps > 8 else 1)
 
     def spans(self) -> Spans:
         """Every frame that was named; PkramError (EEXIST) if one was named twice."""
-        if self._bits is _NO_BITS:
+        if not len(self._bits):
             return self._long
-        bits = self._bits[self._low : self._high]
-        marked = Spans.from_mask(bits, self._low)
+        marked = Spans.from_mask(self._bits[self._low : self._high], self._low)
         together = marked | self._long
         if together.total != self._marked + self._long.total:
             raise twice()

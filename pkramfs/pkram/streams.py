@@ -17,6 +17,7 @@ Kernel: mm/pkram.c (pkram_write, pkram_save_file_page, pkram_add_link), patches 
 import errno
 import itertools
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 import xxhash
 
 from pkramfs.errors import PkramError
-from pkramfs.pkram import link
+from pkramfs.pkram import link, parallel
 from pkramfs.pkram.arena import Arena
 from pkramfs.pkram.chain import INDEX_MAX
 from pkramfs.pkram.format import ENTRY_HUGE, LINK_CAPACITY, NEXT, OBJECT, OBJECT_MAGIC, OTHER
@@ -39,8 +40,8 @@ _FLUSH = 1 << 20
 """Bytes that the byte stream collects before it takes frames for them."""
 _COLLECT = BATCH * LINK_CAPACITY
 """Blocks that the page stream collects before it takes links for them."""
-_SLICE = 32 * _COLLECT
-"""Runs of a call that are worked on at once: whole links, if each is one page."""
+_SLICE = 4 * _COLLECT
+"""Runs of a call that one thread works on at once: whole links, if each is one page."""
 
 
 class ObjectWriter:
@@ -100,21 +101,35 @@ class ObjectWriter:
 
         Kernel: pkram_save_file_page()
         """
-        index, pfn, count = self._checked(index, pfn, count)
-        for first in range(0, len(index), _SLICE):
-            part = slice(first, first + _SLICE)
-            self._save_slice(index[part], pfn[part], count[part])
+        columns = _columns(index, pfn, count)
 
-    def _save_slice(self, index: U64, pfn: U64, count: U64) -> None:
-        if self._arena.banned:
-            index, pfn, count, copies = self._arena.move_out(index, pfn, count)
-            with self._lock:
-                self.moved += copies
-        self._name(pfn, count)
-        if self._strict:
-            self._collect(link.rows(index, pfn, np.zeros(len(pfn), dtype=np.uint8), repeat=count))
-        else:
-            self._collect(link.rows(*link.split_runs(index, pfn, count)))
+        def work(number: int) -> Rows:
+            index, pfn, count = self._checked(columns, number)
+            if self._arena.banned:
+                index, pfn, count, copies = self._arena.move_out(index, pfn, count)
+                with self._lock:
+                    self.moved += copies
+            self._name(pfn, count)
+            if self._strict:
+                return link.rows(index, pfn, np.zeros(len(pfn), dtype=np.uint8), repeat=count)
+            return link.rows(*link.split_runs(index, pfn, count))
+
+        self._each(work, len(columns[0]))
+
+    def _each(self, work: Callable[[int], Rows], runs: int) -> None:
+        """Make rows of every slice of a call, on all CPUs, and add what they become in the order of slices."""
+
+        def write(number: int) -> U64 | None:
+            blocks = work(number)
+            if steps == 1 and int(blocks.repeat.sum()) < _COLLECT:
+                self._collect(blocks)
+                return None
+            return self._write_links(blocks, align=self._align)
+
+        steps = -(-runs // _SLICE)
+        chains = parallel.each(write, steps)
+        with self._lock:
+            self._chains += [chain for chain in chains if chain is not None and len(chain)]
 
     def save_pages(self, index: Any, pfn: Any, order: Any) -> None:
         """Preserve blocks as they are: arrays of index, pfn (aligned to the order) and order 0 to 18.
@@ -124,51 +139,46 @@ class ObjectWriter:
 
         Kernel: pkram_save_file_page() with a compound page
         """
-        order = np.asarray(order, dtype=np.uint8).reshape(-1)
-        if (order > MAX_ORDER).any():
+        orders = np.asarray(order, dtype=np.uint8).reshape(-1)
+        if (orders > MAX_ORDER).any():
             raise PkramError(f"the order of a block to preserve is above {MAX_ORDER}", errno.EINVAL)
-        index, pfn, sizes = self._checked(index, pfn, link.sizes(order))
-        if (pfn & (sizes - np.uint64(1))).any():
+        columns = _columns(index, pfn, link.sizes(orders))
+        if (columns[1] & (columns[2] - np.uint64(1))).any():
             raise PkramError("a block to preserve is not aligned to its order", errno.EINVAL)
-        hit = touched(self._arena.banned, pfn, sizes)
+        hit = touched(self._arena.banned, columns[1], columns[2])
         if hit.any():
-            self.save_runs(index[hit], pfn[hit], sizes[hit])
-            index, pfn, order, sizes = index[~hit], pfn[~hit], order[~hit], sizes[~hit]
-        for first in range(0, len(index), _SLICE):
-            part = slice(first, first + _SLICE)
-            self._name(pfn[part], sizes[part])
-            flags = np.where(order[part] == BLOCK_ORDER, ENTRY_HUGE, 0).astype(np.uint8)
-            self._collect(link.rows(index[part], pfn[part], order[part], flags))
+            self.save_runs(*(column[hit] for column in columns))
+            columns, orders = _columns(*(column[~hit] for column in columns)), orders[~hit]
 
-    def _checked(self, index: Any, pfn: Any, count: Any) -> tuple[U64, U64, U64]:
-        """Columns as arrays; EINVAL if they cannot be runs of this RAM."""
-        columns = [np.asarray(column, dtype=np.uint64).reshape(-1) for column in (index, pfn, count)]
-        index, pfn, count = columns
-        if not len(index) == len(pfn) == len(count):
-            raise PkramError("index, pfn and count are not of one length", errno.EINVAL)
-        limit = np.uint64(self._ram.pages)
-        if len(index) and (
-            not count.all() or not pfn.all() or int(count.max()) > limit or int((pfn + count).max()) > limit
-        ):
+        def work(number: int) -> Rows:
+            index, pfn, sizes = self._checked(columns, number)
+            order = orders[number * _SLICE : (number + 1) * _SLICE]
+            self._name(pfn, sizes)
+            flags = np.where(order == BLOCK_ORDER, ENTRY_HUGE, 0).astype(np.uint8)
+            return link.rows(index, pfn, order, flags)
+
+        self._each(work, len(orders))
+
+    def _checked(self, columns: tuple[U64, U64, U64], number: int) -> tuple[U64, U64, U64]:
+        """One slice of a call; EINVAL if it cannot be runs of this RAM."""
+        index, pfn, count = (column[number * _SLICE : (number + 1) * _SLICE] for column in columns)
+        limit = self._ram.pages
+        if not count.all() or not pfn.all() or int(count.max()) > limit or int((pfn + count).max()) > limit:
             raise PkramError("pages to preserve are not memory", errno.EINVAL)
-        if len(index) and int((index + count).max()) > INDEX_MAX:
+        if int(index.max()) > INDEX_MAX or int((index + count).max()) > INDEX_MAX:
             raise PkramError("the index of a page to preserve is too large", errno.EINVAL)
         return index, pfn, count
 
     def _name(self, pfn: U64, count: U64) -> None:
+        self._marks.add(pfn, count)
         with self._lock:
-            self._marks.add(pfn, count)
             self.page_count += int(count.sum())
 
     def _collect(self, blocks: Rows) -> None:
-        """Keep blocks until there are enough for 64 links; a call that brings as many is written at once."""
-        size = int(blocks.repeat.sum())
-        if size >= _COLLECT:
-            self._write(blocks)
-            return
+        """Keep the blocks of small calls until there are enough for 64 links."""
         with self._lock:
             self._collected.append(blocks)
-            self._waiting += size
+            self._waiting += int(blocks.repeat.sum())
             if self._waiting < _COLLECT:
                 return
             full, self._collected, self._waiting = self._collected, [], 0
@@ -238,6 +248,14 @@ class ObjectWriter:
         if self.values is None:
             raise AssertionError("the object was not finished")
         write_page(self._ram, pfn, OBJECT, {NEXT: 0, OTHER: 0}, magic=OBJECT_MAGIC, object=following, **self.values)
+
+
+def _columns(index: Any, pfn: Any, count: Any) -> tuple[U64, U64, U64]:
+    """Three columns of one length as arrays; EINVAL if they are not."""
+    first, second, third = (np.asarray(column, dtype=np.uint64).reshape(-1) for column in (index, pfn, count))
+    if not len(first) == len(second) == len(third):
+        raise PkramError("index, pfn and count are not of one length", errno.EINVAL)
+    return first, second, third
 
 
 def _together(parts: list[Rows]) -> Rows:
