@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from pkramfs.cli import arguments, nodes, render
 from pkramfs.errors import FormatError, PkramfsError
-from pkramfs.units import format_pfn, plural
+from pkramfs.units import plural
 
 if TYPE_CHECKING:
     from pkramfs.kernel.running import Running
@@ -46,54 +46,30 @@ def act(args: argparse.Namespace) -> int:
 
 def check(running: "Running", names: list[bytes]) -> tuple[int, list[str]]:
     """How many nodes were checked (all, if none is named), and what is wrong."""
-    from pkramfs.pkram import superblock
-    from pkramfs.spans import Spans
-
-    usable = running.machine.hardware().usable
-    try:
-        superblock.check(running.ram, running.info.super_pfn, usable)
-        chosen = [node for node in running.store.nodes() if not names or node.name in names]
-    except FormatError as error:
-        return 0, [str(error)]
-    problems = [f"no node {render.printable(name)} is preserved" for name in set(names) - {n.name for n in chosen}]
-    taken = Spans()
-    for node in chosen:
-        title = render.printable(node.name)
-        try:
-            pages = running.store.pages_of(node)
-            problems += [f"{title}: {line}" for line in _misplaced(running, node, pages, usable, taken)]
-            taken = taken | pages
-            _read(running, node, pages)
-        except PkramfsError as error:
-            problems.append(f"{title}: {error}")
-    return len(chosen), problems
-
-
-def _misplaced(running: "Running", node: "Node", pages: "Spans", usable: "Spans", taken: "Spans") -> Iterator[str]:
-    """Pages of a node that are nobody's RAM, another node's, or in page blocks of another owner."""
+    from pkramfs.pkram.check import check as check_store
     from pkramfs.units import BLOCK_PAGES
 
-    blocks = running.leases.blocks_of(node.tree_id)
-    for what, wrong in (
-        ("not usable RAM", pages - usable),
-        ("another node's too", pages & taken),
-        ("in page blocks that are not this tree's", pages - blocks.scale(BLOCK_PAGES)),
-    ):
-        if wrong:
-            yield f"{plural(wrong.total, 'page')} from pfn {format_pfn(int(wrong.starts[0]))} on are {what}"
+    report = check_store(
+        running.ram,
+        running.info.super_pfn,
+        usable=running.machine.hardware().usable,
+        owned=lambda tree_id: running.leases.blocks_of(tree_id).scale(BLOCK_PAGES),
+        names=names or None,
+        visit=_visit,
+    )
+    found = {node.name for node in report.nodes}
+    absent = [f"no node {render.printable(name)} is preserved" for name in names if name not in found]
+    checked = sum(not names or node.name in names for node in report.nodes)
+    return checked, report.problems + absent
 
 
-def _read(running: "Running", node: "Node", pages: "Spans") -> None:
-    """Read a node as a load does, and its tree if it is one of ours; FormatError for what is wrong."""
-    with running.store.prepare_load(node.name) as load:
-        objects = list(load)
-        for one in objects:
-            outside = one.data - pages
-            if outside:
-                pfn = int(outside.starts[0])
-                raise FormatError("Object", "entry", pfn=pfn, found="a page of the stream", expected="it in the table")
-        if node.name.startswith(nodes.PREFIX):
+def _visit(node: "Node", objects: list["ObjectReader"], pages: "Spans") -> Iterator[str]:
+    """What is wrong with the tree in a node of ours, if anything."""
+    if node.name.startswith(nodes.PREFIX):
+        try:
             _read_tree(objects, pages)
+        except PkramfsError as error:
+            yield str(error)
 
 
 def _read_tree(objects: list["ObjectReader"], pages: "Spans") -> None:

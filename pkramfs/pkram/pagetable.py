@@ -63,13 +63,9 @@ def walk(ram: Ram, root: int) -> Walk:
     for covers in (ROOT, UPPER, LOWER):
         units, entries, full = _children(ram, pages[-1], units, covers)
         found = found | full.scale(covers)
-        if covers == LOWER:
-            _check_bits(entries, TABLE_SLOT_MASK, "lower entry")
-            found = found | read_bitmaps(ram, units, entries)
-            pages.append(np.unique(entries >> np.uint64(PAGE_SHIFT)))
-        else:
-            _check_bits(entries, 0, "upper entry")
-            pages.append(entries >> np.uint64(PAGE_SHIFT))
+        pages.append(entries >> np.uint64(PAGE_SHIFT))
+    found = found | read_bitmaps(ram, units, entries)
+    pages[-1] = np.unique(pages[-1])
     own = np.concatenate(pages)
     if len(np.unique(own)) != len(own):
         raise FormatError("PageTable", "entry", pfn=root, found="a table page named twice", expected="each once")
@@ -131,21 +127,20 @@ def read_range(ram: Ram, root: int, start: int, end: int) -> Spans:
     full = entries == FULL
     found = Spans.from_runs(units[full], np.ones(int(full.sum()), dtype=np.uint64)).scale(UPPER)
     below = ~full & (entries != 0)
-    pages = entries[below] >> np.uint64(PAGE_SHIFT)
-    _check_pages(ram, pages)
-    lower, entries, full_lower = _children(ram, pages, units[below], LOWER)
+    lower, entries, full_lower = _children(ram, entries[below] >> np.uint64(PAGE_SHIFT), units[below], LOWER)
     near = (lower >= np.uint64(start // LOWER)) & (lower <= np.uint64((end - 1) // LOWER))
-    _check_bits(entries, TABLE_SLOT_MASK, "lower entry")
     return (found | full_lower.scale(LOWER) | read_bitmaps(ram, lower[near], entries[near])).clip(start, end)
 
 
 def upper_entries(ram: Ram, root: int, units: U64) -> U64:
     """The upper entries of 1 GiB `units`, 0 where there is no page for them."""
-    parents = gather(ram, np.full(len(units), root, dtype=np.uint64), units // np.uint64(ENTRIES))
-    _check_bits(parents, 0, "root entry")
+    roots = np.full(len(units), root, dtype=np.uint64)
+    parents = gather(ram, roots, units // np.uint64(ENTRIES))
+    _check_entries(ram, roots, parents, parents == 0, 0)
     pages = parents >> np.uint64(PAGE_SHIFT)
-    _check_pages(ram, pages[pages != 0])
-    return gather(ram, pages, units)
+    entries = gather(ram, pages, units)
+    _check_entries(ram, pages, entries, (entries == 0) | (entries == FULL), 0)
+    return entries
 
 
 def gather(ram: Ram, pages: U64, units: U64) -> U64:
@@ -179,24 +174,24 @@ def _children(ram: Ram, pages: U64, numbers: U64, covers: int) -> tuple[U64, U64
     entries = entries[row, column]
     if len(units) and int(units[-1] if len(pages) == 1 else units.max()) * covers >= ram.pages:
         raise FormatError(
-            "PageTable", "entry", pfn=int(pages[0]), found="an entry above the end of RAM", expected="0 there"
+            "PageTable", "entry", pfn=int(pages[row[-1]]), found="an entry above the end of RAM", expected="0 there"
         )
     full = entries == FULL if covers != ROOT else np.zeros(len(entries), dtype=bool)
-    _check_pages(ram, entries[~full] >> np.uint64(PAGE_SHIFT))
+    _check_entries(ram, pages[row], entries, full, TABLE_SLOT_MASK if covers == LOWER else 0)
     return units[~full], entries[~full], Spans.from_runs(units[full], np.ones(int(full.sum()), dtype=np.uint64))
 
 
-def _check_pages(ram: Ram, pages: U64) -> None:
-    if len(pages):
-        for edge in (int(pages.min()), int(pages.max())):
-            check_pfn(ram, edge, "PageTable", "entry")
-
-
-def _check_bits(entries: U64, allowed: int, field: str) -> None:
-    bad = entries & np.uint64(PAGE_SIZE - 1 & ~allowed) != 0
+def _check_entries(ram: Ram, holders: U64, entries: U64, fine: npt.NDArray[np.bool_], low: int) -> None:
+    """FormatError, naming the table page, unless entries are `fine` or pages of RAM with none but `low` bits."""
+    pages = entries >> np.uint64(PAGE_SHIFT)
+    bad = (entries & np.uint64(PAGE_SIZE - 1 & ~low) != 0) | (pages == 0) | (pages >= np.uint64(ram.pages))
+    bad &= ~fine
     if bad.any():
-        found = int(entries[bad][0])
-        raise FormatError("PageTable", field, found=f"{found:#x}", expected="0, full, or a page and a slot")
+        place = int(np.flatnonzero(bad)[0])
+        expected = f"0, full, or a page from 1 to {ram.pages - 1:x}" + (" and a slot" if low else "")
+        raise FormatError(
+            "PageTable", "entry", pfn=int(holders[place]), found=f"{int(entries[place]):#x}", expected=expected
+        )
 
 
 def read_bitmaps(ram: Ram, blocks: U64, entries: U64) -> Spans:

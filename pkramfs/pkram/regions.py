@@ -11,7 +11,8 @@ until both agree, where PKRAM estimates once and may lose the tail (D8).
 Kernel: mm/pkram.c (struct pkram_region_list), patches 10, 12 and 13
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -72,28 +73,61 @@ def _write(ram: Ram, spans: Spans, pages: list[int], generation: int) -> None:
 
 def read(ram: Ram, head: int, usable: Spans | None = None) -> Spans:
     """The pages that the list names; FormatError for anything that cannot be."""
-    starts, sizes, seen, pfn, first = [], [], set[int](), head, None
+    base, size = [], []
+    found = list(_walk(ram, head))
+    for pfn, page in found:
+        words = ram.words(pfn)[_HEAD_WORDS : _HEAD_WORDS + 2 * page.count]
+        base.append(words[0::2].copy())
+        size.append(words[1::2].copy())
+    _check_previous(ram, [pfn for pfn, page in found if page.count], [pfn for pfn, _ in found])
+    spans = _ranges(ram, np.concatenate(base), np.concatenate(size), head)
+    for pfn, page in found:
+        for field, counted in (("regions", sum(map(len, base))), ("pages", spans.total)):
+            if getattr(page, field) != counted:
+                raise FormatError("Regions", field, pfn=pfn, found=getattr(page, field), expected=counted)
+        if page.generation != found[0][1].generation:
+            raise FormatError(
+                "Regions", "generation", pfn=pfn, found=page.generation, expected=found[0][1].generation
+            )
+    if usable is not None and (outside := spans - usable):
+        raise FormatError(
+            "Regions", "region", pfn=head, found=f"pfn {int(outside.starts[0]):x}", expected="usable memory"
+        )
+    return spans
+
+
+def pages_of(ram: Ram, head: int) -> U64:
+    """The pfns of the list's own pages, in order."""
+    return np.array([pfn for pfn, _ in _walk(ram, head)], dtype=np.uint64)
+
+
+def _walk(ram: Ram, head: int) -> Iterator[tuple[int, Any]]:
+    """Each page of the list and its record."""
+    if not head:
+        raise FormatError("Regions", "pfn", found="none", expected="a region list")
+    pfn, seen = head, set[int]()
     while pfn:
         if pfn in seen:
             raise FormatError("Regions", "next", pfn=pfn, found="a page met before", expected="an end")
         seen.add(pfn)
         page = read_page(ram, pfn, REGIONS, REGIONS_MAGIC)
-        first = first or page
         if page.count > REGIONS_CAPACITY:
             raise FormatError("Regions", "count", pfn=pfn, found=page.count, expected=f"at most {REGIONS_CAPACITY}")
         expect_flags("Regions", pfn, page.flags)
-        read_word(ram, pfn, OTHER, "Regions", "previous")
-        words = ram.words(pfn)[_HEAD_WORDS : _HEAD_WORDS + 2 * page.count]
-        starts.append(words[0::2].copy())
-        sizes.append(words[1::2].copy())
+        yield pfn, page
         pfn = read_word(ram, pfn, NEXT, "Regions", "next")
-    if first is None:
-        raise FormatError("Regions", "pfn", found="none", expected="a region list")
-    return _checked(ram, np.concatenate(starts), np.concatenate(sizes), first, head, usable)
 
 
-def _checked(ram: Ram, base: U64, size: U64, first: object, head: int, usable: Spans | None) -> Spans:
-    """Turn bytes into pages after checking order, alignment, bounds and totals."""
+def _check_previous(ram: Ram, filled: list[int], pages: list[int]) -> None:
+    """Each page names the one before it, the first one the last that is not empty (for walks from the top)."""
+    for pfn, before in zip(pages, [*filled[-1:], *pages], strict=False):
+        found = read_word(ram, pfn, OTHER, "Regions", "previous")
+        if found != before:
+            raise FormatError("Regions", "previous", pfn=pfn, found=f"pfn {found:x}", expected=f"pfn {before:x}")
+
+
+def _ranges(ram: Ram, base: U64, size: U64, head: int) -> Spans:
+    """Bytes as pages, after order, alignment and bounds were checked."""
     ends = base + size
     mask = np.uint64(PAGE_SIZE - 1)
     if ((base | size) & mask).any() or not size.all() or (ends < base).any():
@@ -102,13 +136,4 @@ def _checked(ram: Ram, base: U64, size: U64, first: object, head: int, usable: S
         raise FormatError("Regions", "region", pfn=head, found="ranges out of order", expected="ascending, apart")
     if len(ends):
         check_pfn(ram, int(ends[-1] >> np.uint64(PAGE_SHIFT)) - 1, "Regions", "region", head)
-    shift = np.uint64(PAGE_SHIFT)
-    spans = Spans.from_arrays(base >> shift, ends >> shift)
-    for field, found in (("regions", len(base)), ("pages", spans.total)):
-        if getattr(first, field) != found:
-            raise FormatError("Regions", field, pfn=head, found=found, expected=getattr(first, field))
-    if usable is not None and (outside := spans - usable):
-        raise FormatError(
-            "Regions", "region", pfn=head, found=f"pfn {int(outside.starts[0]):x}", expected="usable memory"
-        )
-    return spans
+    return Spans.from_arrays(base >> np.uint64(PAGE_SHIFT), ends >> np.uint64(PAGE_SHIFT))

@@ -11,6 +11,7 @@ from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import KERNEL, Leases
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram import superblock
+from pkramfs.pkram.check import check
 from pkramfs.pkram.store import Store
 from pkramfs.units import BLOCK_SIZE
 
@@ -52,3 +53,25 @@ def wide_frames(wide: Ram) -> Frames:
     leases = Leases(wide, 1, 64, contextlib.nullcontext)
     leases.ids[0] = KERNEL
     return Frames(wide, leases, TREE)
+
+
+@pytest.fixture
+def damaged() -> None:
+    """For tests that damage memory on purpose: it is not checked afterwards."""
+
+
+@pytest.fixture(autouse=True)
+def sound(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test that had a store leaves memory in which nothing is wrong."""
+    names = request.fixturenames
+    if "store" not in names or "damaged" in names:
+        yield
+        return
+    ram, store = request.getfixturevalue("ram"), request.getfixturevalue("store")
+    frames = request.getfixturevalue("frames") if "frames" in names else None
+    yield
+    report = check(ram, store.super_pfn)
+    assert report.problems == []
+    if frames is not None:
+        mine = [node for node in report.nodes if node.tree_id == TREE]
+        assert not any(store.pages_of(node) - frames.used() for node in mine), "a page is free and preserved"

@@ -129,7 +129,7 @@ def test_a_frame_is_saved_once(store, frames):
 
 
 @pytest.mark.parametrize("seed", range(80))
-def test_a_flipped_bit_never_passes(ram, store, frames, seed):
+def test_a_flipped_bit_never_passes(ram, store, frames, damaged, seed):
     """D15: whatever bit of a node's metadata flips, loading says so and the node stays."""
     rng = random.Random(seed)
     runs = frames.allocate(3) + frames.allocate(600)

@@ -1,0 +1,154 @@
+"""Validators that trust nothing: all that would cross a kexec, and whether it agrees with itself.
+
+    super block ── magic, checksum, version; a page of memory, in no node
+    node list ──── every node reached, none twice; a name once; not from the future
+    each node ──── page table, objects, links, bytes; every frame has one use, and every use its frame
+    nodes ──────── no frame belongs to two; all are memory, and in their owner's page blocks
+    region list ── where there is one: every node, the super block and the list itself are in it
+
+Ordinary readers stop at the first thing that is wrong. `check` goes on as far as what it finds allows:
+a damaged node does not hide the next, because the word that leads there has a check of its own.
+Every problem is one line for people.
+
+Kernel: no counterpart; PKRAM finds out when it loads (D15)
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pkramfs.errors import FormatError, PkramfsError
+from pkramfs.machine.ram import Ram
+from pkramfs.pkram import regions, superblock
+from pkramfs.pkram.format import NEXT
+from pkramfs.pkram.node import Node, check_frames, read_node, read_objects, read_table, shown
+from pkramfs.pkram.page import check_pfn, read_word
+from pkramfs.pkram.reader import ObjectReader
+from pkramfs.spans import Spans
+from pkramfs.units import format_pfn, plural
+
+Visit = Callable[[Node, list[ObjectReader], Spans], Iterable[str]]
+Owned = Callable[[int], Spans]
+
+
+@dataclass
+class Report:
+    """What was found: problems, the nodes whose page could be read, and all frames that they name."""
+
+    problems: list[str] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    preserved: Spans = field(default_factory=Spans)
+
+
+def check(
+    ram: Ram,
+    super_pfn: int,
+    *,
+    usable: Spans | None = None,
+    owned: Owned | None = None,
+    names: list[bytes] | None = None,
+    visit: Visit | None = None,
+) -> Report:
+    """Check everything below a super block, or only the nodes of these names.
+
+    `usable` are the pages that are memory, `owned(tree_id)` those of an owner's page blocks. `visit`
+    looks into a node that is sound and says what is wrong there.
+    """
+    report = Report()
+    try:
+        found = superblock.check(ram, super_pfn, usable)
+    except FormatError as error:
+        report.problems.append(str(error))
+        return report
+    for node in _nodes(ram, super_pfn, report):
+        report.nodes.append(node)
+        if names is None or node.name in names:
+            _check_node(ram, node, report, usable, owned, visit)
+        if node.generation > found.generation:
+            report.problems.append(f"{shown(node.name)}: saved by generation {node.generation}, which has not been yet")
+    _check_names(report)
+    if super_pfn in report.preserved:
+        report.problems.append(f"the super block at pfn {format_pfn(super_pfn)} is a page of a node")
+    if found.region_pfn:
+        _check_regions(ram, super_pfn, found.region_pfn, report, usable, complete=names is None)
+    return report
+
+
+def _nodes(ram: Ram, super_pfn: int, report: Report) -> Iterator[Node]:
+    """Every node that can be reached; what is in the way is reported."""
+    record, at, seen = "Super", super_pfn, set[int]()
+    while True:
+        try:
+            pfn = read_word(ram, at, NEXT, record, "node" if record == "Super" else "next")
+            if not pfn:
+                return
+            check_pfn(ram, pfn, record, "next", at)
+            if pfn in seen:
+                raise FormatError(record, "next", pfn=at, found=f"pfn {pfn:x}, met before", expected="the end")
+        except FormatError as error:
+            report.problems.append(str(error))
+            return
+        seen.add(pfn)
+        try:
+            yield read_node(ram, pfn)
+        except FormatError as error:
+            report.problems.append(str(error))
+        record, at = "Node", pfn
+
+
+def _check_node(
+    ram: Ram, node: Node, report: Report, usable: Spans | None, owned: Owned | None, visit: Visit | None
+) -> None:
+    title = shown(node.name)
+    try:
+        table = read_table(ram, node)
+        report.problems += [f"{title}: {line}" for line in _misplaced(node, table.spans, report, usable, owned)]
+        report.preserved = report.preserved | table.spans
+        readers = read_objects(ram, node, table.spans)
+        used = check_frames(node, table, readers)
+        if idle := table.spans - used:
+            start = format_pfn(int(idle.starts[0]))
+            report.problems.append(f"{title}: {plural(idle.total, 'page')} from pfn {start} on belong to nothing")
+        if visit is not None:
+            report.problems += [f"{title}: {line}" for line in visit(node, readers, table.spans)]
+    except PkramfsError as error:
+        report.problems.append(f"{title}: {error}")
+
+
+def _misplaced(
+    node: Node, pages: Spans, report: Report, usable: Spans | None, owned: Owned | None
+) -> Iterator[str]:
+    """Pages of a node that are nobody's RAM, another node's, or in page blocks of another owner."""
+    for what, wrong in (
+        ("not usable RAM", pages - usable if usable is not None else Spans()),
+        ("another node's, too", pages & report.preserved),
+        ("in page blocks that are not this tree's", pages - owned(node.tree_id) if owned else Spans()),
+    ):
+        if wrong:
+            yield f"{plural(wrong.total, 'page')} from pfn {format_pfn(int(wrong.starts[0]))} on are {what}"
+
+
+def _check_names(report: Report) -> None:
+    """Names that two nodes have. A tree id may occur again: an owner can save more than one node."""
+    for name, times in Counter(node.name for node in report.nodes).items():
+        if times > 1:
+            report.problems.append(f"node name {shown(name)} occurs {times} times")
+
+
+def _check_regions(
+    ram: Ram, super_pfn: int, head: int, report: Report, usable: Spans | None, *, complete: bool
+) -> None:
+    """The region list must be sound, and hold all that it has to."""
+    try:
+        listed, own = regions.read(ram, head, usable), regions.pages_of(ram, head)
+    except FormatError as error:
+        report.problems.append(str(error))
+        return
+    needed = Spans([(super_pfn, super_pfn + 1)]) | Spans.from_runs(own, np.ones_like(own))
+    if complete:
+        needed = needed | report.preserved
+    if missing := needed - listed:
+        start = format_pfn(int(missing.starts[0]))
+        report.problems.append(f"Regions at pfn {head:x}: {plural(missing.total, 'page')} from pfn {start} on missing")
