@@ -215,7 +215,7 @@ class Chain:
     def _together(self, found: list[Runs | None]) -> Runs:
         """Runs of all batches, by link; those that are not one run are made by all CPUs."""
         left = [batch for batch, runs in enumerate(found) if runs is None]
-        gather, threads = _Gather(self.counts), None if len(left) >= 8 else 1
+        gather, threads = _Gather(self.counts if left else self.counts[:0]), None if len(left) >= 8 else 1
 
         def work(number: int) -> Runs:
             return gather.keep(left[number], self.runs(left[number]))

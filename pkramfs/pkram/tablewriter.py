@@ -18,6 +18,7 @@ import errno
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from pkramfs.errors import PkramError
 from pkramfs.machine.ram import Ram
@@ -177,16 +178,26 @@ class TableWriter:
         return taken
 
     def _prune(self, units: U64) -> None:
-        """Give back lower pages of these units that are empty, and then bitmap pages without a bitmap."""
+        """Give back table pages of these 1 GiB units that are empty, and bitmap pages without a bitmap."""
         entries = pagetable.upper_entries(self.ram, self.root, units)
         below = (entries != 0) & (entries != FULL)
-        pages, units = entries[below] >> _SHIFT, units[below]
-        empty = ~self.ram.u64[(pages << np.uint64(PAGE_SHIFT - 3))[:, None] + _column()].any(axis=1)
-        self.ram.u64[self._upper_places(units[empty])] = 0
+        empty = self._empty(entries[below] >> _SHIFT)
+        self.ram.u64[self._upper_places(units[below][empty])] = 0
+        above = np.unique(units // np.uint64(ENTRIES))
+        roots = np.full(len(above), self.root, dtype=np.uint64)
+        uppers = gather(self.ram, roots, above) >> _SHIFT
+        bare = self._empty(uppers)
+        self.ram.u64[places(roots[bare], above[bare])] = 0
         holders, free = np.unique(self._slots >> _SHIFT, return_counts=True)
         unused = holders[free == SLOTS]
         self._slots = self._slots[~np.isin(self._slots >> _SHIFT, unused)]
-        self.spare = np.concatenate((self.spare, pages[empty], unused))
+        self.spare = np.concatenate((self.spare, (entries[below] >> _SHIFT)[empty], uppers[bare], unused))
+
+    def _empty(self, pages: U64) -> npt.NDArray[np.bool_]:
+        """Which table pages have no entries."""
+        entries = self.ram.u64[(pages << np.uint64(PAGE_SHIFT - 3))[:, None] + _column()]
+        used: npt.NDArray[np.bool_] = entries.any(axis=1)
+        return ~used
 
 
 def build(ram: Ram, spans: Spans, allocate: Callable[[int], U64]) -> tuple[int, int, U64]:

@@ -41,9 +41,9 @@ def store(ram: Ram) -> Store:
 
 @pytest.fixture
 def wide() -> Iterator[Ram]:
-    """Very much sparse RAM (64 TiB), for tables of what lies far apart."""
+    """Very much sparse RAM (8 TiB), for tables of what lies far apart."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-        made = Ram(os.path.join(directory, "ram"), 64 << 40, create=True)
+        made = Ram(os.path.join(directory, "ram"), 8 << 40, create=True)
         yield made
         made.close()
 
@@ -53,6 +53,12 @@ def wide_frames(wide: Ram) -> Frames:
     leases = Leases(wide, 1, 64, contextlib.nullcontext)
     leases.ids[0] = KERNEL
     return Frames(wide, leases, TREE)
+
+
+@pytest.fixture
+def wide_store(wide: Ram) -> Store:
+    superblock.create(wide, SUPER_PFN, generation=7)
+    return Store(wide, SUPER_PFN, contextlib.nullcontext)
 
 
 @pytest.fixture

@@ -1,0 +1,285 @@
+"""Objects: what comes back, in how many links, at what cost, and what is refused."""
+
+import errno
+import random
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from pkramfs.errors import ExhaustedError, PkramError
+from pkramfs.pkram import format, link
+from pkramfs.pkram.store import estimate
+from pkramfs.spans import Spans
+
+from .conftest import TREE
+
+
+def only(load):
+    (reader,) = load
+    return reader
+
+
+def save(store, frames, runs, name=b"n", **words):
+    """One object of runs (index, pfn, count), each in a call of its own."""
+    with store.prepare_save(name, tree_id=TREE, frames=frames, **words) as saving:
+        with saving.object() as writer:
+            for run in runs:
+                writer.save_runs(*([value] for value in run))
+        return saving, saving.finish()
+
+
+def rows(*columns):
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.parametrize("seed", range(25))
+def test_whatever_is_saved_comes_back(ram, store, frames, seed, strict, align):
+    rng = random.Random(seed)
+    ((start, count),) = frames.allocate(6000)
+    runs, index, pfn = [], 0, start
+    while pfn < start + count:
+        size = min(rng.choice((1, 1, 2, 7, 64, 511, 512, 1300)), start + count - pfn)
+        runs.append((index, pfn, size))
+        index, pfn = index + size + rng.choice((0, 0, 0, 1, 10_000)), pfn + size + rng.choice((0, 0, 1, 3))
+    order = list(runs)
+    rng.shuffle(order)
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames, strict=strict, align=align) as saving:
+        with saving.object() as writer:
+            while order:
+                some, order = order[: (size := rng.choice((1, 3, 50)))], order[size:]
+                writer.save_runs(*zip(*some, strict=True))
+        saving.finish()
+    expected = rows(*link.join_runs(*(np.array(c, dtype=np.uint64) for c in zip(*runs, strict=True))))
+    with store.prepare_load(b"n") as load:
+        reader = only(load)
+        assert rows(*reader.load_runs()) == expected
+        blocks = reader.load_pages()
+        by_index = np.argsort(blocks[0])
+        assert rows(*link.join_blocks(*(column[by_index] for column in blocks))) == expected
+        assert not strict or not blocks[2].any()
+
+
+def test_small_calls_share_links(store, frames):
+    """D30: in the original every file costs a link of its own."""
+    ((start, _),) = frames.allocate(1000)
+    before = frames.used_pages
+    save(store, frames, [(number, start + number * 2 % 999, 1) for number in range(999)])
+    assert frames.used_pages - before < 12
+
+
+def test_100_gib_in_a_row_take_a_few_pages(wide_store, wide_frames):
+    _, node = save(wide_store, wide_frames, [(0, 1 << 20, 100 << 18)])
+    assert node.pages - (100 << 18) < 10
+    with wide_store.prepare_load(b"n") as load:
+        assert rows(*only(load).load_runs()) == [(0, 1 << 20, 100 << 18)]
+
+
+@pytest.mark.parametrize("order", range(19))
+def test_every_order_is_one_entry(wide_store, wide_frames, order):
+    with wide_store.prepare_save(b"n", tree_id=TREE, frames=wide_frames) as saving:
+        with saving.object() as writer:
+            writer.save_pages([3 << order], [5 << 20], [order])
+        saving.finish()
+    with wide_store.prepare_load(b"n") as load:
+        assert rows(*only(load).load_pages()) == [(3 << order, 5 << 20, order)]
+
+
+def test_huge_pages_are_marked(ram, store, frames):
+    ((start, _),) = frames.allocate(2048, order=9)
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames) as saving:
+        with saving.object() as writer:
+            writer.save_pages([0, 512, 1024], [start, start + 512, start + 1024], [9, 9, 3])
+        saving.finish()
+    with store.prepare_load(b"n") as load:
+        head = only(load).record.pages_head
+    entries = ram.words(head)[8:11]
+    assert link.decode(entries)[2].tolist() == [format.ENTRY_HUGE, format.ENTRY_HUGE, 0]
+
+
+@pytest.mark.parametrize(
+    ("index", "pfn", "count", "code"),
+    [
+        ([0], [0], [1], errno.EINVAL),
+        ([0], [5], [0], errno.EINVAL),
+        ([0], [1 << 15], [1], errno.EINVAL),
+        ([0], [(1 << 15) - 1], [2], errno.EINVAL),
+        ([0], [5], [2**64 - 3], errno.EINVAL),
+        ([2**63], [5], [1], errno.EINVAL),
+        ([2**64 - 1], [5], [1], errno.EINVAL),
+        ([0, 1], [5], [1], errno.EINVAL),
+    ],
+)
+def test_runs_that_cannot_be_are_refused(store, frames, index, pfn, count, code):
+    frames.allocate(100)
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames) as saving:
+        writer = saving.object()
+        with pytest.raises(PkramError) as caught:
+            writer.save_runs(*(np.array(column, dtype=np.uint64) for column in (index, pfn, count)))
+        assert caught.value.errno == code
+
+
+def test_blocks_that_cannot_be_are_refused(store, frames):
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames) as saving:
+        writer = saving.object()
+        for pfn, order in ((513, 9), (512, 19), (0, 0)):
+            with pytest.raises(PkramError) as caught:
+                writer.save_pages([0], [pfn], [order])
+            assert caught.value.errno == errno.EINVAL
+
+
+# -- bans ------------------------------------------------------------------------------------------
+
+
+def fill(ram, start, count):
+    for page in range(count):
+        ram.words(start + page)[:] = page + 1
+
+
+def contents(ram, store):
+    with store.prepare_load(b"n") as load:
+        runs = rows(*only(load).load_runs())
+    return {index + k: int(ram.words(pfn + k)[5]) for index, pfn, count in runs for k in range(count)}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_banned_huge_page_comes_back_in_the_largest_pieces(ram, store, frames, strict):
+    """Row 15. Facts 10.4: an order-9 page at 0x200 against ban [0x3ff, 0x3ff] is banned."""
+    ((start, _),) = frames.allocate(512, order=9)
+    fill(ram, start, 512)
+    with store.prepare_save(
+        b"n", tree_id=TREE, frames=frames, banned=Spans([(start + 511, start + 512)]), strict=strict
+    ) as saving:
+        with saving.object() as writer:
+            writer.save_pages([0], [start], [9])
+        node = saving.finish()
+    with store.prepare_load(b"n") as load:
+        orders = sorted(only(load).load_pages()[2].tolist())
+    assert orders == ([0] * 512 if strict else [0, *range(9)])
+    assert node.moved == 1 and contents(ram, store) == {n: n + 1 for n in range(512)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_of_a_node_lies_in_banned_memory(ram, store, frames, seed):
+    rng = random.Random(seed)
+    ((start, count),) = frames.allocate(1500)
+    fill(ram, start, count)
+    banned = Spans((a, a + rng.choice((1, 5, 200, 700))) for a in (start + rng.randrange(4000) for _ in range(6)))
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames, banned=banned) as saving:
+        with saving.object() as writer:
+            writer.write(rng.randbytes(20_000))
+            writer.save_runs([0, 2000], [start, start + 1000], [1000, 500])
+        node = saving.finish()
+    moved = Spans((a, a + n) for a, n in saving.moved)
+    assert not store.pages_of(node) & banned
+    assert moved.total == node.moved == (Spans([(start, start + count)]) & banned).total
+    assert contents(ram, store) == {n if n < 1000 else n + 1000: n + 1 for n in range(1500)}
+
+
+def test_where_everything_is_banned_there_is_no_memory(ram, store, frames):
+    ((start, count),) = frames.allocate(10)
+    used = frames.used_pages
+    with pytest.raises(PkramError) as caught:
+        save(store, frames, [(0, start, count)], banned=Spans([(0, ram.pages)]))
+    assert caught.value.errno == errno.ENOMEM
+    assert frames.used_pages == used
+
+
+# -- running out of memory ----------------------------------------------------------------------------
+
+
+class Stingy:
+    """Frames that are to be had so many times only."""
+
+    def __init__(self, frames, times):
+        self.frames, self.left = frames, times
+
+    def allocate(self, count, order=0, *, held=False):
+        if not self.left:
+            raise ExhaustedError("RAM is full")
+        self.left -= 1
+        return self.frames.allocate(count, order, held=held)
+
+    def free(self, starts, counts):
+        self.frames.free(starts, counts)
+
+
+def test_enomem_at_any_allocation_leaves_nothing(store, frames):
+    """D18: the original keeps a lock on the way out; D20: and a page."""
+    ((start, _),) = frames.allocate(700)
+    used = frames.used_pages
+    banned = Spans([(start + 5, start + 9)])
+    for times in range(100):
+        try:
+            with store.prepare_save(b"n", tree_id=TREE, frames=Stingy(frames, times), banned=banned) as saving:
+                with saving.object() as writer:
+                    writer.write(b"x" * 5000)
+                    writer.save_runs([0, 900], [start, start + 300], [300, 400])
+                saving.finish()
+            break
+        except PkramError as error:
+            assert error.errno == errno.ENOMEM
+            assert frames.used_pages == used and store.nodes() == []
+    assert times > 4 and store.find(b"n") is not None
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_estimate_is_enough(store, frames, seed):
+    rng = random.Random(seed)
+    ((start, count),) = frames.allocate(20_000)
+    runs, index, pfn = [], 0, start
+    while pfn < start + count:
+        size = min(rng.choice((1, 3, 126, 1022)), start + count - pfn)
+        runs.append((index, pfn, size))
+        index, pfn = index + size, pfn + size + 1
+    before, data = frames.used_pages, rng.randbytes(rng.randrange(50_000))
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames) as saving:
+        with saving.object() as writer:
+            writer.write(data)
+        with saving.object() as writer:
+            writer.save_runs(*zip(*runs, strict=True))
+        saving.finish()
+    pages = sum(size for _, _, size in runs)
+    assert frames.used_pages - before <= estimate(len(runs), len(data), pages)
+
+
+# -- several threads -----------------------------------------------------------------------------------
+
+
+def test_several_readers_take_batches_of_one_stream(store, frames):
+    """Row 36, in order and by several readers at once."""
+    ((start, count),) = frames.allocate(24_000)
+    save(store, frames, [(0, start, 12_000), (20_000, start + 12_000, 12_000)], strict=True)
+    with store.prepare_load(b"n") as load:
+        reader = only(load)
+        whole = rows(*reader.load_pages())
+        assert [row for batch in reader.batches() for row in rows(*batch)] == whole
+        taken, shared = [], reader.batches()
+
+        def take():
+            taken.extend(rows(*batch) for batch in shared)
+
+        threads = [threading.Thread(target=take) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(row for batch in taken for row in batch) == sorted(whole)
+    assert len(whole) == count
+
+
+def test_memory_does_not_grow_with_what_is_saved(wide_store, wide_frames):
+    """A gigabyte of entries a page, and less than a few batches of them in memory at a time."""
+    peaks = []
+    for gib in (1, 8):
+        tracemalloc.start()
+        save(wide_store, wide_frames, [(0, 1 << 24, gib << 18)], name=b"%d" % gib, strict=True)
+        with wide_store.prepare_load(b"%d" % gib) as load:
+            only(load).load_runs()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        wide_store.withdraw(b"%d" % gib)
+    assert peaks[1] < 16 << 20
