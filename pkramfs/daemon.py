@@ -192,7 +192,8 @@ class Daemon:
             holder = self._holder()
             if holder is not None:
                 raise MachineError(f"{holder.name} is just being mounted on {holder.mountpoint} (pid {holder.pid})")
-            node = self.kernel.store.find(self.node_name) if self.options.name else None
+            wanted = self.options.name and self.kernel.info.pkram  # else an ordinary tmpfs, as in a crash kernel
+            node = self.kernel.store.find(self.node_name) if wanted else None
             self._restored = node is not None
             lock = self.machine.claim(new_tree_id() if node is None else node.tree_id)
             self._log_at = _size(lock.path("log"))
@@ -274,6 +275,8 @@ class Daemon:
         self.reporter.send(ok="")
 
     def _what(self) -> str:
+        if self.options.name and not self.kernel.info.pkram:
+            return " (PKRAM is off in this kernel: nothing of it can be preserved)"
         if not self._restored:
             return ""
         counts = self.tree.counts()

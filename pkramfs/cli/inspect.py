@@ -96,7 +96,7 @@ def _super_pfn(machine: "Machine") -> int:
 
     running = nodes.attached(machine)
     if running is not None:
-        return running.info.super_pfn
+        return running.store.root()
     pending = nvram.pending(machine)
     pfn = cmdline.pkram_pfn(pending.cmdline) if pending else None
     if pfn is None:

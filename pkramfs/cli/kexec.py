@@ -258,7 +258,9 @@ def _ways(machine: "Machine") -> list[str]:
     from pkramfs.kernel import running, staging, ways
 
     kernel, loaded = running.look(machine, any_layout=True), staging.read(machine)
-    return [] if loaded is None else ways.compare(kernel, loaded, kernel.store.preserved()).describe()
+    if loaded is None or not kernel.info.pkram:
+        return []
+    return ways.compare(kernel, loaded, kernel.store.preserved()).describe()
 
 
 def _noticed(seen: "Sequence[Seen]") -> list[str]:

@@ -51,7 +51,7 @@ def check(running: "Running", names: list[bytes]) -> tuple[int, list[str]]:
 
     report = check_store(
         running.ram,
-        running.info.super_pfn,
+        running.store.root(),
         usable=running.machine.hardware().usable,
         owned=lambda tree_id: running.leases.blocks_of(tree_id).scale(BLOCK_PAGES),
         names=names or None,

@@ -130,7 +130,8 @@ def find(boot: Boot) -> None:
         _lose(boot, name, count, "given up by a forced kexec")
     pfn = words.pkram_pfn(boot.cmdline)
     if boot.pending.kind != nvram.KEXEC or pfn is None:
-        _expect_nothing(boot, "no pkram= on the command line")
+        off = words.pkram_off(boot.cmdline)
+        _expect_nothing(boot, "the command line says pkram=off" if off else "no pkram= on the command line")
         return
     boot.log("pkram: examining preserved memory")
     try:
@@ -229,9 +230,9 @@ def build_tables(boot: Boot) -> None:
 
 
 def super_block(boot: Boot) -> None:
-    """Make this kernel's super block, naming the nodes that were found. A crash kernel has none."""
+    """Make this kernel's super block, naming the nodes that were found, unless PKRAM is off here."""
     if boot.placed.reserve is None:
-        boot.log("pkram: disabled in a crash kernel")
+        boot.log(f"pkram: disabled {'in a crash kernel' if boot.pending.crash else 'on the command line'}")
         return
     boot.ram.punch(Spans([boot.placed.reserve]))
     boot.super_pfn = boot.placed.reserve[0]

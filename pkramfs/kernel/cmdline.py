@@ -7,6 +7,7 @@ kernel's own parser has it, except that two different `pkram=` are an error: the
 `sed` strips the old one, and a forgotten one would make the next kernel restore nothing.
 
     pkram=PFN               hexadecimal pfn of the super block; 0 or absent: restore nothing
+    pkram=off               no PKRAM in this kernel: nothing is restored, nothing can be preserved
     nokaslr                 run the kernel where it was loaded
     mem=SIZE                use no RAM above this address
     crashkernel=SIZE[@ADDR] set RAM aside for a crash kernel (-p)
@@ -23,6 +24,7 @@ from pkramfs.units import PAGE_SIZE, parse_size, round_up
 
 _WORD = re.compile(r'(?:[^\s"]|"[^"]*"?)+')
 _PFN = re.compile(r"(?:0[xX])?[0-9a-fA-F]{1,16}")
+PKRAM_OFF = "off"
 MAX_LENGTH = 2047
 """Longest command line in bytes: COMMAND_LINE_SIZE of x86 less its NUL."""
 
@@ -71,15 +73,22 @@ def put(cmdline: str, name: str, value: str) -> str:
     return f"{remove(cmdline, name)} {name}={value}".strip()
 
 
+def pkram_off(cmdline: str) -> bool:
+    """Whether the command line switches PKRAM off, as leaving it out of the kernel's configuration would."""
+    return get(cmdline, "pkram") == PKRAM_OFF
+
+
 def pkram_pfn(cmdline: str) -> int | None:
-    """The super block's pfn that `pkram=` names; None where it is absent, empty or 0."""
+    """The super block's pfn that `pkram=` names; None where it is absent, empty, 0 or off."""
     found = {value for value in values(cmdline, "pkram") if value}
     if len(found) > 1:
         shown = " and ".join(f"pkram={value}" for value in values(cmdline, "pkram"))
         raise UsageError(f"the command line says {shown}: leave the current one only")
-    for value in found:
+    for value in found - {PKRAM_OFF}:
         if not _PFN.fullmatch(value):
-            raise UsageError(f"pkram={value}: not a page frame number; write it in hexadecimal, as in `pkram=34f`")
+            raise UsageError(
+                f"pkram={value}: not a page frame number: write it in hexadecimal, as in `pkram=34f`, or off"
+            )
         return int(value, 16) or None
     return None
 

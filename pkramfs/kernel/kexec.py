@@ -165,7 +165,7 @@ def plan(
     mount daemons; `remount` is what nvram.json's list of mounts will be.
     """
     kernel = running.look(machine, any_layout=True)
-    if not kernel.info.pkram:
+    if kernel.info.crash:
         raise MachineError("a crash kernel is running: leave it with pkram-kexec --cold")
     loaded = staging.read(machine)
     if loaded is None:
@@ -201,7 +201,7 @@ def _losses(going: Transition, mounts: Sequence[MountReport]) -> list[PkramfsErr
             found.append(NotPreservedError(f"{mount.mountpoint}: {plural(mount.files, 'file')} would be lost ({why})"))
             going.lost.append((f"{mount.mountpoint} ({mount.name or 'no name'}, not preserved)", 0))
     try:
-        going.nodes = incoming.node_list(going.kernel.store)
+        going.nodes = loading.preserved_nodes(going.kernel)
     except FormatError as error:
         going.keeps = False
         return [*found, error]
@@ -339,8 +339,9 @@ class PointOfNoReturn:
     going: Transition
 
     def describe(self) -> str:
-        pfn = format_pfn(self.going.kernel.info.super_pfn)
-        return f"end kernel {self.going.kernel.generation} (super block at pfn {pfn}): the point of no return"
+        info = self.going.kernel.info
+        pkram = f"super block at pfn {format_pfn(info.super_pfn)}" if info.pkram else "PKRAM is off"
+        return f"end kernel {info.generation} ({pkram}): the point of no return"
 
     def execute(self) -> None:
         running.retire(self.going.machine)

@@ -62,7 +62,7 @@ def load(machine: Machine, request: Request, *, panic: bool = False) -> Report:
     with running.exclusively(machine) as kernel, Stage(machine) as stage:
         cmdline = compose_cmdline(kernel, request)
         segments = _stage(stage, image, request, cmdline)
-        nodes = incoming.node_list(kernel.store)
+        nodes = preserved_nodes(kernel)
         room = _crash_range(kernel) if panic else None
         placed = _place_in(room, segments) if room else _place(kernel, segments, nodes, request)
         mode = CRASH_MODE if panic else FILE_MODE if request.syscall == "file" else LOAD_MODE
@@ -84,7 +84,8 @@ def compose_cmdline(kernel: Running, request: Request) -> str:
     """The next kernel's command line: the running one's with pkram= made current, and what is appended."""
     parts = []
     if request.reuse_cmdline:
-        parts.append(words.put(kernel.cmdline, "pkram", format_pfn(kernel.info.super_pfn)))
+        pfn = format_pfn(kernel.info.super_pfn)
+        parts.append(words.put(kernel.cmdline, "pkram", pfn if kernel.info.pkram else words.PKRAM_OFF))
     if request.append:
         parts.append(request.append.strip())
     cmdline = " ".join(parts)
@@ -135,6 +136,11 @@ def _place_in(room: Spans, segments: list[Segment]) -> list[Segment]:
     return placed
 
 
+def preserved_nodes(kernel: Running) -> list[IncomingNode]:
+    """What is preserved: nothing where PKRAM was switched off. PkramError (ENODEV) in a crash kernel."""
+    return incoming.node_list(kernel.store) if kernel.info.pkram or kernel.info.crash else []
+
+
 def owners(kernel: Running, nodes: list[IncomingNode]) -> dict[str, Spans]:
     """Whose pages must not be a destination, by what people call them."""
     found = {f"node {node.name}": node.spans for node in nodes}
@@ -171,7 +177,7 @@ def _warnings(kernel: Running, loaded: Loaded, nodes: list[IncomingNode]) -> lis
     found = []
     if nodes and words.pkram_pfn(loaded.cmdline) != kernel.info.super_pfn:
         found.append(loss(nodes, loaded.cmdline, kernel.info.super_pfn))
-    elif words.pkram_pfn(loaded.cmdline) is None:
+    elif kernel.info.pkram and not words.pkram_off(loaded.cmdline) and words.pkram_pfn(loaded.cmdline) is None:
         pfn = format_pfn(kernel.info.super_pfn)
         found.append(f"the command line has no pkram=: to keep what will be preserved, append pkram={pfn}")
     return found

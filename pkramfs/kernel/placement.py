@@ -121,7 +121,9 @@ def place(hardware: FirmwareMap, boot: Pending, preserved: Spans) -> Placement:
         room.reserve_pages(Spans([kernel]))
     table = _place_table(block_count(hardware), usable, inside, outside)
     outside.reserve_pages(Spans([table]))
-    return Placement(kernel, slots, table, _place_reserve(block_count(hardware), outside), crash, scratch)
+    off = words.pkram_off(boot.cmdline)
+    reserved = None if off else _place_reserve(block_count(hardware), outside)
+    return Placement(kernel, slots, table, reserved, crash, scratch)
 
 
 def _inside(scratch: Range, boot: Pending) -> Memblock:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkramfs import __version__
 from pkramfs.errors import MachineError
+from pkramfs.kernel import nvram
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES
 
@@ -54,8 +55,13 @@ class KernelInfo:
 
     @property
     def pkram(self) -> bool:
-        """Whether PKRAM is on: a crash kernel has no super block."""
+        """Whether PKRAM is on: a crash kernel has no super block, nor has one with pkram=off."""
         return self.super_pfn != 0
+
+    @property
+    def crash(self) -> bool:
+        """Whether this is a crash kernel."""
+        return self.kind == nvram.CRASH
 
     @property
     def reserve_pages(self) -> Spans:
