@@ -22,9 +22,8 @@ shmem_xattr_handler_set), fs/xattr.c (simple_xattr_set)
 
 import errno
 import stat
-import time
 
-from pkramfs.fs import acl
+from pkramfs.fs import acl, clock
 from pkramfs.fs.core import Core
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import ROOT, Caller, Inode, in_group
@@ -65,7 +64,7 @@ class Attributes(Core):
         self._change(
             "setattr", ino=inode.ino, mode=mode, uid=uid, gid=gid, size=size, atime=atime, mtime=mtime, ctime=ctime
         )
-        now = time.time_ns()
+        now = clock.now()
         if size is not None:
             if size != inode.size:
                 self._resize(inode, size)
@@ -151,7 +150,7 @@ class Attributes(Core):
         self._grow()
         self._change("setxattr", ino=inode.ino, name=name, value=value)
         self._put_xattr(inode, name, bytes(value))
-        inode.ctime = time.time_ns()
+        inode.ctime = clock.now()
 
     def removexattr(self, number: int, name: bytes) -> None:
         """Remove a value; ENODATA if there is none (an absent ACL is no error)."""
@@ -164,7 +163,7 @@ class Attributes(Core):
             raise fail(errno.ENODATA)
         self._change("removexattr", ino=inode.ino, name=name)
         self._put_xattr(inode, name, None)
-        inode.ctime = time.time_ns()
+        inode.ctime = clock.now()
 
     def _set_acl(self, inode: Inode, name: bytes, value: bytes, caller: Caller) -> None:
         entries = acl.parse(value)
@@ -180,7 +179,7 @@ class Attributes(Core):
             if not in_group(caller, inode.gid):
                 inode.mode &= ~stat.S_ISGID
         self._put_xattr(inode, name, value if keep else None)
-        inode.ctime = time.time_ns()
+        inode.ctime = clock.now()
 
 
 def without_set_id(inode: Inode, caller: Caller) -> int:

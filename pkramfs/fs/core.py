@@ -26,10 +26,10 @@ from __future__ import annotations
 import errno
 import math
 import stat
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pkramfs.fs import clock
 from pkramfs.fs.directory import Directory
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import EMPTY_DIRECTORY_SIZE, Inode
@@ -146,7 +146,7 @@ class Core:
         return inode
 
     def _allocate_inode(self, mode: int, uid: int, gid: int) -> Inode:
-        now = time.time_ns()
+        now = clock.now()
         inode = Inode(self.next_ino, mode, uid, gid, now, now, now)
         self.inodes[self.next_ino] = inode
         self.next_ino += 1
@@ -275,8 +275,8 @@ class Core:
     def _read_time(self, inode: Inode) -> None:
         """relatime: note an access if the last one noted is older than the last change, or than a day."""
         if self.relatime and not self._frozen and (inode.atime <= inode.mtime or inode.atime <= inode.ctime):
-            inode.atime = time.time_ns()
-        elif self.relatime and not self._frozen and (now := time.time_ns()) - inode.atime >= _DAY:
+            inode.atime = clock.now()
+        elif self.relatime and not self._frozen and (now := clock.now()) - inode.atime >= _DAY:
             inode.atime = now
 
     # -- figures --------------------------------------------------------------------------------

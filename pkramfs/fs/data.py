@@ -19,10 +19,10 @@ Kernel: mm/filemap.c (generic_perform_write), mm/shmem.c (shmem_file_read_iter, 
 
 import errno
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
+from pkramfs.fs import clock
 from pkramfs.fs.attributes import MAX_SIZE, Attributes
 from pkramfs.fs.core import INO_MASK, WRITING
 from pkramfs.fs.failure import fail
@@ -65,7 +65,7 @@ class Data(Attributes):
         if inode.size:
             self._resize(inode, 0)
         self._drop_privileges(inode, caller, keep_set_id=caller.uid == 0)
-        inode.mtime = inode.ctime = time.time_ns()
+        inode.mtime = inode.ctime = clock.now()
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class Data(Attributes):
         if stamp:
             if inode.mode & 0o6000 or inode.xattrs:
                 self._drop_privileges(inode, ROOT, keep_set_id=inode.opens > 0 and not inode.unprivileged)
-            inode.mtime = inode.ctime = time.time_ns()
+            inode.mtime = inode.ctime = clock.now()
         return size
 
     def _write_part(self, inode: Inode, offset: int, view: memoryview, cut: int, stamp: bool) -> int:
@@ -224,7 +224,7 @@ class Data(Attributes):
         if end > inode.size and not keep_size:
             self._bytes += end - inode.size
             inode.size = end
-        inode.mtime = inode.ctime = time.time_ns()
+        inode.mtime = inode.ctime = clock.now()
 
     def punch(self, number: int, offset: int, size: int) -> None:
         """Make a range a hole: it reads as zeros and whole pages go back to the host."""
@@ -239,7 +239,7 @@ class Data(Attributes):
                 self._free_pages(inode.pages, first, last)
                 self._clear(inode, offset, first << PAGE_SHIFT)
                 self._clear(inode, last << PAGE_SHIFT, end)
-        inode.mtime = inode.ctime = time.time_ns()
+        inode.mtime = inode.ctime = clock.now()
 
     def sparsify(self, number: int) -> int:
         """Give back the pages of a file that are all zeros, which changes nothing to be seen; how many they were."""

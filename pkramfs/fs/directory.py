@@ -10,8 +10,8 @@ program which creates a name for each one it lists comes to an end. 1 and 2 are 
     _cookies  3  4  5  6  7        ascending      the order, searched by bisection
     _names    a  b  -  d  -        - removed      squeezed out when more than half are dead
 
-A name that is renamed inside its directory keeps its cookie, so that a listing does not miss it; a
-name whose inode is replaced keeps it as well.
+Whatever comes to a name by rename is a new entry, the newest: in the same directory, in place of
+another inode, and both of two that are exchanged.
 
 Kernel: fs/libfs.c (simple_offset_add, offset_iterate_dir), which tmpfs uses since 6.6
 """
@@ -60,16 +60,6 @@ class Directory:
         self._dead += 1
         if self._dead > 32 and self._dead * 2 > len(self._names):
             self._squeeze()
-
-    def replace(self, name: bytes, inode: Inode) -> None:
-        """The name stays, at its place, and means another inode."""
-        self.entries[name] = (inode, self.entries[name][1])
-
-    def rename(self, old: bytes, new: bytes) -> None:
-        """Give an entry another name that is not there yet; it keeps its place."""
-        entry = self.entries.pop(old)
-        self.entries[new] = entry
-        self._names[bisect_left(self._cookies, entry[1])] = new
 
     def after(self, cookie: int) -> Iterator[tuple[bytes, Inode, int]]:
         """(name, inode, cookie) of what a listing that came to `cookie` has still to show, newest first."""

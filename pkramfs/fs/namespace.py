@@ -19,10 +19,9 @@ Kernel: fs/namei.c, fs/libfs.c (simple_rename_exchange), mm/shmem.c (shmem_mknod
 
 import errno
 import stat
-import time
 from collections.abc import Iterator
 
-from pkramfs.fs import acl
+from pkramfs.fs import acl, clock
 from pkramfs.fs.core import Core
 from pkramfs.fs.directory import Directory
 from pkramfs.fs.failure import fail
@@ -129,7 +128,7 @@ class Namespace(Core):
         self._change("link", ino=number, parent=parent, name=name)
         inode.nlink += 1
         self.limits.inode_space += INODE_SPACE
-        inode.ctime = time.time_ns()
+        inode.ctime = clock.now()
         self._enter(folder, name, inode)
         return inode
 
@@ -166,10 +165,13 @@ class Namespace(Core):
         return inode
 
     def _enter(self, folder: Inode, name: bytes, inode: Inode) -> None:
+        self._put_in(folder, name, inode)
+        folder.mtime = folder.ctime = inode.ctime
+
+    def _put_in(self, folder: Inode, name: bytes, inode: Inode) -> None:
         self._entries(folder).add(name, inode)
         self._stream_bytes += ENTRIES.width + len(name)
         folder.size += ENTRY_SIZE
-        folder.mtime = folder.ctime = inode.ctime
 
     # -- removing -------------------------------------------------------------------------------
 
@@ -199,10 +201,13 @@ class Namespace(Core):
         self._drop_name(inode, folder, name, folder.ctime)
 
     def _leave(self, folder: Inode, name: bytes) -> None:
+        self._take_out(folder, name)
+        folder.mtime = folder.ctime = clock.now()
+
+    def _take_out(self, folder: Inode, name: bytes) -> None:
         self._entries(folder).remove(name)
         self._stream_bytes -= ENTRIES.width + len(name)
         folder.size -= ENTRY_SIZE
-        folder.mtime = folder.ctime = time.time_ns()
 
     def _drop_name(self, inode: Inode, folder: Inode, name: bytes, now: int) -> None:
         """An inode has lost a name that is already out of the directory."""
@@ -262,9 +267,8 @@ class Namespace(Core):
         if flags & RENAME_EXCHANGE and victim is not None:
             self._exchange(source, name, inode, target, new_name, victim)
             return
-        self._move(source, name, inode, target, new_name, victim)
-        if flags & RENAME_WHITEOUT:
-            self._enter(source, name, self._new_inode(source, stat.S_IFCHR, caller))
+        whiteout = self._new_inode(source, stat.S_IFCHR, caller) if flags & RENAME_WHITEOUT else None
+        self._move(source, name, inode, target, new_name, victim, whiteout)
 
     @staticmethod
     def _check_new_name(target: Inode, name: bytes, flags: int) -> None:
@@ -292,23 +296,22 @@ class Namespace(Core):
         return True
 
     def _move(
-        self, source: Inode, name: bytes, inode: Inode, target: Inode, new_name: bytes, victim: Inode | None
+        self,
+        source: Inode,
+        name: bytes,
+        inode: Inode,
+        target: Inode,
+        new_name: bytes,
+        victim: Inode | None,
+        whiteout: Inode | None,
     ) -> None:
-        now = time.time_ns()
-        here, there = self._entries(source), self._entries(target)
+        now = clock.now()
+        self._take_out(source, name)
+        if whiteout is not None:
+            self._put_in(source, name, whiteout)
         if victim is not None:
-            here.remove(name)
-            there.replace(new_name, inode)
-        elif source is target:
-            here.rename(name, new_name)
-        else:
-            here.remove(name)
-            there.add(new_name, inode)
-        self._stream_bytes -= ENTRIES.width + len(name)
-        source.size -= ENTRY_SIZE
-        if victim is None:
-            self._stream_bytes += ENTRIES.width + len(new_name)
-            target.size += ENTRY_SIZE
+            self._take_out(target, new_name)
+        self._put_in(target, new_name, inode)
         if inode.entries is not None:
             inode.entries.parent = target
             source.nlink -= 1
@@ -321,9 +324,11 @@ class Namespace(Core):
     def _exchange(
         self, source: Inode, name: bytes, inode: Inode, target: Inode, new_name: bytes, victim: Inode
     ) -> None:
-        now = time.time_ns()
-        self._entries(source).replace(name, victim)
-        self._entries(target).replace(new_name, inode)
+        now = clock.now()
+        self._take_out(source, name)
+        self._take_out(target, new_name)
+        self._put_in(source, name, victim)
+        self._put_in(target, new_name, inode)
         for moved, left, entered in ((inode, source, target), (victim, target, source)):
             if moved.entries is not None:
                 moved.entries.parent = entered

@@ -6,6 +6,7 @@ freed twice, nothing that is in use is handed out, what is free reads as zeros.
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from pkramfs.errors import ExhaustedError
+from pkramfs.fs import clock
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.restore import restore
 from pkramfs.fs.save import save
@@ -23,6 +25,12 @@ from pkramfs.pkram.treeformat import ENTRIES, INODES, TREE, XATTRS
 from pkramfs.spans import Spans
 
 RAM_PAGES = 16384
+
+
+@pytest.fixture(autouse=True)
+def fine_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which any two changes can be told apart."""
+    monkeypatch.setattr(clock, "now", time.time_ns)
 
 
 class SmallFrames:

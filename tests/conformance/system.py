@@ -1,0 +1,93 @@
+"""System calls that Python's library lacks, raising OSError as its own do."""
+
+import ctypes
+import os
+import struct
+
+AT_FDCWD = -100
+AT_EMPTY_PATH, AT_SYMLINK_FOLLOW, AT_SYMLINK_NOFOLLOW = 0x1000, 0x400, 0x100
+NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4
+KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO_RANGE, INSERT = 1, 2, 8, 16, 32
+UTIME_NOW, UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.opendir.restype = _libc.readdir.restype = ctypes.c_void_p
+_libc.telldir.restype = ctypes.c_long
+for _name, _types in {
+    "fallocate": (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long),
+    "telldir": (ctypes.c_void_p,),
+    "readdir": (ctypes.c_void_p,),
+    "closedir": (ctypes.c_void_p,),
+    "rewinddir": (ctypes.c_void_p,),
+    "seekdir": (ctypes.c_void_p, ctypes.c_long),
+}.items():
+    getattr(_libc, _name).argtypes = _types
+
+
+def _bytes(path: str | bytes) -> bytes:
+    return os.fsencode(path)
+
+
+def _check(result: int) -> int:
+    if result == -1:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+def renameat2(old: str | bytes, new: str | bytes, flags: int) -> None:
+    _check(_libc.renameat2(AT_FDCWD, _bytes(old), AT_FDCWD, _bytes(new), ctypes.c_uint(flags)))
+
+
+def linkat(fd: int, old: str | bytes, new: str | bytes, flags: int) -> None:
+    _check(_libc.linkat(fd, _bytes(old), AT_FDCWD, _bytes(new), flags))
+
+
+def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
+    _check(_libc.fallocate(fd, mode, offset, size))
+
+
+def utimensat(path: str | bytes, access: tuple[int, int], change: tuple[int, int], flags: int = 0) -> None:
+    """Times as (seconds, nanoseconds), UTIME_NOW and UTIME_OMIT included."""
+    times = (ctypes.c_long * 4)(*access, *change)
+    _check(_libc.utimensat(AT_FDCWD, _bytes(path), times, flags))
+
+
+def syncfs(fd: int) -> None:
+    _check(_libc.syncfs(fd))
+
+
+def mount(source: str, target: str, fstype: str, data: str) -> None:
+    _check(_libc.mount(_bytes(source), _bytes(target), _bytes(fstype), ctypes.c_ulong(0), _bytes(data)))
+
+
+class DirStream:
+    """opendir(3) with its places."""
+
+    def __init__(self, path: str) -> None:
+        self._stream = _libc.opendir(_bytes(path))
+        _check(0 if self._stream else -1)
+
+    def read(self) -> bytes | None:
+        found = _libc.readdir(self._stream)
+        return None if not found else ctypes.string_at(found + 19)
+
+    def rest(self) -> list[bytes]:
+        return list(iter(self.read, None))
+
+    def tell(self) -> int:
+        return int(_libc.telldir(self._stream))
+
+    def seek(self, place: int) -> None:
+        _libc.seekdir(self._stream, place)
+
+    def rewind(self) -> None:
+        _libc.rewinddir(self._stream)
+
+    def close(self) -> None:
+        _libc.closedir(self._stream)
+
+
+def acl(*entries: tuple[int, int, int]) -> bytes:
+    """An ACL as the kernel wants it: (tag, permissions, id)."""
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
