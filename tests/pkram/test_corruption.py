@@ -118,7 +118,7 @@ def victim(ram: Ram, store: Store, frames: Any, damaged: None) -> Victim:
 
 @pytest.mark.parametrize("seal", [False, True], ids=["torn", "sealed"])
 @pytest.mark.parametrize(("name", "field_name"), FIELDS)
-def test_any_field_set_to_any_value(victim: Victim, name: str, field_name: str, seal: bool) -> None:
+def test_d15_any_field_set_to_any_value(victim: Victim, name: str, field_name: str, seal: bool) -> None:
     record: Record = RECORDS[name]
     pfn, field = victim.places[name], next(f for f in record.fields if f.name == field_name)
     before = bytes(victim.ram.page(pfn))

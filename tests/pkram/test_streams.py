@@ -63,7 +63,7 @@ def test_whatever_is_saved_comes_back(ram, store, frames, seed, strict, align):
         assert not strict or not blocks[2].any()
 
 
-def test_small_calls_share_links(store, frames):
+def test_d30_small_calls_share_links(store, frames):
     """D30: in the original every file costs a link of its own."""
     ((start, _),) = frames.allocate(1000)
     before = frames.used_pages
@@ -207,7 +207,7 @@ class Stingy:
         self.frames.free(starts, counts)
 
 
-def test_enomem_at_any_allocation_leaves_nothing(store, frames):
+def test_d18_enomem_at_any_allocation_leaves_nothing(store, frames):
     """D18: the original keeps a lock on the way out; D20: and a page."""
     ((start, _),) = frames.allocate(700)
     used = frames.used_pages
