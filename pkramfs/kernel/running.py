@@ -34,6 +34,7 @@ from pkramfs.kernel.image import BUILTIN, load_image
 from pkramfs.kernel.nvram import ImageInfo, Pending
 from pkramfs.kernel.segments import destinations
 from pkramfs.kernel.state import KernelInfo
+from pkramfs.machine.claims import FileClaims
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.leases import FREE, KERNEL, Leases
 from pkramfs.machine.locks import held
@@ -67,7 +68,8 @@ class Running:
 
     @cached_property
     def store(self) -> Store:
-        return Store(self.ram, self.info.super_pfn or None, self.machine.tables)
+        claims = FileClaims(self.machine.path("claims"))
+        return Store(self.ram, self.info.super_pfn or None, self.machine.tables, claims)
 
     @property
     def generation(self) -> int:

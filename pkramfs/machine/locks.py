@@ -61,12 +61,12 @@ def _wait(fd: int, shared: bool, timeout: float, what: str) -> None:
         time.sleep(_POLL)
 
 
-def lock_removable(path: str) -> int | None:
-    """Lock a file that its holder removes when done; None if somebody holds it."""
+def lock_removable(path: str, *, shared: bool = False) -> int | None:
+    """Lock a file that its last holder removes when done; None if somebody is in the way."""
     deadline = time.monotonic() + _PROBE_GRACE
     while True:
         fd = open_lock(path)
-        locked = try_lock(fd)
+        locked = try_lock(fd, shared=shared)
         if locked and _still_named(fd, path):
             return fd
         os.close(fd)

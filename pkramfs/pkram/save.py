@@ -12,10 +12,12 @@ Kernel: mm/pkram.c (pkram_prepare_save_obj, pkram_finish_save, pkram_discard_sav
 import enum
 import errno
 import time
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pkramfs.errors import PkramError
+from pkramfs.machine.claims import Claim
 from pkramfs.pkram import superblock
 from pkramfs.pkram.arena import Arena
 from pkramfs.pkram.format import NEXT, NODE, NODE_MAGIC, OTHER
@@ -52,18 +54,16 @@ class Save:
         *,
         strict: bool,
         align: bool,
+        claim: Claim,
     ) -> None:
-        self.store, self.name, self.tree_id = store, name, tree_id
+        self.store, self.name, self.tree_id, self._claim = store, name, tree_id, claim
         self._ram, self._strict, self._align = store.ram, strict, align
-        self._arena = Arena(store.ram, frames, banned, self._no_memory)
+        self._arena = Arena(store.ram, frames, banned, partial(_no_memory, name))
         self._marks = Marks(store.ram.pages)
         self.generation = superblock.check(store.ram, store.root()).generation
         self._writers: list[ObjectWriter] = []
         self.state = State.SAVING
         self._node_pfn = 0
-
-    def _no_memory(self, error: OSError) -> PkramError:
-        return PkramError(f"no memory to save node {shown(self.name)}: {error}", errno.ENOMEM)
 
     def __enter__(self) -> "Save":
         return self
@@ -104,7 +104,7 @@ class Save:
         data = self._marks.spans()
         places = self._arena.pages(len(self._writers) + 1).tolist()
         node_pfn, objects = places[0], places[1:]
-        for writer, pfn, following in zip(self._writers, objects, [*objects[1:], 0], strict=True):
+        for writer, pfn, following in zip(self._writers, objects, [*objects, 0][1:], strict=True):
             writer.write_record(pfn, following)
         copies = Spans((start, start + count) for start, count in self.moved)
         if data & self._arena.spans() - copies:
@@ -117,8 +117,7 @@ class Save:
         self._write_node(node_pfn, objects, table.root, digest, (data | self._arena.spans()).total)
         self._node_pfn = node_pfn
         self.store.publish(self.name, node_pfn)
-        self.state = State.PUBLISHED
-        self.store.saved(self.name)
+        self._end(State.PUBLISHED)
         return read_node(self._ram, node_pfn)
 
     def _write_node(self, pfn: int, objects: list[int], table: int, digest: int, total: int) -> None:
@@ -147,9 +146,19 @@ class Save:
 
         Kernel: pkram_discard_save()
         """
+        if self.state is not State.SAVING:
+            return
         if self._node_pfn and any(node.pfn == self._node_pfn for node in self.store.nodes()):
-            self.state = State.PUBLISHED
-        else:
-            self.state = State.DISCARDED
-            self._arena.release()
-        self.store.saved(self.name)
+            self._end(State.PUBLISHED)
+            return
+        self._arena.release()
+        self._end(State.DISCARDED)
+
+    def _end(self, state: State) -> None:
+        """The name is free for others."""
+        self.state = state
+        self._claim.release()
+
+
+def _no_memory(name: bytes, error: OSError) -> PkramError:
+    return PkramError(f"no memory to save node {shown(name)}: {error}", errno.ENOMEM)

@@ -10,21 +10,24 @@ under the machine's table lock and read without: every step of a reader is check
 meets a node on its way out sees an error and looks again.
 
 A save lives in the page blocks of its owner (`tree_id`), metadata too: so withdrawing a node, or
-sweeping a dead owner, needs no walk over its pages. Within a process a save or a load in progress
-keeps the name busy; between processes the lock of the tree id does, which a mount holds while it
-lives and `pkramctl free` takes before it withdraws.
+sweeping a dead owner, needs no walk over its pages. A save or a load in progress claims the name
+(`claims`: for this process, or for all processes of a machine), and the claim ends with its holder.
+
+    in progress     prepare_save    prepare_load    withdraw, free
+    a save          EEXIST          EBUSY           EBUSY
+    loads           (the node)      may go on       EBUSY
 
 Kernel: mm/pkram.c (pkram_prepare_save … pkram_finish_load), patches 2, 3, 7 and 19
 """
 
 import errno
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
 from pkramfs.errors import FormatError, PkramError
+from pkramfs.machine.claims import Claim, Claims, LocalClaims
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.format import LINK_CAPACITY, NAME_MAX, NEXT
 from pkramfs.pkram.node import Node, check_frames, read_node, read_objects, read_table, shown
@@ -35,6 +38,8 @@ from pkramfs.pkram.save import Save
 from pkramfs.spans import Spans
 from pkramfs.units import pages
 
+_SAVE, _LOAD = "save", "load"
+"""What a name may be claimed for."""
 _LOOKS = 3
 """How often the list is read before damage is believed: a node may be withdrawn under our eyes."""
 
@@ -42,14 +47,19 @@ _LOOKS = 3
 class Store:
     """All nodes below one super block. `lock` gives the context manager of the table lock.
 
-    `super_pfn` None is PKRAM switched off: everything answers ENODEV and nothing is touched.
+    `super_pfn` None is PKRAM switched off: everything answers ENODEV and nothing is touched. Where
+    several processes use the same RAM, `claims` must be common to them.
     """
 
-    def __init__(self, ram: Ram, super_pfn: int | None, lock: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self,
+        ram: Ram,
+        super_pfn: int | None,
+        lock: Callable[[], AbstractContextManager[Any]],
+        claims: Claims | None = None,
+    ) -> None:
         self.ram, self.super_pfn, self._lock = ram, super_pfn, lock
-        self._saving: set[bytes] = set()
-        self._loading: dict[bytes, int] = {}
-        self._mutex = threading.Lock()
+        self._claims = LocalClaims() if claims is None else claims
 
     def root(self) -> int:
         """The super block's pfn; PkramError (ENODEV) if PKRAM is off."""
@@ -131,14 +141,15 @@ class Store:
             raise PkramError(f"the node name has {len(name)} bytes, at most {NAME_MAX} can be", errno.ENAMETOOLONG)
         if not name or b"\0" in name:
             raise PkramError("a node name must not be empty nor contain NUL", errno.EINVAL)
-        with self._mutex:
-            if name in self._saving or self.find(name) is not None:
-                raise PkramError(f"node {shown(name)} exists already", errno.EEXIST)
-            self._saving.add(name)
+        claim = self._claims.take(_SAVE, name)
+        if claim is None:
+            raise PkramError(f"node {shown(name)} exists already, it is being saved", errno.EEXIST)
         try:
-            return Save(self, name, tree_id, frames, banned or Spans(), strict=strict, align=align)
+            if self.find(name) is not None:
+                raise PkramError(f"node {shown(name)} exists already", errno.EEXIST)
+            return Save(self, name, tree_id, frames, banned or Spans(), strict=strict, align=align, claim=claim)
         except BaseException:
-            self.saved(name)
+            claim.release()
             raise
 
     def publish(self, name: bytes, pfn: int) -> None:
@@ -150,11 +161,6 @@ class Store:
             publish(self.ram, pfn, NEXT, read_word(self.ram, root, NEXT, "Super", "node"))
             publish(self.ram, root, NEXT, pfn)
 
-    def saved(self, name: bytes) -> None:
-        """A save of this name has ended. Done by `Save`."""
-        with self._mutex:
-            self._saving.discard(name)
-
     # -- loading ---------------------------------------------------------------------------------
 
     def prepare_load(self, name: bytes, *, consume: bool = False) -> "Load":
@@ -164,40 +170,45 @@ class Store:
         it is the caller's to free. Errors: ENODEV, ENOENT, EBUSY (being saved).
         """
         self.root()
-        with self._mutex:
-            if name in self._saving:
-                raise PkramError(f"node {shown(name)} is being saved", errno.EBUSY)
-            self._loading[name] = self._loading.get(name, 0) + 1
+        claim = self._claim_load(name, shared=True)
         try:
-            load = Load(self, self._named(name))
+            load = Load(self, self._named(name), claim)
             if consume:
                 self._withdraw(name)
+            return load
         except BaseException:
-            self._loaded(name)
+            claim.release()
             raise
-        return load
 
-    def _loaded(self, name: bytes) -> None:
-        with self._mutex:
-            left = self._loading.pop(name, 1) - 1
-            if left:
-                self._loading[name] = left
+    def _claim_load(self, name: bytes, *, shared: bool) -> Claim:
+        """Keep a node from being freed (shared), or from being loaded; EBUSY also while it is being saved."""
+        if self._claims.held(_SAVE, name):
+            raise PkramError(f"node {shown(name)} is being saved", errno.EBUSY)
+        claim = self._claims.take(_LOAD, name, shared=shared)
+        if claim is None:
+            raise PkramError(f"node {shown(name)} is being {'freed' if shared else 'loaded'}", errno.EBUSY)
+        return claim
 
     # -- freeing ---------------------------------------------------------------------------------
 
     def withdraw(self, which: bytes | int) -> Node:
         """Take a node (by name or tree id) out of the list by one store; its frames are its owner's again.
 
-        Errors: ENODEV, ENOENT, EBUSY while this process saves or loads it.
+        Errors: ENODEV, ENOENT, EBUSY while it is being saved or loaded.
         """
-        found = next((node for node in self.nodes() if which in (node.name, node.tree_id)), None)
-        name = which if isinstance(which, bytes) else found.name if found else b""
-        with self._mutex:
-            if name in self._saving or name in self._loading:
-                raise PkramError(f"node {shown(name)} is being saved or loaded", errno.EBUSY)
-        if found is None:
-            raise PkramError(f"there is no node {shown(which)}", errno.ENOENT)
-        return self._withdraw(name)
+        self.root()
+        name = which if isinstance(which, bytes) else self._owned(which).name
+        claim = self._claim_load(name, shared=False)
+        try:
+            return self._withdraw(name)
+        finally:
+            claim.release()
+
+    def _owned(self, tree_id: int) -> Node:
+        for node in self.nodes():
+            if node.tree_id == tree_id:
+                return node
+        raise PkramError(f"there is no node {shown(tree_id)}", errno.ENOENT)
 
     def _withdraw(self, name: bytes) -> Node:
         before = self.root()
@@ -217,18 +228,23 @@ class Store:
 
         Kernel: writing 0 to /sys/kernel/pkram (patch 19), which knows no names
         """
-        if names is None:
-            with self._mutex:
-                busy = self._saving | self._loading.keys()
-            names = [node.name for node in self.nodes() if node.name not in busy]
-        return sum(self.withdraw(name).pages for name in names)
+        if names is not None:
+            return sum(self.withdraw(name).pages for name in names)
+        freed = 0
+        for node in self.nodes():
+            try:
+                freed += self.withdraw(node.name).pages
+            except PkramError as error:
+                if error.errno not in (errno.EBUSY, errno.ENOENT):
+                    raise
+        return freed
 
 
 class Load:
     """An open node: iterate over its objects in the order of saving."""
 
-    def __init__(self, store: Store, node: Node) -> None:
-        self.store, self.node = store, node
+    def __init__(self, store: Store, node: Node, claim: Claim) -> None:
+        self.store, self.node, self._claim = store, node, claim
         table = read_table(store.ram, node)
         self._readers = read_objects(store.ram, node, table.spans)
         check_frames(node, table, self._readers)
@@ -247,7 +263,7 @@ class Load:
         """Done with the node; it stays published."""
         if self._open:
             self._open = False
-            self.store._loaded(self.node.name)
+            self._claim.release()
 
 
 def estimate(runs: int, stream_bytes: int, page_count: int = 0) -> int:
