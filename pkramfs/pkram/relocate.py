@@ -23,8 +23,15 @@ import numpy.typing as npt
 
 from pkramfs.machine.ram import Ram
 from pkramfs.spans import U64, Spans
+from pkramfs.units import BLOCK_ORDER, PAGE_SIZE
 
+I64 = npt.NDArray[np.int64]
 Run = tuple[int, int]
+Rows = tuple[U64, U64, U64]
+_LONG = 16
+"""Pages of a run that is worth a copy of its own."""
+_TOGETHER = 64
+"""Pages that are copied in one step where runs are short: what fits the L2 cache."""
 
 
 class Allocator(Protocol):
@@ -45,18 +52,18 @@ def touched(banned: Spans, pfn: U64, count: U64) -> npt.NDArray[np.bool_]:
     return hit
 
 
-def allocate_outside(frames: Allocator, count: int, banned: Spans) -> list[Run]:
-    """Runs of `count` frames outside of `banned`.
+def allocate_outside(frames: Allocator, count: int, banned: Spans, order: int = 0) -> list[Run]:
+    """Runs of `count` frames outside of `banned`, aligned to 2**order as far as memory allows.
 
     Frames found inside are parked until the end, so that the allocator does not offer them again.
     """
     if not banned:
-        return frames.allocate(count, held=True)
+        return frames.allocate(count, order, held=True)
     good: list[Run] = []
     parked: list[Run] = []
     try:
         while count:
-            for start, size in frames.allocate(count, held=True):
+            for start, size in frames.allocate(count, order, held=True):
                 run = Spans([(start, start + size)])
                 parked += [(a, b - a) for a, b in run & banned]
                 fine = [(a, b - a) for a, b in run - banned]
@@ -85,30 +92,60 @@ def move_out(
     hit = touched(banned, pfn, count)
     if not hit.any():
         return index, pfn, count, []
-    rows = [np.column_stack((index, pfn, count))[~hit]]
-    copies: list[Run] = []
+    edges = np.column_stack((banned.starts, banned.ends)).reshape(-1)
+    row, start, size = _cut(pfn[hit], count[hit], edges)
+    first = index[hit][row] + start - pfn[hit][row]
+    inside = np.searchsorted(edges, start, side="right") % 2 == 1
+    moved, copies = _copy_elsewhere(ram, frames, (first[inside], start[inside], size[inside]), banned)
+    unhit = (index[~hit], pfn[~hit], count[~hit])
+    parts = (unhit, (first[~inside], start[~inside], size[~inside]), moved)
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    by_index = np.argsort(columns[0], kind="stable")
+    return columns[0][by_index], columns[1][by_index], columns[2][by_index], copies
+
+
+def _cut(start: U64, count: U64, edges: U64) -> tuple[I64, U64, U64]:
+    """Runs cut at every edge inside of them: (number of the run, start, count) of the pieces, in order."""
+    end = start + count
+    low, high = np.searchsorted(edges, start, side="right"), np.searchsorted(edges, end, side="left")
+    pieces = high - low + 1
+    row = np.repeat(np.arange(len(start)), pieces)
+    within = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    guarded = np.concatenate((edges, edges[:1]))  # what is read behind the last edge is not used
+    before = guarded[np.maximum(low[row] + within - 1, 0)]
+    begin = np.where(within == 0, start[row], before)
+    until = np.where(within == pieces[row] - 1, end[row], guarded[low[row] + within])
+    return row, begin, until - begin
+
+
+def _copy_elsewhere(ram: Ram, frames: Allocator, rows: Rows, banned: Spans) -> tuple[Rows, list[Run]]:
+    """Copies of banned runs, laid out largest first so that large pieces keep their alignment."""
+    by_size = np.argsort(~rows[2], kind="stable")
+    index, source, size = (column[by_size] for column in rows)
+    order = min(BLOCK_ORDER, int(size[0]).bit_length() - 1)
+    copies = allocate_outside(frames, int(size.sum()), banned, order)
     try:
-        for first, start, size in zip(index[hit].tolist(), pfn[hit].tolist(), count[hit].tolist(), strict=True):
-            run = Spans([(start, start + size)])
-            kept = [(first + a - start, a, b - a) for a, b in run - banned]
-            for a, b in run & banned:
-                moved = _copy(ram, frames, first + a - start, a, b, banned)
-                copies += [(target, length) for _, target, length in moved]
-                kept += moved
-            rows.append(np.array(kept, dtype=np.uint64).reshape(-1, 3))
+        starts, counts = np.array(copies, dtype=np.uint64).reshape(-1, 2).T
+        edges, borders = np.cumsum(size), np.cumsum(counts)
+        piece, at, length = _cut(edges - size, size, borders)
+        which = np.searchsorted(borders, at, side="right")
+        offset = at - (edges - size)[piece]
+        target = starts[which] + at - (borders - counts)[which]
+        _copy(ram, source[piece] + offset, target, length)
     except BaseException:
         _free(frames, copies)
         raise
-    table = np.concatenate(rows)
-    table = table[np.argsort(table[:, 0], kind="stable")]
-    return table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy(), copies
+    return (index[piece] + offset, target, length), copies
 
 
-def _copy(ram: Ram, frames: Allocator, index: int, start: int, end: int, banned: Spans) -> list[tuple[int, int, int]]:
-    """Copy one banned run elsewhere; rows (index, pfn, count) of the copies."""
-    rows = []
-    for target, size in allocate_outside(frames, end - start, banned):
-        ram.copy(start, target, size)
-        rows.append((index, target, size))
-        index, start = index + size, start + size
-    return rows
+def _copy(ram: Ram, source: U64, target: U64, count: U64) -> None:
+    """Copy runs of pages: long ones one by one, the pages of all short ones many at a time."""
+    long = count >= _LONG
+    for row in zip(source[long].tolist(), target[long].tolist(), count[long].tolist(), strict=True):
+        ram.copy(*row)
+    table, left = ram.u64.reshape(-1, PAGE_SIZE // 8), count[~long].astype(np.int64)
+    within = np.arange(int(left.sum())) - np.repeat(np.cumsum(left) - left, left)
+    origin, place = (np.repeat(pfn[~long].astype(np.int64), left) + within for pfn in (source, target))
+    for low in range(0, len(within), _TOGETHER):
+        part = slice(low, low + _TOGETHER)
+        table[place[part]] = table[origin[part]]
