@@ -53,3 +53,21 @@ def test_a_preserve_that_fails_freezes_nothing(switched_off):
     assert caught.value.errno == errno.ENODEV
     status = lab.status(path)
     assert (status["state"], status["frozen"]) == ("live", False)
+
+
+def test_a_mount_in_a_crash_kernel_is_a_plain_tmpfs(lab):
+    """Row 20: the original logs that the load failed, and the mount works."""
+    lab.umount(lab.mount("first"))
+    for words in (
+        ["-s", "-l", "builtin:4M", "--append=ro crashkernel=64M"],
+        ["-e"],
+        ["-p", "builtin:8M", "--append=irqpoll"],
+        ["--panic"],
+    ):
+        done = lab.run("kexec", *words)
+        assert done.returncode == 0, done
+    path = lab.mount("one")
+    (path / "dump").write_bytes(b"x" * 10_000)
+    assert "PKRAM is off in this kernel" in lab.dmesg()
+    done = lab.helper(path, "remount,preserve,ro")
+    assert done.returncode != 0 and "PKRAM is switched off in this kernel" in done.stderr
