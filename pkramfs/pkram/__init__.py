@@ -14,10 +14,10 @@ name must agree with the node's page table.
 
 Promised upward: `Store` saves, loads, lists and withdraws nodes, and a crash at any store leaves the
 old state or the new one. Assumed from below: frames that read as zeros, a lock for the node list,
-8-byte stores that are not torn.
+claims on names, 8-byte stores that are not torn.
 
 In reading order: format, page, superblock; parallel, link, chain (page streams, written and read);
-relocate, arena, marks, streams, reader (objects); pagetable, tablewriter; node, save, store; regions.
+relocate, arena, marks, streams, reader (objects); pagetable, tablewriter; node, save, store; regions; check, which reads it all and trusts none of it.
 treeformat declares what a file tree writes into its byte stream.
 
 Kernel: mm/pkram.c, mm/pkram_pagetable.c, include/linux/pkram.h
