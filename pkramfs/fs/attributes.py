@@ -72,9 +72,9 @@ class Attributes(Core):
         self._set_owner_and_mode(inode, mode, uid, gid, caller)
         if size is not None:
             self._drop_privileges(inode, caller, keep_set_id=caller.uid == 0)
-        inode.atime = inode.atime if atime is None else atime
-        inode.mtime = inode.mtime if mtime is None else mtime
-        inode.ctime = now if ctime is None else ctime
+        inode.atime = inode.atime if atime is None else clock.clamp(atime)
+        inode.mtime = inode.mtime if mtime is None else clock.clamp(mtime)
+        inode.ctime = now if ctime is None else clock.clamp(ctime)
         return inode
 
     def _set_owner_and_mode(

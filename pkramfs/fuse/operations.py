@@ -201,7 +201,9 @@ class Operations(pyfuse3.Operations):
     def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, handle: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        asker = Asker(ctx)
+        asker, known = Asker(ctx), self.tree.inode(inode)
+        # A size without a time is a truncate to the same size: the kernel has not changed its times of the file.
+        same = fields.update_size and not fields.update_mtime
         changed = self.tree.setattr(
             inode,
             mode=attr.st_mode & 0o7777 if fields.update_mode else None,
@@ -209,11 +211,11 @@ class Operations(pyfuse3.Operations):
             gid=attr.st_gid if fields.update_gid else None,
             size=attr.st_size if fields.update_size else None,
             atime=attr.st_atime_ns if fields.update_atime else None,
-            mtime=attr.st_mtime_ns if fields.update_mtime else None,
-            ctime=attr.st_ctime_ns if fields.update_ctime else None,
+            mtime=attr.st_mtime_ns if fields.update_mtime else known.mtime if same else None,
+            ctime=attr.st_ctime_ns if fields.update_ctime else known.ctime if same else None,
             caller=asker,
         )
-        if changed.mode & 0o6000 and ctx.uid and not _any(fields):
+        if changed.is_file and changed.mode & 0o6000 and ctx.uid and not _any(fields):
             changed = self.tree.setattr(inode, mode=without_set_id(changed, asker) & 0o7777, caller=asker)
         return self._entry(changed)
 

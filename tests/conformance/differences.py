@@ -19,7 +19,92 @@ class Difference(NamedTuple):
     why: str
 
 
-DIFFERENCES: tuple[Difference, ...] = ()
+DIFFERENCES: tuple[Difference, ...] = (
+    *(
+        Difference(
+            case,
+            r"^ +(tmpfs .*a: mtime ctime|pkramfs .*no time changes)$",
+            "truncate(2) to the size that a file has: the kernel owns the times of cached files, and FUSE's kernel "
+            "changes them only with the size",
+        )
+        for case in ("test_truncate[[]100-small]", "test_truncate[[]4096-page]", "test_changes[[]truncate-same]")
+    ),
+    Difference(
+        "test_map_grows_with_the_file*",
+        r" a .* blocks=",
+        "reading a hole through a map takes pages of a tmpfs; here they are the kernel's, and the file has none",
+    ),
+    *(
+        Difference(
+            f"test_access_time[[]{age}-{call}]",
+            r"·  (a: atime|no time changes)$",
+            "FUSE's inodes are S_NOATIME, and what the kernel has cached is read without asking us",
+        )
+        for age in ("older", "day")
+        for call in ("read", "read-twice", "map")
+    ),
+    *(
+        Difference(
+            case,
+            r"chown\('a', -1, -1\)|^ +\w+ +(\d+:\d+ lstat\('a'\) =|a) [-p]",
+            "chown(-1, -1) of a file with set-id bits: FUSE's kernel leaves out the mode that it should set, and the "
+            "check of the owner that goes with it",
+        )
+        for case in (
+            "test_set_id_bits[[]chown-none-0o4777-*",
+            "test_set_id_bits[[]chown-none-0o2777-*",
+            "test_set_id_bits[[]chown-none-0o2767-stranger]",
+            "test_set_id_bits[[]chown-none-0o6777-*",
+            "test_set_id_bits[[]chown-none-0o7666-*",
+            "test_chown[[]-1--1-*-file]",
+            "test_chown[[]-1--1-*-fifo]",
+        )
+    ),
+    Difference(
+        "test_posix_fallocate[[]50000-4096]",
+        r" a .* blocks=",
+        "pyfuse3 has no fallocate; glibc writes a byte for each 4096 instead, and here misses a page it shares",
+    ),
+    *(
+        Difference(
+            f"test_fallocate[[]{mode}]",
+            r"fallocate|pread| a .* blocks=",
+            "pyfuse3 has no fallocate; the xattr user.pkramfs.punch punches holes",
+        )
+        for mode in ("0x0", "0x1", "0x3")
+    ),
+    *(
+        Difference(
+            f"test_seek[[]{content}]",
+            r"lseek\(\d+, \d+, [34]\)",
+            "pyfuse3 has no lseek, so the kernel takes a file for data from start to end",
+        )
+        for content in ("hole", "sparse")
+    ),
+    Difference("test_tmpfile*", r"4259|None|write|fstat|linkat| name | \. ", "pyfuse3 has no tmpfile"),
+    Difference("test_ioctl*0x80086601]", r"control", "pyfuse3 has no ioctl, so chattr has nothing to set"),
+    Difference(
+        "test_a_write_too_large",
+        r"write|fsync| a -rw",
+        "behind the kernel's writeback cache a write learns of ENOSPC at fsync or close",
+    ),
+    *(
+        Difference(
+            f"test_utimensat[[][!i]*-{far}]",
+            r"^ +\w+ +\[-?\d{16,}, ",
+            "times are preserved as 64 bits of nanoseconds, from 1677 to 2262: an access time beyond is cut",
+        )
+        for far in ("far", "before")
+    ),
+    *(
+        Difference(
+            f"test_flags[[]{name}-3]",
+            r"'?(user|security)\.x|listed| a -rw",
+            "pyfuse3 does not pass on the flags of setxattr, and takes XATTR_CREATE with XATTR_REPLACE for CREATE",
+        )
+        for name in ("user.x", "security.x")
+    ),
+)
 
 
 def judge(name: str, theirs: list[str], ours: list[str]) -> None:

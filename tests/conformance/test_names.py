@@ -165,7 +165,7 @@ USES = {
     "chown": lambda t, fd: t(os.fchown, fd, os.getuid(), os.getgid()),
     "utime": lambda t, fd: t(os.utime, fd, ns=(5, 6)),
     "xattr": lambda t, fd: (t(os.setxattr, fd, "user.x", b"1"), t(os.listxattr, fd)),
-    "link": lambda t, fd: t(os.link, f"/proc/self/fd/{fd}", "back", follow_symlinks=True),
+    "link": lambda t, fd: t(system.linkat, system.AT_FDCWD, f"/proc/self/fd/{fd}", "back", system.AT_SYMLINK_FOLLOW),
     "reopen": lambda t, fd: t(os.read, t(os.open, f"/proc/self/fd/{fd}", os.O_RDONLY), 10),
     "trunc": lambda t, fd: t(os.open, f"/proc/self/fd/{fd}", os.O_RDWR | os.O_TRUNC),
     "mmap": lambda t, fd: _write_mapped(fd),

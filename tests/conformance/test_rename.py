@@ -121,7 +121,7 @@ def test_over_open_file(both: Any) -> None:
         t(os.fchmod, fd, 0o600)
         t(os.fstat, fd)
         t(system.linkat, fd, "", "again", system.AT_EMPTY_PATH)
-        t(os.link, f"/proc/self/fd/{fd}", "again", follow_symlinks=True)
+        t(system.linkat, system.AT_FDCWD, f"/proc/self/fd/{fd}", "again", system.AT_SYMLINK_FOLLOW)
         t(os.close, fd)
 
     both(case)

@@ -1,0 +1,59 @@
+"""The tree that all cases have left: the same with cold caches, and the same after a kexec.
+
+Runs last (see conftest.py). Compared are types, modes, owners, link counts and which names are one
+file, sizes, blocks, contents, xattrs and ACLs, mtime and ctime to the nanosecond, and the order of
+listings.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+from conformance.conftest import ROOT, Lab
+from conformance.record import picture
+
+pytestmark = [pytest.mark.mount, pytest.mark.skipif(not ROOT, reason="needs root")]
+
+
+def _everything(top: Path) -> list[str]:
+    """The picture with times and numbers, and the order of each listing."""
+    rows = picture(str(top), exact=True)
+    for directory, _, _ in os.walk(top):
+        with contextlib.suppress(OSError):
+            rows.append(f"{directory}: {' '.join(os.listdir(directory))}")
+    return rows
+
+
+def _differing(before: list[str], after: list[str]) -> list[str]:
+    gone, new = set(before) - set(after), set(after) - set(before)
+    return sorted(f"{row[:300]}" for row in gone)[:20] + sorted(f"+ {row[:300]}" for row in new)[:20]
+
+
+def _cold() -> None:
+    """Let go of all names and attributes that are not in use, and of clean pages."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def test_cold_caches(pair: tuple[Path, Path]) -> None:
+    before = _everything(pair[1])
+    _cold()
+    differing = _differing(before, _everything(pair[1]))
+    assert not differing, "\n".join(differing)
+
+
+def test_kexec(pair: tuple[Path, Path], laboratory: Lab) -> None:
+    top = pair[1]
+    _cold()
+    before = _everything(top)
+    mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if "fuse.pkramfs" in line]
+    for place in (side for side in mounted if side.startswith(str(top.parent))):
+        laboratory.run("mount", "none", place, "-o", "remount,preserve,ro")
+    pfn = (laboratory.root / "default" / "pkram").read_text().strip()
+    laboratory.run("kexec", "-s", "-l", "builtin", f"--append=ro pkram={pfn}")
+    laboratory.run("kexec", "-e", "--poison")
+    assert os.path.ismount(top)
+    differing = _differing(before, _everything(top))
+    assert not differing, "\n".join(differing)
+    assert len(before) > 100
