@@ -216,7 +216,8 @@ class Operations(pyfuse3.Operations):
             caller=asker,
         )
         if changed.is_file and changed.mode & 0o6000 and ctx.uid and not _any(fields):
-            changed = self.tree.setattr(inode, mode=without_set_id(changed, asker) & 0o7777, caller=asker)
+            mode = without_set_id(changed, asker) & 0o7777
+            changed = self.tree.setattr(inode, mode=mode, ctime=changed.ctime, caller=asker)  # the write's is to come
         return self._entry(changed)
 
     @_request
