@@ -13,7 +13,7 @@ from conformance.record import TICK
 from conformance.system import acl
 
 pytestmark = [pytest.mark.mount, pytest.mark.skipif(os.geteuid() != 0, reason="needs a tmpfs of its own")]
-PAGES, INODES = 64, 60
+PAGES, INODES = 64, 40
 
 
 @pytest.fixture(scope="module")
