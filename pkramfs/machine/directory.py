@@ -10,6 +10,10 @@
 This module knows names, atomic replacement and locks; what the files mean is told in the chapters
 that write them. JSON files are replaced by rename, so a reader sees the old one or the new one.
 
+Whoever owns the directory owns the memory. /dev/shm is open to everybody, so what lies at the
+default place is looked at before use: it must be ours, and nobody else may replace parts of it. A
+place that PKRAM_ROOT names is root's own choice.
+
 Kernel: /proc/cmdline, /proc/iomem, /sys/kernel/pkram, /sys/firmware/memmap
 """
 
@@ -23,6 +27,7 @@ from typing import Any
 
 from pkramfs.errors import MachineError, UsageError, explain
 from pkramfs.machine import locks
+from pkramfs.machine.files import append_line, replace_file
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.machine.mounts import MountEntry, MountLock, claim, live_ids, read_entries
 from pkramfs.machine.ram import Ram
@@ -57,23 +62,43 @@ class Machine:
 
     def create(self, hardware: FirmwareMap | None = None) -> None:
         """Make the directory, machine.json and the RAM file; what is there already stays as it is."""
+        self._check_owner()
         try:
+            os.makedirs(os.path.dirname(self.directory), mode=0o755, exist_ok=True)
             for parts in ((), ("mounts",), ("kexec",)):
                 os.makedirs(self.path(*parts), mode=0o700, exist_ok=True)
-            self._check_owner()
             with self.lifecycle(shared=False):  # two first mounts at once make one machine
                 if not self.exists():
                     hardware = hardware or FirmwareMap.default(host_memory(), seed=secrets.randbits(63))
-                    Ram(self.path("ram"), hardware.size, create=True).close()
+                    self._make_ram(hardware.size)
                     self.write_json("machine.json", {"version": 1, **hardware.to_json()})
         except OSError as error:
             raise MachineError(f"cannot make the machine {self.directory}: {explain(error)}") from None
         self._link_run()
 
+    def _make_ram(self, size: int) -> None:
+        """A RAM file. One that is there without a machine.json was left by a maker who died, if it is empty."""
+        path = self.path("ram")
+        if os.path.exists(path):
+            if os.stat(path).st_blocks:
+                raise MachineError(f"{path} holds memory, but machine.json is missing: put it back, or remove both")
+            os.unlink(path)
+        Ram(path, size, create=True).close()
+
     def _check_owner(self) -> None:
-        found = os.stat(self.directory)
-        if found.st_uid != os.geteuid() and os.geteuid() != 0:
-            raise MachineError(f"{self.directory} is user {found.st_uid}'s: set PKRAM_ROOT to a directory of yours")
+        """Refuse a directory in which somebody else could put memory of his own in the place of ours."""
+        parent, mine = os.path.dirname(self.directory), os.geteuid()
+        open_to_all = parent == default_root()  # where anybody may have been before us
+        for place in (parent, self.directory) if open_to_all else (self.directory,):
+            try:
+                found = (os.lstat(place), os.stat(place))
+            except OSError:
+                continue  # not there, which whoever goes on will say or mend
+            strangers = {status.st_uid for status in found} - {mine}
+            if strangers and (mine != 0 or open_to_all):
+                raise MachineError(f"{place} is user {min(strangers)}'s: set PKRAM_ROOT to a directory of yours")
+            if open_to_all and found[1].st_mode & 0o022 and not found[1].st_mode & stat.S_ISVTX:
+                raise MachineError(f"{place} can be written by others: chmod go-w it, or set PKRAM_ROOT")
 
     def _link_run(self) -> None:
         """/run/pkram names root's default machine; whatever else stands there is left alone."""
@@ -89,6 +114,7 @@ class Machine:
 
     def hardware(self) -> FirmwareMap:
         """The firmware map of machine.json."""
+        self._check_owner()
         data = self.read_json("machine.json")
         if data is None:
             raise MachineError(f"there is no machine in {self.directory}: a mount makes one")
@@ -105,6 +131,7 @@ class Machine:
 
     def lifecycle(self, *, shared: bool, timeout: float | None = LIFECYCLE_TIMEOUT) -> AbstractContextManager[None]:
         """Hold the machine: shared to start a mount, exclusive to boot or to kexec."""
+        self._check_owner()
         return locks.held(self.path("lock"), shared=shared, timeout=timeout, what=f"the machine {self.directory}")
 
     def tables(self) -> AbstractContextManager[None]:
@@ -151,12 +178,7 @@ class Machine:
 
     def log(self, message: str) -> None:
         """Append a line to the kernel log, with the seconds since boot as dmesg has them."""
-        line = f"[{self._uptime():12.6f}] {message}\n".encode(errors="surrogateescape")
-        fd = os.open(self.path("dmesg"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, line)
-        finally:
-            os.close(fd)
+        append_line(self.path("dmesg"), f"[{self._uptime():12.6f}] {message}")
 
     def _uptime(self) -> float:
         """Seconds since the dmesg file was begun, which is when the kernel was started."""
@@ -200,20 +222,3 @@ def default_root() -> str:
 def host_memory() -> int:
     """Bytes of memory the host has, the default size of RAM (which is sparse)."""
     return round_down(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), PAGE_SIZE)
-
-
-def replace_file(path: str, text: str) -> None:
-    """Write a file beside `path` and rename it over; nothing is left behind on failure."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", opener=_private) as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise MachineError(f"cannot write {path}: {explain(error)}") from None
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -19,6 +19,7 @@ from typing import Any
 
 from pkramfs.errors import MachineError, explain
 from pkramfs.machine import locks
+from pkramfs.machine.files import replace_file
 
 _SUFFIXES = ("json", "sock", "lock")
 _NAME = re.compile(r"[0-9a-f]{16}\.(json|lock)")
@@ -55,10 +56,7 @@ class MountLock:
 
     def write_entry(self, data: dict[str, Any]) -> None:
         """Say what is mounted; keys as MountEntry, more are kept in `extra`."""
-        temporary = self.path("json") + ".tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-        os.replace(temporary, self.path("json"))
+        replace_file(self.path("json"), json.dumps(data, indent=1) + "\n")
 
     def release(self) -> None:
         """Let go and remove the entry; the lock file goes last, still held."""

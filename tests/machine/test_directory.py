@@ -1,5 +1,6 @@
 """The machine's directory: names, damage, and what a place that cannot be written says."""
 
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pkramfs.errors import MachineError, UsageError
+from pkramfs.machine import directory
 from pkramfs.machine.directory import Machine, default_root
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.units import MIB
@@ -148,3 +150,115 @@ def test_the_log_counts_from_the_boot(machine: Machine) -> None:
     Path(machine.path("dmesg")).write_text("[ 0.0] clocksource: boot clock soon\n")
     machine.log("a damaged clock")
     assert "[    0.000000] a damaged clock" in machine.dmesg()
+
+
+@pytest.fixture
+def open_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A default root of the test's own, as /dev/shm/pkram is one below a directory that is open to all."""
+    monkeypatch.delenv("PKRAM_ROOT", raising=False)
+    monkeypatch.setattr(directory, "default_root", lambda: str(tmp_path / "pkram"))
+    return tmp_path / "pkram"
+
+
+def own(path: Path, uid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make stat say that a path is somebody's (only root could make it so)."""
+    for name in ("stat", "lstat"):
+        real = getattr(os, name)
+
+        def see(place: object, *args: object, real: object = real, **more: object) -> object:
+            found = real(place, *args, **more)  # type: ignore[operator]
+            return os.stat_result((*found[:4], uid, *found[5:])) if place == str(path) else found
+
+        monkeypatch.setattr(directory.os, name, see)
+
+
+@pytest.mark.parametrize("euid", [0, 1000])
+@pytest.mark.parametrize("below", [".", "default"])
+def test_a_place_that_a_stranger_made_first_is_refused(
+    open_place: Path, monkeypatch: pytest.MonkeyPatch, euid: int, below: str
+) -> None:
+    (open_place / "default").mkdir(parents=True)
+    monkeypatch.setattr(os, "geteuid", lambda: euid)
+    for place in (open_place, open_place / "default"):
+        own(place, euid, monkeypatch)
+    own(open_place / below, 4242, monkeypatch)
+    machine = Machine.locate()
+    for use in (machine.create, machine.hardware, machine.ram, lambda: machine.lifecycle(shared=True)):
+        with pytest.raises(MachineError, match=r"is user 4242's: set PKRAM_ROOT to a directory of yours"):
+            use()
+    assert os.listdir(open_place / "default") == []
+
+
+def test_root_may_name_anybodys_machine(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    own(Path(machine.path()), 4242, monkeypatch)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert machine.hardware().size == 64 * MIB
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(MachineError, match="is user 4242's"):
+        machine.hardware()
+
+
+def test_a_place_that_others_may_write_is_refused(open_place: Path) -> None:
+    machine = Machine.locate()
+    machine.create(FirmwareMap.default(64 * MIB))
+    assert os.stat(open_place).st_mode & 0o022 == 0
+    for mode, fine in ((0o777, False), (0o775, False), (0o1777, True), (0o755, True)):
+        os.chmod(open_place, mode)
+        if fine:
+            machine.hardware()
+        else:
+            with pytest.raises(MachineError, match=f"{open_place} can be written by others: chmod go-w"):
+                machine.hardware()
+
+
+def test_what_a_dead_maker_left_is_no_machine(tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path / "m"))
+    os.makedirs(machine.path())
+    with open(machine.path("ram"), "wb") as file:
+        file.truncate(96 * MIB)
+    machine.create(FirmwareMap.default(64 * MIB))
+    assert machine.ram().size == 64 * MIB
+
+
+def test_memory_without_its_description_is_not_thrown_away(machine: Machine) -> None:
+    machine.ram().words(5)[:] = 7
+    os.unlink(machine.path("machine.json"))
+    with pytest.raises(MachineError, match=r"ram holds memory, but machine\.json is missing"):
+        machine.create()
+    assert os.stat(machine.path("ram")).st_size == 64 * MIB
+
+
+def test_a_full_host_is_one_line_and_leaves_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.write_json("nvram.json", {"a": 1})
+    lock = machine.claim(0x500)
+
+    def full(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = sorted(os.listdir(machine.path()))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        patch.setattr(os, "write", full)
+        for use in (
+            lambda: machine.write_json("nvram.json", {"a": 2}),
+            lambda: lock.write_entry({"pid": 1}),
+            lambda: machine.log("hello"),
+            machine.begin_log,
+        ):
+            with pytest.raises(MachineError, match=r"cannot write .*: No space left on device"):
+                use()
+    assert sorted({*os.listdir(machine.path())} - {"dmesg"}) == before
+    assert os.listdir(machine.path("mounts")) == [f"{0x500:016x}.lock"]
+    assert machine.read_json("nvram.json") == {"a": 1}
+    lock.release()
+
+
+def test_a_link_that_somebody_planted_is_not_followed(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    for name in ("dmesg", f"pkram.{os.getpid()}.tmp"):
+        os.symlink(tmp_path / "victim", machine.path(name))
+    with pytest.raises(MachineError, match="cannot write"):
+        machine.log("hello")
+    with pytest.raises(MachineError, match="cannot write"):
+        machine.write_text("pkram", "34f")
+    assert (tmp_path / "victim").read_text() == "precious"
