@@ -73,14 +73,42 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def pkram_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory of its own for machines; whatever is mounted or runs there at the end is taken down."""
+def damaged() -> None:
+    """For tests that damage memory on purpose: it is not checked afterwards."""
+
+
+def unsound(root: Path) -> list[str]:
+    """What `pkramctl verify` finds wrong in the machines below a root; nothing where none is up."""
+    from pkramfs.cli import verify
+    from pkramfs.errors import PkramfsError
+    from pkramfs.kernel import running
+    from pkramfs.machine.directory import Machine
+
+    problems = []
+    for found in sorted(root.glob("*/kernel.json")):
+        try:
+            kernel = running.look(Machine(str(found.parent)))
+        except PkramfsError:
+            continue  # a machine that is down has nothing to be checked yet
+        if kernel.info.pkram:
+            problems += [f"{found.parent.name}: {line}" for line in verify.check(kernel, [])[1]]
+    return problems
+
+
+@pytest.fixture
+def pkram_root(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A directory of its own for machines; whatever is mounted or runs there at the end is taken down.
+
+    What is preserved there must be sound by then, unless the test asked for `damaged`.
+    """
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     root = Path(tempfile.mkdtemp(prefix="pkram-test-", dir=base))
     monkeypatch.setenv("PKRAM_ROOT", str(root))
     ROOTS_USED.append(f"{root}/")
     try:
         yield root
+        if "damaged" not in request.fixturenames:
+            assert unsound(root) == []
     finally:
         take_down(root)
 

@@ -1,18 +1,12 @@
 """A place for machines of this test's own."""
 
-import shutil
-import tempfile
-
 import pytest
 
 
 @pytest.fixture
-def root(monkeypatch):
-    """PKRAM_ROOT in memory, where holes cost nothing; gone afterwards."""
-    directory = tempfile.mkdtemp(prefix="pkram-test-", dir="/dev/shm")
-    monkeypatch.setenv("PKRAM_ROOT", directory)
-    yield directory
-    shutil.rmtree(directory)
+def root(pkram_root):
+    """PKRAM_ROOT in memory, where holes cost nothing; sound and gone afterwards."""
+    return str(pkram_root)
 
 
 @pytest.fixture

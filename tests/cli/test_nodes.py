@@ -150,6 +150,7 @@ def test_inspect_shows_a_sound_record(machine, ctl, what):
     assert ctl("inspect", what)[0] == 0
 
 
+@pytest.mark.usefixtures("damaged")
 def test_inspect_says_what_is_wrong_with_a_page(machine, ctl):
     save(machine, b"one").release()
     node = json.loads(ctl("--json", "inspect", "node")[1])
@@ -171,6 +172,7 @@ def test_inspect_of_a_hole_allocates_nothing(machine, ctl):
     assert machine.ram().backed == backed
 
 
+@pytest.mark.usefixtures("damaged")
 def test_status_shows_a_damaged_list_and_all_the_rest(machine, ctl):
     save(machine, b"one").release()
     super_block = json.loads(ctl("--json", "inspect", "superblock")[1])
@@ -185,6 +187,7 @@ FLIPPED = [(what, at) for what in ("superblock", "node", "object", "link", "page
 FLIPPED.remove(("object", 16))  # a published word that objects have no use for
 
 
+@pytest.mark.usefixtures("damaged")
 @pytest.mark.parametrize(("what", "offset"), FLIPPED)
 def test_verify_finds_every_flipped_bit_and_says_it_in_one_line(machine, ctl, what, offset):
     save(machine, b"one").release()
@@ -195,6 +198,7 @@ def test_verify_finds_every_flipped_bit_and_says_it_in_one_line(machine, ctl, wh
     assert f"pfn {pfn:x}" in out or what == "pagetable"
 
 
+@pytest.mark.usefixtures("damaged")
 def test_verify_finds_pages_in_somebody_else_s_blocks(machine, ctl):
     from pkramfs.kernel import running
 

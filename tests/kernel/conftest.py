@@ -1,10 +1,8 @@
 """A machine in a temporary root, its boots run in this process, and trees made of patterned pages."""
 
 import os
-import shutil
-import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,13 +135,9 @@ class Lab:
 
 
 @pytest.fixture
-def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A PKRAM_ROOT on tmpfs, gone afterwards."""
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    directory = tempfile.mkdtemp(prefix="pkramfs-test-", dir=base)
-    monkeypatch.setenv("PKRAM_ROOT", directory)
-    yield Path(directory)
-    shutil.rmtree(directory)
+def root(pkram_root: Path) -> Path:
+    """A PKRAM_ROOT on tmpfs, sound and gone afterwards."""
+    return pkram_root
 
 
 @pytest.fixture

@@ -138,6 +138,7 @@ def test_d26_a_crash_kernel_does_not_say_that_it_preserved(lab: Any) -> None:
     assert refused.value.errno == errno.ENODEV
 
 
+@pytest.mark.usefixtures("damaged")
 def test_d31_a_super_block_is_good_once(lab: Any) -> None:
     lab.preserve("a", 100)
     old = lab.up().info.super_pfn

@@ -14,13 +14,13 @@ from pkramfs.units import BLOCK_PAGES, MIB, PAGE_SHIFT
 
 
 def test_a_node_survives(lab: Any) -> None:
-    lab.preserve("shmem-a", 3000)
+    lab.preserve("a", 3000)
     old = lab.up().info
     kernel = lab.cycle()
     assert kernel.generation == 2
-    assert lab.intact("shmem-a")
+    assert lab.intact("a")
     assert kernel.info.old_super_pfn == old.super_pfn
-    assert [n.name for n in kernel.store.nodes()] == [b"shmem-a"]
+    assert [n.name for n in kernel.store.nodes()] == [b"a"]
     log = lab.machine.dmesg()
     assert f"pkram: found super block at pfn {old.super_pfn:x}, 1 node, " in log
     assert "Kernel moved from" in log
@@ -391,14 +391,14 @@ def test_the_kernel_chooses_destinations_clear_of_preserved_pages(lab: Any) -> N
 
 
 def test_a_chosen_address_with_preserved_pages_is_refused_and_lists_whose(lab: Any, tmp_path: Any) -> None:
-    lab.preserve("shmem-a", 4000)
+    lab.preserve("guest", 4000)
     spans = lab.up().store.preserved()
     address = int(spans.starts[0]) << PAGE_SHIFT
     (tmp_path / "f").write_bytes(b"x" * 8192)
-    with pytest.raises(ConflictError, match="belongs to node shmem-a") as caught:
+    with pytest.raises(ConflictError, match="belongs to node guest") as caught:
         lab.load(syscall="load", mem_min=100 * MIB, segments=[(str(tmp_path / "f"), address)])
     assert caught.value.conflicts == [
-        f"segment0 at {address:#x}: {address:#x}-{address + 8191:#x} (2 pages) belongs to node shmem-a"
+        f"segment0 at {address:#x}: {address:#x}-{address + 8191:#x} (2 pages) belongs to node guest"
     ]
     for address, reason in ((0xA0000, "not all of it is usable RAM"), (1 << 45, "not all of it is usable RAM")):
         with pytest.raises(ConflictError, match=reason):

@@ -73,6 +73,7 @@ def test_another_version_is_refused(lab: Any) -> None:
         lab.up()
 
 
+@pytest.mark.usefixtures("damaged")
 def test_a_ram_file_cut_short_is_refused(lab: Any) -> None:
     lab.up()
     with open(lab.machine.path("ram"), "r+b") as ram:

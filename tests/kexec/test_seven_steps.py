@@ -187,6 +187,7 @@ def test_the_dry_run_changes_nothing(user):
     assert (path / "file").read_bytes() == b"data" and os.path.ismount(path)
 
 
+@pytest.mark.usefixtures("damaged")
 @pytest.mark.parametrize("damage", ["cut", "random"])
 def test_damaged_ram_is_refused_not_restored(user, damage):
     path = user.mount("one")

@@ -115,12 +115,14 @@ def test_remount_of_a_dead_mount(lab: Any) -> None:
     _refused(lab.helper(mnt, "remount,preserve,ro"), 32, "has died")
 
 
+@pytest.mark.usefixtures("damaged")
 def test_ram_cut_short(lab: Any) -> None:
     lab.umount(lab.mount("one"))
     os.truncate(lab.machine.path("ram"), 4096)
     _refused(lab.helper(lab.dir("one"), "pkram=one"), 32, "machine.json")
 
 
+@pytest.mark.usefixtures("damaged")
 def test_ram_overwritten_with_noise(lab: Any) -> None:
     """Whatever RAM says, the answer is a refusal, never a crash or a wrong tree."""
     mnt = lab.mount("one")

@@ -61,11 +61,6 @@ def wide_store(wide: Ram) -> Store:
     return Store(wide, SUPER_PFN, contextlib.nullcontext)
 
 
-@pytest.fixture
-def damaged() -> None:
-    """For tests that damage memory on purpose: it is not checked afterwards."""
-
-
 @pytest.fixture(autouse=True)
 def sound(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test that had a store leaves memory in which nothing is wrong."""
