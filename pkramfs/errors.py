@@ -37,10 +37,11 @@ class FormatError(PkramfsError):
     """A record in RAM is not what it claims to be.
 
     `pfn` is the page (None where it is not one page), `record` and `field` name the place as
-    `format.py` does, `found` and `expected` are for people.
+    `format.py` does, `found` and `expected` are for people. Who knows a way out sets `remedy`.
     """
 
     exit_status = 3
+    remedy = ""
 
     def __init__(
         self, record: str, field: str, *, pfn: int | None = None, found: object = None, expected: object = None
@@ -49,6 +50,9 @@ class FormatError(PkramfsError):
         self.found, self.expected = found, expected
         where = f"{record} at pfn {pfn:x}" if pfn is not None else record
         super().__init__(f"{where}: {field} is {found}, expected {expected}")
+
+    def __str__(self) -> str:
+        return super().__str__() + (f"; {self.remedy}" if self.remedy else "")
 
 
 class VersionError(FormatError):

@@ -47,6 +47,7 @@ def parser() -> arguments.Parser:
     free = _command(commands, "free", nodes.act_free, "give the memory of preserved nodes back")
     free.add_argument("names", nargs="*", metavar="NAME", help="a mount's NAME, or a node's name")
     free.add_argument("--all", action="store_true", help="every node that no mount is using")
+    free.add_argument("--damaged", action="store_true", help="every node that cannot be read, which hides the others")
     check = _command(commands, "verify", verify.act, "check all that would cross a kexec")
     check.add_argument("names", nargs="*", metavar="NAME", help="only these nodes")
     _command(commands, "dmesg", _dmesg, "the kernel log")

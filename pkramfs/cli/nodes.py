@@ -18,7 +18,7 @@ from pkramfs.cli import arguments, render
 from pkramfs.cli.arguments import need
 from pkramfs.cli.render import Column
 from pkramfs.errors import MachineError, NotPreservedError, PkramError, PkramfsError
-from pkramfs.units import PAGE_SIZE, format_pfn, format_size, plural
+from pkramfs.units import BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size, plural
 
 if TYPE_CHECKING:
     from pkramfs.kernel.running import Running
@@ -114,9 +114,11 @@ def show(found: list[dict[str, Any]]) -> None:
 
 
 def act_free(args: argparse.Namespace) -> int:
-    """pkramctl free NAME… | --all."""
-    need(bool(args.names) != args.all, "give the NAMEs to free, or --all")
+    """pkramctl free NAME… | --all | --damaged."""
+    need(bool(args.names) + args.all + args.damaged == 1, "give the NAMEs to free, or --all, or --damaged")
     machine = arguments.existing(args)
+    if args.damaged:
+        return _free_damaged(args, machine)
     from pkramfs.kernel.running import look
 
     freed, problems = [], []
@@ -132,6 +134,25 @@ def act_free(args: argparse.Namespace) -> int:
     for problem in problems:
         arguments.complain("pkramctl", str(problem))
     return problems[0].exit_status if problems else 0
+
+
+def _free_damaged(args: argparse.Namespace, machine: "Machine") -> int:
+    """Give up the nodes that cannot be read, so that the others are of use again."""
+    from pkramfs.kernel.running import look
+
+    with machine.lifecycle(shared=True, timeout=LOCK_SECONDS):
+        running = look(machine)
+        problems = [str(problem) for problem in running.store.withdraw_damaged()]
+        freed = running.sweep() * BLOCK_SIZE
+    for problem in problems:
+        machine.log(f"pkram: gave up a node: {problem}")
+    if arguments.wants_json(args):
+        render.emit_json({"given_up": problems, "bytes": freed})
+        return 0
+    for problem in problems:
+        print(f"given up: {render.printable(problem)}")
+    print(f"{format_size(freed)} given back" if problems else "every node can be read")
+    return 0
 
 
 def _node_names(running: "Running") -> list[bytes]:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from pkramfs.errors import ErrnoError, PkramfsError, explain
+from pkramfs.errors import ErrnoError, FormatError, PkramfsError, explain
 from pkramfs.fs.save import save, withdraw
 from pkramfs.spans import Spans
 from pkramfs.units import format_size, plural
@@ -97,6 +97,8 @@ class Keeper:
     # -- verbs ----------------------------------------------------------------------------------
 
     async def status(self) -> dict[str, Any]:
+        if not self._lock.locked():
+            self._notice_loss()
         tree, counts = self.tree, self.tree.counts()
         return {
             "name": self.name,
@@ -128,6 +130,7 @@ class Keeper:
                 f"{self.mountpoint} was mounted without pkram=NAME, so it cannot be preserved: mount it with a name",
                 errno.EINVAL,
             )
+        self._notice_loss()
         if self.tree.preserved and self.tree.frozen:
             return await self.status()
         await self._freeze()
@@ -201,6 +204,17 @@ class Keeper:
 
     def _has_writers(self) -> bool:
         return any(inode.writers for inode in self.tree.inodes.values())
+
+    def _notice_loss(self) -> None:
+        """A node that was given up because it was damaged preserves nothing: the tree is live again, and says so."""
+        if not self.tree.preserved:
+            return
+        try:
+            lost = self.store.find(self.node_name) is None
+        except FormatError:
+            return  # it may be there; whoever needs the list is told what is wrong with it
+        if lost:
+            self._withdraw()
 
     def _withdraw(self) -> None:
         """The node goes by one store; then its pages, copies of moved ones too, are ordinary free memory."""

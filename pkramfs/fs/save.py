@@ -125,9 +125,14 @@ def save(
 def withdraw(tree: Tree, store: Store, node_name: bytes) -> None:
     """Take back a tree's node by one store and free what only the node used: metadata and moved copies.
 
-    What a daemon does at `remount,rw`, and at the first change of a restored tree (on_first_change).
+    What a daemon does at `remount,rw`, and at the first change of a restored tree (on_first_change). A node
+    that was given up because it was damaged is gone already; what it used is free all the same.
     """
-    store.withdraw(node_name)
+    try:
+        store.withdraw(node_name)
+    except PkramError as error:
+        if error.errno != errno.ENOENT:
+            raise
     pages = tree.node_withdrawn()
     if pages:
         tree.frames.free(pages.starts, pages.counts)

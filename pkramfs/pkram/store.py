@@ -79,13 +79,24 @@ class Store:
         return list(self._walk())
 
     def _walk(self) -> Iterator[Node]:
-        pfn, seen = read_word(self.ram, self.root(), NEXT, "Super", "node"), set[int]()
-        while pfn:
-            if pfn in seen:
-                raise FormatError("Node", "next", pfn=pfn, found="a node met before", expected="the end of the list")
-            seen.add(pfn)
-            yield read_node(self.ram, pfn)
-            pfn = read_word(self.ram, pfn, NEXT, "Node", "next")
+        """Each node; FormatError at the first that cannot be read, for its name may be the one looked for."""
+        at, seen = self.root(), set[int]()
+        try:
+            while pfn := self._following(at, seen):
+                yield read_node(self.ram, pfn)
+                at = pfn
+        except FormatError as error:
+            error.remedy = "`pkramctl free --damaged` gives up what cannot be read"
+            raise
+
+    def _following(self, at: int, seen: set[int]) -> int:
+        """The node behind a node (or the super block), 0 at the end; FormatError where the list is broken."""
+        record, field = ("Super", "node") if at == self.super_pfn else ("Node", "next")
+        pfn = read_word(self.ram, at, NEXT, record, field)
+        if pfn in seen:
+            raise FormatError(record, field, pfn=at, found="a node met before", expected="the end of the list")
+        seen.add(pfn)
+        return pfn
 
     def find(self, name: bytes) -> Node | None:
         """The node of this name, if there is one."""
@@ -176,6 +187,10 @@ class Store:
             if consume:
                 self._withdraw(name)
             return load
+        except FormatError as error:
+            claim.release()
+            error.remedy = error.remedy or f"`pkramctl free {shown(name)}` gives the node up"
+            raise
         except BaseException:
             claim.release()
             raise
@@ -219,6 +234,38 @@ class Store:
                     return node
                 before = node.pfn
         raise PkramError(f"there is no node {shown(name)}", errno.ENOENT)
+
+    def withdraw_damaged(self) -> list[FormatError]:
+        """Take every node that cannot be read out of the list; what was wrong with each.
+
+        A broken list ends where it breaks: what is behind is out of reach. The other nodes stay.
+        """
+        at, seen, problems = self.root(), set[int](), list[FormatError]()
+        with self._lock():
+            while True:
+                try:
+                    pfn = self._following(at, seen)
+                except FormatError as error:
+                    problems.append(error)
+                    pfn = 0
+                    publish(self.ram, at, NEXT, 0)
+                if not pfn:
+                    return problems
+                try:
+                    read_node(self.ram, pfn)
+                    at = pfn
+                except FormatError as error:
+                    problems.append(error)
+                    self._bypass(at, pfn, problems)
+
+    def _bypass(self, before: int, pfn: int, problems: list[FormatError]) -> None:
+        """Publish what a damaged node names as next in its place; the word has a check of its own."""
+        try:
+            following = read_word(self.ram, pfn, NEXT, "Node", "next") if pfn < self.ram.pages else 0
+        except FormatError as error:
+            problems.append(error)
+            following = 0
+        publish(self.ram, before, NEXT, following)
 
     def free(self, names: list[bytes] | None = None) -> int:
         """Withdraw nodes: these, or all that nobody saves or loads; how many pages that gives back.

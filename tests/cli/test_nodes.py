@@ -121,10 +121,30 @@ def test_free_all_leaves_what_a_mount_uses(machine, ctl):
     assert ctl("free", "--all")[0] == 0
 
 
-@pytest.mark.parametrize("words", [["free"], ["free", "a", "--all"]])
+@pytest.mark.parametrize("words", [["free"], ["free", "a", "--all"], ["free", "--all", "--damaged"]])
 def test_free_wants_names_or_all(machine, ctl, words):
     status, _, err = ctl(*words)
-    assert (status, err) == (2, "pkramctl: give the NAMEs to free, or --all\n")
+    assert (status, err) == (2, "pkramctl: give the NAMEs to free, or --all, or --damaged\n")
+
+
+def test_what_cannot_be_read_is_given_up_and_the_rest_is_of_use_again(machine, ctl):
+    for name in (b"one", b"two", b"three"):
+        save(machine, name).release()
+    pfns = {node["name"]: node["pfn"] for node in json.loads(ctl("--json", "nodes")[1])}
+    machine.ram().bytes[(pfns["two"] << 12) + 80] ^= 1
+    for words in (["nodes"], ["free", "one"], ["free", "--all"]):
+        status, _, err = ctl(*words)
+        assert (status, err.count("\n")) == (3, 1)
+        assert err.endswith("`pkramctl free --damaged` gives up what cannot be read\n")
+    trees = json.loads(ctl("--json", "status")[1])["memory"]["tree"]
+    status, out, _ = ctl("free", "--damaged")
+    freed = trees - json.loads(ctl("--json", "status")[1])["memory"]["tree"]
+    assert (status, out.splitlines()[1]) == (0, f"{freed >> 20}.0 MiB given back")
+    assert freed > 0
+    assert out.startswith(f"given up: Node at pfn {pfns['two']:x}: checksum is ")
+    assert [node["name"] for node in json.loads(ctl("--json", "nodes")[1])] == ["three", "one"]
+    assert ctl("free", "--damaged") == (0, "every node can be read\n", "")
+    assert "pkram: gave up a node: Node at pfn" in machine.dmesg()
 
 
 def test_destroy_and_cold_refuse_to_lose_a_node(machine, ctl, kexec):

@@ -11,7 +11,7 @@ import trio.testing
 
 from pkramfs.control import keeper as module
 from pkramfs.control.keeper import Keeper
-from pkramfs.errors import ErrnoError, PkramError
+from pkramfs.errors import ErrnoError, FormatError, PkramError
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.save import Progress, SaveReport
 from pkramfs.fs.tree import Tree
@@ -23,7 +23,14 @@ class Store:
         self.names: list[bytes] = []
 
     def withdraw(self, name: bytes) -> None:
+        if name not in self.names:
+            raise PkramError("no such node", errno.ENOENT)
         self.names.remove(name)
+
+    def find(self, name: bytes) -> bytes | None:
+        if b"damaged" in self.names:
+            raise FormatError("Node", "checksum", pfn=1)
+        return name if name in self.names else None
 
 
 class Frames:
@@ -90,6 +97,22 @@ def test_the_first_change_withdraws(keeper: Keeper) -> None:
     keeper.tree.create(1, b"more", 0o644)
     ask(keeper.preserve)
     assert keeper.store.names == [b"shmem-x"]  # type: ignore[attr-defined]
+
+
+def test_a_node_that_was_given_up_preserves_nothing(keeper: Keeper, said: list[str]) -> None:
+    ask(keeper.preserve)
+    names = keeper.store.names  # type: ignore[attr-defined]
+    names[:] = [b"damaged"]
+    assert ask(keeper.status)["state"] == "preserved", "it may still be there"
+    names.clear()
+    answer = ask(keeper.status)
+    assert (answer["state"], answer["frozen"]) == ("live", True)
+    assert keeper.tree.frames.freed == 2  # type: ignore[attr-defined]
+    assert "x is no longer preserved" in said[-1]
+    assert ask(keeper.preserve)["state"] == "preserved"
+    names.clear()
+    assert ask(keeper.preserve)["state"] == "preserved"
+    assert names == [b"shmem-x"]
 
 
 def test_freeze_is_for_preserved_trees(keeper: Keeper) -> None:
