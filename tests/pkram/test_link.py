@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pkramfs.pkram import link
+from pkramfs.units import round_up
 
 
 def u64(*values):
@@ -14,7 +15,7 @@ def u64(*values):
 
 @pytest.mark.parametrize(
     ("pfn", "order", "flags", "entry"),
-    [(0x12345, 0, 0, 0x12345000), (0x40000, 9, 1, 0x40000029), (0x7FFFF, 0, 0x7F, 0x7FFFFFE0 - 0x1F + 0x1F)],
+    [(0x12345, 0, 0, 0x12345000), (0x40000, 9, 1, 0x40000029), (0x7FFFF, 0, 0x7F, 0x7FFFFFE0)],
 )
 def test_entries_are_encoded_as_pkram_does(pfn, order, flags, entry):
     entries = link.encode(u64(pfn), np.array([order], np.uint8), flags)
@@ -39,6 +40,36 @@ def test_links_break_where_pkram_breaks_them(start, count, order, align, links):
     for rows in (singly, at_once):
         plan = link.plan(rows, 510, align=align)
         assert list(zip(plan.index.tolist(), plan.counts.tolist(), strict=True)) == links
+
+
+def links_of_pkram(index, order, capacity):
+    """Row 43 entry by entry, as the kernel's loop has it: (first index, entries) of each link."""
+    found, expected = [], None
+    for at, size in zip(index, order, strict=True):
+        room = capacity - found[-1][1] if found else 0
+        group = {0: (64, 64), 9: (4096, 8)}.get(size)
+        full = not room or (group is not None and at % group[0] == 0 and room < group[1])
+        if full or at != expected:
+            found.append([at, 0])
+        found[-1][1] += 1
+        expected = at + (1 << size)
+    return [tuple(link) for link in found]
+
+
+@pytest.mark.parametrize("capacity", [504, 510])
+@pytest.mark.parametrize("seed", range(60))
+def test_aligned_links_are_those_of_pkram_s_loop(capacity, seed):
+    rng = random.Random(seed)
+    index, order, at = [], [], rng.choice((0, 1, 63, 64, 4095, 4096, rng.randrange(1 << 20)))
+    for _ in range(rng.randint(1, 6)):
+        size, count = rng.choice((0, 0, 0, 9, 9, 3)), rng.randint(1, 1500)
+        at = round_up(at + rng.choice((0, 0, 0, 1, 5000)), 1 << size)
+        index += range(at, at + (count << size), 1 << size)
+        order += [size] * count
+        at = index[-1] + (1 << size)
+    orders = np.array(order, np.uint8)
+    plan = link.plan(link.rows(u64(*index), u64(*index) + np.uint64(1 << 20), orders), capacity, align=True)
+    assert list(zip(plan.index.tolist(), plan.counts.tolist(), strict=True)) == links_of_pkram(index, order, capacity)
 
 
 def test_a_jump_begins_a_link():
