@@ -96,8 +96,7 @@ def _changed(path: Path, user: str, mode: int, change: Callable[[str], None]) ->
 @pytest.fixture
 def pair(lab: Any) -> Iterator[tuple[Path, Path]]:
     """Ours, and a tmpfs beside it; everybody may come to both."""
-    for above in (lab.root, *lab.root.parents[:2]):
-        os.chmod(above, 0o755)
+    lab.admit_others()
     ours, theirs = lab.mount("one"), lab.dir("tmpfs")
     subprocess.run(["mount", "-t", "tmpfs", "none", str(theirs)], check=True)
     try:
