@@ -31,6 +31,7 @@ from pkramfs.fuse import syscalls
 from pkramfs.fuse.handshake import Handshake
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.options import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY
+from pkramfs.fuse.turns import Turns
 
 _USER_FLAGS = {MS_RDONLY: "ro", MS_NOEXEC: "noexec", MS_NOSUID: "nosuid", MS_NODEV: "nodev"}
 _TASKS = 2
@@ -69,6 +70,7 @@ class Session:
 
     async def serve(self) -> None:
         """Answer requests until the mount is gone."""
+        pyfuse3.trio = Turns()  # type: ignore[attr-defined]
         serving = True
         while serving:
             serving = False
