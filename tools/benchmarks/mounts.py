@@ -1,4 +1,4 @@
-"""Real mounts for the benchmark: ours, a kernel tmpfs beside it, and a machine of their own."""
+"""Real mounts for the benchmark: ours, a kernel tmpfs and the floor beside it, a machine of their own."""
 
 import contextlib
 import os
@@ -34,6 +34,7 @@ class Lab:
         self.directory = directory
         self.machine = directory / "machines" / "default"
         self.mounted: list[Path] = []
+        self.daemon: subprocess.Popen[str] | None = None
 
     def mount(self, name: str, options: str = "") -> Path:
         path = self.directory / name
@@ -50,6 +51,18 @@ class Lab:
         if os.geteuid() == 0 and path not in self.mounted:
             command("mount", "-t", "tmpfs", "none", path)
             self.mounted.append(path)
+        return path
+
+    def floor(self) -> Path:
+        """A mount of a file system that does nothing: see floor.py."""
+        path = self.directory / "floor"
+        path.mkdir()
+        words = [sys.executable, "-m", "benchmarks.floor", str(path), str(self.directory / "floor.ram")]
+        self.daemon = subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+        assert self.daemon.stdout is not None
+        if self.daemon.stdout.readline() != "serving\n":
+            raise SystemExit(f"tools/bench: the floor was not mounted on {path}")
+        self.mounted.append(path)
         return path
 
     def preserve(self, path: Path) -> None:
@@ -71,6 +84,8 @@ def lab() -> Iterator[Lab]:
         finally:
             for path in reversed(made.mounted):
                 unmount(path)
+            if made.daemon is not None:
+                made.daemon.communicate(timeout=30)
             os.environ.pop("PKRAM_ROOT")
             if before is not None:
                 os.environ["PKRAM_ROOT"] = before

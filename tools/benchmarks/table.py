@@ -8,12 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+FLOOR_FACTOR = 1.2
+FLOOR = f"{FLOOR_FACTOR}x of the floor"
+
 
 @dataclass
 class Figure:
-    """One row. `value` and `reference` are medians in `unit`; `target` bounds value, or ratio where it ends in x.
+    """One row. `value`, `reference` and `floor` are medians in `unit`.
 
-    A `target` of "<5 ms" or ">0.8x" or "<1.3x"; `met` is None where there is no target.
+    A `target` bounds the value, or its ratio to the reference where it ends in x: "<5 ms" or ">0.8x" or "<1.3x".
+    Alternatives are joined by " or "; FLOOR may be one of them, for what comes that near to the floor. `met` is
+    None where there is no target.
     """
 
     section: str
@@ -26,10 +31,18 @@ class Figure:
     reference_name: str = ""
     target: str = ""
     note: str = ""
+    floor: float | None = None
 
     @property
     def ratio(self) -> float | None:
         return self.value / self.reference if self.reference else None
+
+    @property
+    def above_floor(self) -> float | None:
+        """How many times the floor's cost this is."""
+        if not self.floor:
+            return None
+        return self.floor / self.value if self.unit.endswith("/s") else self.value / self.floor
 
     @property
     def met(self) -> bool | None:
@@ -39,6 +52,8 @@ class Figure:
         return any(alternatives)
 
     def _meets(self, target: str) -> bool:
+        if target == FLOOR:
+            return self.above_floor is not None and self.above_floor <= FLOOR_FACTOR
         bound = float(target[1:].split()[0].rstrip("x"))
         found = self.ratio if target.endswith("x") else self.value
         if found is None:
@@ -75,6 +90,7 @@ class Table:
         reference_name: str = "",
         target: str = "",
         note: str = "",
+        floor: Sequence[float] | None = None,
     ) -> None:
         """Record a figure from its runs and print its row."""
         figure = Figure(
@@ -88,13 +104,17 @@ class Table:
             reference_name,
             target,
             note,
+            statistics.median(floor) if floor else None,
         )
         self.figures.append(figure)
         print(row(figure), flush=True)
 
     def write_json(self, path: str) -> None:
         """The figures as a list of objects."""
-        data: list[dict[str, Any]] = [asdict(f) | {"ratio": f.ratio, "met": f.met} for f in self.figures]
+        derived = ("ratio", "above_floor", "met")
+        data: list[dict[str, Any]] = [
+            asdict(figure) | {name: getattr(figure, name) for name in derived} for figure in self.figures
+        ]
         with open(path, "w", encoding="utf-8") as file:
             json.dump(data, file, indent=1)
 
@@ -110,9 +130,11 @@ def row(figure: Figure) -> str:
     beside = ""
     if figure.reference is not None:
         beside = f"{figure.reference_name} {number(figure.reference)}, ratio {figure.ratio:.2f}"
+    if figure.floor is not None:
+        beside += f", floor {number(figure.floor)}, {figure.above_floor:.2f}x of it"
     judged = "" if figure.met is None else f"{figure.target}: {'met' if figure.met else 'MISSED'}"
     value = f"{number(figure.value)} {figure.unit}"
-    return f"{figure.section:7} {figure.name:44} {value:>14} {spread:>19}  {beside:38} {judged} {figure.note}".rstrip()
+    return f"{figure.section:7} {figure.name:44} {value:>14} {spread:>19}  {beside:72} {judged} {figure.note}".rstrip()
 
 
 def number(value: float) -> str:
