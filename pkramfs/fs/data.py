@@ -19,7 +19,7 @@ Kernel: mm/filemap.c (generic_perform_write), mm/shmem.c (shmem_file_read_iter, 
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pkramfs.fs import clock
@@ -27,11 +27,12 @@ from pkramfs.fs.attributes import MAX_SIZE, Attributes
 from pkramfs.fs.core import INO_MASK, WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import ROOT, Caller, Inode
-from pkramfs.fs.pagecache import PageMap
+from pkramfs.fs.pagecache import PageMap, Run
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
 Buffer = bytes | memoryview
+Store = Callable[[int, memoryview], None]
 
 _ZEROS = memoryview(bytes(1 << 20))
 _IN_PAGE = PAGE_SIZE - 1
@@ -129,18 +130,21 @@ class Data(Attributes):
         size = len(view)
         end = offset + size
         try:
-            runs = self._runs_for_writing(inode, offset, end)
+            runs, store = self._runs_for_writing(inode, offset, end)
         except OSError as error:
             middle = ((offset >> PAGE_SHIFT) + ((end + _IN_PAGE) >> PAGE_SHIFT)) >> 1
             cut = (middle << PAGE_SHIFT) - offset
             if error.errno != errno.ENOSPC or cut <= 0:
                 raise
             return self._write_part(inode, offset, view, cut, stamp)
-        memory, shift = self.ram.bytes, PAGE_SHIFT
-        for index, pfn, count in runs:
-            base = (pfn - index) << shift
-            start, stop = max(index << shift, offset), min((index + count) << shift, end)
-            memory[base + start : base + stop] = view[start - offset : stop - offset]
+        try:
+            for index, pfn, count in runs:
+                base = (pfn - index) << PAGE_SHIFT
+                start, stop = max(index << PAGE_SHIFT, offset), min((index + count) << PAGE_SHIFT, end)
+                store(base + start, view[start - offset : stop - offset])
+        except OSError:  # the host is out of memory: nothing may stay behind the end
+            self._trim(inode, inode.size)
+            raise
         if end > inode.size:
             self._bytes += end - inode.size
             inode.size = end
@@ -162,21 +166,21 @@ class Data(Attributes):
                 raise
             return written
 
-    def _runs_for_writing(self, inode: Inode, offset: int, end: int) -> list[tuple[int, int, int]]:
-        """The runs that cover a range, holes filled, once the change has passed the gate."""
+    def _runs_for_writing(self, inode: Inode, offset: int, end: int) -> tuple[list[Run], Store]:
+        """The runs that cover a range, holes filled, once the change has passed the gate, and how to store there."""
         first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
         pages = inode.pages
         if pages is not None:
             runs = pages.between(first, last)
             if len(runs) == 1 and runs[0][2] == last - first:
                 self._change("write", ino=inode.ino, offset=offset, end=end)
-                return runs
-        self._fill_holes(inode, first, last, "write", offset, end)
+                return runs, self.ram.overwrite
+        fresh = self._fill_holes(inode, first, last, "write", offset, end)
         assert inode.pages is not None
-        return inode.pages.between(first, last)
+        return inode.pages.between(first, last), self.ram.fill if fresh else self.ram.overwrite
 
-    def _fill_holes(self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int) -> None:
-        """Give every page in [first, last) a frame of zeros; all or none."""
+    def _fill_holes(self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int) -> int:
+        """Give every page in [first, last) a frame of zeros, all or none; how many had none."""
         pages = inode.pages
         holes = [(first, last - first)] if pages is None else pages.holes(first, last)
         total = sum(count for _, count in holes)
@@ -197,18 +201,25 @@ class Data(Attributes):
         before = pages.runs
         _distribute(pages, holes, frames)
         self._runs += pages.runs - before
+        return total
 
     # -- shrinking, growing, holes --------------------------------------------------------------
 
     def _resize(self, inode: Inode, size: int) -> None:
-        if size < inode.size and inode.pages is not None:
-            self._free_pages(inode.pages, (size + _IN_PAGE) >> PAGE_SHIFT)
-            if size & _IN_PAGE:
-                self._clear(inode, size, (size | _IN_PAGE) + 1)
-            if not inode.pages.count:
-                inode.pages = None
+        if size < inode.size:
+            self._trim(inode, size)
         self._bytes += size - inode.size
         inode.size = size
+
+    def _trim(self, inode: Inode, size: int) -> None:
+        """Give back the pages beyond a size, and clear the rest of the last one that remains."""
+        if inode.pages is None:
+            return
+        self._free_pages(inode.pages, (size + _IN_PAGE) >> PAGE_SHIFT)
+        if size & _IN_PAGE:
+            self._clear(inode, size, (size | _IN_PAGE) + 1)
+        if not inode.pages.count:
+            inode.pages = None
 
     def _clear(self, inode: Inode, start: int, end: int) -> None:
         """Zero bytes of one page, if it is there."""

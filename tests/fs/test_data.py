@@ -112,6 +112,28 @@ def test_out_of_frames_is_no_space_too(ram, frames, sh) -> None:
     assert tree.limits.pages == 5
 
 
+@pytest.mark.parametrize("head", [0, 100, PAGE])
+def test_a_host_without_memory_leaves_nothing_behind_the_end(tree, sh, ram, monkeypatch, head) -> None:
+    """The host's ENOSPC in the midst of a write is the writer's, and growth shows zeros all the same."""
+    ino = sh.write(b"f", b"h" * head)
+    pwrite = os.pwrite
+
+    def half(fd: int, data: memoryview, at: int) -> int:
+        if len(data) < 4 * PAGE:
+            raise OSError(errno.ENOSPC, "the host is full")
+        return pwrite(fd, data[: len(data) // 2], at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", half)
+        with refused(errno.ENOSPC):
+            tree.write(ino, head, b"x" * (7 * PAGE))
+    inode = tree.inode(ino)
+    assert (inode.size, tree.limits.pages) == (head, bool(head))
+    tree.setattr(ino, size=10 * PAGE)
+    assert sh.content(ino) == b"h" * head + bytes(10 * PAGE - head)
+    assert tree.write(ino, head, b"y" * PAGE) == PAGE
+
+
 def test_scattered_frames_read_and_write_as_one(ram, frames, sh) -> None:
     frames.longest = 3
     ino = sh.write(b"f", b"")

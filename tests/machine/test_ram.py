@@ -1,5 +1,6 @@
 """Physical memory: bytes and words of it, holes, damage, and how much the host still has."""
 
+import errno
 import os
 
 import numpy as np
@@ -49,6 +50,55 @@ def test_where_holes_cannot_be_punched_memory_is_zeroed(ram, monkeypatch):
     monkeypatch.setattr(ram_module.ctypes, "get_errno", lambda: 5)
     with pytest.raises(OSError, match="Input/output error"):
         ram.punch(Spans([(1, 3)]))
+
+
+def test_filling_holes_backs_what_is_written_and_no_more(ram, monkeypatch):
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:3000], at))  # one call may take less
+    ram.fill(2 * PAGE_SIZE + 100, memoryview(bytes([7]) * 5000))
+    assert ram.data_spans() == Spans([(2, 4)])
+    assert bytes(ram.page(2, 2)) == bytes(100) + bytes([7]) * 5000 + bytes(2 * PAGE_SIZE - 5100)
+
+
+def test_a_host_that_is_out_of_memory_says_so(ram, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        ram.fill(0, memoryview(b"x"))
+
+
+def test_what_can_only_be_mapped_is_filled_through_the_mapping(ram, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.EINVAL, "devdax")))
+    ram.fill(5, memoryview(b"text"))
+    assert bytes(ram.page(0)[5:9]) == b"text"
+
+
+@pytest.mark.parametrize("size", [1, PAGE_SIZE, 300 * PAGE_SIZE])
+@pytest.mark.parametrize("populates", [True, False])
+def test_overwriting(ram, monkeypatch, size, populates):
+    """Whether the kernel can map many pages at once or not, at any place in a page."""
+    asked = []
+    monkeypatch.setattr(ram, "_mapping", Mapping(ram._mapping, asked, populates))
+    ram.fill(0, memoryview(bytes([1]) * (400 * PAGE_SIZE)))
+    for value, at in ((2, 77), (3, 3 * PAGE_SIZE)):
+        ram.overwrite(at, memoryview(bytes([value]) * size))
+        assert bytes(ram.bytes[at - 1 : at + size + 1]) == b"\1" + bytes([value]) * size + b"\1"
+        ram.overwrite(at, memoryview(bytes([1]) * size))
+    many = size == 300 * PAGE_SIZE
+    assert len(asked) == (0 if not many else 4 if populates else 1)  # where it is refused it is not asked again
+    assert all(start % PAGE_SIZE == 0 and option == 22 for option, start, _ in asked)
+
+
+class Mapping:
+    """A mapping that notes what is asked of it."""
+
+    def __init__(self, mapping, asked, populates):
+        self.mapping, self.asked, self.populates = mapping, asked, populates
+
+    def madvise(self, *words):
+        self.asked.append(words)
+        if not self.populates:
+            raise OSError(errno.EINVAL, "an old kernel")
+        self.mapping.madvise(*words)
 
 
 def test_looking_into_holes_costs_nothing(ram):

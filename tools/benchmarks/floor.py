@@ -8,7 +8,7 @@ reused. What is kept is what the workload cannot do without: a dictionary of nam
 of absent names say so, an inode number for each, a size for each file, and the bytes themselves:
 
     MEMORY   |  file 1   |  file 2   |  …     a sparse file, mapped, a fixed piece for each file
-             first touch: pwrite; what is there already: one memcpy; a read: a view, not copied at all
+             a write is one copy (Ram.fill, Ram.overwrite); a read is a view, not copied at all
 
 so that what is read back is what was written. How far pkramfs is above this floor is what pkramfs costs.
 """
@@ -120,8 +120,9 @@ class Floor(pyfuse3.Operations):
         at, size = handle % PIECES * PIECE + offset, len(data)
         if offset + size > self.sizes[handle]:
             self.sizes[handle] = offset + size
-            return os.pwrite(self.ram.fd, data, at)
-        self.ram.bytes[at : at + size] = data
+            self.ram.fill(at, memoryview(data))
+        else:
+            self.ram.overwrite(at, memoryview(data))
         return size
 
     async def release(self, handle: int) -> None:
