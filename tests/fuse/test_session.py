@@ -1,6 +1,7 @@
 """Serving goes on when a request has vanished before it was read."""
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,20 @@ def test_what_fusermount3_says_is_passed_on(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(MachineError, match=part):
         module._mount_as_user(str(tmp_path), 0, False)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_root_has_the_kernel_read_a_whole_request_ahead(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, writable: bool
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(module, "_READ_AHEAD", f"{tmp_path}/{{}}:{{}}" if writable else f"{tmp_path}/none/{{}}:{{}}")
+    module._read_ahead(os.makedev(0, 77), 1 << 20)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == ([("0:77", "1024")] if writable else [])
+
+
+def test_users_leave_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(module, "_READ_AHEAD", f"{tmp_path}/{{}}:{{}}")
+    module._read_ahead(os.makedev(0, 77), 1 << 20)
+    assert not list(tmp_path.iterdir())

@@ -137,3 +137,31 @@ def test_small_cached_writes_are_not_asked_about(lab: Any) -> None:
     took = time.monotonic() - began
     os.close(fd)
     assert took < 0.3
+
+
+@pytest.mark.skipif(not ROOT, reason="only root may tell the kernel")
+def test_a_whole_request_is_read_ahead(lab: Any) -> None:
+    dev = lab.mount("one").stat().st_dev
+    path = f"/sys/class/bdi/{os.major(dev)}:{os.minor(dev)}/read_ahead_kb"
+    if not os.access(path, os.W_OK):
+        pytest.skip("/sys is not writable here")
+    with open(path, encoding="ascii") as file:
+        assert file.read().strip() == "1024"
+
+
+def test_verbs_are_heard_while_requests_never_cease(lab: Any) -> None:
+    """Requests follow each other without the scheduler; whoever else wants something has his turn all the same."""
+    mnt = lab.mount("one")
+    loop = "import itertools, os, sys\nfor n in itertools.count(): os.close(os.open(f'{sys.argv[1]}/{n % 9}', 65))"
+    clients = [subprocess.Popen([sys.executable, "-c", loop, str(mnt)]) for _ in range(3)]
+    try:
+        deadline = time.monotonic() + 20
+        while len(os.listdir(mnt)) < 9:
+            assert time.monotonic() < deadline
+        for _ in range(20):
+            assert lab.status(mnt)["name"] == "one"
+        assert all(client.poll() is None for client in clients)
+    finally:
+        for client in clients:
+            client.kill()
+            client.wait()
