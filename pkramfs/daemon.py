@@ -272,11 +272,18 @@ class Daemon:
         self.lock.write_entry(self._entry(self.session.dev))
         self.machine.log(f"pkramfs: {self.options.name or 'a tree'} mounted on {self.mountpoint}{self._what()}")
         self._starting.close()
-        self.reporter.send(ok="")
+        self.reporter.send(ok=f"{self.options.name}{self._off()}" if self._off() else "")
+
+    def _off(self) -> str:
+        """What who asked for pkram=NAME must be told where a plain tmpfs is all that there can be."""
+        if not self.options.name or self.kernel.info.pkram:
+            return ""
+        kind = "this is a crash kernel" if self.kernel.info.crash else "pkram=off"
+        return f": PKRAM is off in this kernel ({kind}): nothing of it can be preserved"
 
     def _what(self) -> str:
-        if self.options.name and not self.kernel.info.pkram:
-            return " (PKRAM is off in this kernel: nothing of it can be preserved)"
+        if self._off():
+            return self._off()
         if not self._restored:
             return ""
         counts = self.tree.counts()

@@ -38,8 +38,8 @@ def test_the_commands_say_so(switched_off):
     lab = switched_off
     status = lab.run("ctl", "status")
     assert status.returncode == 0 and "PKRAM is off" in status.stdout
-    assert json.loads(lab.run("ctl", "--json", "nodes").stdout) == []
-    for words in (["free", "--all"], ["verify"], ["inspect", "superblock"]):
+    assert json.loads(lab.run("ctl", "--json", "status").stdout)["nodes"] == []
+    for words in (["nodes"], ["free", "--all"], ["verify"], ["inspect", "superblock"]):
         done = lab.run("ctl", *words)
         assert done.returncode != 0 and "PKRAM is switched off" in done.stderr, done
         assert "Traceback" not in done.stderr
@@ -68,6 +68,8 @@ def test_a_mount_in_a_crash_kernel_is_a_plain_tmpfs(lab):
         assert done.returncode == 0, done
     path = lab.mount("one")
     (path / "dump").write_bytes(b"x" * 10_000)
-    assert "PKRAM is off in this kernel" in lab.dmesg()
+    assert "one mounted on" in lab.dmesg() and "PKRAM is off in this kernel (this is a crash kernel)" in lab.dmesg()
+    again = lab.helper(lab.dir("two"), "pkram=two")
+    assert again.stdout == "two: PKRAM is off in this kernel (this is a crash kernel): nothing of it can be preserved\n"
     done = lab.helper(path, "remount,preserve,ro")
     assert done.returncode != 0 and "PKRAM is switched off in this kernel" in done.stderr
