@@ -91,12 +91,13 @@ def _pfn_in(word: int) -> int:
 
 
 def _super_pfn(machine: "Machine") -> int:
-    """The running kernel's, or the one that a boot that is not finished was told."""
+    """The running kernel's; in a crash kernel the dead one's; or what a boot that is not finished was told."""
     from pkramfs.kernel import cmdline, nvram
 
     running = nodes.attached(machine)
     if running is not None:
-        return running.store.root()
+        dead = running.info.report.get("dead") or {}
+        return int(dead.get("super_pfn") or running.store.root())
     pending = nvram.pending(machine)
     pfn = cmdline.pkram_pfn(pending.cmdline) if pending else None
     if pfn is None:

@@ -1,8 +1,8 @@
 """pkramctl nodes and free: what is preserved, by name.
 
-    NODE            STATE            SIZE      PAGES
-    shmem-mytmpfs   mounted          2.0 GiB   524,288
-    shmem-other     preserved        4.0 MiB     1,024
+    NODE            STATE          SIZE      PAGES   RELOCATED   PFN
+    shmem-mytmpfs   mounted     2.0 GiB    524,288           0   3f8
+    shmem-other     preserved   4.0 MiB      1,024          12   4a10
 
 `free` takes the node's tree id the way a mount does, by its lock file, so that it cannot free what
 a mount is loading, saving or using; then it withdraws the node by one store, and what the tree had
@@ -90,7 +90,11 @@ def _unfinished(machine: "Machine") -> bool:
 
 def act_nodes(args: argparse.Namespace) -> None:
     """pkramctl nodes."""
-    found = listing(arguments.existing(args))
+    machine = arguments.existing(args)
+    running = attached(machine)
+    if running is not None:
+        running.store.root()  # ENODEV in words where PKRAM is off: no list is not an empty list
+    found = listing(machine)
     if arguments.wants_json(args):
         render.emit_json(found)
     else:
@@ -107,9 +111,13 @@ def show(found: list[dict[str, Any]]) -> None:
         Column("STATE"),
         Column("SIZE", figures=True),
         Column("PAGES", figures=True),
+        Column("RELOCATED", figures=True),
         Column("PFN", figures=True),
     ]
-    rows = [(n["name"], n["state"], format_size(n["bytes"]), f"{n['pages']:,}", format_pfn(n["pfn"])) for n in found]
+    rows = [
+        (n["name"], n["state"], format_size(n["bytes"]), f"{n['pages']:,}", f"{n['moved']:,}", format_pfn(n["pfn"]))
+        for n in found
+    ]
     render.table(columns, rows)
 
 

@@ -1,36 +1,80 @@
-"""pkramctl report: what the last boot found, reserved and lost, and where its time went.
+"""pkramctl report: what the last boot found, reserved, relocated and lost, and where its time went.
+
+    kernel     generation 2, kexec boot of builtin
+    found      2 nodes, 110 MiB in 3 ranges
+    lost       nothing
+
+    NODE           SIZE   RANGES   PAGES RELOCATED
+    shmem-one   100 MiB        2                12
+
+    NEXT KERNEL    PAGES      SIZE   COPIED AT MOST
+    bans          16,387    64 MiB        512 pages
+    scratch       34,816   136 MiB          nothing
 
 After every restart the first question is whether all data came back; this answers it on one page,
-from the report that boot left in kernel.json (`--json` gives that as it is).
+from the report that boot left in kernel.json (`--json` gives that as it is, and `ways`). In a crash
+kernel it tells what is known about the dead one. The last table is there while a kernel is loaded:
+what it costs in PKRAM's way and what it would cost in KHO's (kernel/ways.py).
 """
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
 from pkramfs.cli import arguments, render
-from pkramfs.errors import MachineError
-from pkramfs.units import PAGE_SIZE, format_size, plural
+from pkramfs.errors import MachineError, PkramfsError
+from pkramfs.units import PAGE_SIZE, format_pfn, format_size, plural
 
 if TYPE_CHECKING:
     from pkramfs.kernel.state import KernelInfo
+    from pkramfs.kernel.ways import Ways
+    from pkramfs.machine.directory import Machine
+
+_DYING_WORDS = 10
+"""Lines of a dead kernel's log that are shown; `--json` has more."""
 
 
 def show(args: argparse.Namespace) -> None:
     """Print the report of the running kernel."""
     from pkramfs.kernel import state
 
-    info = state.read(arguments.existing(args), any_layout=True)
+    machine = arguments.existing(args)
+    info = state.read(machine, any_layout=True)
     if info is None:
         raise MachineError("no kernel is running, so there is no boot to report")
+    costs = _ways_now(machine)
     if arguments.wants_json(args):
-        render.emit_json(info.report)
+        render.emit_json(info.report | {"ways": costs.to_json() if costs else None})
         return
-    render.fields(_summary(info))
     report = info.report
+    render.fields([*_summary(info), *_dead(report.get("dead") or {})])
     nodes = [[n["name"], _pages(n["pages"]), n["ranges"], n.get("moved", 0)] for n in report.get("nodes") or []]
     _table("NODE", nodes, "RANGES", "PAGES RELOCATED")
     _numa(report.get("numa") or {})
     _phases(report.get("phases") or {})
+    _lines("LOADED SEGMENT", report.get("segments") or [])
+    if costs:
+        _costs(costs)
+    _lines("LAST WORDS OF THE DEAD KERNEL", (report.get("dead") or {}).get("dmesg", [])[-_DYING_WORDS:])
+
+
+def ways(machine: "Machine") -> "Ways | None":
+    """What the loaded kernel costs with bans and with scratch; None where none is loaded or PKRAM is off."""
+    from pkramfs.kernel import running, staging
+    from pkramfs.kernel.ways import compare
+
+    kernel, loaded = running.look(machine, any_layout=True), staging.read(machine)
+    if loaded is None or not kernel.info.pkram:
+        return None
+    return compare(kernel, loaded, kernel.store.preserved())
+
+
+def _ways_now(machine: "Machine") -> "Ways | None":
+    """The same, for people who came for the report of the last boot: damage of now must not hide that."""
+    try:
+        return ways(machine)
+    except PkramfsError as error:
+        arguments.warn("pkramctl", f"what the loaded kernel costs cannot be told: {error}")
+        return None
 
 
 def _summary(info: "KernelInfo") -> list[tuple[str, Any]]:
@@ -42,12 +86,27 @@ def _summary(info: "KernelInfo") -> list[tuple[str, Any]]:
     slots = report.get("kaslr_slots")
     return [
         ("kernel", f"generation {info.generation}, {info.kind} boot of {info.image}"),
-        ("cmdline", report.get("cmdline")),
+        ("cmdline", report.get("cmdline") or "(empty)"),
         ("found", found if nodes else "nothing preserved"),
-        ("lost", ", ".join(f"{node['name']} ({_pages(node['pages'])})" for node in lost) or "nothing"),
+        ("lost", ", ".join(f"{node['name']}{_lost_size(node['pages'])}" for node in lost) or "nothing"),
         ("reserved", ", ".join(f"{name} {format_size(size)}" for name, size in reserved.items()) or None),
-        ("placed", f"in one of {slots:,} slots" if slots else None),
-        *((f"segment{number or ''}", text) for number, text in enumerate(report.get("segments") or [])),
+        ("placed", f"in one of {plural(slots, 'slot')}" if slots else "without KASLR"),
+    ]
+
+
+def _lost_size(count: int) -> str:
+    return f" ({_pages(count)})" if count else ""  # nobody counts the pages of what was never preserved
+
+
+def _dead(dead: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What a crash kernel knows about the one whose memory it finds."""
+    if not dead:
+        return []
+    where = f"super block at pfn {format_pfn(dead['super_pfn'])}" if dead["super_pfn"] else "PKRAM was off"
+    return [
+        ("died", f"generation {dead['generation']}, {where}, lease table at pfn {format_pfn(dead['lease_table_pfn'])}"),
+        ("its line", dead["cmdline"]),
+        ("read it", "pkramctl inspect superblock, then any record by its pfn; leave with pkram-kexec --cold"),
     ]
 
 
@@ -60,6 +119,22 @@ def _table(title: str, rows: list[list[Any]], *figures: str) -> None:
         print()
         columns = [render.Column(title), render.Column("SIZE", True), *(render.Column(f, True) for f in figures)]
         render.table(columns, rows)
+
+
+def _lines(title: str, lines: list[str]) -> None:
+    if lines:
+        print()
+        render.table([render.Column(title)], [[line] for line in lines])
+
+
+def _costs(costs: "Ways") -> None:
+    print()
+    names = [render.Column("NEXT KERNEL"), *(render.Column(n, True) for n in ("PAGES", "SIZE", "COPIED AT MOST"))]
+    bans = ["bans", f"{costs.banned:,}", _pages(costs.banned), plural(costs.copies, "page")]
+    scratch = ["scratch", f"{costs.aside:,}", _pages(costs.aside), "nothing"]
+    render.table(names, [bans, scratch])
+    for line in costs.describe():
+        print(render.printable(line))
 
 
 def _numa(nodes: dict[str, dict[str, int]]) -> None:

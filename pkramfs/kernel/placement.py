@@ -116,7 +116,8 @@ def place(hardware: FirmwareMap, boot: Pending, preserved: Spans) -> Placement:
     outside.reserve_pages(destinations(boot.segments))
     crash = _reserve(outside, boot, "crashkernel", None)
     inside = _inside(scratch, boot) if scratch else outside
-    kernel, slots = _place_kernel(boot, inside, preserved, hardware.seed)
+    enough = scratch_pages(boot, block_count(hardware)) if scratch else 0
+    kernel, slots = _place_kernel(boot, inside, preserved, hardware.seed, enough)
     for room in (inside, outside):
         room.reserve_pages(Spans([kernel]))
     table = _place_table(block_count(hardware), usable, inside, outside)
@@ -173,8 +174,19 @@ def _reserve(room: Memblock, boot: Pending, name: str, kept: Range | None) -> Ra
     return found
 
 
-def _place_kernel(boot: Pending, room: Memblock, preserved: Spans, seed: int) -> tuple[Range, int]:
-    """The kernel's place: in place or preferred without KASLR, else a random slot."""
+def scratch_pages(boot: Pending, blocks: int) -> int:
+    """The scratch in which this kernel always has room: where it is loaded, where it runs, and its table."""
+    align = max(BLOCK_PAGES, boot.image.align // PAGE_SIZE)
+    runs = round_up(pages(boot.image.init_size), align)
+    lies = sum(round_up(s.pages, max(BLOCK_PAGES, s.align)) for s in boot.segments)
+    return runs + lies + round_up(pages(blocks * 8), BLOCK_PAGES)
+
+
+def _place_kernel(boot: Pending, room: Memblock, preserved: Spans, seed: int, scratch: int) -> tuple[Range, int]:
+    """The kernel's place: in place or preferred without KASLR, else a random slot.
+
+    `scratch` is how many pages of scratch would be enough, where that is where it goes.
+    """
     image, size = boot.image, pages(boot.image.init_size)
     if not image.relocatable or words.has(boot.cmdline, "nokaslr"):
         return _place_fixed(boot.segments, image, room, preserved), 0
@@ -185,11 +197,12 @@ def _place_kernel(boot: Pending, room: Memblock, preserved: Spans, seed: int) ->
     slots = kaslr.find_slots(free, round_up(size, BLOCK_PAGES), align, minimum=low)
     at = kaslr.choose(slots, seed, boot.generation)
     if at is None:
+        what = f"KASLR: no slot for a kernel of {format_size(size * PAGE_SIZE)} in "
+        if scratch:
+            said, enough = words.get(boot.cmdline, "scratch"), scratch * PAGE_SIZE // MIB
+            raise ExhaustedError(f"{what}scratch={said}: scratch={enough}M is enough")
         where = "; append nokaslr to run it where it is loaded" if boot.segments else ""
-        raise ExhaustedError(
-            f"KASLR: no slot for a kernel of {format_size(size * PAGE_SIZE)} "
-            f"in {plural(len(free), 'free range')}{where}"
-        )
+        raise ExhaustedError(f"{what}{plural(len(free), 'free range')}{where}")
     return (at, at + size), slots.total
 
 

@@ -11,9 +11,11 @@ The comparison is of now: the loaded kernel, what is preserved, and what trees h
 Kernel: patches 15, 16 and 21; kernel/liveupdate/kexec_handover.c (scratch areas)
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from pkramfs.errors import ExhaustedError
+from pkramfs.kernel import cmdline as words
 from pkramfs.kernel import nvram, placement
 from pkramfs.kernel.nvram import Pending
 from pkramfs.kernel.running import Running
@@ -21,12 +23,12 @@ from pkramfs.kernel.segments import destinations
 from pkramfs.kernel.staging import Loaded
 from pkramfs.kernel.state import LAYOUT
 from pkramfs.spans import Spans
-from pkramfs.units import BLOCK_PAGES, PAGE_SIZE, format_size, pages, plural, round_up
+from pkramfs.units import BLOCK_PAGES, PAGE_SIZE, format_size, plural
 
 
 @dataclass(frozen=True)
 class Ways:
-    """Figures in pages; slots are KASLR's, with what is preserved and without."""
+    """Figures in pages; slots are KASLR's without scratch, beside what is preserved and on an empty machine."""
 
     banned: int
     conflicting: int
@@ -36,50 +38,65 @@ class Ways:
     aside: int
     aside_now: int
 
+    @property
+    def copies(self) -> int:
+        """Pages that bans would have copied at most: scratch copies none."""
+        return self.conflicting + self.at_risk
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs: the figures, and what each way withholds and copies, in pages and bytes."""
+        bans = {"pages": self.banned, "bytes": self.banned * PAGE_SIZE}
+        scratch = {"pages": self.aside, "bytes": self.aside * PAGE_SIZE}
+        return {
+            "bans": bans | {"copies": self.copies, "copied_bytes": self.copies * PAGE_SIZE},
+            "scratch": scratch | {"copies": 0, "copied_bytes": 0},
+            "figures": asdict(self),
+        }
+
     def describe(self) -> list[str]:
         """Both ways for people."""
         gone = self.slots_without - self.slots
         now = f" (set aside now: {_size(self.aside_now)})" if self.aside_now else ""
         return [
             f"bans: {plural(self.banned, 'page')} ({_size(self.banned)}) may not be preserved in place: "
-            f"{self.conflicting} are preserved there now, up to {self.at_risk} that trees hold would be copied; "
-            f"preserved ranges take {gone} of {plural(self.slots_without, 'KASLR slot')}",
-            f"scratch: {_size(self.aside)} set aside for ever (scratch={self.aside * PAGE_SIZE >> 20}M){now}, "
-            "nothing copied, no conflict",
+            f"{self.conflicting:,} are preserved there now, up to {self.at_risk:,} that trees hold would be copied; "
+            f"preserved ranges take {gone:,} of {plural(self.slots_without, 'KASLR slot')}",
+            f"scratch: {plural(self.aside, 'page')} ({_size(self.aside)}) set aside for ever "
+            f"(scratch={self.aside * PAGE_SIZE >> 20}M){now}, nothing copied, no conflict",
         ]
 
 
 def compare(kernel: Running, loaded: Loaded, preserved: Spans) -> Ways:
     """What the loaded kernel costs in either way, on this machine now."""
     banned = destinations(loaded.segments)
-    at_risk = 0
-    if kernel.info.layout == LAYOUT:
-        at_risk = kernel.leases.counts_in({0: banned.outward(BLOCK_PAGES)})[0]["tree"] * BLOCK_PAGES
     scratch = kernel.info.reserved.get("Scratch", (0, 0))
     return Ways(
         banned=banned.total,
         conflicting=(banned & preserved).total,
-        at_risk=min(at_risk, banned.total),
+        at_risk=_at_risk(kernel, banned - preserved),
         slots=_slots(kernel, loaded, preserved),
         slots_without=_slots(kernel, loaded, Spans()),
-        aside=scratch_pages(loaded, kernel.info.blocks),
+        aside=placement.scratch_pages(_boot(kernel, loaded), kernel.info.blocks),
         aside_now=scratch[1] - scratch[0],
     )
 
 
-def scratch_pages(loaded: Loaded, blocks: int) -> int:
-    """The slice in which this kernel always has room: where it is loaded, where it runs, and its table."""
-    align = max(BLOCK_PAGES, loaded.image.align // PAGE_SIZE)
-    runs = round_up(pages(loaded.image.init_size), align)
-    lies = sum(round_up(s.pages, max(BLOCK_PAGES, s.align)) for s in loaded.segments)
-    return runs + lies + round_up(pages(blocks * 8), BLOCK_PAGES)
+def _at_risk(kernel: Running, banned: Spans) -> int:
+    """Pages of trees' blocks in destinations, at most: a block need not be full."""
+    if kernel.info.layout != LAYOUT:
+        return 0
+    return (kernel.leases.trees().scale(BLOCK_PAGES) & banned).total
+
+
+def _boot(kernel: Running, loaded: Loaded) -> Pending:
+    """The boot of the loaded kernel as it would be without scratch."""
+    cmdline = words.remove(loaded.cmdline, "scratch")
+    return Pending(nvram.KEXEC, kernel.generation + 1, cmdline, loaded.image, loaded.segments)
 
 
 def _slots(kernel: Running, loaded: Loaded, preserved: Spans) -> int:
-    boot = Pending(nvram.KEXEC, kernel.generation + 1, loaded.cmdline, loaded.image, loaded.segments)
-    boot = replace(boot, scratch=kernel.info.reserved.get("Scratch"))
     try:
-        return placement.place(kernel.machine.hardware(), boot, preserved).slots
+        return placement.place(kernel.machine.hardware(), _boot(kernel, loaded), preserved).slots
     except ExhaustedError:
         return 0
 

@@ -76,6 +76,10 @@ class Leases:
         """Blocks that one owner holds."""
         return self._where(lambda words: words == np.uint64(tree_id))
 
+    def trees(self) -> Spans:
+        """Blocks that trees hold, whichever."""
+        return self._where(lambda words: words >= FIRST_TREE_ID)
+
     def tree_ids(self) -> set[int]:
         """Every tree id that holds a block."""
         found: set[int] = set()
@@ -84,12 +88,12 @@ class Leases:
         return {owner for owner in found if owner >= FIRST_TREE_ID}
 
     def counts_in(self, parts: dict[int, Spans]) -> dict[int, dict[str, int]]:
-        """Blocks of each part by who has them: free, tree, kernel (whatever else is not free)."""
-        taken, trees = self.taken(), self._where(lambda words: words >= FIRST_TREE_ID)
+        """Blocks of each part by who has them: free, tree, kernel; holes are not counted."""
+        taken, trees, holes = self.taken(), self.trees(), self._where(lambda words: words == HOLE)
         found = {}
         for part, blocks in parts.items():
-            owned, leased = (taken & blocks).total, (trees & blocks).total
-            found[part] = {"free": blocks.total - owned, "tree": leased, "kernel": owned - leased}
+            owned, leased, absent = ((spans & blocks).total for spans in (taken, trees, holes))
+            found[part] = {"free": blocks.total - owned, "tree": leased, "kernel": owned - leased - absent}
         return found
 
     def counts(self) -> dict[str, int]:

@@ -64,7 +64,7 @@ class Store:
     def root(self) -> int:
         """The super block's pfn; PkramError (ENODEV) if PKRAM is off."""
         if self.super_pfn is None:
-            raise PkramError("PKRAM is switched off in this kernel", errno.ENODEV)
+            raise PkramError("no such device: PKRAM is switched off in this kernel", errno.ENODEV)
         return self.super_pfn
 
     # -- what is there ---------------------------------------------------------------------------

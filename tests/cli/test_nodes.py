@@ -72,10 +72,10 @@ def test_a_kexec_that_would_lose_a_node_is_refused(machine, ctl, kexec):
     save(machine, b"one").release()
     status, _, err = kexec("-l", "builtin:2M", "--append=quiet")
     assert status == 0
-    assert err.startswith("pkram-kexec: warning: 1 node, ")
+    assert err.startswith("pkram-kexec: warning: 1 node (one), ")
     status, out, err = kexec("-e", "--dry-run")
     assert status == 6
-    assert "refused: 1 node" in out
+    assert "refused: 1 node (one), " in out
     status, _, err = kexec("-e")
     assert status == 6
     assert "append pkram=" in err

@@ -48,7 +48,7 @@ def test_pkram_is_off(lab: Any) -> None:
         dead.store.nodes()
     assert caught.value.errno == errno.ENODEV
     assert dead.sweep() == 0
-    with pytest.raises(PkramError):
+    with pytest.raises(MachineError, match=r"a crash kernel is running: leave it with pkram-kexec --cold"):
         lab.load(append="pkram=0")
     with pytest.raises(MachineError, match="no crash kernel is loaded"):
         panic(lab)
