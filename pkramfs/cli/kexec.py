@@ -28,14 +28,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, mounts, render
+from pkramfs.cli import arguments, mounts, render, report
 from pkramfs.cli.arguments import complain, need
 from pkramfs.errors import MachineError, NotPreservedError, PkramfsError
 from pkramfs.units import format_size
 
 if TYPE_CHECKING:
     from pkramfs.cli.mounts import Mounts, Seen
-    from pkramfs.kernel.kexec import Plan
+    from pkramfs.kernel.kexec import Operation, Plan
     from pkramfs.kernel.staging import Loaded
     from pkramfs.machine.directory import Machine
 
@@ -193,7 +193,8 @@ def _line(loaded: "Loaded") -> str:
     size = format_size(sum(segment.size for segment in loaded.segments))
     image = loaded.image
     version = f" {image.version}" if image.version else ""
-    return f"{render.printable(image.name)}{version} ({image.kind}), {size}, by {loaded.mode}"
+    how = "into crashkernel=" if loaded.mode == "crash" else f"by {loaded.mode}"
+    return f"{render.printable(image.name)}{version} ({image.kind}), {size}, {how}"
 
 
 def _unload(args: argparse.Namespace, machine: "Machine") -> None:
@@ -215,12 +216,12 @@ def _load(args: argparse.Namespace, machine: "Machine") -> None:
         image = load_image(args.image)
         print(f"load {image.name} {image.version} ({image.kind}), which wants {format_size(image.init_size)}")
         return
-    report = loading.load(machine, _request(args), panic=args.load_panic)
-    for warning in report.warnings:
+    done = loading.load(machine, _request(args), panic=args.load_panic)
+    for warning in done.warnings:
         arguments.warn(PROGRAM, warning)
     if args.verbose:
-        print(f"loaded {_line(report.loaded)}")
-        for segment in report.loaded.segments:
+        print(f"loaded {_line(done.loaded)}")
+        for segment in done.loaded.segments:
             print(f"  {segment.describe()}")
 
 
@@ -248,19 +249,10 @@ def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
     plan = kexec.plan(machine, reports, force=args.force, poison=args.poison, remount=_to_remount(args, seen))
     for line in plan.describe():
         print(render.printable(line))
-    for line in [*_noticed(seen), *(_ways(machine) if args.verbose else [])]:
+    ways = report.ways(machine) if args.verbose else None
+    for line in [*_noticed(seen), *(ways.describe() if ways else [])]:
         print(render.printable(line))
     return plan.problems[0].exit_status if plan.problems else 0
-
-
-def _ways(machine: "Machine") -> list[str]:
-    """What bans and relocation cost here, and what scratch would."""
-    from pkramfs.kernel import running, staging, ways
-
-    kernel, loaded = running.look(machine, any_layout=True), staging.read(machine)
-    if loaded is None or not kernel.info.pkram:
-        return []
-    return ways.compare(kernel, loaded, kernel.store.preserved()).describe()
 
 
 def _noticed(seen: "Sequence[Seen]") -> list[str]:
@@ -337,7 +329,15 @@ def _refuse(machine: "Machine", plan: "Plan") -> int:
 def _perform(args: argparse.Namespace, plan: "Plan") -> None:
     for warning in plan.warnings:
         arguments.warn(PROGRAM, render.printable(warning))
-    plan.execute(lambda step: print(render.printable(step.describe()), flush=True) if args.verbose else None)
+    for line in plan.relocations if args.verbose else []:
+        print(render.printable(line))
+    plan.execute(_tell if args.verbose else lambda _: None)
+
+
+def _tell(step: "Operation") -> None:
+    """A step that is about to be done."""
+    for line in step.lines():
+        print(render.printable(line), flush=True)
 
 
 def _undo(machine: "Machine", going: "Mounts", remount: list[dict[str, Any]]) -> None:

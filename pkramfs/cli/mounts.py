@@ -60,6 +60,7 @@ class Seen(NamedTuple):
             preserved=preserved,
             files=int(status.get("files", 0)),
             reason="" if preserved else self.silence or _why_not(self),
+            tree_id=self.entry.tree_id,
         )
 
 

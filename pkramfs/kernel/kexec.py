@@ -5,7 +5,9 @@ Loading (`load`) stages the next kernel's segments in kexec/ and decides their d
 if it does not, a kernel loaded with -s is simply loaded elsewhere when it is executed, and one
 loaded with -c is refused.
 
-A Plan is a list of operations, each with describe() and execute(). The order of a kexec:
+A Plan is a list of operations, each with describe(), details() and execute(), and what there is to
+know before: refusals, losses, pages that were or will be relocated and whose. What a dry run prints
+is the object that `-e` executes. The order of a kexec:
 
      caller   lock the machine exclusively; freeze every mount, flushed; ask what each has preserved
      plan     refuse: mounts not preserved, nodes that pkram= would lose, no room for the next kernel
@@ -28,10 +30,11 @@ Kernel: kernel/kexec_core.c (kernel_kexec), kernel/kexec_file.c, kernel/kexec.c,
         (pkram_reboot), patches 7, 10 and 15 to 18
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -43,10 +46,11 @@ from pkramfs.kernel.nvram import NodePages, Pending
 from pkramfs.kernel.running import Running
 from pkramfs.kernel.segments import conflicts, destinations
 from pkramfs.kernel.staging import FILE_MODE, Loaded
+from pkramfs.kernel.state import LAYOUT
 from pkramfs.machine.directory import Machine
 from pkramfs.pkram import regions, superblock
 from pkramfs.spans import U64, Spans
-from pkramfs.units import PAGE_SIZE, format_pfn, format_size, plural
+from pkramfs.units import BLOCK_PAGES, PAGE_SIZE, format_pfn, format_size, plural
 
 _BOOT_SECONDS, _COPY_RATE = 0.35, 1e9
 """What a boot takes without segments (a fresh interpreter, mostly), and bytes copied and summed a second."""
@@ -61,14 +65,28 @@ class MountReport:
     preserved: bool
     files: int
     reason: str = ""
+    tree_id: int = 0
+    """Whose page blocks hold its pages; 0 where nobody knows."""
 
 
-class Operation(Protocol):
+class Operation(ABC):
     """One step of a plan."""
 
-    def describe(self) -> str: ...
+    @abstractmethod
+    def describe(self) -> str:
+        """The step in one line."""
 
-    def execute(self) -> None: ...
+    def details(self) -> list[str]:
+        """What belongs to the step: one line for each piece."""
+        return []
+
+    def lines(self) -> list[str]:
+        """The step for people, what belongs to it indented."""
+        return [self.describe(), *(f"  {detail}" for detail in self.details())]
+
+    @abstractmethod
+    def execute(self) -> None:
+        """Do it. Whoever dies here leaves what the table above says."""
 
 
 @dataclass
@@ -77,6 +95,8 @@ class Plan:
 
     problems: list[PkramfsError]
     warnings: list[str]
+    relocations: list[str]
+    """Pages that lie, or lay, where the loaded kernel will be copied, and whose."""
     operations: list[Operation]
     pause: float
     """Predicted seconds from the first operation to the running kernel."""
@@ -86,7 +106,8 @@ class Plan:
         return [
             *(f"refused: {problem}" for problem in self.problems),
             *(f"warning: {warning}" for warning in self.warnings),
-            *(operation.describe() for operation in self.operations),
+            *self.relocations,
+            *(line for operation in self.operations for line in operation.lines()),
             f"predicted pause: {self.pause:.1f} s",
         ]
 
@@ -165,8 +186,7 @@ def plan(
     mount daemons; `remount` is what nvram.json's list of mounts will be.
     """
     kernel = running.look(machine, any_layout=True)
-    if kernel.info.crash:
-        raise MachineError("a crash kernel is running: leave it with pkram-kexec --cold")
+    loading.refuse_crash(kernel)
     loaded = staging.read(machine)
     if loaded is None:
         raise MachineError("no kernel is loaded: pkram-kexec -l IMAGE")
@@ -180,7 +200,8 @@ def plan(
             problems.append(refusal)
     problems += _impossible(going)
     size = sum(s.size for s in loaded.segments)
-    return Plan(problems, warnings, _operations(going, mounts, stop), _BOOT_SECONDS + size / _COPY_RATE)
+    pause = _BOOT_SECONDS + size / _COPY_RATE
+    return Plan(problems, warnings, _relocations(going, mounts), _operations(going, mounts, stop), pause)
 
 
 def _operations(going: Transition, mounts: Sequence[MountReport], stop: Callable[[], None]) -> list[Operation]:
@@ -216,6 +237,27 @@ def _names_current(going: Transition) -> bool:
     return words.pkram_pfn(going.loaded.cmdline) == going.kernel.info.super_pfn
 
 
+def _relocations(going: Transition, mounts: Sequence[MountReport]) -> list[str]:
+    """Whose pages lie in a destination: copied when they were preserved, or to be copied when they are."""
+    found = [
+        f"relocated when it was preserved: {plural(node.moved, 'page')} of node {node.name}"
+        for node in going.nodes
+        if node.moved
+    ]
+    if going.force or going.kernel.info.layout != LAYOUT:
+        return found
+    banned = destinations(going.loaded.segments)
+    for mount in mounts:
+        if not mount.preserved and mount.name and mount.tree_id:
+            leased = going.kernel.leases.blocks_of(mount.tree_id).scale(BLOCK_PAGES)
+            if count := (leased & banned).total:
+                found.append(
+                    f"to be relocated when it is preserved: up to {plural(count, 'page')} "
+                    f"of {mount.mountpoint} ({mount.name})"
+                )
+    return found
+
+
 def _impossible(going: Transition) -> list[PkramfsError]:
     """What force cannot help: destinations that would destroy what crosses, no room for the next kernel."""
     blocking = loading.blocking(going.loaded, going.preserved)
@@ -231,7 +273,7 @@ def _impossible(going: Transition) -> list[PkramfsError]:
 
 
 @dataclass
-class StopMounts:
+class StopMounts(Operation):
     """1: the daemons detach and end."""
 
     mounts: Sequence[MountReport]
@@ -245,32 +287,44 @@ class StopMounts:
 
 
 @dataclass
-class LoadElsewhere:
+class LoadElsewhere(Operation):
     """2: pages were preserved where the kernel was to be copied; -s leaves the place to us."""
 
     going: Transition
 
     def describe(self) -> str:
         blocked = loading.blocking(self.going.loaded, self.going.preserved)
-        return f"load again elsewhere: {plural(blocked.total, 'preserved page')} lie in a destination"
+        return f"load again elsewhere: {plural(blocked.total, 'preserved page')} in the way"
+
+    def details(self) -> list[str]:
+        going, banned = self.going, destinations(self.going.loaded.segments)
+        counts = {who: (banned & pages).total for who, pages in loading.owners(going.kernel, going.nodes).items()}
+        return [f"{plural(count, 'page')} of {who}" for who, count in counts.items() if count]
 
     def execute(self) -> None:
         going = self.going
+        for line in [self.describe(), *self.details()]:
+            going.machine.log(f"kexec: {line}")
         moved = loading.elsewhere(going.kernel, going.loaded, going.preserved)
         going.loaded = loading.restage(going.machine, moved)
 
 
 @dataclass
-class WriteRegions:
+class WriteRegions(Operation):
     """3: the list of preserved ranges that the next kernel reads before it has any allocator."""
 
     going: Transition
 
     def describe(self) -> str:
         nodes = self.going.nodes
-        pages = sum(n.spans.total for n in nodes)
-        names = ", ".join(n.name for n in nodes)
-        return f"hand over {plural(len(nodes), 'node')} ({names}): {format_size(pages * PAGE_SIZE)}"
+        return f"hand over {plural(len(nodes), 'node')}, {format_size(sum(n.spans.total for n in nodes) * PAGE_SIZE)}"
+
+    def details(self) -> list[str]:
+        return [
+            f"{n.name}: {plural(n.spans.total, 'page')} ({format_size(n.spans.total * PAGE_SIZE)}) in "
+            f"{plural(len(n.spans), 'range')}"
+            for n in self.going.nodes
+        ]
 
     def execute(self) -> None:
         going, info, ram = self.going, self.going.kernel.info, self.going.kernel.ram
@@ -297,7 +351,7 @@ class _Reserve:
 
 
 @dataclass
-class Verify:
+class Verify(Operation):
     """4: read what crosses as boot will, and find room for the next kernel, while we still can refuse."""
 
     going: Transition
@@ -319,7 +373,7 @@ class Verify:
 
 
 @dataclass
-class DecideBoot:
+class DecideBoot(Operation):
     """5: from now on a boot is pending, but this kernel still lives."""
 
     going: Transition
@@ -333,7 +387,7 @@ class DecideBoot:
 
 
 @dataclass
-class PointOfNoReturn:
+class PointOfNoReturn(Operation):
     """The running kernel is no more."""
 
     going: Transition
@@ -348,20 +402,23 @@ class PointOfNoReturn:
 
 
 @dataclass
-class Boot:
+class Boot(Operation):
     """6 and 7: segments into RAM, then a process that knows nothing else."""
 
     going: Transition
 
     def describe(self) -> str:
-        return "boot: " + "; ".join(s.describe() for s in self.going.loaded.segments)
+        return f"copy {plural(len(self.going.loaded.segments), 'segment')} and boot"
+
+    def details(self) -> list[str]:
+        return [segment.describe() for segment in self.going.loaded.segments]
 
     def execute(self) -> None:
         running.resume(self.going.machine)
 
 
 @dataclass
-class TakeOver:
+class TakeOver(Operation):
     """8: the new kernel's first act."""
 
     going: Transition

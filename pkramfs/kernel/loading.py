@@ -32,6 +32,8 @@ from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, format_pfn, format
 
 UserSegment = tuple[str, int]
 """A file and the address at which the user wants it."""
+_MOST_NAMED = 10
+"""Nodes that one line names."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def load(machine: Machine, request: Request, *, panic: bool = False) -> Report:
     """Load a kernel for the next -e, or as crash kernel. Takes the machine lock."""
     image = load_image(request.image)
     with running.exclusively(machine) as kernel, Stage(machine) as stage:
+        refuse_crash(kernel)
         cmdline = compose_cmdline(kernel, request)
         segments = _stage(stage, image, request, cmdline)
         nodes = preserved_nodes(kernel)
@@ -72,6 +75,12 @@ def load(machine: Machine, request: Request, *, panic: bool = False) -> Report:
             return Report(loaded)
         staging.write(machine, loaded)
         return Report(loaded, _warnings(kernel, loaded, nodes))
+
+
+def refuse_crash(kernel: Running) -> None:
+    """MachineError in a crash kernel: it is there to look at the dead one, and kexecs nothing."""
+    if kernel.info.crash:
+        raise MachineError("a crash kernel is running: leave it with pkram-kexec --cold")
 
 
 def unload(machine: Machine, *, panic: bool = False) -> bool:
@@ -137,8 +146,8 @@ def _place_in(room: Spans, segments: list[Segment]) -> list[Segment]:
 
 
 def preserved_nodes(kernel: Running) -> list[IncomingNode]:
-    """What is preserved: nothing where PKRAM was switched off. PkramError (ENODEV) in a crash kernel."""
-    return incoming.node_list(kernel.store) if kernel.info.pkram or kernel.info.crash else []
+    """What is preserved: nothing where PKRAM was switched off."""
+    return incoming.node_list(kernel.store) if kernel.info.pkram else []
 
 
 def owners(kernel: Running, nodes: list[IncomingNode]) -> dict[str, Spans]:
@@ -185,10 +194,11 @@ def _warnings(kernel: Running, loaded: Loaded, nodes: list[IncomingNode]) -> lis
 
 def loss(nodes: list[IncomingNode], cmdline: str, super_pfn: int) -> str:
     """What a wrong command line would cost, and the remedy."""
+    names = ", ".join([n.name for n in nodes[:_MOST_NAMED]] + ["…"] * (len(nodes) > _MOST_NAMED))
     size = format_size(sum(n.spans.total for n in nodes) * PAGE_SIZE)
     said = words.get(cmdline, "pkram")
     wrong = f"the loaded command line says pkram={said}, " if said else ""
-    return f"{plural(len(nodes), 'node')}, {size} would be lost: {wrong}append pkram={format_pfn(super_pfn)}"
+    return f"{plural(len(nodes), 'node')} ({names}), {size} would be lost: {wrong}append pkram={format_pfn(super_pfn)}"
 
 
 def blocking(loaded: Loaded, preserved: Spans) -> Spans:

@@ -17,7 +17,7 @@ Kernel: include/linux/kexec.h (struct kexec_segment), kernel/kexec_file.c (locat
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from pkramfs.errors import ConflictError, ExhaustedError
@@ -26,6 +26,9 @@ from pkramfs.units import MIB, PAGE_SHIFT, PAGE_SIZE, format_size, pages, plural
 
 LOWEST_PFN = MIB >> PAGE_SHIFT
 """Nothing is placed in the first MiB, which firmware and old hardware think is theirs."""
+
+_MOST_SHOWN = 20
+"""Ranges of one owner that a refusal lists: a tree may have a hundred thousand."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,17 @@ class Segment:
     align: int = 1
     pfn: int = 0
     sha256: str = ""
+    source: str = ""
+    """What the user called it: a path, `builtin`; empty for what is made while loading."""
 
     @property
     def end(self) -> int:
         return self.pfn + self.pages
 
     def describe(self) -> str:
-        return (
-            f"{self.name}: {format_size(self.size)} to {self.pfn << PAGE_SHIFT:#x}-{(self.end << PAGE_SHIFT) - 1:#x} "
-            f"(pfn {self.pfn:x}, {plural(self.pages, 'page')})"
-        )
+        what = f"{self.name} ({self.source or 'made by the loader'}): {format_size(self.size)}"
+        where = f"{self.pfn << PAGE_SHIFT:#x}-{(self.end << PAGE_SHIFT) - 1:#x}"
+        return f"{what} to {where} (pfn {self.pfn:x}, {plural(self.pages, 'page')})"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -117,13 +121,20 @@ def check_destinations(segments: Sequence[Segment], usable: Spans, owners: dict[
 
 
 def conflicts(segments: Iterable[Segment], owners: dict[str, Spans]) -> list[str]:
-    """One line for every range of somebody's pages that lies in a destination."""
+    """One line for every range of somebody's pages that lies in a destination, the first of many."""
     found = []
     for segment in segments:
         for owner, spans in owners.items():
-            for start, end in Spans([(segment.pfn, segment.end)]) & spans:
+            hit = Spans([(segment.pfn, segment.end)]) & spans
+            for start, end in islice(hit, _MOST_SHOWN):
                 where = f"{start << PAGE_SHIFT:#x}-{(end << PAGE_SHIFT) - 1:#x} ({plural(end - start, 'page')})"
                 found.append(f"{segment.name} at {segment.pfn << PAGE_SHIFT:#x}: {where} belongs to {owner}")
+            if len(hit) > _MOST_SHOWN:
+                rest = plural(len(hit) - _MOST_SHOWN, "more range")
+                found.append(
+                    f"{segment.name} at {segment.pfn << PAGE_SHIFT:#x}: {rest} of {owner}, "
+                    f"{plural(hit.total, 'page')} in all"
+                )
     return found
 
 

@@ -134,7 +134,8 @@ class Stage:
                 out.write(data)
             out.truncate(image.size)
         pfn = 0 if image.relocatable else image.preferred >> PAGE_SHIFT
-        return self._segment("kernel", file, page_count(image.init_size), max(1, image.align >> PAGE_SHIFT), pfn)
+        align, source = max(1, image.align >> PAGE_SHIFT), image.path or image.name
+        return self._segment("kernel", file, page_count(image.init_size), align, pfn, source)
 
     def copy(self, name: str, path: str, pfn: int = 0) -> Segment:
         """A file of the user's, as it is."""
@@ -145,7 +146,7 @@ class Stage:
                     out.write(data)
         except OSError as error:
             raise UsageError(f"cannot load the {name} from {explain(error)}") from None
-        return self._segment(name, file, 0, 1, pfn)
+        return self._segment(name, file, 0, 1, pfn, path)
 
     def data(self, name: str, data: bytes, pages: int = 0) -> Segment:
         """Bytes that we made."""
@@ -160,11 +161,11 @@ class Stage:
             self._written.append(file)
         return file
 
-    def _segment(self, name: str, file: str, pages: int, align: int, pfn: int) -> Segment:
+    def _segment(self, name: str, file: str, pages: int, align: int, pfn: int, source: str = "") -> Segment:
         with open(os.path.join(self._directory, file), "rb") as staged:
             size = os.fstat(staged.fileno()).st_size
             digest = hashlib.file_digest(staged, "sha256").hexdigest()
-        return Segment(name, file, size, max(pages, page_count(size)), align, pfn, digest)
+        return Segment(name, file, size, max(pages, page_count(size)), align, pfn, digest, source)
 
     def reserve(self, others: int) -> list[Segment]:
         """Segments for boot parameters and purgatory, to be placed now and filled by `seal`."""

@@ -10,7 +10,7 @@ from pkramfs.kernel import boot, kexec, nvram, running, staging, state
 from pkramfs.kernel.kexec import MountReport
 from pkramfs.kernel.segments import destinations
 from pkramfs.spans import Spans
-from pkramfs.units import BLOCK_PAGES, MIB, PAGE_SHIFT
+from pkramfs.units import MIB, PAGE_SHIFT
 
 
 def test_a_node_survives(lab: Any) -> None:
@@ -235,7 +235,7 @@ def test_a_missing_or_wrong_pkram_is_refused(lab: Any, append: str, said: str) -
     lab.preserve("a", 256)
     report = lab.load(append=append)
     pfn = lab.up().info.super_pfn
-    expected = rf"1 node, 1\.0 MiB would be lost: .*{said}append pkram={pfn:x}"
+    expected = rf"1 node \(a\), 1\.0 MiB would be lost: .*{said}append pkram={pfn:x}"
     assert any(__import__("re").search(expected, w) for w in report.warnings), report.warnings
     with pytest.raises(NotPreservedError, match=expected):
         lab.execute()
@@ -456,39 +456,6 @@ def test_pages_preserved_after_loading_are_relocated(lab: Any) -> None:
     assert not banned & lab.up().store.preserved()
     lab.execute(poison=True)
     assert lab.intact("a")
-
-
-def test_a_kernel_loaded_with_s_goes_elsewhere_if_pages_came_to_lie_there(
-    lab: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lab.load("builtin:4M")
-    placed = {s.name: s for s in staging.read(lab.machine).segments}
-    kernel = lab.up()
-    with monkeypatch.context() as patch:
-        patch.setattr(running.Running, "banned", lambda _: Spans())
-        free = kernel.leases.taken().gaps(0, kernel.info.blocks).total
-        lab.preserve("a", (free - 12) * BLOCK_PAGES)
-        if not Spans([(placed["kernel"].pfn, placed["kernel"].end)]) & kernel.store.preserved():
-            pytest.fail("the test did not make a conflict")
-    with lab.machine.lifecycle(shared=False):
-        plan = kexec.plan(lab.machine, [])
-        assert any("load again elsewhere" in line for line in plan.describe())
-        plan.execute()
-    assert lab.intact("a")
-
-
-def test_the_plan_is_told_step_by_step(lab: Any) -> None:
-    lab.preserve("a", 10)
-    lab.load()
-    told: list[str] = []
-    with lab.machine.lifecycle(shared=False):
-        plan = kexec.plan(lab.machine, [MountReport("/mnt", "a", True, 1)])
-        lines = plan.describe()
-        plan.execute(lambda operation: told.append(operation.describe()))
-    assert lines[:-1] == told
-    assert lines[0] == "stop 1 mount: /mnt"
-    assert any("point of no return" in line for line in lines)
-    assert lines[-1].startswith("predicted pause: 0.")
 
 
 def test_reuse_cmdline_makes_pkram_current(lab: Any) -> None:

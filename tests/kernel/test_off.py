@@ -56,7 +56,7 @@ def test_nothing_is_set_aside_and_frames_are_frames(lab: Any) -> None:
 def test_what_is_preserved_is_not_lost_by_a_word(lab: Any) -> None:
     lab.preserve("a", 100)
     lab.load(append="ro pkram=off")
-    with pytest.raises(NotPreservedError, match=r"1 node, .* would be lost: the loaded command line says pkram=off"):
+    with pytest.raises(NotPreservedError, match=r"1 node \(a\), .* lost: the loaded command line says pkram=off"):
         lab.execute()
     assert lab.intact("a")
     kernel = lab.execute(force=True)

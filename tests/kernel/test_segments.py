@@ -72,7 +72,7 @@ def test_conflicts_say_whose_pages() -> None:
             [seg("x", 30, pfn=995), seg("y", 4, pfn=1998), seg("z", 1, pfn=10000)], usable, owners, "go away"
         )
     assert caught.value.conflicts == [
-        "z: 4.0 KiB to 0x2710000-0x2710fff (pfn 2710, 1 page): not all of it is usable RAM",
+        "z (made by the loader): 4.0 KiB to 0x2710000-0x2710fff (pfn 2710, 1 page): not all of it is usable RAM",
         "x at 0x3e3000: 0x3e8000-0x3f1fff (10 pages) belongs to node a",
         "x at 0x3e3000: 0x3fc000-0x400fff (5 pages) belongs to node a",
         "y at 0x7ce000: 0x7d0000-0x7d0fff (1 page) belongs to node b",
