@@ -3,8 +3,10 @@
     status nodes                 who is there, in what state, how large
     verify inspect               is it what it claims to be; field by field
     dmesg iomem report           what the kernel said and decided
-    free                         give preserved memory back          ┐
-    machine create|destroy       make and remove machines            ┴ the only ones that change anything
+    free                         give preserved memory back            ┐
+    punch allocate sparsify      holes in files on a mount (extents    │ the only ones
+                                 lists what is none)                   │ that change anything
+    machine create|destroy       make and remove machines              ┘
 
 Looking never boots: a machine without a running kernel says so. Everything works where FUSE is
 absent, because nodes and their pages are found through RAM, not through a mount.
@@ -20,7 +22,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, hardware, inspect, nodes, render, report, status, verify
+from pkramfs.cli import arguments, files, hardware, inspect, nodes, render, report, status, verify
 from pkramfs.errors import FormatError, MachineError
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def parser() -> arguments.Parser:
     free.add_argument("--damaged", action="store_true", help="every node that cannot be read, which hides the others")
     check = _command(commands, "verify", verify.act, "check all that would cross a kexec")
     check.add_argument("names", nargs="*", metavar="NAME", help="only these nodes")
+    _add_files(commands)
     _command(commands, "dmesg", _dmesg, "the kernel log")
     _command(commands, "iomem", _iomem, "the kernel's resource map")
     _command(commands, "report", report.show, "what the last boot found, reserved and relocated")
@@ -73,6 +76,24 @@ def _command(commands: Any, name: str, act: Act | None, text: str) -> argparse.A
     if act is not None:
         made.set_defaults(act=act)
     return made
+
+
+def _add_files(commands: Any) -> None:
+    """What is done to files on a mount."""
+    for name, act, text in (
+        ("punch", files.act_punch, "make a range of a file a hole, and give its memory back"),
+        ("allocate", files.act_allocate, "give a range of a file its memory now"),
+    ):
+        made = _command(commands, name, act, text)
+        made.add_argument("file", metavar="FILE", help="on a pkramfs mount")
+        made.add_argument("offset", type=arguments.size, metavar="OFFSET", help="where the range begins")
+        made.add_argument("length", type=arguments.size, metavar="LENGTH", help="its bytes")
+        if name == "allocate":
+            made.add_argument("--keep-size", action="store_true", help="although it reaches beyond the end of the file")
+    made = _command(commands, "sparsify", files.act_sparsify, "make holes of pages that are all zeros")
+    made.add_argument("paths", nargs="+", metavar="PATH", help="files, or directories with all that is below")
+    made = _command(commands, "extents", files.act_extents, "the parts of a file that are no hole")
+    made.add_argument("file", metavar="FILE", help="on a pkramfs mount")
 
 
 def _add_machine(made: argparse.ArgumentParser) -> None:

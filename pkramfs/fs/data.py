@@ -27,7 +27,7 @@ from pkramfs.fs.attributes import MAX_SIZE, Attributes
 from pkramfs.fs.core import INO_MASK, WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import ROOT, Caller, Inode
-from pkramfs.fs.pagecache import PageMap, Run
+from pkramfs.fs.pagecache import END, PageMap, Run
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
@@ -230,7 +230,7 @@ class Data(Attributes):
 
     def allocate(self, number: int, offset: int, size: int, *, keep_size: bool = False) -> None:
         """Give a range its pages now (fallocate); ENOSPC if they do not all fit."""
-        inode = self._file_range(number, offset, size)
+        inode = self.file_range(number, offset, size)
         end = offset + size
         self._fill_holes(inode, offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT, "allocate", offset, end)
         if end > inode.size and not keep_size:
@@ -240,7 +240,7 @@ class Data(Attributes):
 
     def punch(self, number: int, offset: int, size: int) -> None:
         """Make a range a hole: it reads as zeros and whole pages go back to the host."""
-        inode = self._file_range(number, offset, size)
+        inode = self.file_range(number, offset, size)
         end = offset + size
         self._change("punch", ino=inode.ino, offset=offset, end=end)
         if inode.pages is not None:
@@ -253,14 +253,15 @@ class Data(Attributes):
                 self._clear(inode, last << PAGE_SHIFT, end)
         inode.mtime = inode.ctime = clock.now()
 
-    def sparsify(self, number: int) -> int:
-        """Give back the pages of a file that are all zeros, which changes nothing to be seen; how many they were."""
+    def sparsify(self, number: int, first: int = 0, last: int = END) -> int:
+        """Give back those of the pages [first, last) of a file that are all zeros, which changes nothing to be seen;
+        how many they were."""
         inode = self.inode(number)
         if inode.pages is None:
             return 0
         empty = [
             (index + start, index + end)
-            for index, pfn, count in _pieces(inode.pages)
+            for index, pfn, count in _pieces(inode.pages.between(first, last))
             for start, end in Spans.from_mask(~self.ram.words(pfn, count).reshape(count, -1).any(axis=1))
         ]
         if empty:
@@ -269,19 +270,23 @@ class Data(Attributes):
             self._free_pages(inode.pages, start, end)
         return sum(end - start for start, end in empty)
 
-    def extents(self, number: int) -> list[tuple[int, int]]:
-        """(offset, size) of the parts of a file that are no hole, for those who cannot ask SEEK_DATA."""
+    def extents(self, number: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        """(offset, size) of the parts of a file from `start` on that are no hole: what SEEK_DATA would find."""
         inode = self.inode(number)
-        found: list[tuple[int, int]] = []
-        for index, _, count in inode.pages or ():
-            start, end = index << PAGE_SHIFT, min((index + count) << PAGE_SHIFT, inode.size)
-            if found and sum(found[-1]) == start:
-                found[-1] = (found[-1][0], end - found[-1][0])
-            elif start < end:
-                found.append((start, end - start))
-        return found
+        last = (inode.size + _IN_PAGE) >> PAGE_SHIFT
+        runs = inode.pages.between(start >> PAGE_SHIFT, last) if inode.pages is not None else []
+        begin = end = start
+        for index, _, count in runs:
+            if index << PAGE_SHIFT > end:
+                if begin < end:
+                    yield begin, end - begin
+                begin = index << PAGE_SHIFT
+            end = min((index + count) << PAGE_SHIFT, inode.size)
+        if begin < end:
+            yield begin, end - begin
 
-    def _file_range(self, number: int, offset: int, size: int) -> Inode:
+    def file_range(self, number: int, offset: int, size: int) -> Inode:
+        """The file, if it can have such a range; else as fallocate(2): EISDIR, ENODEV, EINVAL, EFBIG."""
         inode = self.inode(number)
         if inode.entries is not None:
             raise fail(errno.EISDIR)
@@ -299,9 +304,9 @@ def zeros(size: int) -> Buffer:
     return _ZEROS[:size] if size <= len(_ZEROS) else bytes(size)
 
 
-def _pieces(pages: PageMap) -> Iterator[tuple[int, int, int]]:
-    """The runs of a map in pieces that fit the processor's cache."""
-    for index, pfn, count in pages:
+def _pieces(runs: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Runs in pieces that fit the processor's cache."""
+    for index, pfn, count in runs:
         for at in range(0, count, _PIECE):
             yield index + at, pfn + at, min(_PIECE, count - at)
 

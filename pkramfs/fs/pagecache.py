@@ -96,6 +96,8 @@ class PageMap:
 
     def remove(self, first: int, last: int = END) -> list[tuple[int, int]]:
         """Make [first, last) a hole; returns the (pfn, count) that were there."""
+        if first >= last:
+            return []
         low = high = 0
         if self.firsts:
             low, high = bisect_right(self.firsts, first), bisect_right(self.firsts, last)

@@ -21,7 +21,8 @@ special:
   the descriptor; a user's mount goes through fusermount3.
 
 In reading order: options (what -o means), syscalls (mount(2) and what is mounted), translate
-(attributes), operations (one method a request), turns (who is next), session (mount, serve, detach).
+(attributes), doors (what FUSE has no request for), operations (one method a request), turns (who is
+next), session (mount, serve, detach).
 
 Kernel: fs/fuse/, include/uapi/linux/fuse.h
 """

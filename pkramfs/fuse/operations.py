@@ -40,6 +40,7 @@ from pkramfs.fs.core import WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.tree import Tree
+from pkramfs.fuse import doors
 from pkramfs.fuse.translate import Asker, Translator
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class Operations(pyfuse3.Operations):
         self.tree = tree
         self.ready: Callable[[], None] = _nothing
         self.writer_gone: Callable[[], None] = _nothing
+        self.cache = doors.Cache()
         self._translate = Translator()
         self._entry = self._translate.entry
         self._forgot = trio.Event()
@@ -226,15 +228,63 @@ class Operations(pyfuse3.Operations):
 
     @_request
     def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        if name.startswith(doors.EXTENTS):
+            return doors.listing(self.tree.extents(inode, doors.parse_start(name)))
         return self.tree.getxattr(inode, name)
 
     @_request
     def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         return self.tree.listxattr(inode, ctx)
 
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        if name.startswith(doors.PREFIX):
+            await self._order(inode, name, value)
+        else:
+            await self._setxattr(inode, name, value, ctx)
+
     @_request
-    def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+    def _setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         self.tree.setxattr(inode, name, value, 0, Asker(ctx))
+
+    async def _order(self, inode: int, name: bytes, value: bytes) -> None:
+        """An attribute that is an order."""
+        if name == doors.PUNCH:
+            place = await self._range(inode, value)
+            await self.cache.drop(inode)
+            await self._punch(inode, *place)
+            await self.cache.drop(inode)
+        elif name == doors.ALLOCATE:
+            await self._allocate(inode, *await self._range(inode, value))
+            self.cache.drop_attributes(inode)
+        elif name == doors.SPARSIFY:
+            for first, last in await self._windows(inode):
+                await self._sparsify(inode, first, last)
+                await trio.lowlevel.checkpoint()
+            self.cache.drop_attributes(inode)
+        else:
+            raise FUSEError(errno.EOPNOTSUPP)
+
+    @_request
+    def _range(self, inode: int, value: bytes) -> tuple[int, int]:
+        offset, length = doors.parse_range(value)
+        self.tree.file_range(inode, offset, length)
+        return offset, length
+
+    @_request
+    def _punch(self, inode: int, offset: int, length: int) -> None:
+        self.tree.punch(inode, offset, length)
+
+    @_request
+    def _allocate(self, inode: int, offset: int, length: int) -> None:
+        self.tree.allocate(inode, offset, length, keep_size=True)
+
+    @_request
+    def _windows(self, inode: int) -> list[tuple[int, int]]:
+        return list(doors.windows(self.tree.extents(inode)))
+
+    @_request
+    def _sparsify(self, inode: int, first: int, last: int) -> None:
+        self.tree.sparsify(inode, first, last)
 
     @_request
     def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -244,7 +294,10 @@ class Operations(pyfuse3.Operations):
 
     @_request
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return FileInfo(fh=self.tree.open(inode, flags, Asker(ctx)), keep_cache=True)
+        handle = self.tree.open(inode, flags, Asker(ctx))
+        if handle & WRITING:
+            self.cache.drop_attributes(inode)  # they are for ever, and from now on blocks come without a word
+        return FileInfo(fh=handle, keep_cache=True)
 
     @_request
     def create(

@@ -35,7 +35,8 @@ from pkramfs.fuse.options import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY
 from pkramfs.fuse.turns import Turns
 
 _USER_FLAGS = {MS_RDONLY: "ro", MS_NOEXEC: "noexec", MS_NOSUID: "nosuid", MS_NODEV: "nodev"}
-_TASKS = 2
+_TASKS, _MOST = 2, 1000
+"""Requests that are worked on at once: as many as wait for something, and one more to answer what they wait for."""
 _READ_AHEAD = "/sys/class/bdi/{}:{}/read_ahead_kb"
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Session:
         while serving:
             serving = False
             try:
-                await pyfuse3.main(_TASKS, 4 * _TASKS)
+                await pyfuse3.main(_TASKS, _MOST)
             except* BlockingIOError:
                 serving = True  # whoever asked was killed between our waking up and our reading
 

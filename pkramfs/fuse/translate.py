@@ -4,7 +4,9 @@ Answers are sent before the handler's coroutine gives way to anybody else, so on
 one StatvfsData, made once, serve every request. That keeps a look-up or a line of a listing at a
 dozen stores.
 
-Timeouts are endless: we alone change the tree, and every change comes through the kernel.
+Timeouts are endless: we alone change the tree, and every change comes through the kernel. Only the
+blocks of a file that is written to grow when the kernel writes back, and it does not look: attributes
+of such a file are good for WRITTEN seconds, so that `du` sees a download grow.
 
 Kernel: include/uapi/linux/fuse.h (fuse_attr, fuse_entry_out), fs/fuse/inode.c (fuse_change_attributes)
 """
@@ -20,6 +22,7 @@ from pkramfs.units import PAGE_SIZE
 
 FOREVER = 1e9
 """Seconds; the kernel's clock of jiffies takes any number."""
+WRITTEN = 0.5
 
 
 class Asker:
@@ -43,7 +46,7 @@ class Translator:
 
     def __init__(self) -> None:
         self._entry = entry = pyfuse3.EntryAttributes()
-        entry.entry_timeout = entry.attr_timeout = FOREVER
+        entry.entry_timeout = FOREVER
         entry.st_blksize = PAGE_SIZE
         entry.generation = 0  # inode numbers are never used twice
         self._absent = absent = pyfuse3.EntryAttributes()
@@ -54,6 +57,7 @@ class Translator:
     def entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
         """The answer that describes `inode`; valid until the next call."""
         entry = self._entry
+        entry.attr_timeout = WRITTEN if inode.writers else FOREVER
         entry.st_ino = inode.ino
         entry.st_mode = inode.mode
         entry.st_nlink = inode.nlink

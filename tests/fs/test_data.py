@@ -214,7 +214,9 @@ def test_zeros_can_be_given_back(tree, sh) -> None:
     text = b"x" * PAGE + bytes(300 * PAGE) + b"y" + bytes(2 * PAGE)
     ino = sh.write(b"f", text)
     before = tree.inode(ino).mtime, tree.inode(ino).ctime
-    assert tree.sparsify(ino) == 302
+    assert tree.sparsify(ino, 0, 1) == 0
+    assert tree.sparsify(ino, 0, 11) == 10
+    assert tree.sparsify(ino) == 292
     assert tree.inode(ino).blocks == 16
     assert (tree.inode(ino).mtime, tree.inode(ino).ctime) == before
     assert sh.content(ino) == text
@@ -224,12 +226,20 @@ def test_zeros_can_be_given_back(tree, sh) -> None:
 
 def test_extents_are_what_is_no_hole(tree, sh) -> None:
     ino = sh.write(b"f", b"x" * 100)
-    assert tree.extents(ino) == [(0, 100)]
+    assert list(tree.extents(ino)) == [(0, 100)]
     tree.write(ino, 10 * PAGE, b"x" * (PAGE + 1))
     tree.write(ino, 12 * PAGE, b"x")
     tree.allocate(ino, 50 * PAGE, PAGE, keep_size=True)
-    assert tree.extents(ino) == [(0, PAGE), (10 * PAGE, 2 * PAGE + 1)]
-    assert tree.extents(sh.write(b"g")) == []
+    assert list(tree.extents(ino)) == [(0, PAGE), (10 * PAGE, 2 * PAGE + 1)]
+    for start, expected in (
+        (1, [(1, PAGE - 1), (10 * PAGE, 2 * PAGE + 1)]),
+        (PAGE, [(10 * PAGE, 2 * PAGE + 1)]),
+        (11 * PAGE + 7, [(11 * PAGE + 7, PAGE - 6)]),
+        (12 * PAGE + 1, []),
+        (1 << 40, []),
+    ):
+        assert list(tree.extents(ino, start)) == expected
+    assert list(tree.extents(sh.write(b"g"))) == []
 
 
 operations = st.lists(

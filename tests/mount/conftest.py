@@ -129,3 +129,16 @@ def lab(pkram_root: Path, tmp_path: Path) -> Iterator[Lab]:
     for log in pkram_root.glob("*/mounts/*.log"):
         with contextlib.suppress(OSError):
             assert "Traceback" not in log.read_text(), log.read_text()
+
+
+@pytest.fixture
+def tmpfs(lab: Lab) -> Iterator[Path]:
+    """A kernel tmpfs, to compare with."""
+    if not ROOT:
+        pytest.skip("needs root to mount a tmpfs")
+    directory = lab.dir("tmpfs")
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(directory)], check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True)

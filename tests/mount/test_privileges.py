@@ -3,7 +3,6 @@
 import contextlib
 import mmap
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,15 +93,10 @@ def _changed(path: Path, user: str, mode: int, change: Callable[[str], None]) ->
 
 
 @pytest.fixture
-def pair(lab: Any) -> Iterator[tuple[Path, Path]]:
+def pair(lab: Any, tmpfs: Path) -> tuple[Path, Path]:
     """Ours, and a tmpfs beside it; everybody may come to both."""
     lab.admit_others()
-    ours, theirs = lab.mount("one"), lab.dir("tmpfs")
-    subprocess.run(["mount", "-t", "tmpfs", "none", str(theirs)], check=True)
-    try:
-        yield ours, theirs
-    finally:
-        subprocess.run(["umount", str(theirs)], check=True)
+    return lab.mount("one"), tmpfs
 
 
 @pytest.mark.parametrize("user", USERS)

@@ -1,0 +1,151 @@
+"""pkramctl punch, allocate, sparsify, extents: holes in files on a mount, which FUSE has no other way to.
+
+Whoever may write to a file may do this; no machine is looked for. Orders go through extended
+attributes (fuse/doors.py), so a file on another file system is refused before it is given one.
+
+Kernel: fallocate(2), lseek(2) SEEK_DATA, fallocate(1) --dig-holes
+"""
+
+import argparse
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterator
+
+from pkramfs.cli import arguments, render
+from pkramfs.cli.render import Column
+from pkramfs.errors import ErrnoError, UsageError
+from pkramfs.units import format_size, plural
+
+_DOOR = b"user.pkramfs."
+_NO_DOOR = (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS)
+_BLOCK = 512
+"""Bytes that st_blocks counts by."""
+
+
+def act_punch(args: argparse.Namespace) -> None:
+    """pkramctl punch FILE OFFSET LENGTH."""
+    fd = _open(args.file, os.O_RDWR)
+    try:
+        before = os.fstat(fd).st_blocks
+        _order(fd, args.file, b"punch", b"%d:%d" % (args.offset, args.length))
+        _touch(fd)
+        _say(args, args.file, before - os.fstat(fd).st_blocks, "given back")
+    finally:
+        os.close(fd)
+
+
+def act_allocate(args: argparse.Namespace) -> None:
+    """pkramctl allocate FILE OFFSET LENGTH [--keep-size]."""
+    fd = _open(args.file, os.O_RDWR)
+    try:
+        before = os.fstat(fd)
+        _order(fd, args.file, b"allocate", b"%d:%d" % (args.offset, args.length))
+        end = args.offset + args.length
+        if end > before.st_size and not args.keep_size:
+            os.ftruncate(fd, end)  # the kernel owns the size of a file that it caches
+        _touch(fd)
+        _say(args, args.file, os.fstat(fd).st_blocks - before.st_blocks, "allocated")
+    finally:
+        os.close(fd)
+
+
+def act_sparsify(args: argparse.Namespace) -> None:
+    """pkramctl sparsify PATH…"""
+    files = blocks = 0
+    for path in args.paths:
+        for file in _files(path):
+            fd = _open(file, os.O_RDWR)
+            try:
+                os.fsync(fd)  # what is not written back yet is not looked at
+                before = os.fstat(fd).st_blocks
+                _order(fd, file, b"sparsify", b"")
+                files, blocks = files + 1, blocks + before - os.fstat(fd).st_blocks
+            finally:
+                os.close(fd)
+    _say(args, plural(files, "file"), blocks, "given back")
+
+
+def act_extents(args: argparse.Namespace) -> None:
+    """pkramctl extents FILE."""
+    fd = _open(args.file, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        found = list(_extents(fd))
+    finally:
+        os.close(fd)
+    if arguments.wants_json(args):
+        render.emit_json([{"offset": offset, "length": length} for offset, length in found])
+    elif found:
+        render.table([Column("OFFSET", figures=True), Column("LENGTH", figures=True)], found)
+    else:
+        print(f"{render.printable(args.file)} is one hole")
+
+
+def _open(path: str, flags: int) -> int:
+    """A descriptor of a regular file on a pkramfs mount; an error in words for anything else."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UsageError(f"{render.printable(path)} is no regular file")
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        os.getxattr(fd, _DOOR + b"extents")
+    except OSError as error:
+        os.close(fd)
+        if error.errno in _NO_DOOR:
+            raise UsageError(f"{render.printable(path)} is on no pkramfs mount: fallocate(1) is for others") from None
+        raise
+    return fd
+
+
+def _order(fd: int, path: str, what: bytes, value: bytes) -> None:
+    try:
+        os.setxattr(fd, _DOOR + what, value)
+    except OSError as error:
+        raise ErrnoError(f"{render.printable(path)}: {os.strerror(error.errno or 0)}", error.errno) from None
+
+
+def _touch(fd: int) -> None:
+    """The file was modified. The kernel owns the times of a file that it caches, so they are set through it."""
+    try:
+        os.utime(fd, ns=(os.fstat(fd).st_atime_ns, time.time_ns()))
+    except PermissionError:
+        os.utime(fd)  # who may write, but is not the owner, may set both to now
+
+
+def _files(path: str) -> Iterator[str]:
+    """A file, or all regular files below a directory on the same mount."""
+    if not os.path.isdir(path):
+        yield path
+        return
+    device = os.stat(path).st_dev
+    for directory, names, files in os.walk(path, onerror=_raise):
+        names[:] = [name for name in sorted(names) if os.lstat(os.path.join(directory, name)).st_dev == device]
+        for name in sorted(files):
+            place = os.path.join(directory, name)
+            if stat.S_ISREG(os.lstat(place).st_mode):
+                yield place
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _extents(fd: int) -> Iterator[tuple[int, int]]:
+    """All extents; an attribute holds some thousands at a time."""
+    start = 0
+    while True:
+        lines = os.getxattr(fd, _DOOR + b"extents.%d" % start).split()
+        for line in lines:
+            offset, _, length = line.partition(b":")
+            yield int(offset), int(length)
+            start = int(offset) + int(length)
+        if not lines:
+            return
+
+
+def _say(args: argparse.Namespace, what: str, blocks: int, done: str) -> None:
+    if arguments.wants_json(args):
+        render.emit_json({"bytes": blocks * _BLOCK})
+    else:
+        print(f"{render.printable(what)}: {format_size(max(blocks, 0) * _BLOCK)} {done}")

@@ -1,0 +1,99 @@
+"""What FUSE's requests cannot say: hole punching and the like, through extended attributes of a file.
+
+    setfattr -n user.pkramfs.punch    -v OFFSET:LENGTH FILE     FALLOC_FL_PUNCH_HOLE
+    setfattr -n user.pkramfs.allocate -v OFFSET:LENGTH FILE     FALLOC_FL_KEEP_SIZE: pages now, or ENOSPC
+    setfattr -n user.pkramfs.sparsify FILE                      pages that are all zeros become holes
+    getfattr -n user.pkramfs.extents[.OFFSET] --only-values FILE    what is no hole: `offset:length` lines
+
+pyfuse3 has no request for any of them, and setxattr(2) is the one call that carries a file and a text.
+These attributes are orders, not values: they are in no listing and in no preserved tree.
+
+A page that is punched may also lie in the kernel's cache, changed or not. So the kernel is told to let
+go of the file before (what is changed reaches us first) and after (what was read meanwhile). Telling
+it waits for its WRITEs, which we must answer: hence a thread, and few at a time. Writers stay
+out for as long: setxattr(2) holds the inode's lock, as write(2) does. Through a mapping one can
+write meanwhile, as with a real fallocate.
+
+Kernel: mm/shmem.c (shmem_fallocate), fs/fuse/inode.c (fuse_reverse_inval_inode)
+"""
+
+import contextlib
+import errno
+from collections.abc import Iterable, Iterator
+
+import pyfuse3
+import trio
+
+from pkramfs.fs.failure import fail
+from pkramfs.units import PAGE_SHIFT, pages, parse_size
+
+PREFIX = b"user.pkramfs."
+PUNCH, ALLOCATE, SPARSIFY, EXTENTS = (PREFIX + name for name in (b"punch", b"allocate", b"sparsify", b"extents"))
+WINDOW = 1 << 18
+"""Pages that are searched for zeros before others have a turn: 1 GiB."""
+_ROOM = 60_000
+"""Bytes of an answer; the kernel takes 64 KiB."""
+_THREADS = 4
+
+
+class Cache:
+    """The kernel's cache of our files, which it lets go of when told."""
+
+    def __init__(self) -> None:
+        self._limit: trio.CapacityLimiter | None = None
+
+    async def drop(self, number: int) -> None:
+        """Have the kernel write back and forget the data of an inode; it may wait for WRITEs to be answered."""
+        self._limit = self._limit or trio.CapacityLimiter(_THREADS)
+        with contextlib.suppress(FileNotFoundError):  # it has none of it
+            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, number, False, limiter=self._limit)
+
+    def drop_attributes(self, number: int) -> None:
+        """Have the kernel ask for the attributes again. Never waits."""
+        with contextlib.suppress(FileNotFoundError):
+            pyfuse3.invalidate_inode(number, True)
+
+
+def parse_range(value: bytes) -> tuple[int, int]:
+    """`OFFSET:LENGTH` in bytes, with k, M, G or T; EINVAL for anything else."""
+    try:
+        offset, colon, length = value.decode("ascii").strip().partition(":")
+        if not colon:
+            raise ValueError
+        return parse_size(offset), parse_size(length)
+    except ValueError:
+        raise fail(errno.EINVAL) from None
+
+
+def parse_start(name: bytes) -> int:
+    """Where a listing of extents shall begin: the number behind the attribute's name, if there is one."""
+    tail = name.removeprefix(EXTENTS)
+    if not tail:
+        return 0
+    if not tail.startswith(b".") or not tail[1:].isdigit():
+        raise fail(errno.ENODATA)
+    return int(tail[1:])
+
+
+def listing(extents: Iterable[tuple[int, int]]) -> bytes:
+    """Lines of `offset:length`, as many as an attribute can hold; who wants the rest asks from there on."""
+    found = bytearray()
+    for offset, length in extents:
+        found += b"%d:%d\n" % (offset, length)
+        if len(found) > _ROOM:
+            break
+    return bytes(found)
+
+
+def windows(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Page ranges [first, last) that cover all extents, with no more than WINDOW pages in each."""
+    first = last = count = 0
+    for offset, length in extents:
+        low, last = offset >> PAGE_SHIFT, pages(offset + length)
+        while count + last - low > WINDOW:
+            cut = low + WINDOW - count
+            yield first, cut
+            first, low, count = cut, cut, 0
+        count += last - low
+    if count:
+        yield first, last
