@@ -13,7 +13,6 @@ Kernel: arch/x86/kernel/e820.c prints the same map at boot
 """
 
 import argparse
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +57,8 @@ def _hardware(args: argparse.Namespace) -> "FirmwareMap | None":
 
 
 def _read_map(path: str) -> dict[str, Any]:
+    import json
+
     try:
         with open(path, encoding="utf-8") as file:
             data = json.load(file)

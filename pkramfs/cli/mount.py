@@ -7,24 +7,23 @@ mount(8) calls us as `mount.pkramfs SOURCE DIR [-sfnvN] [-o OPTIONS] [-t TYPE]`,
 the kernel's name of the type, as mount.fuse.pkramfs. Exit statuses are mount(8)'s: 1 wrong usage, 2
 the system, 32 the mount failed; the reason is one line.
 
-Everything but the standard library is imported by the daemon only, so that `--help` costs nothing
-and a mount pays for one heavy start, not two.
+Everything but the standard library is imported by the daemon only, so that a mount pays for one heavy
+start, not two; and most of the standard library where it is used, so that `--help` costs nothing.
 
 Kernel: util-linux, libmount/src/context_mount.c (exec_helper); mount(8), EXTERNAL HELPERS
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pkramfs.cli import arguments
-from pkramfs.control.protocol import RefusedError
 from pkramfs.errors import PkramfsError, UsageError, explain
-from pkramfs.fuse.options import Options, parse
+
+if TYPE_CHECKING:
+    from pkramfs.fuse.options import Options
 
 PROGRAM = "mount.pkramfs"
 USAGE, SYSTEM, FAILURE = 1, 2, 32
@@ -77,6 +76,8 @@ def parser() -> arguments.Parser:
 
 
 def _act(args: argparse.Namespace) -> int:
+    from pkramfs.control.protocol import RefusedError
+
     try:
         return _mount(args)
     except (PkramfsError, OSError) as error:
@@ -111,6 +112,8 @@ def _log(args: argparse.Namespace, message: str) -> None:
 
 
 def _mount(args: argparse.Namespace) -> int:
+    from pkramfs.fuse.options import parse
+
     if args.type not in (None, "pkramfs", "fuse.pkramfs", "fuse"):
         raise UsageError(f"type {args.type!r} is not ours: pkramfs")
     text = ",".join([*args.options, *(["ro"] * args.read_only), *_machine_words(args)])
@@ -145,7 +148,7 @@ def _say(args: argparse.Namespace) -> bool:
     return bool(args.verbose)
 
 
-def _check_first(options: Options) -> None:
+def _check_first(options: "Options") -> None:
     """What only a remount can ask for."""
     if options.preserve is not None:
         word = "preserve" if options.preserve else "nopreserve"
@@ -166,6 +169,9 @@ def prepare(directory: str) -> None:
 
 def start(directory: str, text: str) -> str:
     """Start a daemon and wait until it serves; returns what it has to say. MountError with its reason."""
+    import json
+    import subprocess
+
     ours, theirs = os.pipe()
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     try:

@@ -17,7 +17,6 @@ Kernel: kernel/reboot.c (kernel_restart_prepare), fs/sync.c (SYSCALL_DEFINE1(syn
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -235,6 +234,8 @@ def syncfs(mountpoint: str, device: int | None) -> None:
 
 def _bounded(work: Callable[[], None], seconds: float) -> bool:
     """Whether `work` ended in time. It runs in a thread that is left behind: a FUSE call cannot be stopped."""
+    import threading
+
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     worker.join(seconds)

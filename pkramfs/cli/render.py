@@ -11,7 +11,6 @@ anything; `printable` makes it one line that cannot talk to the terminal.
 Kernel: none
 """
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -27,6 +26,8 @@ class Column(NamedTuple):
 
 def emit_json(data: Any) -> None:
     """Print data as JSON, for programs. Bytes become text as file names do."""
+    import json
+
     print(json.dumps(data, indent=2, default=_plain, ensure_ascii=False))
 
 

@@ -124,15 +124,29 @@ def test_a_closed_pipe_is_silent():
     assert child.wait() == arguments.BROKEN_PIPE
 
 
-@pytest.mark.parametrize("verb", ["kexec", "ctl"])
+@pytest.mark.parametrize("verb", ["mount", "kexec", "ctl"])
 def test_help_imports_nothing_heavy(verb):
+    """Nor what is cheap once but adds up: each of the standard modules named here costs 1 to 15 ms."""
     program = (
         "import sys\n"
+        "before = set(sys.modules)\n"
         "from pkramfs.__main__ import main\n"
         f"main([{verb!r}, '--help'])\n"
-        "heavy = {'numpy', 'trio', 'pyfuse3', 'xxhash', 'rich'} & set(sys.modules)\n"
+        "heavy = {'numpy', 'trio', 'pyfuse3', 'xxhash', 'rich'}\n"
+        "heavy |= {'dataclasses', 'inspect', 'json', 'shutil', 'subprocess', 'threading'}\n"
+        "heavy &= set(sys.modules) - before\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize(("columns", "width"), [("50", 50), ("", 80), ("wide", 80), ("0", 80)])
+def test_help_is_as_wide_as_the_terminal(columns, width, monkeypatch):
+    """No terminal in a test: COLUMNS, if it is a width, or 80."""
+    monkeypatch.setenv("COLUMNS", columns)
+    parser = arguments.Parser(prog="x")
+    parser.add_argument("--long", help="word " * 60)
+    longest = max(len(line) for line in parser.format_help().splitlines())
+    assert width - 12 < longest <= width - 2
