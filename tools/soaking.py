@@ -7,6 +7,7 @@
 What is compared is a picture of the tree: every path with its kind, mode, times, links, target, xattrs
 and the checksum of its bytes. After each boot the page blocks are counted: none may leak. Everything
 goes through the library, in one process and without FUSE; a kill is an exception at that step.
+`--processes` does the like with real mounts, commands and SIGKILL (killing.py).
 
 The seed is printed; the same seed does the same. The first difference ends it and keeps the machine.
 """
@@ -38,6 +39,9 @@ from pkramfs.machine.leases import new_tree_id
 from pkramfs.machine.mounts import MountLock
 from pkramfs.machine.policy import Policy
 from pkramfs.units import BLOCK_PAGES, MIB, format_pfn
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import killing
 
 GENERATIONS = 20
 STEPS = [step.__name__ for step in boot.STEPS]
@@ -155,7 +159,7 @@ class Soak:
     """One machine and what its trees should be."""
 
     def __init__(self, root: str, seed: int) -> None:
-        self.chance, self.die_after = random.Random(seed), ""
+        self.chance, self.die_after, self.killed = random.Random(seed), "", {"at a step": 0}
         self.machine, self.trees = Machine(os.path.join(root, "machine")), dict[bytes, Picture]()
         ram, nodes = self.chance.randrange(160, 640) * MIB, self.chance.choice([1, 1, 2, 4])
         self.hardware = FirmwareMap.default(ram, nodes, seed=self.chance.randrange(1 << 30))
@@ -168,6 +172,7 @@ class Soak:
     def _after(self, step: str) -> None:
         if step == self.die_after:
             self.die_after = ""
+            self.killed["at a step"] += 1
             raise Died(step)
 
     def generation(self) -> None:
@@ -236,6 +241,13 @@ class Soak:
         except Died:
             running.attach(self.machine)
 
+    def finish(self) -> None:
+        """The last generation's trees, once more."""
+        self._count(running.attach(self.machine))
+
+    def stop(self, *, kept: bool) -> None:
+        """Nothing runs here that would have to end."""
+
     def _count(self, kernel: Running) -> None:
         """Every page block is free or has an owner that is preserved, and nothing preserved is missing."""
         kernel.sweep()
@@ -251,33 +263,49 @@ class Soak:
 
 
 def main() -> int:
-    """Soak until the time is over or something is wrong."""
-    parser = argparse.ArgumentParser(prog="soak", description="Random generations until told to stop.")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="how long (default: until ^C)")
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30))
-    parser.add_argument("--keep", metavar="DIR", help="where machines are made (default: /dev/shm)")
-    args = parser.parse_args()
+    """Soak until the time is over, the generations are lived, or something is wrong."""
+    args = _parser().parse_args()
     print(f"soak: seed {args.seed}", flush=True)
     end, seed, generations = time.monotonic() + args.seconds, args.seed, 0
-    while time.monotonic() < end:
+    while time.monotonic() < end and generations < args.generations:
         root = tempfile.mkdtemp(prefix="pkram-soak-", dir=args.keep or "/dev/shm")
-        soak = Soak(root, seed)
+        soak = killing.Rig(root, seed) if args.processes else Soak(root, seed)
         try:
             for _ in range(GENERATIONS):
-                if time.monotonic() >= end:
+                if time.monotonic() >= end or generations >= args.generations:
                     break
                 soak.generation()
                 generations += 1
+            soak.finish()
         except KeyboardInterrupt:
             end = 0.0
         except Exception:
             traceback.print_exc()
-            print(f"soak: seed {seed} failed after {generations} generations; the machine is kept in {root}/machine")
+            soak.stop(kept=True)
+            where = soak.machine.path()
+            print(f"soak: seed {seed} failed after {generations} generations; the machine is kept in {where}")
             return 1
+        soak.stop(kept=False)
+        _tell_deaths(soak.killed)
         shutil.rmtree(root)
         seed += 1
     print(f"soak: {generations} generations, no difference")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="soak", description="Random generations until told to stop.")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="how long (default: until ^C)")
+    parser.add_argument("--generations", type=float, default=float("inf"), help="how many (default: until ^C)")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30))
+    parser.add_argument("--keep", metavar="DIR", help="where machines are made (default: /dev/shm)")
+    parser.add_argument("--processes", action="store_true", help="real mounts and commands, killed by SIGKILL")
+    return parser
+
+
+def _tell_deaths(killed: dict[str, int]) -> None:
+    deaths = ", ".join(f"{count} {victim}" for victim, count in killed.items() if count)
+    print(f"soak: killed: {deaths or 'nobody'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -144,9 +144,10 @@ class Keeper:
     async def _save(self, strict: bool) -> dict[str, Any]:
         report = await drive(save(self.tree, self.store, self.node_name, strict=strict, banned=self._banned()))
         self.tree.on_first_change = self._withdraw
+        moved = f", {plural(report.moved, 'page')} relocated" if report.moved else ""
         self._say(
             f"pkramfs: {self.name} preserved: {plural(report.files, 'file')}, "
-            f"{format_size(report.pages << 12)}, {report.seconds * 1000:.1f} ms"
+            f"{format_size(report.pages << 12)}{moved}, {report.seconds * 1000:.1f} ms"
         )
         for path in report.deleted:
             self._say(f"pkramfs: {self.name}: {path} is not preserved")

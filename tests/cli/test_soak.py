@@ -60,3 +60,34 @@ def test_the_command_prints_its_seed(root):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("soak: seed 17\nsoak: ")
     assert done.stdout.endswith("generations, no difference\n")
+
+
+# -- with real processes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.mount
+def test_a_killed_boot_loses_nothing_and_what_would_be_lost_is_noticed(soaking, root):
+    rig = soaking.killing.Rig(root, 7)
+    try:
+        name = rig.fresh()
+        (rig.root / name / "file").write_bytes(b"y" * 5000)
+        rig.trees[name] = soaking.killing.picture(rig.root / name)
+        rig.run("mount", *rig.remount(name, "preserve,ro"))
+        rig.load()
+        rig.kexec(soaking.killing.BOOT)
+        rig.count()
+        kernel = soaking.running.attach(rig.machine)
+        ((start, end),) = [s for s in kernel.ram.data_spans() if b"y" * 4096 in kernel.ram.peek(s[0], s[1] - s[0])]
+        kernel.ram.bytes[start * 4096 + kernel.ram.peek(start, end - start).find(b"y" * 4096)] ^= 1
+        with pytest.raises(soaking.killing.Difference, match=f"{name}: file: "):
+            rig.compare(name)
+        rig.unmount(name)
+        kernel.store.withdraw(b"shmem-" + name.encode())
+        with pytest.raises(soaking.killing.Difference, match=f"expected .*{name}"):
+            rig.count()
+        rig.free += 1
+        rig.trees.clear()
+        with pytest.raises(soaking.killing.Difference, match="free page blocks with nothing preserved"):
+            rig.finish()
+    finally:
+        rig.stop(kept=True)

@@ -12,28 +12,63 @@ import pytest
 from pkramfs.errors import ConflictError, PkramError, StaleError
 from pkramfs.kernel import crash, kexec, nvram, placement
 from pkramfs.kernel.nvram import ImageInfo, Pending
+from pkramfs.kernel.segments import destinations
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import new_tree_id
-from pkramfs.pkram import superblock
-from pkramfs.spans import Spans
-from pkramfs.units import BLOCK_PAGES, MIB
+from pkramfs.pkram import parallel, streams, superblock
+from pkramfs.spans import U64, Spans
+from pkramfs.units import BLOCK_PAGES, GIB, MIB
+
+PIECES = 40_000
+"""Single pages, no two of them neighbours: several batches for a load."""
+
+
+@pytest.fixture
+def many_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save of PIECES gives every worker several slices."""
+    monkeypatch.setattr(streams, "_SLICE", 1000)
+
+
+def scattered(lab: Any) -> tuple[Frames, tuple[U64, U64, U64]]:
+    """A tree of PIECES runs: its frames, and the columns that a save takes."""
+    kernel = lab.up()
+    frames = Frames(kernel.ram, kernel.leases, new_tree_id())
+    runs = frames.allocate(2 * PIECES)
+    pages = np.concatenate([np.arange(start, start + count, 2, dtype=np.uint64) for start, count in runs])[:PIECES]
+    return frames, (np.arange(PIECES, dtype=np.uint64), pages, np.ones(PIECES, dtype=np.uint64))
+
+
+def save_columns(lab: Any, name: bytes, frames: Frames, columns: tuple[U64, U64, U64]) -> None:
+    with lab.up().store.prepare_save(name, tree_id=frames.tree_id, frames=frames) as save:
+        with save.object() as stream:
+            stream.save_runs(*columns)
+        save.finish()
+
+
+def loaded_columns(lab: Any, name: bytes) -> list[list[int]]:
+    with lab.up().store.prepare_load(name) as load:
+        (stream,) = load
+        return [column.tolist() for column in stream.load_runs()]
 
 
 def load_half(lab: Any, name: bytes) -> None:
-    """A load whose user fails after the first batch of pages."""
+    """A load whose user fails to insert the first batch of pages that it took."""
     with pytest.raises(RuntimeError), lab.up().store.prepare_load(name) as load:
         for stream in load:
-            stream.read(3)
+            index, _, _ = next(stream.batches())
+            assert 0 < len(index) < PIECES, "there is more to load"
             raise RuntimeError("the insert failed")
 
 
-def test_d11_pages_of_a_batch_that_could_not_be_inserted_are_not_lost(lab: Any) -> None:
-    lab.preserve("a", 3000)
+def test_d11_pages_of_a_batch_that_could_not_be_inserted_are_not_lost(make_lab: Any) -> None:
+    lab = make_lab(GIB, name="scattered")
+    frames, columns = scattered(lab)
+    save_columns(lab, b"a", frames, columns)
     load_half(lab, b"a")
-    assert lab.intact("a")
-    lab.cycle(poison=True)
-    assert lab.intact("a")
+    assert loaded_columns(lab, b"a") == [column.tolist() for column in columns]
+    lab.cycle()
+    assert loaded_columns(lab, b"a") == [column.tolist() for column in columns]
 
 
 def test_d12_no_number_of_bans_is_too_many(lab: Any, tmp_path: Path) -> None:
@@ -58,6 +93,12 @@ def test_d13_a_segment_over_the_super_block_is_refused(lab: Any, tmp_path: Path)
     with pytest.raises(ConflictError) as refused:
         lab.load(syscall="load", segments=[(str(piece), lab.up().info.super_pfn * 4096)])
     assert "belongs to the super block and region list" in refused.value.conflicts[0]
+    kernel = lab.up()
+    frames = Frames(kernel.ram, kernel.leases, new_tree_id())
+    frames.allocate((kernel.leases.counts()["free"] - 1) * BLOCK_PAGES)
+    for size in range(1, 5):  # hardly any hole is left: what we choose ourselves is not over it either
+        loaded = lab.load(f"builtin:{size}M").loaded
+        assert not destinations(loaded.segments) & kernel.info.reserve_pages
 
 
 def test_d14_early_boot_takes_no_preserved_page() -> None:
@@ -72,18 +113,29 @@ def test_d14_early_boot_takes_no_preserved_page() -> None:
         assert not early.free_spans() & preserved.scale(4096)
 
 
-def test_d16_one_cpu_is_enough(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    lab.preserve("a", 20000)
-    lab.cycle()
-    assert lab.intact("a")
+@pytest.mark.usefixtures("many_slices")
+def test_d16_the_number_of_cpus_changes_nothing(make_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Facts 10.7: where there is one CPU the original starts no worker, and waits for it."""
+    lab, found = make_lab(GIB, name="cpus"), []
+    frames, columns = scattered(lab)
+    for cpus in (1, 2, 3, 4, 16, 17, 64):
+        monkeypatch.setattr(os, "cpu_count", lambda cpus=cpus: cpus)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cpus=cpus: set(range(cpus)))
+        assert 1 <= parallel.workers() <= 16
+        save_columns(lab, b"a", frames, columns)
+        with lab.up().store.prepare_load(b"a") as load:
+            (stream,) = load
+            found.append([column.tobytes() for column in (*stream.load_runs(), *stream.load_pages())])
+        lab.up().store.withdraw(b"a")
+    assert found[0][:3] == [column.tobytes() for column in columns]
+    assert all(answer == found[0] for answer in found)
 
 
-def test_d20_a_failed_load_leaks_nothing(lab: Any) -> None:
-    before = lab.up().leases.counts()
-    lab.preserve("a", 3000)
+def test_d20_a_failed_load_leaks_nothing(make_lab: Any) -> None:
+    lab = make_lab(GIB, name="scattered")
     kernel = lab.up()
+    before = kernel.leases.counts()
+    save_columns(lab, b"a", *scattered(lab))
     leased, backed = kernel.leases.counts(), kernel.ram.data_spans()
     load_half(lab, b"a")
     assert (kernel.leases.counts(), kernel.ram.data_spans()) == (leased, backed)
@@ -92,26 +144,23 @@ def test_d20_a_failed_load_leaks_nothing(lab: Any) -> None:
     assert kernel.leases.counts() == before
 
 
-def test_d23_two_saves_at_once_do_not_mix(lab: Any) -> None:
-    kernel, sums, grown = lab.up(), {}, {}
-    for seed, name in enumerate(("a", "b")):
-        grown[name] = lab.grow(4000, seed=seed)
-        sums[name] = grown[name][2]
-    threads = [threading.Thread(target=lab.publish, args=(name, *grown[name])) for name in grown]
+@pytest.mark.usefixtures("many_slices")
+def test_d23_two_saves_at_once_do_not_mix(make_lab: Any) -> None:
+    """Each of them has several workers; the original's wait for one completion that both share."""
+    lab = make_lab(GIB, name="two")
+    trees = {name: scattered(lab) for name in (b"a", b"b")}
+    threads = [threading.Thread(target=save_columns, args=(lab, name, *tree)) for name, tree in trees.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {node.name for node in kernel.store.nodes()} == {b"a", b"b"}
-    lab.cycle(poison=True)
-    assert lab.intact("a")
-    assert lab.intact("b")
-    for name, total in sums.items():
-        with lab.up().store.prepare_load(name.encode()) as load:
-            assert [int(stream.read()) for stream in load] == [total]
+    assert {node.name for node in lab.up().store.nodes()} == set(trees)
+    lab.cycle()
+    for name, (_, columns) in trees.items():
+        assert loaded_columns(lab, name) == [column.tolist() for column in columns]
 
 
-def test_d24_what_one_object_fails_at_ends_the_whole_save(lab: Any) -> None:
+def test_what_one_object_fails_at_ends_the_whole_save(lab: Any) -> None:
     kernel = lab.up()
     frames = Frames(kernel.ram, kernel.leases, new_tree_id())
     ((pfn, count),) = frames.allocate(100)
