@@ -1,6 +1,8 @@
 """The seven steps, with everything that may stand in their way, on real mounts."""
 
+import json
 import os
+import re
 import subprocess
 
 import pytest
@@ -254,3 +256,28 @@ def test_refusals_are_in_the_kernel_log(user):
     log = user.dmesg()
     for part in ("/nonexistent", "no kernel is loaded", "1 file would be lost", "bogus"):
         assert part in log
+
+
+def test_pages_in_the_way_of_a_loaded_kernel_are_relocated_and_everybody_says_whose(user):
+    """Row 15 as a user sees it: loaded first, preserved later."""
+    path = user.mount("one")
+    (path / "file").write_bytes(os.urandom(5_000_000))
+    os.sync()
+    before = snapshot(path)
+    pkram = f"--append=ro pkram={user.pfn()}"
+    user.ok("pkram-kexec", "-c", "-l", "builtin:16M", "--mem-min", "2M", pkram)
+    plan = user.run("pkram-kexec", "-e", "--dry-run").stdout
+    (said,) = re.findall(rf"to be relocated when it is preserved: up to ([\d,]+) pages of {path} \(one\)", plan)
+    user.preserve(path)
+    (node,) = json.loads(user.ok("pkramctl", "--json", "nodes"))
+    assert 0 < node["moved"] <= int(said.replace(",", ""))
+    moved = f"{node['moved']:,}"
+    assert f", {moved} pages relocated" in user.dmesg()
+    assert f"relocated when it was preserved: {moved} pages of node shmem-one" in user.ok("pkram-kexec", "-en", "-v")
+    steps = user.ok("pkram-kexec", "-e", "-v", "--poison")
+    assert f"relocated when it was preserved: {moved} pages of node shmem-one" in steps
+    assert "copy 4 segments and boot\n  kernel (builtin:16M): " in steps
+    assert snapshot(path) == before
+    assert f"{moved} of them relocated when saved" in user.dmesg()
+    (found,) = json.loads(user.ok("pkramctl", "--json", "report"))["nodes"]
+    assert found["moved"] == node["moved"]
