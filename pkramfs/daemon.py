@@ -31,6 +31,7 @@ import trio
 
 from pkramfs.control.keeper import Keeper, drive
 from pkramfs.control.server import Server
+from pkramfs.control.settings import Settings, Words
 from pkramfs.errors import MachineError, PkramfsError, UsageError, explain
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.restore import restore
@@ -120,6 +121,7 @@ class Daemon:
         self.machine = Machine.locate(options.machine)
         self._starting = ExitStack()
         self._restored = False
+        self._words = options.lasting()
 
     def run(self) -> None:
         """Build, serve, take down."""
@@ -136,8 +138,7 @@ class Daemon:
         self.lock = lock
         _log_to(lock.path("log"))
         faulthandler.enable()  # an abort or a fault leaves its name in the log: panic_on_oops (kernel/crash.py)
-        policy = Policy.parse(self.options.mpol, self.machine.hardware())
-        self.frames = Frames(self.kernel.ram, self.kernel.leases, lock.tree_id, policy)
+        self.frames = Frames(self.kernel.ram, self.kernel.leases, lock.tree_id, self._policy(self.options.mpol))
         kept = self._restored
         try:
             self.kernel.sweep()
@@ -152,6 +153,9 @@ class Daemon:
                 f"{'preserved' if kept else 'freed'}"
             )
             _drop_empty(lock.path("log"))
+
+    def _policy(self, mpol: str | None) -> Policy | None:
+        return Policy.parse(mpol, self.machine.hardware())
 
     # -- the start ------------------------------------------------------------------------------
 
@@ -209,7 +213,7 @@ class Daemon:
             "name": self.options.name,
             "mountpoint": self.mountpoint,
             "pid": os.getpid(),
-            "options": self.options.lasting(),
+            "options": self._words,
             "dev": dev,
             "restored": self._restored,
             "log_at": self._log_at,
@@ -233,6 +237,7 @@ class Daemon:
 
     async def _serve(self) -> None:
         self.tree = tree = await self._build()
+        tree.huge = self.options.huge or tree.huge
         if self.options.name is not None:
             tree.hold_for_save()  # a full RAM must not prevent preserving
         operations = Operations(tree)
@@ -244,6 +249,7 @@ class Daemon:
             strict=self.options.strict,
             say=self.machine.log,
             banned=self.kernel.banned,
+            settings=Settings(tree, self._words, policy=self._policy, changed=self._reconfigured),
         )
         operations.writer_gone = keeper.writer_gone
         server = Server(self.lock.path("sock"), keeper.verbs())
@@ -273,6 +279,12 @@ class Daemon:
         self.machine.log(f"pkramfs: {self.options.name or 'a tree'} mounted on {self.mountpoint}{self._what()}")
         self._starting.close()
         self.reporter.send(ok=f"{self.options.name}{self._off()}" if self._off() else "")
+
+    def _reconfigured(self, said: Words) -> None:
+        """A remount changed our options: whoever mounts us again must know."""
+        self.lock.write_entry(self._entry(self.session.dev))
+        if "huge" in said:
+            self.session.operations.drop_attributes()  # st_blksize is another
 
     def _off(self) -> str:
         """What who asked for pkram=NAME must be told where a plain tmpfs is all that there can be."""

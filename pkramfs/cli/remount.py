@@ -6,7 +6,7 @@
     rw                        no           daemon, if frozen, withdraws and thaws ─▶ kernel rw
     nopreserve                either       daemon withdraws and thaws ─▶ kernel as asked
     ro                        yes          kernel ro only; the tree stays live
-    size= nr_inodes=                       the daemon changes its limits
+    size= nr_inodes= huge= mpol=           the daemon takes them on, before anything else
 
 mount(8) merges the current options into what it passes on, in any order, so what counts is the
 *result*: what was said, and where nothing was said what the mount is. Without root the kernel's flag
@@ -31,6 +31,9 @@ from pkramfs.units import PAGE_SHIFT, format_size, plural
 if TYPE_CHECKING:
     from pkramfs.machine.mounts import MountEntry
 
+_OURS = ("size", "nr_blocks", "nr_inodes", "huge", "mpol", "noswap")
+"""Options that a daemon may be told again."""
+
 
 def remount(directory: str, options: Options, verbose: bool = False) -> int:
     """Do what the options ask for; PkramfsError with the reason if that is refused."""
@@ -47,7 +50,7 @@ def remount(directory: str, options: Options, verbose: bool = False) -> int:
     if options.preserve and not read_only:
         how = "mount" if os.geteuid() == 0 else f"{PROGRAM} none"
         raise UsageError(f"preserve needs a read-only mount: {how} {directory} -o remount,preserve,ro")
-    _resize(entry, options)
+    _reconfigure(entry, options)
     if options.preserve:
         answer = _preserve(entry, directory, mounted.flags, flags, options.strict)
         _tell(verbose, f"{entry.name} preserved: {_figures(answer)}")
@@ -76,19 +79,20 @@ def _entry(directory: str, dev: int, options: Options) -> "MountEntry":
     return found
 
 
-def _resize(entry: "MountEntry", options: Options) -> None:
-    if options.size is None and options.nr_inodes is None:
+def _reconfigure(entry: "MountEntry", options: Options) -> None:
+    words = {key: value for key, value in options.lasting().items() if key in _OURS}
+    if not words:
         return
     from pkramfs.machine.directory import Machine
 
     ram = Machine.locate(options.machine).hardware().pages << PAGE_SHIFT
     pages, inodes = options.limits(ram)
-    wanted: dict[str, Any] = {}
+    wanted: dict[str, Any] = {"words": words}
     if options.size is not None:
         wanted["pages"] = pages
     if options.nr_inodes is not None:
         wanted["inodes"] = inodes
-    call(entry.socket, "resize", **wanted)
+    call(entry.socket, "reconfigure", **wanted)
 
 
 def _preserve(entry: "MountEntry", directory: str, before: int, flags: int, strict: bool) -> dict[str, Any]:

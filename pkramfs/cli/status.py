@@ -6,8 +6,8 @@
     memory       free 61.9 GiB, trees 2.0 GiB, kernel 34 MiB
     node 0       free 30.9 GiB, trees 1.0 GiB, kernel 34 MiB             (several NUMA nodes only)
 
-    MOUNTED ON   NAME      STATE       FILES   SIZE      PID
-    /mnt         mytmpfs   preserved       1   2.0 GiB   4242
+    MOUNTED ON   NAME      STATE       FILES   SIZE      PID    OPTIONS
+    /mnt         mytmpfs   preserved       1   2.0 GiB   4242   size=4194304k
 
     NODE            STATE              SIZE      PAGES
     shmem-mytmpfs   held by a mount    2.0 GiB   524,288
@@ -195,6 +195,7 @@ def show_mounts(found: list[dict[str, Any]]) -> None:
         Column("FILES", figures=True),
         Column("SIZE", figures=True),
         Column("PID", figures=True),
+        Column("OPTIONS"),
     ]
     render.table(columns, [_mount_row(mount) for mount in found])
     for mount in found:
@@ -212,4 +213,5 @@ def _mount_row(mount: dict[str, Any]) -> list[Any]:
         f"{mount['files']:,}" if known else "?",
         format_size(mount["bytes"]) if known else "?",
         mount["pid"],
+        mount.get("options", ""),
     ]

@@ -4,7 +4,8 @@
     unpreserve   node withdrawn by one store ─▶ thaw
     freeze       writers gone? ─▶ freeze; says whether the tree is preserved
     thaw         thaw, nothing else: a restored tree that was only frozen stays preserved
-    status       figures
+    status       figures and options
+    reconfigure  the options that a remount may change (settings)
 
 A file that is open for writing may have dirty pages that the kernel has not sent yet. RELEASE
 comes after the last of them, so `preserve` waits, bounded, until the tree counts no writers. Between
@@ -32,6 +33,7 @@ from pkramfs.spans import Spans
 from pkramfs.units import format_size, plural
 
 if TYPE_CHECKING:
+    from pkramfs.control.settings import Settings, Words
     from pkramfs.fs.tree import Tree
     from pkramfs.pkram.store import Store
 
@@ -64,9 +66,10 @@ class Keeper:
         strict: bool = False,
         say: Callable[[str], None],
         banned: Callable[[], Spans],
+        settings: "Settings",
     ) -> None:
         self.tree, self.store, self.name, self.mountpoint, self.strict = tree, store, name, mountpoint, strict
-        self._say, self._banned = say, banned
+        self._say, self._banned, self._settings = say, banned, settings
         self._lock = trio.Lock()
         self._writer_gone = trio.Event()
         self.stopping = trio.Event()
@@ -86,7 +89,7 @@ class Keeper:
             "unpreserve": self.unpreserve,
             "freeze": self.freeze,
             "thaw": self.thaw,
-            "resize": self.resize,
+            "reconfigure": self.reconfigure,
             "stop": self.stop,
         }
 
@@ -112,6 +115,7 @@ class Keeper:
             "writers": _texts(tree.writers()),
             "open_deleted": _texts(tree.deleted()),
             "busy": self._lock.locked(),
+            "options": self._settings.shown(),
             "pid": os.getpid(),
         }
 
@@ -169,9 +173,9 @@ class Keeper:
                 await self._freeze()
             return {"preserved": self.tree.preserved}
 
-    async def resize(self, pages: int | None = None, inodes: int | None = None) -> dict[str, Any]:
-        """remount,size= and nr_inodes=."""
-        self.tree.limits.resize(pages, inodes)
+    async def reconfigure(self, words: "Words", pages: int | None = None, inodes: int | None = None) -> dict[str, Any]:
+        """remount,size= and the like."""
+        self._settings.reconfigure(words, pages, inodes)
         return {}
 
     async def thaw(self) -> dict[str, Any]:

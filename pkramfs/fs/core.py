@@ -77,6 +77,7 @@ class Core:
         self.journal: Callable[[str, dict[str, Any]], None] | None = None
         self.relatime = True
         self.orphans: dict[int, tuple[Inode, bytes]] = {}
+        self.tails: set[int] = set()  # see filling
         self.node_pages = Spans()
         self._frozen = self._preserved = self._guarded = False
         self._directories = 0
@@ -182,6 +183,7 @@ class Core:
         if inode.nlink or inode.lookups or inode.opens:
             return
         self.orphans.pop(inode.ino, None)
+        self.tails.discard(inode.ino)
         del self.inodes[inode.ino]
         self.limits.inode_space -= INODE_SPACE
         self._stream_bytes -= INODES.width + len(inode.target or b"")

@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pkramfs.fs import clock
-from pkramfs.fs.attributes import MAX_SIZE, Attributes
+from pkramfs.fs.attributes import MAX_SIZE
 from pkramfs.fs.core import INO_MASK, WRITING
 from pkramfs.fs.failure import fail
+from pkramfs.fs.filling import Filling
 from pkramfs.fs.inode import ROOT, Caller, Inode
-from pkramfs.fs.pagecache import END, PageMap, Run
+from pkramfs.fs.pagecache import END, Run
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
@@ -39,7 +40,7 @@ _IN_PAGE = PAGE_SIZE - 1
 _PIECE = 256
 
 
-class Data(Attributes):
+class Data(Filling):
     """The operations on content; the argument is an inode number or handle."""
 
     # -- handles --------------------------------------------------------------------------------
@@ -179,30 +180,6 @@ class Data(Attributes):
         assert inode.pages is not None
         return inode.pages.between(first, last), self.ram.fill if fresh else self.ram.overwrite
 
-    def _fill_holes(self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int) -> int:
-        """Give every page in [first, last) a frame of zeros, all or none; how many had none."""
-        pages = inode.pages
-        holes = [(first, last - first)] if pages is None else pages.holes(first, last)
-        total = sum(count for _, count in holes)
-        if self._frozen:
-            raise fail(errno.EROFS)
-        self.limits.require_pages(total)
-        self._grow()
-        frames = self.frames.allocate(total) if total else []
-        try:
-            self._change(kind, ino=inode.ino, offset=offset, end=end)
-        except BaseException:
-            if frames:
-                self.frames.free(*zip(*frames, strict=True))
-            raise
-        if pages is None:
-            pages = inode.pages = PageMap()
-        self.limits.pages += total
-        before = pages.runs
-        _distribute(pages, holes, frames)
-        self._runs += pages.runs - before
-        return total
-
     # -- shrinking, growing, holes --------------------------------------------------------------
 
     def _resize(self, inode: Inode, size: int) -> None:
@@ -233,6 +210,8 @@ class Data(Attributes):
         inode = self.file_range(number, offset, size)
         end = offset + size
         self._fill_holes(inode, offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT, "allocate", offset, end)
+        if keep_size:
+            self.tails.discard(inode.ino)  # what is behind the end was asked for
         if end > inode.size and not keep_size:
             self._bytes += end - inode.size
             inode.size = end
@@ -309,17 +288,3 @@ def _pieces(runs: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
     for index, pfn, count in runs:
         for at in range(0, count, _PIECE):
             yield index + at, pfn + at, min(_PIECE, count - at)
-
-
-def _distribute(pages: PageMap, holes: list[tuple[int, int]], frames: list[tuple[int, int]]) -> None:
-    """Put runs of frames into holes, cutting whichever is longer."""
-    supply = iter(frames)
-    pfn, left = 0, 0
-    for start, size in holes:
-        index, end = start, start + size
-        while index < end:
-            if not left:
-                pfn, left = next(supply)
-            count = min(left, end - index)
-            pages.insert(index, pfn, count)
-            index, pfn, left = index + count, pfn + count, left - count

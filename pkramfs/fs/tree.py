@@ -12,6 +12,7 @@ calls from one thread. The parts, one page each:
     core         inode table, the gate for every change, references, figures
     namespace    names: look-up, create, link, unlink, rename, readdir
     attributes   setattr, xattrs, ACLs
+    filling      frames for holes, one by one or as huge pages
     data         open, read, write, truncate, holes
 
 Kernel: mm/shmem.c

@@ -96,7 +96,7 @@ class Operations(pyfuse3.Operations):
         self.ready: Callable[[], None] = _nothing
         self.writer_gone: Callable[[], None] = _nothing
         self.cache = doors.Cache()
-        self._translate = Translator()
+        self._translate = Translator(tree)
         self._entry = self._translate.entry
         self._forgot = trio.Event()
         self._hopeless: set[int] = set()
@@ -118,6 +118,12 @@ class Operations(pyfuse3.Operations):
 
     def init(self) -> None:
         self.ready()
+
+    def drop_attributes(self) -> None:
+        """Have the kernel ask for the attributes of every file again."""
+        for inode in self.tree.inodes.values():
+            if inode.lookups:
+                self.cache.drop_attributes(inode.ino)
 
     def _named(self, inode: Inode) -> EntryAttributes:
         """The answer that gives the kernel a reference."""

@@ -18,6 +18,7 @@ import pyfuse3
 
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.limits import StatFs
+from pkramfs.fs.tree import Tree
 from pkramfs.units import PAGE_SIZE
 
 FOREVER = 1e9
@@ -44,10 +45,10 @@ class Asker:
 class Translator:
     """Fills the answers of one mount."""
 
-    def __init__(self) -> None:
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
         self._entry = entry = pyfuse3.EntryAttributes()
         entry.entry_timeout = FOREVER
-        entry.st_blksize = PAGE_SIZE
         entry.generation = 0  # inode numbers are never used twice
         self._absent = absent = pyfuse3.EntryAttributes()
         absent.st_ino = 0
@@ -66,6 +67,7 @@ class Translator:
         entry.st_rdev = inode.rdev
         entry.st_size = inode.size
         entry.st_blocks = inode.blocks
+        entry.st_blksize = PAGE_SIZE if self._tree.huge == "never" else self._tree.block_size(inode)
         entry.st_atime_ns = inode.atime
         entry.st_mtime_ns = inode.mtime
         entry.st_ctime_ns = inode.ctime

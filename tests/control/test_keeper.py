@@ -11,6 +11,7 @@ import trio.testing
 
 from pkramfs.control import keeper as module
 from pkramfs.control.keeper import Keeper
+from pkramfs.control.settings import Settings
 from pkramfs.errors import ErrnoError, FormatError, PkramError
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.save import Progress, SaveReport
@@ -67,6 +68,7 @@ def keeper(said: list[str], monkeypatch: pytest.MonkeyPatch) -> Keeper:
         mountpoint="/mnt",
         say=said.append,
         banned=Spans,  # type: ignore[arg-type]
+        settings=Settings(tree, {"size": "1G", "ro": True}, policy=lambda _: None),
     )
 
 
@@ -182,4 +184,4 @@ def test_two_at_once_save_once(keeper: Keeper, said: list[str]) -> None:
 
 
 def test_verbs_name_themselves(keeper: Keeper) -> None:
-    assert set(keeper.verbs()) == {"status", "preserve", "unpreserve", "freeze", "thaw", "resize", "stop"}
+    assert set(keeper.verbs()) == {"status", "preserve", "unpreserve", "freeze", "thaw", "reconfigure", "stop"}

@@ -22,7 +22,7 @@ ME = Credentials(uid=5, gid=6)
 class NoFrames:
     """Frames of a machine whose memory nobody touches."""
 
-    def allocate(self, count: int) -> list[tuple[int, int]]:
+    def allocate(self, count: int, order: int = 0) -> list[tuple[int, int]]:
         raise OSError(errno.ENOSPC, "no frames here")
 
 

@@ -35,3 +35,23 @@ def test_a_node_that_is_not_there(lab: Any) -> None:
     assert done.returncode == 1
     assert "mpol=bind:5: there is no node 5; the machine has 0" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_remount_moves_what_comes_later(lab: Any) -> None:
+    assert lab.run("ctl", "machine", "create", "--ram", "256M", "--nodes", "2").returncode == 0
+    mnt = lab.mount("one", "pkram=one,mpol=bind:1")
+    (mnt / "old").write_bytes(b"x" * (5 << 20))
+    old = trees(lab)
+    lab.remount(mnt, "mpol=bind:0")
+    assert trees(lab) == old  # pages that are there stay
+    (mnt / "new").write_bytes(b"y" * (20 << 20))
+    assert trees(lab)[0] >= 10 << 20
+    assert trees(lab)[1] >= 5 << 20
+    done = lab.helper(mnt, "remount,mpol=bind:7,size=1G")
+    assert (done.returncode, done.stderr.count("\n")) == (32, 1)
+    assert "there is no node 7; the machine has 0, 1" in done.stderr
+    assert lab.status(mnt)["options"] == "mpol=bind:0"
+    lab.remount(mnt, "preserve,ro")
+    assert lab.run("kexec", "-le", "builtin:4M", "--reuse-cmdline").returncode == 0
+    assert lab.status(mnt)["options"] == "mpol=bind:0"  # what the remount said is the mount's
+    assert "mpol=bind:0" in lab.run("ctl", "status").stdout

@@ -1,0 +1,78 @@
+"""What a remount may change of a mounted tree, and how its options are shown.
+
+    size=  nr_blocks=  nr_inodes=    limits, with tmpfs's refusals
+    huge=  mpol=                     where the pages of later writes come from; those that are there stay
+
+A remount changes all that it asks for, or nothing. What it has changed belongs to the mount from then
+on: pkram-kexec -e mounts the tree again with it. mode=, uid= and gid= were for the root of a new tree,
+so a remount ignores them.
+
+Kernel: mm/shmem.c (shmem_reconfigure, shmem_show_options)
+"""
+
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pkramfs.errors import ErrnoError
+from pkramfs.fs.filling import HUGE
+
+if TYPE_CHECKING:
+    from pkramfs.fs.tree import Tree
+    from pkramfs.machine.policy import Policy
+
+Words = dict[str, str | bool]
+"""Mount options as they were said: `{"size": "1G", "ro": True}`."""
+
+_SAME = {"size": "nr_blocks", "nr_blocks": "size"}
+_SHOWN = ("mode", "uid", "gid", "huge", "mpol", "noswap", "pkram_strict")
+
+
+class Settings:
+    """The options of one mount. `words` are kept up to date; `changed` is called after a change, with what was said."""
+
+    def __init__(
+        self,
+        tree: "Tree",
+        words: Words,
+        *,
+        policy: Callable[[str | None], "Policy | None"],
+        changed: Callable[[Words], None] = lambda _: None,
+    ) -> None:
+        self._tree, self.words, self._policy, self._changed = tree, words, policy, changed
+
+    def reconfigure(self, words: Words, pages: int | None = None, inodes: int | None = None) -> None:
+        """Take on what a remount said; `pages` and `inodes` are what its size= and nr_inodes= mean.
+
+        EINVAL where tmpfs refuses, UsageError for a node that the machine has not.
+        """
+        huge, mpol = words.get("huge"), words.get("mpol")
+        if huge is not None and huge not in HUGE:
+            raise ErrnoError(f"huge={huge} is none of {', '.join(HUGE)}", errno.EINVAL)
+        if "noswap" in words and "noswap" not in self.words:
+            raise ErrnoError("noswap is for the first mount: it cannot be said by a remount", errno.EINVAL)
+        policy = None if mpol is None else self._policy(str(mpol))
+        self._tree.limits.resize(pages, inodes)
+        if mpol is not None:
+            self._tree.frames.policy = policy
+        if huge is not None:
+            self._tree.huge = str(huge)
+        for key in ("size", "nr_blocks", "nr_inodes", "huge", "mpol"):
+            if key in words:
+                self.words.pop(_SAME.get(key, key), None)
+                self.words[key] = words[key]
+        self._changed(words)
+
+    def shown(self) -> str:
+        """The options that are not tmpfs's defaults, as /proc/mounts shows them of a tmpfs."""
+        limits, shown = self._tree.limits, []
+        if self.words.keys() & _SAME.keys():
+            shown.append(f"size={limits.max_pages << 2}k")
+        if "nr_inodes" in self.words:
+            shown.append(f"nr_inodes={limits.max_inodes}")
+        shown += [_said(key, self.words[key]) for key in _SHOWN if key in self.words]
+        return ",".join(shown)
+
+
+def _said(key: str, value: Any) -> str:
+    return key if value is True else f"{key}={value}"

@@ -1,0 +1,177 @@
+"""Frames for holes: before a write, and for fallocate.
+
+`huge=` of a mount says how many come at once:
+
+    never, advise   the pages that are asked for           (madvise never reaches a FUSE daemon)
+    always          whole 2 MiB of the file, aligned, where all of them are a hole
+    within_size     the same, if those 2 MiB end within the size that the file has or gets
+
+A *huge page* is 512 pages of a file in 512 frames, both aligned: one entry of order 9 when it is preserved.
+It needs no mark of its own: a hole punched into it leaves pages like any others, as when tmpfs splits it.
+Where no huge page is to be had, small ones will do.
+
+What a huge page holds beyond the end of its file is zeros that nobody reads, but it counts against
+size=. These *tails* are given back before anybody meets ENOSPC; so are they, as everything beyond the
+end, when a file is cut. (Tails of a restored tree only go when the file is cut.)
+
+Kernel: mm/shmem.c (shmem_huge_global_enabled, shmem_alloc_and_add_folio, shmem_unused_huge_shrink)
+"""
+
+import errno
+
+from pkramfs.fs.attributes import Attributes
+from pkramfs.fs.failure import fail
+from pkramfs.fs.inode import Inode
+from pkramfs.fs.pagecache import PageMap
+from pkramfs.units import BLOCK_ORDER, BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, pages, round_down, round_up
+
+Hole = tuple[int, int]
+"""(first page index, pages)"""
+Frames = list[tuple[int, int]]
+"""(first pfn, pages)"""
+
+HUGE = ("never", "always", "within_size", "advise")
+
+
+class Filling(Attributes):
+    """See the module's page."""
+
+    huge = "never"
+
+    def _fill_holes(self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int) -> int:
+        """Give every page in [first, last) a frame of zeros, all or none; how many frames that took."""
+        if self._frozen:
+            raise fail(errno.EROFS)
+        try:
+            return self._fill(inode, first, last, kind, offset, end)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self.tails:
+                raise
+        self._give_back_tails()
+        return self._fill(inode, first, last, kind, offset, end)
+
+    def _fill(self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int) -> int:
+        holes = _holes(inode.pages, first, last)
+        huge = self._huge_holes(inode, first, last, end) if self.huge != "never" else []
+        self._grow()
+        supply = self._take_huge(huge) if huge else []
+        if supply:
+            holes = _without(holes, huge)
+        try:
+            frames = self._take(holes, beside=supply)
+            try:
+                self._change(kind, ino=inode.ino, offset=offset, end=end)
+            except BaseException:
+                self._return(frames)
+                raise
+        except BaseException:
+            self._return(supply)
+            raise
+        if supply:
+            self._note_tail(inode, huge, end)
+            return self._insert(inode, huge, supply) + self._insert(inode, holes, frames)
+        return self._insert(inode, holes, frames)
+
+    def _take(self, holes: list[Hole], order: int = 0, beside: Frames | None = None) -> Frames:
+        """Frames for these holes `beside` others that are not counted yet; ENOSPC if there is no room for both."""
+        total = sum(count for _, count in holes)
+        self.limits.require_pages(total + sum(count for _, count in beside or ()))
+        return self.frames.allocate(total, order) if total else []
+
+    def _return(self, frames: Frames) -> None:
+        if frames:
+            self.frames.free(*zip(*frames, strict=True))
+
+    def _insert(self, inode: Inode, holes: list[Hole], frames: Frames) -> int:
+        """Put frames into holes and count them; how many they were."""
+        if inode.pages is None:
+            inode.pages = PageMap()
+        before, held = inode.pages.runs, inode.pages.count
+        _distribute(inode.pages, holes, frames)
+        self._runs += inode.pages.runs - before
+        count = inode.pages.count - held
+        self.limits.pages += count
+        return count
+
+    # -- huge pages -----------------------------------------------------------------------------
+
+    def block_size(self, inode: Inode) -> int:
+        """st_blksize: that of a huge page if the file may have them (within_size: from two pages on, as in tmpfs)."""
+        wanted = self.huge == "always" or (self.huge == "within_size" and inode.size > PAGE_SIZE)
+        return BLOCK_SIZE if wanted and inode.is_file else PAGE_SIZE
+
+    def _huge_holes(self, inode: Inode, first: int, last: int, end: int) -> list[Hole]:
+        """Holes of whole huge pages that huge= wants to be filled where [first, last) is written."""
+        if self.huge not in ("always", "within_size"):
+            return []
+        low, high = round_down(first, BLOCK_PAGES), round_up(last, BLOCK_PAGES)
+        if self.huge == "within_size":
+            high = min(high, round_down(pages(max(end, inode.size)), BLOCK_PAGES))
+        found = []
+        for start, count in _holes(inode.pages, low, high):
+            begin, stop = round_up(start, BLOCK_PAGES), round_down(start + count, BLOCK_PAGES)
+            if begin < stop:
+                found.append((begin, stop - begin))
+        return found
+
+    def _take_huge(self, holes: list[Hole]) -> Frames:
+        """Huge pages for these holes; none if they do not fit, or memory is in pieces."""
+        try:
+            frames = self._take(holes, BLOCK_ORDER)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or self.tails:
+                raise  # with tails to give back it is worth another try
+            return []
+        if any(pfn % BLOCK_PAGES or count % BLOCK_PAGES for pfn, count in frames):
+            self._return(frames)
+            return []
+        return frames
+
+    def _note_tail(self, inode: Inode, huge: list[Hole], end: int) -> None:
+        """Remember a file whose last huge page goes on behind its end, unless fallocate put pages there."""
+        past = pages(max(end, inode.size))
+        if sum(huge[-1]) > past and not (inode.pages is not None and inode.pages.between(past, sum(huge[-1]) + 1)):
+            self.tails.add(inode.ino)
+
+    def _give_back_tails(self) -> None:
+        """Free what huge pages hold behind the ends of their files."""
+        while self.tails:
+            inode = self.inodes[self.tails.pop()]
+            if inode.pages is not None:
+                self._change("trim", ino=inode.ino, size=inode.size)
+                self._free_pages(inode.pages, pages(inode.size))
+
+
+def _holes(pages: PageMap | None, first: int, last: int) -> list[Hole]:
+    if pages is None:
+        return [(first, last - first)] if first < last else []
+    return pages.holes(first, last)
+
+
+def _without(holes: list[Hole], gone: list[Hole]) -> list[Hole]:
+    """Holes less those in `gone`, which cover whole ones or their ends; both in order."""
+    left: list[Hole] = []
+    for start, count in holes:
+        stop = start + count
+        for begin, size in gone:
+            if start < begin + size and begin < stop:
+                if start < begin:
+                    left.append((start, begin - start))
+                start = min(begin + size, stop)
+        if start < stop:
+            left.append((start, stop - start))
+    return left
+
+
+def _distribute(pages: PageMap, holes: list[Hole], frames: Frames) -> None:
+    """Put runs of frames into holes, cutting whichever is longer."""
+    supply = iter(frames)
+    pfn, left = 0, 0
+    for start, size in holes:
+        index, end = start, start + size
+        while index < end:
+            if not left:
+                pfn, left = next(supply)
+            count = min(left, end - index)
+            pages.insert(index, pfn, count)
+            index, pfn, left = index + count, pfn + count, left - count
