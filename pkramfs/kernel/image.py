@@ -79,7 +79,8 @@ HEADER_AT = 0x1F1
 """Where the setup header begins, in a bzImage as in boot parameters."""
 
 _OLDEST = 0x020C
-_ET_EXEC, _ET_DYN, _PT_LOAD, _X86_64 = 2, 3, 1, 62
+_ET_EXEC, _ET_DYN, _X86_64 = 2, 3, 62
+_PT_LOAD, _PT_DYNAMIC, _PT_INTERP = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,8 @@ def _program_headers(path: str, file: BinaryIO, size: int, head: Any) -> list[An
     file.seek(phoff)
     table = file.read(phnum * PHDR.size)
     found = [PHDR.read(table, at) for at in range(0, len(table), PHDR.size)]
+    if any(p.type in (_PT_DYNAMIC, _PT_INTERP) for p in found):
+        _refuse(path, "an ELF file that is linked dynamically: a program or a library")
     loads = sorted((p for p in found if p.type == _PT_LOAD and p.memsz), key=lambda p: p.paddr)
     if not loads:
         _refuse(path, "an ELF file with nothing to load")

@@ -1,3 +1,7 @@
+import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +96,52 @@ def test_an_elf_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=reason):
         image.load_image(elf(tmp_path / "k", loads, **changes))
+
+
+def test_a_program_is_no_kernel() -> None:
+    """Its ELF header alone would do: 64-bit x86, something to load."""
+    with pytest.raises(UsageError, match="linked dynamically: a program or a library"):
+        image.load_image(shutil.which("sh") or "/bin/sh")
+
+
+def kernels(tmp_path: Path) -> list[Path]:
+    """Real kernels: those of this host, else Debian's if apt can bring it."""
+    found = [path for path in Path("/boot").glob("vmlinuz*") if os.access(path, os.R_OK)]
+    if not found and shutil.which("apt-get") and shutil.which("dpkg-deb"):
+        depends = subprocess.run(
+            ["apt-cache", "depends", "linux-image-cloud-amd64"], capture_output=True, text=True, check=False
+        )
+        names = re.findall(r"Depends: (linux-image-\S+)", depends.stdout)
+        for name in names[:1]:
+            subprocess.run(["apt-get", "download", name], cwd=tmp_path, capture_output=True, timeout=120, check=False)
+        for package in tmp_path.glob("*.deb"):
+            subprocess.run(["dpkg-deb", "-x", package, tmp_path], check=True)
+        found = list(tmp_path.glob("boot/vmlinuz*"))
+    return found
+
+
+@pytest.mark.slow
+def test_real_kernels_are_loaded_and_booted(lab: Any, tmp_path: Path) -> None:
+    found = kernels(tmp_path)
+    if not found:
+        pytest.skip("no real kernel is at hand: none in /boot, none from apt")
+    lab.preserve("a", 3000)
+    for path in found:
+        real = image.load_image(str(path))
+        assert (real.kind, real.relocatable) == ("bzImage", True)
+        assert real.version in path.name
+        assert real.size < path.stat().st_size < real.init_size
+        lab.load(str(path))
+        kernel = lab.execute(poison=True)
+        assert lab.intact("a")
+        start, end = kernel.info.reserved["Kernel image"]
+        assert (end - start) * 4096 == real.init_size
+        assert bytes(kernel.ram.page(start, real.size // 4096)) == loaded(real)[: real.size // 4096 * 4096]
+        whole = path.read_bytes()
+        for length in (real.size // 2, len(whole) - 4096):
+            (tmp_path / "cut").write_bytes(whole[:length])
+            with pytest.raises(UsageError, match="cut off"):
+                image.load_image(str(tmp_path / "cut"))
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
