@@ -132,3 +132,30 @@ def test_a_refusal_lists_the_first_of_many_ranges() -> None:
     assert lines[0] == "kernel at 0x1f4000: 0x1f4000-0x1f4fff (1 page) belongs to node a"
     assert lines[-1] == "kernel at 0x1f4000: 480 more ranges of node a, 500 pages in all"
     assert len(lines) == 21
+
+
+OPERATIONS = ["StopMounts", "WriteRegions", "Verify", "DecideBoot", "PointOfNoReturn", "Boot", "TakeOver"]
+
+
+@pytest.mark.parametrize("after", OPERATIONS)
+def test_dying_between_any_two_steps_and_going_on_ends_in_the_same_state(make_lab: Any, after: str) -> None:
+    """What the kexec had not finished is finished by whoever comes next, or begun again with the same command line."""
+    facts = []
+    for name in ("straight", "killed"):
+        lab = make_lab(name=name)
+        lab.preserve("a", 2000)
+        lab.load()
+        with lab.machine.lifecycle(shared=False):
+            operations = kexec.plan(lab.machine, [MountReport("/mnt", "a", True, 1)]).operations
+            assert [type(operation).__name__ for operation in operations] == OPERATIONS
+            for operation in operations:
+                operation.execute()
+                if name == "killed" and type(operation).__name__ == after:
+                    break
+        if lab.up().generation == 1:
+            assert OPERATIONS.index(after) < OPERATIONS.index("PointOfNoReturn")
+            lab.execute()
+        assert lab.intact("a")
+        facts.append(lab.facts())
+    straight, killed = facts
+    assert straight == killed

@@ -1,9 +1,12 @@
 """Cold boots, what is refused, what is resumed."""
 
+import collections
 import contextlib
 import subprocess
 import sys
 import threading
+import tracemalloc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -110,6 +113,48 @@ def test_booting_16_tib_touches_no_more_than_4_gib(make_lab: Any) -> None:
         assert lab.intact("a")
         backed.append(kernel.ram.backed)
     assert backed[1] < backed[0] + (1 << 20)
+
+
+@contextlib.contextmanager
+def calls_made() -> Iterator[collections.Counter[str]]:
+    """Calls of functions, Python's and C's, while the block runs."""
+    counted = collections.Counter[str]()
+    sys.setprofile(lambda _frame, event, _: counted.update([event]))
+    try:
+        yield counted
+    finally:
+        sys.setprofile(None)
+
+
+@contextlib.contextmanager
+def most_memory() -> Iterator[list[int]]:
+    """The most bytes that Python and numpy had at once while the block ran."""
+    found: list[int] = []
+    tracemalloc.start()
+    try:
+        yield found
+        found.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+
+
+def test_booting_16_tib_takes_less_than_twice_the_steps_of_4_gib(make_lab: Any) -> None:
+    """Steps and memory of a whole kexec do not grow with RAM, of which the lease table alone has 64 MiB."""
+    calls, memory = [], []
+    for size in (4 * GIB, 16 * TIB):
+        lab = make_lab(size, name=f"m{size}")
+        lab.preserve("a", 1000)
+        lab.load()
+        with calls_made() as counted:
+            lab.execute()
+        calls.append(counted["call"] + counted["c_call"])
+        lab.load()
+        with most_memory() as most:
+            lab.execute()
+        memory += most
+        assert lab.intact("a")
+    assert calls[1] < 2 * calls[0]
+    assert memory[1] < memory[0] + (1 << 20)
 
 
 def test_two_first_mounts_at_once_boot_once(root: Any) -> None:
