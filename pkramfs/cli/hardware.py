@@ -34,7 +34,10 @@ def create(args: argparse.Namespace) -> None:
     machine = arguments.machine(args)
     if machine.exists():
         raise MachineError(f"{machine.path()} is there already: `pkramctl machine destroy` removes it")
-    hardware = _hardware(args)
+    try:
+        hardware = _hardware(args)
+    except MachineError as error:  # it is the options that cannot be
+        raise UsageError(f"{args.map}: {error}" if args.map else str(error)) from None
     machine.create(hardware)
     _show_machine(args, machine)
 
@@ -77,6 +80,7 @@ def show(args: argparse.Namespace) -> None:
 
 
 def _show_machine(args: argparse.Namespace, machine: "Machine") -> None:
+    """The map, and where there are several NUMA nodes, theirs."""
     hardware = machine.hardware()
     if arguments.wants_json(args):
         render.emit_json({"directory": machine.path(), **hardware.to_json()})
@@ -92,6 +96,22 @@ def _show_machine(args: argparse.Namespace, machine: "Machine") -> None:
     )
     rows = [(f"{start:#014x}-{end - 1:#014x}", format_size(end - start), kind) for start, end, kind in hardware.entries]
     render.table([render.Column("ADDRESSES"), render.Column("SIZE", figures=True), render.Column("KIND")], rows)
+    if hardware.nodes:
+        _show_nodes(hardware)
+
+
+def _show_nodes(hardware: "FirmwareMap") -> None:
+    columns = [render.Column("ADDRESSES"), render.Column("USABLE", figures=True), render.Column("NUMA NODE", True)]
+    print()
+    nodes = hardware.nodes
+    render.table(columns, [(f"{s:#014x}-{e - 1:#014x}", _usable_in(hardware, s, e), node) for s, e, node in nodes])
+
+
+def _usable_in(hardware: "FirmwareMap", start: int, end: int) -> str:
+    from pkramfs.spans import Spans
+
+    pages = hardware.usable & Spans([(start // PAGE_SIZE, end // PAGE_SIZE)])
+    return format_size(pages.total * PAGE_SIZE)
 
 
 def destroy(args: argparse.Namespace) -> None:

@@ -110,13 +110,30 @@ class FirmwareMap:
     @classmethod
     def from_json(cls, data: Any) -> "FirmwareMap":
         """The hardware that `to_json` gave; MachineError where it is anything else."""
+        if not isinstance(data, dict):
+            raise MachineError("firmware map: not an object with `map`, `nodes` and `seed`, as machine.json has it")
+        entries = _rows("map", data.get("map"), "kind")
+        nodes = _rows("nodes", data.get("nodes", []), "node")
         try:
-            entries = tuple((_whole(e["start"]), _whole(e["end"]), str(e["kind"])) for e in data["map"])
-            nodes = tuple((_whole(n["start"]), _whole(n["end"]), _whole(n["node"])) for n in data.get("nodes", ()))
-            seed = _whole(data.get("seed", 0))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise MachineError(f"firmware map: not what machine.json should hold ({error!r})") from None
-        return cls(tuple(sorted(entries)), tuple(sorted(nodes)), seed)
+            found = tuple((start, end, str(kind)) for start, end, kind in entries)
+            return cls(found, tuple((s, e, _whole(node)) for s, e, node in nodes), _whole(data.get("seed", 0)))
+        except TypeError as error:
+            raise MachineError(f"firmware map: not what machine.json should hold ({error})") from None
+
+
+def _rows(name: str, rows: Any, third: str) -> list[Range]:
+    """The ranges of one list of machine.json, in order; MachineError naming the entry and the field."""
+    if not isinstance(rows, list | tuple):
+        raise MachineError(f"firmware map: `{name}` is not a list of {{start, end, {third}}}")
+    found = []
+    for number, row in enumerate(rows):
+        try:
+            found.append((_whole(row["start"]), _whole(row["end"]), row[third]))
+        except KeyError as error:
+            raise MachineError(f"firmware map: entry {number} of `{name}` has no {error}") from None
+        except TypeError as error:
+            raise MachineError(f"firmware map: entry {number} of `{name}` is not a range ({error})") from None
+    return sorted(found, key=lambda row: row[:2])
 
 
 def _whole(value: Any) -> int:

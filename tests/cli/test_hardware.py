@@ -12,6 +12,10 @@ def test_create_shows_what_it_made(root, ctl):
     status, out, _ = ctl("machine", "create", "--ram", "1G", "--nodes", "2", "--seed", "7")
     assert status == 0
     assert "NUMA nodes   2" in out
+    assert out.splitlines()[-2:] == [
+        "0x000000000000-0x00001fffffff   512 MiB           0",
+        "0x000020000000-0x00003fffffff   512 MiB           1",
+    ]
     assert os.path.exists(f"{root}/default/ram")
     hardware = Machine.locate().hardware()
     assert (hardware.size, hardware.seed) == (1 << 30, 7)
@@ -40,9 +44,9 @@ def test_a_map_comes_back_as_it_was_given(root, ctl, tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["--ram", "1K"], 8, "RAM of 1.0 KiB cannot be"),
+        (["--ram", "1K"], 2, "RAM of 1.0 KiB cannot be"),
         (["--ram", "lots"], 2, "not a size"),
-        (["--nodes", "9000"], 8, "9000 NUMA nodes cannot be"),
+        (["--nodes", "9000"], 2, "9000 NUMA nodes cannot be"),
         (["--map", "/nowhere/map"], 2, "cannot read the map: /nowhere/map: No such file or directory"),
         (["--map", "/dev/null"], 2, "not JSON"),
         (["--map", "/dev/null", "--ram", "1G"], 2, "leave --ram and --nodes out"),
@@ -53,6 +57,25 @@ def test_what_cannot_be_is_refused_in_one_line(root, ctl, words, status, message
     assert (found, err.count("\n")) == (status, 1)
     assert message in err
     assert not os.path.exists(f"{root}/default")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "firmware map: `map` is not a list of {start, end, kind}"),
+        ({"map": [{"start": 0, "end": 4096}]}, "firmware map: entry 0 of `map` has no 'kind'"),
+        ({"map": [{"start": 0, "end": "1G", "kind": "usable"}]}, "is not a range ('1G' is not a whole number)"),
+        ({"map": [{"start": 0, "end": 4096, "kind": "lost"}]}, "0x0-0x1000 is 'lost', expected one of usable, res"),
+        ({"map": [{"start": 0, "end": 4096, "kind": "usable"}]}, "there is no usable memory in it"),
+        ({"map": [7]}, "entry 0 of `map` is not a range ("),
+    ],
+)
+def test_a_map_that_cannot_be_is_refused_naming_file_entry_and_field(root, ctl, tmp_path, given, message):
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps(given))
+    status, _, err = ctl("machine", "create", "--map", str(path))
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith(f"pkramctl: {path}: firmware map: ") and message in err
 
 
 def test_create_leaves_a_machine_alone(root, ctl):

@@ -59,11 +59,11 @@ def entry(start: object, end: object, kind: object = "usable") -> dict[str, obje
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (None, "not what machine.json should hold"),
-        ([], "not what machine.json should hold"),
-        ({}, "'map'"),
-        ({"map": 5}, "not what machine.json should hold"),
-        ({"map": [5]}, "not what machine.json should hold"),
+        (None, "not an object with `map`"),
+        ([], "not an object with `map`"),
+        ({}, "`map` is not a list of"),
+        ({"map": 5}, "`map` is not a list of"),
+        ({"map": [5]}, "entry 0 of `map` is not a range"),
         ({"map": [{"start": 0, "end": MIB}]}, "'kind'"),
         ({"map": [entry(0, "1M")]}, "'1M' is not a whole number"),
         ({"map": [entry(0, 1.5e6)]}, "is not a whole number"),
