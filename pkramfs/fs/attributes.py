@@ -58,9 +58,8 @@ class Attributes(Core):
         inode = self.inode(number)
         if size is not None:
             self._check_size(inode, size)
-        same = mode is None and uid is None and gid is None and _same_times(inode, atime, mtime, ctime)
-        if same and size is None:
-            return inode
+        elif mode is None and uid is None and gid is None:
+            return self.set_times(number, atime, mtime, ctime)
         self._change(
             "setattr", ino=inode.ino, mode=mode, uid=uid, gid=gid, size=size, atime=atime, mtime=mtime, ctime=ctime
         )
@@ -75,6 +74,19 @@ class Attributes(Core):
         inode.atime = inode.atime if atime is None else clock.clamp(atime)
         inode.mtime = inode.mtime if mtime is None else clock.clamp(mtime)
         inode.ctime = now if ctime is None else clock.clamp(ctime)
+        return inode
+
+    def set_times(self, number: int, atime: int | None, mtime: int | None, ctime: int | None) -> Inode:
+        """`setattr` of times alone: what the kernel sends after writing and before a file goes, so it is short."""
+        inode = self.inode(number)
+        if _same_times(inode, atime, mtime, ctime):
+            return inode
+        self._change("setattr", ino=inode.ino, atime=atime, mtime=mtime, ctime=ctime)
+        if atime is not None:
+            inode.atime = clock.clamp(atime)
+        if mtime is not None:
+            inode.mtime = clock.clamp(mtime)
+        inode.ctime = clock.now() if ctime is None else clock.clamp(ctime)
         return inode
 
     def _set_owner_and_mode(
@@ -193,9 +205,9 @@ def without_set_id(inode: Inode, caller: Caller) -> int:
 
 def _same_times(inode: Inode, atime: int | None, mtime: int | None, ctime: int | None) -> bool:
     """Whether setting these times changes nothing (without ctime it would be now)."""
-    if atime is None and mtime is None and ctime is None:
-        return True
-    return ctime == inode.ctime and atime in (None, inode.atime) and mtime in (None, inode.mtime)
+    if ctime != inode.ctime:
+        return atime is None and mtime is None and ctime is None
+    return (atime is None or atime == inode.atime) and (mtime is None or mtime == inode.mtime)
 
 
 def _check_xattr_name(inode: Inode, name: bytes) -> None:

@@ -22,4 +22,4 @@ def now() -> int:
 
 def clamp(time_ns: int) -> int:
     """The nearest time that can be kept."""
-    return max(_FIRST, min(time_ns, _LAST))
+    return time_ns if _FIRST <= time_ns <= _LAST else max(_FIRST, min(time_ns, _LAST))

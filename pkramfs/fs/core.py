@@ -186,10 +186,13 @@ class Core:
         self.tails.discard(inode.ino)
         del self.inodes[inode.ino]
         self.limits.inode_space -= INODE_SPACE
-        self._stream_bytes -= INODES.width + len(inode.target or b"")
-        for name in list(inode.xattrs or ()):
-            self._put_xattr(inode, name, None)
-        self.limits.pages -= inode.own_pages
+        self._stream_bytes -= INODES.width
+        if inode.target is not None:
+            self._stream_bytes -= len(inode.target)
+            self.limits.pages -= inode.own_pages
+        if inode.xattrs is not None:
+            for name in list(inode.xattrs):
+                self._put_xattr(inode, name, None)
         if inode.pages is not None:
             self._free_pages(inode.pages, 0)
         if inode.entries is not None:
@@ -239,7 +242,7 @@ class Core:
 
     def _grow(self) -> None:
         """Before a change that makes the tree larger: hold more frames if it has outgrown those held."""
-        if self._weight() > self._hold_above and not self._guarded:
+        if self._stream_bytes + self._runs * RUN_WEIGHT > self._hold_above and not self._guarded:  # _weight()
             self.hold_for_save()
 
     def pages_needed(self, growth: int = 0) -> int:

@@ -33,6 +33,7 @@ RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 
 DOT, DOTDOT = b".", b".."
 TARGET_MAX = 4095
+_DOTS = frozenset((DOT, DOTDOT))
 _TYPES = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
 
 
@@ -137,7 +138,7 @@ class Namespace(Core):
         folder = self.directory(parent)
         if len(name) > NAME_MAX:
             raise fail(errno.ENAMETOOLONG)
-        if name in self._entries(folder).entries or name in (DOT, DOTDOT):
+        if name in self._entries(folder).entries or name in _DOTS:
             raise fail(errno.EEXIST)
         if not name or b"/" in name or b"\0" in name:
             raise fail(errno.EINVAL)
@@ -156,8 +157,9 @@ class Namespace(Core):
             if stat.S_ISDIR(mode):
                 mode |= stat.S_ISGID
         default = folder.xattrs.get(acl.DEFAULT) if folder.xattrs is not None else None
-        if default is None or stat.S_ISLNK(mode):
-            return self._allocate_inode(mode if stat.S_ISLNK(mode) else mode & ~caller.umask, caller.uid, gid)
+        link = stat.S_ISLNK(mode)
+        if default is None or link:
+            return self._allocate_inode(mode if link else mode & ~caller.umask, caller.uid, gid)
         mode, inherited = acl.inherit(default, mode)
         inode = self._allocate_inode(mode, caller.uid, gid)
         for name, value in inherited.items():
@@ -246,7 +248,7 @@ class Namespace(Core):
         if flags & ~7 or (flags & RENAME_EXCHANGE and flags & (RENAME_NOREPLACE | RENAME_WHITEOUT)):
             raise fail(errno.EINVAL)
         source, target = self.directory(parent), self.directory(new_parent)
-        if {name, new_name} & {DOT, DOTDOT}:
+        if name in _DOTS or new_name in _DOTS:
             raise fail(errno.EEXIST if flags & RENAME_NOREPLACE else errno.EBUSY)
         inode = self._existing(source, name)
         victim = self._entries(target).find(new_name)

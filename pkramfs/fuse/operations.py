@@ -59,7 +59,7 @@ def _request(
     @functools.wraps(handler)
     async def request(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return handler(self, *args, **kwargs)
+            return handler(self, *args)  # type: ignore[call-arg]  # pyfuse3 names nothing
         except FUSEError:
             raise
         except OSError as error:
@@ -69,7 +69,7 @@ def _request(
             log.exception("%s%r failed", handler.__name__, _brief(args))
             raise FUSEError(errno.EIO) from None
         await self._wait_for_room()
-        return await request(self, *args, **kwargs)
+        return await request(self, *args)  # type: ignore[call-arg]
 
     return request
 
@@ -98,7 +98,8 @@ class Operations(pyfuse3.Operations):
         self.cache = doors.Cache()
         self._translate = Translator(tree)
         self._entry = self._translate.entry
-        self._forgot = trio.Event()
+        self._opened = FileInfo(keep_cache=True)
+        self._forgot: trio.Event | None = None
         self._hopeless: set[int] = set()
 
     def _may_forget(self) -> bool:
@@ -111,6 +112,8 @@ class Operations(pyfuse3.Operations):
     async def _wait_for_room(self) -> None:
         """Until the kernel forgets something; if it does not, these orphans are not waited for again."""
         waited = set(self.tree.orphans)
+        if self._forgot is None:
+            self._forgot = trio.Event()
         with trio.move_on_after(_FORGET_SECONDS, shield=True) as waiting:  # or nobody would answer the request
             await self._forgot.wait()
         if waiting.cancelled_caught:
@@ -143,8 +146,9 @@ class Operations(pyfuse3.Operations):
                 self.tree.forget(number, count)
             except Exception:  # nobody waits for an answer; the others must be forgotten too
                 log.exception("forget(%d, %d) failed", number, count)
-        self._forgot.set()
-        self._forgot = trio.Event()
+        if self._forgot is not None:
+            self._forgot.set()
+            self._forgot = None
 
     @_request
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
@@ -209,6 +213,13 @@ class Operations(pyfuse3.Operations):
     def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, handle: int | None, ctx: RequestContext
     ) -> EntryAttributes:
+        if _only_times(fields):
+            times = (
+                attr.st_atime_ns if fields.update_atime else None,
+                attr.st_mtime_ns if fields.update_mtime else None,
+                attr.st_ctime_ns if fields.update_ctime else None,
+            )
+            return self._entry(self.tree.set_times(inode, *times))
         asker, known = Asker(ctx), self.tree.inode(inode)
         # A size without a time is a truncate to the same size: the kernel has not changed its times of the file.
         same = fields.update_size and not fields.update_mtime
@@ -303,7 +314,13 @@ class Operations(pyfuse3.Operations):
         handle = self.tree.open(inode, flags, Asker(ctx))
         if handle & WRITING:
             self.cache.drop_attributes(inode)  # they are for ever, and from now on blocks come without a word
-        return FileInfo(fh=handle, keep_cache=True)
+        return self._open(handle)
+
+    def _open(self, handle: int) -> FileInfo:
+        """The answer that a file is open, whose pages the kernel may keep."""
+        opened = self._opened
+        opened.fh = handle
+        return opened
 
     @_request
     def create(
@@ -311,7 +328,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         inode = self.tree.create(parent, name, mode, ctx)
         handle = self.tree.open(inode.ino, flags & ~os.O_TRUNC, ctx)
-        return FileInfo(fh=handle, keep_cache=True), self._named(inode)
+        return self._open(handle), self._named(inode)
 
     @_request
     def read(self, handle: int, offset: int, size: int) -> bytes:
@@ -358,6 +375,13 @@ def _any(fields: SetattrFields) -> bool:
         or fields.update_uid
         or fields.update_gid
     )
+
+
+def _only_times(fields: SetattrFields) -> bool:
+    """Whether a SETATTR is what follows each write-back, and goes before each deletion: times and nothing else."""
+    if fields.update_size or fields.update_mode or fields.update_uid or fields.update_gid:
+        return False
+    return bool(fields.update_ctime or fields.update_mtime or fields.update_atime)
 
 
 def _nothing() -> None:

@@ -45,6 +45,7 @@ class Floor(pyfuse3.Operations):
         self.sizes: dict[int, int] = {}
         self.listed: list[tuple[tuple[int, bytes], int]] = []
         self.next = 2
+        self.handle = FileInfo(keep_cache=True)
         self.file, self.directory, self.absent = _answer(stat.S_IFREG), _answer(stat.S_IFDIR), _answer(0)
         self.statistics = pyfuse3.StatvfsData()
         self.ready = print  # the session puts its own here
@@ -83,10 +84,14 @@ class Floor(pyfuse3.Operations):
     async def create(self, parent: int, name: bytes, mode: int, flags: int, ctx: object) -> tuple[FileInfo, object]:
         ino = self.new(parent, name)
         self.sizes[ino] = 0
-        return FileInfo(fh=ino, keep_cache=True), self.entry(ino)
+        return self.opened(ino), self.entry(ino)
 
     async def open(self, inode: int, flags: int, ctx: object) -> FileInfo:
-        return FileInfo(fh=inode, keep_cache=True)
+        return self.opened(inode)
+
+    def opened(self, ino: int) -> FileInfo:
+        self.handle.fh = ino
+        return self.handle
 
     async def opendir(self, inode: int, ctx: object) -> int:
         return inode
