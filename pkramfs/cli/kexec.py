@@ -279,7 +279,7 @@ def _to_remount(args: argparse.Namespace, seen: "Sequence[Seen]") -> list[dict[s
 
 def _execute(args: argparse.Namespace, machine: "Machine") -> int:
     """Let the running kernel die and the loaded one be born."""
-    from pkramfs.kernel import kexec, running
+    from pkramfs.kernel import kexec, nvram, running
 
     going = mounts.Mounts(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
     remount: list[dict[str, Any]] = []
@@ -302,6 +302,7 @@ def _execute(args: argparse.Namespace, machine: "Machine") -> int:
                 return _refuse(machine, plan)
             _perform(args, plan)
             pause = time.monotonic() - began
+            nvram.set_pause(machine, pause - plan.copying)
     except BaseException:
         _undo(machine, going, remount)
         raise

@@ -3,6 +3,7 @@
     boot_count   how many kernels this machine has had; the next kernel's generation is one more
     pending      the boot that was decided and is not finished: whoever finds it goes on with it
     mounts       what to mount again after the boot (design: the machine's /etc/fstab)
+    pause        seconds that the last kexec took beside copying: what the next one is expected to take
 
 The pending boot is written before the point of no return and cleared when the new kernel has
 taken over. Next to kernel.json it says where a kexec died:
@@ -126,6 +127,17 @@ def cancel(machine: "Machine") -> None:
 def finished(machine: "Machine", generation: int) -> None:
     """The kernel of this generation has taken over."""
     machine.write_json(NAME, read(machine) | {"pending": None, "boot_count": generation})
+
+
+def pause(machine: "Machine") -> float | None:
+    """Seconds that the last kexec of this machine took beside copying, as measured; None before the first."""
+    found = read(machine).get("pause")
+    return float(found) if isinstance(found, int | float) else None
+
+
+def set_pause(machine: "Machine", seconds: float) -> None:
+    """Note what a kexec took beside copying."""
+    machine.write_json(NAME, read(machine) | {"pause": round(max(0.0, seconds), 3)})
 
 
 def next_generation(machine: "Machine") -> int:

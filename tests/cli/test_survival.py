@@ -97,6 +97,7 @@ def test_a_tree_survives_two_kexecs_with_nothing_in_between(machine, place, ctl,
         assert out.startswith(f"kernel {generation} (builtin:2M) is up in ")
         assert out.endswith(f"; mounted again: {mnt}\n")
         assert looks(mnt) == before
+        assert 0 < json.loads(machine.read_text("nvram.json"))["pause"] < 100
     assert state(ctl) == {mnt: "preserved"}
     assert json.loads(ctl("--json", "status")[1])["next"]["remount"] == []
 

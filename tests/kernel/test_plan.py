@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pkramfs.errors import ExhaustedError
-from pkramfs.kernel import kexec, running, staging, state
+from pkramfs.kernel import kexec, nvram, running, staging, state
 from pkramfs.kernel.kexec import MountReport
 from pkramfs.kernel.segments import Segment, conflicts, destinations
 from pkramfs.spans import Spans
@@ -58,7 +58,19 @@ def test_the_plan_is_told_step_by_step(lab: Any) -> None:
     assert lines[:-1] == told
     assert lines[0] == "stop 1 mount: /mnt"
     assert any("point of no return" in line for line in lines)
-    assert lines[-1].startswith("predicted pause: 0.")
+    assert lines[-1] == "predicted pause: 0.5 s"
+
+
+def test_the_pause_is_what_the_last_kexec_took_and_what_is_to_be_copied(lab: Any, tmp_path: Any) -> None:
+    with open(tmp_path / "initrd", "wb") as initrd:
+        initrd.truncate(40_000_000)
+    lab.load(initrd=str(tmp_path / "initrd"))
+    first = planned(lab)
+    assert 0.1 < first.copying < first.pause
+    nvram.set_pause(lab.machine, 7.5)
+    assert planned(lab).pause == pytest.approx(7.5 + first.copying)
+    lab.execute()
+    assert nvram.pause(lab.machine) == 7.5, "it crosses the kexec"
 
 
 def test_every_segment_has_a_source_and_a_destination(lab: Any, bzimage: Any, tmp_path: Any) -> None:
