@@ -33,6 +33,7 @@ from pkramfs.control.keeper import Keeper, drive
 from pkramfs.control.server import Server
 from pkramfs.control.settings import Settings, Words
 from pkramfs.errors import MachineError, PkramfsError, UsageError, explain
+from pkramfs.fs import collector
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.restore import restore
 from pkramfs.fs.tree import Tree
@@ -236,7 +237,9 @@ class Daemon:
     # -- the life -------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        self.tree = tree = await self._build()
+        with collector.paused():
+            self.tree = tree = await self._build()
+        collector.settle()
         tree.huge = self.options.huge or tree.huge
         if self.options.name is not None:
             tree.hold_for_save()  # a full RAM must not prevent preserving

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pkramfs.errors import ExhaustedError, FormatError
+from pkramfs.fs import collector
 from pkramfs.fs.directory import Directory
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE, Limits
 from pkramfs.fs.pagecache import PageMap
-from pkramfs.fs.save import Progress, no_collection
+from pkramfs.fs.save import Progress
 from pkramfs.fs.tree import Tree
 from pkramfs.fs.verify import Runs, verify
 from pkramfs.pkram.treeformat import EXTENTS, TreeStream
@@ -53,12 +54,12 @@ def restore(
     pages, space = _needs(parts)
     _check_limits(limits, pages, space)
     yield Progress("inodes", 0, parts.header.inodes)
-    with no_collection():
+    with collector.paused():
         inodes = _build_inodes(parts)
         _give_pages(parts, inodes, runs)
         _give_xattrs(parts, inodes)
     yield Progress("names", 0, parts.header.entries)
-    with no_collection():
+    with collector.paused():
         directories = _build_directories(parts, inodes)
     yield Progress("adopt", 0, 1)
     node_pages = store.metadata_pages(node_name)

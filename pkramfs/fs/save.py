@@ -18,17 +18,16 @@ Kernel: mm/shmem_pkram.c (shmem_save_pkram), patches 24 and 38
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pkramfs.errors import PkramError
+from pkramfs.fs import collector
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.tree import Tree
 from pkramfs.pkram import treeformat
@@ -67,18 +66,6 @@ class _Picture(NamedTuple):
     columns: dict[str, Columns]
     blobs: dict[str, bytes]
     runs: Array  # rows of (file index, pfn, count), all files after one another
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Objects by the hundred thousand, none of them garbage: the collector would only cost time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def save(
@@ -151,13 +138,13 @@ def _picture(tree: Tree) -> Generator[Progress, None, _Picture]:
     """All columns, in a few steps between which a caller may do something else."""
     inodes = [inode for inode in tree.inodes.values() if inode.nlink]
     yield Progress("inodes", 0, len(inodes))
-    with no_collection():
+    with collector.paused():
         table = _inode_columns(inodes)
     yield Progress("names", 0, len(inodes))
-    with no_collection():
+    with collector.paused():
         entries, names = _entry_columns(inodes, table["ino"])
     yield Progress("extents", 0, len(inodes))
-    with no_collection():
+    with collector.paused():
         extents, runs = _extent_columns(inodes, table)
         xattrs, values = _xattr_columns(inodes)
     targets = b"".join([inode.target for inode in inodes if inode.target is not None])
