@@ -146,7 +146,11 @@ def picture(top: str, *, exact: bool = False) -> list[str]:
     record = Record()
     rows = []
     for path in _walk(os.fsencode(top)):
-        info = os.lstat(path)
+        try:
+            info = os.lstat(path)
+        except PermissionError:
+            rows.append(f"{path!r} EACCES")
+            continue
         words = [os.path.relpath(path, os.fsencode(top)).decode(errors="backslashreplace"), record.stat(info)]
         if stat.S_ISREG(info.st_mode):
             words += [f"blocks={info.st_blocks}", _content(path, info.st_size)]
@@ -167,8 +171,9 @@ def _walk(top: bytes) -> Iterator[bytes]:
     while stack:
         path = stack.pop()
         yield path
-        if stat.S_ISDIR(os.lstat(path).st_mode) and len(path) < 3800:
-            stack += [os.path.join(path, name) for name in sorted(os.listdir(path), reverse=True)]
+        with contextlib.suppress(PermissionError):  # the line of the directory says its mode
+            if stat.S_ISDIR(os.lstat(path).st_mode) and len(path) < 3800:
+                stack += [os.path.join(path, name) for name in sorted(os.listdir(path), reverse=True)]
 
 
 def _content(path: bytes, size: int) -> str:

@@ -237,6 +237,7 @@ def test_the_merged_words_of_mount_8(lab: Any) -> None:
     assert lab.status(mnt)["state"] == "preserved"
 
 
+@pytest.mark.skipif(not ROOT, reason="mount(8) wants root, or a line in fstab")
 @pytest.mark.skipif(not os.path.exists("/sbin/mount.fuse.pkramfs"), reason="the links in /sbin are not made")
 def test_through_mount_8(lab: Any) -> None:
     mnt = lab.dir("one")
