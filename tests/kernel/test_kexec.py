@@ -10,7 +10,7 @@ from pkramfs.kernel import boot, kexec, nvram, running, staging, state
 from pkramfs.kernel.kexec import MountReport
 from pkramfs.kernel.segments import destinations
 from pkramfs.spans import Spans
-from pkramfs.units import MIB, PAGE_SHIFT
+from pkramfs.units import BLOCK_PAGES, MIB, PAGE_SHIFT
 
 
 def test_a_node_survives(lab: Any) -> None:
@@ -46,6 +46,8 @@ def test_many_generations_lose_and_leak_nothing(lab: Any, poison: bool) -> None:
         lab.preserve(name, 700 + 300 * (generation % 3), seed=generation)
         kernel = lab.cycle("builtin:6M", poison=poison)
         assert all(lab.intact(n.name.decode()) for n in kernel.store.nodes())
+        own = (kernel.info.own_pages - kernel.info.reserve_pages).outward(BLOCK_PAGES)
+        assert kernel.leases.counts()["kernel"] <= own.total, "what only boot needed was given back"
         if generation >= 3:
             left = kernel.leases.counts()["free"]
             assert free in (None, left)
@@ -247,14 +249,15 @@ def test_a_missing_or_wrong_pkram_is_refused(lab: Any, append: str, said: str) -
 
 
 def test_a_stale_pkram_restores_nothing(lab: Any) -> None:
-    """D31 of the facts: booting twice with the same pfn."""
+    """D31 of the facts: booting twice with the same pfn, while all that it named is still there."""
     lab.preserve("a", 256)
     pfn = lab.up().info.super_pfn
     lab.cycle()
-    lab.up().store.withdraw(b"a")
-    lab.up().sweep()
+    lab.preserve("b", 256, seed=2)
     lab.load(append=f"ro pkram={pfn:x}")
-    kernel = lab.execute()
+    with pytest.raises(NotPreservedError, match=r"2 nodes \(b, a\), .* would be lost"):
+        lab.execute()
+    kernel = lab.execute(force=True)
     assert kernel.store.nodes() == []
     assert "invalid super block" in lab.machine.dmesg()
 
@@ -388,6 +391,16 @@ def test_the_kernel_chooses_destinations_clear_of_preserved_pages(lab: Any) -> N
     loaded = lab.load("builtin:16M").loaded
     assert not destinations(loaded.segments) & lab.up().store.preserved()
     assert not destinations(loaded.segments) & lab.up().info.own_pages
+
+
+def test_without_a_free_block_only_pages_that_are_not_preserved_are_chosen(lab: Any) -> None:
+    """Row 18, the second best: a tree that is not preserved may be moved out, one that is may not."""
+    kernel = lab.up()
+    lab.preserve("a", (kernel.leases.counts()["free"] - 9) * BLOCK_PAGES)
+    lab.grow(kernel.leases.counts()["free"] * BLOCK_PAGES, seed=2)
+    assert kernel.leases.counts()["free"] == 0
+    loaded = lab.load("builtin:4M").loaded
+    assert not destinations(loaded.segments) & (kernel.store.preserved() | kernel.info.own_pages)
 
 
 def test_a_chosen_address_with_preserved_pages_is_refused_and_lists_whose(lab: Any, tmp_path: Any) -> None:
