@@ -8,9 +8,10 @@
     ro                        yes          kernel ro only; the tree stays live
     size= nr_inodes= huge= mpol=           the daemon takes them on, before anything else
 
-mount(8) merges the current options into what it passes on, in any order, so what counts is the
-*result*: what was said, and where nothing was said what the mount is. Without root the kernel's flag
-stays as it is and the daemon's freeze alone makes the tree read-only.
+mount(8) merges the current options, or those of fstab, with what was said, in any order, and leaves out what
+cancels out: noexec and exec become nothing. So what it passes on is the *result*, as for mount(2). From
+others it is a change: flags that are not named stay. Without root the kernel's flag stays as it is and the
+daemon's freeze alone makes the tree read-only.
 
 The daemon is found by the device number of what is mounted there, so a bind mount will do as well.
 
@@ -45,7 +46,7 @@ def remount(directory: str, options: Options, verbose: bool = False) -> int:
         raise UsageError(
             f"{directory} is mounted as {entry.name or 'a tree without a name'}: pkram= cannot be changed by a remount"
         )
-    flags = options.flags(mounted.flags)
+    flags = options.flags(0 if _is_result(options) else mounted.flags)
     read_only = bool(flags & MS_RDONLY)
     if options.preserve and not read_only:
         how = "mount" if os.geteuid() == 0 else f"{PROGRAM} none"
@@ -61,6 +62,17 @@ def remount(directory: str, options: Options, verbose: bool = False) -> int:
             call(entry.socket, "unpreserve")
         _set_flags(directory, mounted.flags, flags)
     return 0
+
+
+def _is_result(options: Options) -> bool:
+    """Whether mount(8) speaks: it passes on the kernel's own words, or it is who started us."""
+    if any(word.startswith("user_id=") for word in options.words):
+        return True
+    try:
+        with open(f"/proc/{os.getppid()}/comm", encoding="utf-8") as name:
+            return name.read() == "mount\n"
+    except OSError:
+        return False  # it is gone; mount(8) would have waited
 
 
 def _entry(directory: str, dev: int, options: Options) -> "MountEntry":

@@ -19,7 +19,7 @@ import re
 from dataclasses import dataclass, field
 
 from pkramfs.errors import UsageError
-from pkramfs.units import PAGE_SIZE, parse_size
+from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
 NAME_MAX_BYTES = 127
 
@@ -63,7 +63,18 @@ _IGNORED_KEYS = re.compile(
     "user_id|group_id|rootmode|fd|blksize|max_read|subtype|fsname|(fs|def|root)?context|comment|user|u?helper"
 )
 _HUGE = ("never", "always", "within_size", "advise")
-_MPOL = re.compile(r"(default|local|(prefer|bind|interleave|weighted interleave)(=\w+)?(:[0-9,-]+)?)")
+_NODES = r"\d+(-\d+)?(,\d+(-\d+)?)*"
+_FLAGS = "(=static|=relative)"
+_MPOL = re.compile(
+    rf"default(=\w*)?|local|prefer({_FLAGS}?:\d+)?|bind{_FLAGS}?:{_NODES}"
+    rf"|(weighted )?interleave{_FLAGS}?(:{_NODES})?"
+)
+_NUMBER = re.compile("(0x[0-9a-f]+|[1-9][0-9]*|0[0-7]*)([kmgtpe]?)", re.IGNORECASE)
+_SHIFTS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_LONG_MAX = (1 << 63) - 1
+_MODE_MAX = _ID_MAX = (1 << 32) - 1
+_INODES_MAX = (1 << 64) // 1024 - 1
+"""nr_inodes in bytes of inode space must fit 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +124,9 @@ class Options:
 
     def limits(self, ram: int) -> tuple[int, int]:
         """(pages, inodes) that the mount may use; tmpfs's default is half of RAM, 0 means no limit."""
-        size = ram // 2 if self.size is None else self.size.bytes_of(ram)
-        inodes = ram // PAGE_SIZE // 2 if self.nr_inodes is None else self.nr_inodes
-        return -(-size // PAGE_SIZE), inodes
+        half = (ram >> PAGE_SHIFT) // 2
+        pages = half if self.size is None else -(-self.size.bytes_of(ram) // PAGE_SIZE)
+        return pages, half if self.nr_inodes is None else self.nr_inodes
 
     def lasting(self) -> dict[str, str | bool]:
         """What to give to mount again to get the same mount: `{"pkram": "x", "ro": True}`."""
@@ -187,33 +198,44 @@ def _name(found: Options, value: str) -> None:
 
 
 def _size(found: Options, value: str) -> None:
-    if value.endswith("%"):
-        if not value[:-1].isdecimal():
-            raise UsageError(f"mount option size={value}: not a percentage")
-        found.size = Amount(int(value[:-1]), percent=True)
-    else:
-        found.size = Amount(_number("size", value))
+    percent = value.endswith("%")
+    found.size = Amount(_number("size", value, value.removesuffix("%")), percent)
 
 
 def _blocks(found: Options, value: str) -> None:
-    found.size = Amount(_number("nr_blocks", value) * PAGE_SIZE)
+    found.size = Amount(_number("nr_blocks", value, value) * PAGE_SIZE)
 
 
 def _inodes(found: Options, value: str) -> None:
-    found.nr_inodes = _number("nr_inodes", value)
+    found.nr_inodes = _number("nr_inodes", value, value, _INODES_MAX)
 
 
-def _number(key: str, value: str) -> int:
-    try:
-        return parse_size(value)
-    except ValueError as error:
-        raise UsageError(f"mount option {key}={value}: {error}") from None
+def _number(key: str, value: str, text: str, most: int = _LONG_MAX) -> int:
+    """A number as the kernel reads it: decimal, 0x… or 0…, with k to e. Too large ones are refused, not cut.
+
+    Kernel: memparse()
+    """
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        percent = " or of percent" if key == "size" else ""
+        raise UsageError(f"mount option {key}={value}: write a number, perhaps with k, m, g or t{percent}")
+    number = _integer(match[1]) << _SHIFTS[match[2].lower()]
+    if number > most:
+        raise UsageError(f"mount option {key}={value}: more than {most}")
+    return number
+
+
+def _integer(text: str) -> int:
+    """Digits in the base that they say: 0x10, 010, 10."""
+    if text[:2].lower() == "0x":
+        return int(text, 16)
+    return int(text, 8 if text.startswith("0") else 10)
 
 
 def _mode(found: Options, value: str) -> None:
-    if not re.fullmatch("[0-7]{1,5}", value) or int(value, 8) > 0o7777:
-        raise UsageError(f"mount option mode={value}: not an octal mode up to 7777")
-    found.mode = int(value, 8)
+    if not re.fullmatch("[0-7]{1,11}", value) or int(value, 8) > _MODE_MAX:
+        raise UsageError(f"mount option mode={value}: not an octal mode")
+    found.mode = int(value, 8) & 0o7777
 
 
 def _uid(found: Options, value: str) -> None:
@@ -225,8 +247,9 @@ def _gid(found: Options, value: str) -> None:
 
 
 def _account(key: str, value: str) -> int:
-    if value.isdecimal() and int(value) < 0xFFFFFFFF:
-        return int(value)
+    match = _NUMBER.fullmatch(value)
+    if match and not match[2] and _integer(value) < _ID_MAX:
+        return _integer(value)
     import grp
     import pwd
 

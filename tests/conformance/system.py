@@ -57,8 +57,12 @@ def syncfs(fd: int) -> None:
     _check(_libc.syncfs(fd))
 
 
-def mount(source: str, target: str, fstype: str, data: str) -> None:
-    _check(_libc.mount(_bytes(source), _bytes(target), _bytes(fstype), ctypes.c_ulong(0), _bytes(data)))
+def mount(source: str, target: str, fstype: str, data: str, flags: int = 0) -> None:
+    _check(_libc.mount(_bytes(source), _bytes(target), _bytes(fstype), ctypes.c_ulong(flags), _bytes(data)))
+
+
+def umount(target: str) -> None:
+    _check(_libc.umount2(_bytes(target), 0))
 
 
 class DirStream:

@@ -63,8 +63,8 @@ def test_lasting_words_mount_the_same_again() -> None:
 
 
 BAD = """
-    frob frob=1 x fd pkram pkram= pkram=a,pkram=b size= size=x size=-1 size=x% nr_inodes=q mode=8 mode=17777 uid=-1
-    huge=x mpol=x ro=1 preserve=1 default_permissions=1
+    frob frob=1 x fd pkram pkram= pkram=a,pkram=b size= size=x size=-1 size=x% nr_inodes=q mode=8 mode=47777777777
+    uid=-1 huge=x mpol=x ro=1 preserve=1 default_permissions=1
 """
 
 
