@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from pkramfs.machine.directory import Machine
 
 BIN = Path(sys.executable).parent
 
@@ -73,6 +76,15 @@ class Lab:
         command("pkram-kexec", "-s", "-l", "builtin", f"--append=ro pkram={pfn}")
 
 
+def _wait_for_daemons(machine: Machine) -> None:
+    """umount returns before a daemon has gone, and it still writes a line into the machine's log."""
+    deadline = time.monotonic() + 30
+    while machine.exists() and machine.live_ids():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"tools/bench: a daemon of {machine.path()} does not end")
+        time.sleep(0.01)
+
+
 @contextlib.contextmanager
 def lab() -> Iterator[Lab]:
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pkram-bench-") as directory:
@@ -84,6 +96,7 @@ def lab() -> Iterator[Lab]:
         finally:
             for path in reversed(made.mounted):
                 unmount(path)
+            _wait_for_daemons(Machine(str(made.machine)))
             if made.daemon is not None:
                 made.daemon.communicate(timeout=30)
             os.environ.pop("PKRAM_ROOT")
