@@ -74,6 +74,26 @@ def _request(
     return request
 
 
+def _waiting(
+    handler: Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]]:
+    """The same net below a handler that waits, made of others that do not."""
+
+    @functools.wraps(handler)
+    async def request(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except OSError as error:
+            raise FUSEError(error.errno or errno.EIO) from None
+        except Exception:
+            log.exception("%s%r failed", handler.__name__, _brief(args))
+            raise FUSEError(errno.EIO) from None
+
+    return request
+
+
 def _brief(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Arguments for the log, without file content."""
     return tuple(f"<{len(arg)} bytes>" if isinstance(arg, bytes) and len(arg) > 255 else arg for arg in args)
@@ -253,6 +273,7 @@ class Operations(pyfuse3.Operations):
     def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         return self.tree.listxattr(inode, ctx)
 
+    @_waiting
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         if name.startswith(doors.PREFIX):
             await self._order(inode, name, value)

@@ -114,3 +114,22 @@ def test_no_room_waits_for_what_was_deleted(ops: Operations) -> None:
 
     trio.run(both)
     assert ops.tree.lookup(1, b"b") is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(OSError(errno.ENOTCONN, "gone"), errno.ENOTCONN), (RuntimeError("odd"), errno.EIO)]
+)
+def test_an_order_that_fails_is_an_errno(
+    ops: Operations, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, code: int
+) -> None:
+    """Whatever the kernel says when it is told to let go of a file, it is not the end of the mount."""
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pyfuse3, "invalidate_inode", refuse)
+    _, entry = ask(ops.create, 1, b"file", 0o644, os.O_RDONLY, ME)
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        ask(ops.setxattr, entry.st_ino, b"user.pkramfs.punch", b"0:4096", ME)
+    assert caught.value.errno == code
+    assert ("RuntimeError" in caplog.text) == (code == errno.EIO)
