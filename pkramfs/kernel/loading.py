@@ -130,17 +130,18 @@ def _place(kernel: Running, segments: list[Segment], nodes: list[IncomingNode], 
     remedy = "choose other addresses, or load with -s, which finds them"
     if request.syscall == "file":
         remedy = f"{request.image} cannot run anywhere else"
-        placed = place_all(segments, [room & limits for room in _rooms(kernel, owned)])
+        placed = place_all(segments, [room & limits for room in _rooms(kernel, owned)], remedy=_remedy(kernel))
     else:
         # userspace knows the running kernel from /proc/iomem, and nothing of what is preserved
-        placed = place_all(segments, [limits - kernel.info.own_pages], top_down=False)
+        wider = "widen --mem-min and --mem-max, or load less"
+        placed = place_all(segments, [limits - kernel.info.own_pages], top_down=False, remedy=wider)
     check_destinations(placed, usable, owned, remedy)
     return placed
 
 
 def _place_in(room: Spans, segments: list[Segment]) -> list[Segment]:
     """Inside the crash kernel's window, which is copied to at once: nothing may lie outside of it."""
-    placed = place_all(segments, [room])
+    placed = place_all(segments, [room], remedy="boot with a larger crashkernel=, or load less")
     check_destinations(placed, room, {}, "a crash kernel must be relocatable, or crashkernel= be where it runs")
     return placed
 
@@ -166,6 +167,13 @@ def _rooms(kernel: Running, owned: dict[str, Spans]) -> list[Spans]:
     if info.layout != LAYOUT:
         return [rest]
     return [kernel.leases.taken().gaps(0, info.blocks).scale(BLOCK_PAGES) & usable, rest]
+
+
+def _remedy(kernel: Running) -> str:
+    """What to do when there is no place that we could choose."""
+    if "Scratch" in kernel.info.reserved:
+        return "boot with a larger scratch=, or load less"
+    return "free preserved memory (pkramctl free), or load less"
 
 
 def _crash_range(kernel: Running) -> Spans:
@@ -219,7 +227,7 @@ def elsewhere(kernel: Running, loaded: Loaded, preserved: Spans) -> Loaded:
     """The same kernel with new destinations, clear of what is preserved now; ExhaustedError without room."""
     fixed = 0 if loaded.image.relocatable else loaded.image.preferred >> PAGE_SHIFT
     unplaced = [replace(s, pfn=fixed if s.name == "kernel" else 0) for s in loaded.segments]
-    placed = place_all(unplaced, _rooms(kernel, {"": preserved}))
+    placed = place_all(unplaced, _rooms(kernel, {"": preserved}), remedy=_remedy(kernel))
     if destinations(placed) & preserved:
         raise ExhaustedError(f"{loaded.image.name} runs at {loaded.image.preferred:#x} only, where preserved pages are")
     return replace(loaded, segments=tuple(placed))

@@ -67,10 +67,17 @@ def destinations(segments: Iterable[Segment]) -> Spans:
     return Spans((s.pfn, s.end) for s in segments if s.pfn)
 
 
-def place_all(segments: Sequence[Segment], rooms: Sequence[Spans], *, top_down: bool = True) -> list[Segment]:
+def place_all(
+    segments: Sequence[Segment],
+    rooms: Sequence[Spans],
+    *,
+    top_down: bool = True,
+    remedy: str = "load less",
+) -> list[Segment]:
     """A destination for every segment that has none, in the first of `rooms` that has a place for all.
 
     Rooms go from best to barely acceptable; a kernel that wants a fixed address has it already.
+    ExhaustedError says what has no place, and the remedy.
     """
     failure: ExhaustedError | None = None
     for room in rooms:
@@ -78,7 +85,7 @@ def place_all(segments: Sequence[Segment], rooms: Sequence[Spans], *, top_down: 
             return _place(segments, room, top_down)
         except ExhaustedError as error:
             failure = failure or error
-    raise failure or ExhaustedError("no RAM to load a kernel into")
+    raise ExhaustedError(f"{failure or 'no RAM to load a kernel into'}; {remedy}")
 
 
 def _place(segments: Sequence[Segment], room: Spans, top_down: bool) -> list[Segment]:
@@ -101,7 +108,7 @@ def _no_hole(segment: Segment, room: Spans) -> str:
     aligned = f" aligned to {format_size(segment.align * PAGE_SIZE)}" if segment.align > 1 else ""
     return (
         f"no place for the {segment.name}: {format_size(segment.pages * PAGE_SIZE)}{aligned} wanted, the largest of "
-        f"{plural(len(room), 'hole')} is {format_size(largest * PAGE_SIZE)}; free preserved memory or load less"
+        f"{plural(len(room), 'hole')} is {format_size(largest * PAGE_SIZE)}"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pkramfs.errors import ExhaustedError, MachineError, PkramError
-from pkramfs.kernel import crash, kexec, running, staging
+from pkramfs.kernel import boot, crash, kexec, nvram, running, staging
 from pkramfs.spans import Spans
 
 
@@ -64,19 +64,28 @@ def test_leaving_is_a_cold_boot(lab: Any) -> None:
     assert kernel.store.nodes() == []
 
 
-@pytest.mark.parametrize("step", ["purgatory", "release", "build_tables", "publish"])
+@pytest.mark.parametrize("step", [step.__name__ for step in boot.STEPS])
 def test_a_crash_boot_that_dies_is_resumed(lab: Any, step: str) -> None:
     ready(lab)
+    lab.preserve("a", 500)
+    kernel = lab.up()
+    window = kernel.info.reserved["Crash kernel"]
+    before = {start: kernel.ram.peek(start, end - start) for start, end in kernel.store.preserved()}
     with lab.dies(step):
         panic(lab)
-    assert lab.up().info.kind == "crash"
+    dead = lab.up()
+    assert (dead.info.kind, dead.info.generation, dead.info.super_pfn) == ("crash", kernel.generation + 1, 0)
+    assert not dead.info.own_pages - Spans([window])
+    assert dead.info.report["dead"]["super_pfn"] == kernel.info.super_pfn
+    assert {start: dead.ram.peek(start, len(data) // 4096) for start, data in before.items()} == before
+    assert nvram.pending(lab.machine) is None
 
 
 def test_what_cannot_be_loaded(lab: Any) -> None:
     with pytest.raises(MachineError, match="boot with crashkernel=SIZE"):
         kexec.load(lab.machine, "builtin:8M", panic=True)
     lab.cycle(append="ro crashkernel=32M")
-    with pytest.raises(ExhaustedError, match="no place for the kernel"):
+    with pytest.raises(ExhaustedError, match=r"no place for the kernel: .*; boot with a larger crashkernel="):
         kexec.load(lab.machine, "builtin:64M", panic=True)
     with pytest.raises(MachineError, match="no crash kernel is loaded"):
         panic(lab)

@@ -136,6 +136,9 @@ def test_scratch_that_is_too_small_says_what_is_enough(lab: Any) -> None:
     assert str(problem) == "KASLR: no slot for a kernel of 16.0 MiB in scratch=24M: scratch=40M is enough"
     lab.load("builtin:16M", "ro scratch=40M")
     assert planned(lab).problems == []
+    lab.execute()
+    with pytest.raises(ExhaustedError, match=r"no place for the kernel: 48\.0 MiB .*; boot with a larger scratch="):
+        lab.load("builtin:48M")
 
 
 def test_a_refusal_lists_the_first_of_many_ranges() -> None:
