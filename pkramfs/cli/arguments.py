@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pkramfs.cli.render import printable
 from pkramfs.errors import MachineError, PkramfsError, UsageError, explain
 from pkramfs.units import parse_size
 
@@ -136,8 +137,8 @@ def pfn(text: str) -> int:
 
 
 def complain(program: str, message: str) -> None:
-    """One line on stderr."""
-    print(f"{program}: {message}", file=sys.stderr)
+    """One line on stderr, whatever names of files it tells."""
+    print(f"{program}: {printable(message)}", file=sys.stderr)
 
 
 def warn(program: str, message: str) -> None:

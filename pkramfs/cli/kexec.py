@@ -256,11 +256,13 @@ def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
 
 
 def _noticed(seen: "Sequence[Seen]") -> list[str]:
-    """Who will find that a mount went away under them."""
+    """What cannot survive, and who will find that a mount went away under them."""
     found = []
     for one in seen:
         place = one.entry.mountpoint
-        found += [f"{place}: {path} is open for writing" for path in (one.status or {}).get("writers", [])]
+        status = one.status or {}
+        found += [f"{place}: {path} is open for writing" for path in status.get("writers", [])]
+        found += [f"{place}: {path} will be lost" for path in status.get("open_deleted", [])]
         for user in mounts.users(place):
             found.append(f"{place}: {user.name} (pid {user.pid}) uses it and will get ENOTCONN")
     return found
@@ -320,7 +322,7 @@ def _need_loaded(machine: "Machine") -> None:
 def _refuse(machine: "Machine", plan: "Plan") -> int:
     """Say every reason not to go, one line each."""
     for problem in plan.problems:
-        complain(PROGRAM, render.printable(problem))
+        complain(PROGRAM, str(problem))
         arguments.note(machine, f"kexec: refused: {render.printable(problem)}")
     if any(isinstance(problem, NotPreservedError) for problem in plan.problems):
         complain(PROGRAM, "nothing was changed; --force goes on and loses what is named above")
@@ -329,7 +331,7 @@ def _refuse(machine: "Machine", plan: "Plan") -> int:
 
 def _perform(args: argparse.Namespace, plan: "Plan") -> None:
     for warning in plan.warnings:
-        arguments.warn(PROGRAM, render.printable(warning))
+        arguments.warn(PROGRAM, warning)
     for line in plan.relocations if args.verbose else []:
         print(render.printable(line))
     plan.execute(_tell if args.verbose else lambda _: None)

@@ -22,6 +22,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any
 
+from pkramfs.cli.arguments import warn
 from pkramfs.cli.mount import PROGRAM, MountError
 from pkramfs.control.client import call
 from pkramfs.errors import PkramfsError, UsageError
@@ -54,6 +55,8 @@ def remount(directory: str, options: Options, verbose: bool = False) -> int:
     _reconfigure(entry, options)
     if options.preserve:
         answer = _preserve(entry, directory, mounted.flags, flags, options.strict)
+        for path in answer["open_deleted"]:
+            warn(PROGRAM, f"{directory}: {path} is not preserved")
         _tell(verbose, f"{entry.name} preserved: {_figures(answer)}")
     elif read_only and options.preserve is None:
         _make_read_only(entry, directory, mounted.flags, flags)
