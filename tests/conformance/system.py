@@ -57,6 +57,42 @@ def syncfs(fd: int) -> None:
     _check(_libc.syncfs(fd))
 
 
+def sync_file_range(fd: int, offset: int, size: int, flags: int) -> None:
+    _check(_libc.sync_file_range(fd, ctypes.c_long(offset), ctypes.c_long(size), flags))
+
+
+def readahead(fd: int, offset: int, size: int) -> None:
+    _check(_libc.readahead(fd, ctypes.c_long(offset), ctypes.c_long(size)))
+
+
+def name_to_handle_at(path: str | bytes) -> bytes:
+    """A struct file_handle."""
+    buffer = ctypes.create_string_buffer(struct.pack("Ii", 128, 0), 8 + 128)
+    mount_id = ctypes.c_int()
+    _check(_libc.name_to_handle_at(AT_FDCWD, _bytes(path), buffer, ctypes.byref(mount_id), 0))
+    return buffer.raw
+
+
+def open_by_handle_at(fd: int, handle: bytes, flags: int) -> int:
+    return _check(_libc.open_by_handle_at(fd, handle, flags))
+
+
+def inotify_init() -> int:
+    return _check(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+
+
+def inotify_add_watch(fd: int, path: str | bytes, events: int) -> int:
+    return _check(_libc.inotify_add_watch(fd, _bytes(path), events))
+
+
+def statx(path: str | bytes, flags: int) -> list[str]:
+    """The fields' mask, attributes and which of them are meant, in hex."""
+    buffer = ctypes.create_string_buffer(256)
+    _check(_libc.statx(AT_FDCWD, _bytes(path), flags, 0xFFF, buffer))
+    mask, _, attributes = struct.unpack_from("<IIQ", buffer)
+    return [hex(number) for number in (mask, attributes, struct.unpack_from("<Q", buffer, 56)[0])]
+
+
 def mount(source: str, target: str, fstype: str, data: str, flags: int = 0) -> None:
     _check(_libc.mount(_bytes(source), _bytes(target), _bytes(fstype), ctypes.c_ulong(flags), _bytes(data)))
 

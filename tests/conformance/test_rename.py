@@ -9,7 +9,7 @@ from conformance.kinds import DEVICES, make, write
 from conformance.system import EXCHANGE, NOREPLACE, WHITEOUT, renameat2
 
 pytestmark = pytest.mark.mount
-KINDS = ("none", "file", "dir", "full", "link", "fifo", *DEVICES[:1])
+KINDS = ("none", "file", "dir", "full", "link", "fifo", "socket", *DEVICES[:1])
 FLAGS = {"plain": 0, "noreplace": NOREPLACE, "exchange": EXCHANGE, "whiteout": WHITEOUT}
 
 
