@@ -194,10 +194,18 @@ def _warnings(kernel: Running, loaded: Loaded, nodes: list[IncomingNode]) -> lis
     found = []
     if nodes and words.pkram_pfn(loaded.cmdline) != kernel.info.super_pfn:
         found.append(loss(nodes, loaded.cmdline, kernel.info.super_pfn))
-    elif kernel.info.pkram and not words.pkram_off(loaded.cmdline) and words.pkram_pfn(loaded.cmdline) is None:
+    elif kernel.info.pkram and not words.pkram_off(loaded.cmdline) and (wrong := _wrong_pfn(kernel, loaded)):
         pfn = format_pfn(kernel.info.super_pfn)
-        found.append(f"the command line has no pkram=: to keep what will be preserved, append pkram={pfn}")
+        found.append(f"the command line {wrong}: to keep what will be preserved, append pkram={pfn}")
     return found
+
+
+def _wrong_pfn(kernel: Running, loaded: Loaded) -> str:
+    """What the command line says instead of the super block's pfn, in words; nothing if it says that."""
+    if words.pkram_pfn(loaded.cmdline) == kernel.info.super_pfn:
+        return ""
+    said = words.get(loaded.cmdline, "pkram")
+    return f"says pkram={said}" if said else "has no pkram="
 
 
 def loss(nodes: list[IncomingNode], cmdline: str, super_pfn: int) -> str:

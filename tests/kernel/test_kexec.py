@@ -248,6 +248,13 @@ def test_a_missing_or_wrong_pkram_is_refused(lab: Any, append: str, said: str) -
     assert "pkram: node a is lost (" in lab.machine.dmesg()
 
 
+@pytest.mark.parametrize(("append", "said"), [("ro pkram=", "has no pkram="), ("ro pkram=abc", "says pkram=abc")])
+def test_a_command_line_that_will_lose_what_is_preserved_later_is_a_warning(lab: Any, append: str, said: str) -> None:
+    report, pfn = lab.load(append=append), lab.up().info.super_pfn
+    assert report.warnings == [f"the command line {said}: to keep what will be preserved, append pkram={pfn:x}"]
+    assert lab.load().warnings == []
+
+
 def test_a_stale_pkram_restores_nothing(lab: Any) -> None:
     """D31 of the facts: booting twice with the same pfn, while all that it named is still there."""
     lab.preserve("a", 256)
