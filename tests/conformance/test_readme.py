@@ -1,0 +1,47 @@
+"""README's table of differences says everything that differences.py knows."""
+
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+from conformance.differences import DIFFERENCES
+
+ROWS = {
+    "test_truncate*": "truncate(2) to the size",
+    "test_changes*truncate*": "truncate(2) to the size",
+    "test_map_grows*": "reading a hole through a map",
+    "test_access_time*": "atime",
+    "test_set_id_bits*chown*": "`chown(-1, -1)`",
+    "test_chown*": "`chown(-1, -1)`",
+    "test_*fallocate*": "`fallocate`",
+    "test_advice_for_maps*REMOVE*": "MADV_REMOVE",
+    "test_seek*": "`SEEK_HOLE`",
+    "test_tmpfile*": "`O_TMPFILE`",
+    "test_ioctl*": "`FS_IOC_*`",
+    "test_seals": "F_GET_SEALS",
+    "test_statx*": "`statx` birth time",
+    "test_a_write_too_large": "ENOSPC for data",
+    "test_utimensat*": "times before 1677",
+    "test_flags*": "`XATTR_CREATE`",
+}
+"""Which cases are told of in which row: a part of its first column."""
+
+
+def _told() -> list[str]:
+    """The first column of the table."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    table = text.partition("## Differences to tmpfs")[2].partition("\n## ")[0]
+    return [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")][1:]
+
+
+@pytest.mark.parametrize("case", sorted({row.case for row in DIFFERENCES}))
+def test_a_difference_is_told(case: str) -> None:
+    rows = [row for pattern, row in ROWS.items() if fnmatchcase(case, pattern)]
+    assert rows, f"say here which row of README tells of {case}"
+    assert all(any(row in told for told in _told()) for row in rows)
+
+
+def test_no_row_is_left_over() -> None:
+    cases = [re.sub(r"\[(.)\]", r"\1", row.case) for row in DIFFERENCES]
+    assert [pattern for pattern in ROWS if not any(fnmatchcase(case, pattern) for case in cases)] == []
