@@ -8,7 +8,8 @@ the next, become one run. So the cost is in proportion to inodes and runs, not t
 appears when it is complete, by one store, or never: whatever goes wrong before discards it.
 
 Every kind of inode is kept, FIFOs and sockets as names; files that are deleted but still open are
-not, and the report names them. `strict` refuses what PKRAM itself refuses.
+not, and the report names them. `strict` refuses what PKRAM itself refuses, and writes an entry for each
+page, or for each huge page where the mount's huge= asks for them: the two columns of the announcement.
 
 Long work: a generator that yields Progress and returns the report; the tree must stay frozen.
 
@@ -33,9 +34,11 @@ from pkramfs.fs.tree import Tree
 from pkramfs.pkram import treeformat
 from pkramfs.pkram.treeformat import BLOBS, ENTRIES, EXTENTS, INODES, TREE, XATTRS, Array, Columns
 from pkramfs.spans import Spans
+from pkramfs.units import BLOCK_ORDER, BLOCK_PAGES
 
 if TYPE_CHECKING:
     from pkramfs.pkram.store import Store
+    from pkramfs.pkram.streams import ObjectWriter
 
 
 class Progress(NamedTuple):
@@ -79,6 +82,7 @@ def save(
     began = time.monotonic()
     picture = yield from _picture(tree)
     index, pfn, count = _page_stream(picture.runs)
+    runs = len(index)
     with store.prepare_save(
         node_name, tree_id=tree.frames.tree_id, frames=tree.frames, banned=banned or Spans(), strict=strict
     ) as saving:
@@ -89,20 +93,22 @@ def save(
                 stream_bytes += len(part)
         yield Progress("pages", 0, len(index))
         with saving.object() as writer:
+            if strict and tree.huge in ("always", "within_size"):
+                index, pfn, count = _save_huge(writer, picture.runs)
             writer.save_runs(index, pfn, count)
         yield Progress("publish", 0, 1)
         node = saving.finish()
         moved = sum(count for _, count in saving.moved)
-    tree.node_pages = store.pages_of(node) - Spans.from_runs(pfn, count)
+    tree.node_pages = store.pages_of(node) - Spans.from_runs(picture.runs[:, 1], picture.runs[:, 2])
     tree.preserved = True
     counts = tree.counts()
     return SaveReport(
         files=counts.files - len(tree.orphans),
         directories=counts.directories,
-        pages=int(count.sum()),
+        pages=int(picture.runs[:, 2].sum()),
         bytes=counts.bytes,
         stream_bytes=stream_bytes,
-        runs=len(index),
+        runs=runs,
         moved=moved,
         deleted=[os.fsdecode(path) for path in tree.deleted()],
         seconds=time.monotonic() - began,
@@ -235,6 +241,27 @@ def _page_stream(runs: Array) -> tuple[Array, Array, Array]:
     index = np.cumsum(count) - count
     joined = np.add.reduceat(count, starts) if len(starts) else count
     return index[starts].astype(np.uint64), pfn[starts].astype(np.uint64), joined.astype(np.uint64)
+
+
+def _save_huge(writer: ObjectWriter, runs: Array) -> tuple[Array, Array, Array]:
+    """Save the huge pages, an entry each; the (index, pfn, count) of what is left.
+
+    A huge page is 2 MiB of a file that lie aligned in the file and in RAM.
+    """
+    index, (at, pfn, count) = np.cumsum(runs[:, 2]) - runs[:, 2], runs.T
+    low, high = -(-pfn // BLOCK_PAGES) * BLOCK_PAGES, (pfn + count) // BLOCK_PAGES * BLOCK_PAGES
+    blocks = np.where((at - pfn) % BLOCK_PAGES == 0, np.maximum(high - low, 0) // BLOCK_PAGES, 0)
+    end = np.where(blocks, low, pfn + count)  # of what comes before the first huge page of a run
+    number = np.arange(int(blocks.sum())) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+    offset = np.repeat(low - pfn, blocks) + number * BLOCK_PAGES
+    order = np.full(len(offset), BLOCK_ORDER, dtype=np.uint8)
+    writer.save_pages(np.repeat(index, blocks) + offset, np.repeat(pfn, blocks) + offset, order)
+    head, tail = end > pfn, (blocks > 0) & (high < pfn + count)
+    return (
+        np.concatenate((index[head], (index + high - pfn)[tail])),
+        np.concatenate((pfn[head], high[tail])),
+        np.concatenate(((end - pfn)[head], (pfn + count - high)[tail])),
+    )
 
 
 def _stream(tree: Tree, picture: _Picture) -> Iterator[bytes]:

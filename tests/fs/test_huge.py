@@ -166,6 +166,40 @@ def test_saved_as_entries_of_order_9_and_restored(ram: Ram, frames: Frames, make
     assert bytes(again.read(ino, 7 * MIB2, MIB2 + 5)) == b"y" * (MIB2 + 5)
 
 
+def test_strict_writes_an_entry_for_each_huge_page_and_for_each_other(ram: Ram, frames: Frames, make: Any) -> None:
+    superblock.create(ram, SUPER_PFN, generation=7)
+    store = Store(ram, SUPER_PFN, contextlib.nullcontext)
+    tree = make("never")
+    small = write(tree, b"small", (PAGE_SIZE, b"s" * 3 * PAGE_SIZE))
+    tree.huge = "always"
+    large = write(tree, b"large", (0, b"l" * 3 * MIB2), (9 * MIB2, b"m"))
+    write(tree, b"small", (0, b"s" * (MIB2 + 1)))  # 2 MiB of small pages, then a huge one
+    tree.punch(large, MIB2 + 7 * PAGE_SIZE, PAGE_SIZE)  # no huge page any more
+    before = {ino: bytes(tree.read(ino, 0, 10 * MIB2)) for ino in (small, large)}
+    aligned = sum(count // PAGES for ino in (small, large) for _, count, is_huge in layout(tree, ino) if is_huge)
+    tree.freeze()
+    list(save(tree, store, b"huge", strict=True))
+    with store.prepare_load(b"huge") as load:
+        _, pages = load
+        _, _, order = pages.load_pages()
+    found = Counter(order.tolist())
+    assert found.keys() == {0, 9}
+    assert found[9] >= 4 and found[9] >= aligned - 1
+    assert found[0] + found[9] * PAGES == tree.limits.pages
+    again = _last(restore(store, b"huge", ram, frames, Limits()))
+    assert {ino: bytes(again.read(ino, 0, 10 * MIB2)) for ino in (small, large)} == before
+
+
+def test_strict_with_nothing_to_save(ram: Ram, frames: Frames, make: Any) -> None:
+    superblock.create(ram, SUPER_PFN, generation=7)
+    store = Store(ram, SUPER_PFN, contextlib.nullcontext)
+    tree = make("always")
+    tree.create(1, b"empty", 0o644)
+    tree.freeze()
+    assert _last(save(tree, store, b"huge", strict=True)).pages == 0
+    assert _last(restore(store, b"huge", ram, frames, Limits())).lookup(1, b"empty") is not None
+
+
 def _last(work: Any) -> Any:
     """What a generator returns."""
     while True:
