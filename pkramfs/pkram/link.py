@@ -152,7 +152,7 @@ class Rows:
 def rows(index: U64, pfn: U64, order: U8, flags: U8 | None = None, repeat: U64 | None = None) -> Rows:
     """Rows of one block each, or of `repeat` blocks."""
     flags = np.zeros(len(index), dtype=np.uint8) if flags is None else flags
-    counts = np.ones(len(index), dtype=np.int64) if repeat is None else repeat.astype(np.int64)
+    counts = np.broadcast_to(np.int64(1), len(index)) if repeat is None else repeat.astype(np.int64)
     return Rows(index, pfn, order, flags, counts)
 
 
@@ -168,8 +168,11 @@ class Plan:
 
 def plan(blocks: Rows, capacity: int = LINK_CAPACITY, *, align: bool = False) -> Plan:
     """Cut rows into links: after every jump of the index, after `capacity` entries, and as row 43 wants it."""
-    offsets = np.concatenate(([0], np.cumsum(blocks.repeat)))
-    size = sizes(blocks.order) * blocks.repeat.astype(np.uint64)
+    offsets = np.zeros(len(blocks.repeat) + 1, dtype=np.int64)
+    np.cumsum(blocks.repeat, out=offsets[1:])
+    size = blocks.repeat.view(np.uint64)
+    if blocks.order.any():
+        size = sizes(blocks.order) * size
     jumps = np.flatnonzero(blocks.index[1:] != blocks.index[:-1] + size[:-1]) + 1
     edges = np.concatenate(([0], jumps, [len(blocks.index)])).astype(np.int64) if len(blocks.index) else jumps[:0]
     if align and len(edges):
@@ -271,20 +274,28 @@ def write_links(ram: Ram, pages: U64, blocks: Rows, where: Plan, generation: int
     Links are made in a buffer that stays in the cache and written from there: memory that is touched
     for the first time costs far more than the arithmetic, and through a mapping most of all.
     """
-    following = np.append(pages[1:], np.uint64(0))
+    heads = _heads(pages, where, generation)
 
     def write(batch: int) -> None:
         part = slice(batch * BATCH, (batch + 1) * BATCH)
-        _write_batch(ram, pages[part], following[part], blocks, where, part, generation)
+        _write_batch(ram, pages[part], heads[part], blocks, where, part)
 
     batches = -(-len(pages) // BATCH)
     parallel.each(write, batches, threads=None if batches >= 8 else 1)
 
 
-def _write_batch(
-    ram: Ram, pages: U64, following: U64, blocks: Rows, where: Plan, part: slice, generation: int
-) -> None:
-    words, address = _bench.words[: len(pages)], pages << np.uint64(PAGE_SHIFT)
+def _heads(pages: U64, where: Plan, generation: int) -> U64:
+    """The headers of links, a row each, but for the checksum."""
+    heads, address = np.zeros((len(pages), HEAD_WORDS), dtype=np.uint64), pages << np.uint64(PAGE_SHIFT)
+    heads[:, 0] = LINK_MAGIC
+    heads[:, 2] = seal_array(np.append(pages[1:], np.uint64(0)), address + np.uint64(NEXT))
+    heads[:, 3] = seal_array(np.zeros_like(pages), address + np.uint64(OTHER))
+    heads[:, 4], heads[:, 5], heads[:, 6] = generation, where.index, where.counts
+    return heads
+
+
+def _write_batch(ram: Ram, pages: U64, heads: U64, blocks: Rows, where: Plan, part: slice) -> None:
+    words = _bench.words[: len(pages)]
     starts, counts = where.starts[part], where.counts[part]
     first, last = int(starts[0]), int(starts[-1] + counts[-1])
     low = int(np.searchsorted(where.offsets, first, side="right")) - 1
@@ -292,10 +303,7 @@ def _write_batch(
         _lay_out_row(words[:, HEAD_WORDS:], blocks, low, starts - where.offsets[low], counts)
     else:
         _lay_out(words[:, HEAD_WORDS:], expand(blocks, where.offsets, first, last), counts)
-    words[:, 0] = LINK_MAGIC
-    words[:, 2] = seal_array(following, address + np.uint64(NEXT))
-    words[:, 3] = seal_array(np.zeros_like(pages), address + np.uint64(OTHER))
-    words[:, 4], words[:, 5], words[:, 6], words[:, 7] = generation, where.index[part], counts, 0
+    words[:, :HEAD_WORDS] = heads
     digest = xxhash.xxh3_64_intdigest
     words[:, 1] = [digest(view, pfn) for view, pfn in zip(_bench.covered, pages.tolist(), strict=False)]
     edges = [0, *(np.flatnonzero(pages[1:] != pages[:-1] + np.uint64(1)) + 1).tolist(), len(pages)]

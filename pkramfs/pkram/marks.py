@@ -46,8 +46,10 @@ class Marks:
             if len(pfn) <= _FEW or total > _SHORT * len(pfn):
                 self._add_spans(Spans.from_runs(pfn, count), total, short=total <= _SHORT * len(pfn))
                 return
-            self._account(int(pfn.min()), int(pfn.max()) + int(count.max()), total)
-        self._mark(pfn, count, single=total == len(pfn))
+            self._have_bits()
+        low, high = self._mark(pfn, count, single=total == len(pfn))
+        with self._lock:
+            self._account(low, high, total)
 
     def _add_spans(self, spans: Spans, total: int, *, short: bool) -> None:
         """A set of spans, refused if any of it is known."""
@@ -59,6 +61,7 @@ class Marks:
                 raise twice()
             self._long = together
             return
+        self._have_bits()
         self._account(int(spans.starts[0]), int(spans.ends[-1]), total)
         for start, end in spans:
             self._bits[start:end] = True
@@ -68,25 +71,29 @@ class Marks:
             return True
         return len(self._bits) > 0 and any(bool(self._bits[start:end].any()) for start, end in spans)
 
-    def _account(self, low: int, high: int, total: int) -> None:
+    def _have_bits(self) -> None:
         if not len(self._bits):
             self._bits = np.zeros(self._pages, dtype=bool)
+
+    def _account(self, low: int, high: int, total: int) -> None:
         self._low, self._high = min(self._low, low), max(self._high, high)
         self._marked += total
 
-    def _mark(self, pfn: U64, count: U64, *, single: bool) -> None:
-        """Set the bits of many short runs."""
+    def _mark(self, pfn: U64, count: U64, *, single: bool) -> tuple[int, int]:
+        """Set the bits of many short runs; returns between which pages they are."""
 
-        def work(number: int) -> None:
+        def work(number: int) -> tuple[int, int]:
             part = slice(number * _SLICE, (number + 1) * _SLICE)
             where = pfn[part].view(np.int64)  # an index of another type would be converted first
             if not single:
                 each = count[part].view(np.int64)
                 where = np.repeat(where - (np.cumsum(each) - each), each) + np.arange(int(each.sum()))
             self._bits[where] = True
+            return int(where.min()), int(where.max()) + 1
 
         steps = -(-len(pfn) // _SLICE)
-        parallel.each(work, steps, threads=None if steps > 8 else 1)
+        edges = parallel.each(work, steps, threads=None if steps > 8 else 1)
+        return min(low for low, _ in edges), max(high for _, high in edges)
 
     def spans(self) -> Spans:
         """Every frame that was named; PkramError (EEXIST) if one was named twice."""

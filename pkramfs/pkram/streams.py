@@ -162,10 +162,10 @@ class ObjectWriter:
     def _checked(self, columns: tuple[U64, U64, U64], number: int) -> tuple[U64, U64, U64]:
         """One slice of a call; EINVAL if it cannot be runs of this RAM."""
         index, pfn, count = (column[number * _SLICE : (number + 1) * _SLICE] for column in columns)
-        limit = self._ram.pages
-        if not count.all() or not pfn.all() or int(count.max()) > limit or int((pfn + count).max()) > limit:
+        limit, least, most = self._ram.pages, int(count.min()), int(count.max())
+        if not least or most > limit or not int(pfn.min()) or _end(pfn, count, most) > limit:
             raise PkramError("pages to preserve are not memory", errno.EINVAL)
-        if int(index.max()) > INDEX_MAX or int((index + count).max()) > INDEX_MAX:
+        if int(index.max()) > INDEX_MAX or _end(index, count, most) > INDEX_MAX:
             raise PkramError("the index of a page to preserve is too large", errno.EINVAL)
         return index, pfn, count
 
@@ -248,6 +248,11 @@ class ObjectWriter:
         if self.values is None:
             raise AssertionError("the object was not finished")
         write_page(self._ram, pfn, OBJECT, {NEXT: 0, OTHER: 0}, magic=OBJECT_MAGIC, object=following, **self.values)
+
+
+def _end(first: U64, count: U64, most: int) -> int:
+    """Where the last run ends; `most` is the longest."""
+    return int(first.max()) + 1 if most == 1 else int((first + count).max())
 
 
 def _columns(index: Any, pfn: Any, count: Any) -> tuple[U64, U64, U64]:
