@@ -50,8 +50,10 @@ class Spans:
     @classmethod
     def from_mask(cls, mask: Any, start: int = 0) -> "Spans":
         """The runs of True in a boolean array whose first element is number `start`."""
-        padded = np.concatenate(([False], np.asarray(mask, dtype=bool), [False]))
-        edges = np.flatnonzero(np.diff(padded)).astype(np.uint64) + np.uint64(start)
+        mask = np.asarray(mask, dtype=bool)
+        inner = np.flatnonzero(mask[1:] != mask[:-1]) + 1
+        first, last = [0] * bool(mask[:1].any()), [len(mask)] * bool(mask[-1:].any())
+        edges = np.concatenate((first, inner, last)).astype(np.uint64) + np.uint64(start)
         return cls.from_arrays(edges[::2], edges[1::2])
 
     def __len__(self) -> int:

@@ -6,9 +6,10 @@ So a chain is followed in strides that double: compare what the next n pages say
 take those that agree, go on from where they end. Only pages that belong to the node are ever looked
 at, which also bounds whatever a damaged chain can make a reader do.
 
-Entries are read 64 links at a time, right after the checksum has brought them into the cache, into the
-fewest runs (index, pfn, count). Where a stream is one page here and one page there, the runs are as
-many as the entries, and are put straight into the arrays that are handed out.
+Entries are read 64 links at a time, into the fewest runs (index, pfn, count). Whatever has to be known
+of them is found while they are in the cache, for at 100 GiB each further pass over all of them costs
+as much as a load may take. Where a stream is one page here and one page there, the runs are as many as
+the entries, are made by all CPUs, and are put straight into the arrays that are handed out.
 
 Kernel: mm/pkram.c (pkram_remove_link, pkram_load_file_pages), patches 4, 33 and 36
 """
@@ -49,20 +50,20 @@ _SHIFT = np.uint64(ENTRY_PFN_SHIFT)
 _STEP = np.uint64(1 << ENTRY_PFN_SHIFT)
 _FEWER = 8
 """Runs are copied once more at the end if they are fewer than the entries by this factor."""
-_SLICE = 1 << 16
+_PAGES = 1 << 11
+"""Links whose page tables one thread fills at once: following a chain is mostly faults."""
+_ONE = np.uint64(1)
 
 Runs = tuple[U64, U64, U64]
+_NONE: Runs = (np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint64))
 
 
 class _Workbench(threading.local):
-    """One thread's copy of a batch: fresh arrays would be fresh memory every time, which costs more than the work."""
+    """One thread's results: fresh arrays would be fresh memory every time, which costs more than the work."""
 
     def __init__(self) -> None:
-        self.pages = np.empty((BATCH, PAGE_WORDS), dtype=np.uint64)
-        self.rises = np.empty(BATCH * PAGE_WORDS, dtype=np.uint64)
+        self.rises = np.empty((BATCH, PAGE_WORDS), dtype=np.uint64)
         self.steady = np.empty((BATCH, PAGE_WORDS), dtype=bool)
-        whole = memoryview(self.pages).cast("B")  # type: ignore[arg-type]
-        self.covered = [whole[at + COVERED : at + PAGE_SIZE] for at in range(0, len(whole), PAGE_SIZE)]
 
 
 _bench = _Workbench()
@@ -70,10 +71,11 @@ _bench = _Workbench()
 
 @dataclass(frozen=True)
 class Chain:
-    """A stream's links, in order: the page, the first index and the number of entries of each."""
+    """A stream's links, in order: the page, its checksum, the first index and the number of entries of each."""
 
     ram: Ram
     pages: U64
+    sums: U64
     index: U64
     counts: I64
 
@@ -96,13 +98,20 @@ class Chain:
 
     def _table(self, batch: int) -> U64 | None:
         """The entries where they lie, a row for each link, if links are neighbours and equally full."""
-        pages, counts = self.pages[_part(batch)], self.counts[_part(batch)]
-        number, full, first = len(pages), int(counts[0]), int(pages[0])
-        if int(pages[-1]) - first != number - 1 or (pages[1:] < pages[:-1]).any() or (counts != full).any():
+        whole, counts = self._neighbours(batch), self.counts[_part(batch)]
+        if whole is None or (counts != counts[0]).any():
             return None
-        whole = self.ram.u64[first * PAGE_WORDS : (first + number) * PAGE_WORDS].reshape(number, PAGE_WORDS)
-        rows: U64 = whole[:, HEAD_WORDS : HEAD_WORDS + full]
+        rows: U64 = whole[:, HEAD_WORDS : HEAD_WORDS + int(counts[0])]
         return rows
+
+    def _neighbours(self, batch: int) -> U64 | None:
+        """64 links where they lie, a row for each, if each is the next page of memory."""
+        pages = self.pages[_part(batch)]
+        number, first = len(pages), int(pages[0])
+        if int(pages[-1]) - first != number - 1 or (pages[1:] < pages[:-1]).any():
+            return None
+        whole: U64 = self.ram.u64[first * PAGE_WORDS : (first + number) * PAGE_WORDS].reshape(number, PAGE_WORDS)
+        return whole
 
     def blocks(self, batch: int) -> tuple[U64, U64, U8]:
         """64 links as arrays (index, pfn, order) of their entries."""
@@ -117,33 +126,41 @@ class Chain:
         found: U64 = np.repeat(self.index[_part(batch)] - before[firsts], counts) + before
         return found
 
-    def steady_run(self, batch: int) -> Runs | None:
-        """Check 64 links, and make one run of them if they are nothing but single pages in a row.
+    def check_sums(self, batch: int) -> None:
+        """FormatError for a wrong checksum among 64 links."""
+        pages, digest, memory = self.pages[_part(batch)], xxhash.xxh3_64_intdigest, self.ram.bytes
+        sums = [
+            digest(memory[(pfn << PAGE_SHIFT) + COVERED : (pfn << PAGE_SHIFT) + PAGE_SIZE], pfn)
+            for pfn in pages.tolist()
+        ]
+        _expect(pages, "checksum", self.sums[_part(batch)], np.array(sums, dtype=np.uint64))
 
-        Works on a copy that stays in the cache. FormatError for a wrong checksum.
+    def steady_run(self, batch: int) -> Runs | None:
+        """64 links as one run if they are nothing but single pages in a row.
+
+        Differences are taken over whole pages, heads and all, and heads left out of the answer: numpy is four times
+        as fast on memory without gaps.
         """
-        pages, counts, index = self.pages[_part(batch)], self.counts[_part(batch)], self.index[_part(batch)]
-        copy, number, full = _bench.pages[: len(pages)], len(pages), int(counts[0])
-        np.take(self.ram.u64.reshape(-1, PAGE_WORDS), pages.view(np.int64), axis=0, out=copy, mode="clip")
-        digest = xxhash.xxh3_64_intdigest
-        sums = [digest(view, pfn) for view, pfn in zip(_bench.covered, pages.tolist(), strict=False)]
-        _expect(pages, "checksum", copy[:, 1], np.array(sums, dtype=np.uint64))
-        first = copy[:, HEAD_WORDS]
-        rise = np.arange(0, number * full, full, dtype=np.uint64)
-        if int(first[0] & _LOW) or (first - first[0] != rise << _SHIFT).any() or (index - index[0] != rise).any():
+        whole, counts, index = self._neighbours(batch), self.counts[_part(batch)], self.index[_part(batch)]
+        if whole is None:
+            return None
+        number, full, size, first = len(counts), int(counts[0]), int(counts.sum()), whole[:, HEAD_WORDS]
+        begin = int(first[0])
+        if begin & int(_LOW) or not 0 < begin >> ENTRY_PFN_SHIFT <= self.ram.pages - size:
+            return None  # `runs` says what is wrong
+        before = np.arange(0, number * full, full, dtype=np.uint64)
+        if (first - first[0] != before << _SHIFT).any() or (index - index[0] != before).any():
             return None
         if (counts[:-1] != full).any() or counts[-1] > full:
             return None
-        flat, rises, steady = copy.reshape(-1), _bench.rises[: copy.size], _bench.steady[:number]
+        flat, rises, steady = whole.reshape(-1), _bench.rises.reshape(-1)[: whole.size], _bench.steady[:number]
         np.subtract(flat[1:], flat[:-1], out=rises[1:])
-        np.equal(rises.reshape(copy.shape), _STEP, out=steady)
-        begin, last = HEAD_WORDS + 1, HEAD_WORDS + int(counts[-1])
-        if not steady[:-1, begin : HEAD_WORDS + full].all() or not steady[-1, begin:last].all():
+        np.equal(rises, _STEP, out=steady.reshape(-1))
+        steady[:, : HEAD_WORDS + 1], steady[:, HEAD_WORDS + full :] = True, True
+        steady[-1, HEAD_WORDS + int(counts[-1]) :] = True
+        if not steady.all():
             return None
-        pfn, size = first[:1] >> _SHIFT, int(counts.sum())
-        if not 0 < int(pfn[0]) <= self.ram.pages - size:
-            return None  # `runs` says what is wrong
-        return index[:1], pfn, np.array([size], dtype=np.uint64)
+        return index[:1], first[:1] >> _SHIFT, np.array([size], dtype=np.uint64)
 
     def runs(self, batch: int) -> Runs:
         """64 links as the fewest runs (index, pfn, count); FormatError for an entry that cannot be."""
@@ -172,7 +189,7 @@ class Chain:
         if fresh.all():
             index = np.arange(number, dtype=np.uint64)
             index += np.repeat(base, counts)
-            pfn, count = entries >> _SHIFT, np.ones(number, dtype=np.uint64)
+            pfn, count = entries >> _SHIFT, np.broadcast_to(_ONE, number)
         else:
             at = np.flatnonzero(fresh)
             index = base[np.searchsorted(firsts, at, side="right") - 1] + at.astype(np.uint64)
@@ -198,32 +215,43 @@ class Chain:
 
         This is where checksums and entries are checked.
         """
-        # Checksums hold the interpreter, so threads would only be in each other's way.
-        found = [self.steady_run(batch) for batch in range(self.batches)]
-        index, pfn, count = self._together(found)
-        order, apart = _order(index, pfn, count)
-        if not order:
+        if not self.batches:
+            return _NONE
+        gather, found = self._all_batches()
+        parts = [runs for runs, _ in found]
+        index, pfn, count = gather.together(parts)
+        ordered = all(order for _, order in found) and _in_order(_edges(parts))
+        if not ordered:
             by_index = np.argsort(index, kind="stable")
             index, pfn, count = index[by_index], pfn[by_index], count[by_index]
-            _, apart = _order(index, pfn, count)
-        if len(index) and int(index[-1]) + int(count[-1]) > INDEX_MAX:
+            if not _in_order((index, pfn, count)):
+                raise self._wrong("index", "an index with two pages", "one page each")
+        if int(index[-1]) + int(count[-1]) > INDEX_MAX:
             raise self._wrong("index", f"{int(index[-1]):#x}", f"below {INDEX_MAX:#x}")
-        if (index[1:] < index[:-1] + count[:-1]).any() if not apart else _overlap(index, count):
-            raise self._wrong("index", "an index with two pages", "one page each")
-        return (index, pfn, count) if apart else join_runs(index, pfn, count)
+        if ordered and not _continued(_edges(parts)):
+            return index, pfn, count
+        return join_runs(index, pfn, count)
 
-    def _together(self, found: list[Runs | None]) -> Runs:
-        """Runs of all batches, by link; those that are not one run are made by all CPUs."""
-        left = [batch for batch, runs in enumerate(found) if runs is None]
-        gather, threads = _Gather(self.counts if left else self.counts[:0]), None if len(left) >= 8 else 1
+    def _all_batches(self) -> tuple["_Gather", list[tuple[Runs, bool]]]:
+        """The runs of each batch, and whether they are in order; what is not one run is made by all CPUs."""
+        found: list[tuple[Runs, bool]] = []
+        left: list[int] = []
+        for batch in range(self.batches):  # checksums hold the interpreter: threads would be in each other's way
+            self.check_sums(batch)
+            steady = self.steady_run(batch)
+            found.append((steady or _NONE, True))
+            if steady is None:
+                left.append(batch)
+        gather = _Gather(self.counts if left else self.counts[:0])
 
-        def work(number: int) -> Runs:
-            return gather.keep(left[number], self.runs(left[number]))
+        def work(number: int) -> tuple[Runs, bool]:
+            runs = self.runs(left[number])
+            return gather.keep(left[number], runs), _in_order(runs)
 
-        made = parallel.each(work, len(left), threads=threads)
-        for batch, runs in zip(left, made, strict=True):
-            found[batch] = runs
-        return gather.together([runs for runs in found if runs is not None])
+        made = parallel.each(work, len(left), threads=None if len(left) >= 8 else 1)
+        for batch, one in zip(left, made, strict=True):
+            found[batch] = one
+        return gather, found
 
     def _wrong(self, field: str, found: object, expected: object) -> FormatError:
         return FormatError("Link", field, pfn=int(self.pages[0]), found=found, expected=expected)
@@ -237,28 +265,28 @@ def _part(batch: int) -> slice:
     return slice(batch * BATCH, (batch + 1) * BATCH)
 
 
-def _order(index: U64, pfn: U64, count: U64) -> tuple[bool, bool]:
-    """Whether runs come by index, and whether none continues the one before; in slices that stay in the cache."""
-
-    def look(number: int) -> tuple[bool, bool]:
-        low, high = number * _SLICE, min((number + 1) * _SLICE, len(index) - 1)
-        before, after = slice(low, high), slice(low + 1, high + 1)
-        ends = index[before] + count[before]
-        joined = (index[after] == ends) & (pfn[after] == pfn[before] + count[before])
-        return bool((index[after] >= index[before]).all()), not joined.any()
-
-    steps = -(-max(len(index) - 1, 0) // _SLICE)
-    found = parallel.each(look, steps, threads=None if steps > 8 else 1)
-    return all(order for order, _ in found), all(apart for _, apart in found)
+def _in_order(runs: Runs) -> bool:
+    """Whether runs come by index, none beginning before the one in front of it ends."""
+    index, _, count = runs
+    return bool((index[1:] >= index[:-1] + count[:-1]).all())
 
 
-def _overlap(index: U64, count: U64) -> bool:
-    """Whether a run begins before the one in front of it ends; in slices that stay in the cache."""
-    for low in range(0, len(index) - 1, _SLICE):
-        high = min(low + _SLICE, len(index) - 1)
-        if (index[low + 1 : high + 1] < index[low:high] + count[low:high]).any():
-            return True
-    return False
+def _continued(runs: Runs) -> bool:
+    """Whether a run goes on, in index and in memory, where the one in front of it ends."""
+    index, pfn, count = runs
+    return bool(((index[1:] == index[:-1] + count[:-1]) & (pfn[1:] == pfn[:-1] + count[:-1])).any())
+
+
+def _edges(parts: list[Runs]) -> Runs:
+    """The first and the last run of each part: all that matters where parts meet."""
+    index, pfn, count = (
+        np.array([edge for runs in parts for edge in _ends(runs[column])], dtype=np.uint64) for column in range(3)
+    )
+    return index, pfn, count
+
+
+def _ends(column: U64) -> list[np.uint64]:
+    return [column[0]] if len(column) == 1 else [column[0], column[-1]]
 
 
 class _Gather:
@@ -266,30 +294,35 @@ class _Gather:
 
     def __init__(self, counts: I64) -> None:
         ends = np.cumsum(counts)
-        self._edges = [0, *ends[BATCH - 1 :: BATCH].tolist()]
-        self._total = int(ends[-1]) if len(ends) else 0
-        if len(counts) % BATCH:
-            self._edges.append(self._total)
+        self._total = int(counts.sum())
+        self._edges = [0, *ends[BATCH - 1 : -1 : BATCH].tolist(), self._total]
         # Virtual memory; only what is written becomes real.
         self._columns = tuple(np.empty(self._total, dtype=np.uint64) for _ in range(3))
 
     def keep(self, batch: int, runs: Runs) -> Runs:
-        """Copy many runs to their place; few are kept as they are."""
+        """Copy many runs to their place; few are kept as they are, and so are counts that are all 1."""
         low, high = self._edges[batch], self._edges[batch + 1]
         size = len(runs[0])
         if size * _FEWER < high - low:
             return runs
+        kept = []
         for column, part in zip(self._columns, runs, strict=True):
-            column[low : low + size] = part
-        first, second, third = (column[low : low + size] for column in self._columns)
-        return first, second, third
+            if part.strides != (0,):
+                column[low : low + size] = part
+                part = column[low : low + size]
+            kept.append(part)
+        return kept[0], kept[1], kept[2]
 
     def together(self, parts: list[Runs]) -> Runs:
         """All runs, in the order of links."""
         if sum(len(index) for index, _, _ in parts) == self._total:  # so every batch is in its place
             index, pfn, count = self._columns
             if all(part.base is index for part, _, _ in parts):
-                return index, pfn, count
+                ones = [part.strides == (0,) for _, _, part in parts]
+                if all(ones):
+                    return index, pfn, np.broadcast_to(_ONE, self._total)
+                if not any(ones):
+                    return index, pfn, count
         index, pfn, count = (np.concatenate(column) for column in zip(*parts, strict=True))
         return index, pfn, count
 
@@ -325,14 +358,14 @@ def read(
         )
     at = pages << np.uint64(PAGE_SHIFT - 3)
     heads = ram.u64[at[:, None] + np.arange(HEAD_WORDS, dtype=np.uint64)]
-    magic, _, _, other, born, index, counts, zero = (np.ascontiguousarray(column) for column in heads.T)
+    magic, sums, _, other, born, index, counts, zero = (np.ascontiguousarray(column) for column in heads.T)
     _expect(pages, "magic", magic, np.uint64(LINK_MAGIC))
     _expect(pages, "other", other, seal_array(np.zeros_like(pages), (at << np.uint64(3)) + np.uint64(OTHER)))
     _expect(pages, "generation", born, np.uint64(generation))
     _expect(pages, "zero", zero, np.uint64(0))
     _expect_at_most(pages, "count", counts - np.uint64(1), LINK_CAPACITY - 1, f"1 to {LINK_CAPACITY} and no flags")
     _expect_at_most(pages, "index", index, INDEX_MAX, f"up to {INDEX_MAX:#x}")
-    return Chain(ram, pages, index, counts.astype(np.int64))
+    return Chain(ram, pages, sums, index, counts.astype(np.int64))
 
 
 def _expect(pages: U64, field: str, found: U64, expected: U64 | np.uint64) -> None:
@@ -361,18 +394,31 @@ def _follow(ram: Ram, owner: int, head: tuple[str, int], links: int, allowed: Sp
         if total >= links:
             raise FormatError(record, field, pfn=holder, found=f"pfn {pfn:x}", expected=f"the end after {links} links")
         size = min(stride, links - total, end - pfn)
-        run = np.arange(pfn, pfn + size, dtype=np.uint64)
-        words = ram.u64[pfn * PAGE_WORDS + NEXT // 8 : (pfn + size) * PAGE_WORDS : PAGE_WORDS]
-        steady = words == seal_array(run + np.uint64(1), (run << np.uint64(PAGE_SHIFT)) + np.uint64(NEXT))
-        taken = size if steady.all() else int(np.argmin(steady)) + 1
+        taken = _row(ram, pfn, size)
         stride = min(stride * 2, 1 << 16) if taken == size else 8
-        parts.append(run[:taken])
+        parts.append(np.arange(pfn, pfn + taken, dtype=np.uint64))
         total, record, field, holder = total + taken, "Link", "next", pfn + taken - 1
-        pfn = unseal(int(words[taken - 1]), (holder << PAGE_SHIFT) + NEXT, "Link", "next")
+        pfn = unseal(ram.load((holder << PAGE_SHIFT) + NEXT), (holder << PAGE_SHIFT) + NEXT, "Link", "next")
     pages = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint64)
     if not (pages[1:] > pages[:-1]).all() and len(np.unique(pages)) != len(pages):
         raise FormatError("Link", "next", pfn=int(pages[-1]), found="a link met before", expected="the end")
     return pages
+
+
+def _row(ram: Ram, pfn: int, size: int) -> int:
+    """How many of `size` pages from pfn are links of which each but the last names its neighbour as next."""
+
+    def look(number: int) -> int:
+        low, high = pfn + number * _PAGES, pfn + min((number + 1) * _PAGES, size)
+        run = np.arange(low, high, dtype=np.uint64)
+        words = ram.u64[low * PAGE_WORDS + NEXT // 8 : high * PAGE_WORDS : PAGE_WORDS]
+        steady = words == seal_array(run + _ONE, (run << np.uint64(PAGE_SHIFT)) + np.uint64(NEXT))
+        return high - pfn if steady.all() else low - pfn + int(np.argmin(steady))
+
+    for number, reached in enumerate(parallel.each(look, -(-size // _PAGES))):
+        if reached < min((number + 1) * _PAGES, size):
+            return reached + 1
+    return size
 
 
 def _end_of_run(allowed: Spans, pfn: int, place: tuple[str, str, int]) -> int:

@@ -139,7 +139,7 @@ class ObjectReader:
         return b"".join(parts)
 
     def load_runs(self) -> Runs:
-        """The page stream as the fewest runs: arrays (u64) of index, pfn and count, by index."""
+        """The page stream as the fewest runs: arrays (u64) of index, pfn and count, by index; not to be written to."""
         return self._runs
 
     def load_pages(self) -> tuple[U64, U64, U8]:

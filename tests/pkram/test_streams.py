@@ -71,6 +71,30 @@ def test_d30_small_calls_share_links(store, frames):
     assert frames.used_pages - before < 12
 
 
+_SHAPES = {"row": (1, 0), "apart": (2, 0), "pairs": (4, 1)}
+"""How far apart the blocks of a stretch are, and their order."""
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("shapes", ["row", "apart", "row row", "apart apart", "apart row apart", "pairs apart row"])
+def test_shapes_are_read_alike_whatever_comes_before_them(wide_store, wide_frames, shapes, backwards):
+    """Each stretch is 70 links: batches of one shape and batches where two meet, in and out of order."""
+    stretches, index, pfn = [], 0, 1 << 20
+    for step, order in map(_SHAPES.__getitem__, shapes.split()):
+        number = np.arange(70 * format.LINK_CAPACITY, dtype=np.uint64)
+        stretches.append((index + (number << order), pfn + number * step, np.full(len(number), order, dtype=np.uint8)))
+        index, pfn = index + (len(number) << order), pfn + len(number) * step
+    with wide_store.prepare_save(b"n", tree_id=TREE, frames=wide_frames) as saving:
+        with saving.object() as writer:
+            for stretch in reversed(stretches) if backwards else stretches:
+                writer.save_pages(*stretch)
+        saving.finish()
+    expected = link.join_blocks(*(np.concatenate(column) for column in zip(*stretches, strict=True)))
+    with wide_store.prepare_load(b"n") as load:
+        for found, wanted in zip(only(load).load_runs(), expected, strict=True):
+            assert np.array_equal(found, wanted)
+
+
 def test_100_gib_in_a_row_take_a_few_pages(wide_store, wide_frames):
     _, node = save(wide_store, wide_frames, [(0, 1 << 20, 100 << 18)])
     assert node.pages - (100 << 18) < 10
