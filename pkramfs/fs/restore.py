@@ -46,7 +46,7 @@ def restore(
 ) -> Generator[Progress, None, Tree]:
     """The tree that node `node_name` holds; `frames` must have the node's tree id."""
     yield Progress("load", 0, 1)
-    stream, runs = _load(store, node_name)
+    stream, runs, metadata = _load(store, node_name)
     yield Progress("verify", 0, 1)
     parts = TreeStream(stream)
     allowed = frames.leases.blocks_of(frames.tree_id).scale(BLOCK_PAGES)
@@ -62,8 +62,7 @@ def restore(
     with collector.paused():
         directories = _build_directories(parts, inodes)
     yield Progress("adopt", 0, 1)
-    node_pages = store.metadata_pages(node_name)
-    frames.adopt(Spans.from_runs(runs[1], runs[2]) | node_pages)
+    frames.adopt(Spans.from_runs(runs[1], runs[2]) | metadata)
     tree = Tree(ram, frames, limits)
     size = sum(parts.inodes["size"][_positions(parts, stat.S_IFREG)].tolist())
     tree.install(
@@ -74,14 +73,14 @@ def restore(
         stream_bytes=len(stream) - EXTENTS.width * parts.header.extents,
         runs=sum(inode.pages.runs for inode in inodes if inode.pages is not None),
     )
-    tree.node_pages = node_pages
+    tree.node_pages = metadata
     limits.pages, limits.inode_space = pages, space
     tree.preserved = True
     return tree
 
 
-def _load(store: Store, node_name: bytes) -> tuple[bytes, Runs]:
-    """Both objects of the node, read whole."""
+def _load(store: Store, node_name: bytes) -> tuple[bytes, Runs, Spans]:
+    """Both objects of the node, read whole, and the frames that the node uses for itself."""
     with store.prepare_load(node_name) as load:
         objects = iter(load)
         first, second = next(objects, None), None
@@ -92,8 +91,9 @@ def _load(store: Store, node_name: bytes) -> tuple[bytes, Runs]:
         index, pfn, count = second.load_runs()
         if next(objects, None) is not None:
             raise FormatError("Node", "objects", found="more", expected="2: a byte stream and a page stream")
+        metadata = load.metadata()
         load.finish()
-    return stream, (index, pfn, count)
+    return stream, (index, pfn, count), metadata
 
 
 def _needs(parts: TreeStream) -> tuple[int, int]:

@@ -293,6 +293,7 @@ class Load:
     def __init__(self, store: Store, node: Node, claim: Claim) -> None:
         self.store, self.node, self._claim = store, node, claim
         table = read_table(store.ram, node)
+        self._frames = table.spans
         self._readers = read_objects(store.ram, node, table.spans)
         check_frames(node, table, self._readers)
         self._open = True
@@ -305,6 +306,13 @@ class Load:
 
     def __iter__(self) -> Iterator[ObjectReader]:
         return iter(self._readers)
+
+    def metadata(self) -> Spans:
+        """The frames that the node uses for itself: all but those of its page streams."""
+        spans = self._frames
+        for reader in self._readers:
+            spans = spans - reader.data
+        return spans
 
     def finish(self) -> None:
         """Done with the node; it stays published."""

@@ -173,9 +173,6 @@ class SmallStore:
     def pages_of(self, node: Spans) -> Spans:
         return node
 
-    def metadata_pages(self, name: bytes) -> Spans:
-        return Spans()
-
     @contextmanager
     def prepare_save(self, name, *, tree_id, frames, banned, strict):
         yield SmallSave(self, name)
@@ -209,6 +206,9 @@ class SmallSave:
 class SmallLoad(list):
     def __init__(self, objects: list) -> None:
         super().__init__(SmallReader(content) for content in objects)
+
+    def metadata(self) -> Spans:
+        return Spans()
 
     def finish(self) -> None:
         pass
