@@ -1,5 +1,6 @@
 """Options of a mount: huge= and what a remount changes, seen by programs, by pkramctl and after a kexec."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,25 @@ def test_a_refused_remount_changes_nothing(lab: Any) -> None:
         assert (done.returncode, done.stderr.count("\n")) == (32, 1), done
         assert part in done.stderr
         assert lab.status(mnt)["options"] == "size=8192k"
+
+
+def _entries(lab: Any) -> list[tuple[int, int]]:
+    """(order, flags) of the entries in the first link of the one node's page stream, as pkramctl reads them."""
+
+    def inspect(what: str, pfn: int) -> dict[str, Any]:
+        found = json.loads(lab.run("ctl", "--json", "inspect", what, f"{pfn:x}").stdout)
+        assert found["problems"] == []
+        return {field["name"]: field["value"] for field in found["fields"]} | {"entries": found["entries"]}
+
+    (node,) = json.loads(lab.run("ctl", "--json", "nodes").stdout)
+    pages = inspect("object", inspect("object", inspect("node", node["pfn"])["object"])["object"])
+    return [(entry["order"], entry["flags"]) for entry in inspect("link", pages["pages_head"])["entries"]]
+
+
+@pytest.mark.parametrize(("huge", "entry", "count"), [("never", (0, 0), 504), ("always", (9, 1), 3)])
+def test_the_two_columns_of_the_announcement(lab: Any, huge: str, entry: tuple[int, int], count: int) -> None:
+    """PKRAM's own form has an entry for each page, or for each huge page."""
+    mnt = lab.mount("one", f"pkram=one,pkram_strict,huge={huge}")
+    (mnt / "file").write_bytes(b"x" * (3 * MIB2))
+    lab.remount(mnt, "preserve,ro")
+    assert _entries(lab) == [entry] * count
