@@ -8,7 +8,8 @@
 
 A *huge page* is 512 pages of a file in 512 frames, both aligned: one entry of order 9 when it is preserved.
 It needs no mark of its own: a hole punched into it leaves pages like any others, as when tmpfs splits it.
-Where no huge page is to be had, small ones will do.
+Where no huge page is to be had, small ones will do. (So it was in tmpfs; since Linux 6.14 it tries all
+orders between. Here adjacent pages are joined to the largest orders when they are preserved.)
 
 What a huge page holds beyond the end of its file is zeros that nobody reads, but it counts against
 size=. These *tails* are given back before anybody meets ENOSPC; so are they, as everything beyond the
@@ -96,8 +97,8 @@ class Filling(Attributes):
     # -- huge pages -----------------------------------------------------------------------------
 
     def block_size(self, inode: Inode) -> int:
-        """st_blksize: that of a huge page if the file may have them (within_size: from two pages on, as in tmpfs)."""
-        wanted = self.huge == "always" or (self.huge == "within_size" and inode.size > PAGE_SIZE)
+        """st_blksize: that of a huge page, if the first 2 MiB of the file may be one."""
+        wanted = self.huge == "always" or (self.huge == "within_size" and pages(inode.size) >= BLOCK_PAGES)
         return BLOCK_SIZE if wanted and inode.is_file else PAGE_SIZE
 
     def _huge_holes(self, inode: Inode, first: int, last: int, end: int) -> list[Hole]:

@@ -94,6 +94,20 @@ def test_within_size_looks_at_the_size(make: Any) -> None:
     assert [row[:2] for row in layout(tree, ino)] == [(0, 1), (PAGES, PAGES), (3 * PAGES, 1)]
 
 
+def test_block_size(make: Any) -> None:
+    tree = make("never")
+    ino = write(tree, b"a", (0, b"x"))
+
+    def seen(huge: str, size: int) -> int:
+        tree.huge = huge
+        return tree.block_size(tree.setattr(ino, size=size))
+
+    assert [seen(huge, MIB2) for huge in ("never", "advise", "within_size", "always")] == [4096, 4096, MIB2, MIB2]
+    assert [seen("within_size", MIB2 - size) for size in (4095, 4096)] == [MIB2, 4096]
+    tree.huge = "always"
+    assert tree.block_size(tree.root) == 4096
+
+
 def test_what_is_cut_comes_back_and_growth_shows_zeros(make: Any) -> None:
     tree = make("always")
     ino = write(tree, b"a", (0, b"x" * 10_000))
