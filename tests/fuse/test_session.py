@@ -79,18 +79,33 @@ def test_what_the_tree_holds_is_not_searched_for_garbage(monkeypatch: pytest.Mon
     assert gc.get_freeze_count() > 1000 and gc.get_threshold()[0] >= 10_000
 
 
-@pytest.mark.parametrize("writable", [True, False])
-def test_root_has_the_kernel_read_a_whole_request_ahead(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, writable: bool
+@pytest.mark.parametrize(
+    ("found", "left"),
+    [
+        ({"read_ahead_kb": "128\n", "max_bytes": "41943040\n"}, {"read_ahead_kb": "1024", "max_bytes": "268435456"}),
+        ({"read_ahead_kb": "8192\n", "max_bytes": "999999999999\n"}, None),  # somebody wants more
+        ({"read_ahead_kb": "128\n"}, {"read_ahead_kb": "1024"}),  # an old kernel
+        ({}, {}),
+    ],
+)
+def test_root_raises_the_kernels_limits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: dict[str, str], left: dict[str, str] | None
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(module, "_READ_AHEAD", f"{tmp_path}/{{}}:{{}}" if writable else f"{tmp_path}/none/{{}}:{{}}")
-    module._read_ahead(os.makedev(0, 77), 1 << 20)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == ([("0:77", "1024")] if writable else [])
+    assert _tuned(monkeypatch, tmp_path, found) == (found if left is None else left)
 
 
-def test_users_leave_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_users_leave_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(module, "_READ_AHEAD", f"{tmp_path}/{{}}:{{}}")
-    module._read_ahead(os.makedev(0, 77), 1 << 20)
-    assert not list(tmp_path.iterdir())
+    found = {"read_ahead_kb": "128\n", "max_bytes": "41943040\n"}
+    assert _tuned(monkeypatch, tmp_path, found) == found
+
+
+def _tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: dict[str, str]) -> dict[str, str]:
+    """What is in a directory like those of /sys/class/bdi after it was tuned."""
+    monkeypatch.setattr(module, "_TUNING", f"{tmp_path}/{{}}:{{}}")
+    (tmp_path / "0:77").mkdir()
+    for name, text in found.items():
+        (tmp_path / "0:77" / name).write_text(text)
+    module._tune(os.makedev(0, 77))
+    return {path.name: path.read_text() for path in (tmp_path / "0:77").iterdir()}
