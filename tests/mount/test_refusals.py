@@ -31,7 +31,7 @@ def _refused(done: Any, status: int, *parts: str) -> None:
         ("pkram=", "pkram needs a value"),
         (f"pkram={'n' * 128}", "128 bytes"),
         ("pkram=x,size=much", "size=much"),
-        ("size=x%", "percentage"),
+        ("size=x%", "percent"),
         ("mode=999", "octal"),
         ("uid=nobody-here", "uid="),
         ("huge=sometimes", "huge="),
