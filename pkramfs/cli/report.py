@@ -118,7 +118,7 @@ def _table(title: str, rows: list[list[Any]], *figures: str) -> None:
     if rows:
         print()
         columns = [render.Column(title), render.Column("SIZE", True), *(render.Column(f, True) for f in figures)]
-        render.table(columns, rows)
+        render.table(columns, [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows])
 
 
 def _lines(title: str, lines: list[str]) -> None:
