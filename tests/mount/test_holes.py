@@ -99,7 +99,10 @@ def test_the_commands(lab: Any) -> None:
     (mnt / "d").mkdir()
     (mnt / "d" / "zeros").write_bytes(bytes(2 * MIB) + b"end")
     before = os.stat(mnt / "d" / "zeros").st_mtime_ns
+    os.sync()
+    backed = lab.machine.ram().backed
     assert lab.run("ctl", "sparsify", str(mnt)).stdout == "2 files: 3.0 MiB given back\n"
+    assert backed - lab.machine.ram().backed >= 2 * MIB - 64 * PAGE  # what was only allocated has never cost the host
     assert (mnt / "d" / "zeros").read_bytes() == bytes(2 * MIB) + b"end"
     assert os.stat(mnt / "d" / "zeros").st_mtime_ns == before
     assert os.listxattr(file) == []
@@ -109,9 +112,13 @@ def test_what_is_refused(lab: Any, tmp_path: Path) -> None:
     mnt = lab.mount("one")
     (mnt / "f").write_bytes(b"x" * PAGE)
     (tmp_path / "elsewhere").write_bytes(b"x")
+    os.mkfifo(mnt / "fifo")
+    os.mknod(mnt / "socket", 0o140644)
     for words, reason in (
         (("punch", str(tmp_path / "elsewhere"), "0", "1"), "is on no pkramfs mount: fallocate(1) is for others"),
         (("punch", str(mnt), "0", "1"), "is no regular file"),
+        (("allocate", str(mnt / "fifo"), "0", "1"), "is no regular file"),
+        (("sparsify", str(mnt / "socket")), "is no regular file"),
         (("extents", str(mnt / "absent")), "No such file or directory"),
         (("punch", str(mnt / "f"), "0", "0"), "Invalid argument"),
         (("punch", str(mnt / "f"), "0", "x"), "not a size"),
@@ -134,6 +141,8 @@ def test_what_is_refused(lab: Any, tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
         order(mnt / "f", "punch", "0:1")
     assert caught.value.errno == errno.EROFS
+    done = lab.run("ctl", "punch", str(mnt / "f"), "0", "1")
+    assert (done.returncode, done.stderr) == (1, f"pkramctl: {mnt / 'f'}: Read-only file system\n")
     assert (mnt / "f").read_bytes() == b"x" * PAGE
 
 
