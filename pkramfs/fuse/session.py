@@ -18,7 +18,6 @@ Kernel: fs/fuse/inode.c (fuse_fill_super), fs/fuse/dev.c; libfuse util/fusermoun
 """
 
 import array
-import gc
 import logging
 import os
 import socket
@@ -79,7 +78,6 @@ class Session:
     async def serve(self) -> None:
         """Answer requests until the mount is gone."""
         pyfuse3.trio = Turns()  # type: ignore[attr-defined]
-        _collect_rarely()
         serving = True
         while serving:
             serving = False
@@ -95,16 +93,6 @@ class Session:
     def close(self) -> None:
         """Let go of the kernel's end. Call it once, after `serve`."""
         pyfuse3.close(unmount=False)
-
-
-def _collect_rarely() -> None:
-    """Look for cyclic garbage seldom, and never in what is there already.
-
-    A tree holds hundreds of thousands of objects, none of which ever goes by collection: a directory and its parent
-    name each other only while it has a name. By default every 700 new ones start a search (1 us for each new file).
-    """
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
 
 
 def _mount_as_root(mountpoint: str, flags: int) -> int:

@@ -1,7 +1,6 @@
 """Names, as tmpfs has them."""
 
 import errno
-import gc
 import itertools
 import stat
 
@@ -356,17 +355,3 @@ def test_remounting_with_other_limits() -> None:
         unlimited.resize(5)
     with refused(errno.EINVAL):
         unlimited.resize(None, 5)
-
-
-def test_removed_directories_leave_no_garbage(tree) -> None:
-    """That is what permits to search seldom: objects of the tree go when they are let go of."""
-    gc.collect()
-    for _ in range(50):
-        made = tree.mkdir(1, b"d", 0o755)
-        inner = tree.mkdir(made.ino, b"inner", 0o755)
-        tree.create(inner.ino, b"file", 0o644)
-        tree.unlink(inner.ino, b"file")
-        tree.rmdir(made.ino, b"inner")
-        tree.rmdir(1, b"d")
-        del made, inner
-    assert gc.collect() == 0

@@ -1,9 +1,7 @@
 """Serving goes on when a request has vanished before it was read."""
 
 import errno
-import gc
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +60,6 @@ def test_what_fusermount3_says_is_passed_on(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(MachineError, match=part):
         module._mount_as_user(str(tmp_path), 0, False)
-
-
-@pytest.fixture(autouse=True)
-def collector() -> Iterator[None]:
-    """Serving tunes the collector of its process, which here is the tests'."""
-    threshold = gc.get_threshold()
-    yield
-    gc.unfreeze()
-    gc.set_threshold(*threshold)
-
-
-def test_what_the_tree_holds_is_not_searched_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pyfuse3, "main", _main([], None))
-    trio.run(Session(Ops(), "/nowhere").serve)  # type: ignore[arg-type]
-    assert gc.get_freeze_count() > 1000 and gc.get_threshold()[0] >= 10_000
 
 
 @pytest.mark.parametrize(
