@@ -217,7 +217,7 @@ def _number(key: str, value: str, text: str, most: int = _LONG_MAX) -> int:
     """
     match = _NUMBER.fullmatch(text)
     if match is None:
-        percent = " or of percent" if key == "size" else ""
+        percent = ", or a percentage" if key == "size" else ""
         raise UsageError(f"mount option {key}={value}: write a number, perhaps with k, m, g or t{percent}")
     number = _integer(match[1]) << _SHIFTS[match[2].lower()]
     if number > most:
