@@ -1,7 +1,8 @@
 """One mount, from its start to its end: the only place that builds everything.
 
-    mount.pkramfs ──starts──▶ python -m pkramfs mount-daemon FD DIR OPTIONS
+    mount.pkramfs ──starts──▶ python -m pkramfs mount-daemon FD DIR OPTIONS [GO]
 
+    import all this, wait for GO ◀── "go"              started ahead of need, it has looked at nothing
     attach the machine (first use boots it)            nobody may kexec until we serve
     claim the NAME and a tree id                       the id of its node, or a new one
     restore the tree from its node, or make a new one
@@ -85,8 +86,10 @@ class Reporter:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the daemon of one mount: FD of the status pipe, mount point, options."""
-    fd, mountpoint, text = sys.argv[1:] if argv is None else argv
+    """Run the daemon of one mount: FD of the status pipe, mount point, options, FD that says when to begin."""
+    fd, mountpoint, text, *go = sys.argv[1:] if argv is None else argv
+    if go and not _told(int(go[0])):
+        return 0
     reporter = Reporter(int(fd))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     try:
@@ -104,6 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         reporter.send(error=f"internal error: {type(error).__name__}: {error}; please report it")
         return 1
     return 0
+
+
+def _told(fd: int) -> bool:
+    """Wait to be told to begin; False if whoever started us is gone or needs no mount after all."""
+    with open(fd, "rb") as pipe:
+        return bool(pipe.read())
 
 
 def _say(options: str, message: str) -> None:

@@ -10,6 +10,7 @@ planner:
     machine lock, exclusive
       ├ freeze every mount, flushed ──── one does not answer ──→ thaw, status 7
       ├ plan, with what the mounts said ─ trees or nodes lost ─→ thaw, name them, status 6
+      ├ start the daemons of the next kernel, which wait to be told
       ├ stop the daemons, wait for their locks ─ one stays ────→ status 7
       ├ ═══ point of no return (inside the plan) ═══
       └ boot in a fresh process
@@ -281,6 +282,11 @@ def _to_remount(args: argparse.Namespace, seen: "Sequence[Seen]") -> list[dict[s
 
 def _execute(args: argparse.Namespace, machine: "Machine") -> int:
     """Let the running kernel die and the loaded one be born."""
+    with mounts.Ready() as ready:
+        return _execute_with(args, machine, ready)
+
+
+def _execute_with(args: argparse.Namespace, machine: "Machine", ready: mounts.Ready) -> int:
     from pkramfs.kernel import kexec, nvram, running
 
     going = mounts.Mounts(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
@@ -302,13 +308,14 @@ def _execute(args: argparse.Namespace, machine: "Machine") -> int:
             if plan.problems:
                 going.thaw()
                 return _refuse(machine, plan)
+            ready.start(remount)
             _perform(args, plan)
             pause = time.monotonic() - began
             nvram.set_pause(machine, pause - plan.copying)
     except BaseException:
-        _undo(machine, going, remount)
+        _undo(machine, going, remount, ready)
         raise
-    return _mount_again(machine, remount, f"in {pause:.2f} s")
+    return _mount_again(machine, remount, f"in {pause:.2f} s", ready)
 
 
 def _need_loaded(machine: "Machine") -> None:
@@ -343,7 +350,7 @@ def _tell(step: "Operation") -> None:
         print(render.printable(line), flush=True)
 
 
-def _undo(machine: "Machine", going: "Mounts", remount: list[dict[str, Any]]) -> None:
+def _undo(machine: "Machine", going: "Mounts", remount: list[dict[str, Any]], ready: mounts.Ready) -> None:
     """After a failure: while the old kernel lives, every mount is as it was."""
     from pkramfs.kernel import state
 
@@ -353,17 +360,19 @@ def _undo(machine: "Machine", going: "Mounts", remount: list[dict[str, Any]]) ->
     if state.read(machine, any_layout=True) is None:
         complain(PROGRAM, "the old kernel is gone and the new one is not up: pkram-kexec --resume goes on from there")
         return
-    mounts.restart(machine, remount, partial(arguments.warn, PROGRAM))
+    mounts.restart(machine, remount, partial(arguments.warn, PROGRAM), ready)
 
 
-def _mount_again(machine: "Machine", remount: Sequence[dict[str, Any]], how: str) -> int:
+def _mount_again(
+    machine: "Machine", remount: Sequence[dict[str, Any]], how: str, ready: mounts.Ready | None = None
+) -> int:
     """Mount what was preserved, and say that the new kernel is up."""
     from pkramfs.kernel import nvram, running
 
     info = running.look(machine).info
     warn = partial(arguments.warn, PROGRAM)
     remount = mounts.still_there(machine, remount, warn)
-    failed = mounts.restart(machine, remount, warn)
+    failed = mounts.restart(machine, remount, warn, ready or mounts.Ready())
     if not failed:
         with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
             nvram.clear_mounts(machine)

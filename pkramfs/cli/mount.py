@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "mount.pkramfs"
 USAGE, SYSTEM, FAILURE = 1, 2, 32
+GO = b"go"
+"""What a daemon that was started is told when it shall mount."""
 _DESCRIPTION = "Mount a tmpfs whose tree survives a kexec, or change such a mount; see mount.pkramfs(8)."
 _EPILOG = """examples:
   mount -t pkramfs -o pkram=mytmpfs none /mnt
@@ -120,8 +122,7 @@ def _mount(args: argparse.Namespace) -> int:
     options = parse(text)
     if root := getattr(args, "root", None):
         os.environ["PKRAM_ROOT"] = root
-    if os.environ.get("PKRAM_ROOT"):
-        os.environ["PKRAM_ROOT"] = os.path.abspath(os.environ["PKRAM_ROOT"])
+    absolute_root()
     directory = os.path.realpath(args.directory)
     if options.remount:
         from pkramfs.cli import remount
@@ -137,6 +138,12 @@ def _mount(args: argparse.Namespace) -> int:
     elif args.verbose:
         print(f"{PROGRAM}: {options.name or 'none'} mounted on {directory}")
     return 0
+
+
+def absolute_root() -> None:
+    """Make $PKRAM_ROOT absolute: a daemon works in /."""
+    if os.environ.get("PKRAM_ROOT"):
+        os.environ["PKRAM_ROOT"] = os.path.abspath(os.environ["PKRAM_ROOT"])
 
 
 def _machine_words(args: argparse.Namespace) -> list[str]:
@@ -167,35 +174,63 @@ def prepare(directory: str) -> None:
         raise MountError(f"mount point {directory} is not a directory")
 
 
-def start(directory: str, text: str) -> str:
-    """Start a daemon and wait until it serves; returns what it has to say. MountError with its reason."""
-    import json
-    import subprocess
+class Starting:
+    """A daemon that is being started: it imports what it needs, then waits to be told. If we die, it ends."""
 
-    ours, theirs = os.pipe()
-    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    try:
-        daemon = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pkramfs", "mount-daemon", str(theirs), directory, text],
-            env={**os.environ, "PYTHONPATH": package},
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[theirs],
-            start_new_session=True,
-        )
-    finally:
-        os.close(theirs)
-    with open(ours, encoding="utf-8") as pipe:
-        line = pipe.readline()
-    if not line:
-        raise MountError(f"the mount daemon (pid {daemon.pid}) died with status {daemon.wait()} before it served")
-    answer = json.loads(line)
-    if "error" in answer:
-        daemon.wait()
-        failed = AnsweredError(answer["error"])
-        failed.exit_status = USAGE if answer.get("status") else FAILURE
-        raise failed
-    daemon.returncode = 0  # it lives on; no warning that it does
-    return str(answer["ok"])
+    def __init__(self, directory: str, text: str) -> None:
+        import subprocess
+
+        package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        self._answer, theirs = os.pipe()
+        told, self._go = os.pipe()
+        try:
+            self._daemon = subprocess.Popen(
+                [sys.executable, "-P", "-m", "pkramfs", "mount-daemon", str(theirs), directory, text, str(told)],
+                env={**os.environ, "PYTHONPATH": package},
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs, told],
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(self._answer)
+            os.close(self._go)
+            raise
+        finally:
+            os.close(theirs)
+            os.close(told)
+
+    def serve(self) -> str:
+        """Let it mount, wait until it serves; returns what it has to say. MountError with its reason."""
+        import json
+        from contextlib import suppress
+
+        with suppress(BrokenPipeError):  # it died already, and the line it does not send says so
+            os.write(self._go, GO)
+        os.close(self._go)
+        with open(self._answer, encoding="utf-8") as pipe:
+            line = pipe.readline()
+        if not line:
+            status = self._daemon.wait()
+            raise MountError(f"the mount daemon (pid {self._daemon.pid}) died with status {status} before it served")
+        answer = json.loads(line)
+        if "error" in answer:
+            self._daemon.wait()
+            failed = AnsweredError(answer["error"])
+            failed.exit_status = USAGE if answer.get("status") else FAILURE
+            raise failed
+        self._daemon.returncode = 0  # it lives on; no warning that it does
+        return str(answer["ok"])
+
+    def give_up(self) -> None:
+        """Have it end without a trace."""
+        os.close(self._go)
+        os.close(self._answer)
+        self._daemon.wait()
+
+
+def start(directory: str, text: str) -> str:
+    """Start a daemon and wait until it serves; see `Starting.serve`."""
+    return Starting(directory, text).serve()

@@ -4,7 +4,8 @@
     freeze()    flush the kernel's dirty pages, then no change until thaw()     -e, first step
     thaw()      take back exactly what freeze() did                             -e, refused
     stop()      every daemon detaches and ends; returns when all locks are free -e
-    restart()   run mount.pkramfs for what was preserved                        after the boot
+    Ready       daemons started while the old kernel goes                       -e, --resume
+    restart()   mount what was preserved                                        after the boot
 
 A mount is what its daemon says, never what /proc/mounts says: a lazily detached mount, or one in
 another mount namespace, is a mount as long as its daemon's lock is held. A daemon that does not
@@ -16,15 +17,15 @@ Kernel: kernel/reboot.c (kernel_restart_prepare), fs/sync.c (SYSCALL_DEFINE1(syn
 """
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pkramfs.errors import DaemonError, PkramfsError
+from pkramfs.errors import DaemonError, PkramfsError, explain
 from pkramfs.units import plural
 
 if TYPE_CHECKING:
+    from pkramfs.cli.mount import Starting
     from pkramfs.kernel.kexec import MountReport
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.mounts import MountEntry
@@ -304,24 +305,62 @@ def still_there(machine: "Machine", mounts: Iterable[dict[str, Any]], warn: Warn
     return [mount for mount in wanted if PREFIX + os.fsencode(str(mount["name"])) in crossed]
 
 
-def restart(machine: "Machine", mounts: Iterable[dict[str, Any]], warn: Warn) -> int:
+class Ready:
+    """Daemons that were started before they are needed; those that nobody takes are given up at the end.
+
+    Importing what a daemon needs takes longer than most trees take to be restored. It is done while the
+    old kernel goes and the new one boots: the daemon learns and touches nothing before it is told to.
+    """
+
+    def __init__(self) -> None:
+        self._started: dict[str, Starting] = {}
+
+    def __enter__(self) -> "Ready":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for starting in self._started.values():
+            starting.give_up()
+
+    def start(self, mounts: Iterable[dict[str, Any]]) -> None:
+        """Start the daemons of the first few mounts, one for each CPU: more would be in the boot's way."""
+        from pkramfs.cli import mount as helper
+
+        helper.absolute_root()
+        for mount, _ in zip(mounts, os.sched_getaffinity(0), strict=False):
+            self._started[mount["mountpoint"]] = helper.Starting(mount["mountpoint"], _options(mount))
+
+    def take(self, mount: dict[str, Any]) -> "Starting":
+        """The daemon of a mount, started now if it was not."""
+        from pkramfs.cli import mount as helper
+
+        helper.absolute_root()
+        started = self._started.pop(mount["mountpoint"], None)
+        return started or helper.Starting(mount["mountpoint"], _options(mount))
+
+
+def restart(machine: "Machine", mounts: Iterable[dict[str, Any]], warn: Warn, ready: Ready) -> int:
     """Mount again what was preserved; how many could not be. Each failure is a warning with its reason."""
-    import subprocess
+    from pkramfs.cli import arguments
+    from pkramfs.cli import mount as helper
 
     failed = 0
     for mount in mounts:
-        done = subprocess.run(_mount_command(machine, mount), capture_output=True, text=True, check=False)
-        if done.returncode:
+        try:
+            helper.prepare(mount["mountpoint"])
+            ready.take(mount).serve()
+        except (PkramfsError, OSError) as error:
             failed += 1
-            reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+            reason = explain(error) if isinstance(error, OSError) else str(error)
             warn(f"{mount['mountpoint']} was not mounted again: {reason}")
+            if not isinstance(error, helper.AnsweredError):  # whose daemon has logged it
+                arguments.note(machine, f"{helper.PROGRAM}: {mount['mountpoint']}: {reason}")
     if failed:
         warn(f"{plural(failed, 'tree')} stay preserved; mount by hand when the reason is gone")
     return failed
 
 
-def _mount_command(machine: "Machine", mount: dict[str, Any]) -> list[str]:
-    """The command that mounts an entry of nvram.json's list."""
+def _options(mount: dict[str, Any]) -> str:
+    """What to give to -o for an entry of nvram.json's list."""
     options = mount.get("options", {})
-    words = [key if value is True else f"{key}={value}" for key, value in options.items() if value is not False]
-    return [sys.executable, "-m", "pkramfs", "mount", "none", mount["mountpoint"], "-o", ",".join(words)]
+    return ",".join(key if value is True else f"{key}={value}" for key, value in options.items() if value is not False)
