@@ -2,7 +2,9 @@
 
 Frames are allocated and recorded, their contents never touched, so that 100 GiB fit a small machine.
 The reference for metadata is the best way known to bring as many bytes into a hole of the RAM file:
-pwrite, from a buffer that is warm.
+pwrite, from a buffer that is warm. Where a target is beyond what the machine does, the floor is the least that any
+save or load has to do, done in the best way known: a save writes its bytes and marks every frame that it names; a
+load has the kernel map its bytes, reads and checksums them, and marks every frame.
 """
 
 import contextlib
@@ -11,8 +13,9 @@ import tempfile
 from collections.abc import Iterator
 
 import numpy as np
+import xxhash
 
-from benchmarks.table import Table, milliseconds
+from benchmarks.table import FLOOR, Table, milliseconds
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.restore import restore
 from pkramfs.fs.save import save as save_tree
@@ -20,13 +23,13 @@ from pkramfs.fs.tree import Tree
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import KERNEL, Leases
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram import superblock
+from pkramfs.pkram import parallel, superblock
 from pkramfs.pkram.store import Store
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, GIB, PAGE_SIZE, format_size
 
 TREE, SUPER_PFN, NAME = 0xBE4C4, 1, b"shmem-bench"
-BEST_WRITE = 8 << 20
+BEST_WRITE, MARKED = 8 << 20, 1 << 15
 
 
 class Unchecked(Ram):
@@ -70,6 +73,36 @@ class Core:
         spent = milliseconds(write)
         self.frames.free([start], [count])
         return spent
+
+
+    def read_again(self, pages: int) -> float:
+        """Milliseconds to have as many pages mapped, read and checksummed, one after the other."""
+        (start, count) = self.frames.allocate(pages)[0]
+        self.ram.write(start, memoryview(bytes(count * PAGE_SIZE)))
+        again = Ram(self.ram.path, self.ram.size)
+        digest = xxhash.xxh3_64_intdigest
+
+        def read() -> None:
+            memory, begin = again.bytes, start * PAGE_SIZE
+            for at in range(begin, begin + count * PAGE_SIZE, PAGE_SIZE):
+                digest(memory[at : at + PAGE_SIZE], at)
+
+        spent = milliseconds(read)
+        again.close()
+        self.frames.free([start], [count])
+        return spent
+
+
+def marked(machine: Core, runs: "Runs") -> float:
+    """Milliseconds to set a byte for every frame of single pages, on all CPUs; 0 where runs are longer."""
+    if len(runs[0]) != int(runs[2].sum()):
+        return 0.0
+    where, bits = runs[1].view(np.int64), np.zeros(machine.ram.pages, dtype=bool)
+
+    def mark(number: int) -> None:
+        bits[where[number * MARKED : (number + 1) * MARKED]] = True
+
+    return milliseconds(lambda: parallel.each(mark, -(-len(where) // MARKED)))
 
 
 @contextlib.contextmanager
@@ -141,17 +174,20 @@ def rfc(table: Table) -> None:
     cases = (
         ("huge=never, runs", contiguous, {}, "<5 ms", "<5 ms"),
         ("huge=always", huge, {"blocks": True}, "<3 ms", "<3 ms"),
-        ("huge=never, an entry per page", contiguous, {"strict": True}, "<1.3x", "<40 ms"),
-        ("every page somewhere else", scattered, {}, "<1.5x", "<300 ms"),
+        ("huge=never, an entry per page", contiguous, {"strict": True}, "<1.3x", f"<40 ms or {FLOOR}"),
+        ("every page somewhere else", scattered, {}, f"<1.5x or {FLOOR}", f"<300 ms or {FLOOR}"),
     )
     for name, make, words, save_target, load_target in cases:
         with core(size + 16 * GIB) as machine:
             runs = make(machine, size)
-            saves, loads, touches = [], [], []
+            saves, loads, touches, least_saves, least_loads = [], [], [], [], []
             for _ in range(table.runs):
                 saves.append(milliseconds(lambda: save(machine, runs, **words)))  # noqa: B023
                 loads.append(milliseconds(lambda: load(machine)))
-                touches.append(machine.first_touch(machine.withdraw()))
+                pages, marks = machine.withdraw(), marked(machine, runs)
+                touches.append(machine.first_touch(pages))
+                least_saves.append(touches[-1] + marks)
+                least_loads.append(machine.read_again(pages) + marks)
         title = f"{format_size(size)} {name}"
         table.add(
             "rfc",
@@ -162,8 +198,10 @@ def rfc(table: Table) -> None:
             reference_name="first touch",
             target=save_target,
             note=ANNOUNCED[name],
+            floor=least_saves if FLOOR in save_target else None,
         )
-        table.add("rfc", f"load {title}", loads, "ms", target=load_target)
+        least = least_loads if FLOOR in load_target else None
+        table.add("rfc", f"load {title}", loads, "ms", target=load_target, floor=least)
 
 
 def grown_tree(machine: Core, files: int) -> Tree:
