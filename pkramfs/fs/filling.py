@@ -75,8 +75,8 @@ class Filling(Attributes):
 
     def _take(self, holes: list[Hole], order: int = 0, beside: Frames | None = None) -> Frames:
         """Frames for these holes `beside` others that are not counted yet; ENOSPC if there is no room for both."""
-        total = sum(count for _, count in holes)
-        self.limits.require_pages(total + sum(count for _, count in beside or ()))
+        total = _total(holes)
+        self.limits.require_pages(total + _total(beside) if beside else total)
         return self.frames.allocate(total, order) if total else []
 
     def _return(self, frames: Frames) -> None:
@@ -87,10 +87,14 @@ class Filling(Attributes):
         """Put frames into holes and count them; how many they were."""
         if inode.pages is None:
             inode.pages = PageMap()
-        before, held = inode.pages.runs, inode.pages.count
-        _distribute(inode.pages, holes, frames)
-        self._runs += inode.pages.runs - before
-        count = inode.pages.count - held
+        there = inode.pages
+        before, held = there.runs, there.count
+        if len(holes) == len(frames) == 1:
+            there.insert(holes[0][0], *frames[0])
+        else:
+            _distribute(there, holes, frames)
+        self._runs += there.runs - before
+        count = there.count - held
         self.limits.pages += count
         return count
 
@@ -141,6 +145,10 @@ class Filling(Attributes):
             if inode.pages is not None:
                 self._change("trim", ino=inode.ino, size=inode.size)
                 self._free_pages(inode.pages, pages(inode.size))
+
+
+def _total(runs: list[tuple[int, int]]) -> int:
+    return runs[0][1] if len(runs) == 1 else sum(count for _, count in runs)
 
 
 def _holes(pages: PageMap | None, first: int, last: int) -> list[Hole]:
