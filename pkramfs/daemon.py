@@ -345,6 +345,7 @@ class Daemon:
             await _in_thread(partial(syscalls.detach_all, self.session.dev))
         except OSError as error:
             log.warning("cannot detach: %s", explain(error))
+        await self.session.operations.cache.close()
         self.session.terminate()
 
 

@@ -28,6 +28,7 @@ def act_punch(args: argparse.Namespace) -> None:
     """pkramctl punch FILE OFFSET LENGTH."""
     fd = _open(args.file, os.O_RDWR)
     try:
+        os.fsync(fd)  # so that the daemon need not wait for the kernel's writing back
         before = os.fstat(fd).st_blocks
         _order(fd, args.file, b"punch", b"%d:%d" % (args.offset, args.length))
         _touch(fd)

@@ -41,12 +41,32 @@ class Cache:
 
     def __init__(self) -> None:
         self._limit: trio.CapacityLimiter | None = None
+        self._going = 0
+        self._closed: trio.Event | None = None
 
     async def drop(self, number: int) -> None:
         """Have the kernel write back and forget the data of an inode; it may wait for WRITEs to be answered."""
+        if self._closed is not None:
+            raise fail(errno.ENOTCONN)
         self._limit = self._limit or trio.CapacityLimiter(_THREADS)
-        with contextlib.suppress(FileNotFoundError):  # it has none of it
-            await trio.to_thread.run_sync(pyfuse3.invalidate_inode, number, False, limiter=self._limit)
+        self._going += 1
+        try:
+            with contextlib.suppress(FileNotFoundError):  # it has none of it
+                await trio.to_thread.run_sync(pyfuse3.invalidate_inode, number, False, limiter=self._limit)
+        finally:
+            self._going -= 1
+            if self._closed is not None and not self._going:
+                self._closed.set()
+
+    async def close(self) -> None:
+        """Take no more, and wait for those under way, while there still is somebody to answer them.
+
+        A thread that waits for a WRITE which nobody will answer cannot even be killed, and with it stay
+        the process and all who use the mount.
+        """
+        self._closed = trio.Event()
+        if self._going:
+            await self._closed.wait()
 
     def drop_attributes(self, number: int) -> None:
         """Have the kernel ask for the attributes again. Never waits."""

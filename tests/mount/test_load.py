@@ -258,3 +258,37 @@ def test_a_fault_in_a_handler_is_eio_and_a_traceback_in_the_log(lab: Any) -> Non
         log.write_text("")
         lab.umount(mnt)
         assert daemon.wait(SECONDS) == 0
+
+
+PUNCH = """
+import os, sys
+os.chdir(sys.argv[1])
+fd = os.open(str(os.getpid()), os.O_RDWR | os.O_CREAT)
+data = bytes(8 << 20)
+print("ready", flush=True)
+while True:
+    os.pwrite(fd, data, 0)
+    os.setxattr(fd, "user.pkramfs.punch", b"0:8M")
+"""
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_the_end_while_clients_punch(lab: Any, turn: int) -> None:
+    """Who waits for the kernel's writing back is answered before the daemon goes."""
+    mnt = lab.mount("one")
+    entry = lab.entry(mnt)
+    clients = [
+        subprocess.Popen([sys.executable, "-c", PUNCH, str(mnt)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for _ in range(4)
+    ]
+    try:
+        for client in clients:
+            assert client.stdout is not None and client.stdout.readline()
+        os.kill(entry.pid, signal.SIGTERM)
+        lab.gone(entry)
+        for client in clients:
+            assert client.wait(20) == 1, "not answered"
+    finally:
+        for client in clients:
+            client.kill()
+            client.communicate()
