@@ -38,7 +38,8 @@ _MADV_POPULATE_READ = 22  # not named by Python
 _MANY = 16 * PAGE_SIZE
 """Bytes from which it pays to ask for all pages of a store at once."""
 _NO_PUNCH = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
-_NO_WRITE = (errno.EINVAL, errno.ENODEV, errno.EOPNOTSUPP, errno.ENOSYS)
+_ONLY_MAPPED = (errno.EINVAL, errno.ENODEV, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What reading or writing a backing says that can only be mapped: devdax."""
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
@@ -100,6 +101,23 @@ class Ram:
             data += more
         return data
 
+    def read(self, pfn: int, into: memoryview) -> None:
+        """Copy whole pages from pfn into a buffer, without having them mapped: for what is looked at once.
+
+        200 MiB that nobody had mapped took 24 ms to read this way and 23 ms just to map, a fault for each 64 KiB.
+        """
+        at, done, size = pfn << PAGE_SHIFT, 0, len(into)
+        try:
+            while done < size:
+                read = os.preadv(self.fd, [into[done:] if done else into], at + done)
+                if not read:
+                    raise MachineError(f"{self.path} ends at {at + done:#x}, before the end of RAM: it was cut")
+                done += read
+        except OSError as error:
+            if error.errno not in _ONLY_MAPPED:
+                raise
+            into[done:] = self.bytes[at + done : at + size]
+
     def write(self, pfn: int, data: memoryview) -> None:
         """Copy whole pages to pfn, where nothing is yet; see `fill`."""
         self.fill(pfn << PAGE_SHIFT, data)
@@ -115,9 +133,9 @@ class Ram:
             while done < size:
                 done += os.pwrite(self.fd, data[done:] if done else data, at + done)
         except OSError as error:
-            if error.errno not in _NO_WRITE:
+            if error.errno not in _ONLY_MAPPED:
                 raise
-            self.bytes[at + done : at + size] = data[done:]  # a backing that can only be mapped: devdax
+            self.bytes[at + done : at + size] = data[done:]
 
     def overwrite(self, at: int, data: memoryview) -> None:
         """Copy bytes to address `at`, where pages are in use.

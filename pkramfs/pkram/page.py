@@ -32,8 +32,11 @@ def seal(pfn: int, address: int) -> int:
 
 def seal_array(pfns: U64, addresses: U64) -> U64:
     """`seal` for arrays."""
-    mixed = pfns * np.uint64(_PFN_FACTOR) + addresses * np.uint64(_AT_FACTOR)
-    return (mixed >> np.uint64(_PFN_BITS) << np.uint64(_PFN_BITS)) | pfns
+    mixed: U64 = pfns * np.uint64(_PFN_FACTOR)
+    mixed += addresses * np.uint64(_AT_FACTOR)
+    mixed &= np.uint64(_WORD - _PFN_MASK)
+    mixed |= pfns
+    return mixed
 
 
 def unseal(word: int, address: int, record: str, field: str) -> Pfn:

@@ -20,11 +20,12 @@ import xxhash
 from pkramfs.errors import FormatError, PkramError
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram import chain
-from pkramfs.pkram.chain import Chain, Runs
+from pkramfs.pkram.chain import Chain
 from pkramfs.pkram.format import NEXT, OBJECT, OBJECT_MAGIC, OTHER
 from pkramfs.pkram.link import U8
 from pkramfs.pkram.marks import Marks
 from pkramfs.pkram.page import expect_flags, expect_unused, read_page
+from pkramfs.pkram.runs import Runs, all_runs
 from pkramfs.spans import U64, Spans
 from pkramfs.units import PAGE_SIZE, pages
 
@@ -64,7 +65,7 @@ class ObjectReader:
 
     def _check_bytes(self) -> list[tuple[int, int]]:
         """The byte stream's runs of frames, after its length and its checksum were compared."""
-        index, pfn, count = self._bytes.all_runs()
+        index, pfn, count = all_runs(self._bytes)
         self._inside(pfn, count, "bytes")
         total = int(count.sum())
         if (np.cumsum(count) - count != index).any() or total != pages(self.length):
@@ -79,7 +80,7 @@ class ObjectReader:
 
     def _check_pages(self) -> tuple[Runs, Spans]:
         """The page stream's runs and its frames, each of which occurs once."""
-        index, pfn, count = self._pages.all_runs()
+        index, pfn, count = all_runs(self._pages)
         total, marks = int(count.sum()), Marks(self._ram.pages)
         if total != self.record.page_count:
             raise self._wrong("page_count", self.record.page_count, f"{total}, as its links say")

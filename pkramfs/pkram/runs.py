@@ -1,0 +1,205 @@
+"""What the links of a stream say: the fewest runs (index, pfn, count), by index.
+
+    steady links      one run each, known from the header and the first entry: nothing is read again
+    all others        entries, READ links at a time, on all CPUs
+
+Where a stream is one page here and one page there, the runs are as many as the entries, and are put straight
+into the arrays that are handed out: memory that is touched for the first time costs more than the arithmetic.
+
+Kernel: mm/pkram.c (pkram_load_file_pages), mm/shmem_pkram.c, patches 33 and 36
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from pkramfs.errors import FormatError
+from pkramfs.pkram import parallel
+from pkramfs.pkram.chain import INDEX_MAX, READ, Chain, Flags
+from pkramfs.pkram.format import ENTRY_FLAGS_SHIFT, ENTRY_HUGE, ENTRY_ORDER_MASK, ENTRY_PFN_SHIFT, LINK_CAPACITY
+from pkramfs.pkram.link import I64, decode, join_runs
+from pkramfs.spans import U64
+from pkramfs.units import MAX_ORDER
+
+Runs = tuple[U64, U64, U64]
+
+_LOW = np.uint64((1 << ENTRY_PFN_SHIFT) - 1)
+_UNKNOWN = np.uint64(int(_LOW) & ~(ENTRY_ORDER_MASK | ENTRY_HUGE << ENTRY_FLAGS_SHIFT))
+_SHIFT = np.uint64(ENTRY_PFN_SHIFT)
+_STEP = np.uint64(1 << ENTRY_PFN_SHIFT)
+_ONE = np.uint64(1)
+_FEWER = 8
+"""Runs that are fewer than the entries by this factor are kept apart, and copied once more at the end."""
+_NONE: Runs = (np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint64))
+_COUNTING = np.arange(READ * LINK_CAPACITY, dtype=np.uint64)
+
+
+def all_runs(chain: Chain) -> Runs:
+    """The whole stream as the fewest runs by index; FormatError for an entry that cannot be."""
+    if not len(chain.pages):
+        return _NONE
+    reading = _Reading(chain)
+    parts, ordered = reading.parts()
+    index, pfn, count = reading.together(parts)
+    edges = _edges(parts)
+    if not ordered or not _in_order(edges):
+        by_index = np.argsort(index, kind="stable")
+        index, pfn, count = index[by_index], pfn[by_index], count[by_index]
+        if not _in_order((index, pfn, count)):
+            raise _wrong(chain, "an index with two pages", "one page each")
+        edges = index, pfn, count
+    if int(index[-1]) + int(count[-1]) > INDEX_MAX:
+        raise _wrong(chain, f"{int(index[-1]):#x}", f"below {INDEX_MAX:#x}")
+    return join_runs(index, pfn, count) if _continued(edges) else (index, pfn, count)
+
+
+def _wrong(chain: Chain, found: str, expected: str) -> FormatError:
+    return FormatError("Link", "index", pfn=int(chain.pages[0]), found=found, expected=expected)
+
+
+class _Reading:
+    """A chain cut into stretches of steady links and single steps of others.
+
+    Columns are virtual memory for the runs of all steps that are read; only what is written becomes real.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain, begins = chain, np.arange(0, len(chain.pages), READ)
+        self._steady: npt.NDArray[np.bool_] = np.logical_and.reduceat(_sound(chain), begins)
+        entries = np.where(self._steady, 0, np.add.reduceat(chain.counts, begins))
+        self._edges: list[int] = [0, *np.cumsum(entries).tolist()]
+        self._columns = tuple(np.empty(self._edges[-1], dtype=np.uint64) for _ in range(3))
+
+    def parts(self) -> tuple[list[Runs], bool]:
+        """The runs of each stretch and step, in the order of links, and whether those of each are by index."""
+        left = np.flatnonzero(~self._steady).tolist()
+        read = parallel.each(lambda number: self._read(left[number]), len(left))
+        change = np.flatnonzero(self._steady[1:] != self._steady[:-1]) + 1
+        stretches = [0, *change.tolist(), len(self._steady)]
+        found, at = list[tuple[Runs, bool]](), 0
+        for low, high in zip(stretches[:-1], stretches[1:], strict=True):
+            if self._steady[low]:
+                found.append(_steady_runs(self.chain, slice(low * READ, high * READ)))
+            else:
+                found += read[at : at + high - low]
+                at += high - low
+        return [runs for runs, _ in found], all(ordered for _, ordered in found)
+
+    def _read(self, step: int) -> tuple[Runs, bool]:
+        """The runs of one step, in their place in the columns if they are many."""
+        links, place = slice(step * READ, (step + 1) * READ), slice(self._edges[step], self._edges[step + 1])
+        bench = self.chain.benches.take()
+        entries = self.chain.entries(links, bench.words)
+        if int(np.bitwise_or.reduce(entries) & _LOW) == 0:
+            runs = self._single_runs(links, entries, place)
+        else:
+            runs = self._keep(_block_runs(self.chain, links, entries), place)
+        self.chain.benches.put(bench)
+        return runs, _in_order(runs)
+
+    def _single_runs(self, links: slice, entries: U64, place: slice) -> Runs:
+        """Runs of entries that are single pages."""
+        counts, number = self.chain.counts[links], len(entries)
+        firsts = np.cumsum(counts) - counts
+        base: U64 = self.chain.index[links] - firsts.astype(np.uint64)  # index of an entry less its position
+        fresh = np.empty(number, dtype=bool)
+        fresh[0] = True
+        np.not_equal(entries[1:] - entries[:-1], _STEP, out=fresh[1:])
+        jumps = base[1:] != base[:-1]
+        fresh[firsts[1:]] |= jumps
+        index, pfn, count = (column[place] for column in self._columns)
+        if fresh.all():
+            np.right_shift(entries, _SHIFT, out=pfn)
+            np.add(_COUNTING[:number], np.repeat(base, counts) if jumps.any() else base[0], out=index)
+            count = np.broadcast_to(_ONE, number)
+        else:
+            at = np.flatnonzero(fresh)
+            begin = base[np.searchsorted(firsts, at, side="right") - 1] + at.astype(np.uint64)
+            length = np.diff(np.append(at, number)).astype(np.uint64)
+            index, pfn, count = self._keep((begin, entries[at] >> _SHIFT, length), place)
+        if int(pfn.min()) == 0 or int((pfn + count).max()) > self.chain.ram.pages:
+            every = entries >> _SHIFT
+            raise _bad_entry(self.chain, links, entries, (every == 0) | (every >= np.uint64(self.chain.ram.pages)))
+        return index, pfn, count
+
+    def _keep(self, runs: Runs, place: slice) -> Runs:
+        """Copy many runs to their place; few are kept as they are."""
+        size = len(runs[0])
+        if size * _FEWER < place.stop - place.start:
+            return runs
+        index, pfn, count = (column[place.start : place.start + size] for column in self._columns)
+        index[:], pfn[:], count[:] = runs
+        return index, pfn, count
+
+    def together(self, parts: list[Runs]) -> Runs:
+        """All runs, in the order of links."""
+        index, pfn, count = self._columns
+        if sum(len(part[0]) for part in parts) == len(index) and all(part[0].base is index for part in parts):
+            ones = [part[2].strides == (0,) for part in parts]
+            if all(ones):
+                return index, pfn, np.broadcast_to(_ONE, len(index))
+            if not any(ones):
+                return index, pfn, count
+        index, pfn, count = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return index, pfn, count
+
+
+def _sound(chain: Chain) -> Flags:
+    """Which links are one run of memory, with nothing to be said against it."""
+    last = np.uint64(chain.ram.pages) - np.minimum(chain.counts.view(np.uint64), np.uint64(chain.ram.pages))
+    pfn = chain.firsts >> _SHIFT
+    found: Flags = chain.steady & (chain.firsts & _LOW == 0) & (pfn != 0) & (pfn <= last)
+    return found
+
+
+def _steady_runs(chain: Chain, links: slice) -> tuple[Runs, bool]:
+    """The fewest runs of links that are one run each, and whether they are by index."""
+    runs = chain.index[links], chain.firsts[links] >> _SHIFT, chain.counts[links].view(np.uint64)
+    ordered = _in_order(runs)
+    return join_runs(*runs) if ordered else runs, ordered
+
+
+def _block_runs(chain: Chain, links: slice, entries: U64) -> Runs:
+    """Runs of entries of any order; FormatError for one that cannot be."""
+    pfn, order, _ = decode(entries)
+    size = np.uint64(1) << np.minimum(order, MAX_ORDER).astype(np.uint64)
+    bad = (order > MAX_ORDER) | (pfn == 0) | ((pfn & (size - _ONE)) != 0)
+    bad |= (entries & _UNKNOWN != 0) | (pfn + size > np.uint64(chain.ram.pages))
+    if bad.any():
+        raise _bad_entry(chain, links, entries, bad)
+    return join_runs(chain.indices(links, size), pfn, size)
+
+
+def _bad_entry(chain: Chain, links: slice, entries: U64, bad: Flags) -> FormatError:
+    place = int(np.flatnonzero(bad)[0])
+    link = int(np.searchsorted(np.cumsum(chain.counts[links]), place, side="right"))
+    return FormatError(
+        "Link",
+        "entry",
+        pfn=int(chain.pages[links][link]),
+        found=f"{int(entries[place]):#x}",
+        expected="an aligned block of order 0 to 18 inside RAM",
+    )
+
+
+def _in_order(runs: Runs) -> bool:
+    """Whether runs come by index, none beginning before the one in front of it ends."""
+    index, _, count = runs
+    return bool((index[1:] >= index[:-1] + count[:-1]).all())
+
+
+def _continued(runs: Runs) -> bool:
+    """Whether a run goes on, in index and in memory, where the one in front of it ends."""
+    index, pfn, count = runs
+    return bool(((index[1:] == index[:-1] + count[:-1]) & (pfn[1:] == pfn[:-1] + count[:-1])).any())
+
+
+def _edges(parts: list[Runs]) -> Runs:
+    """The first and the last run of each part: all that matters where parts meet."""
+    index, pfn, count = (
+        np.array([edge for runs in parts for edge in _ends(runs[column])], dtype=np.uint64) for column in range(3)
+    )
+    return index, pfn, count
+
+
+def _ends(column: U64) -> list[np.uint64]:
+    return [column[0]] if len(column) == 1 else [column[0], column[-1]]
