@@ -21,6 +21,7 @@ Kernel: mm/pkram.c (pkram_remove_link, pkram_load_file_pages), patches 4, 33 and
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count as counter
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 class Workbench:
-    """One thread's buffers: fresh arrays would be fresh memory every time, which costs more than the work."""
+    """One thread's buffers: links as they were fetched, and room for differences and answers."""
 
     def __init__(self) -> None:
         self.words = np.empty((READ, PAGE_WORDS), dtype=np.uint64)
@@ -60,22 +61,6 @@ class Workbench:
         self.steady = np.empty((READ, PAGE_WORDS), dtype=bool)
         self.bytes = memoryview(self.words).cast("B")  # type: ignore[arg-type]
         self.covered = [self.bytes[at + COVERED : at + PAGE_SIZE] for at in range(0, READ * PAGE_SIZE, PAGE_SIZE)]
-
-
-class Workbenches:
-    """Workbenches for as many threads as come; they go with the load."""
-
-    def __init__(self) -> None:
-        self._idle: list[Workbench] = []
-
-    def take(self) -> Workbench:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return Workbench()
-
-    def put(self, bench: Workbench) -> None:
-        self._idle.append(bench)
 
 
 @dataclass(frozen=True)
@@ -91,7 +76,7 @@ class Chain:
     counts: I64
     firsts: U64
     steady: Flags
-    benches: Workbenches
+    benches: parallel.Workbenches[Workbench]
 
     @property
     def batches(self) -> int:
@@ -103,28 +88,24 @@ class Chain:
         pages = self.pages[links]
         target = memoryview(words).cast("B")  # type: ignore[arg-type]
         edges = [0, *(np.flatnonzero(pages[1:] != pages[:-1] + _ONE) + 1).tolist(), len(pages)]
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
+        for low, high in pairwise(edges):
             self.ram.read(int(pages[low]), target[low << PAGE_SHIFT : high << PAGE_SHIFT])
         return words[: len(pages)]
 
     def entries(self, links: slice, words: U64) -> U64:
-        """The entries of some links, one after the other; `words` is where the links are fetched to."""
-        rows, counts = self.fetch(links, words)[:, HEAD_WORDS:], self.counts[links]
+        """The entries of some links that were fetched, one after the other."""
+        rows, counts = words[:, HEAD_WORDS:], self.counts[links]
         full = int(counts[0])
         if (counts[:-1] == full).all():
-            return rows.reshape(-1) if full == LINK_CAPACITY == counts[-1] else self._equal(rows, full, int(counts[-1]))
+            return np.concatenate((rows[:-1, :full].reshape(-1), rows[-1, : int(counts[-1])]))
         found: U64 = rows[_PLACE[:LINK_CAPACITY] < counts[:, None]]
         return found
-
-    @staticmethod
-    def _equal(rows: U64, full: int, last: int) -> U64:
-        """The entries of links of which only the last may have fewer than the others, or more."""
-        return np.concatenate((rows[:-1, :full].reshape(-1), rows[-1, :last]))
 
     def blocks(self, batch: int) -> tuple[U64, U64, U8]:
         """64 links as arrays (index, pfn, order) of their entries."""
         links = slice(batch * BATCH, (batch + 1) * BATCH)
-        pfn, order, _ = decode(self.entries(links, np.empty((BATCH, PAGE_WORDS), dtype=np.uint64)))
+        words = self.fetch(links, np.empty((BATCH, PAGE_WORDS), dtype=np.uint64))
+        pfn, order, _ = decode(self.entries(links, words))
         return self.indices(links, sizes(order)), pfn, order
 
     def indices(self, links: slice, size: U64) -> U64:
@@ -155,7 +136,7 @@ class _Survey:
     """What is kept of each link while a chain is followed: by position, so that a wrong guess is overwritten."""
 
     def __init__(self, ram: Ram, links: int) -> None:
-        self.ram, self.benches = ram, Workbenches()
+        self.ram, self.benches = ram, parallel.Workbenches(Workbench)
         self.pages = np.empty(links, dtype=np.uint64)
         self.kept = np.empty((_KEPT, links), dtype=np.uint64)
         self.sums = np.empty(links, dtype=np.uint64)
@@ -165,9 +146,9 @@ class _Survey:
         """Fetch `size` pages from pfn as links at, at + 1, …; how many are if each but the last names its neighbour."""
 
         def work(number: int) -> None:
-            low, bench = number * READ, self.benches.take()
-            self._fetch(at + low, pfn + low, min(READ, size - low), bench)
-            self.benches.put(bench)
+            low = number * READ
+            with self.benches.lend() as bench:
+                self._fetch(at + low, pfn + low, min(READ, size - low), bench)
 
         parallel.each(work, -(-size // READ))
         run = np.arange(pfn, pfn + size, dtype=np.uint64)
@@ -186,22 +167,30 @@ class _Survey:
 
 
 def _steady(words: U64, bench: Workbench) -> Flags | bool:
-    """Which links are nothing but single pages in a row.
-
-    Differences are taken over whole pages, heads and all, and heads left out of the answer: numpy is four times
-    as fast on memory without gaps.
-    """
+    """Which links are nothing but single pages in a row."""
     if not (words[:, _KEPT] - words[:, HEAD_WORDS] == _STEP).any():
         return False
-    flat, rises, steady = words.reshape(-1), bench.rises[: len(words)], bench.steady[: len(words)]
-    np.subtract(flat[1:], flat[:-1], out=rises.reshape(-1)[1:])
-    np.equal(rises, _STEP, out=steady)
-    steady[:, :_KEPT] = True
+    steady = differences(words, bench, fill=True)
     if steady.all():
         return True
     counts = np.minimum(words[:, 6], np.uint64(LINK_CAPACITY)).astype(np.int64)
-    steady |= _PLACE >= HEAD_WORDS + counts[:, None]
-    return steady.all(axis=1)
+    steady |= counts[:, None] + HEAD_WORDS <= _PLACE
+    whole: Flags = np.logical_and.reduce(steady, axis=1)
+    return whole
+
+
+def differences(words: U64, bench: Workbench, *, fill: bool) -> Flags:
+    """For each word of links, whether it names the page behind that of the word before; `fill` for the head and the
+    first entry.
+
+    Differences are taken over whole pages, heads and all, and put right afterwards: numpy is four times as fast on
+    memory without gaps.
+    """
+    flat, rises, found = words.reshape(-1), bench.rises[: len(words)], bench.steady[: len(words)]
+    np.subtract(flat[1:], flat[:-1], out=rises.reshape(-1)[1:])
+    np.equal(rises, _STEP, out=found)
+    found[:, :_KEPT] = fill
+    return found
 
 
 def read(

@@ -9,14 +9,16 @@ into the arrays that are handed out: memory that is touched for the first time c
 Kernel: mm/pkram.c (pkram_load_file_pages), mm/shmem_pkram.c, patches 33 and 36
 """
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 
 from pkramfs.errors import FormatError
 from pkramfs.pkram import parallel
-from pkramfs.pkram.chain import INDEX_MAX, READ, Chain, Flags
+from pkramfs.pkram.chain import INDEX_MAX, READ, Chain, Flags, Workbench, differences
 from pkramfs.pkram.format import ENTRY_FLAGS_SHIFT, ENTRY_HUGE, ENTRY_ORDER_MASK, ENTRY_PFN_SHIFT, LINK_CAPACITY
-from pkramfs.pkram.link import I64, decode, join_runs
+from pkramfs.pkram.link import HEAD_WORDS, decode, join_runs
 from pkramfs.spans import U64
 from pkramfs.units import MAX_ORDER
 
@@ -30,7 +32,7 @@ _ONE = np.uint64(1)
 _FEWER = 8
 """Runs that are fewer than the entries by this factor are kept apart, and copied once more at the end."""
 _NONE: Runs = (np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint64))
-_COUNTING = np.arange(READ * LINK_CAPACITY, dtype=np.uint64)
+_COUNTING = np.arange(LINK_CAPACITY, dtype=np.uint64)
 
 
 def all_runs(chain: Chain) -> Runs:
@@ -76,7 +78,7 @@ class _Reading:
         change = np.flatnonzero(self._steady[1:] != self._steady[:-1]) + 1
         stretches = [0, *change.tolist(), len(self._steady)]
         found, at = list[tuple[Runs, bool]](), 0
-        for low, high in zip(stretches[:-1], stretches[1:], strict=True):
+        for low, high in pairwise(stretches):
             if self._steady[low]:
                 found.append(_steady_runs(self.chain, slice(low * READ, high * READ)))
             else:
@@ -85,49 +87,47 @@ class _Reading:
         return [runs for runs, _ in found], all(ordered for _, ordered in found)
 
     def _read(self, step: int) -> tuple[Runs, bool]:
-        """The runs of one step, in their place in the columns if they are many."""
+        """The runs of one step, in their place in the columns if they are many, and whether they are by index."""
         links, place = slice(step * READ, (step + 1) * READ), slice(self._edges[step], self._edges[step + 1])
-        bench = self.chain.benches.take()
-        entries = self.chain.entries(links, bench.words)
-        if int(np.bitwise_or.reduce(entries) & _LOW) == 0:
-            runs = self._single_runs(links, entries, place)
-        else:
-            runs = self._keep(_block_runs(self.chain, links, entries), place)
-        self.chain.benches.put(bench)
-        return runs, _in_order(runs)
+        with self.chain.benches.lend() as bench:
+            words = self.chain.fetch(links, bench.words)
+            if int(np.bitwise_or.reduce(words[:, HEAD_WORDS:], axis=None) & _LOW) == 0:
+                if self._is_scattered(links, words, bench):
+                    return self._scattered_runs(links, words, place)
+                runs = _single_runs(self.chain, links, self.chain.entries(links, words))
+            else:
+                runs = _block_runs(self.chain, links, self.chain.entries(links, words))
+        return self._keep(runs, place), _in_order(runs)
 
-    def _single_runs(self, links: slice, entries: U64, place: slice) -> Runs:
-        """Runs of entries that are single pages."""
-        counts, number = self.chain.counts[links], len(entries)
-        firsts = np.cumsum(counts) - counts
-        base: U64 = self.chain.index[links] - firsts.astype(np.uint64)  # index of an entry less its position
-        fresh = np.empty(number, dtype=bool)
-        fresh[0] = True
-        np.not_equal(entries[1:] - entries[:-1], _STEP, out=fresh[1:])
-        jumps = base[1:] != base[:-1]
-        fresh[firsts[1:]] |= jumps
-        index, pfn, count = (column[place] for column in self._columns)
-        if fresh.all():
-            np.right_shift(entries, _SHIFT, out=pfn)
-            np.add(_COUNTING[:number], np.repeat(base, counts) if jumps.any() else base[0], out=index)
-            count = np.broadcast_to(_ONE, number)
-        else:
-            at = np.flatnonzero(fresh)
-            begin = base[np.searchsorted(firsts, at, side="right") - 1] + at.astype(np.uint64)
-            length = np.diff(np.append(at, number)).astype(np.uint64)
-            index, pfn, count = self._keep((begin, entries[at] >> _SHIFT, length), place)
-        if int(pfn.min()) == 0 or int((pfn + count).max()) > self.chain.ram.pages:
-            every = entries >> _SHIFT
-            raise _bad_entry(self.chain, links, entries, (every == 0) | (every >= np.uint64(self.chain.ram.pages)))
-        return index, pfn, count
+    def _is_scattered(self, links: slice, words: U64, bench: Workbench) -> bool:
+        """Whether links are full of single pages of which none continues the one before it."""
+        counts, index = self.chain.counts[links], self.chain.index[links]
+        if (counts != LINK_CAPACITY).any():
+            return False
+        meet = (index[1:] == index[:-1] + np.uint64(LINK_CAPACITY)) & (words[1:, HEAD_WORDS] == words[:-1, -1] + _STEP)
+        return not meet.any() and not differences(words, bench, fill=False).any()
+
+    def _scattered_runs(self, links: slice, words: U64, place: slice) -> tuple[Runs, bool]:
+        """Full links of which each entry is a run, straight into the columns."""
+        index, pfn = (column[place] for column in self._columns[:2])
+        first = self.chain.index[links]
+        np.right_shift(words[:, HEAD_WORDS:], _SHIFT, out=pfn.reshape(-1, LINK_CAPACITY))
+        np.add(first[:, None], _COUNTING, out=index.reshape(-1, LINK_CAPACITY))
+        if int(pfn.min()) == 0 or int(pfn.max()) >= self.chain.ram.pages:
+            raise _bad_single(self.chain, links, words[:, HEAD_WORDS:].reshape(-1))
+        ordered = bool((first[1:] >= first[:-1] + np.uint64(LINK_CAPACITY)).all())
+        return (index, pfn, np.broadcast_to(_ONE, len(pfn))), ordered
 
     def _keep(self, runs: Runs, place: slice) -> Runs:
-        """Copy many runs to their place; few are kept as they are."""
-        size = len(runs[0])
-        if size * _FEWER < place.stop - place.start:
+        """Copy many runs to their place; few are kept as they are, and so are counts that are all 1."""
+        size, entries = len(runs[0]), place.stop - place.start
+        if size * _FEWER < entries:
             return runs
         index, pfn, count = (column[place.start : place.start + size] for column in self._columns)
-        index[:], pfn[:], count[:] = runs
+        index[:], pfn[:] = runs[:2]
+        if int(runs[2].max()) == 1:
+            return index, pfn, np.broadcast_to(_ONE, size)
+        count[:] = runs[2]
         return index, pfn, count
 
     def together(self, parts: list[Runs]) -> Runs:
@@ -156,6 +156,28 @@ def _steady_runs(chain: Chain, links: slice) -> tuple[Runs, bool]:
     runs = chain.index[links], chain.firsts[links] >> _SHIFT, chain.counts[links].view(np.uint64)
     ordered = _in_order(runs)
     return join_runs(*runs) if ordered else runs, ordered
+
+
+def _single_runs(chain: Chain, links: slice, entries: U64) -> Runs:
+    """Runs of entries that are single pages."""
+    counts, number = chain.counts[links], len(entries)
+    firsts = np.cumsum(counts) - counts
+    base: U64 = chain.index[links] - firsts.astype(np.uint64)  # index of an entry less its position
+    fresh = np.empty(number, dtype=bool)
+    fresh[0] = True
+    np.not_equal(entries[1:] - entries[:-1], _STEP, out=fresh[1:])
+    fresh[firsts[1:]] |= base[1:] != base[:-1]
+    at = np.flatnonzero(fresh)
+    index = base[np.searchsorted(firsts, at, side="right") - 1] + at.astype(np.uint64)
+    pfn, count = entries[at] >> _SHIFT, np.diff(np.append(at, number)).astype(np.uint64)
+    if int(pfn.min()) == 0 or int((pfn + count).max()) > chain.ram.pages:
+        raise _bad_single(chain, links, entries)
+    return index, pfn, count
+
+
+def _bad_single(chain: Chain, links: slice, entries: U64) -> FormatError:
+    pfn = entries >> _SHIFT
+    return _bad_entry(chain, links, entries, (pfn == 0) | (pfn >= np.uint64(chain.ram.pages)))
 
 
 def _block_runs(chain: Chain, links: slice, entries: U64) -> Runs:
