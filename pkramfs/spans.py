@@ -37,8 +37,10 @@ class Spans:
         starts = np.asarray(starts, dtype=np.uint64)
         ends = np.asarray(ends, dtype=np.uint64)
         keep = ends > starts
+        if not keep.all():
+            starts, ends = starts[keep], ends[keep]
         spans = cls.__new__(cls)
-        spans.starts, spans.ends = _merge(starts[keep], ends[keep])
+        spans.starts, spans.ends = _merge(starts, ends)
         return spans
 
     @classmethod
@@ -104,9 +106,9 @@ class Spans:
         return at < len(self.starts) and int(self.starts[at]) <= start and end <= int(self.ends[at])
 
     def __or__(self, other: "Spans") -> "Spans":
-        return Spans.from_arrays(
-            np.concatenate((self.starts, other.starts)), np.concatenate((self.ends, other.ends))
-        )
+        if not self or not other:
+            return self or other
+        return Spans.from_arrays(np.concatenate((self.starts, other.starts)), np.concatenate((self.ends, other.ends)))
 
     def __and__(self, other: "Spans") -> "Spans":
         return self._combine(other, lambda a, b: a & b)
@@ -165,8 +167,14 @@ class Spans:
 
 
 def _merge(starts: U64, ends: U64) -> tuple[U64, U64]:
-    """Sort ranges and join those that overlap or touch."""
+    """Sort ranges and join those that overlap or touch; most come in order, and only touch."""
     if len(starts) > 1:
+        gaps = starts[1:] != ends[:-1]
+        if (starts[1:] >= ends[:-1]).all():
+            if gaps.all():
+                return starts.copy(), ends.copy()
+            at = np.flatnonzero(gaps)
+            return starts[np.append(0, at + 1)], np.append(ends[at], ends[-1])
         order = np.argsort(starts, kind="stable")
         starts, ends = starts[order], np.maximum.accumulate(ends[order])
         fresh = np.concatenate(([True], starts[1:] > ends[:-1]))

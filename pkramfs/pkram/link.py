@@ -144,13 +144,23 @@ def join_blocks(index: U64, pfn: U64, order: U8) -> tuple[U64, U64, U64]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Blocks to write: row k is repeat[k] blocks of 2**order[k] pages, one after the other."""
+    """Blocks to write: row k is repeat[k] blocks of 2**order[k] pages, one after the other.
+
+    `single` says that all are one page each, which `singles` writes; `dense` that indices follow one another, too.
+    """
 
     index: U64
     pfn: U64
     order: U8
     flags: U8
     repeat: I64
+    single: bool = False
+    dense: bool = False
+
+    @property
+    def entries(self) -> int:
+        """How many entries the rows become."""
+        return len(self.index) if self.single else int(self.repeat.sum())
 
 
 def rows(index: U64, pfn: U64, order: U8, flags: U8 | None = None, repeat: U64 | None = None) -> Rows:
@@ -158,6 +168,12 @@ def rows(index: U64, pfn: U64, order: U8, flags: U8 | None = None, repeat: U64 |
     flags = np.zeros(len(index), dtype=np.uint8) if flags is None else flags
     counts = np.broadcast_to(np.int64(1), len(index)) if repeat is None else repeat.astype(np.int64)
     return Rows(index, pfn, order, flags, counts)
+
+
+def single_rows(index: U64, pfn: U64, *, dense: bool) -> Rows:
+    """Rows of one page each."""
+    none, once = np.broadcast_to(np.uint8(0), len(pfn)), np.broadcast_to(np.int64(1), len(pfn))
+    return Rows(index, pfn, none, none, once, single=True, dense=dense)
 
 
 @dataclass(frozen=True)
@@ -182,13 +198,13 @@ def plan(blocks: Rows, capacity: int = LINK_CAPACITY, *, align: bool = False) ->
     if align and len(edges):
         starts = np.concatenate([_aligned_starts(blocks, offsets, a, b, capacity) for a, b in pairwise(edges.tolist())])
     else:
-        starts = _plain_starts(offsets[edges], capacity)
+        starts = plain_starts(offsets[edges], capacity)
     row = np.searchsorted(offsets, starts, side="right") - 1
     index = blocks.index[row] + ((starts - offsets[row]).astype(np.uint64) << blocks.order[row].astype(np.uint64))
     return Plan(offsets, starts, np.diff(np.append(starts, offsets[-1])), index)
 
 
-def _plain_starts(edges: I64, capacity: int) -> I64:
+def plain_starts(edges: I64, capacity: int) -> I64:
     """Cut every stretch between edges after each `capacity` entries."""
     links = -(-np.diff(edges) // capacity)
     before = np.repeat(np.cumsum(links) - links, links)
@@ -204,7 +220,7 @@ def _aligned_starts(blocks: Rows, offsets: I64, first: int, last: int, capacity:
         return np.fromiter(_mixed_starts(blocks, offsets, first, last, capacity), dtype=np.int64)
     order = int(orders[0])
     if order not in _GROUPS or int(blocks.index[first]) % (1 << order):
-        return _plain_starts(np.array([start, end]), capacity)
+        return plain_starts(np.array([start, end]), capacity)
     step, group = _GROUPS[order]
     ahead = -int(blocks.index[first]) % step >> order  # entries before the first aligned one
     whole = ahead + (capacity - ahead) // group * group
@@ -259,14 +275,31 @@ def _entries(blocks: Rows, part: slice) -> U64:
     return entries
 
 
-class _Workbench(threading.local):
-    """One thread's buffer for a batch of links, and what the checksum of each covers."""
+class Links:
+    """A buffer for links that are being made, and what the checksum of each covers."""
 
-    def __init__(self) -> None:
-        self.words = np.zeros((BATCH, PAGE_WORDS), dtype=np.uint64)
+    def __init__(self, number: int) -> None:
+        self.words = np.zeros((number, PAGE_WORDS), dtype=np.uint64)
         whole = memoryview(self.words).cast("B")  # type: ignore[arg-type]
         self.bytes = whole
         self.covered = [whole[at + COVERED : at + PAGE_SIZE] for at in range(0, len(whole), PAGE_SIZE)]
+
+    def write(self, ram: Ram, pages: U64, heads: U64) -> None:
+        """Seal the first len(pages) links, whose entries are there, and copy them to their pages."""
+        words = self.words[: len(pages)]
+        words[:, :HEAD_WORDS] = heads
+        digests = map(xxhash.xxh3_64_intdigest, self.covered, pages.tolist())
+        words[:, 1] = np.fromiter(digests, np.uint64, len(pages))
+        edges = [0, *(np.flatnonzero(pages[1:] != pages[:-1] + np.uint64(1)) + 1).tolist(), len(pages)]
+        for low, high in pairwise(edges):
+            ram.write(int(pages[low]), self.bytes[low * PAGE_SIZE : high * PAGE_SIZE])
+
+
+class _Workbench(threading.local):
+    """One thread's buffer for a batch of links."""
+
+    def __init__(self) -> None:
+        self.links = Links(BATCH)
 
 
 _bench = _Workbench()
@@ -278,17 +311,17 @@ def write_links(ram: Ram, pages: U64, blocks: Rows, where: Plan, generation: int
     Links are made in a buffer that stays in the cache and written from there: memory that is touched
     for the first time costs far more than the arithmetic, and through a mapping most of all.
     """
-    heads = _heads(pages, where, generation)
+    above = heads(pages, where, generation)
 
     def write(batch: int) -> None:
         part = slice(batch * BATCH, (batch + 1) * BATCH)
-        _write_batch(ram, pages[part], heads[part], blocks, where, part)
+        _write_batch(ram, pages[part], above[part], blocks, where, part)
 
     batches = -(-len(pages) // BATCH)
     parallel.each(write, batches, threads=None if batches >= 8 else 1)
 
 
-def _heads(pages: U64, where: Plan, generation: int) -> U64:
+def heads(pages: U64, where: Plan, generation: int) -> U64:
     """The headers of links, a row each, but for the checksum."""
     heads, address = np.zeros((len(pages), HEAD_WORDS), dtype=np.uint64), pages << np.uint64(PAGE_SHIFT)
     heads[:, 0] = LINK_MAGIC
@@ -299,7 +332,7 @@ def _heads(pages: U64, where: Plan, generation: int) -> U64:
 
 
 def _write_batch(ram: Ram, pages: U64, heads: U64, blocks: Rows, where: Plan, part: slice) -> None:
-    words = _bench.words[: len(pages)]
+    words = _bench.links.words[: len(pages)]
     starts, counts = where.starts[part], where.counts[part]
     first, last = int(starts[0]), int(starts[-1] + counts[-1])
     low = int(np.searchsorted(where.offsets, first, side="right")) - 1
@@ -307,12 +340,7 @@ def _write_batch(ram: Ram, pages: U64, heads: U64, blocks: Rows, where: Plan, pa
         _lay_out_row(words, blocks, low, starts - where.offsets[low], counts)
     else:
         _lay_out(words[:, HEAD_WORDS:], expand(blocks, where.offsets, first, last), counts)
-    words[:, :HEAD_WORDS] = heads
-    digest = xxhash.xxh3_64_intdigest
-    words[:, 1] = [digest(view, pfn) for view, pfn in zip(_bench.covered, pages.tolist(), strict=False)]
-    edges = [0, *(np.flatnonzero(pages[1:] != pages[:-1] + np.uint64(1)) + 1).tolist(), len(pages)]
-    for low, high in pairwise(edges):
-        ram.write(int(pages[low]), _bench.bytes[low * PAGE_SIZE : high * PAGE_SIZE])
+    _bench.links.write(ram, pages, heads)
 
 
 def _lay_out_row(words: U64, blocks: Rows, row: int, starts: I64, counts: I64) -> None:

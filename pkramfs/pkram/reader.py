@@ -81,11 +81,11 @@ class ObjectReader:
     def _check_pages(self) -> tuple[Runs, Spans]:
         """The page stream's runs and its frames, each of which occurs once."""
         index, pfn, count = all_runs(self._pages)
-        total, marks = int(count.sum()), Marks(self._ram.pages)
-        if total != self.record.page_count:
-            raise self._wrong("page_count", self.record.page_count, f"{total}, as its links say")
+        marks = Marks(self._ram.pages)
         try:
-            marks.add(pfn, count)
+            total = marks.add(pfn, count)
+            if total != self.record.page_count:
+                raise self._wrong("page_count", self.record.page_count, f"{total}, as its links say")
             data = marks.spans()
         except PkramError:
             raise self._wrong("pages", "a frame named twice", "each once") from None

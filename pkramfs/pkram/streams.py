@@ -25,22 +25,24 @@ import numpy as np
 import xxhash
 
 from pkramfs.errors import PkramError
-from pkramfs.pkram import link, parallel
+from pkramfs.pkram import link, parallel, singles
 from pkramfs.pkram.arena import Arena
 from pkramfs.pkram.chain import INDEX_MAX
 from pkramfs.pkram.format import ENTRY_HUGE, LINK_CAPACITY, NEXT, OBJECT, OBJECT_MAGIC, OTHER
 from pkramfs.pkram.link import BATCH, Rows
-from pkramfs.pkram.marks import Marks
+from pkramfs.pkram.marks import Extent, Marks, extent_of
 from pkramfs.pkram.page import write_page
 from pkramfs.pkram.relocate import Run, touched
 from pkramfs.spans import U64
 from pkramfs.units import BLOCK_ORDER, MAX_ORDER, PAGE_SIZE, pages
 
+Columns = tuple[U64, U64, U64]
+
 _FLUSH = 1 << 20
 """Bytes that the byte stream collects before it takes frames for them."""
 _COLLECT = BATCH * LINK_CAPACITY
 """Blocks that the page stream collects before it takes links for them."""
-_SLICE = 4 * _COLLECT
+_SLICE = singles.SLICE
 """Runs of a call that one thread works on at once: whole links, if each is one page."""
 
 
@@ -56,6 +58,7 @@ class ObjectWriter:
         self._collected: list[Rows] = []
         self._waiting = 0
         self._chains: list[U64] = []
+        self._benches = parallel.Workbenches(singles.Bench)
         self.page_count = 0
         self.moved: list[Run] = []
         self.values: dict[str, int] | None = None
@@ -102,26 +105,43 @@ class ObjectWriter:
         Kernel: pkram_save_file_page()
         """
         columns = _columns(index, pfn, count)
+        if not len(columns[0]):
+            return
+        extent, dense = self._check_indices(columns)
+        if not self._arena.banned:
+            self._name(columns[1], columns[2], extent)
 
         def work(number: int) -> Rows:
-            index, pfn, count = self._checked(columns, number)
+            index, pfn, count = _part(columns, number)
             if self._arena.banned:
-                index, pfn, count, copies = self._arena.move_out(index, pfn, count)
-                with self._lock:
-                    self.moved += copies
-            self._name(pfn, count)
-            if self._strict:
-                return link.rows(index, pfn, np.zeros(len(pfn), dtype=np.uint8), repeat=count)
-            return link.rows(*link.split_runs(index, pfn, count))
+                index, pfn, count = self._move_out(index, pfn, count)
+                return self._rows(index, pfn, count, dense=False)
+            return self._rows(index, pfn, count, dense=dense[number])
 
         self._each(work, len(columns[0]))
+
+    def _move_out(self, index: U64, pfn: U64, count: U64) -> Columns:
+        """Runs of which no page is banned: what was has been copied; and name them."""
+        index, pfn, count, copies = self._arena.move_out(index, pfn, count)
+        with self._lock:
+            self.moved += copies
+        self._name(pfn, count)
+        return index, pfn, count
+
+    def _rows(self, index: U64, pfn: U64, count: U64, *, dense: bool = False) -> Rows:
+        """Runs as rows: of the fewest aligned blocks, or of single pages in a strict save."""
+        if int(count.max()) == 1:
+            return link.single_rows(index, pfn, dense=dense)
+        if self._strict:
+            return link.rows(index, pfn, np.zeros(len(pfn), dtype=np.uint8), repeat=count)
+        return link.rows(*link.split_runs(index, pfn, count))
 
     def _each(self, work: Callable[[int], Rows], runs: int) -> None:
         """Make rows of every slice of a call, on all CPUs, and add what they become in the order of slices."""
 
         def write(number: int) -> U64 | None:
             blocks = work(number)
-            if steps == 1 and int(blocks.repeat.sum()) < _COLLECT:
+            if steps == 1 and blocks.entries < _COLLECT:
                 self._collect(blocks)
                 return None
             return self._write_links(blocks, align=self._align)
@@ -149,36 +169,48 @@ class ObjectWriter:
         if hit.any():
             self.save_runs(*(column[hit] for column in columns))
             columns, orders = _columns(*(column[~hit] for column in columns)), orders[~hit]
+        if not len(orders):
+            return
+        extent, _ = self._check_indices(columns)
+        self._name(columns[1], columns[2], extent)
 
         def work(number: int) -> Rows:
-            index, pfn, sizes = self._checked(columns, number)
+            index, pfn, _ = _part(columns, number)
             order = orders[number * _SLICE : (number + 1) * _SLICE]
-            self._name(pfn, sizes)
             flags = np.where(order == BLOCK_ORDER, ENTRY_HUGE, 0).astype(np.uint8)
             return link.rows(index, pfn, order, flags)
 
         self._each(work, len(orders))
 
-    def _checked(self, columns: tuple[U64, U64, U64], number: int) -> tuple[U64, U64, U64]:
-        """One slice of a call; EINVAL if it cannot be runs of this RAM."""
-        index, pfn, count = (column[number * _SLICE : (number + 1) * _SLICE] for column in columns)
-        limit, least, most = self._ram.pages, int(count.min()), int(count.max())
-        if not least or most > limit or not int(pfn.min()) or _end(pfn, count, most) > limit:
-            raise PkramError("pages to preserve are not memory", errno.EINVAL)
-        if int(index.max()) > INDEX_MAX or _end(index, count, most) > INDEX_MAX:
-            raise PkramError("the index of a page to preserve is too large", errno.EINVAL)
-        return index, pfn, count
+    def _check_indices(self, columns: Columns) -> tuple[Extent, list[bool]]:
+        """EINVAL for an index that is too large.
 
-    def _name(self, pfn: U64, count: U64) -> None:
-        self._marks.add(pfn, count)
+        Returns the counts' extent, and for each slice whether it is single pages whose indices follow one another.
+        """
+
+        def work(number: int) -> tuple[Extent, bool]:
+            index, _, count = _part(columns, number)
+            extent = extent_of(count)
+            with self._benches.lend() as bench:
+                dense = extent.most == 1 and singles.dense(index, bench)
+            high = max(int(index[0]), int(index[-1])) if dense else int(index.max())
+            if max(high, extent.most) > INDEX_MAX or (extent.most > 1 and int((index + count).max()) > INDEX_MAX):
+                raise PkramError("the index of a page to preserve is too large", errno.EINVAL)
+            return extent, dense
+
+        extents, dense = zip(*parallel.each(work, -(-len(columns[0]) // _SLICE)), strict=True)
+        return Extent.together(list(extents)), list(dense)
+
+    def _name(self, pfn: U64, count: U64, extent: Extent | None = None) -> None:
+        total = self._marks.add(pfn, count, extent)
         with self._lock:
-            self.page_count += int(count.sum())
+            self.page_count += total
 
     def _collect(self, blocks: Rows) -> None:
         """Keep the blocks of small calls until there are enough for 64 links."""
         with self._lock:
             self._collected.append(blocks)
-            self._waiting += int(blocks.repeat.sum())
+            self._waiting += blocks.entries
             if self._waiting < _COLLECT:
                 return
             full, self._collected, self._waiting = self._collected, [], 0
@@ -192,6 +224,9 @@ class ObjectWriter:
 
     def _write_links(self, blocks: Rows, *, align: bool) -> U64:
         """Write one chain of links that nothing names yet; their pfns."""
+        if blocks.single and not align and len(blocks.index) <= singles.SLICE:
+            with self._benches.lend() as bench:
+                return singles.write(self._ram, blocks, self._arena.pages, self._generation, bench)
         where = link.plan(blocks, align=align)
         places = self._arena.pages(len(where.starts))
         link.write_links(self._ram, places, blocks, where, self._generation)
@@ -231,11 +266,7 @@ class ObjectWriter:
         runs = np.array(self._byte_runs, dtype=np.uint64)
         pfn, count = runs[:, 0].copy(), runs[:, 1].copy()
         index = np.cumsum(count) - count
-        if self._strict:
-            return self._write_links(
-                link.rows(index, pfn, np.zeros(len(pfn), dtype=np.uint8), repeat=count), align=False
-            )
-        return self._write_links(link.rows(*link.split_runs(index, pfn, count)), align=False)
+        return self._write_links(self._rows(index, pfn, count), align=False)
 
     def _chain_pages(self) -> U64:
         """Hang the chains of all calls behind one another."""
@@ -250,12 +281,13 @@ class ObjectWriter:
         write_page(self._ram, pfn, OBJECT, {NEXT: 0, OTHER: 0}, magic=OBJECT_MAGIC, object=following, **self.values)
 
 
-def _end(first: U64, count: U64, most: int) -> int:
-    """Where the last run ends; `most` is the longest."""
-    return int(first.max()) + 1 if most == 1 else int((first + count).max())
+def _part(columns: Columns, number: int) -> Columns:
+    """One slice of a call."""
+    index, pfn, count = (column[number * _SLICE : (number + 1) * _SLICE] for column in columns)
+    return index, pfn, count
 
 
-def _columns(index: Any, pfn: Any, count: Any) -> tuple[U64, U64, U64]:
+def _columns(index: Any, pfn: Any, count: Any) -> Columns:
     """Three columns of one length as arrays; EINVAL if they are not."""
     first, second, third = (np.asarray(column, dtype=np.uint64).reshape(-1) for column in (index, pfn, count))
     if not len(first) == len(second) == len(third):
@@ -275,4 +307,5 @@ def _together(parts: list[Rows]) -> Rows:
         np.concatenate([part.order for part in parts])[by_index],
         np.concatenate([part.flags for part in parts])[by_index],
         np.concatenate([part.repeat for part in parts])[by_index],
+        all(part.single for part in parts),
     )
