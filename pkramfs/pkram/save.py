@@ -110,9 +110,8 @@ class Save:
         if data & self._arena.spans() - copies:
             raise PkramError("a frame to preserve is in use by the save itself", errno.EINVAL)
         table = TableWriter(self._ram, self._arena.pages)
-        table.add(data)
         self._arena.unlisted()
-        table.add(self._arena.spans() - data)
+        table.add(data | self._arena.spans())
         digest = table.close(self._arena.unlisted)
         self._write_node(node_pfn, objects, table.root, digest, (data | self._arena.spans()).total)
         self._node_pfn = node_pfn

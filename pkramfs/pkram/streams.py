@@ -190,9 +190,10 @@ class ObjectWriter:
 
         def work(number: int) -> tuple[Extent, bool]:
             index, _, count = _part(columns, number)
-            extent = extent_of(count)
-            with self._benches.lend() as bench:
-                dense = extent.most == 1 and singles.dense(index, bench)
+            extent, dense = extent_of(count), False
+            if extent.most == 1:
+                with self._benches.lend() as bench:
+                    dense = singles.dense(index, bench)
             high = max(int(index[0]), int(index[-1])) if dense else int(index.max())
             if max(high, extent.most) > INDEX_MAX or (extent.most > 1 and int((index + count).max()) > INDEX_MAX):
                 raise PkramError("the index of a page to preserve is too large", errno.EINVAL)
