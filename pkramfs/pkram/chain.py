@@ -2,9 +2,10 @@
 
     head ─► link ─► link ─► link = tail      a page names the next, which is its neighbour nearly always
 
-So a chain is read in strides that grow: fetch the next n pages as if each named its neighbour, take those
-that do, go on from where they end. Only pages that belong to the node are ever looked at, which also
-bounds whatever a damaged chain can make a reader do.
+So a chain is read in strides: fetch the next n pages as if each named its neighbour, take those that do, go on
+from where they end. The first stride takes all for granted; one that was wrong makes the next short, from where
+they grow again. Only pages that belong to the node are ever looked at, which also bounds whatever a
+damaged chain can make a reader do.
 
 Each page is fetched once, into a buffer that stays in the cache, and all is done there that has to be done for
 every byte: the checksum, and whether the link is nothing but single pages in a row. For at 100 GiB each further
@@ -243,14 +244,14 @@ def _expect_at_most(pages: U64, field: str, found: U64, most: int, expected: str
 def _follow(survey: _Survey, owner: int, head: tuple[str, int], links: int, allowed: Spans) -> U64:
     """The pages of a chain, at most `links` of them, none twice."""
     record, (field, pfn), holder = "Object", head, owner
-    total, stride = 0, 8
+    total, stride = 0, _MOST
     while pfn:
         end = _end_of_run(allowed, pfn, (record, field, holder))
         if total >= links:
             raise FormatError(record, field, pfn=holder, found=f"pfn {pfn:x}", expected=f"the end after {links} links")
         size = min(stride, links - total, end - pfn)
         taken = survey.look(total, pfn, size)
-        stride = min(stride * _GROWTH, _MOST) if taken == size else 8
+        stride = min(stride * _GROWTH, _MOST) if taken == size else _GROWTH
         total, record, field, holder = total + taken, "Link", "next", pfn + taken - 1
         pfn = unseal(int(survey.kept[NEXT // 8, total - 1]), (holder << PAGE_SHIFT) + NEXT, "Link", "next")
     pages = survey.pages[:total]
