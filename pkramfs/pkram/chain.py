@@ -3,9 +3,9 @@
     head ─► link ─► link ─► link = tail      a page names the next, which is its neighbour nearly always
 
 So a chain is read in strides: fetch the next n pages as if each named its neighbour, take those that do, go on
-from where they end. The first stride takes all for granted; one that was wrong makes the next short, from where
-they grow again. Only pages that belong to the node are ever looked at, which also bounds whatever a
-damaged chain can make a reader do.
+from where they end. The first stride takes all for granted; after one that was wrong the next is a single page,
+and from there they grow again. Only pages that belong to the node are ever looked at, which also bounds
+whatever a damaged chain can make a reader do.
 
 Each page is fetched once, into a buffer that stays in the cache, and all is done there that has to be done for
 every byte: the checksum, and whether the link is nothing but single pages in a row. For at 100 GiB each further
@@ -251,7 +251,7 @@ def _follow(survey: _Survey, owner: int, head: tuple[str, int], links: int, allo
             raise FormatError(record, field, pfn=holder, found=f"pfn {pfn:x}", expected=f"the end after {links} links")
         size = min(stride, links - total, end - pfn)
         taken = survey.look(total, pfn, size)
-        stride = min(stride * _GROWTH, _MOST) if taken == size else _GROWTH
+        stride = min(stride * _GROWTH, _MOST) if taken == size else 1
         total, record, field, holder = total + taken, "Link", "next", pfn + taken - 1
         pfn = unseal(int(survey.kept[NEXT // 8, total - 1]), (holder << PAGE_SHIFT) + NEXT, "Link", "next")
     pages = survey.pages[:total]
