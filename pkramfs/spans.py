@@ -111,17 +111,19 @@ class Spans:
         return Spans.from_arrays(np.concatenate((self.starts, other.starts)), np.concatenate((self.ends, other.ends)))
 
     def __and__(self, other: "Spans") -> "Spans":
+        if not self or not other:
+            return Spans()
         return self._combine(other, lambda a, b: a & b)
 
     def __sub__(self, other: "Spans") -> "Spans":
+        if not self or not other:
+            return self
         return self._combine(other, lambda a, b: a & ~b)
 
     def _combine(self, other: "Spans", keep: Any) -> "Spans":
         """Cut the line at every edge of both sets, then keep the pieces that `keep(in_a, in_b)` says."""
-        cuts = np.unique(np.concatenate((self.starts, self.ends, other.starts, other.ends)))
-        if len(cuts) < 2:
-            return Spans()
-        left = cuts[:-1]
+        cuts = np.sort(np.concatenate((self.starts, self.ends, other.starts, other.ends)))
+        left = cuts[:-1]  # where two edges meet there is a piece of nothing, which is dropped
         chosen = keep(self._covering(left), other._covering(left))
         return Spans.from_arrays(left[chosen], cuts[1:][chosen])
 
