@@ -74,7 +74,6 @@ class Core:
         self.frames.free([start], [count])
         return spent
 
-
     def read_again(self, pages: int) -> float:
         """Milliseconds to have as many pages mapped, read and checksummed, one after the other."""
         (start, count) = self.frames.allocate(pages)[0]
@@ -168,8 +167,39 @@ ANNOUNCED = {
 }
 
 
+class Times:
+    """Milliseconds of saves and loads of one case, and of what they are compared with, run after run."""
+
+    def __init__(self) -> None:
+        self.saves: list[float] = []
+        self.loads: list[float] = []
+        self.touches: list[float] = []
+        self.least_saves: list[float] = []
+        self.least_loads: list[float] = []
+
+    def run(self, machine: Core, runs: Runs, **words: bool) -> None:
+        """One save and load, and their references."""
+        self.saves.append(milliseconds(lambda: save(machine, runs, **words)))
+        self.loads.append(milliseconds(lambda: load(machine)))
+        pages, marks = machine.withdraw(), marked(machine, runs)
+        self.touches.append(machine.first_touch(pages))
+        self.least_saves.append(self.touches[-1] + marks)
+        self.least_loads.append(machine.read_again(pages) + marks)
+
+
+@contextlib.contextmanager
+def one_cpu() -> Iterator[None]:
+    """All threads of this process on one CPU, so that there is one worker."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 def rfc(table: Table) -> None:
-    """The announcement's table: one file of 100 GiB."""
+    """The announcement's table: one file of 100 GiB, on all CPUs and on one."""
     size = (4 if table.quick else 100) * GIB
     cases = (
         ("huge=never, runs", contiguous, {}, "<5 ms", "<5 ms"),
@@ -178,30 +208,31 @@ def rfc(table: Table) -> None:
         ("every page somewhere else", scattered, {}, f"<1.5x or {FLOOR}", f"<300 ms or {FLOOR}"),
     )
     for name, make, words, save_target, load_target in cases:
+        times, alone = Times(), Times()
         with core(size + 16 * GIB) as machine:
             runs = make(machine, size)
-            saves, loads, touches, least_saves, least_loads = [], [], [], [], []
             for _ in range(table.runs):
-                saves.append(milliseconds(lambda: save(machine, runs, **words)))  # noqa: B023
-                loads.append(milliseconds(lambda: load(machine)))
-                pages, marks = machine.withdraw(), marked(machine, runs)
-                touches.append(machine.first_touch(pages))
-                least_saves.append(touches[-1] + marks)
-                least_loads.append(machine.read_again(pages) + marks)
-        title = f"{format_size(size)} {name}"
-        table.add(
-            "rfc",
-            f"save {title}",
-            saves,
-            "ms",
-            reference=touches,
-            reference_name="first touch",
-            target=save_target,
-            note=ANNOUNCED[name],
-            floor=least_saves if FLOOR in save_target else None,
-        )
-        least = least_loads if FLOOR in load_target else None
-        table.add("rfc", f"load {title}", loads, "ms", target=load_target, floor=least)
+                times.run(machine, runs, **words)
+                with one_cpu():
+                    alone.run(machine, runs, **words)
+        _add_case(table, f"{format_size(size)} {name}", times, save_target, load_target, ANNOUNCED[name])
+        _add_case(table, f"{format_size(size)} {name}, one CPU", alone, "", "", "")
+
+
+def _add_case(table: Table, title: str, times: Times, save_target: str, load_target: str, note: str) -> None:
+    table.add(
+        "rfc",
+        f"save {title}",
+        times.saves,
+        "ms",
+        reference=times.touches,
+        reference_name="first touch",
+        target=save_target,
+        note=note,
+        floor=times.least_saves if FLOOR in save_target else None,
+    )
+    least = times.least_loads if FLOOR in load_target else None
+    table.add("rfc", f"load {title}", times.loads, "ms", target=load_target, floor=least)
 
 
 def grown_tree(machine: Core, files: int) -> Tree:
