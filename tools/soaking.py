@@ -126,6 +126,7 @@ def change(tree: Tree, chance: random.Random, steps: int) -> None:
 
 
 def _one_change(tree: Tree, chance: random.Random) -> None:
+    tree.wake()
     folders = [inode.ino for inode in tree.inodes.values() if stat.S_ISDIR(inode.mode) and inode.nlink]
     files = [inode.ino for inode in tree.inodes.values() if stat.S_ISREG(inode.mode) and inode.nlink]
     parent, name = chance.choice(folders), b"%d" % chance.randrange(30)

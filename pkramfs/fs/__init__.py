@@ -24,8 +24,8 @@ tree's id, and a node appears by one store. It knows neither FUSE nor sockets no
 does not check permissions: whoever calls has done that (in a mount, the kernel).
 
 Reading order: failure, limits, inode, directory, pagecache, then the tree: core, acl, namespace,
-attributes, filling, data, tree; then what crosses a kexec: save, verify, restore (what is saved looks
-like `pkram.treeformat` says); and collector, for processes that serve a large tree.
+attributes, filling, data, tree; then what crosses a kexec: picture, save, verify, restore, asleep (what is
+saved looks like `pkram.treeformat` says); and collector, for processes that serve a large tree.
 
 Kernel: mm/shmem.c
 """

@@ -15,6 +15,10 @@ Access times are no change: they are kept when nothing else happens, and skipped
 **Handles.** The number of an open file is its inode number, with WRITING set when it may write, so
 that a door needs no table of handles and one that is replaced can go on. All methods accept either.
 
+**Sleep.** `inodes` has the inodes that somebody asked for since the tree was restored; see asleep. Only what
+is found by a name or a number passes by there, so whoever goes through all of `inodes` sees every inode that is
+open, looked up, deleted or changed. `wake` is for those who want the others, too.
+
 **References.** The door adds 1 to `lookups` for every entry it replies to the kernel, and calls
 `forget`. An inode without name, reference and handle is reaped: its pages go back at once.
 
@@ -30,6 +34,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pkramfs.fs import clock
+from pkramfs.fs.asleep import Asleep, SleepingDirectory
 from pkramfs.fs.directory import Directory
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import EMPTY_DIRECTORY_SIZE, Inode
@@ -72,6 +77,7 @@ class Core:
     ) -> None:
         self.ram, self.frames, self.limits = ram, frames, limits
         self.inodes: dict[int, Inode] = {}
+        self.asleep: Asleep | None = None
         self.next_ino = ROOT_INO
         self.on_first_change: Callable[[], None] | None = None
         self.journal: Callable[[str, dict[str, Any]], None] | None = None
@@ -134,10 +140,17 @@ class Core:
         """The inode with this number or handle; ESTALE if it is gone."""
         inode = self.inodes.get(number & INO_MASK)
         if inode is None:
-            raise fail(errno.ESTALE)
+            inode = self._find_asleep(number & INO_MASK)
         return inode
 
     getattr = inode
+
+    def _find_asleep(self, number: int) -> Inode:
+        """The inode with this number that nobody has asked for since the tree was restored; ESTALE if there is none."""
+        inode = self.asleep.find(number) if self.asleep is not None else None
+        if inode is None:
+            raise fail(errno.ESTALE)
+        return inode
 
     def directory(self, number: int) -> Inode:
         """The directory with this number; ENOTDIR if it is something else."""
@@ -161,14 +174,25 @@ class Core:
         self._directories += 1
 
     def install(
-        self, inodes: list[Inode], next_ino: int, *, directories: int, size: int, stream_bytes: int, runs: int
+        self, packed: Asleep, next_ino: int, *, directories: int, size: int, stream_bytes: int, runs: int
     ) -> None:
-        """Make these inodes, the root first, the whole tree: what a restore has built."""
-        self.inodes = {inode.ino: inode for inode in inodes}
-        self.root, self.next_ino = inodes[0], next_ino
+        """Make this, whose root is awake, the whole tree: what a restore has built."""
+        self.inodes, self.asleep = packed.inodes, packed if packed.left else None
+        packed.done = self._all_awake
+        self.root, self.next_ino = self.inodes[ROOT_INO], next_ino
         self.root.lookups = 1
         self._directories, self._bytes = directories, size
         self._stream_bytes, self._runs = stream_bytes, runs
+
+    def _all_awake(self) -> None:
+        self.asleep = None
+
+    def wake(self) -> None:
+        """Make every inode that sleeps, for those that want to see all."""
+        while self.asleep is not None:
+            for inode in list(self.inodes.values()):
+                if isinstance(inode.entries, SleepingDirectory):
+                    inode.entries.wake()
 
     def forget(self, number: int, count: int = 1) -> None:
         """The kernel gives back `count` references that the door had counted in `lookups`."""
@@ -291,8 +315,8 @@ class Core:
 
     def counts(self) -> Counts:
         """What the tree holds, without a walk."""
-        directories = self._directories
-        return Counts(len(self.inodes) - directories, directories, self.limits.pages, self._bytes)
+        inodes = len(self.inodes) + (self.asleep.count if self.asleep is not None else 0)
+        return Counts(inodes - self._directories, self._directories, self.limits.pages, self._bytes)
 
     def writers(self) -> list[bytes]:
         """Paths of the files that are open for writing."""
@@ -316,7 +340,7 @@ class Core:
             if inode.ino in left:
                 left.discard(inode.ino)
                 found.append(prefix or b"/")
-            if inode.entries is not None:
+            if inode.entries is not None and not inode.entries.asleep:  # an awake inode has a name that is awake
                 stack += [(prefix + b"/" + name, child) for name, (child, _) in inode.entries.entries.items()]
         for ino in sorted(left & self.orphans.keys()):
             parent, name = self.orphans[ino]

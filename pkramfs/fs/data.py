@@ -74,9 +74,9 @@ class Data(Filling):
 
     def read(self, number: int, offset: int, size: int) -> Buffer:
         """Up to `size` bytes at `offset`; fewer at the end of the file. May be a view of RAM."""
-        inode = self.inodes.get(number & INO_MASK)
-        if inode is None or inode.entries is not None:
-            raise fail(errno.ESTALE if inode is None else errno.EISDIR)
+        inode = self.inodes.get(number & INO_MASK) or self.inode(number)
+        if inode.entries is not None:
+            raise fail(errno.EISDIR)
         end = min(offset + size, inode.size)
         if inode.atime <= inode.mtime or inode.atime <= inode.ctime:
             self._read_time(inode)
@@ -115,9 +115,7 @@ class Data(Filling):
 
         Without `stamp` times and privileges stay as they are: for a kernel that owns them and will set them.
         """
-        inode = self.inodes.get(number & INO_MASK)
-        if inode is None:
-            raise fail(errno.ESTALE)
+        inode = self.inodes.get(number & INO_MASK) or self.inode(number)
         if not inode.is_file:
             raise fail(errno.EISDIR if inode.entries is not None else errno.EINVAL)
         view = memoryview(data)

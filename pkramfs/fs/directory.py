@@ -16,12 +16,18 @@ another inode, and both of two that are exchanged.
 Kernel: fs/libfs.c (simple_offset_add, offset_iterate_dir), which tmpfs uses since 6.6
 """
 
+from __future__ import annotations
+
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import compress
+from typing import TYPE_CHECKING
 
 from pkramfs.fs.inode import Inode
+
+if TYPE_CHECKING:
+    from pkramfs.fs.asleep import Asleep
 
 FIRST_COOKIE = 3
 _BATCH = 256
@@ -30,7 +36,10 @@ _BATCH = 256
 class Directory:
     """The entries of one directory. `parent` is what `..` means; the root is its own parent."""
 
-    __slots__ = ("_cookies", "_dead", "_names", "entries", "next_cookie", "parent")
+    __slots__ = ("_cookies", "_dead", "_names", "bed", "entries", "next_cookie", "parent")
+    asleep = False
+    bed: tuple[Inode, Asleep]
+    """Only of a directory that sleeps: see asleep."""
 
     def __init__(self, parent: Inode) -> None:
         self.parent = parent
@@ -75,18 +84,18 @@ class Directory:
                 if name is not None and entry is not None and entry[1] < top:
                     yield name, entry[0], entry[1]
 
-    def columns(self) -> tuple[list[bytes], list[tuple[Inode, int]]]:
-        """Names and (inode, cookie), oldest first, for saving."""
-        entries = self.entries
-        names = [name for name in self._names if name is not None]
-        return names, [entries[name] for name in names]
+    def columns(self) -> tuple[list[bytes], list[Inode], list[int]]:
+        """Names, inodes and cookies, oldest first, for saving: the order in which a dict was filled."""
+        inodes, cookies = zip(*self.entries.values(), strict=True) if self.entries else ((), ())
+        return list(self.entries), list(inodes), list(cookies)
 
     def fill(self, names: list[bytes], inodes: list[Inode], cookies: list[int]) -> None:
-        """All entries of an empty directory at once, cookies ascending."""
+        """All entries of a directory at once, cookies ascending."""
         self.entries = dict(zip(names, zip(inodes, cookies, strict=True), strict=True))
         self._names = list(names)
         self._cookies = array("q", cookies)
         self.next_cookie = cookies[-1] + 1 if cookies else FIRST_COOKIE
+        self._dead = 0
 
     def _squeeze(self) -> None:
         alive = [name is not None for name in self._names]

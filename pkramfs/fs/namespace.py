@@ -44,9 +44,9 @@ class Namespace(Core):
 
     def lookup(self, parent: int, name: bytes) -> Inode | None:
         """The inode of a name, or None: absent names are no exception, they are looked up all the time."""
-        inode = self.inodes.get(parent)
-        if inode is None or inode.entries is None:
-            raise fail(errno.ESTALE if inode is None else errno.ENOTDIR)
+        inode = self.inodes.get(parent) or self._find_asleep(parent)
+        if inode.entries is None:
+            raise fail(errno.ENOTDIR)
         entry = inode.entries.entries.get(name)
         if entry is not None:
             return entry[0]

@@ -1,13 +1,13 @@
 """Make a tree from a node of preserved memory: all of it, or nothing and a reason.
 
-    load ──▶ verify ──▶ within limits? ──▶ build inodes ──▶ adopt the frames
-    store    every       size=, nr_inodes=   Python objects     the first moment at which
-             rule        with the figures                       anything is changed
+    load ──▶ verify ──▶ within limits? ──▶ build the root ──▶ adopt the frames
+    store    every       size=, nr_inodes=   all else sleeps     the first moment at which
+             rule        with the figures                        anything is changed
 
-Before the last step nothing has happened: whatever fails leaves the node as it was, published,
-to be tried again with other options. After it the node stays too: the tree is *preserved* until its
-first change (see core). Inode numbers, hard links, holes, times and places in listings are those
-of the tree that was saved.
+All is read and checked, but inodes are made when somebody asks for them: see asleep. Before the last step
+nothing has happened: whatever fails leaves the node as it was, published, to be tried again with other
+options. After it the node stays too: the tree is *preserved* until its first change (see core). Inode
+numbers, hard links, holes, times and places in listings are those of the tree that was saved.
 
 Long work: a generator that yields Progress and returns the tree.
 
@@ -24,11 +24,9 @@ import numpy as np
 
 from pkramfs.errors import ExhaustedError, FormatError
 from pkramfs.fs import collector
-from pkramfs.fs.directory import Directory
-from pkramfs.fs.inode import Inode
+from pkramfs.fs.asleep import Asleep
 from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE, Limits
-from pkramfs.fs.pagecache import PageMap
-from pkramfs.fs.save import Progress
+from pkramfs.fs.picture import Progress
 from pkramfs.fs.tree import Tree
 from pkramfs.fs.verify import Runs, verify
 from pkramfs.pkram.treeformat import EXTENTS, TreeStream
@@ -54,24 +52,20 @@ def restore(
     pages, space = _needs(parts)
     _check_limits(limits, pages, space)
     yield Progress("inodes", 0, parts.header.inodes)
+    packed = Asleep(parts, runs)
     with collector.paused():
-        inodes = _build_inodes(parts)
-        _give_pages(parts, inodes, runs)
-        _give_xattrs(parts, inodes)
-    yield Progress("names", 0, parts.header.entries)
-    with collector.paused():
-        directories = _build_directories(parts, inodes)
+        packed.wake_root()
     yield Progress("adopt", 0, 1)
     frames.adopt(Spans.from_runs(runs[1], runs[2]) | metadata)
     tree = Tree(ram, frames, limits)
-    size = sum(parts.inodes["size"][_positions(parts, stat.S_IFREG)].tolist())
+    kinds, sizes = parts.inodes["mode"] & np.uint32(0o170000), parts.inodes["size"]
     tree.install(
-        inodes,
+        packed,
         parts.header.next_ino,
-        directories=directories,
-        size=size,
+        directories=int(np.count_nonzero(kinds == stat.S_IFDIR)),
+        size=sum(sizes[kinds == stat.S_IFREG].tolist()),
         stream_bytes=len(stream) - EXTENTS.width * parts.header.extents,
-        runs=sum(inode.pages.runs for inode in inodes if inode.pages is not None),
+        runs=len(packed.pieces),
     )
     tree.node_pages = metadata
     limits.pages, limits.inode_space = pages, space
@@ -127,81 +121,3 @@ def _check_limits(limits: Limits, pages: int, space: int) -> None:
             f"the preserved tree has {used} inodes (further links and xattrs count), but nr_inodes= allows "
             f"{limits.max_inodes}; nothing is lost: mount with a larger nr_inodes="
         )
-
-
-def _build_inodes(parts: TreeStream) -> list[Inode]:
-    names = ("ino", "mode", "uid", "gid", "atime", "mtime", "ctime", "nlink", "size", "rdev")
-    inodes = list(map(Inode, *(parts.inodes[name].tolist() for name in names)))
-    at = 0
-    for position in _positions(parts, stat.S_IFLNK):
-        inode = inodes[position]
-        inode.target = parts.targets[at : at + inode.size]
-        at += inode.size
-    return inodes
-
-
-def _positions(parts: TreeStream, kind: int) -> list[int]:
-    """Where the inodes of one kind are."""
-    return np.flatnonzero((parts.inodes["mode"] & np.uint32(0o170000)) == kind).tolist()
-
-
-def _give_pages(parts: TreeStream, inodes: list[Inode], runs: Runs) -> None:
-    """Cut the page stream into the files' runs: at every edge of a run and of an extent."""
-    first, count = (parts.extents[name].astype(np.int64) for name in ("first", "count"))
-    index, pfn = (column.astype(np.int64) for column in runs[:2])
-    begin = np.cumsum(count) - count  # where each extent begins in the page stream
-    cuts = np.union1d(begin, index)
-    extent = np.searchsorted(begin, cuts, side="right") - 1
-    run = np.searchsorted(index, cuts, side="right") - 1
-    pieces = np.empty((len(cuts), 3), dtype=np.int64)
-    pieces[:, 0] = first[extent] + cuts - begin[extent]
-    pieces[:, 1] = pfn[run] + cuts - index[run]
-    pieces[:, 2] = np.diff(cuts, append=parts.header.pages)
-    owner = np.repeat(np.arange(len(inodes)), parts.inodes["extents"])[extent]
-    # positions of files with pages, where their pieces begin, and how many pages they have
-    files, starts = np.unique(owner, return_index=True)
-    totals = np.add.reduceat(pieces[:, 2], starts) if len(starts) else starts
-    raw, edges = pieces.tobytes(), [*(starts * 24).tolist(), len(pieces) * 24]
-    for number, (position, total) in enumerate(zip(files.tolist(), totals.tolist(), strict=True)):
-        inodes[position].pages = PageMap(raw[edges[number] : edges[number + 1]], total)
-
-
-def _give_xattrs(parts: TreeStream, inodes: list[Inode]) -> None:
-    table, at = parts.xattrs, 0
-    for position, names, values in zip(
-        table["inode"].tolist(), table["name_length"].tolist(), table["value_length"].tolist(), strict=True
-    ):
-        inode, middle = inodes[position], at + names
-        if inode.xattrs is None:
-            inode.xattrs = {}
-        inode.xattrs[parts.values[at:middle]] = parts.values[middle : middle + values]
-        at = middle + values
-
-
-def _build_directories(parts: TreeStream, inodes: list[Inode]) -> int:
-    """Fill every directory; returns how many there are."""
-    table = parts.entries
-    lengths = table["length"].astype(np.int64)
-    ends = np.cumsum(lengths)
-    names = [parts.names[start:end] for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True)]
-    children = [inodes[position] for position in table["child"].tolist()]
-    cookies = table["cookie"].tolist()
-    folders = [inodes[position] for position in _positions(parts, stat.S_IFDIR)]
-    for inode in folders:
-        inode.entries = Directory(inodes[0])
-    parents, starts = np.unique(table["parent"], return_index=True)
-    edges = [*starts.tolist(), len(names)]
-    for position, start, end in zip(parents.tolist(), edges[:-1], edges[1:], strict=True):
-        folder = inodes[position]
-        assert folder.entries is not None
-        folder.entries.fill(names[start:end], children[start:end], cookies[start:end])
-        if len(folder.entries) != end - start:
-            raise FormatError(
-                "Tree entries", f"names of inode {folder.ino}", found="one twice", expected="each name once"
-            )
-    down = (parts.inodes["mode"][table["child"]] & np.uint32(0o170000)) == stat.S_IFDIR
-    for position, child in zip(table["parent"][down].tolist(), table["child"][down].tolist(), strict=True):
-        below = inodes[child].entries
-        assert below is not None
-        below.parent = inodes[position]
-    return len(folders)

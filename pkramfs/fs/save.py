@@ -22,31 +22,21 @@ import errno
 import os
 import time
 from collections.abc import Generator, Iterator
-from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pkramfs.errors import PkramError
-from pkramfs.fs import collector
-from pkramfs.fs.inode import Inode
+from pkramfs.fs.picture import Picture, Progress, take
 from pkramfs.fs.tree import Tree
 from pkramfs.pkram import treeformat
-from pkramfs.pkram.treeformat import BLOBS, ENTRIES, EXTENTS, INODES, TREE, XATTRS, Array, Columns
+from pkramfs.pkram.treeformat import BLOBS, ENTRIES, EXTENTS, INODES, TREE, XATTRS, Array
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_ORDER, BLOCK_PAGES
 
 if TYPE_CHECKING:
     from pkramfs.pkram.store import Store
     from pkramfs.pkram.streams import ObjectWriter
-
-
-class Progress(NamedTuple):
-    """How far a long work is: `done` of `total` steps of this stage."""
-
-    stage: str
-    done: int
-    total: int
 
 
 class SaveReport(NamedTuple):
@@ -63,14 +53,6 @@ class SaveReport(NamedTuple):
     seconds: float
 
 
-class _Picture(NamedTuple):
-    """A tree as columns."""
-
-    columns: dict[str, Columns]
-    blobs: dict[str, bytes]
-    runs: Array  # rows of (file index, pfn, count), all files after one another
-
-
 def save(
     tree: Tree, store: Store, node_name: bytes, *, strict: bool = False, banned: Spans | None = None
 ) -> Generator[Progress, None, SaveReport]:
@@ -80,7 +62,7 @@ def save(
     if strict:
         _refuse_what_pkram_refuses(tree)
     began = time.monotonic()
-    picture = yield from _picture(tree)
+    picture = yield from take(tree)
     index, pfn, count = _page_stream(picture.runs)
     runs = len(index)
     with store.prepare_save(
@@ -140,98 +122,6 @@ def _refuse_what_pkram_refuses(tree: Tree) -> None:
             raise PkramError(f"{path} has {inode.nlink} hard links, and pkram_strict preserves none", errno.EINVAL)
 
 
-def _picture(tree: Tree) -> Generator[Progress, None, _Picture]:
-    """All columns, in a few steps between which a caller may do something else."""
-    inodes = [inode for inode in tree.inodes.values() if inode.nlink]
-    yield Progress("inodes", 0, len(inodes))
-    with collector.paused():
-        table = _inode_columns(inodes)
-    yield Progress("names", 0, len(inodes))
-    with collector.paused():
-        entries, names = _entry_columns(inodes, table["ino"])
-    yield Progress("extents", 0, len(inodes))
-    with collector.paused():
-        extents, runs = _extent_columns(inodes, table)
-        xattrs, values = _xattr_columns(inodes)
-    targets = b"".join([inode.target for inode in inodes if inode.target is not None])
-    return _Picture(
-        {"inodes": table, "entries": entries, "extents": extents, "xattrs": xattrs},
-        {"names": names, "targets": targets, "values": values},
-        runs,
-    )
-
-
-def _inode_columns(inodes: list[Inode]) -> Columns:
-    size = len(inodes)
-    columns: Columns = {
-        "ino": np.fromiter([i.ino for i in inodes], np.uint64, size),
-        "mode": np.fromiter([i.mode for i in inodes], np.uint32, size),
-        "uid": np.fromiter([i.uid for i in inodes], np.uint32, size),
-        "gid": np.fromiter([i.gid for i in inodes], np.uint32, size),
-        "nlink": np.fromiter([i.nlink for i in inodes], np.uint32, size),
-        "rdev": np.fromiter([i.rdev for i in inodes], np.uint64, size),
-        "size": np.fromiter([i.size for i in inodes], np.uint64, size),
-        "atime": np.fromiter([i.atime for i in inodes], np.int64, size),
-        "mtime": np.fromiter([i.mtime for i in inodes], np.int64, size),
-        "ctime": np.fromiter([i.ctime for i in inodes], np.int64, size),
-    }
-    return columns
-
-
-def _entry_columns(inodes: list[Inode], numbers: Array) -> tuple[Columns, bytes]:
-    """Names of all directories; inode numbers rise, so positions are found by searching."""
-    names: list[bytes] = []
-    rows: list[tuple[Inode, int]] = []
-    parents: list[Iterator[int]] = []
-    for position, inode in enumerate(inodes):
-        if inode.entries is not None and inode.entries.entries:
-            more, pairs = inode.entries.columns()
-            names += more
-            rows += pairs
-            parents.append(repeat(position, len(more)))
-    size = len(names)
-    children = np.fromiter([child.ino for child, _ in rows], np.uint64, size)
-    columns: Columns = {
-        "parent": np.fromiter(chain.from_iterable(parents), np.uint32, size),
-        "child": np.searchsorted(numbers, children),
-        "cookie": np.fromiter([cookie for _, cookie in rows], np.uint64, size),
-        "length": np.fromiter(map(len, names), np.uint8, size),
-    }
-    return columns, b"".join(names)
-
-
-def _extent_columns(inodes: list[Inode], table: Columns) -> tuple[Columns, Array]:
-    """Where pages belong (a new extent after every hole), and all runs one after the other."""
-    positions = [position for position, inode in enumerate(inodes) if inode.pages is not None]
-    files = [inode.pages for inode in inodes if inode.pages is not None]
-    raw = b"".join([leaf for pages in files for leaf in pages.leaves])
-    runs = np.frombuffer(raw, dtype=np.int64).reshape(-1, 3)
-    lengths = np.fromiter([pages.runs for pages in files], np.int64, len(files))
-    owner = np.repeat(np.array(positions, dtype=np.int64), lengths)
-    ends = runs[:, 0] + runs[:, 2]
-    fresh = np.ones(len(runs), dtype=bool)
-    fresh[1:] = (owner[1:] != owner[:-1]) | (runs[1:, 0] != ends[:-1])
-    starts = np.flatnonzero(fresh)
-    table["extents"] = np.bincount(owner[starts], minlength=len(inodes))
-    counts = np.add.reduceat(runs[:, 2], starts) if len(starts) else runs[:, 2]
-    return {"first": runs[starts, 0], "count": counts}, runs
-
-
-def _xattr_columns(inodes: list[Inode]) -> tuple[Columns, bytes]:
-    rows = [
-        (position, name, value)
-        for position, inode in enumerate(inodes)
-        if inode.xattrs
-        for name, value in inode.xattrs.items()
-    ]
-    columns: Columns = {
-        "inode": np.array([position for position, _, _ in rows], dtype=np.uint32),
-        "name_length": np.array([len(name) for _, name, _ in rows], dtype=np.uint16),
-        "value_length": np.array([len(value) for _, _, value in rows], dtype=np.uint32),
-    }
-    return columns, b"".join([part for _, name, value in rows for part in (name, value)])
-
-
 def _page_stream(runs: Array) -> tuple[Array, Array, Array]:
     """(index, pfn, count) in the index space of the node, joined where frames continue each other."""
     pfn, count = runs[:, 1], runs[:, 2]
@@ -264,7 +154,7 @@ def _save_huge(writer: ObjectWriter, runs: Array) -> tuple[Array, Array, Array]:
     )
 
 
-def _stream(tree: Tree, picture: _Picture) -> Iterator[bytes]:
+def _stream(tree: Tree, picture: Picture) -> Iterator[bytes]:
     """The bytes of object 0, in parts."""
     header: dict[str, Any] = {
         section.name: len(picture.columns[section.name][section.columns[0].name]) for section in treeformat.SECTIONS

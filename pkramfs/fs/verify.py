@@ -5,7 +5,7 @@ share would all come to life. Here a restore begins with this page. It assumes n
 lengths of the columns agree (TreeStream), and is arithmetic over whole columns, so that a million
 files take a fraction of a second. What fails is named: column, row, what was found and what not.
 
-    names     1 to 255 bytes, no NUL, no slash, not `.` and not `..`
+    names     1 to 255 bytes, no NUL, no slash, not `.` and not `..`, each once in its directory
     shape     one root; every other directory has exactly one name, and the way up ends at the root
     links     a file has as many names as it says, a directory 2 and one for each subdirectory
     extents   only in regular files, rising, not overlapping, all pages of the stream and no more
@@ -18,6 +18,7 @@ import stat
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pkramfs.errors import FormatError
 from pkramfs.fs import acl
@@ -35,6 +36,8 @@ Runs = tuple[Array, Array, Array]
 
 _TYPES = [stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK]
 _DEVICES = [stat.S_IFCHR, stat.S_IFBLK]
+_WEIGHTS = np.random.default_rng(1).integers(1 << 64, size=257, dtype=np.uint64)
+_HASHED = 1 << 14
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
 
 
@@ -44,6 +47,7 @@ def verify(tree: TreeStream, runs: Runs, allowed: Spans) -> None:
     _verify_inodes(tree, kinds)
     _verify_names(tree)
     _verify_shape(tree, kinds)
+    _verify_each_name_once(tree)
     _verify_links(tree, kinds)
     _verify_extents(tree, kinds)
     _verify_frames(tree, runs, allowed)
@@ -121,6 +125,44 @@ def _verify_shape(tree: TreeStream, kinds: Array) -> None:
     for _ in range(max(total.bit_length(), 1)):
         up = up[up]  # each round doubles the height that was climbed
     _require(up == 0, "inodes", "way up", up, "an end at the root: directories form a cycle")
+
+
+def _verify_each_name_once(tree: TreeStream) -> None:
+    """No directory has a name twice: names whose hashes collide are compared, and those are few."""
+    parent = tree.entries["parent"].astype(np.uint64)
+    key = _hashes(tree) + parent * _WEIGHTS[-1]
+    order = np.argsort(key, kind="stable")
+    ends = np.cumsum(tree.entries["length"], dtype=np.int64)
+    seen = set[tuple[int, bytes]]()
+    for row in order[_shared(key[order])].tolist():
+        name = int(parent[row]), tree.names[int(ends[row]) - int(tree.entries["length"][row]) : int(ends[row])]
+        if name in seen:
+            number = int(tree.inodes["ino"][name[0]])
+            raise FormatError("Tree entries", f"names of inode {number}", found="one twice", expected="each name once")
+        seen.add(name)
+
+
+def _shared(keys: Array) -> npt.NDArray[np.bool_]:
+    """Which of sorted keys are equal to a neighbour."""
+    same = keys[1:] == keys[:-1]
+    found = np.zeros(len(keys), dtype=bool)
+    found[1:] |= same
+    found[:-1] |= same
+    return found
+
+
+def _hashes(tree: TreeStream) -> Array:
+    """A number for each name, equal for equal names: letters weighted by their place in the name."""
+    length, letters = tree.entries["length"].astype(np.int64), np.frombuffer(tree.names, dtype=np.uint8)
+    found, at = np.empty(len(length), dtype=np.uint64), 0
+    for low in range(0, len(length), _HASHED):
+        sizes = length[low : low + _HASHED]
+        starts = np.cumsum(sizes) - sizes
+        total = int(sizes.sum())
+        place = np.arange(total) - np.repeat(starts, sizes)
+        found[low : low + _HASHED] = np.add.reduceat(_WEIGHTS[place] * letters[at : at + total], starts)
+        at += total
+    return found
 
 
 def _verify_links(tree: TreeStream, kinds: Array) -> None:

@@ -34,7 +34,7 @@ from pkramfs.pkram.marks import Extent, Marks, extent_of
 from pkramfs.pkram.page import write_page
 from pkramfs.pkram.relocate import Run, touched
 from pkramfs.spans import U64
-from pkramfs.units import BLOCK_ORDER, MAX_ORDER, PAGE_SIZE, pages
+from pkramfs.units import BLOCK_ORDER, MAX_ORDER, PAGE_SHIFT, PAGE_SIZE, pages
 
 Columns = tuple[U64, U64, U64]
 
@@ -87,7 +87,7 @@ class ObjectWriter:
         done = 0
         for start, count in self._arena.take(pages(size)):
             part = memoryview(self._buffer)[done : min(done + count * PAGE_SIZE, size)]
-            self._ram.page(start, count)[: len(part)] = part
+            self._ram.fill(start << PAGE_SHIFT, part)
             done += len(part)
             part.release()
             self._byte_runs.append((start, count))

@@ -36,6 +36,7 @@ def test_one_changed_byte_is_noticed(soaking, root):
     kernel = soaking.running.attach(soak.machine)
     for name in soak.trees:
         mounted = soaking.Mounted(kernel, name, None)
+        mounted.tree.wake()
         for inode in mounted.tree.inodes.values():
             for _, pfn, _ in inode.pages or ():
                 kernel.ram.bytes[pfn * 4096] ^= 1

@@ -133,6 +133,7 @@ def tree(ram: Ram, frames: SmallFrames) -> Iterator[Tree]:
 
 def audit(tree: Tree) -> None:
     """What must hold after every test: counts agree with the tree, and frames with its files."""
+    tree.wake()
     used: list[tuple[int, int]] = []
     links = {tree.root.ino: 2}
     for inode in tree.inodes.values():
@@ -277,16 +278,14 @@ def small_store() -> SmallStore:
 
 @pytest.fixture
 def round_trip(ram, frames, small_store):
-    """Save a tree, restore it with frames that know nothing but their tree id, and return the copy."""
+    """Save a tree, restore it with frames that know nothing but their tree id, and return the copy, all asleep."""
 
     def run(tree: Tree, limits: Limits | None = None, **options: Any) -> Tree:
         tree.freeze()
         exhaust(save(tree, small_store, b"shmem-x", **options))
         tree.thaw()
-        again = SmallFrames(ram)
-        copy = exhaust(restore(small_store, b"shmem-x", ram, again, limits or Limits()))
-        audit(copy)
-        return copy
+        audit(exhaust(restore(small_store, b"shmem-x", ram, SmallFrames(ram), limits or Limits())))
+        return exhaust(restore(small_store, b"shmem-x", ram, SmallFrames(ram), limits or Limits()))
 
     return run
 
@@ -305,8 +304,7 @@ def small_round_trip(small_machine):
         store = SmallStore()
         tree.freeze()
         exhaust(save(tree, store, b"shmem-x"))
-        copy = exhaust(restore(store, b"shmem-x", ram, SmallFrames(ram), Limits()))
-        audit(copy)
-        return copy
+        audit(exhaust(restore(store, b"shmem-x", ram, SmallFrames(ram), Limits())))
+        return exhaust(restore(store, b"shmem-x", ram, SmallFrames(ram), Limits()))
 
     return make

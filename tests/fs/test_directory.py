@@ -54,9 +54,9 @@ def test_what_is_there_all_the_time_is_listed_exactly_once(steps, bite) -> None:
     seen += [name for name, _, _ in directory.after(cookie)]
     assert all(seen.count(name) == 1 for name in untouched)
     assert {name for name, _, _ in directory.after(0)} == set(directory.entries)
-    names, pairs = directory.columns()
-    assert names[::-1] == [name for name, _, _ in directory.after(0)]
-    assert [c for _, c in pairs] == sorted(c for _, c in pairs)
+    names, inodes, cookies = directory.columns()
+    assert list(zip(names, inodes, cookies, strict=True))[::-1] == list(directory.after(0))
+    assert cookies == sorted(cookies)
 
 
 def test_creating_or_renaming_what_one_lists_comes_to_an_end() -> None:

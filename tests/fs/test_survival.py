@@ -54,6 +54,7 @@ class Mount:
 
     def audit(self) -> None:
         """Every leased page is a file's, the node's or free; free ones read as zeros."""
+        self.tree.wake()
         used = [(pfn, pfn + n) for i in self.tree.inodes.values() if i.pages is not None for _, pfn, n in i.pages]
         files = Spans(used)
         assert files.total == sum(b - a for a, b in used)

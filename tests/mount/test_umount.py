@@ -51,6 +51,7 @@ release, where = Frames.release_all, sys.argv.pop(1)
 
 def telling(self):
     tree = TREES[0]
+    tree.wake()
     files = {i.ino: bytes(tree.read(i.ino, 0, i.size)).decode() for i in tree.inodes.values() if i.is_file}
     with open(where, "w") as file:
         json.dump(sorted(files.values()), file)

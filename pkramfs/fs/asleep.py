@@ -1,0 +1,264 @@
+"""What of a restored tree nobody has asked for yet: it stays as it was read, columns and blobs.
+
+    columns of inodes, names, runs, xattrs  ── a directory is asked for ──▶  its names, and the inodes they name
+
+A million inodes are two seconds of Python and a gigabyte of objects, most of which no one may ever look at; as
+columns, checked and complete, they are 150 bytes each and there at once. So a mount serves a tree whose
+directories *sleep*, and each wakes when it is first touched, with all its children. What sleeps has
+not changed: every change begins with finding a name, which wakes the directory that holds it. So it
+can be saved from the columns, without being woken (see picture).
+
+    awake   its Inode is in tree.inodes; a child of an awake directory is awake
+    asleep  a directory whose Inode is awake and whose names are not: SleepingDirectory
+    beyond  what is below a sleeping directory: no objects at all, but found by number, too (NFS handles)
+
+A file with several names may be awake through one and asleep under another. A request waits until the
+directory that it asks for is awake, so large directories (LARGE) are woken before the mount serves.
+
+Kernel: iget_locked() of file systems on disk: an inode is made when it is looked up
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from pkramfs.fs import collector
+from pkramfs.fs.directory import Directory
+from pkramfs.fs.inode import Inode
+from pkramfs.fs.pagecache import RUN_BYTES, PageMap
+from pkramfs.pkram.treeformat import Array, TreeStream
+
+if TYPE_CHECKING:
+    from pkramfs.fs.verify import Runs
+
+LARGE = 10_000
+"""Entries of a directory that is not left asleep: some 20 ms to wake."""
+FIELDS = ("ino", "mode", "uid", "gid", "atime", "mtime", "ctime", "nlink", "size", "rdev")
+"""An Inode's arguments, in order."""
+_TYPE = np.uint32(0o170000)
+
+
+class SleepingDirectory(Directory):
+    """A directory whose names are columns. The first look at them makes it a Directory like any other."""
+
+    __slots__ = ()
+    asleep = True
+
+    def __init__(self, parent: Inode, inode: Inode, packed: Asleep) -> None:
+        self.parent = parent
+        self.bed = (inode, packed)
+
+    def __getattr__(self, name: str) -> Any:
+        """Reached for what a sleeping directory does not have: it wakes, and then has it."""
+        if name not in Directory.__slots__:
+            raise AttributeError(name)
+        self.wake()
+        return getattr(self, name)
+
+    def wake(self) -> None:
+        """Have the names and their inodes made."""
+        inode, packed = self.bed
+        packed.wake(inode, self)
+
+
+class Snapshot(NamedTuple):
+    """What sleeps at one moment: by position in the columns, inodes, and directories whose names sleep."""
+
+    packed: Asleep
+    inodes: Array
+    folders: Array
+
+    @property
+    def positions(self) -> Array:
+        return np.flatnonzero(self.inodes)
+
+
+class Asleep:
+    """The description of a tree and what of it is awake.
+
+    `parts` are verified columns; rows of `pieces` are (file page, pfn, count) of all files, one file after the other,
+    `edges[p]` the first of the inode at position p. `inodes` is where awake inodes go; `done` is called when all are.
+    """
+
+    def __init__(self, parts: TreeStream, runs: Runs) -> None:
+        self.parts, self.inodes = parts, dict[int, Inode]()
+        self.done: Callable[[], None] = _nobody
+        self._columns = parts.inodes
+        self.pieces, self.edges = _pieces(parts, runs)
+        self._raw = self.pieces.tobytes()
+        self._pages = _sums(self.pieces[:, 2])
+        self._kinds = self._columns["mode"] & _TYPE
+        self._linked = (self._columns["nlink"] > 1) & (self._kinds != stat.S_IFDIR)
+        self.name_edges = _sums(parts.entries["length"])
+        self.value_edges = _sums(parts.xattrs["name_length"].astype(np.int64) + parts.xattrs["value_length"])
+        self.links = np.flatnonzero(self._kinds == stat.S_IFLNK)
+        self.target_edges = _sums(self._columns["size"][self.links])
+        self._asleep = np.ones(len(self._kinds), dtype=bool)
+        self._folders = self._kinds == stat.S_IFDIR
+        self.left = int(self._folders.sum())
+        self._parents: Array | None = None
+
+    @property
+    def count(self) -> int:
+        """How many inodes have no object."""
+        return int(np.count_nonzero(self._asleep))
+
+    def snapshot(self) -> Snapshot:
+        """What sleeps now. Waking does not change a snapshot, nor what it is about."""
+        return Snapshot(self, self._asleep.copy(), self._folders.copy())
+
+    # -- waking ----------------------------------------------------------------------------------
+
+    def wake_root(self) -> Inode:
+        """Make the root, whose names sleep, and wake what is too large to be woken by a request."""
+        (root,) = self._make(np.zeros(1, dtype=np.int64), None)
+        parents, sizes = np.unique(self.parts.entries["parent"], return_counts=True)
+        for position in parents[sizes > LARGE].tolist():
+            self._wake_way(position)
+            self._rouse(position)
+        return root
+
+    def wake(self, inode: Inode, directory: SleepingDirectory) -> None:
+        """Make a directory's names and the inodes that have no object yet."""
+        position = self._position(inode.ino)
+        low, high = self._rows(position)
+        children = self.parts.entries["child"][low:high]
+        if high - low < LARGE:
+            inodes = self._children(children, inode)
+        else:
+            with collector.paused():
+                inodes = self._children(children, inode)
+        edges, blob = self.name_edges[low : high + 1].tolist(), self.parts.names
+        names = [blob[start:end] for start, end in pairwise(edges)]
+        directory.__class__ = Directory  # type: ignore[assignment]
+        del directory.bed
+        directory.fill(names, inodes, self.parts.entries["cookie"][low:high].tolist())
+        self._folders[position] = False
+        self.left -= 1
+        if not self.left:
+            self.done()
+
+    def find(self, number: int) -> Inode | None:
+        """The inode with this number if it sleeps; directories above it wake. None for one that woke, and is gone."""
+        position = self._position(number)
+        if position < 0 or not self._asleep[position]:
+            return None
+        self._wake_way(position)
+        return self.inodes[number]
+
+    def _wake_way(self, position: int) -> None:
+        """Wake the directories that lead to an inode, from the top down, until it has an object."""
+        if self._parents is None:
+            self._parents = np.zeros(len(self._asleep), dtype=np.int64)
+            self._parents[self.parts.entries["child"]] = self.parts.entries["parent"]
+        way = []
+        while self._asleep[position]:
+            position = int(self._parents[position])
+            way.append(position)
+        for above in reversed(way):
+            self._rouse(above)
+
+    def _rouse(self, position: int) -> None:
+        """Wake the directory at a position, whose Inode is awake, if its names sleep."""
+        if self._folders[position]:
+            directory = self.inodes[int(self._columns["ino"][position])].entries
+            assert isinstance(directory, SleepingDirectory)
+            directory.wake()
+
+    def _position(self, number: int) -> int:
+        """Where an inode number is in the columns, -1 if it is not."""
+        numbers = self._columns["ino"]
+        place = int(np.searchsorted(numbers, np.uint64(number)))
+        return place if place < len(numbers) and int(numbers[place]) == number else -1
+
+    def _rows(self, position: int) -> tuple[int, int]:
+        """Where a directory's entries are."""
+        column = self.parts.entries["parent"]
+        low, high = np.searchsorted(column, np.array([position, position + 1], dtype=column.dtype))
+        return int(low), int(high)
+
+    # -- making objects --------------------------------------------------------------------------
+
+    def _children(self, positions: Array, parent: Inode) -> list[Inode]:
+        """The inodes that names of `parent` stand for; some may be awake by another name, or named twice here."""
+        if not self._linked[positions].any():
+            return self._make(positions, parent)
+        fresh = np.unique(positions[self._asleep[positions]])
+        self._make(fresh, parent)
+        return [self.inodes[number] for number in self._columns["ino"][positions].tolist()]
+
+    def _make(self, positions: Array, parent: Inode | None) -> list[Inode]:
+        """New inodes, which nothing names yet but the table."""
+        columns, kinds = self._columns, self._kinds[positions]
+        made = list(map(Inode, *(columns[name][positions].tolist() for name in FIELDS)))
+        self.inodes.update(zip(columns["ino"][positions].tolist(), made, strict=True))
+        self._asleep[positions] = False
+        for place in np.flatnonzero(kinds == stat.S_IFDIR).tolist():
+            made[place].entries = SleepingDirectory(parent or made[place], made[place], self)
+        self._give_targets(made, positions, np.flatnonzero(kinds == stat.S_IFLNK))
+        self._give_pages(made, positions)
+        if len(self.parts.xattrs["inode"]):
+            self._give_xattrs(made, positions)
+        return made
+
+    def _give_targets(self, made: list[Inode], positions: Array, places: Array) -> None:
+        at = self.target_edges[np.searchsorted(self.links, positions[places])]
+        for place, start in zip(places.tolist(), at.tolist(), strict=True):
+            made[place].target = self.parts.targets[start : start + made[place].size]
+
+    def _give_pages(self, made: list[Inode], positions: Array) -> None:
+        low, high = self.edges[positions], self.edges[positions.astype(np.int64) + 1]
+        places = np.flatnonzero(high > low)
+        low, high = low[places], high[places]
+        total, raw = (self._pages[high] - self._pages[low]).tolist(), self._raw
+        start, end = (low * RUN_BYTES).tolist(), (high * RUN_BYTES).tolist()
+        for number, place in enumerate(places.tolist()):
+            made[place].pages = PageMap(raw[start[number] : end[number]], total[number])
+
+    def _give_xattrs(self, made: list[Inode], positions: Array) -> None:
+        owner = self.parts.xattrs["inode"]
+        low, high = (np.searchsorted(owner, positions.astype(owner.dtype), side) for side in ("left", "right"))
+        for place in np.flatnonzero(high > low).tolist():
+            made[place].xattrs = dict(self.xattrs(range(int(low[place]), int(high[place]))))
+
+    def xattrs(self, rows: Iterable[int]) -> Iterable[tuple[bytes, bytes]]:
+        """Name and value of rows of the xattr columns."""
+        sizes, blob = self.parts.xattrs["name_length"], self.parts.values
+        for row in rows:
+            start, end = self.value_edges[row : row + 2].tolist()
+            middle = start + int(sizes[row])
+            yield blob[start:middle], blob[middle:end]
+
+
+def _nobody() -> None:
+    """Nobody wants to know."""
+
+
+def _sums(counts: Array) -> Array:
+    """0 and the running sums of counts: where each begins, and the last ends."""
+    edges = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=edges[1:])
+    return edges
+
+
+def _pieces(parts: TreeStream, runs: Runs) -> tuple[Array, Array]:
+    """The page stream cut into the files' runs, at every edge of a run and of an extent; see Asleep."""
+    first, count = (parts.extents[name].astype(np.int64) for name in ("first", "count"))
+    index, pfn = (column.astype(np.int64) for column in runs[:2])
+    begin = np.cumsum(count) - count  # where each extent begins in the page stream
+    cuts = np.concatenate((begin, index))
+    cuts.sort(kind="stable")  # two rows that are in order: one merge
+    cuts = cuts[np.append(cuts[:1] >= 0, cuts[1:] != cuts[:-1])]
+    extent = np.searchsorted(begin, cuts, side="right") - 1
+    run = np.searchsorted(index, cuts, side="right") - 1
+    pieces = np.empty((len(cuts), 3), dtype=np.int64)
+    pieces[:, 0] = first[extent] + cuts - begin[extent]
+    pieces[:, 1] = pfn[run] + cuts - index[run]
+    pieces[:, 2] = np.diff(cuts, append=parts.header.pages)
+    extents = _sums(parts.inodes["extents"])
+    return pieces, np.searchsorted(extent, extents)

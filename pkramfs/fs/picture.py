@@ -1,0 +1,305 @@
+"""A frozen tree as the columns of treeformat: what is awake from its objects, what sleeps from its columns.
+
+    awake inodes ──┐                          ┌── positions: inodes of both, by inode number
+                   ├──▶ merged by position ──▶│   names, extents, xattrs, targets: those of the first inode first
+    asleep ────────┘                          └── exactly what the tree would give with all of it awake
+
+Nothing is woken to be saved, and a tree of which nothing was looked at is mostly copied. The work is done in a
+few steps between which a caller may do something else; what wakes meanwhile is saved as it slept.
+
+Kernel: mm/shmem_pkram.c (shmem_save_pkram), patches 24 and 38: inode by inode
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Generator, Iterator
+from itertools import chain, compress, repeat
+from operator import attrgetter, itemgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from pkramfs.fs import collector
+from pkramfs.pkram.treeformat import Array, Columns
+
+if TYPE_CHECKING:
+    from pkramfs.fs.asleep import Snapshot
+    from pkramfs.fs.inode import Inode
+    from pkramfs.fs.tree import Tree
+
+_FIELDS = ("ino", "mode", "uid", "gid", "nlink", "rdev", "size", "atime", "mtime", "ctime")
+_STEP = 1 << 14
+"""Inodes whose fields are read at once: what they become stays in the cache."""
+
+
+class Progress(NamedTuple):
+    """How far a long work is: `done` of `total` steps of this stage."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class Picture(NamedTuple):
+    """A tree as columns."""
+
+    columns: dict[str, Columns]
+    blobs: dict[str, bytes]
+    runs: Array  # rows of (file index, pfn, count), all files after one another
+
+
+class _Inodes(NamedTuple):
+    """Inodes with an object, by number, and where each comes among all; the rest, if there is one."""
+
+    awake: list[Inode]
+    kinds: Array
+    places: Array
+    numbers: Array
+    rest: _Rest | None
+
+    def of_kind(self, kind: int) -> tuple[Array, list[Inode]]:
+        """Places and objects of the awake inodes of a kind."""
+        found = np.flatnonzero(self.kinds == kind)
+        return self.places[found], [self.awake[number] for number in found.tolist()]
+
+    def with_names(self) -> Iterator[tuple[int, Inode]]:
+        """Places and objects of the directories whose names are awake, or were when the picture was begun."""
+        places, folders = self.of_kind(stat.S_IFDIR)
+        pairs = zip(places.tolist(), folders, strict=True)
+        if self.rest is None:
+            return pairs
+        slept = self.rest.slept(np.array([inode.ino for inode in folders], dtype=np.uint64))
+        return compress(pairs, (~slept).tolist())
+
+
+class _Rest:
+    """What sleeps, and where each of the columns' inodes comes among all (meaningless for those that are gone)."""
+
+    def __init__(self, snapshot: Snapshot, numbers: Array) -> None:
+        self.packed, self.parts = snapshot.packed, snapshot.packed.parts
+        self.inodes, self.folders = snapshot.inodes, snapshot.folders
+        self.places = np.searchsorted(numbers, self.parts.inodes["ino"])
+
+    def slept(self, numbers: Array) -> Array:
+        """Which directories, by inode number, had their names asleep when the picture was begun."""
+        known = self.parts.inodes["ino"]
+        at = np.minimum(np.searchsorted(known, numbers), len(known) - 1)
+        found: Array = (known[at] == numbers) & self.folders[at]
+        return found
+
+
+def take(tree: Tree) -> Generator[Progress, None, Picture]:
+    """All columns of a frozen tree, in a few steps."""
+    found = [inode for inode in tree.inodes.values() if inode.nlink]
+    snapshot = tree.asleep.snapshot() if tree.asleep is not None else None
+    total = len(found) + (int(np.count_nonzero(snapshot.inodes)) if snapshot is not None else 0)
+    yield Progress("inodes", 0, total)
+    with collector.paused():
+        inodes, table = _inode_columns(found, snapshot)
+    yield Progress("names", 0, total)
+    with collector.paused():
+        entries, names = _entry_columns(inodes)
+    yield Progress("extents", 0, total)
+    with collector.paused():
+        extents, runs = _extent_columns(inodes, table)
+        xattrs, values = _xattr_columns(inodes)
+        targets = _targets(inodes)
+    return Picture(
+        {"inodes": table, "entries": entries, "extents": extents, "xattrs": xattrs},
+        {"names": names, "targets": targets, "values": values},
+        runs,
+    )
+
+
+# -- inodes -----------------------------------------------------------------------------------------
+
+
+def _inode_columns(found: list[Inode], snapshot: Snapshot | None) -> tuple[_Inodes, Columns]:
+    fields = _fields(found)
+    if (fields[0, 1:] < fields[0, :-1]).any():  # they woke in another order than they were made
+        order = np.argsort(fields[0], kind="stable")
+        fields, found = fields[:, order], [found[place] for place in order.tolist()]
+    table: Columns = dict(zip(_FIELDS, fields, strict=True))
+    kinds = table["mode"] & 0o170000
+    if snapshot is None:
+        return _Inodes(found, kinds, np.arange(len(found)), fields[0].view(np.uint64), None), table
+    asleep = snapshot.packed.parts.inodes
+    table = {name: np.concatenate((table[name], asleep[name][snapshot.inodes].astype(np.int64))) for name in _FIELDS}
+    order = np.argsort(table["ino"], kind="stable")
+    table = {name: column[order] for name, column in table.items()}
+    numbers = table["ino"].view(np.uint64)
+    places = np.searchsorted(numbers, fields[0].view(np.uint64))
+    return _Inodes(found, kinds, places, numbers, _Rest(snapshot, numbers)), table
+
+
+def _fields(inodes: list[Inode]) -> Array:
+    """A row for each of _FIELDS."""
+    values, read = np.empty((len(_FIELDS), len(inodes)), dtype=np.int64), attrgetter(*_FIELDS)
+    for low in range(0, len(inodes), _STEP):
+        some = inodes[low : low + _STEP]
+        flat = np.fromiter(chain.from_iterable(map(read, some)), np.int64, len(some) * len(_FIELDS))
+        values[:, low : low + len(some)] = flat.reshape(len(some), -1).T
+    return values
+
+
+# -- names ------------------------------------------------------------------------------------------
+
+
+def _entry_columns(inodes: _Inodes) -> tuple[Columns, bytes]:
+    """Names of all directories, oldest first in each."""
+    columns, chunks = _awake_entries(inodes)
+    if inodes.rest is not None:
+        asleep, more = _sleeping_entries(inodes.rest)
+        chunks += more
+        columns = {name: np.concatenate((columns[name], asleep[name])) for name in columns}
+        order = _order(columns["parent"])
+        if order is not None:
+            columns = {name: column[order] for name, column in columns.items()}
+    return columns, _in_place(chunks)
+
+
+def _awake_entries(inodes: _Inodes) -> tuple[Columns, list[tuple[int, bytes]]]:
+    names: list[bytes] = []
+    children: list[Inode] = []
+    cookies: list[int] = []
+    parents: list[Iterator[int]] = []
+    chunks: list[tuple[int, bytes]] = []
+    for place, inode in inodes.with_names():
+        assert inode.entries is not None
+        if inode.entries.entries:
+            more, below, numbers = inode.entries.columns()
+            names += more
+            children += below
+            cookies += numbers
+            parents.append(repeat(place, len(more)))
+            chunks.append((place, b"".join(more)))
+    size = len(names)
+    columns: Columns = {
+        "parent": np.fromiter(chain.from_iterable(parents), np.int64, size),
+        "child": np.searchsorted(inodes.numbers, np.fromiter(map(attrgetter("ino"), children), np.uint64, size)),
+        "cookie": np.fromiter(cookies, np.int64, size),
+        "length": np.fromiter(map(len, names), np.uint8, size),
+    }
+    return columns, chunks
+
+
+def _sleeping_entries(rest: _Rest) -> tuple[Columns, list[tuple[int, bytes]]]:
+    entries, edges = rest.parts.entries, rest.packed.name_edges
+    rows = np.flatnonzero(rest.folders[entries["parent"]])
+    parents = rest.places[entries["parent"][rows]]
+    columns: Columns = {
+        "parent": parents,
+        "child": rest.places[entries["child"][rows]],
+        "cookie": entries["cookie"][rows].astype(np.int64),
+        "length": entries["length"][rows],
+    }
+    return columns, _chunks(rest.parts.names, edges, rows, parents)
+
+
+def _chunks(blob: bytes, edges: Array, rows: Array, places: Array) -> list[tuple[int, bytes]]:
+    """What rows have in a blob, with the place of its owner: a piece for each stretch of rows without a gap.
+
+    Owners may share a stretch only if nothing comes between them, so a stretch ends where places jump, too.
+    """
+    if not len(rows):
+        return []
+    fresh = np.flatnonzero((rows[1:] != rows[:-1] + 1) | (places[1:] > places[:-1] + 1)) + 1
+    first, last = np.append(0, fresh), np.append(fresh - 1, len(rows) - 1)
+    spans = zip(places[first].tolist(), edges[rows[first]].tolist(), edges[rows[last] + 1].tolist(), strict=True)
+    return [(place, blob[start:end]) for place, start, end in spans]
+
+
+def _in_place(chunks: list[tuple[int, bytes]]) -> bytes:
+    """Pieces of a blob, by the place of their owner."""
+    return b"".join([part for _, part in sorted(chunks, key=itemgetter(0))])
+
+
+def _order(owners: Array) -> Array | None:
+    """How to sort rows by the place of their owner, those of one owner staying as they are; None if they are sorted."""
+    return np.argsort(owners, kind="stable") if (owners[1:] < owners[:-1]).any() else None
+
+
+# -- pages ------------------------------------------------------------------------------------------
+
+
+def _extent_columns(inodes: _Inodes, table: Columns) -> tuple[Columns, Array]:
+    """Where pages belong (a new extent after every hole), and all runs one after the other."""
+    runs, owner = _awake_runs(inodes)
+    if inodes.rest is not None:
+        asleep, owners = _sleeping_runs(inodes.rest)
+        runs, owner = np.concatenate((runs, asleep)), np.concatenate((owner, owners))
+        order = _order(owner)
+        if order is not None:
+            runs, owner = runs[order], owner[order]
+    ends = runs[:, 0] + runs[:, 2]
+    fresh = np.ones(len(runs), dtype=bool)
+    fresh[1:] = (owner[1:] != owner[:-1]) | (runs[1:, 0] != ends[:-1])
+    starts = np.flatnonzero(fresh)
+    table["extents"] = np.bincount(owner[starts], minlength=len(inodes.numbers))
+    counts = np.add.reduceat(runs[:, 2], starts) if len(starts) else runs[:, 2]
+    return {"first": runs[starts, 0], "count": counts}, runs
+
+
+def _awake_runs(inodes: _Inodes) -> tuple[Array, Array]:
+    """The runs of files that are awake, and the place of the file of each."""
+    maps = [inode.pages for inode in inodes.awake]
+    places = inodes.places[np.fromiter(map(bool, maps), bool, len(maps))]
+    files = list(filter(None, maps))
+    raw = b"".join(chain.from_iterable(map(attrgetter("leaves"), files)))
+    lengths = np.fromiter(map(attrgetter("runs"), files), np.int64, len(files))
+    return np.frombuffer(raw, dtype=np.int64).reshape(-1, 3), np.repeat(places, lengths)
+
+
+def _sleeping_runs(rest: _Rest) -> tuple[Array, Array]:
+    lengths = np.diff(rest.packed.edges)
+    asleep = np.repeat(rest.inodes, lengths)
+    return rest.packed.pieces[asleep], np.repeat(rest.places, lengths)[asleep]
+
+
+# -- the rest ---------------------------------------------------------------------------------------
+
+
+def _xattr_columns(inodes: _Inodes) -> tuple[Columns, bytes]:
+    owners = [inode for inode in inodes.awake if inode.xattrs]
+    places = np.searchsorted(inodes.numbers, np.array([inode.ino for inode in owners], dtype=np.uint64)).tolist()
+    rows = [
+        (place, name, value)
+        for place, inode in zip(places, owners, strict=True)
+        for name, value in (inode.xattrs or {}).items()
+    ]
+    columns: Columns = {
+        "inode": np.array([place for place, _, _ in rows], dtype=np.int64),
+        "name_length": np.array([len(name) for _, name, _ in rows], dtype=np.int64),
+        "value_length": np.array([len(value) for _, _, value in rows], dtype=np.int64),
+    }
+    chunks = [(place, name + value) for place, name, value in rows]
+    if inodes.rest is not None:
+        asleep, more = _sleeping_xattrs(inodes.rest)
+        chunks += more
+        columns = {name: np.concatenate((columns[name], asleep[name])) for name in columns}
+        order = _order(columns["inode"])
+        if order is not None:
+            columns = {name: column[order] for name, column in columns.items()}
+    return columns, _in_place(chunks)
+
+
+def _sleeping_xattrs(rest: _Rest) -> tuple[Columns, list[tuple[int, bytes]]]:
+    table = rest.parts.xattrs
+    rows = np.flatnonzero(rest.inodes[table["inode"]])
+    places = rest.places[table["inode"][rows]]
+    columns: Columns = {"inode": places}
+    columns |= {name: table[name][rows].astype(np.int64) for name in ("name_length", "value_length")}
+    return columns, _chunks(rest.parts.values, rest.packed.value_edges, rows, places)
+
+
+def _targets(inodes: _Inodes) -> bytes:
+    """What symbolic links say, one after the other."""
+    places, links = inodes.of_kind(stat.S_IFLNK)
+    chunks = [(place, inode.target or b"") for place, inode in zip(places.tolist(), links, strict=True)]
+    if inodes.rest is not None:
+        rest = inodes.rest
+        rows = np.flatnonzero(rest.inodes[rest.packed.links])
+        places = rest.places[rest.packed.links[rows]]
+        chunks += _chunks(rest.parts.targets, rest.packed.target_edges, rows, places)
+    return _in_place(chunks)
