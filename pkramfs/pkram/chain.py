@@ -54,14 +54,14 @@ Flags = npt.NDArray[np.bool_]
 
 
 class Workbench:
-    """One thread's buffers: links as they were fetched, and room for differences and answers."""
+    """One thread's buffers: so many links as they were fetched, and room for differences and answers."""
 
-    def __init__(self) -> None:
-        self.words = np.empty((READ, PAGE_WORDS), dtype=np.uint64)
-        self.rises = np.zeros((READ, PAGE_WORDS), dtype=np.uint64)
-        self.steady = np.empty((READ, PAGE_WORDS), dtype=bool)
+    def __init__(self, links: int) -> None:
+        self.words = np.empty((links, PAGE_WORDS), dtype=np.uint64)
+        self.rises = np.zeros((links, PAGE_WORDS), dtype=np.uint64)
+        self.steady = np.empty((links, PAGE_WORDS), dtype=bool)
         self.bytes = memoryview(self.words).cast("B")  # type: ignore[arg-type]
-        self.covered = [self.bytes[at + COVERED : at + PAGE_SIZE] for at in range(0, READ * PAGE_SIZE, PAGE_SIZE)]
+        self.covered = [self.bytes[at + COVERED : at + PAGE_SIZE] for at in range(0, links * PAGE_SIZE, PAGE_SIZE)]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ class Chain:
         """The entries of some links that were fetched, one after the other."""
         rows, counts = words[:, HEAD_WORDS:], self.counts[links]
         full = int(counts[0])
+        if (counts == full).all():
+            return rows[:, :full].reshape(-1)
         if (counts[:-1] == full).all():
             return np.concatenate((rows[:-1, :full].reshape(-1), rows[-1, : int(counts[-1])]))
         found: U64 = rows[_PLACE[:LINK_CAPACITY] < counts[:, None]]
@@ -137,7 +139,7 @@ class _Survey:
     """What is kept of each link while a chain is followed: by position, so that a wrong guess is overwritten."""
 
     def __init__(self, ram: Ram, links: int) -> None:
-        self.ram, self.benches = ram, parallel.Workbenches(Workbench)
+        self.ram, self.benches = ram, parallel.Workbenches(lambda: Workbench(min(links, READ)))
         self.pages = np.empty(links, dtype=np.uint64)
         self.kept = np.empty((_KEPT, links), dtype=np.uint64)
         self.sums = np.empty(links, dtype=np.uint64)

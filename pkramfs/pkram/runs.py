@@ -1,7 +1,7 @@
 """What the links of a stream say: the fewest runs (index, pfn, count), by index.
 
     steady links      one run each, known from the header and the first entry: nothing is read again
-    all others        entries, READ links at a time, on all CPUs
+    all others        entries, STEP links at a time, on all CPUs
 
 Where a stream is one page here and one page there, the runs are as many as the entries, and are put straight
 into the arrays that are handed out: memory that is touched for the first time costs more than the arithmetic.
@@ -16,16 +16,20 @@ import numpy.typing as npt
 
 from pkramfs.errors import FormatError
 from pkramfs.pkram import parallel
-from pkramfs.pkram.chain import INDEX_MAX, READ, Chain, Flags, Workbench, differences
+from pkramfs.pkram.chain import INDEX_MAX, Chain, Flags, Workbench, differences
 from pkramfs.pkram.format import ENTRY_FLAGS_SHIFT, ENTRY_HUGE, ENTRY_ORDER_MASK, ENTRY_PFN_SHIFT, LINK_CAPACITY
-from pkramfs.pkram.link import HEAD_WORDS, decode, join_runs
+from pkramfs.pkram.link import BATCH, HEAD_WORDS, decode, join_runs
 from pkramfs.spans import U64
 from pkramfs.units import MAX_ORDER
 
 Runs = tuple[U64, U64, U64]
 
+STEP = 128
+"""Links whose entries one thread reads in one step: 512 KiB."""
+
 _LOW = np.uint64((1 << ENTRY_PFN_SHIFT) - 1)
 _UNKNOWN = np.uint64(int(_LOW) & ~(ENTRY_ORDER_MASK | ENTRY_HUGE << ENTRY_FLAGS_SHIFT))
+_ORDER = np.uint64(ENTRY_ORDER_MASK)
 _SHIFT = np.uint64(ENTRY_PFN_SHIFT)
 _STEP = np.uint64(1 << ENTRY_PFN_SHIFT)
 _ONE = np.uint64(1)
@@ -65,7 +69,7 @@ class _Reading:
     """
 
     def __init__(self, chain: Chain) -> None:
-        self.chain, begins = chain, np.arange(0, len(chain.pages), READ)
+        self.chain, begins = chain, np.arange(0, len(chain.pages), STEP)
         self._steady: npt.NDArray[np.bool_] = np.logical_and.reduceat(_sound(chain), begins)
         entries = np.where(self._steady, 0, np.add.reduceat(chain.counts, begins))
         self._edges: list[int] = [0, *np.cumsum(entries).tolist()]
@@ -80,7 +84,7 @@ class _Reading:
         found, at = list[tuple[Runs, bool]](), 0
         for low, high in pairwise(stretches):
             if self._steady[low]:
-                found.append(_steady_runs(self.chain, slice(low * READ, high * READ)))
+                found.append(_steady_runs(self.chain, slice(low * STEP, high * STEP)))
             else:
                 found += read[at : at + high - low]
                 at += high - low
@@ -88,21 +92,30 @@ class _Reading:
 
     def _read(self, step: int) -> tuple[Runs, bool]:
         """The runs of one step, in their place in the columns if they are many, and whether they are by index."""
-        links, place = slice(step * READ, (step + 1) * READ), slice(self._edges[step], self._edges[step + 1])
+        links, place = slice(step * STEP, (step + 1) * STEP), slice(self._edges[step], self._edges[step + 1])
         with self.chain.benches.lend() as bench:
             words = self.chain.fetch(links, bench.words)
-            if int(np.bitwise_or.reduce(words[:, HEAD_WORDS:], axis=None) & _LOW) == 0:
-                if self._is_scattered(links, words, bench):
-                    return self._scattered_runs(links, words, place)
-                runs = _single_runs(self.chain, links, self.chain.entries(links, words))
-            else:
-                runs = _block_runs(self.chain, links, self.chain.entries(links, words))
+            if self._is_scattered(links, words, bench):
+                return self._scattered_runs(links, words, place)
+            parts = [self._few_runs(links, words, low) for low in range(0, len(words), BATCH)]
+        index, pfn, count = (np.concatenate(column) for column in zip(*parts, strict=True))
+        runs = join_runs(index, pfn, count)
         return self._keep(runs, place), _in_order(runs)
+
+    def _few_runs(self, links: slice, words: U64, low: int) -> Runs:
+        """The runs of 64 links of a step, from link `low` on: arrays of entries that fit the L2 cache."""
+        part = slice(links.start + low, min(links.start + low + BATCH, links.stop))
+        entries = self.chain.entries(part, words[low : low + BATCH])
+        low = np.bitwise_or.reduce(entries) & _LOW
+        if low == np.bitwise_and.reduce(entries) & _LOW and not low & _UNKNOWN and low & _ORDER <= MAX_ORDER:
+            return _uniform_runs(self.chain, part, entries, int(low & _ORDER))
+        return _block_runs(self.chain, part, entries)
 
     def _is_scattered(self, links: slice, words: U64, bench: Workbench) -> bool:
         """Whether links are full of single pages of which none continues the one before it."""
         counts, index = self.chain.counts[links], self.chain.index[links]
-        if (counts != LINK_CAPACITY).any():
+        low = np.bitwise_or.reduce(words[:, HEAD_WORDS:], axis=None) & _LOW
+        if low or (counts != LINK_CAPACITY).any():
             return False
         meet = (index[1:] == index[:-1] + np.uint64(LINK_CAPACITY)) & (words[1:, HEAD_WORDS] == words[:-1, -1] + _STEP)
         return not meet.any() and not differences(words, bench, fill=False).any()
@@ -114,7 +127,7 @@ class _Reading:
         np.right_shift(words[:, HEAD_WORDS:], _SHIFT, out=pfn.reshape(-1, LINK_CAPACITY))
         np.add(first[:, None], _COUNTING, out=index.reshape(-1, LINK_CAPACITY))
         if int(pfn.min()) == 0 or int(pfn.max()) >= self.chain.ram.pages:
-            raise _bad_single(self.chain, links, words[:, HEAD_WORDS:].reshape(-1))
+            raise _bad_block(self.chain, links, words[:, HEAD_WORDS:].reshape(-1))
         ordered = bool((first[1:] >= first[:-1] + np.uint64(LINK_CAPACITY)).all())
         return (index, pfn, np.broadcast_to(_ONE, len(pfn))), ordered
 
@@ -158,41 +171,43 @@ def _steady_runs(chain: Chain, links: slice) -> tuple[Runs, bool]:
     return join_runs(*runs) if ordered else runs, ordered
 
 
-def _single_runs(chain: Chain, links: slice, entries: U64) -> Runs:
-    """Runs of entries that are single pages."""
-    counts, number = chain.counts[links], len(entries)
+def _uniform_runs(chain: Chain, links: slice, entries: U64, order: int) -> Runs:
+    """Runs of entries that are all of one order."""
+    counts, number, size = chain.counts[links], len(entries), np.uint64(1 << order)
     firsts = np.cumsum(counts) - counts
-    base: U64 = chain.index[links] - firsts.astype(np.uint64)  # index of an entry less its position
+    base: U64 = chain.index[links] - firsts.astype(np.uint64) * size  # index of an entry less what its position makes
     fresh = np.empty(number, dtype=bool)
     fresh[0] = True
-    np.not_equal(entries[1:] - entries[:-1], _STEP, out=fresh[1:])
+    np.not_equal(entries[1:] - entries[:-1], size << _SHIFT, out=fresh[1:])
     fresh[firsts[1:]] |= base[1:] != base[:-1]
     at = np.flatnonzero(fresh)
-    index = base[np.searchsorted(firsts, at, side="right") - 1] + at.astype(np.uint64)
-    pfn, count = entries[at] >> _SHIFT, np.diff(np.append(at, number)).astype(np.uint64)
-    if int(pfn.min()) == 0 or int((pfn + count).max()) > chain.ram.pages:
-        raise _bad_single(chain, links, entries)
+    index = base[np.searchsorted(firsts, at, side="right") - 1] + at.astype(np.uint64) * size
+    pfn, count = entries[at] >> _SHIFT, np.diff(np.append(at, number)).astype(np.uint64) * size
+    if int(pfn.min()) == 0 or int((pfn + count).max()) > chain.ram.pages or (pfn & (size - _ONE)).any():
+        raise _bad_block(chain, links, entries)
     return index, pfn, count
-
-
-def _bad_single(chain: Chain, links: slice, entries: U64) -> FormatError:
-    pfn = entries >> _SHIFT
-    return _bad_entry(chain, links, entries, (pfn == 0) | (pfn >= np.uint64(chain.ram.pages)))
 
 
 def _block_runs(chain: Chain, links: slice, entries: U64) -> Runs:
     """Runs of entries of any order; FormatError for one that cannot be."""
     pfn, order, _ = decode(entries)
     size = np.uint64(1) << np.minimum(order, MAX_ORDER).astype(np.uint64)
-    bad = (order > MAX_ORDER) | (pfn == 0) | ((pfn & (size - _ONE)) != 0)
-    bad |= (entries & _UNKNOWN != 0) | (pfn + size > np.uint64(chain.ram.pages))
-    if bad.any():
-        raise _bad_entry(chain, links, entries, bad)
+    if _bad(chain, entries).any():
+        raise _bad_block(chain, links, entries)
     return join_runs(chain.indices(links, size), pfn, size)
 
 
-def _bad_entry(chain: Chain, links: slice, entries: U64, bad: Flags) -> FormatError:
-    place = int(np.flatnonzero(bad)[0])
+def _bad(chain: Chain, entries: U64) -> Flags:
+    """Which entries are no aligned block of RAM."""
+    pfn, order, _ = decode(entries)
+    size = np.uint64(1) << np.minimum(order, MAX_ORDER).astype(np.uint64)
+    found: Flags = (order > MAX_ORDER) | (pfn == 0) | ((pfn & (size - _ONE)) != 0)
+    found |= (entries & _UNKNOWN != 0) | (pfn + size > np.uint64(chain.ram.pages))
+    return found
+
+
+def _bad_block(chain: Chain, links: slice, entries: U64) -> FormatError:
+    place = int(np.flatnonzero(_bad(chain, entries))[0])
     link = int(np.searchsorted(np.cumsum(chain.counts[links]), place, side="right"))
     return FormatError(
         "Link",
