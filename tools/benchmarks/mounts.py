@@ -68,6 +68,10 @@ class Lab:
         self.mounted.append(path)
         return path
 
+    def create(self, ram: int) -> None:
+        """A machine with so many bytes of RAM."""
+        command("pkramctl", "machine", "create", "--ram", str(ram))
+
     def preserve(self, path: Path) -> None:
         command("mount.pkramfs", "none", path, "-o", "remount,preserve,ro")
 
@@ -86,8 +90,22 @@ def _wait_for_daemons(machine: Machine) -> None:
 
 
 @contextlib.contextmanager
-def lab() -> Iterator[Lab]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pkram-bench-") as directory:
+def _large_tmpfs(directory: str, size: int) -> Iterator[None]:
+    """A tmpfs there that says it is that large, whatever the host has: for memory that is not touched."""
+    command("mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "none", directory)
+    try:
+        yield
+    finally:
+        unmount(Path(directory))
+
+
+@contextlib.contextmanager
+def lab(size: int = 0) -> Iterator[Lab]:
+    """A lab, on a tmpfs of its own of `size` bytes if that is given (root only)."""
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pkram-bench-"))
+        if size:
+            stack.enter_context(_large_tmpfs(directory, size))
         made = Lab(Path(directory))
         before = os.environ.get("PKRAM_ROOT")
         os.environ["PKRAM_ROOT"] = str(made.machine.parent)

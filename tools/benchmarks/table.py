@@ -134,7 +134,7 @@ def row(figure: Figure) -> str:
         beside += f", floor {number(figure.floor)}, {figure.above_floor:.2f}x of it"
     judged = "" if figure.met is None else f"{figure.target}: {'met' if figure.met else 'MISSED'}"
     value = f"{number(figure.value)} {figure.unit}"
-    return f"{figure.section:7} {figure.name:53} {value:>14} {spread:>19}  {beside:72} {judged} {figure.note}".rstrip()
+    return f"{figure.section:7} {figure.name:60} {value:>14} {spread:>19}  {beside:72} {judged} {figure.note}".rstrip()
 
 
 def number(value: float) -> str:

@@ -3,41 +3,99 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from benchmarks.mounts import BIN, Lab, command, lab
 from benchmarks.table import Table, milliseconds
-from pkramfs.units import GIB
+from pkramfs.units import GIB, format_size
+
+PHASES = {
+    "": "start, freeze, plan",
+    "stop": "stop the mounts",
+    "hand over": "hand over, verify, decide",
+    "end": "end the kernel, boot",
+    "take over": "take over, serve again",
+}
+"""What `pkram-kexec -e -v` says first of each phase; nothing before the first."""
 
 
 def pause(table: Table) -> None:
     """remount,preserve and pkram-kexec -e until the mount serves again."""
     with lab() as place:
-        empty = place.mount("empty")
-        _walk(table, place, empty, "an empty tree", "", "")
-    size = min(2 * GIB, _room() // 4) if not table.quick else 64 << 20
+        _walk(table, place, place.mount("empty"), "an empty tree")
     with lab() as place:
-        path = place.mount("data")
+        path, size = place.mount("data"), min(GIB, _room() // 4) if not table.quick else 64 << 20
         _write(path / "file", size)
-        _walk(table, place, path, f"{size >> 20} MiB in one file", "<250 ms", "<700 ms")
+        _walk(table, place, path, f"{format_size(size)} in one file", "<250 ms", "<700 ms")
+    _pause_large(table)
     files = 2000 if table.quick else 100_000
     with lab() as place:
         path = place.mount("files")
         _many(path, files)
-        _walk(table, place, path, f"{files:,} files", "", "")
+        _walk(table, place, path, f"{files:,} files")
 
 
-def _walk(table: Table, place: Lab, path: Path, what: str, preserve: str, boot: str) -> None:
+def _pause_large(table: Table) -> None:
+    """One file of 100 GiB, whose memory is allocated and recorded, not touched: RAM is sparse."""
+    size = (4 if table.quick else 100) * GIB
+    if os.geteuid():
+        print(f"pause   {format_size(size)} in one file: left out, only root can mount a tmpfs that large")
+        return
+    for name, options in (("one file", ""), ("one file, huge=always", ",huge=always")):
+        with lab(size * 3 // 2) as place:
+            place.create(size * 5 // 4)
+            path = place.mount("large", f"{options},size={size}")
+            file = path / "file"
+            file.touch()
+            command("pkramctl", "allocate", file, 0, size)
+            _walk(table, place, path, f"{format_size(size)} in {name}", "<250 ms", "<700 ms")
+            found = file.stat()
+            if (found.st_size, found.st_blocks * 512) != (size, size):
+                raise SystemExit(f"tools/bench: {file} came back with {found.st_blocks * 512} bytes, not {size}")
+
+
+def _walk(table: Table, place: Lab, path: Path, what: str, preserve: str = "", boot: str = "") -> None:
     saves, boots, bare = [], [], []
+    phases: dict[str, list[float]] = {name: [] for name in PHASES.values()}
     for _ in range(table.runs):
         command("mount.pkramfs", "none", path, "-o", "remount,rw")
         saves.append(milliseconds(lambda: place.preserve(path)))
         place.load()
-        boots.append(milliseconds(lambda: command("pkram-kexec", "-e")))
+        spent = _timed_kexec()
+        boots.append(sum(spent.values()))
+        for name, values in phases.items():
+            values.append(spent[name])
         bare.append(milliseconds(lambda: command("python", "-c", "import numpy, trio, pyfuse3")))
     words = {"reference": bare, "reference_name": "python with imports"}
     table.add("pause", f"remount,preserve of {what}", saves, "ms", target=preserve, **words)  # type: ignore[arg-type]
     table.add("pause", f"pkram-kexec -e with {what}", boots, "ms", target=boot, **words)  # type: ignore[arg-type]
+    for name, values in phases.items():
+        table.add("pause", f"{what}: {name}", values, "ms")
+
+
+def _timed_kexec() -> dict[str, float]:
+    """Milliseconds that pkram-kexec -e spends in each of PHASES."""
+    spent, phase, began = dict.fromkeys(PHASES.values(), 0.0), "", time.perf_counter()
+    with subprocess.Popen(
+        [str(BIN / "pkram-kexec"), "-e", "-v"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            now, following = time.perf_counter(), next((word for word in PHASES if word and line.startswith(word)), "")
+            if following:
+                spent[PHASES[phase]] += (now - began) * 1000
+                phase, began = following, now
+    spent[PHASES[phase]] += (time.perf_counter() - began) * 1000
+    if process.returncode:
+        raise SystemExit(f"tools/bench: pkram-kexec -e failed: {''.join(lines).strip()}")
+    return spent
 
 
 def _room() -> int:
