@@ -137,6 +137,14 @@ def join_runs(index: U64, pfn: U64, count: U64) -> tuple[U64, U64, U64]:
     return index[first], pfn[first], np.add.reduceat(count, first)
 
 
+def join_equal(index: U64, pfn: U64, order: int) -> tuple[U64, U64, U64]:
+    """Blocks of one order, as they come, as runs (index, pfn, count)."""
+    size = np.uint64(1 << order)
+    fresh = (index[1:] - index[:-1] != size) | (pfn[1:] - pfn[:-1] != size)
+    first = np.append(0, np.flatnonzero(fresh) + 1)
+    return index[first], pfn[first], np.diff(np.append(first, len(pfn))).astype(np.uint64) << np.uint64(order)
+
+
 def join_blocks(index: U64, pfn: U64, order: U8) -> tuple[U64, U64, U64]:
     """Blocks by index as the fewest runs (index, pfn, count): the reverse of `split_runs`."""
     return join_runs(index, pfn, sizes(order))

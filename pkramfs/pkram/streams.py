@@ -162,23 +162,44 @@ class ObjectWriter:
         orders = np.asarray(order, dtype=np.uint8).reshape(-1)
         if (orders > MAX_ORDER).any():
             raise PkramError(f"the order of a block to preserve is above {MAX_ORDER}", errno.EINVAL)
-        columns = _columns(index, pfn, link.sizes(orders))
+        columns = _columns(index, pfn, np.broadcast_to(np.uint64(1), len(orders)))
+        if not len(orders):
+            return
+        if (orders == orders[0]).all() and not self._arena.banned:
+            self._save_equal(*columns[:2], int(orders[0]))
+        else:
+            self._save_mixed(_columns(index, pfn, link.sizes(orders)), orders)
+
+    def _save_equal(self, index: U64, pfn: U64, order: int) -> None:
+        """Preserve blocks of one order: those that continue each other as one row, for they are many and do."""
+        if int(np.bitwise_or.reduce(pfn)) & ((1 << order) - 1):
+            raise _unaligned()
+        columns = link.join_equal(index, pfn, order)
+        self._name(columns[1], columns[2], self._check_indices(columns)[0])
+
+        def work(number: int) -> Rows:
+            index, pfn, count = _part(columns, number)
+            orders, flags = np.full(len(pfn), order, dtype=np.uint8), np.full(len(pfn), _flag(order), dtype=np.uint8)
+            return link.rows(index, pfn, orders, flags, count >> np.uint64(order))
+
+        self._each(work, len(columns[0]))
+
+    def _save_mixed(self, columns: Columns, orders: link.U8) -> None:
+        """Preserve blocks of any order, of which some may have to be moved."""
         if (columns[1] & (columns[2] - np.uint64(1))).any():
-            raise PkramError("a block to preserve is not aligned to its order", errno.EINVAL)
+            raise _unaligned()
         hit = touched(self._arena.banned, columns[1], columns[2])
         if hit.any():
             self.save_runs(*(column[hit] for column in columns))
             columns, orders = _columns(*(column[~hit] for column in columns)), orders[~hit]
         if not len(orders):
             return
-        extent, _ = self._check_indices(columns)
-        self._name(columns[1], columns[2], extent)
+        self._name(columns[1], columns[2], self._check_indices(columns)[0])
 
         def work(number: int) -> Rows:
             index, pfn, _ = _part(columns, number)
             order = orders[number * _SLICE : (number + 1) * _SLICE]
-            flags = np.where(order == BLOCK_ORDER, ENTRY_HUGE, 0).astype(np.uint8)
-            return link.rows(index, pfn, order, flags)
+            return link.rows(index, pfn, order, np.where(order == BLOCK_ORDER, _flag(BLOCK_ORDER), 0).astype(np.uint8))
 
         self._each(work, len(orders))
 
@@ -280,6 +301,15 @@ class ObjectWriter:
         if self.values is None:
             raise AssertionError("the object was not finished")
         write_page(self._ram, pfn, OBJECT, {NEXT: 0, OTHER: 0}, magic=OBJECT_MAGIC, object=following, **self.values)
+
+
+def _flag(order: int) -> int:
+    """The flags of an entry of that order."""
+    return ENTRY_HUGE if order == BLOCK_ORDER else 0
+
+
+def _unaligned() -> PkramError:
+    return PkramError("a block to preserve is not aligned to its order", errno.EINVAL)
 
 
 def _part(columns: Columns, number: int) -> Columns:
