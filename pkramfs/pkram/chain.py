@@ -57,8 +57,8 @@ class Workbench:
     """One thread's buffers: so many links as they were fetched, and room for differences and answers."""
 
     def __init__(self, links: int) -> None:
-        self.words = np.empty((links, PAGE_WORDS), dtype=np.uint64)
-        self.rises = np.zeros((links, PAGE_WORDS), dtype=np.uint64)
+        both = np.empty((2 * links, PAGE_WORDS), dtype=np.uint64)  # from 4 MiB on numpy asks for huge pages
+        self.words, self.rises = both[:links], both[links:]
         self.steady = np.empty((links, PAGE_WORDS), dtype=bool)
         self.bytes = memoryview(self.words).cast("B")  # type: ignore[arg-type]
         self.covered = [self.bytes[at + COVERED : at + PAGE_SIZE] for at in range(0, links * PAGE_SIZE, PAGE_SIZE)]

@@ -216,7 +216,8 @@ def rfc(table: Table) -> None:
             runs = make(machine, size)
             for _ in range(table.runs):
                 times.run(machine, runs, **words)
-                with one_cpu():
+            with one_cpu():
+                for _ in range(table.runs):
                     alone.run(machine, runs, **words)
         _add_case(table, f"{format_size(size)} {name}", times, save_target, load_target, ANNOUNCED[name])
         _add_case(table, f"{format_size(size)} {name}, one CPU", alone, "", "", "")
