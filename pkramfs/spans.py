@@ -169,17 +169,12 @@ class Spans:
 
 
 def _merge(starts: U64, ends: U64) -> tuple[U64, U64]:
-    """Sort ranges and join those that overlap or touch; most come in order, and only touch."""
-    if len(starts) > 1:
-        gaps = starts[1:] != ends[:-1]
-        if (starts[1:] >= ends[:-1]).all():
-            if gaps.all():
-                return starts.copy(), ends.copy()
-            at = np.flatnonzero(gaps)
-            return starts[np.append(0, at + 1)], np.append(ends[at], ends[-1])
-        order = np.argsort(starts, kind="stable")
-        starts, ends = starts[order], np.maximum.accumulate(ends[order])
-        fresh = np.concatenate(([True], starts[1:] > ends[:-1]))
-        last = np.concatenate((fresh[1:], [True]))
-        starts, ends = starts[fresh], ends[last]
-    return np.ascontiguousarray(starts), np.ascontiguousarray(ends)
+    """Sort ranges and join those that overlap or touch; most come in order, and only touch. Always new arrays."""
+    if (starts[1:] >= ends[:-1]).all():
+        fresh = np.ones(len(starts), dtype=bool)
+        np.not_equal(starts[1:], ends[:-1], out=fresh[1:])
+        return starts[fresh], ends[np.append(fresh[1:], fresh[:1])]
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], np.maximum.accumulate(ends[order])
+    fresh = np.concatenate(([True], starts[1:] > ends[:-1]))
+    return starts[fresh], ends[np.concatenate((fresh[1:], [True]))]

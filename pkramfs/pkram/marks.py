@@ -48,7 +48,7 @@ class Marks:
     def __init__(self, pages: int) -> None:
         self._pages, self._bits = pages, _NO_BITS
         self._low, self._high, self._marked = pages, 0, 0
-        self._long = Spans()
+        self._long, self._refused = Spans(), False
         self._lock = threading.Lock()
 
     def add(self, pfn: U64, count: U64, extent: Extent | None = None) -> int:
@@ -58,24 +58,29 @@ class Marks:
         """
         if not len(pfn):
             return 0
-        least, most, total = extent or extent_of(count)
-        if not least or most > self._pages:
-            raise outside()
+        extent = extent or extent_of(count)
+        total = extent.total
         if len(pfn) <= _FEW or total > _SHORT * len(pfn):
-            self._expect_memory(pfn, count)
+            self.expect_memory(pfn, count, extent)
             with self._lock:
                 self._add_spans(Spans.from_runs(pfn, count), total, short=total <= _SHORT * len(pfn))
             return total
         with self._lock:
             self._have_bits()
-        low, high = self._mark(pfn, count, single=most == 1)
+        try:
+            low, high = self._mark(pfn, count, extent)
+        except PkramError:
+            self._refused = True  # and some were marked: nothing can be said of this set any more
+            raise
         with self._lock:
             self._account(low, high, total)
         return total
 
-    def _expect_memory(self, pfn: U64, count: U64) -> None:
-        """EINVAL for runs that are not within RAM; counts are known to be less than it."""
-        if not int(pfn.min()) or int(pfn.max()) >= self._pages or int((pfn + count).max()) > self._pages:
+    def expect_memory(self, pfn: U64, count: U64, extent: Extent) -> None:
+        """EINVAL for runs, whose counts have that extent, that are not within RAM."""
+        if not extent.least or extent.most > self._pages or not int(pfn.min()) or int(pfn.max()) >= self._pages:
+            raise outside()
+        if int((pfn + count).max()) > self._pages:
             raise outside()
 
     def _add_spans(self, spans: Spans, total: int, *, short: bool) -> None:
@@ -106,14 +111,14 @@ class Marks:
         self._low, self._high = min(self._low, low), max(self._high, high)
         self._marked += total
 
-    def _mark(self, pfn: U64, count: U64, *, single: bool) -> tuple[int, int]:
+    def _mark(self, pfn: U64, count: U64, extent: Extent) -> tuple[int, int]:
         """Set the bits of many short runs; returns between which pages they are."""
 
         def work(number: int) -> tuple[int, int]:
             part = slice(number * _SLICE, (number + 1) * _SLICE)
             where = pfn[part].view(np.int64)  # an index of another type would be converted first
-            if not single:
-                self._expect_memory(pfn[part], count[part])
+            if extent.most > 1 or not extent.least:
+                self.expect_memory(pfn[part], count[part], extent)
                 each = count[part].view(np.int64)
                 where = np.repeat(where - (np.cumsum(each) - each), each) + np.arange(int(each.sum()))
             low, high = int(where.min()), int(where.max()) + 1
@@ -127,7 +132,9 @@ class Marks:
         return min(low for low, _ in edges), max(high for _, high in edges)
 
     def spans(self) -> Spans:
-        """Every frame that was named; PkramError (EEXIST) if one was named twice."""
+        """Every frame that was named; PkramError: EEXIST if one was named twice, EINVAL if one was refused half-way."""
+        if self._refused:
+            raise outside()
         if not len(self._bits):
             return self._long
         bits = self._bits[self._low : self._high]

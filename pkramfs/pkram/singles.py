@@ -22,6 +22,7 @@ LINKS = 256
 """Links that are made in one step: 1 MiB."""
 SLICE = LINKS * LINK_CAPACITY
 _SHIFT = np.uint64(ENTRY_PFN_SHIFT)
+_NONE: I64 = np.empty(0, dtype=np.int64)
 _COLUMN: I64 = np.arange(LINK_CAPACITY)
 
 
@@ -59,8 +60,8 @@ def dense(index: U64, bench: Bench) -> bool:
 def _plan(blocks: Rows) -> Plan:
     """Where links begin: after every jump of the index, and when the one before is full."""
     index, size = blocks.index, len(blocks.index)
-    jumps = [] if blocks.dense else (np.flatnonzero(index[1:] - index[:-1] != np.uint64(1)) + 1).tolist()
-    starts = plain_starts(np.array([0, *jumps, size], dtype=np.int64), LINK_CAPACITY)
+    jumps: I64 = np.flatnonzero(index[1:] - index[:-1] != np.uint64(1)) + 1 if not blocks.dense else _NONE
+    starts = plain_starts(np.concatenate(([0], jumps, [size])), LINK_CAPACITY)
     return Plan(starts, starts, np.diff(np.append(starts, size)), index[starts])
 
 

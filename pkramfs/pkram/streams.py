@@ -18,6 +18,7 @@ import errno
 import itertools
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -108,7 +109,9 @@ class ObjectWriter:
         if not len(columns[0]):
             return
         extent, dense = self._check_indices(columns)
-        if not self._arena.banned:
+        if self._arena.banned:
+            self._marks.expect_memory(columns[1], columns[2], extent)
+        else:
             self._name(columns[1], columns[2], extent)
 
         def work(number: int) -> Rows:
@@ -229,7 +232,8 @@ class ObjectWriter:
             self.page_count += total
 
     def _collect(self, blocks: Rows) -> None:
-        """Keep the blocks of small calls until there are enough for 64 links."""
+        """Keep the blocks of small calls until there are enough for 64 links: copies, for arrays are the caller's."""
+        blocks = replace(blocks, index=blocks.index.copy(), pfn=blocks.pfn.copy(), repeat=blocks.repeat.copy())
         with self._lock:
             self._collected.append(blocks)
             self._waiting += blocks.entries
