@@ -225,6 +225,23 @@ def test_what_wakes_during_a_save_is_saved_once(tree, sleepy) -> None:
     assert columns == expected[0]
 
 
+def test_what_was_empty_and_lies_between_sleepers_is_saved_in_its_place(tree, sh, ram) -> None:
+    """Directories, links and xattrs: 1 and 3 sleep, 2 had nothing when it was saved and has now."""
+    for name in (b"1", b"2", b"3"):
+        folder = tree.mkdir(1, name, 0o755).ino
+        if name != b"2":
+            sh.write(b"in" + name, parent=folder)
+            tree.setxattr(sh.write(b"x" + name, parent=folder), b"user.x", name)
+    copy = restored(preserved(tree), ram)
+    two = copy.lookup(1, b"2").ino
+    copy.create(two, b"new", 0o644)
+    copy.setxattr(two, b"user.y", b"2")
+    assert copy.asleep is not None
+    half = pictured(copy)
+    copy.wake()
+    assert pictured(copy) == half
+
+
 def test_names_that_hash_alike_are_compared(tree, sh, ram, monkeypatch) -> None:
     monkeypatch.setattr("pkramfs.fs.verify._WEIGHTS", np.zeros(257, dtype=np.uint64))
     fill(tree, sh)

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from pkramfs.errors import ExhaustedError, PkramError, PkramfsError
+from pkramfs.errors import ExhaustedError, FormatError, PkramError, PkramfsError
 from pkramfs.pkram import chain, format, link, runs, singles, streams
 from pkramfs.pkram.page import unseal
 from pkramfs.spans import Spans
@@ -180,3 +180,43 @@ def test_a_call_that_is_refused_half_way_is_no_node(ram, store, frames, small_st
                 saving.finish()
             assert caught.value.errno == errno.EINVAL
     assert frames.used_pages == before and not list(store.nodes())
+
+
+def test_pages_that_meet_where_two_links_meet_are_one_run(ram, store, frames) -> None:
+    """Full links of pages apart, but the last of each goes on in the first of the next."""
+    ((start, _),) = frames.allocate(6000)
+    place = np.arange(4 * format.LINK_CAPACITY, dtype=np.uint64)
+    pfn = np.uint64(start) + place * np.uint64(2) - place // np.uint64(format.LINK_CAPACITY)
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames) as saving:
+        with saving.object() as writer:
+            writer.save_runs(place, pfn, np.ones_like(place))
+        saving.finish()
+    with store.prepare_load(b"n") as load:
+        (reader,) = load
+        index, _, count = reader.load_runs()
+    assert len(index) == len(place) - 3 and count.max() == 2 and int(count.sum()) == len(place)
+
+
+@pytest.mark.parametrize("order", [0, 4])
+@pytest.mark.parametrize("where", ["at 0", "beyond the end", "not aligned"])
+def test_a_link_of_blocks_that_cannot_be_is_named(ram, store, frames, order, where) -> None:
+    ((start, _),) = frames.allocate(6000)
+    pfn = np.uint64(-(-start // 16) * 16) + (np.arange(100, dtype=np.uint64) << np.uint64(order))
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames) as saving:
+        with saving.object() as writer:
+            writer.save_pages(np.arange(100, dtype=np.uint64) << np.uint64(order), pfn, np.full(100, order, np.uint8))
+        saving.finish()
+    with store.prepare_load(b"n") as load:
+        (reader,) = load
+        head = reader.record.pages_head
+    wrong = {"at 0": 0, "beyond the end": ram.pages - (50 << order), "not aligned": int(pfn[0]) + 3}[where]
+    words = ram.words(head)
+    good = words.copy()
+    words[8:108] = (np.uint64(wrong) + (np.arange(100, dtype=np.uint64) << np.uint64(order))) << np.uint64(12) | order
+    words[1] = np.uint64(chain.xxhash.xxh3_64_intdigest(ram.page(head)[format.COVERED :], head))
+    with pytest.raises(FormatError) as caught:
+        store.prepare_load(b"n")
+    expected = ("Link", "entry", head) if where != "not aligned" or order else ("Object", "pages", None)
+    assert (caught.value.record, caught.value.field) == expected[:2]
+    assert expected[2] in (None, caught.value.pfn)
+    words[:] = good

@@ -137,9 +137,10 @@ def test_huge_pages_are_marked(ram, store, frames):
         ([0, 1], [5], [1], errno.EINVAL),
     ],
 )
-def test_runs_that_cannot_be_are_refused(store, frames, index, pfn, count, code):
+@pytest.mark.parametrize("banned", [Spans(), Spans([(5, 7)])], ids=["free", "banned"])
+def test_runs_that_cannot_be_are_refused(store, frames, index, pfn, count, code, banned):
     frames.allocate(100)
-    with store.prepare_save(b"n", tree_id=TREE, frames=frames) as saving:
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames, banned=banned) as saving:
         writer = saving.object()
         with pytest.raises(PkramError) as caught:
             writer.save_runs(*(np.array(column, dtype=np.uint64) for column in (index, pfn, count)))

@@ -105,3 +105,25 @@ def test_pages_given_back_are_used_again(wide, wide_frames):
         table.remove(odd)
         table.add(odd)
     assert wide_frames.used_pages == used
+
+
+@pytest.mark.parametrize("there", [(5, 9), (0, LOWER - 1), (0, LOWER), (0, UPPER)])
+@pytest.mark.parametrize("more", [(9, 11), (LOWER - 1, LOWER), (8, 9), (LOWER, LOWER + 2), (UPPER, UPPER + 1), (4, 5)])
+def test_a_few_pages_are_added_in_the_end_as_many_are(wide, wide_frames, there, more):
+    """What a table is left to list of its own pages: the same entries, the same refusals."""
+    first, last = (Spans([(BASE + a, BASE + b)]) for a, b in (there, more))
+    tables = [TableWriter(wide, wide_frames.allocate_pages) for _ in range(2)]
+    for table in tables:
+        table.add(first)
+    if first & last:
+        with pytest.raises(PkramError) as caught:
+            tables[0].close(iter([last, Spans()]).__next__)
+        assert caught.value.errno == errno.EEXIST
+        return
+    tables[0].close(iter([last, Spans()]).__next__)
+    tables[1].add(last)
+    unit = np.array([BASE // LOWER], dtype=np.uint64)
+    found = [pagetable.read(wide, table.root) for table in tables]
+    assert found == [first | last] * 2
+    full = [table._lower(unit, unit // np.uint64(LOWER))[0] == pagetable.FULL for table in tables]
+    assert full[0] == full[1]
