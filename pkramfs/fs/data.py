@@ -237,15 +237,24 @@ class Data(Filling):
         if inode.pages is None:
             return 0
         empty = [
-            (index + start, index + end)
+            (index + start - pfn, index + end - pfn)
             for index, pfn, count in _pieces(inode.pages.between(first, last))
-            for start, end in Spans.from_mask(~self.ram.words(pfn, count).reshape(count, -1).any(axis=1))
+            for start, end in self._zeros(pfn, count)
         ]
         if empty:
             self._change("sparsify", ino=inode.ino, ranges=empty)
         for start, end in empty:
             self._free_pages(inode.pages, start, end)
         return sum(end - start for start, end in empty)
+
+    def _zeros(self, pfn: int, count: int) -> Spans:
+        """Which of `count` frames from pfn are all zeros; those that were never touched stay untouched."""
+        touched = self.ram.data_spans(pfn, pfn + count)
+        found = touched.gaps(pfn, pfn + count)
+        for start, end in touched:
+            empty = ~self.ram.words(start, end - start).reshape(end - start, -1).any(axis=1)
+            found = found | Spans.from_mask(empty, start)
+        return found
 
     def extents(self, number: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """(offset, size) of the parts of a file from `start` on that are no hole: what SEEK_DATA would find."""

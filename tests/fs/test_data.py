@@ -224,6 +224,19 @@ def test_zeros_can_be_given_back(tree, sh) -> None:
     assert tree.sparsify(sh.write(b"g")) == 0
 
 
+def test_looking_for_zeros_touches_no_page(tree, sh, monkeypatch) -> None:
+    """A page that was allocated and never written lies in a hole of the RAM file, and is zeros without a look."""
+    ino = sh.write(b"f", b"x" * PAGE)
+    tree.allocate(ino, PAGE, 999 * PAGE)
+    tree.write(ino, 500 * PAGE, b"y")
+    tree.write(ino, 600 * PAGE, bytes(PAGE))
+    before, backed, free = tree.ram.backed, [], tree._free_pages
+    monkeypatch.setattr(tree, "_free_pages", lambda *where: (backed.append(tree.ram.backed), free(*where)))
+    assert tree.sparsify(ino) == 998
+    assert max(backed) <= before
+    assert [offset // PAGE for offset, _ in tree.extents(ino)] == [0, 500]
+
+
 def test_extents_are_what_is_no_hole(tree, sh) -> None:
     ino = sh.write(b"f", b"x" * 100)
     assert list(tree.extents(ino)) == [(0, 100)]
