@@ -152,7 +152,8 @@ def extent_of(count: U64) -> Extent:
     """The extent of counts."""
     if count.strides == (0,):
         return Extent(int(count[0]), int(count[0]), int(count[0]) * len(count))
-    return Extent(int(count.min()), int(count.max()), int(count.sum()))
+    most, total = int(count.max()), int(count.sum())
+    return Extent(1 if most == 1 and total == len(count) else int(count.min()), most, total)
 
 
 def outside() -> PkramError:

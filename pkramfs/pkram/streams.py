@@ -133,7 +133,7 @@ class ObjectWriter:
 
     def _rows(self, index: U64, pfn: U64, count: U64, *, dense: bool = False) -> Rows:
         """Runs as rows: of the fewest aligned blocks, or of single pages in a strict save."""
-        if int(count.max()) == 1:
+        if dense or int(count.max()) == 1:  # counts that are known to be 1 are not read again
             return link.single_rows(index, pfn, dense=dense)
         if self._strict:
             return link.rows(index, pfn, np.zeros(len(pfn), dtype=np.uint8), repeat=count)
