@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from pkramfs.fs.tree import Tree
 
 _FIELDS = ("ino", "mode", "uid", "gid", "nlink", "rdev", "size", "atime", "mtime", "ctime")
+_Rows = tuple[Columns, list[tuple[int, bytes]]]
+"""Columns, and pieces of the blob that belongs to them, each with the place of its owner."""
 _STEP = 1 << 14
 """Inodes whose fields are read at once: what they become stays in the cache."""
 
@@ -148,18 +150,11 @@ def _fields(inodes: list[Inode]) -> Array:
 
 def _entry_columns(inodes: _Inodes) -> tuple[Columns, bytes]:
     """Names of all directories, oldest first in each."""
-    columns, chunks = _awake_entries(inodes)
-    if inodes.rest is not None:
-        asleep, more = _sleeping_entries(inodes.rest)
-        chunks += more
-        columns = {name: np.concatenate((columns[name], asleep[name])) for name in columns}
-        order = _order(columns["parent"])
-        if order is not None:
-            columns = {name: column[order] for name, column in columns.items()}
-    return columns, _in_place(chunks)
+    asleep = _sleeping_entries(inodes.rest) if inodes.rest is not None else None
+    return _merged(_awake_entries(inodes), asleep, "parent")
 
 
-def _awake_entries(inodes: _Inodes) -> tuple[Columns, list[tuple[int, bytes]]]:
+def _awake_entries(inodes: _Inodes) -> _Rows:
     names: list[bytes] = []
     children: list[Inode] = []
     cookies: list[int] = []
@@ -184,7 +179,7 @@ def _awake_entries(inodes: _Inodes) -> tuple[Columns, list[tuple[int, bytes]]]:
     return columns, chunks
 
 
-def _sleeping_entries(rest: _Rest) -> tuple[Columns, list[tuple[int, bytes]]]:
+def _sleeping_entries(rest: _Rest) -> _Rows:
     entries, edges = rest.parts.entries, rest.packed.name_edges
     rows = np.flatnonzero(rest.folders[entries["parent"]])
     parents = rest.places[entries["parent"][rows]]
@@ -208,6 +203,18 @@ def _chunks(blob: bytes, edges: Array, rows: Array, places: Array) -> list[tuple
     first, last = np.append(0, fresh), np.append(fresh - 1, len(rows) - 1)
     spans = zip(places[first].tolist(), edges[rows[first]].tolist(), edges[rows[last] + 1].tolist(), strict=True)
     return [(place, blob[start:end]) for place, start, end in spans]
+
+
+def _merged(awake: _Rows, asleep: _Rows | None, owner: str) -> tuple[Columns, bytes]:
+    """Rows of both by the place of their owner, and the blob that belongs to them."""
+    columns, chunks = awake
+    if asleep is not None:
+        chunks = chunks + asleep[1]
+        columns = {name: np.concatenate((columns[name], asleep[0][name])) for name in columns}
+        order = _order(columns[owner])
+        if order is not None:
+            columns = {name: column[order] for name, column in columns.items()}
+    return columns, _in_place(chunks)
 
 
 def _in_place(chunks: list[tuple[int, bytes]]) -> bytes:
@@ -261,6 +268,12 @@ def _sleeping_runs(rest: _Rest) -> tuple[Array, Array]:
 
 
 def _xattr_columns(inodes: _Inodes) -> tuple[Columns, bytes]:
+    """Names and values, by inode."""
+    asleep = _sleeping_xattrs(inodes.rest) if inodes.rest is not None else None
+    return _merged(_awake_xattrs(inodes), asleep, "inode")
+
+
+def _awake_xattrs(inodes: _Inodes) -> _Rows:
     owners = [inode for inode in inodes.awake if inode.xattrs]
     places = np.searchsorted(inodes.numbers, np.array([inode.ino for inode in owners], dtype=np.uint64)).tolist()
     rows = [
@@ -273,18 +286,10 @@ def _xattr_columns(inodes: _Inodes) -> tuple[Columns, bytes]:
         "name_length": np.array([len(name) for _, name, _ in rows], dtype=np.int64),
         "value_length": np.array([len(value) for _, _, value in rows], dtype=np.int64),
     }
-    chunks = [(place, name + value) for place, name, value in rows]
-    if inodes.rest is not None:
-        asleep, more = _sleeping_xattrs(inodes.rest)
-        chunks += more
-        columns = {name: np.concatenate((columns[name], asleep[name])) for name in columns}
-        order = _order(columns["inode"])
-        if order is not None:
-            columns = {name: column[order] for name, column in columns.items()}
-    return columns, _in_place(chunks)
+    return columns, [(place, name + value) for place, name, value in rows]
 
 
-def _sleeping_xattrs(rest: _Rest) -> tuple[Columns, list[tuple[int, bytes]]]:
+def _sleeping_xattrs(rest: _Rest) -> _Rows:
     table = rest.parts.xattrs
     rows = np.flatnonzero(rest.inodes[table["inode"]])
     places = rest.places[table["inode"][rows]]

@@ -25,7 +25,7 @@ from pkramfs.units import MAX_ORDER
 Runs = tuple[U64, U64, U64]
 
 STEP = 128
-"""Links whose entries one thread reads in one step: 512 KiB."""
+"""Links whose entries one thread reads in one step: 512 KiB; at most chain.READ."""
 
 _LOW = np.uint64((1 << ENTRY_PFN_SHIFT) - 1)
 _UNKNOWN = np.uint64(int(_LOW) & ~(ENTRY_ORDER_MASK | ENTRY_HUGE << ENTRY_FLAGS_SHIFT))
@@ -106,16 +106,16 @@ class _Reading:
         """The runs of 64 links of a step, from link `low` on: arrays of entries that fit the L2 cache."""
         part = slice(links.start + low, min(links.start + low + BATCH, links.stop))
         entries = self.chain.entries(part, words[low : low + BATCH])
-        low = np.bitwise_or.reduce(entries) & _LOW
-        if low == np.bitwise_and.reduce(entries) & _LOW and not low & _UNKNOWN and low & _ORDER <= MAX_ORDER:
-            return _uniform_runs(self.chain, part, entries, int(low & _ORDER))
+        tail = np.bitwise_or.reduce(entries) & _LOW  # order and flags
+        if tail == np.bitwise_and.reduce(entries) & _LOW and not tail & _UNKNOWN and tail & _ORDER <= MAX_ORDER:
+            return _uniform_runs(self.chain, part, entries, int(tail & _ORDER))
         return _block_runs(self.chain, part, entries)
 
     def _is_scattered(self, links: slice, words: U64, bench: Workbench) -> bool:
         """Whether links are full of single pages of which none continues the one before it."""
         counts, index = self.chain.counts[links], self.chain.index[links]
-        low = np.bitwise_or.reduce(words[:, HEAD_WORDS:], axis=None) & _LOW
-        if low or (counts != LINK_CAPACITY).any():
+        tail = np.bitwise_or.reduce(words[:, HEAD_WORDS:], axis=None) & _LOW  # orders and flags
+        if tail or (counts != LINK_CAPACITY).any():
             return False
         meet = (index[1:] == index[:-1] + np.uint64(LINK_CAPACITY)) & (words[1:, HEAD_WORDS] == words[:-1, -1] + _STEP)
         return not meet.any() and not differences(words, bench, fill=False).any()
