@@ -332,19 +332,27 @@ class Core:
 
     def paths(self, wanted: set[int]) -> list[bytes]:
         """A path from the root for each of these inodes, in order of the walk; one that is deleted is named so."""
-        found: list[bytes] = []
         left = set(wanted)
+        found = self._walk(left)
+        if left - self.orphans.keys():  # the name by which an inode woke is gone, another one sleeps
+            self.wake()
+            found += self._walk(left)
+        for ino in sorted(left & self.orphans.keys()):
+            parent, name = self.orphans[ino]
+            found.append(self.path_of_directory(parent).rstrip(b"/") + b"/" + name + b" (deleted)")
+        return found
+
+    def _walk(self, left: set[int]) -> list[bytes]:
+        """A path for each of the inodes in `left` that has a name which is awake; they are taken out of it."""
+        found: list[bytes] = []
         stack: list[tuple[bytes, Inode]] = [(b"", self.root)]
         while stack and left:
             prefix, inode = stack.pop()
             if inode.ino in left:
                 left.discard(inode.ino)
                 found.append(prefix or b"/")
-            if inode.entries is not None and not inode.entries.asleep:  # an awake inode has a name that is awake
+            if inode.entries is not None and not inode.entries.asleep:
                 stack += [(prefix + b"/" + name, child) for name, (child, _) in inode.entries.entries.items()]
-        for ino in sorted(left & self.orphans.keys()):
-            parent, name = self.orphans[ino]
-            found.append(self.path_of_directory(parent).rstrip(b"/") + b"/" + name + b" (deleted)")
         return found
 
     def path_of_directory(self, inode: Inode) -> bytes:

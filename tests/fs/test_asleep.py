@@ -246,3 +246,18 @@ def test_names_that_hash_alike_are_compared(tree, sh, ram, monkeypatch) -> None:
     monkeypatch.setattr("pkramfs.fs.verify._WEIGHTS", np.zeros(257, dtype=np.uint64))
     fill(tree, sh)
     assert describe(restored(preserved(tree), ram)) == describe(tree)
+
+
+def test_a_writer_whose_last_name_sleeps_is_told(tree, sh, ram) -> None:
+    """Found by one name, which goes away; the other is under a directory that nobody looked into."""
+    folder = tree.mkdir(1, b"folder", 0o755).ino
+    ino = sh.write(b"here", b"1")
+    tree.link(ino, folder, b"there")
+    copy = restored(preserved(tree), ram)
+    copy.thaw()
+    handle = copy.open(copy.lookup(1, b"here").ino, 1)
+    copy.unlink(1, b"here")
+    assert copy.asleep is not None
+    assert copy.writers() == [b"/folder/there"]
+    copy.release(handle)
+    audit(copy)
