@@ -3,7 +3,7 @@
     columns of inodes, names, runs, xattrs  ── a directory is asked for ──▶  its names, and the inodes they name
 
 A million inodes are two seconds of Python and a gigabyte of objects, most of which no one may ever look at; as
-columns, checked and complete, they are 150 bytes each and there at once. So a mount serves a tree whose
+columns, checked and complete, they are 170 bytes each and there at once. So a mount serves a tree whose
 directories *sleep*, and each wakes when it is first touched, with all its children. What sleeps has
 not changed: every change begins with finding a name, which wakes the directory that holds it. So it
 can be saved from the columns, without being woken (see picture).
@@ -29,7 +29,7 @@ import numpy as np
 
 from pkramfs.fs import collector
 from pkramfs.fs.directory import Directory
-from pkramfs.fs.inode import Inode
+from pkramfs.fs.inode import FIELDS, Inode
 from pkramfs.fs.pagecache import RUN_BYTES, PageMap
 from pkramfs.pkram.treeformat import Array, TreeStream
 
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 LARGE = 10_000
 """Entries of a directory that is not left asleep: some 20 ms to wake."""
-FIELDS = ("ino", "mode", "uid", "gid", "atime", "mtime", "ctime", "nlink", "size", "rdev")
-"""An Inode's arguments, in order."""
 _TYPE = np.uint32(0o170000)
 
 
@@ -74,8 +72,9 @@ class Snapshot(NamedTuple):
     folders: Array
 
     @property
-    def positions(self) -> Array:
-        return np.flatnonzero(self.inodes)
+    def sleepers(self) -> int:
+        """How many inodes had no object."""
+        return int(np.count_nonzero(self.inodes))
 
 
 class Asleep:
@@ -89,8 +88,9 @@ class Asleep:
         self.parts, self.inodes = parts, dict[int, Inode]()
         self.done: Callable[[], None] = _nobody
         self._columns = parts.inodes
-        self.pieces, self.edges = _pieces(parts, runs)
-        self._raw = self.pieces.tobytes()
+        pieces, self.edges = _pieces(parts, runs)
+        self._raw = pieces.tobytes()  # what a file's map is cut from
+        self.pieces = np.frombuffer(self._raw, dtype=np.int64).reshape(-1, 3)
         self._pages = _sums(self.pieces[:, 2])
         self._kinds = self._columns["mode"] & _TYPE
         self._linked = (self._columns["nlink"] > 1) & (self._kinds != stat.S_IFDIR)
@@ -128,11 +128,8 @@ class Asleep:
         position = self._position(inode.ino)
         low, high = self._rows(position)
         children = self.parts.entries["child"][low:high]
-        if high - low < LARGE:
+        with collector.paused():
             inodes = self._children(children, inode)
-        else:
-            with collector.paused():
-                inodes = self._children(children, inode)
         edges, blob = self.name_edges[low : high + 1].tolist(), self.parts.names
         names = [blob[start:end] for start, end in pairwise(edges)]
         directory.__class__ = Directory  # type: ignore[assignment]

@@ -74,7 +74,7 @@ class Data(Filling):
 
     def read(self, number: int, offset: int, size: int) -> Buffer:
         """Up to `size` bytes at `offset`; fewer at the end of the file. May be a view of RAM."""
-        inode = self.inodes.get(number & INO_MASK) or self.inode(number)
+        inode = self.inodes.get(number & INO_MASK) or self._find_asleep(number & INO_MASK)
         if inode.entries is not None:
             raise fail(errno.EISDIR)
         end = min(offset + size, inode.size)
@@ -115,7 +115,7 @@ class Data(Filling):
 
         Without `stamp` times and privileges stay as they are: for a kernel that owns them and will set them.
         """
-        inode = self.inodes.get(number & INO_MASK) or self.inode(number)
+        inode = self.inodes.get(number & INO_MASK) or self._find_asleep(number & INO_MASK)
         if not inode.is_file:
             raise fail(errno.EISDIR if inode.entries is not None else errno.EINVAL)
         view = memoryview(data)

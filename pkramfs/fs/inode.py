@@ -30,6 +30,10 @@ ENTRY_SIZE = 20
 BLOCKS_PER_PAGE = 8
 
 
+FIELDS = ("ino", "mode", "uid", "gid", "atime", "mtime", "ctime", "nlink", "size", "rdev")
+"""The numbers that make an Inode, in the order of its arguments: what crosses a kexec as columns of the same names."""
+
+
 class Caller(Protocol):
     """Who asks: pyfuse3's request context fits. `groups`, where present, are supplementary groups."""
 

@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pkramfs.fs import collector
+from pkramfs.fs.inode import FIELDS, Inode
 from pkramfs.pkram.treeformat import Array, Columns
 
 if TYPE_CHECKING:
     from pkramfs.fs.asleep import Snapshot
-    from pkramfs.fs.inode import Inode
     from pkramfs.fs.tree import Tree
 
-_FIELDS = ("ino", "mode", "uid", "gid", "nlink", "rdev", "size", "atime", "mtime", "ctime")
 _Rows = tuple[Columns, list[tuple[int, bytes]]]
 """Columns, and pieces of the blob that belongs to them, each with the place of its owner."""
 _STEP = 1 << 14
@@ -95,7 +94,7 @@ def take(tree: Tree) -> Generator[Progress, None, Picture]:
     """All columns of a frozen tree, in a few steps."""
     found = [inode for inode in tree.inodes.values() if inode.nlink]
     snapshot = tree.asleep.snapshot() if tree.asleep is not None else None
-    total = len(found) + (int(np.count_nonzero(snapshot.inodes)) if snapshot is not None else 0)
+    total = len(found) + (snapshot.sleepers if snapshot is not None else 0)
     yield Progress("inodes", 0, total)
     with collector.paused():
         inodes, table = _inode_columns(found, snapshot)
@@ -122,12 +121,12 @@ def _inode_columns(found: list[Inode], snapshot: Snapshot | None) -> tuple[_Inod
     if (fields[0, 1:] < fields[0, :-1]).any():  # they woke in another order than they were made
         order = np.argsort(fields[0], kind="stable")
         fields, found = fields[:, order], [found[place] for place in order.tolist()]
-    table: Columns = dict(zip(_FIELDS, fields, strict=True))
+    table: Columns = dict(zip(FIELDS, fields, strict=True))
     kinds = table["mode"] & 0o170000
     if snapshot is None:
         return _Inodes(found, kinds, np.arange(len(found)), fields[0].view(np.uint64), None), table
     asleep = snapshot.packed.parts.inodes
-    table = {name: np.concatenate((table[name], asleep[name][snapshot.inodes].astype(np.int64))) for name in _FIELDS}
+    table = {name: np.concatenate((table[name], asleep[name][snapshot.inodes].astype(np.int64))) for name in FIELDS}
     order = np.argsort(table["ino"], kind="stable")
     table = {name: column[order] for name, column in table.items()}
     numbers = table["ino"].view(np.uint64)
@@ -136,11 +135,11 @@ def _inode_columns(found: list[Inode], snapshot: Snapshot | None) -> tuple[_Inod
 
 
 def _fields(inodes: list[Inode]) -> Array:
-    """A row for each of _FIELDS."""
-    values, read = np.empty((len(_FIELDS), len(inodes)), dtype=np.int64), attrgetter(*_FIELDS)
+    """A row for each of FIELDS."""
+    values, read = np.empty((len(FIELDS), len(inodes)), dtype=np.int64), attrgetter(*FIELDS)
     for low in range(0, len(inodes), _STEP):
         some = inodes[low : low + _STEP]
-        flat = np.fromiter(chain.from_iterable(map(read, some)), np.int64, len(some) * len(_FIELDS))
+        flat = np.fromiter(chain.from_iterable(map(read, some)), np.int64, len(some) * len(FIELDS))
         values[:, low : low + len(some)] = flat.reshape(len(some), -1).T
     return values
 

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pkramfs.errors import ExhaustedError, FormatError
-from pkramfs.fs import collector
 from pkramfs.fs.asleep import Asleep
 from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE, Limits
 from pkramfs.fs.picture import Progress
@@ -53,8 +52,7 @@ def restore(
     _check_limits(limits, pages, space)
     yield Progress("inodes", 0, parts.header.inodes)
     packed = Asleep(parts, runs)
-    with collector.paused():
-        packed.wake_root()
+    packed.wake_root()
     yield Progress("adopt", 0, 1)
     frames.adopt(Spans.from_runs(runs[1], runs[2]) | metadata)
     tree = Tree(ram, frames, limits)
