@@ -9,10 +9,9 @@ whatever a damaged chain can make a reader do.
 
 Each page is fetched once, into a buffer that stays in the cache, and all is done there that has to be done for
 every byte: the checksum, and whether the link is nothing but single pages in a row. For at 100 GiB each further
-pass over all links costs as much as a load may take, and so does having them mapped: a fault for each
-64 KiB and a miss of the TLB for each page made 46 ms of the 75 that a load took (200 MiB of links). Fetching
-READ links at a time leaves several threads room, for the checksums hold the interpreter: with 64
-links, two threads were no faster than one.
+pass over all links costs as much as a load may take, and so does having them mapped: 23 ms for the faults of
+200 MiB, where pread brings them into the cache in 24. READ links at a time leave several threads room, for
+the checksums hold the interpreter: with 64 links, two threads were hardly faster than one.
 
 What the entries say is read by `runs`.
 
@@ -44,6 +43,8 @@ INDEX_MAX = 1 << 52
 _STEP = np.uint64(1 << ENTRY_PFN_SHIFT)
 _KEPT = HEAD_WORDS + 1
 """Words of each link that are kept: the header and the first entry."""
+_COUNT = 6
+"""The word of a header that has the number of entries."""
 _MOST = 1 << 16
 """Links that are fetched at most on the assumption that they follow one another."""
 _GROWTH = 8
@@ -176,7 +177,7 @@ def _steady(words: U64, bench: Workbench) -> Flags | bool:
     steady = differences(words, bench, fill=True)
     if steady.all():
         return True
-    counts = np.minimum(words[:, 6], np.uint64(LINK_CAPACITY)).astype(np.int64)
+    counts = np.minimum(words[:, _COUNT], np.uint64(LINK_CAPACITY)).astype(np.int64)
     steady |= counts[:, None] + HEAD_WORDS <= _PLACE
     whole: Flags = np.logical_and.reduce(steady, axis=1)
     return whole

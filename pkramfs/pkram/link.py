@@ -14,7 +14,6 @@ at a time, which is what fits the L2 cache, so memory does not grow with what is
 Kernel: mm/pkram.c (struct pkram_link, pkram_add_link), patches 4, 5, 33 and 43
 """
 
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -303,14 +302,7 @@ class Links:
             ram.write(int(pages[low]), self.bytes[low * PAGE_SIZE : high * PAGE_SIZE])
 
 
-class _Workbench(threading.local):
-    """One thread's buffer for a batch of links."""
-
-    def __init__(self) -> None:
-        self.links = Links(BATCH)
-
-
-_bench = _Workbench()
+_benches = parallel.Workbenches(lambda: Links(BATCH))
 
 
 def write_links(ram: Ram, pages: U64, blocks: Rows, where: Plan, generation: int) -> None:
@@ -319,17 +311,19 @@ def write_links(ram: Ram, pages: U64, blocks: Rows, where: Plan, generation: int
     Links are made in a buffer that stays in the cache and written from there: memory that is touched
     for the first time costs far more than the arithmetic, and through a mapping most of all.
     """
-    above = heads(pages, where, generation)
+    heads = headers(pages, where, generation)
 
     def write(batch: int) -> None:
         part = slice(batch * BATCH, (batch + 1) * BATCH)
-        _write_batch(ram, pages[part], above[part], blocks, where, part)
+        with _benches.lend() as links:
+            _lay_out_batch(links.words[: len(pages[part])], blocks, where, part)
+            links.write(ram, pages[part], heads[part])
 
     batches = -(-len(pages) // BATCH)
     parallel.each(write, batches, threads=None if batches >= 8 else 1)
 
 
-def heads(pages: U64, where: Plan, generation: int) -> U64:
+def headers(pages: U64, where: Plan, generation: int) -> U64:
     """The headers of links, a row each, but for the checksum."""
     heads, address = np.zeros((len(pages), HEAD_WORDS), dtype=np.uint64), pages << np.uint64(PAGE_SHIFT)
     heads[:, 0] = LINK_MAGIC
@@ -339,8 +333,8 @@ def heads(pages: U64, where: Plan, generation: int) -> U64:
     return heads
 
 
-def _write_batch(ram: Ram, pages: U64, heads: U64, blocks: Rows, where: Plan, part: slice) -> None:
-    words = _bench.links.words[: len(pages)]
+def _lay_out_batch(words: U64, blocks: Rows, where: Plan, part: slice) -> None:
+    """Fill the entries of some links."""
     starts, counts = where.starts[part], where.counts[part]
     first, last = int(starts[0]), int(starts[-1] + counts[-1])
     low = int(np.searchsorted(where.offsets, first, side="right")) - 1
@@ -348,7 +342,6 @@ def _write_batch(ram: Ram, pages: U64, heads: U64, blocks: Rows, where: Plan, pa
         _lay_out_row(words, blocks, low, starts - where.offsets[low], counts)
     else:
         _lay_out(words[:, HEAD_WORDS:], expand(blocks, where.offsets, first, last), counts)
-    _bench.links.write(ram, pages, heads)
 
 
 def _lay_out_row(words: U64, blocks: Rows, row: int, starts: I64, counts: I64) -> None:

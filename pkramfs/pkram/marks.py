@@ -43,7 +43,7 @@ class Extent(NamedTuple):
 
 
 class Marks:
-    """A set of frames of a RAM of `pages` pages. Frames must be below that."""
+    """A set of frames of a RAM of `pages` pages; what is not in it is refused."""
 
     def __init__(self, pages: int) -> None:
         self._pages, self._bits = pages, _NO_BITS

@@ -1,9 +1,9 @@
 """All CPUs on one object: positions that workers take one by one, and the first error that stops them.
 
-numpy and xxhash let go of the interpreter while they work on memory, so threads are enough. The
-caller is one of the workers, hence there is always at least one (D16: the original starts none where
-there is one CPU, and waits for it). All state is local to a call (D23), and after an error no worker
-begins anything new (D24).
+numpy lets go of the interpreter while it works on memory, so threads are enough (a checksum of one page
+does not: see chain). The caller is one of the workers, hence there is always at least one (D16: the
+original starts none where there is one CPU, and waits for it). All state is local to a call (D23), and
+after an error no worker begins anything new (D24).
 
     positions  0 1 2 3 4 5 6 …      worker A takes 0, B takes 1, A is done first and takes 2, …
 
@@ -42,8 +42,8 @@ def chunks(start: int, end: int, size: int = CHUNK_PAGES) -> Iterator[tuple[int,
 class Workbenches(Generic[T]):
     """Buffers that a thread works with, as many as threads work at once; they are freed with this.
 
-    Fresh memory for each step would cost more than the work: a third of a save was the kernel clearing pages
-    that the allocator had given back a moment before.
+    Fresh memory for each step can cost more than the work: the allocator gives it back after each, and the kernel
+    clears it again.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:

@@ -3,8 +3,8 @@
     pages  7 341 52 9 …    ─►  | 2^0 at 7 | 2^0 at 341 | 2^0 at 52 | …       an entry each
 
 Memory that has been in use for long looks like this, and a save of 100 GiB then has 26 million entries. So there is
-no pass over them more than needed, and no array is made on the way: in the general way, a third of the
-time went into the kernel clearing pages that the allocator had given back a moment before.
+no pass over them more than needed, and no array is made on the way: in the general way, the kernel clearing pages
+that the allocator had given back a moment before was the first line of a profile, a fifth of all samples.
 
 Kernel: mm/pkram.c (pkram_add_link), patches 4, 5 and 33
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.format import ENTRY_PFN_SHIFT, LINK_CAPACITY
-from pkramfs.pkram.link import HEAD_WORDS, I64, Links, Plan, Rows, heads, plain_starts
+from pkramfs.pkram.link import HEAD_WORDS, I64, Links, Plan, Rows, headers, plain_starts
 from pkramfs.spans import U64
 
 LINKS = 256
@@ -42,11 +42,11 @@ def write(ram: Ram, blocks: Rows, take: Callable[[int], U64], generation: int, b
     """
     where = _plan(blocks)
     pages = take(len(where.starts))
-    above = heads(pages, where, generation)
+    heads = headers(pages, where, generation)
     for low in range(0, len(pages), LINKS):
         part = slice(low, low + LINKS)
         _lay_out(bench.links.words, blocks.pfn, where.starts[part], where.counts[part])
-        bench.links.write(ram, pages[part], above[part])
+        bench.links.write(ram, pages[part], heads[part])
     return pages
 
 

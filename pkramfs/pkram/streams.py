@@ -117,8 +117,7 @@ class ObjectWriter:
         def work(number: int) -> Rows:
             index, pfn, count = _part(columns, number)
             if self._arena.banned:
-                index, pfn, count = self._move_out(index, pfn, count)
-                return self._rows(index, pfn, count, dense=False)
+                return self._rows(*self._move_out(index, pfn, count))
             return self._rows(index, pfn, count, dense=dense[number])
 
         self._each(work, len(columns[0]))
@@ -182,8 +181,8 @@ class ObjectWriter:
 
         def work(number: int) -> Rows:
             index, pfn, count = _part(columns, number)
-            orders, flags = np.full(len(pfn), order, dtype=np.uint8), np.full(len(pfn), _flag(order), dtype=np.uint8)
-            return link.rows(index, pfn, orders, flags, count >> np.uint64(order))
+            orders = np.full(len(pfn), order, dtype=np.uint8)
+            return link.rows(index, pfn, orders, _flags(orders), count >> np.uint64(order))
 
         self._each(work, len(columns[0]))
 
@@ -202,7 +201,7 @@ class ObjectWriter:
         def work(number: int) -> Rows:
             index, pfn, _ = _part(columns, number)
             order = orders[number * _SLICE : (number + 1) * _SLICE]
-            return link.rows(index, pfn, order, np.where(order == BLOCK_ORDER, _flag(BLOCK_ORDER), 0).astype(np.uint8))
+            return link.rows(index, pfn, order, _flags(order))
 
         self._each(work, len(orders))
 
@@ -307,9 +306,9 @@ class ObjectWriter:
         write_page(self._ram, pfn, OBJECT, {NEXT: 0, OTHER: 0}, magic=OBJECT_MAGIC, object=following, **self.values)
 
 
-def _flag(order: int) -> int:
-    """The flags of an entry of that order."""
-    return ENTRY_HUGE if order == BLOCK_ORDER else 0
+def _flags(order: link.U8) -> link.U8:
+    """The flags of entries of these orders."""
+    return np.where(order == BLOCK_ORDER, ENTRY_HUGE, 0).astype(np.uint8)
 
 
 def _unaligned() -> PkramError:
