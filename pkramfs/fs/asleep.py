@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 LARGE = 10_000
 """Entries of a directory that is not left asleep: some 20 ms to wake."""
 _TYPE = np.uint32(0o170000)
+_SLICE = 1 << 15
+"""Runs that are cut at once: what they become stays in the cache."""
 
 
 class SleepingDirectory(Directory):
@@ -88,10 +90,8 @@ class Asleep:
         self.parts, self.inodes = parts, dict[int, Inode]()
         self.done: Callable[[], None] = _nobody
         self._columns = parts.inodes
-        pieces, self.edges = _pieces(parts, runs)
-        self._raw = pieces.tobytes()  # what a file's map is cut from
-        self.pieces = np.frombuffer(self._raw, dtype=np.int64).reshape(-1, 3)
-        self._pages = _sums(self.pieces[:, 2])
+        self.pieces, self.edges, self._pages = _pieces(parts, runs)
+        self._raw = self.pieces.reshape(-1).view(np.uint8).data  # what a file's map is cut from
         self._kinds = self._columns["mode"] & _TYPE
         self._linked = (self._columns["nlink"] > 1) & (self._kinds != stat.S_IFDIR)
         self.name_edges = _sums(parts.entries["length"])
@@ -212,7 +212,7 @@ class Asleep:
         low, high = self.edges[positions], self.edges[positions.astype(np.int64) + 1]
         places = np.flatnonzero(high > low)
         low, high = low[places], high[places]
-        total, raw = (self._pages[high] - self._pages[low]).tolist(), self._raw
+        total, raw = self._pages[positions[places]].tolist(), self._raw
         start, end = (low * RUN_BYTES).tolist(), (high * RUN_BYTES).tolist()
         for number, place in enumerate(places.tolist()):
             made[place].pages = PageMap(raw[start[number] : end[number]], total[number])
@@ -243,19 +243,37 @@ def _sums(counts: Array) -> Array:
     return edges
 
 
-def _pieces(parts: TreeStream, runs: Runs) -> tuple[Array, Array]:
-    """The page stream cut into the files' runs, at every edge of a run and of an extent; see Asleep."""
+def _pieces(parts: TreeStream, runs: Runs) -> tuple[Array, Array, Array]:
+    """The page stream cut into the files' runs, at every edge of a run and of an extent; see Asleep.
+
+    Returns the pieces, the first of each inode (and the end), and how many pages each inode has. Runs are worked
+    through in slices, for where every page lies somewhere else they are millions, and memory that is touched for the
+    first time costs more than the arithmetic.
+    """
     first, count = (parts.extents[name].astype(np.int64) for name in ("first", "count"))
-    index, pfn = (column.astype(np.int64) for column in runs[:2])
+    index, pfn = (column.view(np.int64) for column in runs[:2])
     begin = np.cumsum(count) - count  # where each extent begins in the page stream
-    cuts = np.concatenate((begin, index))
-    cuts.sort(kind="stable")  # two rows that are in order: one merge
-    cuts = cuts[np.append(cuts[:1] >= 0, cuts[1:] != cuts[:-1])]
-    extent = np.searchsorted(begin, cuts, side="right") - 1
-    run = np.searchsorted(index, cuts, side="right") - 1
-    pieces = np.empty((len(cuts), 3), dtype=np.int64)
-    pieces[:, 0] = first[extent] + cuts - begin[extent]
-    pieces[:, 1] = pfn[run] + cuts - index[run]
-    pieces[:, 2] = np.diff(cuts, append=parts.header.pages)
+    run = np.searchsorted(index, begin, side="right") - 1
+    inside = begin > index[run]
+    cut, cuts = run[inside], begin[inside]  # the runs that an extent begins in the middle of, and where
+    place = np.append(run + np.cumsum(inside), len(index) + len(cut))  # the first piece of each extent
+    pieces = np.empty((int(place[-1]), 3), dtype=np.int64)
+    for low in range(0, len(index), _SLICE):
+        high = min(low + _SLICE, len(index))
+        after, before = np.searchsorted(cut, (low, high)).tolist()
+        which = cut[after:before] - low
+        begins = np.insert(index[low:high], which + 1, cuts[after:before])
+        ends = np.append(begins[1:], index[high] if high < len(index) else parts.header.pages)
+        rows = slice(low + after, high + before)
+        pieces[rows, 0] = begins + _spread(first - begin, place, rows)
+        times = 1 + np.bincount(which, minlength=high - low)
+        pieces[rows, 1] = begins + np.repeat(pfn[low:high] - index[low:high], times)
+        pieces[rows, 2] = ends - begins
     extents = _sums(parts.inodes["extents"])
-    return pieces, np.searchsorted(extent, extents)
+    return pieces, place[extents], np.diff(np.append(begin, parts.header.pages)[extents])
+
+
+def _spread(values: Array, edges: Array, rows: slice) -> Array:
+    """The value of each row in a slice, where values[k] is that of the rows from edges[k] to edges[k + 1]."""
+    low, high = np.searchsorted(edges, rows.start, side="right") - 1, np.searchsorted(edges, rows.stop)
+    return np.repeat(values[low:high], np.diff(np.clip(edges[low : high + 1], rows.start, rows.stop)))

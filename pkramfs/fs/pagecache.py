@@ -36,15 +36,15 @@ class PageMap:
 
     __slots__ = ("count", "firsts", "leaves", "runs")
 
-    def __init__(self, raw: bytes = b"", count: int = 0) -> None:
+    def __init__(self, raw: bytes | memoryview = b"", count: int = 0) -> None:
         """A map of nothing, or of the runs whose bytes (as `leaves` hold them) are given."""
         self.count, self.runs = count, len(raw) // RUN_BYTES
         self.firsts: list[int] | tuple[()] = ()
         if self.runs <= LEAF_RUNS:
-            self.leaves: list[array[int]] = [array("q", raw)]
+            self.leaves: list[array[int]] = [array("q", bytes(raw))]
         else:
             step = LEAF_RUNS // 2 * RUN_BYTES
-            self.leaves = [array("q", raw[at : at + step]) for at in range(0, len(raw), step)]
+            self.leaves = [array("q", bytes(raw[at : at + step])) for at in range(0, len(raw), step)]
             self.firsts = [leaf[0] for leaf in self.leaves[1:]]
 
     def __iter__(self) -> Iterator[Run]:
