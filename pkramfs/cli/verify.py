@@ -78,4 +78,4 @@ def _read_tree(objects: list["ObjectReader"], pages: "Spans") -> None:
 
     if len(objects) != 2:
         raise FormatError("Node", "objects", found=len(objects), expected="2, bytes and pages of a tree")
-    verify(TreeStream(objects[0].read()), objects[1].load_runs(), pages)
+    verify(TreeStream(objects[0].read()), objects[1].load_runs(), pages, objects[1].data)

@@ -43,18 +43,18 @@ def restore(
 ) -> Generator[Progress, None, Tree]:
     """The tree that node `node_name` holds; `frames` must have the node's tree id."""
     yield Progress("load", 0, 1)
-    stream, runs, metadata = _load(store, node_name)
+    stream, runs, data, metadata = _load(store, node_name)
     yield Progress("verify", 0, 1)
     parts = TreeStream(stream)
     allowed = frames.leases.blocks_of(frames.tree_id).scale(BLOCK_PAGES)
-    verify(parts, runs, allowed)
+    verify(parts, runs, allowed, data)
     pages, space = _needs(parts)
     _check_limits(limits, pages, space)
     yield Progress("inodes", 0, parts.header.inodes)
     packed = Asleep(parts, runs)
     packed.wake_root()
     yield Progress("adopt", 0, 1)
-    frames.adopt(Spans.from_runs(runs[1], runs[2]) | metadata)
+    frames.adopt(data | metadata)
     tree = Tree(ram, frames, limits)
     kinds, sizes = parts.inodes["mode"] & np.uint32(0o170000), parts.inodes["size"]
     tree.install(
@@ -71,8 +71,8 @@ def restore(
     return tree
 
 
-def _load(store: Store, node_name: bytes) -> tuple[bytes, Runs, Spans]:
-    """Both objects of the node, read whole, and the frames that the node uses for itself."""
+def _load(store: Store, node_name: bytes) -> tuple[bytes, Runs, Spans, Spans]:
+    """Both objects of the node, read whole, the frames of the files, and those that the node uses for itself."""
     with store.prepare_load(node_name) as load:
         objects = iter(load)
         first, second = next(objects, None), None
@@ -80,12 +80,12 @@ def _load(store: Store, node_name: bytes) -> tuple[bytes, Runs, Spans]:
         second = next(objects, None)
         if second is None:
             raise FormatError("Node", "objects", found="fewer", expected="2: a byte stream and a page stream")
-        index, pfn, count = second.load_runs()
+        runs, data = second.load_runs(), second.data
         if next(objects, None) is not None:
             raise FormatError("Node", "objects", found="more", expected="2: a byte stream and a page stream")
         metadata = load.metadata()
         load.finish()
-    return stream, (index, pfn, count), metadata
+    return stream, runs, data, metadata
 
 
 def _needs(parts: TreeStream) -> tuple[int, int]:

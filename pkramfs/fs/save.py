@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from pkramfs.pkram.streams import ObjectWriter
 
 
+_SLICE = 1 << 20
+"""Runs that are joined and saved at once: columns of 8 MiB, and work enough for all CPUs."""
+
+
 class SaveReport(NamedTuple):
     """What a save has preserved. `deleted` names what could not be: open files without a name."""
 
@@ -63,8 +67,6 @@ def save(
         _refuse_what_pkram_refuses(tree)
     began = time.monotonic()
     picture = yield from take(tree)
-    index, pfn, count = _page_stream(picture.runs)
-    runs = len(index)
     with store.prepare_save(
         node_name, tree_id=tree.frames.tree_id, frames=tree.frames, banned=banned or Spans(), strict=strict
     ) as saving:
@@ -73,15 +75,16 @@ def save(
             for part in _stream(tree, picture):
                 writer.write(part)
                 stream_bytes += len(part)
-        yield Progress("pages", 0, len(index))
+        yield Progress("pages", 0, len(picture.runs))
         with saving.object() as writer:
             if strict and tree.huge in ("always", "within_size"):
-                index, pfn, count = _save_huge(writer, picture.runs)
-            writer.save_runs(index, pfn, count)
+                runs = _save_huge(writer, picture.runs)
+            else:
+                runs = _save_runs(writer, picture.runs)
         yield Progress("publish", 0, 1)
-        node = saving.finish()
+        saving.finish()
         moved = sum(count for _, count in saving.moved)
-    tree.node_pages = store.pages_of(node) - Spans.from_runs(picture.runs[:, 1], picture.runs[:, 2])
+    tree.node_pages = saving.taken
     tree.preserved = True
     counts = tree.counts()
     return SaveReport(
@@ -122,19 +125,29 @@ def _refuse_what_pkram_refuses(tree: Tree) -> None:
             raise PkramError(f"{path} has {inode.nlink} hard links, and pkram_strict preserves none", errno.EINVAL)
 
 
-def _page_stream(runs: Array) -> tuple[Array, Array, Array]:
-    """(index, pfn, count) in the index space of the node, joined where frames continue each other."""
-    pfn, count = runs[:, 1], runs[:, 2]
-    fresh = np.ones(len(runs), dtype=bool)
-    fresh[1:] = pfn[1:] != pfn[:-1] + count[:-1]
-    starts = np.flatnonzero(fresh)
-    index = np.cumsum(count) - count
-    joined = np.add.reduceat(count, starts) if len(starts) else count
-    return index[starts].astype(np.uint64), pfn[starts].astype(np.uint64), joined.astype(np.uint64)
+def _save_runs(writer: ObjectWriter, runs: Array) -> int:
+    """Save the page stream, a slice at a time; how many runs it has where frames that continue each other are joined.
+
+    What comes last in a slice may go on in the next one, so it is held back.
+    """
+    total, index = 0, 0
+    held = np.empty((0, 3), dtype=np.int64)
+    for low in range(0, len(runs), _SLICE):
+        part = np.concatenate((held, runs[low : low + _SLICE]))
+        pfn, count = part[:, 1], part[:, 2]
+        fresh = np.append(True, pfn[1:] != pfn[:-1] + count[:-1])
+        starts = np.flatnonzero(fresh)
+        joined = np.add.reduceat(count, starts)
+        keep = len(starts) - (low + _SLICE < len(runs))
+        begins = index + np.cumsum(joined) - joined
+        writer.save_runs(*(column[:keep].view(np.uint64) for column in (begins, pfn[starts], joined)))
+        held = np.array([(0, pfn[start], size) for start, size in zip(starts[keep:], joined[keep:], strict=True)])
+        total, index = total + keep, index + int(joined[:keep].sum())
+    return total
 
 
-def _save_huge(writer: ObjectWriter, runs: Array) -> tuple[Array, Array, Array]:
-    """Save the huge pages, an entry each; the (index, pfn, count) of what is left.
+def _save_huge(writer: ObjectWriter, runs: Array) -> int:
+    """Save the page stream, its huge pages first, an entry each; how many runs were left.
 
     A huge page is 2 MiB of a file that lie aligned in the file and in RAM.
     """
@@ -147,11 +160,13 @@ def _save_huge(writer: ObjectWriter, runs: Array) -> tuple[Array, Array, Array]:
     order = np.full(len(offset), BLOCK_ORDER, dtype=np.uint8)
     writer.save_pages(np.repeat(index, blocks) + offset, np.repeat(pfn, blocks) + offset, order)
     head, tail = end > pfn, (blocks > 0) & (high < pfn + count)
-    return (
-        np.concatenate((index[head], (index + high - pfn)[tail])),
+    left = np.concatenate((index[head], (index + high - pfn)[tail]))
+    writer.save_runs(
+        left,
         np.concatenate((pfn[head], high[tail])),
         np.concatenate(((end - pfn)[head], (pfn + count - high)[tail])),
     )
+    return len(left)
 
 
 def _stream(tree: Tree, picture: Picture) -> Iterator[bytes]:

@@ -41,8 +41,11 @@ _HASHED = 1 << 14
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
 
 
-def verify(tree: TreeStream, runs: Runs, allowed: Spans) -> None:
-    """FormatError unless columns and page stream are a tree whose frames lie in `allowed`."""
+def verify(tree: TreeStream, runs: Runs, allowed: Spans, used: Spans | None = None) -> None:
+    """FormatError unless columns and page stream are a tree whose frames lie in `allowed`.
+
+    `used` are the frames of the runs, if they are known: from millions of runs they take seconds to sort.
+    """
     kinds = tree.inodes["mode"] & np.uint32(0o170000)
     _verify_inodes(tree, kinds)
     _verify_names(tree)
@@ -50,7 +53,7 @@ def verify(tree: TreeStream, runs: Runs, allowed: Spans) -> None:
     _verify_each_name_once(tree)
     _verify_links(tree, kinds)
     _verify_extents(tree, kinds)
-    _verify_frames(tree, runs, allowed)
+    _verify_frames(tree, runs, allowed, used)
     _verify_xattrs(tree)
 
 
@@ -196,14 +199,14 @@ def _exact_sum(counts: Array) -> int:
     return int(low.sum()) + (int(high.sum()) << 32)
 
 
-def _verify_frames(tree: TreeStream, runs: Runs, allowed: Spans) -> None:
+def _verify_frames(tree: TreeStream, runs: Runs, allowed: Spans, used: Spans | None) -> None:
     index, pfn, count = runs
     _require((count > 0) & (count < 1 << 52), "pages", "count", count, "at least one page")
     ends = np.cumsum(count)
     _require(index == ends - count, "pages", "index", index, "the end of the run before")
     _require_equal(_exact_sum(count), tree.header.pages, "pages of the page stream")
     _require((pfn > 0) & (pfn < 1 << 52), "pages", "pfn", pfn, "a frame")
-    used = Spans.from_runs(pfn, count)
+    used = Spans.from_runs(pfn, count) if used is None else used
     if used.total != tree.header.pages:
         order = np.argsort(pfn, kind="stable")
         again = np.flatnonzero(pfn[order][1:] < pfn[order][:-1] + count[order][:-1])

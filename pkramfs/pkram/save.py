@@ -77,6 +77,11 @@ class Save:
         """Runs of frames that hold copies of banned pages."""
         return [run for writer in self._writers for run in writer.moved]
 
+    @property
+    def taken(self) -> Spans:
+        """The frames that are only the node's: metadata, byte pages, and copies of banned pages."""
+        return self._arena.spans()
+
     def _expect_open(self) -> None:
         if self.state is not State.SAVING:
             raise PkramError(f"node {shown(self.name)} is not being saved any more", errno.EINVAL)

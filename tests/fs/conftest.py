@@ -171,9 +171,6 @@ class SmallStore:
     def __init__(self) -> None:
         self.saved: dict[bytes, list[object]] = {}
 
-    def pages_of(self, node: Spans) -> Spans:
-        return node
-
     @contextmanager
     def prepare_save(self, name, *, tree_id, frames, banned, strict):
         yield SmallSave(self, name)
@@ -189,19 +186,21 @@ class SmallSave:
 
     @contextmanager
     def object(self):
-        self.stream, self.runs = b"", None
+        self.stream, self.runs = b"", [(np.empty(0, dtype=np.uint64),) * 3]
         yield self
-        self.objects.append(self.stream if self.runs is None else self.runs)
+        pages = tuple(np.concatenate(column) for column in zip(*self.runs, strict=True))
+        self.objects.append(pages if self.objects else self.stream)
 
     def write(self, data: bytes) -> None:
         self.stream += bytes(data)
 
     def save_runs(self, index, pfn, count) -> None:
-        self.runs = (index, pfn, count)
+        self.runs.append((index, pfn, count))
 
-    def finish(self) -> Spans:
+    def finish(self) -> None:
         self.store.saved[self.name] = self.objects
-        return Spans.from_runs(*self.objects[1][1:])
+
+    taken = Spans()
 
 
 class SmallLoad(list):
@@ -224,6 +223,10 @@ class SmallReader:
 
     def load_runs(self):
         return self.content
+
+    @property
+    def data(self) -> Spans:
+        return Spans.from_runs(*self.content[1:])
 
 
 def exhaust(steps):

@@ -11,12 +11,23 @@ from hypothesis import strategies as st
 from pkramfs.fs import asleep, clock, picture
 from pkramfs.fs.asleep import SleepingDirectory
 from pkramfs.fs.limits import Limits
+from pkramfs.fs.pagecache import PageMap
 from pkramfs.fs.restore import restore
 from pkramfs.fs.save import save
 from pkramfs.fs.tree import Tree
 from pkramfs.spans import Spans
+from pkramfs.units import PAGE_SHIFT
 from tests.fs.conftest import SmallFrames, SmallStore, audit, exhaust, small_ram
 from tests.fs.test_save import apply, describe, fill, steps
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_slices():
+    """Runs are joined two and cut three at a time, so that all that is done in slices meets their edges here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pkramfs.fs.save._SLICE", 2)
+        patch.setattr(asleep, "_SLICE", 3)
+        yield
 
 
 def preserved(tree: Tree) -> SmallStore:
@@ -261,3 +272,29 @@ def test_a_writer_whose_last_name_sleeps_is_told(tree, sh, ram) -> None:
     assert copy.writers() == [b"/folder/there"]
     copy.release(handle)
     audit(copy)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_files_in_pieces_keep_every_page(ram, seed) -> None:
+    """Pages here and there, neighbours across files, holes: each page of the copy is the frame that it was."""
+    chance = random.Random(seed)
+    tree, frames = Tree(ram, SmallFrames(ram), Limits()), list(range(100, 400))
+    for _ in range(60):
+        place = chance.randrange(len(frames))
+        frames[place:place] = [frames.pop(chance.randrange(len(frames)))]
+    for number in range(12):
+        inode = tree.create(1, b"%d" % number, 0o644)
+        inode.pages, at = PageMap(), 0
+        for _ in range(chance.randrange(1, 25)):
+            at += chance.choice((0, 0, 0, 1, 7))
+            inode.pages.insert(at, frames.pop(0), 1)
+            at += 1
+        inode.size = at << PAGE_SHIFT
+    assert sum(inode.pages.runs for inode in tree.inodes.values() if inode.pages) > 50
+    copy = restored(preserved(tree), ram)
+    copy.wake()
+    mapped, expected = (
+        {ino: (list(inode.pages), inode.pages.count) for ino, inode in one.inodes.items() if inode.pages}
+        for one in (copy, tree)
+    )
+    assert mapped == expected
