@@ -19,6 +19,7 @@ import xxhash
 
 from benchmarks.table import FLOOR, Table, milliseconds
 from pkramfs.fs.limits import Limits
+from pkramfs.fs.pagecache import PageMap
 from pkramfs.fs.restore import restore
 from pkramfs.fs.save import save as save_tree
 from pkramfs.fs.tree import Tree
@@ -275,6 +276,7 @@ def scale(table: Table) -> None:
         table.add("scale", f"load {format_size(gib * GIB)}, an entry per 2 MiB", loads, "ms")
     for files in (1000, 10_000) if table.quick else (1000, 10_000, 100_000, 1_000_000):
         _scale_files(table, files)
+    _scale_pieces(table, (4 if table.quick else 100) * GIB)
 
 
 FILE_TARGETS = {100_000: ("<150 ms", "<300 ms"), 1_000_000: ("<1500 ms", "<3000 ms")}
@@ -282,24 +284,43 @@ FILE_TARGETS = {100_000: ("<150 ms", "<300 ms"), 1_000_000: ("<1500 ms", "<3000 
 
 def _scale_files(table: Table, files: int) -> None:
     """Save and load, and then what was put off until somebody asks: to make the inodes."""
-    saves, loads, wakes = list[float](), list[float](), list[float]()
     with core(64 * GIB) as machine:
         tree = grown_tree(machine, files)
-        for _ in range(min(table.runs, 3) if files > 100_000 else table.runs):
-            tree.freeze()
-            saves.append(milliseconds(lambda: exhaust(save_tree(tree, machine.store, NAME))))
-            heir = Frames(machine.ram, machine.leases, TREE)
-            began = time.perf_counter()
-            copy = exhaust(restore(machine.store, NAME, machine.ram, heir, Limits(0, 0)))
-            loads.append((time.perf_counter() - began) * 1000)
-            wakes.append(milliseconds(copy.wake))
-            machine.withdraw()
-            tree.thaw()
-            del copy
+        runs = min(table.runs, 3) if files > 100_000 else table.runs
+        saves, loads, wakes = zip(*(_generation(machine, tree) for _ in range(runs)), strict=True)
     targets = FILE_TARGETS.get(files, ("", ""))
     table.add("scale", f"save {files:,} files", saves, "ms", target=targets[0])
     table.add("scale", f"load {files:,} files", loads, "ms", target=targets[1])
     table.add("scale", f"make the inodes of {files:,} files", wakes, "ms", note="when they are first asked for")
+
+
+def _scale_pieces(table: Table, size: int) -> None:
+    """A tree of one file of which every page lies somewhere else: what the last rows of `rfc` are for a user."""
+    with core(size + 16 * GIB) as machine:
+        tree = Tree(machine.ram, machine.frames, Limits(0, 0))
+        inode = tree.create(tree.root.ino, b"file", 0o644)
+        runs = np.stack(scattered(machine, size), axis=1)
+        inode.pages, inode.size = PageMap(runs.tobytes(), len(runs)), size
+        del runs
+        saves, loads, wakes = zip(*(_generation(machine, tree) for _ in range(table.runs)), strict=True)
+    name = f"a tree of {format_size(size)}, every page somewhere else"
+    table.add("scale", f"save {name}", saves, "ms")
+    table.add("scale", f"load {name}", loads, "ms")
+    table.add("scale", f"make the inodes of {name}", wakes, "ms", note="when they are first asked for")
+
+
+def _generation(machine: Core, tree: Tree) -> tuple[float, float, float]:
+    """Milliseconds to save a tree, to load it, and to make all its inodes."""
+    tree.freeze()
+    saved = milliseconds(lambda: exhaust(save_tree(tree, machine.store, NAME)))
+    heir = Frames(machine.ram, machine.leases, TREE)
+    began = time.perf_counter()
+    copy = exhaust(restore(machine.store, NAME, machine.ram, heir, Limits(0, 0)))
+    loaded = (time.perf_counter() - began) * 1000
+    woken = milliseconds(copy.wake)
+    machine.withdraw()
+    tree.thaw()
+    return saved, loaded, woken
 
 
 __all__ = ["Core", "Spans", "core", "rfc", "scale"]
