@@ -111,26 +111,48 @@ class Spans:
         return Spans.from_arrays(np.concatenate((self.starts, other.starts)), np.concatenate((self.ends, other.ends)))
 
     def __and__(self, other: "Spans") -> "Spans":
-        if not self or not other:
+        mine, theirs = self._meeting(other), other._meeting(self)
+        if mine.start == mine.stop or theirs.start == theirs.stop:
             return Spans()
-        return self._combine(other, lambda a, b: a & b)
+        return self._part(mine)._combine(other._part(theirs), lambda a, b: a & b)
 
     def __sub__(self, other: "Spans") -> "Spans":
-        if not self or not other:
+        mine, theirs = self._meeting(other), other._meeting(self)
+        if mine.start == mine.stop or theirs.start == theirs.stop:
             return self
-        return self._combine(other, lambda a, b: a & ~b)
+        left = self._part(mine)._combine(other._part(theirs), lambda a, b: a & ~b)
+        starts = np.concatenate((self.starts[: mine.start], left.starts, self.starts[mine.stop :]))
+        return self._made(starts, np.concatenate((self.ends[: mine.start], left.ends, self.ends[mine.stop :])))
+
+    @classmethod
+    def _made(cls, starts: U64, ends: U64) -> "Spans":
+        """Ranges that are in order already, none empty, none touching the next."""
+        spans = cls.__new__(cls)
+        spans.starts, spans.ends = starts, ends
+        return spans
+
+    def _part(self, which: slice) -> "Spans":
+        return self._made(self.starts[which], self.ends[which])
+
+    def _meeting(self, other: "Spans") -> slice:
+        """Which ranges lie between the first and the last of another set: where one is small, little is left to do."""
+        if not self or not other:
+            return slice(0, 0)
+        low, high = np.searchsorted(self.ends, other.starts[0], "right"), np.searchsorted(self.starts, other.ends[-1])
+        return slice(int(low), int(max(low, high)))
 
     def _combine(self, other: "Spans", keep: Any) -> "Spans":
         """Cut the line at every edge of both sets, then keep the pieces that `keep(in_a, in_b)` says."""
-        cuts = np.sort(np.concatenate((self.starts, self.ends, other.starts, other.ends)))
+        mine, theirs = self._edges(), other._edges()
+        cuts = np.concatenate((mine, theirs))
+        cuts.sort(kind="stable")  # two arrays that are in order: one merge
         left = cuts[:-1]  # where two edges meet there is a piece of nothing, which is dropped
-        chosen = keep(self._covering(left), other._covering(left))
+        chosen = keep(_between(mine, left), _between(theirs, left))
         return Spans.from_arrays(left[chosen], cuts[1:][chosen])
 
-    def _covering(self, numbers: U64) -> npt.NDArray[np.bool_]:
-        """For each number, whether it is in the set."""
-        at = np.searchsorted(self.starts, numbers, side="right")
-        return at > np.searchsorted(self.ends, numbers, side="right")
+    def _edges(self) -> U64:
+        """Where a range starts or ends, by turns."""
+        return np.stack((self.starts, self.ends), axis=1).reshape(-1)
 
     def clip(self, start: int, end: int) -> "Spans":
         """The part of the set inside [start, end)."""
@@ -166,6 +188,12 @@ class Spans:
         places = (self.starts + step - np.uint64(1)) // step * step
         fits = places + size <= self.ends
         return int(places[fits][0]) if fits.any() else None
+
+
+def _between(edges: U64, numbers: U64) -> npt.NDArray[np.bool_]:
+    """For each number, whether it is behind a start and before the end that follows."""
+    found: npt.NDArray[np.bool_] = (np.searchsorted(edges, numbers, side="right") & 1).astype(bool)
+    return found
 
 
 def _merge(starts: U64, ends: U64) -> tuple[U64, U64]:
