@@ -15,12 +15,10 @@ import numpy as np
 
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.format import ENTRY_PFN_SHIFT, LINK_CAPACITY
-from pkramfs.pkram.link import HEAD_WORDS, I64, Links, Plan, Rows, headers, plain_starts
+from pkramfs.pkram.link import HEAD_WORDS, I64, WRITE, Links, Plan, Rows, headers, plain_starts
 from pkramfs.spans import U64
 
-LINKS = 256
-"""Links that are made in one step: 1 MiB."""
-SLICE = LINKS * LINK_CAPACITY
+SLICE = WRITE * LINK_CAPACITY
 _SHIFT = np.uint64(ENTRY_PFN_SHIFT)
 _NONE: I64 = np.empty(0, dtype=np.int64)
 _COLUMN: I64 = np.arange(LINK_CAPACITY)
@@ -30,7 +28,7 @@ class Bench:
     """One thread's buffers: links, and room for as many numbers and answers as they have entries."""
 
     def __init__(self) -> None:
-        self.links = Links(LINKS)
+        self.links = Links(WRITE)
         self.numbers = np.empty(SLICE, dtype=np.uint64)
         self.answers = np.empty(SLICE, dtype=bool)
 
@@ -43,8 +41,8 @@ def write(ram: Ram, blocks: Rows, take: Callable[[int], U64], generation: int, b
     where = _plan(blocks)
     pages = take(len(where.starts))
     heads = headers(pages, where, generation)
-    for low in range(0, len(pages), LINKS):
-        part = slice(low, low + LINKS)
+    for low in range(0, len(pages), WRITE):
+        part = slice(low, low + WRITE)
         _lay_out(bench.links.words, blocks.pfn, where.starts[part], where.counts[part])
         bench.links.write(ram, pages[part], heads[part])
     return pages

@@ -25,7 +25,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         (chain, "_GROWTH", 2),
         (runs, "STEP", 2),
         (runs, "BATCH", 1),
-        (singles, "LINKS", 2),
+        (singles, "WRITE", 2),
         (singles, "SLICE", 2 * format.LINK_CAPACITY),
         (streams, "_SLICE", 2 * format.LINK_CAPACITY),
         (streams, "_COLLECT", 600),
