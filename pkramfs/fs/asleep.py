@@ -253,6 +253,7 @@ def _pieces(parts: TreeStream, runs: Runs) -> tuple[Array, Array, Array]:
     first, count = (parts.extents[name].astype(np.int64) for name in ("first", "count"))
     index, pfn = (column.view(np.int64) for column in runs[:2])
     begin = np.cumsum(count) - count  # where each extent begins in the page stream
+    ahead = first - begin
     run = np.searchsorted(index, begin, side="right") - 1
     inside = begin > index[run]
     cut, cuts = run[inside], begin[inside]  # the runs that an extent begins in the middle of, and where
@@ -265,7 +266,7 @@ def _pieces(parts: TreeStream, runs: Runs) -> tuple[Array, Array, Array]:
         begins = np.insert(index[low:high], which + 1, cuts[after:before])
         ends = np.append(begins[1:], index[high] if high < len(index) else parts.header.pages)
         rows = slice(low + after, high + before)
-        pieces[rows, 0] = begins + _spread(first - begin, place, rows)
+        pieces[rows, 0] = begins + _spread(ahead, place, rows)
         times = 1 + np.bincount(which, minlength=high - low)
         pieces[rows, 1] = begins + np.repeat(pfn[low:high] - index[low:high], times)
         pieces[rows, 2] = ends - begins
