@@ -31,7 +31,7 @@ from pkramfs.pkram.arena import Arena
 from pkramfs.pkram.chain import INDEX_MAX
 from pkramfs.pkram.format import ENTRY_HUGE, LINK_CAPACITY, NEXT, OBJECT, OBJECT_MAGIC, OTHER
 from pkramfs.pkram.link import BATCH, Rows
-from pkramfs.pkram.marks import Extent, Marks, extent_of
+from pkramfs.pkram.marks import Extent, Marks
 from pkramfs.pkram.page import write_page
 from pkramfs.pkram.relocate import Run, touched
 from pkramfs.spans import U64
@@ -213,10 +213,9 @@ class ObjectWriter:
 
         def work(number: int) -> tuple[Extent, bool]:
             index, _, count = _part(columns, number)
-            extent, dense = extent_of(count), False
-            if extent.most == 1:
-                with self._benches.lend() as bench:
-                    dense = singles.dense(index, bench)
+            with self._benches.lend() as bench:
+                extent = singles.extent(count, bench)
+                dense = extent.most == 1 and singles.dense(index, bench)
             high = max(int(index[0]), int(index[-1])) if dense else int(index.max())
             if max(high, extent.most) > INDEX_MAX or (extent.most > 1 and int((index + count).max()) > INDEX_MAX):
                 raise PkramError("the index of a page to preserve is too large", errno.EINVAL)
