@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 U64 = npt.NDArray[np.uint64]
+_FEW = 64
+"""Ranges that are not worth looking for those that matter."""
 
 
 class Spans:
@@ -39,8 +41,13 @@ class Spans:
         keep = ends > starts
         if not keep.all():
             starts, ends = starts[keep], ends[keep]
+        return cls._made(*_merge(starts, ends))
+
+    @classmethod
+    def _made(cls, starts: U64, ends: U64) -> "Spans":
+        """Ranges that are in order already, none empty, none touching the next."""
         spans = cls.__new__(cls)
-        spans.starts, spans.ends = _merge(starts, ends)
+        spans.starts, spans.ends = starts, ends
         return spans
 
     @classmethod
@@ -111,48 +118,41 @@ class Spans:
         return Spans.from_arrays(np.concatenate((self.starts, other.starts)), np.concatenate((self.ends, other.ends)))
 
     def __and__(self, other: "Spans") -> "Spans":
-        mine, theirs = self._meeting(other), other._meeting(self)
-        if mine.start == mine.stop or theirs.start == theirs.stop:
+        if not self or not other:
             return Spans()
-        return self._part(mine)._combine(other._part(theirs), lambda a, b: a & b)
+        return self._combine(self._meeting(other), other, lambda a, b: a & b)
 
     def __sub__(self, other: "Spans") -> "Spans":
-        mine, theirs = self._meeting(other), other._meeting(self)
-        if mine.start == mine.stop or theirs.start == theirs.stop:
+        if not self or not other:
             return self
-        left = self._part(mine)._combine(other._part(theirs), lambda a, b: a & ~b)
-        starts = np.concatenate((self.starts[: mine.start], left.starts, self.starts[mine.stop :]))
-        return self._made(starts, np.concatenate((self.ends[: mine.start], left.ends, self.ends[mine.stop :])))
-
-    @classmethod
-    def _made(cls, starts: U64, ends: U64) -> "Spans":
-        """Ranges that are in order already, none empty, none touching the next."""
-        spans = cls.__new__(cls)
-        spans.starts, spans.ends = starts, ends
-        return spans
-
-    def _part(self, which: slice) -> "Spans":
-        return self._made(self.starts[which], self.ends[which])
+        here = self._meeting(other)
+        left = self._combine(here, other, lambda a, b: a & ~b)
+        if here.stop - here.start == len(self):
+            return left
+        starts = np.concatenate((self.starts[: here.start], left.starts, self.starts[here.stop :]))
+        return self._made(starts, np.concatenate((self.ends[: here.start], left.ends, self.ends[here.stop :])))
 
     def _meeting(self, other: "Spans") -> slice:
-        """Which ranges lie between the first and the last of another set: where one is small, little is left to do."""
-        if not self or not other:
-            return slice(0, 0)
+        """Which ranges lie between the first and the last of another set: of many often a few; few are all taken."""
+        if len(self) <= _FEW:
+            return slice(0, len(self))
         low, high = np.searchsorted(self.ends, other.starts[0], "right"), np.searchsorted(self.starts, other.ends[-1])
         return slice(int(low), int(max(low, high)))
 
-    def _combine(self, other: "Spans", keep: Any) -> "Spans":
-        """Cut the line at every edge of both sets, then keep the pieces that `keep(in_a, in_b)` says."""
-        mine, theirs = self._edges(), other._edges()
+    def _combine(self, here: slice, other: "Spans", keep: Any) -> "Spans":
+        """Cut the line at the edges of both sets where they meet, then keep the pieces that `keep(in_a, in_b)` says."""
+        mine, theirs = self._edges(here), other._edges(other._meeting(self))
         cuts = np.concatenate((mine, theirs))
         cuts.sort(kind="stable")  # two arrays that are in order: one merge
         left = cuts[:-1]  # where two edges meet there is a piece of nothing, which is dropped
         chosen = keep(_between(mine, left), _between(theirs, left))
         return Spans.from_arrays(left[chosen], cuts[1:][chosen])
 
-    def _edges(self) -> U64:
-        """Where a range starts or ends, by turns."""
-        return np.stack((self.starts, self.ends), axis=1).reshape(-1)
+    def _edges(self, which: slice) -> U64:
+        """Where ranges start or end, by turns."""
+        edges = np.empty(2 * (which.stop - which.start), dtype=np.uint64)
+        edges[::2], edges[1::2] = self.starts[which], self.ends[which]
+        return edges
 
     def clip(self, start: int, end: int) -> "Spans":
         """The part of the set inside [start, end)."""
