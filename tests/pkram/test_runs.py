@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pkramfs.errors import ExhaustedError, FormatError, PkramError, PkramfsError
-from pkramfs.pkram import chain, format, link, runs, singles, streams
+from pkramfs.pkram import chain, format, link, parallel, runs, singles, streams
 from pkramfs.pkram.page import unseal
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT
@@ -25,6 +25,8 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         (chain, "_GROWTH", 2),
         (runs, "STEP", 2),
         (runs, "BATCH", 1),
+        (link, "WRITE", 2),
+        (link, "_benches", parallel.Workbenches(lambda: link.Links(2))),
         (singles, "WRITE", 2),
         (singles, "SLICE", 2 * format.LINK_CAPACITY),
         (streams, "_SLICE", 2 * format.LINK_CAPACITY),
