@@ -126,7 +126,7 @@ def _refuse_what_pkram_refuses(tree: Tree) -> None:
 
 
 def _save_runs(writer: ObjectWriter, runs: Array) -> int:
-    """Save the page stream, a slice at a time; how many runs it has where frames that continue each other are joined.
+    """Save the page stream, a slice at a time; how many runs it has, joined where frames continue each other.
 
     What comes last in a slice may go on in the next one, so it is held back.
     """
@@ -135,8 +135,7 @@ def _save_runs(writer: ObjectWriter, runs: Array) -> int:
     for low in range(0, len(runs), _SLICE):
         part = np.concatenate((held, runs[low : low + _SLICE]))
         pfn, count = part[:, 1], part[:, 2]
-        fresh = np.append(True, pfn[1:] != pfn[:-1] + count[:-1])
-        starts = np.flatnonzero(fresh)
+        starts = _starts(pfn, count)
         joined = np.add.reduceat(count, starts)
         keep = len(starts) - (low + _SLICE < len(runs))
         begins = index + np.cumsum(joined) - joined
@@ -147,7 +146,7 @@ def _save_runs(writer: ObjectWriter, runs: Array) -> int:
 
 
 def _save_huge(writer: ObjectWriter, runs: Array) -> int:
-    """Save the page stream, its huge pages first, an entry each; how many runs were left.
+    """Save the page stream, its huge pages first, an entry each; how many runs it has, as `_save_runs`.
 
     A huge page is 2 MiB of a file that lie aligned in the file and in RAM.
     """
@@ -160,13 +159,19 @@ def _save_huge(writer: ObjectWriter, runs: Array) -> int:
     order = np.full(len(offset), BLOCK_ORDER, dtype=np.uint8)
     writer.save_pages(np.repeat(index, blocks) + offset, np.repeat(pfn, blocks) + offset, order)
     head, tail = end > pfn, (blocks > 0) & (high < pfn + count)
-    left = np.concatenate((index[head], (index + high - pfn)[tail]))
     writer.save_runs(
-        left,
+        np.concatenate((index[head], (index + high - pfn)[tail])),
         np.concatenate((pfn[head], high[tail])),
         np.concatenate(((end - pfn)[head], (pfn + count - high)[tail])),
     )
-    return len(left)
+    return len(_starts(pfn, count))
+
+
+def _starts(pfn: Array, count: Array) -> Array:
+    """Where frames do not continue those of the run before."""
+    fresh = np.ones(len(pfn), dtype=bool)
+    np.not_equal(pfn[1:], pfn[:-1] + count[:-1], out=fresh[1:])
+    return np.flatnonzero(fresh)
 
 
 def _stream(tree: Tree, picture: Picture) -> Iterator[bytes]:

@@ -192,9 +192,10 @@ def test_strict_writes_an_entry_for_each_huge_page_and_for_each_other(ram: Ram, 
     before = {ino: bytes(tree.read(ino, 0, 10 * MIB2)) for ino in (small, large)}
     aligned = sum(count // PAGES for ino in (small, large) for _, count, is_huge in layout(tree, ino) if is_huge)
     tree.freeze()
-    list(save(tree, store, b"huge", strict=True))
+    report = _last(save(tree, store, b"huge", strict=True))
     with store.prepare_load(b"huge") as load:
         _, pages = load
+        assert report.runs == len(pages.load_runs()[0])
         _, _, order = pages.load_pages()
     found = Counter(order.tolist())
     assert found.keys() == {0, 9}
