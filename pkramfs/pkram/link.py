@@ -16,6 +16,7 @@ Kernel: mm/pkram.c (struct pkram_link, pkram_add_link), patches 4, 5, 33 and 43
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -52,9 +53,6 @@ HEAD_WORDS = LINK.size // 8
 PAGE_WORDS = PAGE_SIZE // 8
 _COLUMN = np.arange(LINK_CAPACITY, dtype=np.uint64)
 _STEP = np.uint64(1 << ENTRY_PFN_SHIFT)
-_AHEAD: I64 = np.arange(WRITE)[:, None] * LINK_CAPACITY + np.arange(PAGE_WORDS) - HEAD_WORDS
-_ROW_AFTER_ROW: U64 = _AHEAD.view(np.uint64) * _STEP
-"""What single pages in a row add to the first entry of a batch of full links, heads included and meaningless there."""
 _GROUPS = {0: (64, 64), 9: (4096, 8)}
 """Row 43: entries of this order, at an index that is a multiple of the first, come in groups of the second."""
 
@@ -352,11 +350,21 @@ def _lay_out_row(words: U64, blocks: Rows, row: int, starts: I64, counts: I64) -
     step = sizes(blocks.order[here]) << np.uint64(ENTRY_PFN_SHIFT)
     base = _entries(blocks, here) + starts.astype(np.uint64) * step
     if step[0] == _STEP and (counts[:-1] == LINK_CAPACITY).all():
-        np.add(_ROW_AFTER_ROW[: len(words)], base[0], out=words)
+        np.add(_row_after_row()[: len(words)], base[0], out=words)
     else:
         np.add(base[:, None], _COLUMN * step, out=words[:, HEAD_WORDS:])
     for short in np.flatnonzero(counts < LINK_CAPACITY).tolist():
         words[short, HEAD_WORDS + counts[short] :] = 0
+
+
+@cache
+def _row_after_row() -> U64:
+    """What single pages in a row add to the first entry of a batch of full links, heads included and meaningless there.
+
+    Made when it is first needed: it is 1 MiB, and most mounts never write that many links.
+    """
+    ahead: I64 = np.arange(WRITE)[:, None] * LINK_CAPACITY + np.arange(PAGE_WORDS) - HEAD_WORDS
+    return ahead.view(np.uint64) * _STEP
 
 
 def _lay_out(rows: U64, entries: U64, counts: I64) -> None:
