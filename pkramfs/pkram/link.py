@@ -16,7 +16,7 @@ Kernel: mm/pkram.c (struct pkram_link, pkram_add_link), patches 4, 5, 33 and 43
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -292,6 +292,15 @@ class Links:
         self.bytes = whole
         self.covered = [whole[at + COVERED : at + PAGE_SIZE] for at in range(0, len(whole), PAGE_SIZE)]
 
+    @cached_property
+    def ahead(self) -> U64:
+        """What single pages in a row add to the first entry of full links; heads are included, and meaningless.
+
+        Made when it is first needed, for it is as large as the buffer.
+        """
+        found: I64 = np.arange(len(self.words))[:, None] * LINK_CAPACITY + np.arange(PAGE_WORDS) - HEAD_WORDS
+        return found.view(np.uint64) * _STEP
+
     def write(self, ram: Ram, pages: U64, heads: U64) -> None:
         """Seal the first len(pages) links, whose entries are there, and copy them to their pages."""
         words = self.words[: len(pages)]
@@ -317,7 +326,7 @@ def write_links(ram: Ram, pages: U64, blocks: Rows, where: Plan, generation: int
     def write(batch: int) -> None:
         part = slice(batch * WRITE, (batch + 1) * WRITE)
         with _benches.lend() as links:
-            _lay_out_batch(links.words[: len(pages[part])], blocks, where, part)
+            _lay_out_batch(links, blocks, where, part)
             links.write(ram, pages[part], heads[part])
 
     parallel.each(write, -(-len(pages) // WRITE), threads=None if len(pages) > 2 * WRITE else 1)
@@ -333,38 +342,28 @@ def headers(pages: U64, where: Plan, generation: int) -> U64:
     return heads
 
 
-def _lay_out_batch(words: U64, blocks: Rows, where: Plan, part: slice) -> None:
-    """Fill the entries of some links."""
+def _lay_out_batch(links: Links, blocks: Rows, where: Plan, part: slice) -> None:
+    """Fill the entries of the links of a batch."""
     starts, counts = where.starts[part], where.counts[part]
     first, last = int(starts[0]), int(starts[-1] + counts[-1])
     low = int(np.searchsorted(where.offsets, first, side="right")) - 1
     if last <= where.offsets[low + 1]:
-        _lay_out_row(words, blocks, low, starts - where.offsets[low], counts)
+        _lay_out_row(links, blocks, low, starts - where.offsets[low], counts)
     else:
-        _lay_out(words[:, HEAD_WORDS:], expand(blocks, where.offsets, first, last), counts)
+        _lay_out(links.words[: len(counts), HEAD_WORDS:], expand(blocks, where.offsets, first, last), counts)
 
 
-def _lay_out_row(words: U64, blocks: Rows, row: int, starts: I64, counts: I64) -> None:
+def _lay_out_row(links: Links, blocks: Rows, row: int, starts: I64, counts: I64) -> None:
     """Fill a batch from one row of blocks, which is an arithmetic progression; memory without gaps is much quicker."""
-    here = slice(row, row + 1)
+    here, words = slice(row, row + 1), links.words[: len(counts)]
     step = sizes(blocks.order[here]) << np.uint64(ENTRY_PFN_SHIFT)
     base = _entries(blocks, here) + starts.astype(np.uint64) * step
     if step[0] == _STEP and (counts[:-1] == LINK_CAPACITY).all():
-        np.add(_row_after_row()[: len(words)], base[0], out=words)
+        np.add(links.ahead[: len(words)], base[0], out=words)
     else:
         np.add(base[:, None], _COLUMN * step, out=words[:, HEAD_WORDS:])
     for short in np.flatnonzero(counts < LINK_CAPACITY).tolist():
         words[short, HEAD_WORDS + counts[short] :] = 0
-
-
-@cache
-def _row_after_row() -> U64:
-    """What single pages in a row add to the first entry of a batch of full links, heads included and meaningless there.
-
-    Made when it is first needed: it is 1 MiB, and most mounts never write that many links.
-    """
-    ahead: I64 = np.arange(WRITE)[:, None] * LINK_CAPACITY + np.arange(PAGE_WORDS) - HEAD_WORDS
-    return ahead.view(np.uint64) * _STEP
 
 
 def _lay_out(rows: U64, entries: U64, counts: I64) -> None:
