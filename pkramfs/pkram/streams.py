@@ -17,7 +17,8 @@ Kernel: mm/pkram.c (pkram_write, pkram_save_file_page, pkram_add_link), patches 
 import errno
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -48,7 +49,11 @@ _SLICE = singles.SLICE
 
 
 class ObjectWriter:
-    """One object being saved. Use it in a `with`: leaving finishes it."""
+    """One object being saved. Use it in a `with`: leaving finishes it.
+
+    Where a call fails after a part of it was done (no memory, a page named twice), or the `with` is left by an
+    exception, the object is incomplete for good: `finish` raises, and so does `Save.finish`.
+    """
 
     def __init__(self, arena: Arena, marks: Marks, generation: int, *, strict: bool, align: bool) -> None:
         self._arena, self._ram, self._marks, self._generation = arena, arena.ram, marks, generation
@@ -60,6 +65,7 @@ class ObjectWriter:
         self._waiting = 0
         self._chains: list[U64] = []
         self._benches = parallel.Workbenches(singles.Bench)
+        self._failure: BaseException | None = None
         self.page_count = 0
         self.moved: list[Run] = []
         self.values: dict[str, int] | None = None
@@ -68,9 +74,22 @@ class ObjectWriter:
     def __enter__(self) -> "ObjectWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        if kind is None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
             self.finish()
+        else:
+            self._failure = self._failure or error
+
+    @contextmanager
+    def _all_of_it(self) -> Iterator[None]:
+        """What fails in here leaves half of itself behind, and a node must not say that it was all."""
+        try:
+            yield
+        except BaseException as error:
+            self._failure = self._failure or error
+            raise
 
     # -- bytes -----------------------------------------------------------------------------------
 
@@ -81,7 +100,8 @@ class ObjectWriter:
         self._length += len(view)
         self._digest.update(view)
         if len(self._buffer) >= _FLUSH:
-            self._flush_bytes(len(self._buffer) // PAGE_SIZE * PAGE_SIZE)
+            with self._all_of_it():
+                self._flush_bytes(len(self._buffer) // PAGE_SIZE * PAGE_SIZE)
         return len(view)
 
     def _flush_bytes(self, size: int) -> None:
@@ -149,7 +169,8 @@ class ObjectWriter:
             return self._write_links(blocks, align=self._align)
 
         steps = -(-runs // _SLICE)
-        chains = parallel.each(write, steps)
+        with self._all_of_it():
+            chains = parallel.each(write, steps)
         with self._lock:
             self._chains += [chain for chain in chains if chain is not None and len(chain)]
 
@@ -191,11 +212,16 @@ class ObjectWriter:
         if (columns[1] & (columns[2] - np.uint64(1))).any():
             raise _unaligned()
         hit = touched(self._arena.banned, columns[1], columns[2])
-        if hit.any():
-            self.save_runs(*(column[hit] for column in columns))
-            columns, orders = _columns(*(column[~hit] for column in columns)), orders[~hit]
-        if not len(orders):
+        if not hit.any():
+            self._save_unmoved(columns, orders)
             return
+        with self._all_of_it():
+            self.save_runs(*(column[hit] for column in columns))
+            if not hit.all():
+                self._save_unmoved(_columns(*(column[~hit] for column in columns)), orders[~hit])
+
+    def _save_unmoved(self, columns: Columns, orders: link.U8) -> None:
+        """Preserve blocks of any order where they are."""
         self._name(columns[1], columns[2], self._check_indices(columns)[0])
 
         def work(number: int) -> Rows:
@@ -259,12 +285,19 @@ class ObjectWriter:
     # -- the end -----------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Write what was collected and chain the links; the object is complete.
+        """Write what was collected and chain the links; the object is complete. PkramError if a part of it is missing.
 
         Kernel: pkram_finish_save_obj()
         """
         if self.values is not None:
             return
+        if self._failure is not None:
+            code = getattr(self._failure, "errno", None) or errno.EINVAL
+            raise PkramError(f"an object to preserve is incomplete: {self._failure}", code) from self._failure
+        with self._all_of_it():
+            self._finish()
+
+    def _finish(self) -> None:
         if self._buffer:
             self._flush_bytes(len(self._buffer))
         if self._collected:

@@ -251,6 +251,71 @@ def test_d18_enomem_at_any_allocation_leaves_nothing(store, frames):
     assert times > 4 and store.find(b"n") is not None
 
 
+def _pages_apart(frames):
+    ((start, _),) = frames.allocate(1500)
+    page = np.arange(start, start + 1500, 2, dtype=np.uint64)
+    return page - np.uint64(start), page, np.ones_like(page)
+
+
+def _lose_bytes(writer, frames, runs):
+    writer.write(bytes(2 << 20))
+
+
+def _lose_links(writer, frames, runs):
+    for _ in range(100):
+        writer.save_runs(*(np.tile(column, 100) for column in runs))
+
+
+def _lose_the_last_links(writer, frames, runs):
+    writer.save_runs(*runs)
+    writer.finish()
+
+
+def _lose_copies(writer, frames, runs):
+    writer.save_pages(runs[0], runs[1], np.where(runs[0] % 4 == 0, 1, 0))
+
+
+def _leave(writer, frames, runs):
+    with writer:
+        writer.save_runs(*runs)
+        raise PkramError("the program thought better of it", errno.ENOMEM)
+
+
+@pytest.mark.parametrize("lose", [_lose_bytes, _lose_links, _lose_the_last_links, _lose_copies, _leave])
+def test_an_object_that_is_incomplete_is_never_published(store, frames, lose):
+    """A caller who goes on after ENOMEM would publish a node that names pages its links do not."""
+    used = frames.used_pages
+    runs = _pages_apart(frames)
+    stingy, banned = Stingy(frames, 0), Spans([(int(runs[1][4]), int(runs[1][4]) + 1)] if lose is _lose_copies else [])
+    with store.prepare_save(b"n", tree_id=TREE, frames=stingy, banned=banned) as saving:
+        writer = saving.object()
+        with pytest.raises(PkramError) as caught:
+            lose(writer, frames, runs)
+        assert caught.value.errno == errno.ENOMEM
+        stingy.left = 100
+        for finish in (writer.finish, saving.finish):
+            with pytest.raises(PkramError, match=r"incomplete: \w") as caught:
+                finish()
+            assert caught.value.errno == errno.ENOMEM
+    assert store.nodes() == []
+    assert frames.used_pages == used + 1500
+
+
+def test_a_call_that_is_refused_at_once_leaves_the_object_whole(store, frames):
+    runs = _pages_apart(frames)
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames) as saving:
+        with saving.object() as writer:
+            for bad in (([2**60], [5], [1]), ([0], [0], [1]), ([0, 1], [5], [1])):
+                with pytest.raises(PkramError):
+                    writer.save_runs(*bad)
+            with pytest.raises(PkramError):
+                writer.save_pages([0], [int(runs[1][0]) | 1], [1])
+            writer.save_runs(*runs)
+        saving.finish()
+    with store.prepare_load(b"n") as load:
+        assert rows(*only(load).load_runs()) == rows(*runs)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_the_estimate_is_enough(store, frames, seed):
     rng = random.Random(seed)
