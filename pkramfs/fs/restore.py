@@ -96,9 +96,7 @@ def _needs(parts: TreeStream) -> tuple[int, int]:
     further_links = int((parts.inodes["nlink"][~folders].astype(np.int64) - 1).sum())
     space = (len(kinds) + further_links) * INODE_SPACE
     at = 0
-    for names, values in zip(
-        parts.xattrs["name_length"].tolist(), parts.xattrs["value_length"].tolist(), strict=True
-    ):
+    for names, values in zip(parts.xattrs["name_length"].tolist(), parts.xattrs["value_length"].tolist(), strict=True):
         if not parts.values.startswith(b"system.", at):
             space += 40 + names + values
         at += names + values

@@ -46,9 +46,7 @@ def new_tree_id() -> int:
 class Leases:
     """The lease table at page `table_pfn`, for `blocks` page blocks."""
 
-    def __init__(
-        self, ram: Ram, table_pfn: int, blocks: int, lock: Callable[[], AbstractContextManager[None]]
-    ) -> None:
+    def __init__(self, ram: Ram, table_pfn: int, blocks: int, lock: Callable[[], AbstractContextManager[None]]) -> None:
         self.ram, self.table_pfn, self.blocks, self._lock = ram, table_pfn, blocks, lock
         start = table_pfn * _WORDS
         self.ids: U64 = ram.u64[start : start + blocks]

@@ -117,9 +117,7 @@ def _check_node(
         report.problems.append(f"{title}: {error}")
 
 
-def _misplaced(
-    node: Node, pages: Spans, report: Report, usable: Spans | None, owned: Owned | None
-) -> Iterator[str]:
+def _misplaced(node: Node, pages: Spans, report: Report, usable: Spans | None, owned: Owned | None) -> Iterator[str]:
     """Pages of a node that are nobody's RAM, another node's, or in page blocks of another owner."""
     for what, wrong in (
         ("not usable RAM", pages - usable if usable is not None else Spans()),

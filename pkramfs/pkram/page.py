@@ -97,9 +97,7 @@ def read_page(ram: Ram, pfn: int, record: Record, magic: int) -> Any:
         raise FormatError(record.name, "magic", pfn=pfn, found=letters(found.magic), expected=letters(magic))
     expected = checksum(ram, pfn)
     if found.checksum != expected:
-        raise FormatError(
-            record.name, "checksum", pfn=pfn, found=f"{found.checksum:016x}", expected=f"{expected:016x}"
-        )
+        raise FormatError(record.name, "checksum", pfn=pfn, found=f"{found.checksum:016x}", expected=f"{expected:016x}")
     return found
 
 

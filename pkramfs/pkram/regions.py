@@ -86,9 +86,7 @@ def read(ram: Ram, head: int, usable: Spans | None = None) -> Spans:
             if getattr(page, field) != counted:
                 raise FormatError("Regions", field, pfn=pfn, found=getattr(page, field), expected=counted)
         if page.generation != found[0][1].generation:
-            raise FormatError(
-                "Regions", "generation", pfn=pfn, found=page.generation, expected=found[0][1].generation
-            )
+            raise FormatError("Regions", "generation", pfn=pfn, found=page.generation, expected=found[0][1].generation)
     if usable is not None and (outside := spans - usable):
         raise FormatError(
             "Regions", "region", pfn=head, found=f"pfn {int(outside.starts[0]):x}", expected="usable memory"

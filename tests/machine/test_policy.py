@@ -105,7 +105,7 @@ def test_shares_are_there_to_be_taken(taken: set[int], count: int, text: str) ->
     policy: Any = Policy.parse(text, MACHINE)
     free = Spans((block, block + 1) for block in range(64) if block not in taken)
     shares = policy.shares(free, count)
-    assert all(share <= (room & free).total for room, share in shares[:3 if "inter" in text else 1])
+    assert all(share <= (room & free).total for room, share in shares[: 3 if "inter" in text else 1])
     wanted = sum(share for _, share in shares)
     allowed = free if "bind" not in text else free & (node_blocks(MACHINE)[0] | node_blocks(MACHINE)[2])
     assert wanted == (min(count, allowed.total) if "bind" in text else count)

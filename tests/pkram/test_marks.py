@@ -51,9 +51,7 @@ def test_d16_there_is_always_a_worker(cpus, threads):
     assert parallel.workers(cpus) == threads
 
 
-@pytest.mark.parametrize(
-    ("size", "count"), [(1 << 18, 1), ((1 << 18) + 1, 2), (100 << 18, 100), (0, 0), (1, 1)]
-)
+@pytest.mark.parametrize(("size", "count"), [(1 << 18, 1), ((1 << 18) + 1, 2), (100 << 18, 100), (0, 0), (1, 1)])
 def test_a_file_is_cut_into_chunks_of_a_gib(size, count):
     """Facts 10.8."""
     found = list(parallel.chunks(0, size))

@@ -178,9 +178,7 @@ class Core(RuleBasedStateMachine):
 
     @invariant()
     def sound(self):
-        report = check(
-            self.ram, self.super_pfn, owned=lambda tree: self.leases.blocks_of(tree).scale(BLOCK_PAGES)
-        )
+        report = check(self.ram, self.super_pfn, owned=lambda tree: self.leases.blocks_of(tree).scale(BLOCK_PAGES))
         assert report.problems == []
         assert {node.name for node in report.nodes} == set(self.model)
 

@@ -50,9 +50,7 @@ def test_units(a, unit):
     spans, found = Spans(a), numbers(a)
     assert numbers(spans.scale(unit)) == {n * unit + k for n in found for k in range(unit)}
     assert numbers(spans.outward(unit)) == {n // unit for n in found}
-    assert numbers(spans.inward(unit)) == {
-        n for n in range(2 * TOP) if all(n * unit + k in found for k in range(unit))
-    }
+    assert numbers(spans.inward(unit)) == {n for n in range(2 * TOP) if all(n * unit + k in found for k in range(unit))}
 
 
 @given(RANGES, st.integers(1, 6), st.integers(1, 5))

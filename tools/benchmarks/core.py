@@ -141,9 +141,7 @@ def scattered(machine: Core, size: int) -> Runs:
 def huge(machine: Core, size: int) -> Runs:
     """One entry for each 2 MiB: what huge=always has."""
     _, pfn, count = contiguous(machine, size)
-    starts = np.concatenate(
-        [np.arange(p, p + n, BLOCK_PAGES, dtype=np.uint64) for p, n in _rows(pfn, count)]
-    )
+    starts = np.concatenate([np.arange(p, p + n, BLOCK_PAGES, dtype=np.uint64) for p, n in _rows(pfn, count)])
     return np.arange(len(starts), dtype=np.uint64) * np.uint64(BLOCK_PAGES), starts, np.full_like(starts, BLOCK_PAGES)
 
 

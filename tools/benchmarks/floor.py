@@ -112,9 +112,7 @@ class Floor(pyfuse3.Operations):
     async def rmdir(self, parent: int, name: bytes, ctx: object) -> None:
         del self.names[parent, name]
 
-    async def rename(
-        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: object
-    ) -> None:
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: object) -> None:
         self.names[new_parent, new_name] = self.names.pop((parent, name))
 
     async def read(self, handle: int, offset: int, size: int) -> memoryview:
