@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from pkramfs.pkram import link
+from pkramfs.pkram import link, singles
 from pkramfs.units import round_up
 
 
@@ -104,3 +104,23 @@ def merged(rows):
         else:
             found.append([index, pfn, count])
     return [tuple(row) for row in found]
+
+
+@pytest.mark.parametrize(
+    ("index", "dense"),
+    [
+        ([7], True),
+        ([7, 8, 9], True),
+        ([7, 9, 10], False),
+        ([7, 7, 9], False),
+        ([0, 2, 1, 3], False),
+        ([0, 1, 1, 3], False),
+        ([9, 8, 7], False),
+        ([2**63 - 1, 2**63], False),
+        ([2**64 - 1, 0], False),
+        ([2**64 - 2, 2**64 - 1], True),
+    ],
+)
+def test_indices_that_follow_one_another(index, dense):
+    """Across 2^63 they do, but are too large either way."""
+    assert singles.dense(u64(*index), singles.Bench()) is dense
