@@ -17,12 +17,25 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
+    if args.runs < 1:
+        parser.error(f"--runs {args.runs}: at least one run is needed")
     table = Table(args.runs, args.quick)
-    for name in args.sections or SECTIONS:
-        section(name)(table)
+    try:
+        for name in args.sections or SECTIONS:
+            if args.json:
+                table.write_json(args.json)  # before the first, too: not to find out in half an hour that it cannot be
+            section(name)(table)
+    except OSError as error:
+        if args.json != error.filename:
+            raise
+        parser.error(f"--json {args.json}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("tools/bench: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        if args.json and table.figures:
+            table.write_json(args.json)
     print(table.verdict())
-    if args.json:
-        table.write_json(args.json)
     return 0
 
 
