@@ -164,10 +164,11 @@ class _Survey:
     def _fetch(self, at: int, pfn: int, number: int, bench: Workbench) -> None:
         here, words = slice(at, at + number), bench.words[:number]
         self.ram.read(pfn, bench.bytes[: number << PAGE_SHIFT])
+        self.steady[here] = _steady(words, bench)
         self.kept[:, here] = words[:, :_KEPT].T
+        # checksums last, with a pread to follow: whatever needs the interpreter waits for other threads' checksums
         digests = map(xxhash.xxh3_64_intdigest, bench.covered, range(pfn, pfn + number))
         self.sums[here] = np.fromiter(digests, np.uint64, number)
-        self.steady[here] = _steady(words, bench)
 
 
 def _steady(words: U64, bench: Workbench) -> Flags | bool:
