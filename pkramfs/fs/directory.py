@@ -84,10 +84,10 @@ class Directory:
                 if name is not None and entry is not None and entry[1] < top:
                     yield name, entry[0], entry[1]
 
-    def columns(self) -> tuple[list[bytes], list[Inode], list[int]]:
+    def columns(self) -> tuple[list[bytes], tuple[Inode, ...], tuple[int, ...]]:
         """Names, inodes and cookies, oldest first, for saving: the order in which a dict was filled."""
         inodes, cookies = zip(*self.entries.values(), strict=True) if self.entries else ((), ())
-        return list(self.entries), list(inodes), list(cookies)
+        return list(self.entries), inodes, cookies
 
     def fill(self, names: list[bytes], inodes: list[Inode], cookies: list[int]) -> None:
         """All entries of a directory at once, cookies ascending."""

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Generator, Iterator
-from itertools import chain, compress, repeat
+from itertools import chain, compress
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from pkramfs.fs import collector
+from pkramfs.fs.directory import Directory
 from pkramfs.fs.inode import FIELDS, Inode
+from pkramfs.fs.pagecache import PageMap
 from pkramfs.pkram.treeformat import Array, Columns
 
 if TYPE_CHECKING:
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
 
 _Rows = tuple[Columns, list[tuple[int, bytes]]]
 """Columns, and pieces of the blob that belongs to them, each with the place of its owner."""
-_STEP = 1 << 14
-"""Inodes whose fields are read at once: what they become stays in the cache."""
+_STEP = 1 << 12
+"""Inodes that are looked at at once: what is read of them, and what it becomes, stays in the cache."""
+_NO_PAGES = PageMap()
 
 
 class Progress(NamedTuple):
@@ -154,28 +157,47 @@ def _entry_columns(inodes: _Inodes) -> tuple[Columns, bytes]:
 
 
 def _awake_entries(inodes: _Inodes) -> _Rows:
-    names: list[bytes] = []
-    children: list[Inode] = []
-    cookies: list[int] = []
-    parents: list[Iterator[int]] = []
-    chunks: list[tuple[int, bytes]] = []
-    for place, inode in inodes.with_names():
-        assert inode.entries is not None
-        if inode.entries.entries:
-            more, below, numbers = inode.entries.columns()
+    parts, chunks = [_name_columns([], [], [], [], [])], list[tuple[int, bytes]]()
+    for folders in _folders(inodes):
+        names, children, cookies = list[bytes](), list[Inode](), list[int]()
+        for place, entries in folders:
+            more, below, numbers = entries.columns()
             names += more
             children += below
             cookies += numbers
-            parents.append(repeat(place, len(more)))
             chunks.append((place, b"".join(more)))
-    size = len(names)
-    columns: Columns = {
-        "parent": np.fromiter(chain.from_iterable(parents), np.int64, size),
-        "child": np.searchsorted(inodes.numbers, np.fromiter(map(attrgetter("ino"), children), np.uint64, size)),
-        "cookie": np.fromiter(cookies, np.int64, size),
-        "length": np.fromiter(map(len, names), np.uint8, size),
-    }
+        places, sizes = [place for place, _ in folders], [len(entries) for _, entries in folders]
+        parts.append(_name_columns(names, children, cookies, places, sizes))
+    columns: Columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    columns["child"] = np.searchsorted(inodes.numbers, columns["child"])
     return columns, chunks
+
+
+def _folders(inodes: _Inodes) -> Iterator[list[tuple[int, Directory]]]:
+    """Directories with names, and their places: several at a time, with _STEP names or somewhat more."""
+    some, number = list[tuple[int, Directory]](), 0
+    for place, inode in inodes.with_names():
+        assert inode.entries is not None
+        if size := len(inode.entries):
+            some.append((place, inode.entries))
+            number += size
+        if number >= _STEP:
+            yield some
+            some, number = [], 0
+    if some:
+        yield some
+
+
+def _name_columns(
+    names: list[bytes], children: list[Inode], cookies: list[int], places: list[int], sizes: list[int]
+) -> Columns:
+    """Columns of names in directories at `places`, `sizes[k]` of them in the k-th. Children are inode numbers yet."""
+    return {
+        "parent": np.repeat(np.array(places, dtype=np.int64), sizes),
+        "child": np.fromiter(map(attrgetter("ino"), children), np.uint64, len(children)),
+        "cookie": np.array(cookies, dtype=np.int64),
+        "length": np.fromiter(map(len, names), np.uint8, len(names)),
+    }
 
 
 def _sleeping_entries(rest: _Rest) -> _Rows:
@@ -249,12 +271,12 @@ def _extent_columns(inodes: _Inodes, table: Columns) -> tuple[Columns, Array]:
 
 def _awake_runs(inodes: _Inodes) -> tuple[Array, Array]:
     """The runs of files that are awake, and the place of the file of each."""
-    maps = [inode.pages for inode in inodes.awake]
-    places = inodes.places[np.fromiter(map(bool, maps), bool, len(maps))]
-    files = list(filter(None, maps))
-    raw = b"".join(chain.from_iterable(map(attrgetter("leaves"), files)))
-    lengths = np.fromiter(map(attrgetter("runs"), files), np.int64, len(files))
-    return np.frombuffer(raw, dtype=np.int64).reshape(-1, 3), np.repeat(places, lengths)
+    lengths, parts = np.zeros(len(inodes.awake), dtype=np.int64), []
+    for low in range(0, len(inodes.awake), _STEP):
+        maps = [inode.pages or _NO_PAGES for inode in inodes.awake[low : low + _STEP]]
+        lengths[low : low + _STEP] = np.fromiter(map(attrgetter("runs"), maps), np.int64, len(maps))
+        parts.append(b"".join(chain.from_iterable(map(attrgetter("leaves"), maps))))
+    return np.frombuffer(b"".join(parts), dtype=np.int64).reshape(-1, 3), np.repeat(inodes.places, lengths)
 
 
 def _sleeping_runs(rest: _Rest) -> tuple[Array, Array]:

@@ -56,7 +56,7 @@ def test_what_is_there_all_the_time_is_listed_exactly_once(steps, bite) -> None:
     assert {name for name, _, _ in directory.after(0)} == set(directory.entries)
     names, inodes, cookies = directory.columns()
     assert list(zip(names, inodes, cookies, strict=True))[::-1] == list(directory.after(0))
-    assert cookies == sorted(cookies)
+    assert list(cookies) == sorted(cookies)
 
 
 def test_creating_or_renaming_what_one_lists_comes_to_an_end() -> None:
