@@ -27,6 +27,7 @@ def small_slices():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pkramfs.fs.save._SLICE", 2)
         patch.setattr(asleep, "_SLICE", 3)
+        patch.setattr("pkramfs.fs.picture._STEP", 3)
         yield
 
 
