@@ -224,7 +224,11 @@ def one_cpu() -> Iterator[None]:
 
 
 def rfc(table: Table) -> None:
-    """The announcement's table: one file of 100 GiB, on all CPUs and on one."""
+    """The announcement's table: one file of 100 GiB, on all CPUs and on one.
+
+    One round goes before those that count: the host may have to find memory for what is touched first, at several
+    times the price, and only the save would pay it, for its references come after it and use the same memory again.
+    """
     size = (4 if table.quick else 100) * GIB
     cases = (
         ("huge=never, runs", contiguous, {}, "<5 ms", "<5 ms"),
@@ -236,6 +240,7 @@ def rfc(table: Table) -> None:
         times, alone = Times(), Times()
         with core(size + 16 * GIB) as machine:
             runs = make(machine, size)
+            Times().run(machine, runs, **words)
             for _ in range(table.runs):
                 times.run(machine, runs, **words)
             with one_cpu():
