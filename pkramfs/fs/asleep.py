@@ -130,11 +130,11 @@ class Asleep:
         children = self.parts.entries["child"][low:high]
         with collector.paused():
             inodes = self._children(children, inode)
-        edges, blob = self.name_edges[low : high + 1].tolist(), self.parts.names
-        names = [blob[start:end] for start, end in pairwise(edges)]
-        directory.__class__ = Directory  # type: ignore[assignment]
-        del directory.bed
-        directory.fill(names, inodes, self.parts.entries["cookie"][low:high].tolist())
+            edges, blob = self.name_edges[low : high + 1].tolist(), self.parts.names
+            names = [blob[start:end] for start, end in pairwise(edges)]
+            directory.__class__ = Directory  # type: ignore[assignment]
+            del directory.bed
+            directory.fill(names, inodes, self.parts.entries["cookie"][low:high].tolist())
         self._folders[position] = False
         self.left -= 1
         if not self.left:

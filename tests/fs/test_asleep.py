@@ -1,6 +1,7 @@
 """Restored trees sleep until somebody asks: a tree half asleep is the same tree, to look at, to change and to save."""
 
 import errno
+import gc
 import random
 
 import numpy as np
@@ -299,3 +300,22 @@ def test_files_in_pieces_keep_every_page(ram, seed) -> None:
         for one in (copy, tree)
     )
     assert mapped == expected
+
+
+def test_waking_is_not_interrupted_by_the_collector(tree, ram) -> None:
+    """Half of the time went into collections when names were made outside of the pause."""
+    folder = tree.mkdir(1, b"many", 0o755).ino
+    for number in range(5000):
+        tree.write(tree.create(folder, b"%d" % number, 0o644).ino, 0, b"x")
+    copy = restored(preserved(tree), ram)
+    below = copy.lookup(1, b"many")
+    seen: list[str] = []
+    before, threshold = list(gc.callbacks), gc.get_threshold()
+    gc.callbacks.append(lambda phase, info: seen.append(phase))
+    gc.set_threshold(1000, 10, 10)  # 5000 inodes and as many pairs are more
+    try:
+        below.entries.wake()
+    finally:
+        gc.callbacks[:] = before
+        gc.set_threshold(*threshold)
+    assert len(below.entries) == 5000 and seen.count("start") <= 1
