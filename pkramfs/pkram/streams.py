@@ -91,10 +91,15 @@ class ObjectWriter:
             self._failure = self._failure or error
             raise
 
+    def _expect_open(self) -> None:
+        if self.values is not None:
+            raise PkramError("the object is finished, nothing can be added to it", errno.EINVAL)
+
     # -- bytes -----------------------------------------------------------------------------------
 
     def write(self, data: Any) -> int:
         """Append bytes to the byte stream; returns how many. PkramError (ENOMEM) if memory is out."""
+        self._expect_open()
         view = memoryview(data).cast("B")
         self._buffer += view
         self._length += len(view)
@@ -125,6 +130,7 @@ class ObjectWriter:
 
         Kernel: pkram_save_file_page()
         """
+        self._expect_open()
         columns = _columns(index, pfn, count)
         if not len(columns[0]):
             return
@@ -182,9 +188,11 @@ class ObjectWriter:
 
         Kernel: pkram_save_file_page() with a compound page
         """
-        orders = np.asarray(order, dtype=np.uint8).reshape(-1)
-        if (orders > MAX_ORDER).any():
+        self._expect_open()
+        numbers = _numbers(order)
+        if (numbers > MAX_ORDER).any():
             raise PkramError(f"the order of a block to preserve is above {MAX_ORDER}", errno.EINVAL)
+        orders = numbers.astype(np.uint8)
         columns = _columns(index, pfn, np.broadcast_to(np.uint64(1), len(orders)))
         if not len(orders):
             return
@@ -355,10 +363,18 @@ def _part(columns: Columns, number: int) -> Columns:
 
 def _columns(index: Any, pfn: Any, count: Any) -> Columns:
     """Three columns of one length as arrays; EINVAL if they are not."""
-    first, second, third = (np.asarray(column, dtype=np.uint64).reshape(-1) for column in (index, pfn, count))
+    first, second, third = map(_numbers, (index, pfn, count))
     if not len(first) == len(second) == len(third):
         raise PkramError("index, pfn and count are not of one length", errno.EINVAL)
     return first, second, third
+
+
+def _numbers(column: Any) -> U64:
+    """A column as an array; EINVAL for what is no integer. Below zero it becomes too large, which is refused later."""
+    array = np.asarray(column)
+    if array.dtype.kind not in "iu" and array.size:
+        raise PkramError("index, pfn, count and order must be integers of up to 64 bits", errno.EINVAL)
+    return array.astype(np.uint64, copy=False).reshape(-1)
 
 
 def _together(parts: list[Rows]) -> Rows:

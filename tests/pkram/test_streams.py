@@ -316,6 +316,41 @@ def test_a_call_that_is_refused_at_once_leaves_the_object_whole(store, frames):
         assert rows(*only(load).load_runs()) == rows(*runs)
 
 
+@pytest.mark.parametrize("bad", [[0.5], ["1"], [None], [2**64], [-1], np.array([-1]), np.array([1.0])])
+@pytest.mark.parametrize("column", range(3))
+def test_numbers_that_are_none_are_refused(store, frames, bad, column):
+    """numpy would cut 0.5 to 0, and order 265 to 9."""
+    ((start, _),) = frames.allocate(4)
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames) as saving:
+        with saving.object() as writer:
+            for call, good in ((writer.save_runs, ([0], [start], [1])), (writer.save_pages, ([0], [start], [0]))):
+                columns = list(good)
+                columns[column] = bad
+                with pytest.raises(PkramError) as caught:
+                    call(*columns)
+                assert caught.value.errno == errno.EINVAL
+            with pytest.raises(PkramError):
+                writer.save_pages([0], [start], np.array([256]))
+        saving.finish()
+    with store.prepare_load(b"n") as load:
+        assert only(load).data.total == 0 and start not in store.pages_of(load.node)
+
+
+def test_nothing_is_added_to_what_is_finished(store, frames):
+    """It would be named by the page table and by no link."""
+    runs = _pages_apart(frames)
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames) as saving:
+        with saving.object() as writer:
+            writer.write(b"bytes")
+        for add in (lambda: writer.write(b"more"), lambda: writer.save_runs(*runs), lambda: writer.save_pages(*runs)):
+            with pytest.raises(PkramError, match="finished") as caught:
+                add()
+            assert caught.value.errno == errno.EINVAL
+        saving.finish()
+    with store.prepare_load(b"n") as load:
+        assert only(load).read() == b"bytes" and len(only(load).load_runs()[0]) == 0
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_the_estimate_is_enough(store, frames, seed):
     rng = random.Random(seed)
