@@ -26,15 +26,17 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from pkramfs.errors import PkramError
-from pkramfs.pkram import link, parallel, singles
+from pkramfs.errors import FormatError, PkramError
+from pkramfs.pkram import chain, link, parallel, singles
 from pkramfs.pkram.arena import Arena
 from pkramfs.pkram.chain import INDEX_MAX
 from pkramfs.pkram.format import ENTRY_HUGE, LINK_CAPACITY, NEXT, OBJECT, OBJECT_MAGIC, OTHER
+from pkramfs.pkram.indices import Indices
 from pkramfs.pkram.link import BATCH, Rows
 from pkramfs.pkram.marks import Extent, Marks
 from pkramfs.pkram.page import write_page
 from pkramfs.pkram.relocate import Run, touched
+from pkramfs.pkram.runs import all_runs
 from pkramfs.spans import U64
 from pkramfs.units import BLOCK_ORDER, MAX_ORDER, PAGE_SHIFT, PAGE_SIZE, pages
 
@@ -65,6 +67,7 @@ class ObjectWriter:
         self._waiting = 0
         self._chains: list[U64] = []
         self._benches = parallel.Workbenches(singles.Bench)
+        self._indices = Indices()
         self._failure: BaseException | None = None
         self.page_count = 0
         self.moved: list[Run] = []
@@ -126,7 +129,7 @@ class ObjectWriter:
 
         Frames are not copied unless they are banned. They become the fewest naturally aligned
         blocks, or one entry each in a strict save. Errors: EINVAL (not memory, index too large),
-        EEXIST (a frame is saved twice; told here or at `Save.finish`), ENOMEM.
+        EEXIST (a frame or an index is saved twice; told here or by `finish`), ENOMEM.
 
         Kernel: pkram_save_file_page()
         """
@@ -172,13 +175,14 @@ class ObjectWriter:
             if steps == 1 and blocks.entries < _COLLECT:
                 self._collect(blocks)
                 return None
+            self._indices.add(blocks)
             return self._write_links(blocks, align=self._align)
 
         steps = -(-runs // _SLICE)
         with self._all_of_it():
             chains = parallel.each(write, steps)
         with self._lock:
-            self._chains += [chain for chain in chains if chain is not None and len(chain)]
+            self._chains += [links for links in chains if links is not None and len(links)]
 
     def save_pages(self, index: Any, pfn: Any, order: Any) -> None:
         """Preserve blocks as they are: arrays of index, pfn (aligned to the order) and order 0 to 18.
@@ -276,9 +280,10 @@ class ObjectWriter:
 
     def _write(self, blocks: Rows) -> None:
         """Write links of blocks, and add them to the stream."""
-        chain = self._write_links(blocks, align=self._align)
+        self._indices.add(blocks)
+        links = self._write_links(blocks, align=self._align)
         with self._lock:
-            self._chains.append(chain)
+            self._chains.append(links)
 
     def _write_links(self, blocks: Rows, *, align: bool) -> U64:
         """Write one chain of links that nothing names yet; their pfns."""
@@ -312,6 +317,8 @@ class ObjectWriter:
             full, self._collected = self._collected, []
             self._write(_together(full))
         byte_links, page_links = self._finish_bytes(), self._chain_pages()
+        if self._indices.doubtful:
+            self._expect_each_index_once(page_links)
         self.values = {
             "generation": self._generation,
             "pages_head": int(page_links[0]) if len(page_links) else 0,
@@ -338,6 +345,17 @@ class ObjectWriter:
         for before, after in itertools.pairwise(self._chains):
             link.hang(self._ram, int(before[-1]), int(after[0]))
         return np.concatenate(self._chains) if self._chains else np.empty(0, dtype=np.uint64)
+
+    def _expect_each_index_once(self, links: U64) -> None:
+        """EEXIST if an index has two pages: the links are read back, as a load does."""
+        ends, allowed = (int(links[0]), int(links[-1])), self._arena.spans()
+        found = chain.read(
+            self._ram, 0, ("pages_head", ends[0]), ends[1], len(links), generation=self._generation, allowed=allowed
+        )
+        try:
+            all_runs(found)
+        except FormatError:
+            raise PkramError("an index was saved twice", errno.EEXIST) from None
 
     def write_record(self, pfn: int, following: int) -> None:
         """Write the object's own page, naming the next object."""

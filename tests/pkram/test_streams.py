@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pkramfs.errors import ExhaustedError, PkramError
-from pkramfs.pkram import format, link
+from pkramfs.pkram import format, link, streams
 from pkramfs.pkram.store import estimate
 from pkramfs.spans import Spans
 
@@ -349,6 +349,64 @@ def test_nothing_is_added_to_what_is_finished(store, frames):
         saving.finish()
     with store.prepare_load(b"n") as load:
         assert only(load).read() == b"bytes" and len(only(load).load_runs()[0]) == 0
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [([0], [1]), ([0], [1])],
+        [([5, 5], [1, 1])],
+        [([0], [10]), ([9], [1])],
+        [([3], [1]), ([0], [10])],
+        [([0, 40], [20, 20]), ([10], [40])],
+        [([0, 100, 50], [1, 1, 60])],
+        [(range(600), [1] * 600), ([700, 599], [1, 1])],
+        [(range(0, 600, 2), [1] * 300), (range(1, 601, 2), [1] * 300), ([600, 333], [1, 1])],
+    ],
+)
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("collect", [2, 600], ids=["at once", "collected"])
+def test_an_index_that_is_saved_twice_is_no_node(store, frames, monkeypatch, calls, strict, collect):
+    """The original publishes it, and no load takes it."""
+    monkeypatch.setattr(streams, "_COLLECT", collect)
+    ((start, _),) = frames.allocate(3000)
+    used = frames.used_pages
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames, strict=strict) as saving:
+        writer = saving.object()
+        for index, count in calls:
+            writer.save_runs(np.array(index), start + np.cumsum(count) - count, np.array(count))
+            start += sum(count)
+        for finish in (writer.finish, saving.finish):
+            with pytest.raises(PkramError, match="an index was saved twice") as caught:
+                finish()
+            assert caught.value.errno == errno.EEXIST
+    assert store.nodes() == [] and frames.used_pages == used
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_indices_in_any_order_are_taken(store, frames, monkeypatch, seed):
+    """Pages in disorder, runs between runs, from several threads: each index once is enough."""
+    monkeypatch.setattr(streams, "_COLLECT", 50)
+    rng = random.Random(seed)
+    ((start, _),) = frames.allocate(2000)
+    runs, index, pfn = [], rng.randrange(5), start
+    while pfn < start + 1900:
+        size = rng.choice((1, 1, 1, 2, 7, 60))
+        runs.append((index, pfn, size))
+        index, pfn = index + size + rng.choice((0, 0, 3)), pfn + size
+    expected = rows(*link.join_runs(*(np.array(column, dtype=np.uint64) for column in zip(*runs, strict=True))))
+    rng.shuffle(runs)
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames) as saving:
+        with saving.object() as writer:
+            parts = [runs[at : at + 60] for at in range(0, len(runs), 60)]
+            threads = [threading.Thread(target=writer.save_runs, args=tuple(zip(*part, strict=True))) for part in parts]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        saving.finish()
+    with store.prepare_load(b"n") as load:
+        assert rows(*only(load).load_runs()) == expected
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,0 +1,52 @@
+"""Which indices a page stream names, each at most once: noticed while it is saved.
+
+A stream with two pages for one index would be refused by every load (the original finds out when it loads, too,
+and loses the file). Links are written in batches, in any order and from any thread. Where each batch is in order
+and no two of them overlap, nothing is named twice; that is known without keeping the indices:
+
+    batch 1  |0 ───── 300|          batch 3  |900 ── 1200|
+                     batch 2  |300 ────── 900|
+
+So it is for whoever saves a file from start to end, or cut into chunks (row 32). Of all others nothing is known
+but that there is doubt, and the stream has to be looked at.
+
+Kernel: mm/shmem.c (shmem_add_to_page_cache, whose EEXIST a load gets)
+"""
+
+from itertools import pairwise
+
+import numpy as np
+
+from pkramfs.pkram.link import Rows, sizes
+from pkramfs.spans import U64
+
+
+class Indices:
+    """The ranges of index of the batches of one stream. Any number of threads may add."""
+
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int]] = []
+        self._disorder = False
+
+    def add(self, blocks: Rows) -> None:
+        """A batch was written."""
+        if not len(blocks.index):
+            return
+        if blocks.dense:
+            self._ranges.append((int(blocks.index[0]), int(blocks.index[-1]) + 1))
+            return
+        ends = blocks.index + _pages(blocks)
+        if (blocks.index[1:] < ends[:-1]).any():
+            self._disorder = True
+        self._ranges.append((int(blocks.index[0]), int(ends[-1])))
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether an index may have been named twice."""
+        return self._disorder or any(before[1] > after[0] for before, after in pairwise(sorted(self._ranges)))
+
+
+def _pages(blocks: Rows) -> U64:
+    """How many pages each row has."""
+    repeat = blocks.repeat.view(np.uint64)
+    return repeat if blocks.single else sizes(blocks.order) * repeat
