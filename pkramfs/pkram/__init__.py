@@ -17,7 +17,7 @@ old state or the new one. Assumed from below: frames that read as zeros, a lock 
 claims on names, 8-byte stores that are not torn.
 
 In reading order: format, page, superblock; parallel, link, singles, chain, runs (page streams, written and
-read); relocate, arena, marks, streams, reader (objects); pagetable, tablewriter; node, save, store; regions;
+read); relocate, arena, marks, indices, streams, reader (objects); pagetable, tablewriter; node, save, store; regions;
 check, which reads it all and trusts none of it. treeformat declares what a file tree writes into its byte stream.
 
 Kernel: mm/pkram.c, mm/pkram_pagetable.c, include/linux/pkram.h
