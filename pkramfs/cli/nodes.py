@@ -170,7 +170,10 @@ def _node_names(running: "Running") -> list[bytes]:
 def resolve(running: "Running", name: str) -> bytes:
     """The node that NAME means: a mount's NAME, or the node's own name."""
     raw = name.encode("utf-8", "surrogateescape")
-    return raw if running.store.find(PREFIX + raw) is None and running.store.find(raw) is not None else PREFIX + raw
+    mounts = PREFIX + raw
+    if running.store.find(mounts) is not None:
+        return mounts
+    return raw if raw.startswith(PREFIX) or running.store.find(raw) is not None else mounts
 
 
 def _free(machine: "Machine", running: "Running", name: bytes) -> int:

@@ -108,6 +108,7 @@ def test_free_gives_the_memory_back(machine, ctl):
     assert ctl("free", "two")[0] == 0
     status, _, err = ctl("free", "two")
     assert (status, err) == (9, "pkramctl: no node shmem-two is preserved\n")
+    assert ctl("free", "shmem-two")[2] == err, "a node's name as `nodes` shows it"
 
 
 def test_free_all_leaves_what_a_mount_uses(machine, ctl):
