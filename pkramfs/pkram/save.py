@@ -155,6 +155,8 @@ class Save:
         if self._node_pfn and any(node.pfn == self._node_pfn for node in self.store.nodes()):
             self._end(State.PUBLISHED)
             return
+        for writer in self._writers:
+            writer.give_up()
         self._arena.release()
         self._end(State.DISCARDED)
 

@@ -54,7 +54,7 @@ class ObjectWriter:
     """One object being saved. Use it in a `with`: leaving finishes it.
 
     Where a call fails after a part of it was done (no memory, a page named twice), or the `with` is left by an
-    exception, the object is incomplete for good: `finish` raises, and so does `Save.finish`.
+    exception, the object is incomplete for good: every further call raises, and so does `Save.finish`.
     """
 
     def __init__(self, arena: Arena, marks: Marks, generation: int, *, strict: bool, align: bool) -> None:
@@ -94,9 +94,19 @@ class ObjectWriter:
             self._failure = self._failure or error
             raise
 
+    def give_up(self) -> None:
+        """The save was discarded: take no frames for this object any more."""
+        self._failure = self._failure or PkramError("its node is not being saved any more", errno.EINVAL)
+
     def _expect_open(self) -> None:
         if self.values is not None:
             raise PkramError("the object is finished, nothing can be added to it", errno.EINVAL)
+        self._expect_whole()
+
+    def _expect_whole(self) -> None:
+        if self._failure is not None:
+            code = getattr(self._failure, "errno", None) or errno.EINVAL
+            raise PkramError(f"an object to preserve is incomplete: {self._failure}", code) from self._failure
 
     # -- bytes -----------------------------------------------------------------------------------
 
@@ -304,9 +314,7 @@ class ObjectWriter:
         """
         if self.values is not None:
             return
-        if self._failure is not None:
-            code = getattr(self._failure, "errno", None) or errno.EINVAL
-            raise PkramError(f"an object to preserve is incomplete: {self._failure}", code) from self._failure
+        self._expect_whole()
         with self._all_of_it():
             self._finish()
 

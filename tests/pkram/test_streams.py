@@ -293,9 +293,9 @@ def test_an_object_that_is_incomplete_is_never_published(store, frames, lose):
             lose(writer, frames, runs)
         assert caught.value.errno == errno.ENOMEM
         stingy.left = 100
-        for finish in (writer.finish, saving.finish):
+        for call in (writer.finish, saving.finish, lambda: writer.write(b"x"), lambda: writer.save_runs(*runs)):
             with pytest.raises(PkramError, match=r"incomplete: \w") as caught:
-                finish()
+                call()
             assert caught.value.errno == errno.ENOMEM
     assert store.nodes() == []
     assert frames.used_pages == used + 1500
@@ -349,6 +349,18 @@ def test_nothing_is_added_to_what_is_finished(store, frames):
         saving.finish()
     with store.prepare_load(b"n") as load:
         assert only(load).read() == b"bytes" and len(only(load).load_runs()[0]) == 0
+
+
+def test_nothing_is_added_to_what_was_discarded(store, frames):
+    """It would take frames that nobody gives back."""
+    runs, used = _pages_apart(frames), frames.used_pages
+    with store.prepare_save(b"n", tree_id=TREE, frames=frames) as saving:
+        writer = saving.object()
+    for add in (lambda: writer.write(b"more"), lambda: writer.save_runs(*runs), writer.finish):
+        with pytest.raises(PkramError, match="not being saved any more") as caught:
+            add()
+        assert caught.value.errno == errno.EINVAL
+    assert frames.used_pages == used
 
 
 @pytest.mark.parametrize(
