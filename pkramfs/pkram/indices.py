@@ -15,10 +15,7 @@ Kernel: mm/shmem.c (shmem_add_to_page_cache, whose EEXIST a load gets)
 
 from itertools import pairwise
 
-import numpy as np
-
-from pkramfs.pkram.link import Rows, sizes
-from pkramfs.spans import U64
+from pkramfs.pkram.link import Rows
 
 
 class Indices:
@@ -35,7 +32,7 @@ class Indices:
         if blocks.dense:
             self._ranges.append((int(blocks.index[0]), int(blocks.index[-1]) + 1))
             return
-        ends = blocks.index + _pages(blocks)
+        ends = blocks.index + blocks.pages
         if (blocks.index[1:] < ends[:-1]).any():
             self._disorder = True
         self._ranges.append((int(blocks.index[0]), int(ends[-1])))
@@ -44,9 +41,3 @@ class Indices:
     def doubtful(self) -> bool:
         """Whether an index may have been named twice."""
         return self._disorder or any(before[1] > after[0] for before, after in pairwise(sorted(self._ranges)))
-
-
-def _pages(blocks: Rows) -> U64:
-    """How many pages each row has."""
-    repeat = blocks.repeat.view(np.uint64)
-    return repeat if blocks.single else sizes(blocks.order) * repeat

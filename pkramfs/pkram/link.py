@@ -170,6 +170,12 @@ class Rows:
         """How many entries the rows become."""
         return len(self.index) if self.single else int(self.repeat.sum())
 
+    @property
+    def pages(self) -> U64:
+        """Pages of each row."""
+        repeat = self.repeat.view(np.uint64)
+        return sizes(self.order) * repeat if self.order.any() else repeat
+
 
 def rows(index: U64, pfn: U64, order: U8, flags: U8 | None = None, repeat: U64 | None = None) -> Rows:
     """Rows of one block each, or of `repeat` blocks."""
@@ -198,10 +204,7 @@ def plan(blocks: Rows, capacity: int = LINK_CAPACITY, *, align: bool = False) ->
     """Cut rows into links: after every jump of the index, after `capacity` entries, and as row 43 wants it."""
     offsets = np.zeros(len(blocks.repeat) + 1, dtype=np.int64)
     np.cumsum(blocks.repeat, out=offsets[1:])
-    size = blocks.repeat.view(np.uint64)
-    if blocks.order.any():
-        size = sizes(blocks.order) * size
-    jumps = np.flatnonzero(blocks.index[1:] != blocks.index[:-1] + size[:-1]) + 1
+    jumps = np.flatnonzero(blocks.index[1:] != blocks.index[:-1] + blocks.pages[:-1]) + 1
     edges = np.concatenate(([0], jumps, [len(blocks.index)])).astype(np.int64) if len(blocks.index) else jumps[:0]
     if align and len(edges):
         starts = np.concatenate([_aligned_starts(blocks, offsets, a, b, capacity) for a, b in pairwise(edges.tolist())])

@@ -185,8 +185,7 @@ class ObjectWriter:
             if steps == 1 and blocks.entries < _COLLECT:
                 self._collect(blocks)
                 return None
-            self._indices.add(blocks)
-            return self._write_links(blocks, align=self._align)
+            return self._write_pages(blocks)
 
         steps = -(-runs // _SLICE)
         with self._all_of_it():
@@ -290,10 +289,14 @@ class ObjectWriter:
 
     def _write(self, blocks: Rows) -> None:
         """Write links of blocks, and add them to the stream."""
-        self._indices.add(blocks)
-        links = self._write_links(blocks, align=self._align)
+        links = self._write_pages(blocks)
         with self._lock:
             self._chains.append(links)
+
+    def _write_pages(self, blocks: Rows) -> U64:
+        """Write links of the page stream, and note which indices they name."""
+        self._indices.add(blocks)
+        return self._write_links(blocks, align=self._align)
 
     def _write_links(self, blocks: Rows, *, align: bool) -> U64:
         """Write one chain of links that nothing names yet; their pfns."""
