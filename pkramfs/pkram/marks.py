@@ -43,12 +43,15 @@ class Extent(NamedTuple):
 
 
 class Marks:
-    """A set of frames of a RAM of `pages` pages; what is not in it is refused."""
+    """A set of frames of a RAM of `pages` pages; what is not in it is refused.
+
+    `refused` says that it was refused half-way, and that the set is of no use any more.
+    """
 
     def __init__(self, pages: int) -> None:
         self._pages, self._bits = pages, _NO_BITS
         self._low, self._high, self._marked = pages, 0, 0
-        self._long, self._refused = Spans(), False
+        self._long, self.refused = Spans(), False
         self._lock = threading.Lock()
 
     def add(self, pfn: U64, count: U64, extent: Extent | None = None) -> int:
@@ -70,7 +73,7 @@ class Marks:
         try:
             low, high = self._mark(pfn, count, extent)
         except PkramError:
-            self._refused = True  # and some were marked: nothing can be said of this set any more
+            self.refused = True  # and some were marked: nothing can be said of this set any more
             raise
         with self._lock:
             self._account(low, high, total)
@@ -133,7 +136,7 @@ class Marks:
 
     def spans(self) -> Spans:
         """Every frame that was named; PkramError: EEXIST if one was named twice, EINVAL if one was refused half-way."""
-        if self._refused:
+        if self.refused:
             raise outside()
         if not len(self._bits):
             return self._long

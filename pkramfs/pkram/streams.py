@@ -272,7 +272,12 @@ class ObjectWriter:
         return Extent.together(list(extents)), list(dense)
 
     def _name(self, pfn: U64, count: U64, extent: Extent | None = None) -> None:
-        total = self._marks.add(pfn, count, extent)
+        try:
+            total = self._marks.add(pfn, count, extent)
+        except PkramError as error:
+            if self._marks.refused:
+                self._failure = self._failure or error
+            raise
         with self._lock:
             self.page_count += total
 

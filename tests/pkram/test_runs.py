@@ -178,6 +178,9 @@ def test_a_call_that_is_refused_half_way_is_no_node(ram, store, frames, small_st
                 writer.save_runs(np.arange(3000, dtype=np.uint64), pfn, np.ones(3000, dtype=np.uint64))
             assert caught.value.errno == errno.EINVAL
         if not banned:  # where pages are moved, all is looked at before any of it is named
+            with pytest.raises(PkramError, match="incomplete: ") as caught:
+                writer.save_runs([9000], [start], [1])
+            assert caught.value.errno == errno.EINVAL
             with pytest.raises(PkramError) as caught:
                 saving.finish()
             assert caught.value.errno == errno.EINVAL
