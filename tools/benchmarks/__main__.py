@@ -20,20 +20,19 @@ def main() -> int:
     if args.runs < 1:
         parser.error(f"--runs {args.runs}: at least one run is needed")
     table = Table(args.runs, args.quick)
+    if args.json:
+        try:
+            table.write_json(args.json)  # not to find out in half an hour that it cannot be
+        except OSError as error:
+            parser.error(f"--json {args.json}: {error.strerror}")
     try:
         for name in args.sections or SECTIONS:
-            if args.json:
-                table.write_json(args.json)  # before the first, too: not to find out in half an hour that it cannot be
             section(name)(table)
-    except OSError as error:
-        if args.json != error.filename:
-            raise
-        parser.error(f"--json {args.json}: {error.strerror}")
     except KeyboardInterrupt:
         print("tools/bench: interrupted", file=sys.stderr)
         return 130
     finally:
-        if args.json and table.figures:
+        if args.json:
             table.write_json(args.json)
     print(table.verdict())
     return 0
