@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _Rows = tuple[Columns, list[tuple[int, bytes]]]
 """Columns, and pieces of the blob that belongs to them, each with the place of its owner."""
 _STEP = 1 << 12
-"""Inodes that are looked at at once: what is read of them, and what it becomes, stays in the cache."""
+"""Inodes that are read together: what is read of them, and what it becomes, stays in the cache."""
 _NO_PAGES = PageMap()
 
 
