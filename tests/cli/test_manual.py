@@ -49,7 +49,8 @@ def test_every_command_is_in_the_manual():
 def table(name: str = "table") -> list[tuple[str, ...]]:
     text = (MANUAL / "pkramfs.7.md").read_text()
     body = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
-    return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in body.strip().splitlines()[2:]]
+    rows = [entry.splitlines() for entry in body.strip().split("\n\n")]
+    return [(*term.split(" - ", 1), *(line.removeprefix(": ") for line in lines)) for term, *lines in rows]
 
 
 def test_all_43_patches_are_in_the_table():

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The build backend: setuptools', after the manual pages were rendered to roff.
+
+    pkramfs/resources/man/NAME.SECTION.md ──myst, docutils──▶ build/man/NAME.SECTION ──▶ share/man/manSECTION
+
+The pages of a wheel are installed below the prefix that the commands are in, where man(1) looks by itself. An
+editable install gets them, too. A source distribution carries this file, the tools and the tests.
+"""
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403  # the hooks that need no change
+
+TOP = Path(__file__).parents[1]
+SOURCES, PAGES = TOP / "pkramfs" / "resources" / "man", TOP / "build" / "man"
+_MANIFEST = "graft tools\ngraft tests\ninclude CHANGELOG.md CONTRIBUTING.md\nglobal-exclude *.py[cod]\n"
+_SETTINGS = {
+    "myst_enable_extensions": ["deflist", "fieldlist"],
+    "input_encoding": "unicode",
+    "output_encoding": "unicode",
+    "doctitle_xform": False,
+    "report_level": 2,
+    "halt_level": 2,  # a page with a slip is not built
+    "_disable_config": True,
+}
+
+
+def render(source: Path) -> str:
+    """Return a manual page as roff. Its name and section are the file's: `mount.pkramfs.8.md`."""
+    from docutils.core import publish_string
+    from docutils.writers import manpage
+    from myst_parser.docutils_ import Parser
+
+    name, section = source.stem.rsplit(".", 1)
+    summary, text = _parts(source.read_text(encoding="utf-8"), name, section)
+
+    class Page(manpage.Translator):
+        """Docutils' translator, told what the head of the page says."""
+
+        def __init__(self, document: Any) -> None:
+            super().__init__(document)
+            self._docinfo |= {
+                "title": name,
+                "title_upper": name,
+                "subtitle": summary,
+                "manual_section": section,
+                "manual_group": "pkramfs",
+                "version": f"pkramfs {_version()}",
+                "date": _date(),
+            }
+
+    writer = manpage.Writer()
+    writer.translator_class = Page
+    page = publish_string(text, str(source), parser=Parser(), writer=writer, settings_overrides=_SETTINGS)
+    return str(page).replace(".SH Name\n", ".SH NAME\n", 1)
+
+
+def _parts(text: str, name: str, section: str) -> tuple[str, str]:
+    """Cut a page into its summary, from which the NAME section is made, and the sections that follow."""
+    start = f"# {name}({section})\n\n## NAME\n\n{name} - "
+    if not text.startswith(start):
+        raise ValueError(f"{name}.{section}.md does not begin with its title and NAME section: {start!r}")
+    summary, _, rest = text.removeprefix(start).partition("\n\n")
+    return " ".join(summary.split()), re.sub("^##", "#", rest, flags=re.MULTILINE)
+
+
+def _date() -> str:
+    """Return the day of the source: the same source gives the same page (reproducible-builds.org)."""
+    seconds = os.environ.get("SOURCE_DATE_EPOCH")
+    newest = int(seconds) if seconds else max(int(page.stat().st_mtime) for page in SOURCES.glob("*.md"))
+    return time.strftime("%Y-%m-%d", time.gmtime(newest))
+
+
+def _version() -> str:
+    from pkramfs import __version__
+
+    return __version__
+
+
+def render_all() -> None:
+    """Render every page into build/man."""
+    PAGES.mkdir(parents=True, exist_ok=True)
+    for source in sorted(SOURCES.glob("*.md")):
+        (PAGES / source.stem).write_text(render(source), encoding="utf-8")
+
+
+def build_wheel(*args: Any, **words: Any) -> str:
+    render_all()
+    return build_meta.build_wheel(*args, **words)
+
+
+def build_editable(*args: Any, **words: Any) -> str:
+    render_all()
+    return build_meta.build_editable(*args, **words)
+
+
+def build_sdist(*args: Any, **words: Any) -> str:
+    """Build a source distribution with all that building and testing takes."""
+    render_all()
+    manifest = TOP / "MANIFEST.in"
+    manifest.write_text(_MANIFEST)
+    try:
+        return build_meta.build_sdist(*args, **words)
+    finally:
+        manifest.unlink()
