@@ -1,4 +1,4 @@
-"""README's table of differences says everything that differences.py knows."""
+"""The manual's table of differences says everything that differences.py knows."""
 
 import re
 from fnmatch import fnmatchcase
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from conformance.differences import DIFFERENCES
+
+import pkramfs
 
 ROWS = {
     "test_truncate*": "truncate(2) to the size",
@@ -30,15 +32,15 @@ ROWS = {
 
 def _told() -> list[str]:
     """The first column of the table."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    table = text.partition("## Differences to tmpfs")[2].partition("\n## ")[0]
+    text = (Path(pkramfs.__file__).parent / "resources" / "man" / "mount.pkramfs.8.md").read_text()
+    table = text.partition("## DIFFERENCES TO TMPFS")[2].partition("\n## ")[0]
     return [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")][1:]
 
 
 @pytest.mark.parametrize("case", sorted({row.case for row in DIFFERENCES}))
 def test_a_difference_is_told(case: str) -> None:
     rows = [row for pattern, row in ROWS.items() if fnmatchcase(case, pattern)]
-    assert rows, f"say here which row of README tells of {case}"
+    assert rows, f"say here which row of mount.pkramfs(8) tells of {case}"
     assert all(any(row in told for told in _told()) for row in rows)
 
 
