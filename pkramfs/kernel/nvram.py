@@ -2,7 +2,7 @@
 
     boot_count   how many kernels this machine has had; the next kernel's generation is one more
     pending      the boot that was decided and is not finished: whoever finds it goes on with it
-    mounts       what to mount again after the boot (design: the machine's /etc/fstab)
+    mounts       what to mount again after the boot (the machine's /etc/fstab)
     pause        seconds that the last kexec took beside copying: what the next one is expected to take
 
 The pending boot is written before the point of no return and cleared when the new kernel has

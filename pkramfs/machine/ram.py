@@ -6,8 +6,8 @@ This module owns every assumption about what lies behind RAM: mapping, size, hol
 Everything above sees pages as bytes (`page`), as little-endian words (`words`) and three verbs:
 
 * `publish(address, value)`: the one aligned 8-byte store through which a change of shared
-  structures becomes visible, after all that it points to is complete (design: whoever dies before
-  it has changed nothing).
+  structures becomes visible, after all that it points to is complete. Whoever dies before it has
+  changed nothing (pkramfs-safety(7)).
 * `punch(spans)`: give memory back to the host; the pages read as zeros afterwards.
 * `check_room(size)`: refuse, before touching, what the host could not back: a store to a page that
   the host's file system cannot provide is a SIGBUS, which would kill the daemon.
