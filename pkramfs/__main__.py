@@ -7,7 +7,7 @@
 The last two are started by pkramfs itself, in a fresh interpreter: what they know, they were told
 on their command line or find in RAM.
 
-Kernel: none (busybox has the same door)
+busybox has the same door.
 """
 
 import sys

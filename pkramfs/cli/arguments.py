@@ -13,7 +13,7 @@
 
 An argument that is wrong is status 2 and one line, not a page of usage.
 
-Kernel: none; the habits are those of util-linux
+The habits are those of util-linux.
 """
 
 import argparse

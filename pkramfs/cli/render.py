@@ -7,8 +7,6 @@ A command gathers plain data first (dicts, lists, numbers, text) and renders las
 is the same data without a second way of finding it. rich is imported only for a terminal: it costs
 50 ms and a pipe has no use for colours. Text that came from RAM or from file names may hold
 anything; `printable` makes it one line that cannot talk to the terminal.
-
-Kernel: none
 """
 
 import os

@@ -8,7 +8,7 @@
 
 Every problem is one line and hides none of the others, as far as what is found allows to go on.
 
-Kernel: no counterpart; PKRAM finds out when it loads
+PKRAM itself finds out when it loads.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pkramfs.units import plural
 if TYPE_CHECKING:
     from pkramfs.kernel.running import Running
     from pkramfs.pkram.node import Node
-    from pkramfs.pkram.reader import ObjectReader
+    from pkramfs.pkram.streams.reader import ObjectReader
     from pkramfs.spans import Spans
 
 

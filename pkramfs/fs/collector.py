@@ -11,7 +11,7 @@ files in one tree took 11 full collections of 1.5 s together, the longest 273 ms
 answered; settled, 22 of 0.7 s, the longest 60 ms. What a request leaves in cycles (tracebacks) is young
 and collected as ever; of what is in no tree only that stays which falls into a cycle after it survived.
 
-Kernel: none: kmem_cache_free() frees at once; compare RCU, which also waits for the readers only
+The kernel's kmem_cache_free() frees at once; RCU, too, waits for readers only.
 """
 
 import gc

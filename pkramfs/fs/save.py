@@ -36,7 +36,7 @@ from pkramfs.units import BLOCK_ORDER, BLOCK_PAGES
 
 if TYPE_CHECKING:
     from pkramfs.pkram.store import Store
-    from pkramfs.pkram.streams import ObjectWriter
+    from pkramfs.pkram.streams.writer import ObjectWriter
 
 
 _SLICE = 1 << 20

@@ -11,7 +11,7 @@ files take a fraction of a second. What fails is named: column, row, what was fo
     extents   only in regular files, rising, not overlapping, all pages of the stream and no more
     frames    inside the page blocks of this tree, none used twice
 
-Kernel: nothing; defects D1 and D34 of the analysis of PKRAM
+PKRAM itself checks nothing here (defects D1 and D34).
 """
 
 import stat

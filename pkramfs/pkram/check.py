@@ -10,7 +10,7 @@ Ordinary readers stop at the first thing that is wrong. `check` goes on as far a
 a damaged node does not hide the next, because the word that leads there has a check of its own.
 Every problem is one line for people.
 
-Kernel: no counterpart; PKRAM finds out when it loads (D15)
+PKRAM itself finds out when it loads (D15).
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ from pkramfs.pkram import regions, superblock
 from pkramfs.pkram.format import NEXT
 from pkramfs.pkram.node import Node, check_frames, read_node, read_objects, read_table, shown
 from pkramfs.pkram.page import check_pfn, read_word
-from pkramfs.pkram.reader import ObjectReader
+from pkramfs.pkram.streams.reader import ObjectReader
 from pkramfs.spans import Spans
 from pkramfs.units import format_pfn, plural
 

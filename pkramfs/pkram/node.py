@@ -14,11 +14,11 @@ import numpy as np
 
 from pkramfs.errors import FormatError
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram import pagetable
 from pkramfs.pkram.format import NAME_MAX, NODE, NODE_MAGIC, OTHER
 from pkramfs.pkram.page import check_pfn, expect_flags, expect_unused, read_page
-from pkramfs.pkram.pagetable import Walk
-from pkramfs.pkram.reader import ObjectReader
+from pkramfs.pkram.streams.reader import ObjectReader
+from pkramfs.pkram.table import reader as pagetable
+from pkramfs.pkram.table.reader import Walk
 from pkramfs.spans import Spans
 
 STRICT = 1

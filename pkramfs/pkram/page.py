@@ -3,7 +3,7 @@
 Writers fill a page, set its checksum with `seal_page`, and make it reachable last. Readers come
 through `read_page`, which trusts nothing: the pfn must be memory, the magic and the checksum right.
 
-Kernel: no counterpart (the 2013 ancestor, PRAM, had checksums; defect D15)
+PRAM, the ancestor of 2013, had checksums; PKRAM has none (defect D15).
 """
 
 from typing import Any

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 from pkramfs.errors import PkramError
 from pkramfs.machine.claims import Claim
 from pkramfs.pkram import superblock
-from pkramfs.pkram.arena import Arena
 from pkramfs.pkram.format import NEXT, NODE, NODE_MAGIC, OTHER
-from pkramfs.pkram.marks import Marks
+from pkramfs.pkram.frameset import FrameSet
 from pkramfs.pkram.node import STRICT, Node, read_node, shown
 from pkramfs.pkram.page import write_page
 from pkramfs.pkram.relocate import Allocator, Run
-from pkramfs.pkram.streams import ObjectWriter
-from pkramfs.pkram.tablewriter import TableWriter
+from pkramfs.pkram.saveframes import SaveFrames
+from pkramfs.pkram.streams.writer import ObjectWriter
+from pkramfs.pkram.table.writer import TableWriter
 from pkramfs.spans import Spans
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class Save:
     ) -> None:
         self.store, self.name, self.tree_id, self._claim = store, name, tree_id, claim
         self._ram, self._strict, self._align = store.ram, strict, align
-        self._arena = Arena(store.ram, frames, banned, partial(_no_memory, name))
-        self._marks = Marks(store.ram.pages)
+        self._frames = SaveFrames(store.ram, frames, banned, partial(_no_memory, name))
+        self._named = FrameSet(store.ram.pages)
         self.generation = superblock.check(store.ram, store.root()).generation
         self._writers: list[ObjectWriter] = []
         self.state = State.SAVING
@@ -80,7 +80,7 @@ class Save:
     @property
     def taken(self) -> Spans:
         """The frames that are only the node's: metadata, byte pages, and copies of banned pages."""
-        return self._arena.spans()
+        return self._frames.spans()
 
     def _expect_open(self) -> None:
         if self.state is not State.SAVING:
@@ -94,7 +94,7 @@ class Save:
         self._expect_open()
         if self._writers and self._writers[-1].values is None:
             raise PkramError("the object before is not finished", errno.EBUSY)
-        writer = ObjectWriter(self._arena, self._marks, self.generation, strict=self._strict, align=self._align)
+        writer = ObjectWriter(self._frames, self._named, self.generation, strict=self._strict, align=self._align)
         self._writers.append(writer)
         return writer
 
@@ -106,19 +106,19 @@ class Save:
         self._expect_open()
         for writer in self._writers:
             writer.finish()
-        data = self._marks.spans()
-        places = self._arena.pages(len(self._writers) + 1).tolist()
+        data = self._named.spans()
+        places = self._frames.pages(len(self._writers) + 1).tolist()
         node_pfn, objects = places[0], places[1:]
         for writer, pfn, following in zip(self._writers, objects, [*objects, 0][1:], strict=True):
             writer.write_record(pfn, following)
         copies = Spans((start, start + count) for start, count in self.moved)
-        if data & self._arena.spans() - copies:
+        if data & self._frames.spans() - copies:
             raise PkramError("a frame to preserve is in use by the save itself", errno.EINVAL)
-        table = TableWriter(self._ram, self._arena.pages)
-        self._arena.unlisted()
-        table.add(data | self._arena.spans())
-        digest = table.close(self._arena.unlisted)
-        self._write_node(node_pfn, objects, table.root, digest, (data | self._arena.spans()).total)
+        table = TableWriter(self._ram, self._frames.pages)
+        self._frames.unlisted()
+        table.add(data | self._frames.spans())
+        digest = table.close(self._frames.unlisted)
+        self._write_node(node_pfn, objects, table.root, digest, (data | self._frames.spans()).total)
         self._node_pfn = node_pfn
         self.store.publish(self.name, node_pfn)
         self._end(State.PUBLISHED)
@@ -157,7 +157,7 @@ class Save:
             return
         for writer in self._writers:
             writer.give_up()
-        self._arena.release()
+        self._frames.release()
         self._end(State.DISCARDED)
 
     def _end(self, state: State) -> None:

@@ -32,9 +32,9 @@ from pkramfs.machine.ram import Ram
 from pkramfs.pkram.format import LINK_CAPACITY, NAME_MAX, NEXT
 from pkramfs.pkram.node import Node, check_frames, read_node, read_objects, read_table, shown
 from pkramfs.pkram.page import publish, read_word
-from pkramfs.pkram.reader import ObjectReader
 from pkramfs.pkram.relocate import Allocator
 from pkramfs.pkram.save import Save
+from pkramfs.pkram.streams.reader import ObjectReader
 from pkramfs.spans import Spans
 from pkramfs.units import pages
 

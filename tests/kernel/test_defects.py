@@ -16,7 +16,8 @@ from pkramfs.kernel.segments import destinations
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import new_tree_id
-from pkramfs.pkram import parallel, streams, superblock
+from pkramfs.pkram import parallel, superblock
+from pkramfs.pkram.streams import pagewriter
 from pkramfs.spans import U64, Spans
 from pkramfs.units import BLOCK_PAGES, GIB, MIB
 
@@ -27,7 +28,7 @@ PIECES = 40_000
 @pytest.fixture
 def many_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A save of PIECES gives every worker several slices."""
-    monkeypatch.setattr(streams, "_SLICE", 1000)
+    monkeypatch.setattr(pagewriter, "_SLICE", 1000)
 
 
 def scattered(lab: Any) -> tuple[Frames, tuple[U64, U64, U64]]:

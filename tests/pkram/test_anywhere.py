@@ -17,7 +17,18 @@ from pkramfs.spans import Spans
 from .conftest import SUPER_PFN, TREE
 
 CHAPTER = str(Path(pkramfs.pkram.__file__).parent)
-WRITERS = ("save.py", "store.py", "streams.py", "link.py", "page.py", "tablewriter.py", "arena.py", "relocate.py")
+WRITERS = (
+    "save.py",
+    "store.py",
+    "writer.py",
+    "bytewriter.py",
+    "pagewriter.py",
+    "linkwriter.py",
+    "link.py",
+    "page.py",
+    "saveframes.py",
+    "relocate.py",
+)
 
 
 class Tracer:

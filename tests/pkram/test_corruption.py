@@ -14,8 +14,9 @@ import pytest
 
 from pkramfs.errors import FormatError
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram import check, format, page, pagetable, regions, superblock
+from pkramfs.pkram import check, format, page, regions, superblock
 from pkramfs.pkram.store import Store
+from pkramfs.pkram.table import reader as pagetable
 from pkramfs.record import F, Record
 from pkramfs.spans import Spans
 

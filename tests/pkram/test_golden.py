@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram import format, link, regions, superblock
+from pkramfs.pkram import format, regions, superblock
 from pkramfs.pkram.page import seal, unseal
 from pkramfs.pkram.store import Store
+from pkramfs.pkram.streams import link
 from pkramfs.units import BLOCK_SIZE
 
 DATA = Path(__file__).parents[1] / "data"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pkramfs.pkram import link
-from pkramfs.pkram.indices import Indices
+from pkramfs.pkram.streams import link
+from pkramfs.pkram.streams.indices import Indices
 
 
 def single(first, count, *, dense=True):

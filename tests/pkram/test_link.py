@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from pkramfs.pkram import link, singles
+from pkramfs.pkram.streams import link, scattered
 from pkramfs.units import round_up
 
 
@@ -123,4 +123,4 @@ def merged(rows):
 )
 def test_indices_that_follow_one_another(index, dense):
     """Across 2^63 they do, but are too large either way."""
-    assert singles.dense(u64(*index), singles.Bench()) is dense
+    assert scattered.dense(u64(*index), scattered.Bench()) is dense

@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from pkramfs.pkram import pagetable, tablewriter
+from pkramfs.pkram.table import reader as pagetable
+from pkramfs.pkram.table import writer as tablewriter
 from pkramfs.spans import Spans
 
 

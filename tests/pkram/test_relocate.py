@@ -5,8 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from pkramfs.pkram import link, relocate
+from pkramfs.pkram import relocate
 from pkramfs.pkram.relocate import move_out, touched
+from pkramfs.pkram.streams import link
 from pkramfs.spans import Spans
 
 from .conftest import TREE

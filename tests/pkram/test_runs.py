@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from pkramfs.errors import ExhaustedError, FormatError, PkramError, PkramfsError
-from pkramfs.pkram import chain, format, link, parallel, runs, singles, streams
+from pkramfs.pkram import format, parallel
 from pkramfs.pkram.page import unseal
+from pkramfs.pkram.streams import link, linkreader, pagewriter, runs, scattered
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT
 
@@ -20,17 +21,17 @@ SHAPES = ("row", "apart", "jumps", "pairs", "back", "huge")
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
-        (chain, "READ", 3),
-        (chain, "_MOST", 5),
-        (chain, "_GROWTH", 2),
+        (linkreader, "READ", 3),
+        (linkreader, "_MOST", 5),
+        (linkreader, "_GROWTH", 2),
         (runs, "STEP", 2),
         (runs, "BATCH", 1),
         (link, "WRITE", 2),
         (link, "_benches", parallel.Workbenches(lambda: link.Links(2))),
-        (singles, "WRITE", 2),
-        (singles, "SLICE", 2 * format.LINK_CAPACITY),
-        (streams, "_SLICE", 2 * format.LINK_CAPACITY),
-        (streams, "_COLLECT", 600),
+        (scattered, "WRITE", 2),
+        (scattered, "SLICE", 2 * format.LINK_CAPACITY),
+        (pagewriter, "_SLICE", 2 * format.LINK_CAPACITY),
+        (pagewriter, "_COLLECT", 600),
     ):
         monkeypatch.setattr(module, name, value)
 
@@ -149,7 +150,7 @@ def test_entries_set_to_anything_in_streams_of_every_shape(ram, store, frames, s
         before = int(words[word])
         near = [before + (1 << 12), before - (1 << 12), before | 1, before | 0x20, before | 0x1F, 0, 1 << 12]
         words[word] = np.uint64(rng.choice([*near, rng.getrandbits(64), int(words[8 + rng.randrange(2)])]) % 2**64)
-        words[1] = np.uint64(chain.xxhash.xxh3_64_intdigest(ram.page(pfn)[format.COVERED :], pfn))
+        words[1] = np.uint64(linkreader.xxhash.xxh3_64_intdigest(ram.page(pfn)[format.COVERED :], pfn))
         try:
             with store.prepare_load(b"n") as load:
                 (reader,) = load
@@ -158,7 +159,7 @@ def test_entries_set_to_anything_in_streams_of_every_shape(ram, store, frames, s
         except PkramfsError:
             pass
         words[word] = np.uint64(before)
-        words[1] = np.uint64(chain.xxhash.xxh3_64_intdigest(ram.page(pfn)[format.COVERED :], pfn))
+        words[1] = np.uint64(linkreader.xxhash.xxh3_64_intdigest(ram.page(pfn)[format.COVERED :], pfn))
     with store.prepare_load(b"n") as load:
         (reader,) = load
         assert pages_of(zip(*(c.tolist() for c in reader.load_runs()), strict=True)) == pages_of(part)
@@ -218,7 +219,7 @@ def test_a_link_of_blocks_that_cannot_be_is_named(ram, store, frames, order, whe
     words = ram.words(head)
     good = words.copy()
     words[8:108] = (np.uint64(wrong) + (np.arange(100, dtype=np.uint64) << np.uint64(order))) << np.uint64(12) | order
-    words[1] = np.uint64(chain.xxhash.xxh3_64_intdigest(ram.page(head)[format.COVERED :], head))
+    words[1] = np.uint64(linkreader.xxhash.xxh3_64_intdigest(ram.page(head)[format.COVERED :], head))
     with pytest.raises(FormatError) as caught:
         store.prepare_load(b"n")
     expected = ("Link", "entry", head) if where != "not aligned" or order else ("Object", "pages", None)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pkramfs.errors import ExhaustedError, PkramError
-from pkramfs.pkram import format, link, streams
+from pkramfs.pkram import format
 from pkramfs.pkram.store import estimate
+from pkramfs.pkram.streams import link, pagewriter
 from pkramfs.spans import Spans
 
 from .conftest import TREE
@@ -380,7 +381,7 @@ def test_nothing_is_added_to_what_was_discarded(store, frames):
 @pytest.mark.parametrize("collect", [2, 600], ids=["at once", "collected"])
 def test_an_index_that_is_saved_twice_is_no_node(store, frames, monkeypatch, calls, strict, collect):
     """The original publishes it, and no load takes it."""
-    monkeypatch.setattr(streams, "_COLLECT", collect)
+    monkeypatch.setattr(pagewriter, "_COLLECT", collect)
     ((start, _),) = frames.allocate(3000)
     used = frames.used_pages
     with store.prepare_save(b"n", tree_id=TREE, frames=frames, strict=strict) as saving:
@@ -398,7 +399,7 @@ def test_an_index_that_is_saved_twice_is_no_node(store, frames, monkeypatch, cal
 @pytest.mark.parametrize("seed", range(10))
 def test_indices_in_any_order_are_taken(store, frames, monkeypatch, seed):
     """Pages in disorder, runs between runs, from several threads: each index once is enough."""
-    monkeypatch.setattr(streams, "_COLLECT", 50)
+    monkeypatch.setattr(pagewriter, "_COLLECT", 50)
     rng = random.Random(seed)
     ((start, _),) = frames.allocate(2000)
     runs, index, pfn = [], rng.randrange(5), start

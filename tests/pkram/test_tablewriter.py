@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from pkramfs.errors import PkramError
-from pkramfs.pkram import pagetable
-from pkramfs.pkram.pagetable import LOWER, UPPER
-from pkramfs.pkram.tablewriter import TableWriter
+from pkramfs.pkram.table import reader as pagetable
+from pkramfs.pkram.table.reader import LOWER, UPPER
+from pkramfs.pkram.table.writer import TableWriter
 from pkramfs.spans import Spans
 
 BASE = 1 << 20

@@ -19,13 +19,13 @@ import xxhash
 
 from pkramfs.errors import FormatError, PkramError
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram import chain
-from pkramfs.pkram.chain import Chain
 from pkramfs.pkram.format import NEXT, OBJECT, OBJECT_MAGIC, OTHER
-from pkramfs.pkram.link import U8
-from pkramfs.pkram.marks import Marks
+from pkramfs.pkram.frameset import FrameSet
 from pkramfs.pkram.page import expect_flags, expect_unused, read_page
-from pkramfs.pkram.runs import Runs, all_runs
+from pkramfs.pkram.streams import linkreader
+from pkramfs.pkram.streams.link import U8
+from pkramfs.pkram.streams.linkreader import Chain
+from pkramfs.pkram.streams.runs import Runs, all_runs
 from pkramfs.spans import U64, Spans
 from pkramfs.units import PAGE_SIZE, pages
 
@@ -50,7 +50,7 @@ class ObjectReader:
 
     def _chain(self, head: str, tail: str, links: str) -> Chain:
         found = self.record
-        return chain.read(
+        return linkreader.read(
             self._ram,
             self.pfn,
             (head, getattr(found, head)),
@@ -81,12 +81,12 @@ class ObjectReader:
     def _check_pages(self) -> tuple[Runs, Spans]:
         """The page stream's runs and its frames, each of which occurs once."""
         index, pfn, count = all_runs(self._pages)
-        marks = Marks(self._ram.pages)
+        named = FrameSet(self._ram.pages)
         try:
-            total = marks.add(pfn, count)
+            total = named.add(pfn, count)
             if total != self.record.page_count:
                 raise self._wrong("page_count", self.record.page_count, f"{total}, as its links say")
-            data = marks.spans()
+            data = named.spans()
         except PkramError:
             raise self._wrong("pages", "a frame named twice", "each once") from None
         self._inside(data.starts, data.counts, "pages")

@@ -42,7 +42,7 @@ class Extent(NamedTuple):
         return cls(min(least), max(most), sum(total))
 
 
-class Marks:
+class FrameSet:
     """A set of frames of a RAM of `pages` pages; what is not in it is refused.
 
     `refused` says that it was refused half-way, and that the set is of no use any more.

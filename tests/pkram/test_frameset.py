@@ -8,7 +8,7 @@ import pytest
 
 from pkramfs.errors import PkramError
 from pkramfs.pkram import parallel
-from pkramfs.pkram.marks import Marks
+from pkramfs.pkram.frameset import FrameSet
 from pkramfs.spans import Spans
 
 PAGES = 1 << 16
@@ -33,7 +33,7 @@ def test_a_frame_named_twice_is_noticed_and_only_then(seed):
     if twice := seed % 2:
         start, count = rng.choice(runs)
         runs.append((start + rng.randrange(count), 1))
-    marks = Marks(PAGES)
+    marks = FrameSet(PAGES)
     try:
         for pfn, count in calls(rng, list(runs)):
             marks.add(pfn, count)

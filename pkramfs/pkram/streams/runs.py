@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from pkramfs.errors import FormatError
 from pkramfs.pkram import parallel
-from pkramfs.pkram.chain import INDEX_MAX, Chain, Flags, Workbench, differences
 from pkramfs.pkram.format import ENTRY_FLAGS_SHIFT, ENTRY_HUGE, ENTRY_ORDER_MASK, ENTRY_PFN_SHIFT, LINK_CAPACITY
-from pkramfs.pkram.link import BATCH, HEAD_WORDS, decode, join_runs
+from pkramfs.pkram.streams.link import BATCH, HEAD_WORDS, decode, join_runs
+from pkramfs.pkram.streams.linkreader import INDEX_MAX, Chain, Flags, Workbench, differences
 from pkramfs.spans import U64
 from pkramfs.units import MAX_ORDER
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.format import ENTRY_PFN_SHIFT, LINK_CAPACITY
-from pkramfs.pkram.link import HEAD_WORDS, I64, WRITE, Links, Plan, Rows, headers, plain_starts
-from pkramfs.pkram.marks import Extent, extent_of
+from pkramfs.pkram.frameset import Extent, extent_of
+from pkramfs.pkram.streams.link import HEAD_WORDS, I64, WRITE, Links, Plan, Rows, headers, plain_starts
 from pkramfs.spans import U64
 
 SLICE = WRITE * LINK_CAPACITY

@@ -15,7 +15,7 @@ Kernel: mm/shmem.c (shmem_add_to_page_cache, whose EEXIST a load gets)
 
 from itertools import pairwise
 
-from pkramfs.pkram.link import Rows
+from pkramfs.pkram.streams.link import Rows
 
 
 class Indices:

@@ -31,8 +31,8 @@ from pkramfs.errors import FormatError
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram import parallel
 from pkramfs.pkram.format import COVERED, ENTRY_PFN_SHIFT, LINK_CAPACITY, LINK_MAGIC, NEXT, OTHER
-from pkramfs.pkram.link import BATCH, HEAD_WORDS, I64, PAGE_WORDS, U8, decode, sizes
 from pkramfs.pkram.page import letters, seal_array, unseal
+from pkramfs.pkram.streams.link import BATCH, HEAD_WORDS, I64, PAGE_WORDS, U8, decode, sizes
 from pkramfs.spans import U64, Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 

@@ -190,6 +190,18 @@ def single_rows(index: U64, pfn: U64, *, dense: bool) -> Rows:
     return Rows(index, pfn, none, none, once, single=True, dense=dense)
 
 
+def run_rows(index: U64, pfn: U64, count: U64, *, strict: bool, dense: bool = False) -> Rows:
+    """Return runs as rows of the fewest naturally aligned blocks, or of single pages in a strict save.
+
+    `dense` says that all runs are single pages whose indices follow one another.
+    """
+    if dense or int(count.max()) == 1:  # counts that are known to be 1 are not read again
+        return single_rows(index, pfn, dense=dense)
+    if strict:
+        return rows(index, pfn, np.zeros(len(pfn), dtype=np.uint8), repeat=count)
+    return rows(*split_runs(index, pfn, count))
+
+
 @dataclass(frozen=True)
 class Plan:
     """Where links begin among the entries of rows, how many entries each has, and its first index."""

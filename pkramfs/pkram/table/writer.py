@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from pkramfs.errors import PkramError
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram import pagetable
-from pkramfs.pkram.pagetable import BITMAP_WORDS, ENTRIES, FULL, LOWER, SLOTS, UPPER, gather, places
+from pkramfs.pkram.table import reader as pagetable
+from pkramfs.pkram.table.reader import BITMAP_WORDS, ENTRIES, FULL, LOWER, SLOTS, UPPER, gather, places
 from pkramfs.spans import U64, Spans
 from pkramfs.units import PAGE_SHIFT
 

@@ -17,7 +17,7 @@ from pkramfs.pkram.relocate import Allocator, Run, allocate_outside, move_out
 from pkramfs.spans import U64, Spans
 
 
-class Arena:
+class SaveFrames:
     """Frames of one save. `no_memory` makes the error to raise (ENOMEM) of the allocator's."""
 
     def __init__(self, ram: Ram, frames: Allocator, banned: Spans, no_memory: Callable[[OSError], PkramError]) -> None:

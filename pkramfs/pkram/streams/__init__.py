@@ -1,0 +1,7 @@
+"""The streams of an object, written and read.
+
+writer      one object: bytewriter, pagewriter       reader      one object, checked whole
+linkwriter  rows of blocks to links                  linkreader  a chain of links, checked
+link        what a link page is, and how it is made  runs        what the links of a chain say
+scattered   the same for single pages                columns, completeness, indices
+"""

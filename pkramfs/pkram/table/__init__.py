@@ -1,0 +1,1 @@
+"""The table of preserved pages that hangs off each node: reader (and what it looks like), writer."""
