@@ -16,9 +16,10 @@ Promised upward: `Store` saves, loads, lists and withdraws nodes, and a crash at
 old state or the new one. Assumed from below: frames that read as zeros, a lock for the node list,
 claims on names, 8-byte stores that are not torn.
 
-In reading order: format, page, superblock; parallel, relocate, saveframes, frameset; streams/ (link, scattered, linkwriter,
-bytewriter, pagewriter, writer; linkreader, runs, reader); table/ (reader, writer); node, save, store; regions; check,
-which reads it all and trusts none of it. treeformat declares what a file tree writes into its byte stream.
+In reading order: format, page, superblock; parallel, relocate, saveframes, frameset; streams/ (link,
+scattered, linkwriter, bytewriter, pagewriter, writer; linkreader, runs, reader); table/ (reader,
+writer); node, save, store; regions; check, which reads it all and trusts none of it. treeformat
+declares what a file tree writes into its byte stream.
 
 Kernel: mm/pkram.c, mm/pkram_pagetable.c, include/linux/pkram.h
 """
