@@ -74,22 +74,22 @@ class Record:
         return "".join(parts)
 
     def offset(self, field: str) -> int:
-        """Byte offset of a field in the record."""
+        """Return the byte offset of a field in the record."""
         return self._offsets[field]
 
     def read(self, buffer: Any, at: int = 0) -> Any:
-        """The record at byte `at` of a buffer, as a named tuple. Trusts nothing but the length."""
+        """Return the record at byte `at` of a buffer, as a named tuple. Trusts nothing but the length."""
         return self.tuple._make(self._struct.unpack_from(buffer, at))
 
     def pack(self, **values: Any) -> bytes:
-        """The record's bytes; fields not given are zero, unknown names are a TypeError."""
+        """Return the record's bytes; fields not given are zero, unknown names are a TypeError."""
         unknown = values.keys() - self._zero.keys()
         if unknown:
             raise TypeError(f"{self.name} has no field {', '.join(sorted(unknown))}")
         return self._struct.pack(*(self._zero | values).values())
 
     def table(self) -> list[tuple[int, int, str, str]]:
-        """Rows (offset, size, field, meaning) for the manual."""
+        """Return rows (offset, size, field, meaning) for the manual."""
         return [(f.offset, f.size, f.name, f.meaning) for f in self.fields]
 
 

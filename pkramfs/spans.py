@@ -29,13 +29,13 @@ class Spans:
     ends: U64
 
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
-        """The union of (start, end) ranges, in any order; empty ones are dropped."""
+        """Make the union of (start, end) ranges, in any order; empty ones are dropped."""
         pairs = np.array([r for r in ranges if r[1] > r[0]], dtype=np.uint64).reshape(-1, 2)
         self.starts, self.ends = _merge(pairs[:, 0], pairs[:, 1])
 
     @classmethod
     def from_arrays(cls, starts: Any, ends: Any) -> "Spans":
-        """The union of ranges given as two arrays (any order, overlap allowed)."""
+        """Return the union of ranges given as two arrays (any order, overlap allowed)."""
         starts = np.asarray(starts, dtype=np.uint64)
         ends = np.asarray(ends, dtype=np.uint64)
         keep = ends > starts
@@ -45,20 +45,20 @@ class Spans:
 
     @classmethod
     def _made(cls, starts: U64, ends: U64) -> "Spans":
-        """Ranges that are in order already, none empty, none touching the next."""
+        """Make a set of ranges that are in order already, none empty, none touching the next."""
         spans = cls.__new__(cls)
         spans.starts, spans.ends = starts, ends
         return spans
 
     @classmethod
     def from_runs(cls, starts: Any, counts: Any) -> "Spans":
-        """The union of runs given as arrays of first and count."""
+        """Return the union of runs given as arrays of first and count."""
         starts = np.asarray(starts, dtype=np.uint64)
         return cls.from_arrays(starts, starts + np.asarray(counts, dtype=np.uint64))
 
     @classmethod
     def from_mask(cls, mask: Any, start: int = 0) -> "Spans":
-        """The runs of True in a boolean array whose first element is number `start`."""
+        """Return the runs of True in a boolean array whose first element is number `start`."""
         mask = np.asarray(mask, dtype=bool)
         inner = np.flatnonzero(mask[1:] != mask[:-1]) + 1
         first, last = [0] * bool(mask[:1].any()), [len(mask)] * bool(mask[-1:].any())
@@ -87,26 +87,26 @@ class Spans:
 
     @property
     def counts(self) -> U64:
-        """Length of each span."""
+        """Return the length of each span."""
         return self.ends - self.starts
 
     @property
     def total(self) -> int:
-        """Numbers in the set."""
+        """Return how many numbers are in the set."""
         return int(self.counts.sum())
 
     def __contains__(self, number: int) -> bool:
         return self.overlaps(number, number + 1)
 
     def overlaps(self, start: int, end: int) -> bool:
-        """Whether any number of [start, end) is in the set."""
+        """Return True if any number of [start, end) is in the set."""
         if end <= start:
             return False
         at = int(np.searchsorted(self.ends, np.uint64(max(start, 0)), side="right"))
         return at < len(self.starts) and int(self.starts[at]) < end
 
     def covers(self, start: int, end: int) -> bool:
-        """Whether all of [start, end) is in the set."""
+        """Return True if all of [start, end) is in the set."""
         if end <= start:
             return True
         at = int(np.searchsorted(self.ends, np.uint64(start), side="right"))
@@ -133,7 +133,7 @@ class Spans:
         return self._made(starts, np.concatenate((self.ends[: here.start], left.ends, self.ends[here.stop :])))
 
     def _meeting(self, other: "Spans") -> slice:
-        """Which ranges lie between the first and the last of another set: of many often a few; few are all taken."""
+        """Return the part of the ranges that can meet another set: those between its first and last number."""
         if len(self) <= _FEW:
             return slice(0, len(self))
         low, high = np.searchsorted(self.ends, other.starts[0], "right"), np.searchsorted(self.starts, other.ends[-1])
@@ -149,31 +149,31 @@ class Spans:
         return Spans.from_arrays(left[chosen], cuts[1:][chosen])
 
     def _edges(self, which: slice) -> U64:
-        """Where ranges start or end, by turns."""
+        """Return the places where ranges start or end, by turns."""
         edges = np.empty(2 * (which.stop - which.start), dtype=np.uint64)
         edges[::2], edges[1::2] = self.starts[which], self.ends[which]
         return edges
 
     def clip(self, start: int, end: int) -> "Spans":
-        """The part of the set inside [start, end)."""
+        """Return the part of the set inside [start, end)."""
         low, high = np.uint64(max(start, 0)), np.uint64(max(end, 0))
         return Spans.from_arrays(np.clip(self.starts, low, high), np.clip(self.ends, low, high))
 
     def gaps(self, start: int, end: int) -> "Spans":
-        """What of [start, end) is not in the set."""
+        """Return the part of [start, end) that is not in the set."""
         return Spans([(start, end)]) - self
 
     def scale(self, factor: int) -> "Spans":
-        """The same set in units `factor` times smaller (pages to bytes: PAGE_SIZE)."""
+        """Return the same set in units `factor` times smaller (pages to bytes: PAGE_SIZE)."""
         return Spans.from_arrays(self.starts * np.uint64(factor), self.ends * np.uint64(factor))
 
     def outward(self, unit: int) -> "Spans":
-        """In units `unit` times larger, every unit that the set touches."""
+        """Return every unit, `unit` times larger, that the set touches."""
         step = np.uint64(unit)
         return Spans.from_arrays(self.starts // step, (self.ends + step - np.uint64(1)) // step)
 
     def inward(self, unit: int) -> "Spans":
-        """In units `unit` times larger, every unit that lies wholly in the set."""
+        """Return every unit, `unit` times larger, that lies wholly in the set."""
         step = np.uint64(unit)
         return Spans.from_arrays((self.starts + step - np.uint64(1)) // step, self.ends // step)
 
@@ -191,7 +191,7 @@ class Spans:
 
 
 def _between(edges: U64, numbers: U64) -> npt.NDArray[np.bool_]:
-    """For each number, whether it is behind a start and before the end that follows."""
+    """Return a mask of the numbers that are behind a start and before the end that follows."""
     found: npt.NDArray[np.bool_] = (np.searchsorted(edges, numbers, side="right") & 1).astype(bool)
     return found
 

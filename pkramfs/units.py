@@ -35,17 +35,17 @@ def pages(size: int) -> int:
 
 
 def round_up(value: int, step: int) -> int:
-    """The first multiple of `step` at or above `value`."""
+    """Return the first multiple of `step` at or above `value`."""
     return -(-value // step) * step
 
 
 def round_down(value: int, step: int) -> int:
-    """The last multiple of `step` at or below `value`."""
+    """Return the last multiple of `step` at or below `value`."""
     return value // step * step
 
 
 def parse_size(text: str) -> int:
-    """Bytes meant by `2G`, `64MiB`, `0x1000` or `4096`; ValueError for anything else.
+    """Parse a size, `2G`, `64MiB`, `0x1000` or `4096`, into bytes; ValueError for anything else.
 
     Kernel: memparse()
     """
@@ -56,7 +56,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """A size for people: `2.0 GiB`, `640 KiB`, `17 B`."""
+    """Format a size for people: `2.0 GiB`, `640 KiB`, `17 B`."""
     value, unit = float(size), 0
     while abs(value) >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
@@ -65,10 +65,10 @@ def format_size(size: int) -> str:
 
 
 def format_pfn(pfn: int) -> str:
-    """A pfn as the kernel exports it: hexadecimal without a prefix."""
+    """Format a pfn as the kernel exports it: hexadecimal without a prefix."""
     return f"{pfn:x}"
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:
-    """`1 node`, `2 nodes`, `3 entries` (give the plural where it is not noun + s)."""
+    """Return `1 node`, `2 nodes`, `3 entries` (give the plural where it is not noun + s)."""
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"

@@ -1,4 +1,4 @@
-"""Which frames were named, each at most once: noticed while a save or a load goes on.
+"""The set of frames that a save or a load has named so far, each at most once.
 
 A frame in two places would be two files' page (D19: the original panics). Runs come in any order and
 any number, from any thread, so there are three ways of keeping them, by what they cost:
@@ -80,14 +80,14 @@ class FrameSet:
         return total
 
     def expect_memory(self, pfn: U64, count: U64, extent: Extent) -> None:
-        """EINVAL for runs, whose counts have that extent, that are not within RAM."""
+        """Raise PkramError (EINVAL) for runs that are not within RAM; `extent` is that of their counts."""
         if not extent.least or extent.most > self._pages or not int(pfn.min()) or int(pfn.max()) >= self._pages:
             raise outside()
         if int((pfn + count).max()) > self._pages:
             raise outside()
 
     def _add_spans(self, spans: Spans, total: int, *, short: bool) -> None:
-        """A set of spans, refused if any of it is known."""
+        """Add a set of spans; PkramError (EEXIST) if any of it is known."""
         if spans.total != total or (len(spans) <= _FEW and self._known(spans)):
             raise twice()
         if not short:
@@ -135,7 +135,7 @@ class FrameSet:
         return min(low for low, _ in edges), max(high for _, high in edges)
 
     def spans(self) -> Spans:
-        """Every frame that was named; PkramError: EEXIST if one was named twice, EINVAL if one was refused half-way."""
+        """Return every frame that was named; PkramError: EEXIST if one was named twice, EINVAL if one was refused."""
         if self.refused:
             raise outside()
         if not len(self._bits):
@@ -152,7 +152,7 @@ _NO_BITS: npt.NDArray[np.bool_] = np.zeros(0, dtype=bool)
 
 
 def extent_of(count: U64) -> Extent:
-    """The extent of counts."""
+    """Return the extent of counts."""
     if count.strides == (0,):
         return Extent(int(count[0]), int(count[0]), int(count[0]) * len(count))
     most, total = int(count.max()), int(count.sum())
@@ -160,10 +160,10 @@ def extent_of(count: U64) -> Extent:
 
 
 def outside() -> PkramError:
-    """The error for a frame that is no memory."""
+    """Return the error for a frame that is no memory."""
     return PkramError("pages to preserve are not memory", errno.EINVAL)
 
 
 def twice() -> PkramError:
-    """The error for a frame that two places name."""
+    """Return the error for a frame that two places name."""
     return PkramError("a frame was saved twice", errno.EEXIST)

@@ -25,13 +25,13 @@ _WORD = (1 << 64) - 1
 
 
 def seal(pfn: int, address: int) -> int:
-    """The published word for `pfn` at physical `address`: pfn and 24 bits of check."""
+    """Return the published word for `pfn` at physical `address`: pfn and 24 bits of check."""
     mixed = (pfn * _PFN_FACTOR + address * _AT_FACTOR) & _WORD
     return mixed >> _PFN_BITS << _PFN_BITS | pfn
 
 
 def seal_array(pfns: U64, addresses: U64) -> U64:
-    """`seal` for arrays."""
+    """Return the published words for arrays of pfns and addresses: `seal`, vectorised."""
     mixed: U64 = pfns * np.uint64(_PFN_FACTOR)
     mixed += addresses * np.uint64(_AT_FACTOR)
     mixed &= np.uint64(_WORD - _PFN_MASK)
@@ -40,7 +40,7 @@ def seal_array(pfns: U64, addresses: U64) -> U64:
 
 
 def unseal(word: int, address: int, record: str, field: str) -> Pfn:
-    """The pfn of a published word; FormatError if its check does not fit."""
+    """Return the pfn of a published word; FormatError if its check does not fit."""
     pfn = word & _PFN_MASK
     if seal(pfn, address) != word:
         raise FormatError(
@@ -50,7 +50,7 @@ def unseal(word: int, address: int, record: str, field: str) -> Pfn:
 
 
 def read_word(ram: Ram, page: int, offset: int, record: str, field: str) -> Pfn:
-    """The pfn published at byte `offset` of a page."""
+    """Return the pfn published at byte `offset` of a page."""
     address = (page << PAGE_SHIFT) + offset
     return unseal(ram.load(address), address, record, field)
 
@@ -62,7 +62,7 @@ def publish(ram: Ram, page: int, offset: int, pfn: int) -> None:
 
 
 def checksum(ram: Ram, pfn: int) -> int:
-    """The checksum that a metadata page should carry."""
+    """Return the checksum that a metadata page should carry."""
     start = pfn << PAGE_SHIFT
     return xxhash.xxh3_64_intdigest(ram.bytes[start + COVERED : start + PAGE_SIZE], seed=pfn)
 
@@ -84,13 +84,13 @@ def write_page(ram: Ram, pfn: int, record: Record, words: dict[int, int], **valu
 
 
 def check_pfn(ram: Ram, pfn: int, record: str, field: str, at: int | None = None) -> None:
-    """FormatError unless `pfn` can be a page of this RAM."""
+    """Raise FormatError unless `pfn` can be a page of this RAM."""
     if not 0 < pfn < ram.pages:
         raise FormatError(record, field, pfn=at, found=f"pfn {pfn:x}", expected=f"1 to {ram.pages - 1:x}")
 
 
 def read_page(ram: Ram, pfn: int, record: Record, magic: int) -> Any:
-    """The record of a metadata page after its magic and checksum were checked."""
+    """Check magic and checksum of a metadata page; return its record."""
     check_pfn(ram, pfn, record.name, "pfn")
     found = record.read(ram.bytes, pfn << PAGE_SHIFT)
     if found.magic != magic:
@@ -102,18 +102,18 @@ def read_page(ram: Ram, pfn: int, record: Record, magic: int) -> Any:
 
 
 def expect_unused(ram: Ram, pfn: int, record: str, offset: int, field: str) -> None:
-    """FormatError unless a published word that this record does not use is a sealed 0."""
+    """Raise FormatError unless a published word that this record does not use is a sealed 0."""
     if target := read_word(ram, pfn, offset, record, field):
         raise FormatError(record, field, pfn=pfn, found=f"pfn {target:x}", expected="none")
 
 
 def expect_flags(record: str, pfn: int, found: int, known: int = 0) -> None:
-    """FormatError if flags are set that this version does not know."""
+    """Raise FormatError if flags are set that this version does not know."""
     if found & ~known:
         raise FormatError(record, "flags", pfn=pfn, found=f"{found:#x}", expected=f"nothing but {known:#x}")
 
 
 def letters(magic: int) -> str:
-    """A magic as its eight letters, or as a number if it is none."""
+    """Return a magic as its eight letters, or as a number if it is none."""
     raw = magic.to_bytes(8, "little")
     return repr(raw.decode("ascii")) if raw.isalnum() else f"{magic:#018x}"

@@ -27,7 +27,7 @@ CHUNK_PAGES = 1 << 18
 
 
 def workers(cpus: int | None = None) -> int:
-    """How many threads work on one object: one for each CPU, 1 to 16."""
+    """Return the number of threads that work on one object: one for each CPU, 1 to 16."""
     return max(1, min(MAX_WORKERS, len(os.sched_getaffinity(0)) if cpus is None else cpus))
 
 
@@ -51,7 +51,7 @@ class Workbenches(Generic[T]):
 
     @contextmanager
     def lend(self) -> Iterator[T]:
-        """A bench for the time of a `with`."""
+        """Lend a bench for the time of a `with`."""
         try:
             bench = self._idle.pop()
         except IndexError:
@@ -61,7 +61,7 @@ class Workbenches(Generic[T]):
 
 
 def each(work: Callable[[int], T], count: int, *, threads: int | None = None) -> list[T]:
-    """[work(0), …, work(count - 1)], done by several threads; the first error is raised when all have ended."""
+    """Do work(0) … work(count - 1) on several threads; return the results, or raise the first error when all ended."""
     threads = min(workers() if threads is None else threads, count)
     if threads <= 1:
         return [work(position) for position in range(count)]

@@ -27,7 +27,7 @@ _HEAD_WORDS = REGIONS.size // 8
 
 
 def pages_needed(ranges: int) -> int:
-    """Pages of a list of this many ranges (at least one)."""
+    """Return the number of pages of a list of this many ranges (at least one)."""
     return max(1, -(-ranges // REGIONS_CAPACITY))
 
 
@@ -72,7 +72,7 @@ def _write(ram: Ram, spans: Spans, pages: list[int], generation: int) -> None:
 
 
 def read(ram: Ram, head: int, usable: Spans | None = None) -> Spans:
-    """The pages that the list names; FormatError for anything that cannot be."""
+    """Return the pages that the list names; FormatError for anything invalid."""
     base, size = [], []
     found = list(_walk(ram, head))
     for pfn, page in found:
@@ -95,12 +95,12 @@ def read(ram: Ram, head: int, usable: Spans | None = None) -> Spans:
 
 
 def pages_of(ram: Ram, head: int) -> U64:
-    """The pfns of the list's own pages, in order."""
+    """Return the pfns of the list's own pages, in order."""
     return np.array([pfn for pfn, _ in _walk(ram, head)], dtype=np.uint64)
 
 
 def _walk(ram: Ram, head: int) -> Iterator[tuple[int, Any]]:
-    """Each page of the list and its record."""
+    """Yield each page of the list and its record."""
     if not head:
         raise FormatError("Regions", "pfn", found="none", expected="a region list")
     pfn, seen = head, set[int]()
@@ -117,7 +117,7 @@ def _walk(ram: Ram, head: int) -> Iterator[tuple[int, Any]]:
 
 
 def _check_previous(ram: Ram, filled: list[int], pages: list[int]) -> None:
-    """Each page names the one before it, the first one the last that is not empty (for walks from the top)."""
+    """Check that each page names the one before it, and the first one the last that is not empty."""
     for pfn, before in zip(pages, [*filled[-1:], *pages], strict=False):
         found = read_word(ram, pfn, OTHER, "Regions", "previous")
         if found != before:
@@ -125,7 +125,7 @@ def _check_previous(ram: Ram, filled: list[int], pages: list[int]) -> None:
 
 
 def _ranges(ram: Ram, base: U64, size: U64, head: int) -> Spans:
-    """Bytes as pages, after order, alignment and bounds were checked."""
+    """Check order, alignment and bounds of byte ranges; return them as pages."""
     ends = base + size
     mask = np.uint64(PAGE_SIZE - 1)
     if ((base | size) & mask).any() or not size.all() or (ends < base).any():

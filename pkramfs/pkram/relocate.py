@@ -43,7 +43,7 @@ class Allocator(Protocol):
 
 
 def touched(banned: Spans, pfn: U64, count: U64) -> npt.NDArray[np.bool_]:
-    """For each run, whether any page of it is banned."""
+    """Return a mask of the runs of which any page is banned."""
     if not banned:
         return np.zeros(len(pfn), dtype=bool)
     at = np.searchsorted(banned.ends, pfn, side="right")
@@ -53,7 +53,7 @@ def touched(banned: Spans, pfn: U64, count: U64) -> npt.NDArray[np.bool_]:
 
 
 def allocate_outside(frames: Allocator, count: int, banned: Spans, order: int = 0) -> list[Run]:
-    """Runs of `count` frames outside of `banned`, aligned to 2**order as far as memory allows.
+    """Allocate runs of `count` frames outside of `banned`, aligned to 2**order as far as memory allows.
 
     Frames found inside are parked until the end, so that the allocator does not offer them again.
     """
@@ -85,7 +85,7 @@ def _free(frames: Allocator, runs: list[Run]) -> None:
 def move_out(
     ram: Ram, frames: Allocator, index: U64, pfn: U64, count: U64, banned: Spans
 ) -> tuple[U64, U64, U64, list[Run]]:
-    """Runs (index, pfn, count) with every banned part replaced by a copy elsewhere.
+    """Copy every banned part of runs (index, pfn, count) elsewhere.
 
     Returns the new runs, by index, and the frames that hold the copies.
     """
@@ -105,13 +105,16 @@ def move_out(
 
 
 def _cut(start: U64, count: U64, edges: U64) -> tuple[I64, U64, U64]:
-    """Runs cut at every edge inside of them: (number of the run, start, count) of the pieces, in order."""
+    """Cut runs at every edge inside of them; return (number of the run, start, count) of the pieces, in order."""
+    # Edges low … high-1 lie inside of a run, so it falls into high - low + 1 pieces. Shape: (runs,).
     end = start + count
     low, high = np.searchsorted(edges, start, side="right"), np.searchsorted(edges, end, side="left")
     pieces = high - low + 1
+    # row: the run of each piece; within: its number in the run. Shape: (all pieces,).
     row = np.repeat(np.arange(len(start)), pieces)
     within = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     guarded = np.concatenate((edges, edges[:1]))  # what is read behind the last edge is not used
+    # A piece begins at its run's start or at the edge before it, and ends at the next edge or at its run's end.
     before = guarded[np.maximum(low[row] + within - 1, 0)]
     begin = np.where(within == 0, start[row], before)
     until = np.where(within == pieces[row] - 1, end[row], guarded[low[row] + within])
@@ -119,15 +122,17 @@ def _cut(start: U64, count: U64, edges: U64) -> tuple[I64, U64, U64]:
 
 
 def _copy_elsewhere(ram: Ram, frames: Allocator, rows: Rows, banned: Spans) -> tuple[Rows, list[Run]]:
-    """Copies of banned runs, laid out largest first so that large pieces keep their alignment."""
+    """Copy banned runs, laid out largest first so that large pieces keep their alignment."""
     by_size = np.argsort(~rows[2], kind="stable")
     index, source, size = (column[by_size] for column in rows)
     order = min(BLOCK_ORDER, int(size[0]).bit_length() - 1)
     copies = allocate_outside(frames, int(size.sum()), banned, order)
     try:
         starts, counts = np.array(copies, dtype=np.uint64).reshape(-1, 2).T
+        # Banned runs and copies are both laid on one line, [0, total): cut the former where a copy ends.
         edges, borders = np.cumsum(size), np.cumsum(counts)
         piece, at, length = _cut(edges - size, size, borders)
+        # For each piece: the copy that holds it, its offset in its run, and its place in that copy.
         which = np.searchsorted(borders, at, side="right")
         offset = at - (edges - size)[piece]
         target = starts[which] + at - (borders - counts)[which]
@@ -143,6 +148,7 @@ def _copy(ram: Ram, source: U64, target: U64, count: U64) -> None:
     long = count >= _LONG
     for row in zip(source[long].tolist(), target[long].tolist(), count[long].tolist(), strict=True):
         ram.copy(*row)
+    # All pages of all short runs, one element each: where from (origin) and where to (place). RAM as (pages, 512).
     table, left = ram.u64.reshape(-1, PAGE_SIZE // 8), count[~long].astype(np.int64)
     within = np.arange(int(left.sum())) - np.repeat(np.cumsum(left) - left, left)
     origin, place = (np.repeat(pfn[~long].astype(np.int64), left) + within for pfn in (source, target))

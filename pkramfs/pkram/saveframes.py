@@ -27,7 +27,7 @@ class SaveFrames:
         self._listed = 0
 
     def take(self, count: int) -> list[Run]:
-        """Runs of `count` zeroed frames outside of banned memory."""
+        """Take runs of `count` zeroed frames outside of banned memory."""
         if not count:
             return []
         with self._lock:
@@ -39,14 +39,14 @@ class SaveFrames:
         return runs
 
     def pages(self, count: int) -> U64:
-        """The pfns of `count` zeroed frames."""
+        """Take `count` zeroed frames; return their pfns."""
         runs = self.take(count)
         if not runs:
             return np.empty(0, dtype=np.uint64)
         return np.concatenate([np.arange(start, start + size, dtype=np.uint64) for start, size in runs])
 
     def move_out(self, index: U64, pfn: U64, count: U64) -> tuple[U64, U64, U64, list[Run]]:
-        """Runs with their banned parts copied elsewhere, and where the copies are."""
+        """Copy the banned parts of runs elsewhere; return the new runs and where the copies are."""
         with self._lock:
             try:
                 index, pfn, count, copies = move_out(self.ram, self.frames, index, pfn, count, self.banned)
@@ -69,10 +69,10 @@ class SaveFrames:
             self.frames.free([start for start, _ in runs], [count for _, count in runs])
 
     def spans(self) -> Spans:
-        """Every frame that was taken."""
+        """Return every frame that was taken."""
         return Spans((start, start + count) for start, count in self._runs)
 
     def unlisted(self) -> Spans:
-        """What was taken since this was last asked."""
+        """Return the frames taken since the last call."""
         fresh, self._listed = self._runs[self._listed :], len(self._runs)
         return Spans((start, start + count) for start, count in fresh)

@@ -132,7 +132,7 @@ def padding(size: int) -> int:
 
 
 def stream_length(header: Any) -> int:
-    """Bytes of the whole stream, as the header says."""
+    """Return the length in bytes of the whole stream, as the header says."""
     length = TREE.size
     for section in SECTIONS:
         rows = getattr(header, section.name)
@@ -146,7 +146,7 @@ def stream_length(header: Any) -> int:
 
 
 def encode(section: Section, columns: Columns) -> Iterator[bytes]:
-    """The bytes of a section, column by column."""
+    """Yield the bytes of a section, column by column."""
     for column in section.columns:
         data = np.ascontiguousarray(columns[column.name], dtype=column.dtype).tobytes()
         yield data

@@ -34,7 +34,7 @@ class ByteWriter:
 
     @property
     def checksum(self) -> int:
-        """XXH3-64 of all bytes so far."""
+        """Return the XXH3-64 of all bytes so far."""
         return self._digest.intdigest()
 
     def write(self, data: Any) -> int:

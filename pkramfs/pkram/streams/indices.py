@@ -1,4 +1,4 @@
-"""Which indices a page stream names, each at most once: noticed while it is saved.
+"""Which indices a page stream names, each at most once: checked while the stream is saved.
 
 A stream with two pages for one index would be refused by every load (the original finds out when it loads, too,
 and loses the file). Links are written in batches, in any order and from any thread. Where each batch is in order
@@ -26,7 +26,7 @@ class Indices:
         self._disorder = False
 
     def add(self, blocks: Rows) -> None:
-        """A batch was written."""
+        """Note the indices of a batch that was written."""
         if not len(blocks.index):
             return
         if blocks.dense:
@@ -39,5 +39,5 @@ class Indices:
 
     @property
     def doubtful(self) -> bool:
-        """Whether an index may have been named twice."""
+        """Return True if an index may have been named twice."""
         return self._disorder or any(before[1] > after[0] for before, after in pairwise(sorted(self._ranges)))

@@ -58,25 +58,25 @@ _GROUPS = {0: (64, 64), 9: (4096, 8)}
 
 
 def encode(pfn: U64, order: U8, flags: int = 0) -> U64:
-    """Entries of naturally aligned blocks."""
+    """Return the entries of naturally aligned blocks."""
     low = order.astype(np.uint64) | np.uint64(flags << ENTRY_FLAGS_SHIFT)
     return (pfn << np.uint64(ENTRY_PFN_SHIFT)) | low
 
 
 def decode(entries: U64) -> tuple[U64, U8, U8]:
-    """(pfn, order, flags) of entries."""
+    """Return (pfn, order, flags) of entries."""
     order = (entries & np.uint64(ENTRY_ORDER_MASK)).astype(np.uint8)
     flags = ((entries >> np.uint64(ENTRY_FLAGS_SHIFT)) & np.uint64(ENTRY_FLAGS_MASK)).astype(np.uint8)
     return entries >> np.uint64(ENTRY_PFN_SHIFT), order, flags
 
 
 def sizes(order: U8) -> U64:
-    """Pages of blocks of these orders."""
+    """Return the number of pages of blocks of these orders."""
     return np.uint64(1) << order.astype(np.uint64)
 
 
 def split_runs(index: U64, pfn: U64, count: U64) -> tuple[U64, U64, U8]:
-    """Runs of pages as the fewest naturally aligned blocks: (index, pfn, order) by index.
+    """Cut runs of pages into the fewest naturally aligned blocks: return (index, pfn, order) by index.
 
     All runs are cut at once, one order at a time: first the rising orders that bring a run to its
     largest alignment, then blocks of the largest order, then the falling ones of the rest.
@@ -89,6 +89,7 @@ def split_runs(index: U64, pfn: U64, count: U64) -> tuple[U64, U64, U8]:
     stopped = np.zeros(len(pfn), dtype=bool)
     one = np.uint64(1)
 
+    # Every round takes a block from the front of the chosen runs: index and pfn move on, what is left shrinks.
     def emit(chosen: npt.NDArray[np.bool_], order: int) -> None:
         size = one << np.uint64(order)
         parts.append((index[chosen], pfn[chosen], np.full(int(chosen.sum()), order, dtype=np.uint8)))
@@ -96,12 +97,15 @@ def split_runs(index: U64, pfn: U64, count: U64) -> tuple[U64, U64, U8]:
         pfn[chosen] += size
         left[chosen] -= size
 
+    # Rising orders: a run whose pfn has this bit set is aligned to the order and to none above, so it gives a
+    # block of it, unless too little is left; then (stopped) the falling orders take the rest.
     for order in range(MAX_ORDER):
         bit = (pfn >> np.uint64(order) & one).astype(bool) & ~stopped
         room = left >= one << np.uint64(order)
         stopped |= bit & ~room
         emit(bit & room, order)
     _emit_largest(index, pfn, left, stopped, parts)
+    # Falling orders: the bits of what is left, largest first, are the blocks that remain.
     for order in reversed(range(MAX_ORDER)):
         emit((left >> np.uint64(order) & one).astype(bool), order)
     joined = [np.concatenate(column) for column in zip(*parts, strict=True)]
@@ -117,6 +121,7 @@ def _emit_largest(
     total = int(blocks.sum())
     if not total:
         return
+    # One element for each block: the run it belongs to, and its number within that run times its size.
     which = np.repeat(np.arange(len(pfn)), blocks.astype(np.int64))
     before = np.repeat(np.cumsum(blocks) - blocks, blocks.astype(np.int64))
     offset = (np.arange(total, dtype=np.uint64) - before) << np.uint64(MAX_ORDER)
@@ -128,7 +133,7 @@ def _emit_largest(
 
 
 def join_runs(index: U64, pfn: U64, count: U64) -> tuple[U64, U64, U64]:
-    """Runs by index as the fewest runs."""
+    """Join runs, given by index, into the fewest runs."""
     fresh = np.ones(len(index), dtype=bool)
     fresh[1:] = (index[1:] != index[:-1] + count[:-1]) | (pfn[1:] != pfn[:-1] + count[:-1])
     if fresh.all():
@@ -138,7 +143,7 @@ def join_runs(index: U64, pfn: U64, count: U64) -> tuple[U64, U64, U64]:
 
 
 def join_equal(index: U64, pfn: U64, order: int) -> tuple[U64, U64, U64]:
-    """Blocks of one order, as they come, as runs (index, pfn, count)."""
+    """Join blocks of one order, in the given sequence, into runs (index, pfn, count)."""
     size = np.uint64(1 << order)
     fresh = (index[1:] - index[:-1] != size) | (pfn[1:] - pfn[:-1] != size)
     first = np.append(0, np.flatnonzero(fresh) + 1)
@@ -146,7 +151,7 @@ def join_equal(index: U64, pfn: U64, order: int) -> tuple[U64, U64, U64]:
 
 
 def join_blocks(index: U64, pfn: U64, order: U8) -> tuple[U64, U64, U64]:
-    """Blocks by index as the fewest runs (index, pfn, count): the reverse of `split_runs`."""
+    """Join blocks, given by index, into the fewest runs (index, pfn, count): the reverse of `split_runs`."""
     return join_runs(index, pfn, sizes(order))
 
 
@@ -167,25 +172,25 @@ class Rows:
 
     @property
     def entries(self) -> int:
-        """How many entries the rows become."""
+        """Return the number of entries that the rows become."""
         return len(self.index) if self.single else int(self.repeat.sum())
 
     @property
     def pages(self) -> U64:
-        """Pages of each row."""
+        """Return the pages of each row."""
         repeat = self.repeat.view(np.uint64)
         return sizes(self.order) * repeat if self.order.any() else repeat
 
 
 def rows(index: U64, pfn: U64, order: U8, flags: U8 | None = None, repeat: U64 | None = None) -> Rows:
-    """Rows of one block each, or of `repeat` blocks."""
+    """Return rows of one block each, or of `repeat` blocks."""
     flags = np.zeros(len(index), dtype=np.uint8) if flags is None else flags
     counts = np.broadcast_to(np.int64(1), len(index)) if repeat is None else repeat.astype(np.int64)
     return Rows(index, pfn, order, flags, counts)
 
 
 def single_rows(index: U64, pfn: U64, *, dense: bool) -> Rows:
-    """Rows of one page each."""
+    """Return rows of one page each."""
     none, once = np.broadcast_to(np.uint8(0), len(pfn)), np.broadcast_to(np.int64(1), len(pfn))
     return Rows(index, pfn, none, none, once, single=True, dense=dense)
 
@@ -214,6 +219,7 @@ class Plan:
 
 def plan(blocks: Rows, capacity: int = LINK_CAPACITY, *, align: bool = False) -> Plan:
     """Cut rows into links: after every jump of the index, after `capacity` entries, and as row 43 wants it."""
+    # offsets[k]: number of the first entry of row k among all entries. edges: rows behind a jump of the index.
     offsets = np.zeros(len(blocks.repeat) + 1, dtype=np.int64)
     np.cumsum(blocks.repeat, out=offsets[1:])
     jumps = np.flatnonzero(blocks.index[1:] != blocks.index[:-1] + blocks.pages[:-1]) + 1
@@ -222,6 +228,7 @@ def plan(blocks: Rows, capacity: int = LINK_CAPACITY, *, align: bool = False) ->
         starts = np.concatenate([_aligned_starts(blocks, offsets, a, b, capacity) for a, b in pairwise(edges.tolist())])
     else:
         starts = plain_starts(offsets[edges], capacity)
+    # The row in which each link begins, and from it the link's first index.
     row = np.searchsorted(offsets, starts, side="right") - 1
     index = blocks.index[row] + ((starts - offsets[row]).astype(np.uint64) << blocks.order[row].astype(np.uint64))
     return Plan(offsets, starts, np.diff(np.append(starts, offsets[-1])), index)
@@ -236,7 +243,7 @@ def plain_starts(edges: I64, capacity: int) -> I64:
 
 
 def _aligned_starts(blocks: Rows, offsets: I64, first: int, last: int, capacity: int) -> I64:
-    """Row 43 for a stretch of rows without a jump: links end where the next whole group would not fit."""
+    """Apply row 43 to rows without a jump: return where links begin, each ending before a group that would not fit."""
     start, end = int(offsets[first]), int(offsets[last])
     orders = np.unique(blocks.order[first:last])
     if len(orders) > 1:
@@ -252,7 +259,7 @@ def _aligned_starts(blocks: Rows, offsets: I64, first: int, last: int, capacity:
 
 
 def _mixed_starts(blocks: Rows, offsets: I64, first: int, last: int, capacity: int) -> Iterator[int]:
-    """The same where orders change on the way: entry by entry, for it is short or rare."""
+    """Yield where links begin if orders change on the way: entry by entry, for such rows are few."""
     part = slice(first, last)
     order = np.repeat(blocks.order[part], blocks.repeat[part])
     index = blocks.index[first] + np.cumsum(sizes(order)) - sizes(order)
@@ -273,7 +280,7 @@ def _mixed_starts(blocks: Rows, offsets: I64, first: int, last: int, capacity: i
 
 
 def expand(blocks: Rows, offsets: I64, first: int, last: int) -> U64:
-    """The entries first … last-1 of all that rows stand for."""
+    """Return the entries first … last-1 of all that rows stand for."""
     low = int(np.searchsorted(offsets, first, side="right")) - 1
     high = int(np.searchsorted(offsets, last, side="left"))
     part = slice(low, high)
@@ -284,13 +291,14 @@ def expand(blocks: Rows, offsets: I64, first: int, last: int) -> U64:
     entries[0] += np.uint64(first - int(offsets[low])) * step[0]
     if len(entries) == last - first:
         return entries
+    # What of each row is wanted, and the position of each entry within its row: shape (last - first,).
     repeat = np.minimum(offsets[low + 1 : high + 1], last) - np.maximum(offsets[part], first)
     within = np.arange(last - first, dtype=np.uint64) - np.repeat(np.cumsum(repeat) - repeat, repeat).astype(np.uint64)
     return np.repeat(entries, repeat) + within * np.repeat(step, repeat)
 
 
 def _entries(blocks: Rows, part: slice) -> U64:
-    """The first entry of each of some rows."""
+    """Return the first entry of each of some rows."""
     entries = blocks.pfn[part] << np.uint64(ENTRY_PFN_SHIFT)
     if blocks.order[part].any() or blocks.flags[part].any():
         entries |= blocks.order[part]
@@ -309,7 +317,7 @@ class Links:
 
     @cached_property
     def ahead(self) -> U64:
-        """What single pages in a row add to the first entry of full links; heads are included, and meaningless.
+        """Return what single pages in a row add to the first entry of full links, shape (links, 512).
 
         Made when it is first needed, for it is as large as the buffer.
         """
@@ -348,7 +356,7 @@ def write_links(ram: Ram, pages: U64, blocks: Rows, where: Plan, generation: int
 
 
 def headers(pages: U64, where: Plan, generation: int) -> U64:
-    """The headers of links, a row each, but for the checksum."""
+    """Return the headers of links, a row each, but for the checksum."""
     heads, address = np.zeros((len(pages), HEAD_WORDS), dtype=np.uint64), pages << np.uint64(PAGE_SHIFT)
     heads[:, 0] = LINK_MAGIC
     heads[:, 2] = seal_array(np.append(pages[1:], np.uint64(0)), address + np.uint64(NEXT))

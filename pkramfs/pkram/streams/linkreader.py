@@ -82,11 +82,11 @@ class Chain:
 
     @property
     def batches(self) -> int:
-        """How many steps `blocks` has."""
+        """Return how many steps `blocks` has."""
         return -(-len(self.pages) // BATCH)
 
     def fetch(self, links: slice, words: U64) -> U64:
-        """Whole links, a row for each, into the first rows of `words`."""
+        """Read whole links into the first rows of `words`, a row for each."""
         pages = self.pages[links]
         target = memoryview(words).cast("B")  # type: ignore[arg-type]
         edges = [0, *(np.flatnonzero(pages[1:] != pages[:-1] + _ONE) + 1).tolist(), len(pages)]
@@ -95,7 +95,7 @@ class Chain:
         return words[: len(pages)]
 
     def entries(self, links: slice, words: U64) -> U64:
-        """The entries of some links that were fetched, one after the other."""
+        """Return the entries of some links that were fetched, one after the other."""
         rows, counts = words[:, HEAD_WORDS:], self.counts[links]
         full = int(counts[0])
         if (counts == full).all():
@@ -106,14 +106,14 @@ class Chain:
         return found
 
     def blocks(self, batch: int) -> tuple[U64, U64, U8]:
-        """64 links as arrays (index, pfn, order) of their entries."""
+        """Return 64 links as arrays (index, pfn, order) of their entries."""
         links = slice(batch * BATCH, (batch + 1) * BATCH)
         words = self.fetch(links, np.empty((BATCH, PAGE_WORDS), dtype=np.uint64))
         pfn, order, _ = decode(self.entries(links, words))
         return self.indices(links, sizes(order)), pfn, order
 
     def indices(self, links: slice, size: U64) -> U64:
-        """The index of each entry, from its link's first and the sizes before it."""
+        """Return the index of each entry, from its link's first and the sizes before it."""
         counts = self.counts[links]
         before = np.cumsum(size) - size
         firsts = np.cumsum(counts) - counts
@@ -121,7 +121,7 @@ class Chain:
         return found
 
     def share(self) -> Iterator[tuple[U64, U64, U8]]:
-        """Batches of (index, pfn, order), in order; several threads may take from one such iterator."""
+        """Return the batches of (index, pfn, order), in order; several threads may take from one such iterator."""
         return _Shared(self)
 
 
@@ -172,7 +172,7 @@ class _Survey:
 
 
 def _steady(words: U64, bench: Workbench) -> Flags | bool:
-    """Which links are nothing but single pages in a row."""
+    """Return a mask of the links that hold only single pages in a row."""
     if not (words[:, _KEPT] - words[:, HEAD_WORDS] == _STEP).any():
         return False
     steady = differences(words, bench, fill=True)
@@ -185,10 +185,9 @@ def _steady(words: U64, bench: Workbench) -> Flags | bool:
 
 
 def differences(words: U64, bench: Workbench, *, fill: bool) -> Flags:
-    """For each word of links, whether it names the page behind that of the word before; `fill` for the head and the
-    first entry.
+    """Return a mask, shape (links, 512), of the words that name the page behind that of the word before.
 
-    Differences are taken over whole pages, heads and all, and put right afterwards: numpy is four times as fast on
+    `fill` is the answer for heads and first entries. Differences are taken over whole pages, heads and all, and put right afterwards: numpy is four times as fast on
     memory without gaps.
     """
     flat, rises, found = words.reshape(-1), bench.rises[: len(words)], bench.steady[: len(words)]
@@ -246,7 +245,7 @@ def _expect_at_most(pages: U64, field: str, found: U64, most: int, expected: str
 
 
 def _follow(survey: _Survey, owner: int, head: tuple[str, int], links: int, allowed: Spans) -> U64:
-    """The pages of a chain, at most `links` of them, none twice."""
+    """Return the pages of a chain, at most `links` of them, none twice."""
     record, (field, pfn), holder = "Object", head, owner
     total, stride = 0, _MOST
     while pfn:
@@ -265,7 +264,7 @@ def _follow(survey: _Survey, owner: int, head: tuple[str, int], links: int, allo
 
 
 def _end_of_run(allowed: Spans, pfn: int, place: tuple[str, str, int]) -> int:
-    """Where the node's pages end that hold page `pfn`; FormatError, naming the place that names it, if none do."""
+    """Return the end of the run of the node's pages that holds `pfn`; FormatError, naming `place`, if there is none."""
     at = int(np.searchsorted(allowed.ends, np.uint64(pfn), side="right"))
     if at == len(allowed) or int(allowed.starts[at]) > pfn:
         record, field, holder = place

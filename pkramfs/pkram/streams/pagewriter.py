@@ -95,7 +95,7 @@ class PageWriter:
         self._each(work, len(columns[0]))
 
     def _move_out(self, index: U64, pfn: U64, count: U64) -> Columns:
-        """Runs of which no page is banned: what was has been copied; and name them."""
+        """Copy the banned pages of runs elsewhere, name all frames, and return runs without banned pages."""
         index, pfn, count, copies = self._frames.move_out(index, pfn, count)
         with self._lock:
             self.moved += copies
@@ -177,9 +177,9 @@ class PageWriter:
         self._each(work, len(orders))
 
     def _check_indices(self, columns: Columns) -> tuple[Extent, list[bool]]:
-        """EINVAL for an index that is too large.
+        """Check that no index is too large; PkramError (EINVAL) otherwise.
 
-        Returns the counts' extent, and for each slice whether it is single pages whose indices follow one another.
+        Return the extent of the counts, and for each slice True if it has only single pages with consecutive indices.
         """
 
         def work(number: int) -> tuple[Extent, bool]:
@@ -249,7 +249,7 @@ class PageWriter:
         return np.concatenate(self._chains) if self._chains else np.empty(0, dtype=np.uint64)
 
     def _expect_each_index_once(self, links: U64) -> None:
-        """EEXIST if an index has two pages: the links are read back, as a load does."""
+        """Read the links back, as a load does; PkramError (EEXIST) if an index has two pages."""
         ends, allowed = (int(links[0]), int(links[-1])), self._frames.spans()
         found = linkreader.read(
             self._frames.ram,
@@ -267,7 +267,7 @@ class PageWriter:
 
 
 def _flags(order: link.U8) -> link.U8:
-    """The flags of entries of these orders."""
+    """Return the flags of entries of these orders."""
     return np.where(order == BLOCK_ORDER, ENTRY_HUGE, 0).astype(np.uint8)
 
 
@@ -276,13 +276,13 @@ def _unaligned() -> PkramError:
 
 
 def _part(columns: Columns, number: int) -> Columns:
-    """One slice of a call."""
+    """Return one slice of a call."""
     index, pfn, count = (column[number * _SLICE : (number + 1) * _SLICE] for column in columns)
     return index, pfn, count
 
 
 def _together(parts: list[Rows]) -> Rows:
-    """Rows of many calls as one, by index."""
+    """Merge the rows of many calls, by index."""
     if len(parts) == 1:
         return parts[0]
     index = np.concatenate([part.index for part in parts])

@@ -64,7 +64,7 @@ class ObjectReader:
         return FormatError("Object", field, pfn=self.pfn, found=found, expected=expected)
 
     def _check_bytes(self) -> list[tuple[int, int]]:
-        """The byte stream's runs of frames, after its length and its checksum were compared."""
+        """Compare the byte stream's length and checksum; return its runs of frames."""
         index, pfn, count = all_runs(self._bytes)
         self._inside(pfn, count, "bytes")
         total = int(count.sum())
@@ -79,7 +79,7 @@ class ObjectReader:
         return runs
 
     def _check_pages(self) -> tuple[Runs, Spans]:
-        """The page stream's runs and its frames, each of which occurs once."""
+        """Check that each frame of the page stream occurs once; return its runs and its frames."""
         index, pfn, count = all_runs(self._pages)
         named = FrameSet(self._ram.pages)
         try:
@@ -97,7 +97,7 @@ class ObjectReader:
             raise self._wrong(field, f"pfn {int(outside.starts[0]):x}", "a page of the node's page table")
 
     def _views(self, runs: list[tuple[int, int]]) -> Iterator[memoryview]:
-        """The byte stream, a piece for each run of frames."""
+        """Yield the byte stream, a piece for each run of frames."""
         left = self.length
         for start, count in runs:
             size = min(left, count * PAGE_SIZE)
@@ -106,26 +106,26 @@ class ObjectReader:
 
     @cached_property
     def byte_frames(self) -> Spans:
-        """The frames that hold the byte stream."""
+        """Return the frames that hold the byte stream."""
         return Spans((start, start + count) for start, count in self._byte_runs)
 
     @cached_property
     def links(self) -> Spans:
-        """The link pages of both streams."""
+        """Return the link pages of both streams."""
         singles = np.concatenate((self._bytes.pages, self._pages.pages))
         return Spans.from_runs(singles, np.ones_like(singles))
 
     def metadata(self) -> Spans:
-        """The object's own frames: its page, its links, the byte stream."""
+        """Return the object's own frames: its page, its links, the byte stream."""
         return self.links | self.byte_frames | Spans([(self.pfn, self.pfn + 1)])
 
     def uses(self) -> int:
-        """How many uses of a frame the object names; as many as frames, unless one has two uses."""
+        """Return the number of uses of frames that the object names: the number of frames, unless one has two uses."""
         links = len(self._bytes.pages) + len(self._pages.pages)
         return 1 + links + sum(count for _, count in self._byte_runs) + self.data.total
 
     def read(self, size: int = -1) -> bytes:
-        """The next `size` bytes of the byte stream (all that is left for -1); short at the end.
+        """Return the next `size` bytes of the byte stream (all that is left for -1); short at the end.
 
         Kernel: pkram_read()
         """
@@ -140,11 +140,11 @@ class ObjectReader:
         return b"".join(parts)
 
     def load_runs(self) -> Runs:
-        """The page stream as the fewest runs: arrays (u64) of index, pfn and count, by index; not to be written to."""
+        """Return the page stream as the fewest runs: read-only arrays (u64) of index, pfn and count, by index."""
         return self._runs
 
     def load_pages(self) -> tuple[U64, U64, U8]:
-        """The page stream as arrays (index u64, pfn u64, order u8) of its blocks, in the order of links.
+        """Return the page stream as arrays (index u64, pfn u64, order u8) of its blocks, in the order of links.
 
         Kernel: pkram_load_file_page()
         """
@@ -156,7 +156,7 @@ class ObjectReader:
         return np.concatenate(index), np.concatenate(pfn), np.concatenate(order)
 
     def batches(self) -> Iterator[tuple[U64, U64, U8]]:
-        """The page stream 64 links at a time, as `load_pages`; several threads may take from one iterator.
+        """Return the page stream 64 links at a time, as `load_pages`; several threads may take from one iterator.
 
         Kernel: pkram_load_file_pages()
         """

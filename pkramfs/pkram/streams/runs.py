@@ -40,7 +40,7 @@ _COUNTING = np.arange(LINK_CAPACITY, dtype=np.uint64)
 
 
 def all_runs(chain: Chain) -> Runs:
-    """The whole stream as the fewest runs by index; FormatError for an entry that cannot be."""
+    """Return the whole stream as the fewest runs by index; FormatError for an invalid entry."""
     if not len(chain.pages):
         return _NONE
     reading = _Reading(chain)
@@ -76,7 +76,7 @@ class _Reading:
         self._columns = tuple(np.empty(self._edges[-1], dtype=np.uint64) for _ in range(3))
 
     def parts(self) -> tuple[list[Runs], bool]:
-        """The runs of each stretch and step, in the order of links, and whether those of each are by index."""
+        """Return the runs of each stretch and step, in the order of links, and True if each is sorted by index."""
         left = np.flatnonzero(~self._steady).tolist()
         read = parallel.each(lambda number: self._read(left[number]), len(left))
         change = np.flatnonzero(self._steady[1:] != self._steady[:-1]) + 1
@@ -91,7 +91,7 @@ class _Reading:
         return [runs for runs, _ in found], all(ordered for _, ordered in found)
 
     def _read(self, step: int) -> tuple[Runs, bool]:
-        """The runs of one step, in their place in the columns if they are many, and whether they are by index."""
+        """Read one step: return its runs (in the columns, if they are many), and True if they are sorted by index."""
         links, place = slice(step * STEP, (step + 1) * STEP), slice(self._edges[step], self._edges[step + 1])
         with self.chain.benches.lend() as bench:
             words = self.chain.fetch(links, bench.words)
@@ -103,7 +103,7 @@ class _Reading:
         return self._keep(runs, place), _in_order(runs)
 
     def _few_runs(self, links: slice, words: U64, low: int) -> Runs:
-        """The runs of 64 links of a step, from link `low` on: arrays of entries that fit the L2 cache."""
+        """Return the runs of 64 links of a step, from link `low` on: as many entries as fit the L2 cache."""
         part = slice(links.start + low, min(links.start + low + BATCH, links.stop))
         entries = self.chain.entries(part, words[low : low + BATCH])
         tail = np.bitwise_or.reduce(entries) & _LOW  # order and flags
@@ -112,7 +112,7 @@ class _Reading:
         return _block_runs(self.chain, part, entries)
 
     def _is_scattered(self, links: slice, words: U64, bench: Workbench) -> bool:
-        """Whether links are full of single pages of which none continues the one before it."""
+        """Return True if links are full of single pages of which none continues the one before it."""
         counts, index = self.chain.counts[links], self.chain.index[links]
         tail = np.bitwise_or.reduce(words[:, HEAD_WORDS:], axis=None) & _LOW  # orders and flags
         if tail or (counts != LINK_CAPACITY).any():
@@ -121,7 +121,7 @@ class _Reading:
         return not meet.any() and not differences(words, bench, fill=False).any()
 
     def _scattered_runs(self, links: slice, words: U64, place: slice) -> tuple[Runs, bool]:
-        """Full links of which each entry is a run, straight into the columns."""
+        """Read full links, of which each entry is a run, straight into the columns."""
         index, pfn = (column[place] for column in self._columns[:2])
         first = self.chain.index[links]
         np.right_shift(words[:, HEAD_WORDS:], _SHIFT, out=pfn.reshape(-1, LINK_CAPACITY))
@@ -144,7 +144,7 @@ class _Reading:
         return index, pfn, count
 
     def together(self, parts: list[Runs]) -> Runs:
-        """All runs, in the order of links."""
+        """Return all runs, in the order of links."""
         index, pfn, count = self._columns
         if sum(len(part[0]) for part in parts) == len(index) and all(part[0].base is index for part in parts):
             ones = [part[2].strides == (0,) for part in parts]
@@ -157,7 +157,7 @@ class _Reading:
 
 
 def _sound(chain: Chain) -> Flags:
-    """Which links are one run of memory, with nothing to be said against it."""
+    """Return a mask of the links that are one valid run of memory each."""
     last = np.uint64(chain.ram.pages) - np.minimum(chain.counts.view(np.uint64), np.uint64(chain.ram.pages))
     pfn = chain.firsts >> _SHIFT
     found: Flags = chain.steady & (chain.firsts & _LOW == 0) & (pfn != 0) & (pfn <= last)
@@ -165,21 +165,24 @@ def _sound(chain: Chain) -> Flags:
 
 
 def _steady_runs(chain: Chain, links: slice) -> tuple[Runs, bool]:
-    """The fewest runs of links that are one run each, and whether they are by index."""
+    """Return the fewest runs of links that are one run each, and True if they are sorted by index."""
     runs = chain.index[links], chain.firsts[links] >> _SHIFT, chain.counts[links].view(np.uint64)
     ordered = _in_order(runs)
     return join_runs(*runs) if ordered else runs, ordered
 
 
 def _uniform_runs(chain: Chain, links: slice, entries: U64, order: int) -> Runs:
-    """Runs of entries that are all of one order."""
+    """Return the runs of entries that are all of one order."""
     counts, number, size = chain.counts[links], len(entries), np.uint64(1 << order)
     firsts = np.cumsum(counts) - counts
-    base: U64 = chain.index[links] - firsts.astype(np.uint64) * size  # index of an entry less what its position makes
+    # base: the index of a link's first entry, less what the entries before it make; equal while indices go on.
+    base: U64 = chain.index[links] - firsts.astype(np.uint64) * size
+    # fresh, shape (entries,): the entry does not continue the one before it, in memory or, at a link's start, in index.
     fresh = np.empty(number, dtype=bool)
     fresh[0] = True
     np.not_equal(entries[1:] - entries[:-1], size << _SHIFT, out=fresh[1:])
     fresh[firsts[1:]] |= base[1:] != base[:-1]
+    # One run for each fresh entry; it ends where the next one begins.
     at = np.flatnonzero(fresh)
     index = base[np.searchsorted(firsts, at, side="right") - 1] + at.astype(np.uint64) * size
     pfn, count = entries[at] >> _SHIFT, np.diff(np.append(at, number)).astype(np.uint64) * size
@@ -189,7 +192,7 @@ def _uniform_runs(chain: Chain, links: slice, entries: U64, order: int) -> Runs:
 
 
 def _block_runs(chain: Chain, links: slice, entries: U64) -> Runs:
-    """Runs of entries of any order; FormatError for one that cannot be."""
+    """Return the runs of entries of any order; FormatError for an invalid entry."""
     pfn, order, _ = decode(entries)
     size = np.uint64(1) << np.minimum(order, MAX_ORDER).astype(np.uint64)
     if _bad(chain, entries).any():
@@ -198,7 +201,7 @@ def _block_runs(chain: Chain, links: slice, entries: U64) -> Runs:
 
 
 def _bad(chain: Chain, entries: U64) -> Flags:
-    """Which entries are no aligned block of RAM."""
+    """Return a mask of the entries that are no aligned block of RAM."""
     pfn, order, _ = decode(entries)
     size = np.uint64(1) << np.minimum(order, MAX_ORDER).astype(np.uint64)
     found: Flags = (order > MAX_ORDER) | (pfn == 0) | ((pfn & (size - _ONE)) != 0)
@@ -219,19 +222,19 @@ def _bad_block(chain: Chain, links: slice, entries: U64) -> FormatError:
 
 
 def _in_order(runs: Runs) -> bool:
-    """Whether runs come by index, none beginning before the one in front of it ends."""
+    """Return True if runs are sorted by index and do not overlap."""
     index, _, count = runs
     return bool((index[1:] >= index[:-1] + count[:-1]).all())
 
 
 def _continued(runs: Runs) -> bool:
-    """Whether a run goes on, in index and in memory, where the one in front of it ends."""
+    """Return True if a run continues the one before it, in index and in memory."""
     index, pfn, count = runs
     return bool(((index[1:] == index[:-1] + count[:-1]) & (pfn[1:] == pfn[:-1] + count[:-1])).any())
 
 
 def _edges(parts: list[Runs]) -> Runs:
-    """The first and the last run of each part: all that matters where parts meet."""
+    """Return the first and the last run of each part: all that matters where parts meet."""
     index, pfn, count = (
         np.array([edge for runs in parts for edge in _ends(runs[column])], dtype=np.uint64) for column in range(3)
     )

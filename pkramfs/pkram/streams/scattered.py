@@ -49,7 +49,7 @@ def write(ram: Ram, blocks: Rows, take: Callable[[int], U64], generation: int, b
 
 
 def extent(count: U64, bench: Bench) -> Extent:
-    """The extent of up to SLICE counts; one pass where all are 1, as they are here, and two where they are not."""
+    """Return the extent of up to SLICE counts: in one pass where all are 1, which they mostly are here, else in two."""
     maybe = count.strides != (0,) and count[0] == count[-1] == 1
     if maybe and np.equal(count, np.uint64(1), out=bench.answers[: len(count)]).all():
         return Extent(1, 1, len(count))
@@ -57,7 +57,7 @@ def extent(count: U64, bench: Bench) -> Extent:
 
 
 def dense(index: U64, bench: Bench) -> bool:
-    """Whether up to SLICE indices follow one another: they rise, and from first to last by as much as they are."""
+    """Return True if up to SLICE indices are consecutive: they rise, and last - first is their number less one."""
     last, signed = len(index) - 1, index.view(np.int64)  # which compare faster
     if int(index[-1]) - int(index[0]) != last:
         return False
@@ -65,7 +65,7 @@ def dense(index: U64, bench: Bench) -> bool:
 
 
 def _plan(blocks: Rows) -> Plan:
-    """Where links begin: after every jump of the index, and when the one before is full."""
+    """Plan where links begin: after every jump of the index, and where the link before is full."""
     index, size = blocks.index, len(blocks.index)
     jumps: I64 = np.flatnonzero(index[1:] - index[:-1] != np.uint64(1)) + 1 if not blocks.dense else _NONE
     starts = plain_starts(np.concatenate(([0], jumps, [size])), LINK_CAPACITY)

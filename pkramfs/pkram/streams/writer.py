@@ -55,12 +55,12 @@ class ObjectWriter:
 
     @property
     def page_count(self) -> int:
-        """Frames that the page stream names so far."""
+        """Return the number of frames that the page stream names so far."""
         return self._pages.count
 
     @property
     def moved(self) -> list[Run]:
-        """Runs of frames that hold copies of banned pages."""
+        """Return the runs of frames that hold copies of banned pages."""
         return self._pages.moved
 
     def give_up(self) -> None:

@@ -79,17 +79,17 @@ def walk(ram: Ram, root: int) -> Walk:
 
 
 def read(ram: Ram, root: int) -> Spans:
-    """Every page that the table names."""
+    """Return every page that the table names."""
     return walk(ram, root).spans
 
 
 def checksum(ram: Ram, root: int) -> int:
-    """XXH3-64 of all table pages, in walking order."""
+    """Return the XXH3-64 of all table pages, in walking order."""
     return walk(ram, root).checksum
 
 
 def any_preserved(ram: Ram, root: int, start: int, end: int) -> bool:
-    """Whether a page that holds any byte of the physical range [start, end) is named by the table.
+    """Return True if the table names a page that holds any byte of the physical range [start, end).
 
     Kernel: pkram_has_preserved_pages()
     """
@@ -100,7 +100,7 @@ def any_preserved(ram: Ram, root: int, start: int, end: int) -> bool:
 
 
 def next_hole_below(ram: Ram, root: int, limit: int, count: int) -> int | None:
-    """First page of the highest `count` pages in a row below page `limit` of which the table names none.
+    """Return the first page of the highest `count` pages in a row below page `limit` of which the table names none.
 
     Walks downwards, many GiB at a time, so a hole near the top is found without reading the rest and
     the walk ends at the bottom (D21, D25: the kernel's search stepped one page at a time).
@@ -117,7 +117,7 @@ def next_hole_below(ram: Ram, root: int, limit: int, count: int) -> int | None:
 
 
 def read_range(ram: Ram, root: int, start: int, end: int) -> Spans:
-    """The pages of [start, end) that the table names, reading no more of it than covers them."""
+    """Return the pages of [start, end) that the table names, reading no more of it than covers them."""
     check_pfn(ram, root, "PageTable", "root")
     end = min(end, ram.pages)
     if end <= start:
@@ -133,7 +133,7 @@ def read_range(ram: Ram, root: int, start: int, end: int) -> Spans:
 
 
 def upper_entries(ram: Ram, root: int, units: U64) -> U64:
-    """The upper entries of 1 GiB `units`, 0 where there is no page for them."""
+    """Return the upper entries of 1 GiB `units`, 0 where there is no page for them."""
     roots = np.full(len(units), root, dtype=np.uint64)
     parents = gather(ram, roots, units // np.uint64(ENTRIES))
     _check_entries(ram, roots, parents, parents == 0, 0)
@@ -144,7 +144,7 @@ def upper_entries(ram: Ram, root: int, units: U64) -> U64:
 
 
 def gather(ram: Ram, pages: U64, units: U64) -> U64:
-    """The entry of each unit in the table page given for it, 0 where that page is 0."""
+    """Return the entry of each unit in the table page given for it, 0 where that page is 0."""
     found = np.zeros(len(units), dtype=np.uint64)
     there = pages != 0
     found[there] = ram.u64[places(pages[there], units[there])]
@@ -152,19 +152,19 @@ def gather(ram: Ram, pages: U64, units: U64) -> U64:
 
 
 def places(pages: U64, units: U64) -> U64:
-    """Word numbers in RAM of the entries of `units` in these table pages."""
+    """Return the word numbers in RAM of the entries of `units` in these table pages."""
     return (pages << np.uint64(PAGE_SHIFT - 3)) + units % np.uint64(ENTRIES)
 
 
 def bitmap_places(entries: U64) -> U64:
-    """Word numbers in RAM of the bitmaps that lower entries name, a row of 8 each."""
+    """Return the word numbers in RAM of the bitmaps that lower entries name, a row of 8 each."""
     slot = entries & np.uint64(TABLE_SLOT_MASK)
     first = (entries >> np.uint64(PAGE_SHIFT) << np.uint64(PAGE_SHIFT - 3)) + slot * np.uint64(BITMAP_WORDS)
     return first[:, None] + _WORD
 
 
 def _children(ram: Ram, pages: U64, numbers: U64, covers: int) -> tuple[U64, U64, Spans]:
-    """Entries of table pages that stand for `numbers`: (units, entries) with a child, and the FULL units."""
+    """Return the entries of table pages that stand for `numbers`: (units, entries) with a child, and the FULL units."""
     if not len(pages):
         return pages, pages, Spans()
     base = (pages << np.uint64(PAGE_SHIFT - 3))[:, None] + np.arange(ENTRIES, dtype=np.uint64)
@@ -182,7 +182,7 @@ def _children(ram: Ram, pages: U64, numbers: U64, covers: int) -> tuple[U64, U64
 
 
 def _check_entries(ram: Ram, holders: U64, entries: U64, fine: npt.NDArray[np.bool_], low: int) -> None:
-    """FormatError, naming the table page, unless entries are `fine` or pages of RAM with none but `low` bits."""
+    """Raise FormatError, naming the table page, unless entries are `fine` or pages of RAM with none but `low` bits."""
     pages = entries >> np.uint64(PAGE_SHIFT)
     bad = (entries & np.uint64(PAGE_SIZE - 1 & ~low) != 0) | (pages == 0) | (pages >= np.uint64(ram.pages))
     bad &= ~fine
@@ -195,14 +195,14 @@ def _check_entries(ram: Ram, holders: U64, entries: U64, fine: npt.NDArray[np.bo
 
 
 def read_bitmaps(ram: Ram, blocks: U64, entries: U64) -> Spans:
-    """The pages of 2 MiB `blocks` whose lower entries name bitmaps."""
+    """Return the pages of 2 MiB `blocks` whose lower entries name bitmaps."""
     if not len(blocks):
         return Spans()
     return spans_of_bits(blocks, ram.u64[bitmap_places(entries)])
 
 
 def spans_of_bits(blocks: U64, bits: U64) -> Spans:
-    """The pages that bitmaps (a row of 8 words for each 2 MiB block) have set."""
+    """Return the pages that bitmaps (a row of 8 words for each 2 MiB block) have set."""
     flags = np.unpackbits(np.ascontiguousarray(bits).view(np.uint8).reshape(-1), bitorder="little")
     padded = np.zeros((len(blocks), ENTRIES + 2), dtype=np.int8)
     padded[:, 1:-1] = flags.reshape(len(blocks), ENTRIES)
@@ -212,7 +212,7 @@ def spans_of_bits(blocks: U64, bits: U64) -> Spans:
 
 
 def bits_of_spans(spans: Spans) -> tuple[U64, U64]:
-    """The 2 MiB blocks that spans touch, ascending, and a bitmap (8 words) for each."""
+    """Return the 2 MiB blocks that spans touch, ascending, and a bitmap (8 words) for each."""
     starts, ends, block = _cut_at_blocks(spans)
     fresh = np.ones(len(block), dtype=bool)
     fresh[1:] = block[1:] != block[:-1]
@@ -226,7 +226,7 @@ def bits_of_spans(spans: Spans) -> tuple[U64, U64]:
 
 
 def _cut_at_blocks(spans: Spans) -> tuple[U64, U64, U64]:
-    """(starts, ends, block) of spans cut at every 2 MiB border."""
+    """Return (starts, ends, block) of spans cut at every 2 MiB border."""
     step, one = np.uint64(LOWER), np.uint64(1)
     first = spans.starts // step
     pieces = ((spans.ends - one) // step - first + one).astype(np.int64)

@@ -99,7 +99,7 @@ class TableWriter:
         return pagetable.checksum(self.ram, self.root)
 
     def _add_few(self, start: int, end: int) -> bool:
-        """`add` for pages of one 2 MiB block that has a bitmap and keeps it, without arrays; False for all others."""
+        """Add pages of one 2 MiB block that has and keeps a bitmap, without arrays; return False for all others."""
         block, page = start // LOWER, self.root
         if (end - 1) // LOWER != block:
             return False
@@ -124,7 +124,7 @@ class TableWriter:
     # -- finding and making table pages ------------------------------------------------------------
 
     def _take(self, count: int) -> U64:
-        """Zeroed pages for the table."""
+        """Take zeroed pages for the table."""
         if count > len(self.spare):
             self.spare = np.concatenate((self.spare, self._allocate(count - len(self.spare))))
         taken, self.spare = self.spare[:count], self.spare[count:]
@@ -139,7 +139,7 @@ class TableWriter:
         return places(pagetable.upper_entries(self.ram, self.root, units) >> _SHIFT, blocks)
 
     def _lower(self, blocks: U64, units: U64) -> U64:
-        """The lower entries of 2 MiB blocks; FULL below a full upper entry. `units` are the blocks' GiBs."""
+        """Return the lower entries of 2 MiB blocks; FULL below a full upper entry. `units` are the blocks' GiBs."""
         above = pagetable.upper_entries(self.ram, self.root, units)
         row = np.searchsorted(units, blocks // np.uint64(ENTRIES))
         full = above[row] == FULL
@@ -148,7 +148,7 @@ class TableWriter:
         return entries
 
     def _ensure_upper(self, units: U64) -> None:
-        """See that the upper pages of 1 GiB units exist."""
+        """Make the upper pages of 1 GiB units that do not exist."""
         numbers = np.unique(units // np.uint64(ENTRIES))
         roots = np.full(len(numbers), self.root, dtype=np.uint64)
         missing = numbers[gather(self.ram, roots, numbers) == 0]
@@ -156,7 +156,7 @@ class TableWriter:
             self.ram.u64[places(roots[: len(missing)], missing)] = self._take(len(missing)) << _SHIFT
 
     def _ensure_lower(self, units: U64) -> None:
-        """See that the lower pages of 1 GiB units exist."""
+        """Make the lower pages of 1 GiB units that do not exist."""
         self._ensure_upper(units)
         missing = units[pagetable.upper_entries(self.ram, self.root, units) == 0]
         if len(missing):
@@ -214,14 +214,14 @@ class TableWriter:
         self.spare = np.concatenate((self.spare, (entries[below] >> _SHIFT)[empty], uppers[bare], unused))
 
     def _empty(self, pages: U64) -> npt.NDArray[np.bool_]:
-        """Which table pages have no entries."""
+        """Return a mask of the table pages that have no entries."""
         entries = self.ram.u64[(pages << np.uint64(PAGE_SHIFT - 3))[:, None] + _column()]
         used: npt.NDArray[np.bool_] = entries.any(axis=1)
         return ~used
 
 
 def build(ram: Ram, spans: Spans, allocate: Callable[[int], U64]) -> tuple[int, int, U64]:
-    """A whole table of `spans` and of its own pages: (root pfn, checksum, table pages).
+    """Build a whole table of `spans` and of its own pages; return (root pfn, checksum, table pages).
 
     `allocate(n)` gives n more zeroed pages outside of `spans`.
     """
@@ -243,7 +243,7 @@ def build(ram: Ram, spans: Spans, allocate: Callable[[int], U64]) -> tuple[int, 
 
 
 def _parts(spans: Spans) -> tuple[U64, U64, U64, U64]:
-    """(whole 1 GiB units, whole 2 MiB units outside of them, other 2 MiB blocks, their bitmaps)."""
+    """Return (whole 1 GiB units, whole 2 MiB units outside of them, other 2 MiB blocks, their bitmaps)."""
     huge = spans.inward(UPPER)
     whole = spans.inward(LOWER)
     blocks, bits = pagetable.bits_of_spans(spans - whole.scale(LOWER))
@@ -251,7 +251,7 @@ def _parts(spans: Spans) -> tuple[U64, U64, U64, U64]:
 
 
 def _numbers(spans: Spans) -> U64:
-    """Every number of a (small) set."""
+    """Return every number of a (small) set."""
     counts = spans.counts.astype(np.int64)
     within = np.arange(spans.total, dtype=np.uint64) - np.repeat(np.cumsum(counts) - counts, counts).astype(np.uint64)
     return np.repeat(spans.starts, counts) + within
