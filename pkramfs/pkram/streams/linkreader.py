@@ -187,8 +187,8 @@ def _steady(words: U64, bench: Workbench) -> Flags | bool:
 def differences(words: U64, bench: Workbench, *, fill: bool) -> Flags:
     """Return a mask, shape (links, 512), of the words that name the page behind that of the word before.
 
-    `fill` is the answer for heads and first entries. Differences are taken over whole pages, heads and all, and put right afterwards: numpy is four times as fast on
-    memory without gaps.
+    `fill` is the answer for heads and first entries. Differences are taken over whole pages, heads and
+    all, and put right afterwards: numpy is four times as fast on memory without gaps.
     """
     flat, rises, found = words.reshape(-1), bench.rises[: len(words)], bench.steady[: len(words)]
     np.subtract(flat[1:], flat[:-1], out=rises.reshape(-1)[1:])
