@@ -40,6 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     hypothesis.settings.load_profile("default")
     random.seed(seed)
+    if seed:
+        hypothesis.core.global_force_seed = seed
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -25,7 +25,11 @@ LAYOUT = st.lists(st.tuples(st.sampled_from([1, 2, 7, 64, 513]), st.integers(0, 
 
 
 class Core(RuleBasedStateMachine):
-    """`model` says what each published name holds: bytes, and the first word of each page by index."""
+    """`model` says what each published name holds: bytes, and the first word of each page by index.
+
+    `living` are the owners of the bundle that are alive, whether they have leased anything or not: their locks
+    would be held, so no sweep takes from them. A kexec ends them all.
+    """
 
     owners = Bundle("owners")
 
@@ -39,6 +43,7 @@ class Core(RuleBasedStateMachine):
         superblock.create(self.ram, self.super_pfn, self.generation)
         self.model: dict[bytes, tuple[bytes, dict[int, int]]] = {}
         self.homes: dict[bytes, Frames] = {}
+        self.living: set[int] = set()
 
     def teardown(self) -> None:
         self.ram.close()
@@ -52,6 +57,7 @@ class Core(RuleBasedStateMachine):
     @rule(target=owners)
     def begin_owner(self):
         self.next_id += 1
+        self.living.add(self.next_id)
         return Frames(self.ram, self.leases, self.next_id)
 
     def write(self, saving, frames, layout, data):
@@ -86,6 +92,9 @@ class Core(RuleBasedStateMachine):
     )
     def save(self, frames, name, layout, data, strict, align, ban, end):
         banned = Spans([(BLOCK_PAGES * 3 + ban * 40, BLOCK_PAGES * 3 + ban * 60)])
+        if frames.tree_id not in self.living:
+            return
+        self.living.remove(frames.tree_id)
         words = {"tree_id": frames.tree_id, "frames": frames, "banned": banned, "strict": strict, "align": align}
         try:
             saving = self.store.prepare_save(name, **words)
@@ -137,6 +146,7 @@ class Core(RuleBasedStateMachine):
         used = frames.used()
         frames.free(used.starts, used.counts)
         del self.model[name]
+        self.living.add(frames.tree_id)
         return frames
 
     @rule(target=owners, name=NAMES)
@@ -153,9 +163,8 @@ class Core(RuleBasedStateMachine):
 
     @rule()
     def sweep(self):
-        live = {frames.tree_id for frames in self.homes.values()}
-        keep = self.store.preserved_ids() | live
-        self.leases.sweep(lambda: keep | {self.next_id})
+        live = {frames.tree_id for frames in self.homes.values()} | self.living
+        self.leases.sweep(lambda: self.store.preserved_ids() | live)
 
     @rule()
     def kexec(self):
@@ -167,7 +176,7 @@ class Core(RuleBasedStateMachine):
         listed = regions.read(self.ram, head)
         assert not taken - listed
         self.ram.poison(self.ram.data_spans() - listed - Spans([(0, 10)]))
-        self.generation += 1
+        self.generation, self.living = self.generation + 1, set()
         new = 9 if self.super_pfn != 9 else 400
         superblock.create(self.ram, new, self.generation, superblock.check(self.ram, self.super_pfn).node_pfn)
         superblock.consume(self.ram, self.super_pfn)
