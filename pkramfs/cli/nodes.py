@@ -132,6 +132,7 @@ def act_free(args: argparse.Namespace) -> int:
     freed, problems = [], []
     with machine.lifecycle(shared=True, timeout=LOCK_SECONDS):
         running = look(machine)
+        running.refuse_doubt()
         for name in _node_names(running) if args.all else [resolve(running, name) for name in args.names]:
             try:
                 freed.append({"name": name.decode("utf-8", "backslashreplace"), "pages": _free(machine, running, name)})

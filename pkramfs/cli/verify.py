@@ -4,6 +4,7 @@
     node list ──── sound, no cycle
     each node ──── page table, objects, links, bytes; its pages are RAM and lie in its own page blocks
     nodes ──────── no page belongs to two
+    lease table ── says of each page block what nodes, locks and the kernel say
     each tree ──── names, links, extents agree (a node of pkramfs's own: shmem-NAME)
 
 Every problem is one line and hides none of the others, as far as what is found allows to go on.
@@ -59,8 +60,19 @@ def check(running: "Running", names: list[bytes]) -> tuple[int, list[str]]:
     )
     found = {node.name for node in report.nodes}
     absent = [f"no node {render.printable(name)} is preserved" for name in names if name not in found]
+    report.problems += doubts(running)
     checked = sum(not names or node.name in names for node in report.nodes)
     return checked, report.problems + absent
+
+
+def doubts(running: "Running") -> list[str]:
+    """Page blocks of which the lease table says what is not so; those of nodes were checked with their nodes."""
+    with running.machine.tables():
+        try:
+            found = running.ownership.disagreements(running.machine.live_ids(), of_nodes=False)
+            return [str(error) for error in found]
+        except FormatError:
+            return []  # of the list of nodes, which is reported
 
 
 def _visit(node: "Node", objects: list["ObjectReader"], pages: "Spans") -> Iterator[str]:

@@ -272,7 +272,7 @@ def publish(boot: Boot) -> None:
         booted=time.time(),
         report=_report(boot),
     )
-    boot.machine.write_json(state.NAME, boot.info.to_json())
+    state.write(boot.machine, boot.info)
 
 
 def _report(boot: Boot) -> dict[str, Any]:

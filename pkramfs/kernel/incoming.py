@@ -76,7 +76,23 @@ def examine(ram: Ram, super_pfn: int, usable: Spans) -> Incoming:
             found=f"{missing.total} pages short",
             expected="every node's pages",
         )
+    _check_blocks(nodes)
     return Incoming(super_pfn, found.generation, found.node_pfn, preserved, tuple(nodes))
+
+
+def _check_blocks(nodes: list[IncomingNode]) -> None:
+    """FormatError where two trees have pages in one page block: the next kernel could not say whose it is."""
+    trees: dict[int, list[Spans]] = {}
+    for node in nodes:
+        trees.setdefault(node.tree_id, []).append(node.spans.outward(BLOCK_PAGES))
+    blocks = {tree_id: union(parts) for tree_id, parts in trees.items()}
+    if union(blocks.values()).total == sum(one.total for one in blocks.values()):
+        return
+    for node in nodes:
+        others = union(one for tree_id, one in blocks.items() if tree_id != node.tree_id)
+        if clash := blocks[node.tree_id] & others:
+            found = f"page block {int(clash.starts[0]):x}, another tree's"
+            raise FormatError("Node", "pages", pfn=node.pfn, found=found, expected="blocks of its own")
 
 
 def node_list(store: Store) -> list[IncomingNode]:

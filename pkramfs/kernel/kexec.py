@@ -230,11 +230,25 @@ def _losses(going: Transition, mounts: Sequence[MountReport]) -> list[PkramfsErr
     except FormatError as error:
         going.keeps = False
         return [*found, error]
+    found += _lost_nodes(going, mounts)
     if going.nodes and not _names_current(going):
         going.keeps = False
         going.lost += [(f"node {n.name}", n.spans.total) for n in going.nodes]
         found.append(NotPreservedError(loading.loss(going.nodes, going.loaded.cmdline, going.kernel.info.super_pfn)))
     return found
+
+
+def _lost_nodes(going: Transition, mounts: Sequence[MountReport]) -> list[NotPreservedError]:
+    """Mounts that think that they are preserved, but whose node nobody can find."""
+    there = {node.tree_id for node in going.nodes}
+    return [
+        NotPreservedError(
+            f"{mount.mountpoint}: {plural(mount.files, 'file')} would be lost (its node is not in the list of nodes: "
+            f"mount -o remount,rw {mount.mountpoint}, then preserve it again)"
+        )
+        for mount in mounts
+        if mount.preserved and mount.tree_id and mount.tree_id not in there
+    ]
 
 
 def _names_current(going: Transition) -> bool:

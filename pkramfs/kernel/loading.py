@@ -166,7 +166,7 @@ def _rooms(kernel: Running, owned: dict[str, Spans]) -> list[Spans]:
     rest = usable - info.own_pages - preserved
     if info.layout != LAYOUT:
         return [rest]
-    return [kernel.leases.taken().gaps(0, info.blocks).scale(BLOCK_PAGES) & usable, rest]
+    return [kernel.leases.taken().gaps(0, info.blocks).scale(BLOCK_PAGES) & rest, rest]
 
 
 def _remedy(kernel: Running) -> str:

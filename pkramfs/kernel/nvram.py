@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkramfs.errors import MachineError
 from pkramfs.kernel.segments import Segment, from_json
+from pkramfs.machine.files import CHECKSUM, is_sealed, sealed
 
 if TYPE_CHECKING:
     from pkramfs.kernel.image import Image
@@ -102,7 +103,16 @@ def read(machine: "Machine") -> dict[str, Any]:
     data = machine.read_json(NAME) or {}
     if not isinstance(data, dict) or not isinstance(data.get("boot_count", 0), int):
         raise MachineError(f"{machine.path(NAME)}: not what this program wrote")
+    if CHECKSUM in data and not is_sealed(data):  # its segments are copied to where it says
+        raise MachineError(
+            f"{machine.path(NAME)} is damaged: its checksum does not fit; nothing was changed: put it back as it was"
+        )
+    data.pop(CHECKSUM, None)
     return {"boot_count": 0, "pending": None, "mounts": []} | data
+
+
+def _write(machine: "Machine", data: dict[str, Any]) -> None:
+    machine.write_json(NAME, sealed(data))
 
 
 def pending(machine: "Machine") -> Pending | None:
@@ -116,17 +126,17 @@ def set_pending(machine: "Machine", boot: Pending, mounts: Sequence[dict[str, An
     data = read(machine) | {"pending": boot.to_json()}
     if mounts is not None:
         data["mounts"] = list(mounts)
-    machine.write_json(NAME, data)
+    _write(machine, data)
 
 
 def cancel(machine: "Machine") -> None:
     """Forget a boot that died before the point of no return. Its mounts were stopped: they stay listed."""
-    machine.write_json(NAME, read(machine) | {"pending": None})
+    _write(machine, read(machine) | {"pending": None})
 
 
 def finished(machine: "Machine", generation: int) -> None:
     """The kernel of this generation has taken over."""
-    machine.write_json(NAME, read(machine) | {"pending": None, "boot_count": generation})
+    _write(machine, read(machine) | {"pending": None, "boot_count": generation})
 
 
 def pause(machine: "Machine") -> float | None:
@@ -137,7 +147,7 @@ def pause(machine: "Machine") -> float | None:
 
 def set_pause(machine: "Machine", seconds: float) -> None:
     """Note what a kexec took beside copying."""
-    machine.write_json(NAME, read(machine) | {"pause": round(max(0.0, seconds), 3)})
+    _write(machine, read(machine) | {"pause": round(max(0.0, seconds), 3)})
 
 
 def next_generation(machine: "Machine") -> int:
@@ -153,4 +163,4 @@ def clear_mounts(machine: "Machine") -> None:
     """The mounts were started again, or it was decided not to."""
     data = read(machine)
     if data["mounts"]:
-        machine.write_json(NAME, data | {"mounts": []})
+        _write(machine, data | {"mounts": []})

@@ -32,6 +32,7 @@ from pkramfs.kernel import cmdline as words
 from pkramfs.kernel import nvram, staging, state, tables
 from pkramfs.kernel.image import BUILTIN, load_image
 from pkramfs.kernel.nvram import ImageInfo, Pending
+from pkramfs.kernel.ownership import Ownership
 from pkramfs.kernel.segments import destinations
 from pkramfs.kernel.state import KernelInfo
 from pkramfs.machine.claims import FileClaims
@@ -64,7 +65,12 @@ class Running:
 
     @cached_property
     def leases(self) -> Leases:
-        return Leases(self.ram, self.info.lease_table_pfn, self.info.blocks, self.machine.tables)
+        table, guarded = self.info.lease_table_pfn, self.ownership.guarded
+        return Leases(self.ram, table, self.info.blocks, self.machine.tables, guarded)
+
+    @cached_property
+    def ownership(self) -> Ownership:
+        return Ownership(self)
 
     @cached_property
     def store(self) -> Store:
@@ -80,9 +86,13 @@ class Running:
         return (self.machine.read_text("cmdline") or "").rstrip("\n")
 
     def sweep(self) -> int:
-        """Give back what dead daemons had leased; how many blocks."""
-        preserved = self.store.preserved_ids if self.info.pkram else set[int]
-        return self.leases.sweep(lambda: preserved() | self.machine.live_ids())
+        """Give back what dead daemons had leased; how many blocks. FormatError if it is not sure whose they were."""
+        return self.leases.sweep(self.ownership.kept)
+
+    def refuse_doubt(self) -> None:
+        """FormatError, naming the block, if it is not sure whose page blocks are: before anything is given up."""
+        with self.machine.tables():
+            self.ownership.kept()
 
     def banned(self) -> Spans:
         """Pages that must not hold preserved data: a loaded kernel will be copied there."""
@@ -240,17 +250,27 @@ def start_boot(machine: Machine, *, force: bool = False) -> None:
 def take_over(kernel: Running) -> None:
     """The first act of a kernel that is up: consume, give back, and only then count as booted."""
     info, ram = kernel.info, kernel.ram
+    unneeded = Spans(info.stale) | Spans(info.initmem)
+    _refuse_needed(kernel, unneeded)
     if info.old_super_pfn:
         superblock.consume(ram, info.old_super_pfn)
-    unneeded = Spans(info.stale) | Spans(info.initmem)
     ram.punch(unneeded)
     freed = unneeded.outward(BLOCK_PAGES) - info.own_pages.outward(BLOCK_PAGES)
-    with kernel.machine.tables():
-        view = tables.lease_view(ram, info.lease_table_pfn, info.blocks)
-        for start, end in freed:
-            view[start:end][view[start:end] == KERNEL] = FREE
+    if info.layout == state.LAYOUT:  # else its table is not for us: the blocks stay taken until the next kexec
+        with kernel.machine.tables():
+            view = tables.lease_view(ram, info.lease_table_pfn, info.blocks)
+            for start, end in freed:
+                view[start:end][view[start:end] == KERNEL] = FREE
     if unneeded:
         kernel.machine.log(f"Freeing {plural(unneeded.total, 'page')} that only boot needed")
     if info.old_super_pfn:
         kernel.machine.log(f"pkram: super block at pfn {format_pfn(info.old_super_pfn)} consumed")
     nvram.finished(kernel.machine, info.generation)
+
+
+def _refuse_needed(kernel: Running, unneeded: Spans) -> None:
+    """FormatError if what is about to be punched is preserved, or this kernel's own."""
+    preserved = kernel.store.preserved() if kernel.info.pkram else Spans()
+    if needed := unneeded & (preserved | kernel.info.own_pages):
+        pages = f"pfn {format_pfn(int(needed.starts[0]))}, which is in use"
+        raise FormatError("kernel.json", "stale", found=pages, expected="pages that only boot needed")

@@ -3,7 +3,8 @@
 The kernel is no process; it is this record and the tables in RAM that it points to. It is written
 last, by rename: that is the moment at which the kernel is up. `layout` names the version of the
 private tables (lease table, reserve blocks); another version's commands refuse to touch them, and
-kexec is the upgrade, because what crosses it is declared in pkram/format.py alone.
+kexec is the upgrade, because what crosses it is declared in pkram/format.py alone. What it says
+authorises to punch memory, so it carries a checksum: a kernel.json that was damaged is refused.
 
     super_pfn, reserve_blocks    the super block and the blocks held back for its region list
     lease_table_pfn, blocks      who owns which page block
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pkramfs import __version__
 from pkramfs.errors import MachineError
 from pkramfs.kernel import nvram
+from pkramfs.machine.files import is_sealed, sealed
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from pkramfs.machine.directory import Machine
 
 NAME = "kernel.json"
-LAYOUT = 1
+LAYOUT = 2
 """Version of everything private to a kernel: lease table, reserve blocks, kernel.json itself."""
 
 Range = tuple[int, int]
@@ -77,6 +79,11 @@ class KernelInfo:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
+def write(machine: "Machine", info: KernelInfo) -> None:
+    """Publish a kernel: from now on it is the running one."""
+    machine.write_json(NAME, sealed(info.to_json()))
+
+
 def read(machine: "Machine", *, any_layout: bool = False) -> KernelInfo | None:
     """The running kernel, or None. MachineError if it is another version's, unless `any_layout`."""
     data = machine.read_json(NAME)
@@ -89,6 +96,11 @@ def read(machine: "Machine", *, any_layout: bool = False) -> KernelInfo | None:
         raise MachineError(f"{machine.path(NAME)} cannot be read ({error})") from None
     if not any_layout:
         check_layout(info)
+    if info.layout == LAYOUT and not is_sealed(data):
+        raise MachineError(
+            f"{machine.path(NAME)} is damaged: its checksum does not fit; nothing was changed: put it back as it was "
+            "(or start empty: pkram-kexec --cold --force)"
+        )
     return _with_tuples(info)
 
 

@@ -33,9 +33,10 @@ def write(
     _fill(view, kernel_blocks, KERNEL)
     _fill(view, reserve.outward(BLOCK_PAGES), RESERVE)
     taken = holes | kernel_blocks | reserve.outward(BLOCK_PAGES)
+    trees: dict[int, Spans] = {}
     for node in nodes:
         owned = node.spans.outward(BLOCK_PAGES)
-        if clash := owned & taken:
+        if clash := owned & taken - trees.get(node.tree_id, Spans()):
             raise FormatError(
                 "Node",
                 "pages",
@@ -44,6 +45,7 @@ def write(
                 expected="blocks of its own",
             )
         _fill(view, owned, node.tree_id)
+        trees[node.tree_id] = trees.get(node.tree_id, Spans()) | owned
         taken = taken | owned
 
 

@@ -29,7 +29,7 @@ from pkramfs.errors import MachineError, UsageError, explain
 from pkramfs.machine import locks
 from pkramfs.machine.files import append_line, replace_file
 from pkramfs.machine.firmware import FirmwareMap
-from pkramfs.machine.mounts import MountEntry, MountLock, claim, live_ids, read_entries
+from pkramfs.machine.mounts import MountEntry, MountLock, claim, live_ids, read_entries, tree_ids
 from pkramfs.machine.ram import Ram
 from pkramfs.units import PAGE_SIZE, round_down
 
@@ -208,6 +208,10 @@ class Machine:
     def live_ids(self) -> set[int]:
         """Tree ids whose daemon is alive, entry or not: those whose lock is held."""
         return live_ids(self.path("mounts"))
+
+    def tree_ids(self) -> set[int]:
+        """Tree ids that have a lock file, held or not: the living, and the dead that were not cleared away."""
+        return tree_ids(self.path("mounts"))
 
     def claim(self, tree_id: int) -> MountLock:
         """Take the lock of a tree; MachineError if a living daemon holds it."""

@@ -5,12 +5,35 @@
 A reader sees the old text or the new, never a part; whoever dies in between leaves the old one. A
 file system that is full is an error in words, with nothing left behind.
 
+What a JSON file says may authorise to punch memory, so it can be sealed: one word more, which is a
+checksum of all others.
+
 Kernel: rename(2)
 """
 
+import hashlib
+import json
 import os
+from typing import Any
 
 from pkramfs.errors import MachineError, explain
+
+CHECKSUM = "checksum"
+
+
+def sealed(data: dict[str, Any]) -> dict[str, Any]:
+    """The words of a JSON object, and their checksum."""
+    plain = {name: value for name, value in data.items() if name != CHECKSUM}
+    return plain | {CHECKSUM: _checksum(plain)}
+
+
+def is_sealed(data: dict[str, Any]) -> bool:
+    """Whether an object that was read has a checksum that fits."""
+    return CHECKSUM in data and sealed(data)[CHECKSUM] == data[CHECKSUM]
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def replace_file(path: str, text: str) -> None:

@@ -14,9 +14,15 @@ punches what it hands out, `release` and `sweep` punch what they take back. Only
 table are read (a page that was never written is 512 free blocks), so that RAM of 16 TiB costs no
 more than what is in use.
 
+A word authorises destruction, so none is believed alone. A tree id carries a check of its own
+(`is_tree_id`), by which a flipped bit is told from a dead owner; and `lease` never hands out what
+`guarded` names, whatever the table says of it. Who knows better (nodes, the kernel's own ranges) is
+asked by whoever composes this: kernel/ownership.py.
+
 Kernel: include/linux/mmzone.h (pageblocks), mm/page_isolation.c; patches 28 to 31 (deferred work)
 """
 
+import binascii
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -34,20 +40,42 @@ FIRST_TREE_ID = 256
 STATES = {FREE: "free", KERNEL: "kernel", HOLE: "hole", RESERVE: "reserve"}
 
 _WORDS = PAGE_SIZE // 8
+_CHECK_BITS, _CHECK_START = 16, 0x1D0F
+"""A tree id is 47 random bits and below them their CRC-16, which no flip of up to three bits leaves right."""
 _SWEEP_BLOCKS = 512
 """Blocks that `sweep` frees before it lets others at the table: punching 1 GiB in use took 0.18 s."""
 
 
 def new_tree_id() -> int:
-    """A tree id that was never used: 63 random bits."""
-    return FIRST_TREE_ID + secrets.randbelow((1 << 63) - FIRST_TREE_ID)
+    """A tree id that was never used: 47 random bits, not all of them 0, and their check."""
+    number = 1 + secrets.randbelow((1 << 63 - _CHECK_BITS) - 1)
+    return number << _CHECK_BITS | _check_of(number)
+
+
+def is_tree_id(word: int) -> bool:
+    """Whether a word is an id that `new_tree_id` may have made, without a flipped bit.
+
+    Releases before this check gave all 63 bits at random: their ids are known by nodes and locks only.
+    """
+    return FIRST_TREE_ID <= word < 1 << 63 and _check_of(word >> _CHECK_BITS) == word & (1 << _CHECK_BITS) - 1
+
+
+def _check_of(number: int) -> int:
+    return binascii.crc_hqx(number.to_bytes(8, "big"), _CHECK_START)
 
 
 class Leases:
-    """The lease table at page `table_pfn`, for `blocks` page blocks."""
+    """The lease table at page `table_pfn`, for `blocks` page blocks; `guarded()` are those that are never leased."""
 
-    def __init__(self, ram: Ram, table_pfn: int, blocks: int, lock: Callable[[], AbstractContextManager[None]]) -> None:
-        self.ram, self.table_pfn, self.blocks, self._lock = ram, table_pfn, blocks, lock
+    def __init__(
+        self,
+        ram: Ram,
+        table_pfn: int,
+        blocks: int,
+        lock: Callable[[], AbstractContextManager[None]],
+        guarded: Callable[[], Spans] = Spans,
+    ) -> None:
+        self.ram, self.table_pfn, self.blocks, self._lock, self._guarded = ram, table_pfn, blocks, lock, guarded
         start = table_pfn * _WORDS
         self.ids: U64 = ram.u64[start : start + blocks]
         """The table itself. Reading a word of a page that is a hole makes the host back it."""
@@ -80,10 +108,29 @@ class Leases:
 
     def tree_ids(self) -> set[int]:
         """Every tree id that holds a block."""
-        found: set[int] = set()
+        return {word for word in self.words() if word >= FIRST_TREE_ID}
+
+    def words(self) -> dict[int, int]:
+        """Every word in the table but 0, and how often it occurs."""
+        found: dict[int, int] = {}
         for _, words in self._pieces():
-            found.update(np.unique(words).tolist())
-        return {owner for owner in found if owner >= FIRST_TREE_ID}
+            for word, count in zip(*np.unique(words, return_counts=True), strict=True):
+                found[int(word)] = found.get(int(word), 0) + int(count)
+        found.pop(FREE, None)
+        return found
+
+    def others_in(self, blocks: Spans, owner: int) -> tuple[int, int] | None:
+        """The first of `blocks` that is not `owner`'s, and its word; None if all are."""
+        for start, end in blocks.clip(0, self.blocks):
+            wrong = self.ids[start:end] != np.uint64(owner)
+            if wrong.any():
+                block = start + int(np.argmax(wrong))
+                return block, int(self.ids[block])
+        return None
+
+    def page_of(self, block: int) -> int:
+        """The page of the table that has the word of a block."""
+        return self.table_pfn + block // _WORDS
 
     def counts_in(self, parts: dict[int, Spans]) -> dict[int, dict[str, int]]:
         """Blocks of each part by who has them: free, tree, kernel; holes are not counted."""
@@ -97,16 +144,15 @@ class Leases:
     def counts(self) -> dict[str, int]:
         """Blocks by state: free, kernel, hole, reserve, tree."""
         found = dict.fromkeys((*STATES.values(), "tree"), 0)
-        for _, words in self._pieces():
-            for owner, count in zip(*np.unique(words, return_counts=True), strict=True):
-                found[STATES.get(int(owner), "tree")] += int(count)
+        for owner, count in self.words().items():
+            found[STATES.get(owner, "tree")] += count
         found["free"] = self.blocks - sum(count for state, count in found.items() if state != "free")
         return found
 
     def lease(self, tree_id: int, count: int, *, align: int = 1, policy: Policy | None = None) -> Spans:
         """Take `count` free blocks, in one piece where there is one; ExhaustedError and nothing taken if too few."""
         with self._lock():
-            free = self.taken().gaps(0, self.blocks)
+            free = self.taken().gaps(0, self.blocks) - self._guarded()
             shares = [(free, min(count, free.total))] if policy is None else policy.shares(free, count)
             if (room := sum(share for _, share in shares)) < count:
                 where = f" for mpol={policy.text}" if policy else ""

@@ -122,16 +122,17 @@ def read_entries(directory: str) -> list[MountEntry]:
 
 def live_ids(directory: str) -> set[int]:
     """Tree ids whose lock is held, whether they have an entry or not."""
-    found = set()
+    return {tree_id for tree_id in tree_ids(directory) if locks.is_held(stem(directory, tree_id) + ".lock")}
+
+
+def tree_ids(directory: str) -> set[int]:
+    """Tree ids that have a lock file, held or not."""
     try:
         names = os.listdir(directory)
     except OSError as error:  # nobody lives? who would believe that frees the memory of those who do
         raise MachineError(f"cannot tell who is mounted: {explain(error)}") from None
-    for name in names:
-        tree_id = _tree_id(name, ".lock")
-        if tree_id is not None and locks.is_held(os.path.join(directory, name)):
-            found.add(tree_id)
-    return found
+    found = (_tree_id(name, ".lock") for name in names)
+    return {tree_id for tree_id in found if tree_id is not None}
 
 
 def _tree_id(name: str, suffix: str) -> int | None:

@@ -21,7 +21,7 @@ from pkramfs.pkram.format import (
     SUPER,
     SUPER_MAGIC,
 )
-from pkramfs.pkram.page import publish, read_page, read_word, write_page
+from pkramfs.pkram.page import letters, publish, read_page, read_word, write_page
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, Pfn
 
@@ -74,11 +74,24 @@ def check(ram: Ram, pfn: int, usable: Spans | None = None) -> Super:
     )
 
 
+def damage(ram: Ram, pfn: int) -> FormatError | None:
+    """What is wrong with a super block; None if nothing is."""
+    try:
+        check(ram, pfn)
+    except FormatError as error:
+        return error
+    return None
+
+
 def set_regions(ram: Ram, pfn: int, head: int) -> None:
     """Hang the region list in (0: take it out)."""
     publish(ram, pfn, OTHER, head)
 
 
 def consume(ram: Ram, pfn: int) -> None:
-    """Make the super block stale, by one store. Doing it again changes nothing."""
-    ram.publish(pfn << PAGE_SHIFT, CONSUMED_MAGIC)
+    """Make the super block stale, by one store. Doing it again changes nothing, and so does a page that is freed."""
+    found = int.from_bytes(ram.peek(pfn)[:8], "little")
+    if found not in (SUPER_MAGIC, CONSUMED_MAGIC, 0):
+        raise FormatError("Super", "magic", pfn=pfn, found=letters(found), expected="a super block to be consumed")
+    if found == SUPER_MAGIC:
+        ram.publish(pfn << PAGE_SHIFT, CONSUMED_MAGIC)
