@@ -12,6 +12,7 @@ Kernel: mm/pkram.c (pkram_store, patch 19)
 """
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pkramfs.cli import arguments, render
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pkramfs.kernel.running import Running
     from pkramfs.machine.directory import Machine
     from pkramfs.pkram.node import Node
+    from pkramfs.pkram.rescue import Survey
 
 LOCK_SECONDS = 30.0
 PREFIX = b"shmem-"
@@ -146,22 +148,54 @@ def act_free(args: argparse.Namespace) -> int:
 
 
 def _free_damaged(args: argparse.Namespace, machine: "Machine") -> int:
-    """Give up the nodes that cannot be read, so that the others are of use again."""
+    """Find again what can be found, and give up what cannot be read, so that the others are of use again."""
     from pkramfs.kernel.running import look
+
+    said: dict[str, list[str]] = {"given_up": [], "found": [], "mended": []}
+
+    def say(kind: str, line: str) -> None:
+        """Tell of a change before it is made."""
+        said[kind].append(line)
+        machine.log(f"pkram: {'gave up a node' if kind == 'given_up' else kind}: {line}")
+        if not arguments.wants_json(args):
+            print(f"{kind.replace('_', ' ')}: {render.printable(line)}", flush=True)
 
     with machine.lifecycle(shared=True, timeout=LOCK_SECONDS):
         running = look(machine)
-        problems = [str(problem) for problem in running.store.withdraw_damaged()]
+        running.mend(lambda survey: _tell(running, survey, say))
+        with machine.tables():
+            running.ownership.mend(say)
         freed = running.sweep() * BLOCK_SIZE
-    for problem in problems:
-        machine.log(f"pkram: gave up a node: {problem}")
     if arguments.wants_json(args):
-        render.emit_json({"given_up": problems, "bytes": freed})
+        render.emit_json(said | {"bytes": freed})
         return 0
-    for problem in problems:
-        print(f"given up: {render.printable(problem)}")
-    print(f"{format_size(freed)} given back" if problems else "every node can be read")
+    print(f"{format_size(freed)} given back" if any(said.values()) else "every node can be read")
     return 0
+
+
+def _tell(running: "Running", survey: "Survey", say: Callable[[str, str], None]) -> None:
+    """Name what will be found again and what will be given up, tree by tree, before anything is changed."""
+    from pkramfs.pkram import superblock
+    from pkramfs.pkram.node import shown
+
+    kept = {node.tree_id for node in survey.nodes} | running.machine.live_ids()
+    orphans = running.leases.tree_ids() - kept if survey.problems else set()
+    for problem in survey.damaged:
+        owner = running.owner(problem.pfn) if problem.pfn is not None else 0
+        say("given_up", f"{problem}{_extent(running, owner) if owner in orphans else ''}")
+        orphans.discard(owner)
+    for owner in sorted(orphans):
+        say("given_up", f"tree {owner:016x}: no node that can be read names it{_extent(running, owner)}")
+    broken = superblock.damage(running.ram, running.store.root())
+    for problem in survey.broken or ([broken] if broken else []):
+        say("mended", str(problem))
+    for node in survey.found:
+        say("found", f"{shown(node.name)}, {plural(node.pages, 'page')}, at pfn {format_pfn(node.pfn)}")
+
+
+def _extent(running: "Running", owner: int) -> str:
+    blocks = running.leases.blocks_of(owner).total
+    return f"; tree {owner:016x} goes with it, {plural(blocks, 'page block')}, {format_size(blocks * BLOCK_SIZE)}"
 
 
 def _node_names(running: "Running") -> list[bytes]:

@@ -60,9 +60,19 @@ def check(running: "Running", names: list[bytes]) -> tuple[int, list[str]]:
     )
     found = {node.name for node in report.nodes}
     absent = [f"no node {render.printable(name)} is preserved" for name in names if name not in found]
+    if report.problems:
+        report.problems[0] += _out_of_reach(running)
     report.problems += doubts(running)
     checked = sum(not names or node.name in names for node in report.nodes)
     return checked, report.problems + absent
+
+
+def _out_of_reach(running: "Running") -> str:
+    """The nodes that a damaged list does not lead to, though they are whole; nothing if there are none."""
+    from pkramfs.pkram.node import shown
+
+    found = ", ".join(shown(node.name) for node in running.survey().found)
+    return f"; out of reach, but whole: {found}; `pkramctl free --damaged` brings them back" if found else ""
 
 
 def doubts(running: "Running") -> list[str]:

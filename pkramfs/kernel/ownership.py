@@ -9,18 +9,22 @@
 A word of the table lets a sweep punch a block, and a zero lets anybody lease it. So before the one,
 `disagreements` asks the others, and what they know is `guarded` from the other. Where witnesses
 disagree nothing is destroyed: the command that would have done it refuses and names the block. A
-kexec makes the table anew, from the nodes.
+kexec makes the table anew, from the nodes; `mend` does what it can while the kernel lives.
 
 Kernel: no counterpart; struct page has no second opinion
 """
 
+from __future__ import annotations
+
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pkramfs.errors import FormatError
 from pkramfs.kernel import cmdline as words
-from pkramfs.machine.leases import FIRST_TREE_ID, HOLE, KERNEL, RESERVE, STATES, is_tree_id
+from pkramfs.kernel import incoming
+from pkramfs.machine.leases import FIRST_TREE_ID, FREE, HOLE, KERNEL, RESERVE, STATES, is_tree_id
 from pkramfs.pkram.node import Node, shown
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT
@@ -34,10 +38,23 @@ REMEDY = (
 )
 
 
+_NOBODY = "nobody's block, or the id of a tree"
+
+
+@dataclass(frozen=True)
+class _Doubt:
+    """Blocks of which the table says what others deny, what they say instead, and that for people."""
+
+    blocks: Spans
+    right: int
+    expected: str
+    node: bool = False
+
+
 class Ownership:
     """What a running kernel knows of its page blocks without looking into the lease table."""
 
-    def __init__(self, kernel: "Running") -> None:
+    def __init__(self, kernel: Running) -> None:
         self._kernel = kernel
         self._fixed = _fixed(kernel)
         self._known: dict[tuple[int, int], Spans] = {}
@@ -48,10 +65,7 @@ class Ownership:
         if self._kernel.info.pkram:
             with contextlib.suppress(FormatError):  # of the list: who needs it says so, and what was read stays guarded
                 self._nodes()
-        found = Spans()
-        for blocks in (*self._fixed.values(), *self._known.values()):
-            found = found | blocks
-        return found
+        return incoming.union([*self._fixed.values(), *self._known.values()])
 
     def _nodes(self) -> list[tuple[Node, Spans]]:
         """Every node and its blocks."""
@@ -80,33 +94,57 @@ class Ownership:
         return live | {node.tree_id for node, _ in self._nodes()}
 
     def disagreements(self, live: set[int], *, of_nodes: bool = True) -> Iterator[FormatError]:
-        """What the table says and others deny: the first block of each node, state and word."""
+        """What the table says and others deny, one error for the blocks of each node, state and word."""
+        for doubt in self._doubts(live):
+            if of_nodes or not doubt.node:
+                yield self._error(doubt)
+
+    def mend(self, say: Callable[[str, str], None]) -> None:
+        """Write words anew that others know, and free blocks that nobody has. The caller holds the table lock.
+
+        `say` is told of each before. What two claim, and what may be a living mount's, is left as it is.
+        """
+        live = self._kernel.machine.live_ids()
+        claimed = live | {node.tree_id for node, _ in self._nodes()}
+        for doubt in list(self._doubts(live)):
+            blocks = doubt.blocks
+            for other in claimed - {doubt.right}:
+                blocks = blocks - self._kernel.leases.blocks_of(other)
+            if not blocks or (doubt.right == FREE and live):
+                continue
+            say("given_up" if doubt.right == FREE else "mended", str(self._error(doubt)))
+            self._kernel.leases.correct(blocks, doubt.right)
+
+    def _doubts(self, live: set[int]) -> Iterator[_Doubt]:
         leases, nodes = self._kernel.leases, self._nodes()
         named = Spans()
         for node, blocks in nodes:
             named = named | blocks
-            wrong = leases.others_in(blocks, node.tree_id)
-            if wrong is not None and of_nodes:
-                yield self._wrong(*wrong, f"{node.tree_id:016x}, the tree of node {shown(node.name)}")
+            if leases.others_in(blocks, node.tree_id):
+                who = f"{node.tree_id:016x}, the tree of node {shown(node.name)}"
+                yield _Doubt(blocks - leases.blocks_of(node.tree_id), node.tree_id, who, node=True)
         for state, blocks in self._fixed.items():
-            wrong = leases.others_in(blocks, state)
-            if wrong is not None:
-                yield self._wrong(*wrong, STATES[state])
-            elif not self._kernel.info.crash and (more := leases.blocks_of(state) - blocks - named):
-                yield self._wrong(int(more.starts[0]), state, "nobody's block, or the id of a tree")
+            if leases.others_in(blocks, state):
+                yield _Doubt(blocks - leases.blocks_of(state), state, STATES[state])
+            if not self._kernel.info.crash and (more := leases.blocks_of(state) - blocks - named):
+                yield _Doubt(more, FREE, _NOBODY)
+        fixed = incoming.union(self._fixed.values())
         known = live | {node.tree_id for node, _ in nodes} | self._kernel.machine.tree_ids()
         for word in leases.words():
             unknown = word not in STATES if word < FIRST_TREE_ID else word not in known and not is_tree_id(word)
-            if unknown and (blocks := leases.blocks_of(word) - named):
-                yield self._wrong(int(blocks.starts[0]), word, "nobody's block, or the id of a tree")
+            if unknown and (blocks := leases.blocks_of(word) - named - fixed):
+                yield _Doubt(blocks, FREE, _NOBODY)
 
-    def _wrong(self, block: int, word: int, expected: str) -> FormatError:
+    def _error(self, doubt: _Doubt) -> FormatError:
+        block = int(doubt.blocks.starts[0])
+        leases = self._kernel.leases
+        word = int(leases.ids[block])
         found = STATES.get(word, f"{word:016x}")
-        page = self._kernel.leases.page_of(block)
-        return FormatError("Lease table", f"owner of page block {block:x}", pfn=page, found=found, expected=expected)
+        field, page = f"owner of page block {block:x}", leases.page_of(block)
+        return FormatError("Lease table", field, pfn=page, found=found, expected=doubt.expected)
 
 
-def _fixed(kernel: "Running") -> dict[int, Spans]:
+def _fixed(kernel: Running) -> dict[int, Spans]:
     """Blocks whose state follows from the machine and the boot, by state."""
     info, whole = kernel.info, Spans([(0, kernel.info.blocks)])
     reserve = Spans((block, block + 1) for block in info.reserve_blocks)

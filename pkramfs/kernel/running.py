@@ -22,7 +22,7 @@ Kernel: init/main.c (kernel_init, free_initmem), mm/pkram.c (pkram_cleanup, patc
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +41,7 @@ from pkramfs.machine.leases import FREE, KERNEL, Leases
 from pkramfs.machine.locks import held
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram import superblock
+from pkramfs.pkram.rescue import Survey
 from pkramfs.pkram.store import Store
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, format_pfn, format_size, plural
@@ -93,6 +94,19 @@ class Running:
         """FormatError, naming the block, if it is not sure whose page blocks are: before anything is given up."""
         with self.machine.tables():
             self.ownership.kept()
+
+    def survey(self) -> Survey:
+        """What the list of nodes leads to and what it should; changes nothing."""
+        return self.store.survey(self.leases.trees().scale(BLOCK_PAGES), self.owner)
+
+    def mend(self, before: Callable[[Survey], None]) -> Survey:
+        """Make the list of nodes whole again, and the super block; `before` is told what was found, and what not."""
+        pages, generation = self.leases.trees().scale(BLOCK_PAGES), self.generation
+        return self.store.mend(pages, self.owner, generation=generation, before=before)
+
+    def owner(self, pfn: int) -> int:
+        """The lease word of the page block that a page lies in."""
+        return int(self.leases.ids[pfn // BLOCK_PAGES])
 
     def banned(self) -> Spans:
         """Pages that must not hold preserved data: a loaded kernel will be copied there."""

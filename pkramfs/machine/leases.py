@@ -188,6 +188,12 @@ class Leases:
                 swept += self._free_dead(_slice(dead, low, low + _SWEEP_BLOCKS), ids)
         return swept
 
+    def correct(self, blocks: Spans, owner: int) -> None:
+        """Write words anew that were damaged; what nobody owns is punched. The caller holds the lock."""
+        if owner == FREE:
+            self.ram.punch(blocks.scale(BLOCK_PAGES))
+        self._set(blocks, owner)
+
     def _owners(self, blocks: Spans) -> U64:
         """The ids in the table for `blocks`, each once."""
         empty = np.empty(0, dtype=np.uint64)

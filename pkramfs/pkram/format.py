@@ -44,6 +44,7 @@ def _magic(text: bytes) -> int:
 SUPER_MAGIC = _magic(b"PKRAMsb1")
 CONSUMED_MAGIC = _magic(b"PKRAMgon")
 NODE_MAGIC = _magic(b"PKRAMnd1")
+WITHDRAWN_MAGIC = _magic(b"PKRAMnd0")
 OBJECT_MAGIC = _magic(b"PKRAMob1")
 LINK_MAGIC = _magic(b"PKRAMln1")
 REGIONS_MAGIC = _magic(b"PKRAMrl1")

@@ -4,6 +4,7 @@
                               └► discard     everything is freed, nothing was visible
     prepare_load ─► objects … ─► finish      nothing is consumed (unless asked for)
     withdraw                                 the node disappears, by one store
+    mend                                     a list that was damaged is whole again, of all that can be found
 
 Nodes hang in a list off the super block and are published newest first. The list is changed only
 under the machine's table lock and read without: every step of a reader is checked, so a reader that
@@ -23,20 +24,23 @@ Kernel: mm/pkram.c (pkram_prepare_save … pkram_finish_load), patches 2, 3, 7 a
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from pkramfs.errors import FormatError, PkramError
 from pkramfs.machine.claims import Claim, Claims, LocalClaims
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram.format import LINK_CAPACITY, NAME_MAX, NEXT
+from pkramfs.pkram import superblock
+from pkramfs.pkram.format import LINK_CAPACITY, NAME_MAX, NEXT, WITHDRAWN_MAGIC
 from pkramfs.pkram.node import Node, check_frames, read_node, read_objects, read_table, shown
-from pkramfs.pkram.page import publish, read_word
+from pkramfs.pkram.page import publish, read_word, seal
 from pkramfs.pkram.relocate import Allocator
+from pkramfs.pkram.rescue import Survey, search
 from pkramfs.pkram.save import Save
 from pkramfs.pkram.streams.reader import ObjectReader
 from pkramfs.spans import Spans
-from pkramfs.units import pages
+from pkramfs.units import PAGE_SHIFT, pages
 
 _SAVE, _LOAD = "save", "load"
 """What a name may be claimed for."""
@@ -231,6 +235,7 @@ class Store:
             for node in self._walk():
                 if node.name == name:
                     publish(self.ram, before, NEXT, read_word(self.ram, node.pfn, NEXT, "Node", "next"))
+                    self.ram.publish(node.pfn << PAGE_SHIFT, WITHDRAWN_MAGIC)  # a search must not find it
                     return node
                 before = node.pfn
         raise PkramError(f"there is no node {shown(name)}", errno.ENOENT)
@@ -238,34 +243,64 @@ class Store:
     def withdraw_damaged(self) -> list[FormatError]:
         """Take every node that cannot be read out of the list; what was wrong with each.
 
-        A broken list ends where it breaks: what is behind is out of reach. The other nodes stay.
+        A broken list ends where it breaks: what is behind is out of reach, unless `mend` looks for it.
         """
-        at, seen, problems = self.root(), set[int](), list[FormatError]()
-        with self._lock():
-            while True:
-                try:
-                    pfn = self._following(at, seen)
-                except FormatError as error:
-                    problems.append(error)
-                    pfn = 0
-                    publish(self.ram, at, NEXT, 0)
-                if not pfn:
-                    return problems
-                try:
-                    read_node(self.ram, pfn)
-                    at = pfn
-                except FormatError as error:
-                    problems.append(error)
-                    self._bypass(at, pfn, problems)
+        return self.mend().problems
 
-    def _bypass(self, before: int, pfn: int, problems: list[FormatError]) -> None:
-        """Publish what a damaged node names as next in its place; the word has a check of its own."""
-        try:
-            following = read_word(self.ram, pfn, NEXT, "Node", "next") if pfn < self.ram.pages else 0
-        except FormatError as error:
-            problems.append(error)
-            following = 0
-        publish(self.ram, before, NEXT, following)
+    def survey(self, pages: Spans | None = None, owner: Callable[[int], int] = lambda _: 0) -> Survey:
+        """What can be read and what not. In a list that is damaged, nodes are searched for in `pages`, too.
+
+        `owner(pfn)` is the tree id that has leased the page block of a page.
+        """
+        found, at, seen = Survey(), self.root(), set[int]()
+        while at < self.ram.pages:
+            try:
+                pfn = self._following(at, seen)
+            except FormatError as error:
+                found.note(error, page=False)
+                break
+            if not pfn:
+                break
+            try:
+                found.listed.append(read_node(self.ram, pfn))
+            except FormatError as error:
+                found.note(error, page=True)
+            at = pfn
+        if found.problems and pages:
+            search(self.ram, pages, owner, partial(self._claims.held, _SAVE), found)
+        return found
+
+    def mend(
+        self,
+        pages: Spans | None = None,
+        owner: Callable[[int], int] = lambda _: 0,
+        *,
+        generation: int | None = None,
+        before: Callable[[Survey], None] = lambda _: None,
+    ) -> Survey:
+        """Make the list whole again, of all nodes that can be read; `survey` has what was found, and what was not.
+
+        `before` is told everything before anything is changed. The stores go from the end of the list to its
+        head, so that whoever dies between two leaves a list that is broken where it was. With `generation`, a
+        super block that cannot be read is made anew.
+        """
+        root = self.root()
+        with self._lock():
+            found = self.survey(pages, owner)
+            before(found)
+            chain = [root, *(node.pfn for node in found.nodes)]
+            if found.problems:
+                for at, following in reversed(list(zip(chain, [*chain[1:], 0], strict=True))):
+                    self._name(at, following)
+            if generation is not None and superblock.damage(self.ram, root):
+                superblock.create(self.ram, root, generation, [*chain, 0][1])
+        return found
+
+    def _name(self, at: int, following: int) -> None:
+        """Publish what is behind a node (or the super block), unless the list says so already."""
+        address = (at << PAGE_SHIFT) + NEXT
+        if self.ram.load(address) != seal(following, address):
+            publish(self.ram, at, NEXT, following)
 
     def free(self, names: list[bytes] | None = None) -> int:
         """Withdraw nodes: these, or all that nobody saves or loads; how many pages that gives back.

@@ -256,3 +256,63 @@ def test_a_dry_run_loads_and_boots_nothing(machine, ctl, kexec):
     assert kexec("-n", "-le", "builtin:3M", "--reuse-cmdline")[0] == 0
     assert kexec("--status")[1].startswith("kernel: none is loaded\n")
     assert ctl("status")[1].splitlines()[1] == "kernel    none is running"
+
+
+def test_free_damaged_destroys_no_node_that_is_whole(machine, ctl):
+    """The list breaks at the super block, and at a node: what is behind is found by its own pages."""
+    for name in (b"one", b"two", b"three"):
+        save(machine, name).release()
+    before = {name: digest(machine, name) for name in (b"one", b"two", b"three")}
+    nodes = json.loads(ctl("--json", "nodes")[1])
+    memory = json.loads(ctl("--json", "status")[1])["memory"]
+    super_pfn = json.loads(ctl("--json", "inspect", "superblock")[1])["pfn"]
+    for pfn in (super_pfn, nodes[0]["pfn"], nodes[1]["pfn"]):
+        machine.ram().bytes[(pfn << 12) + 17] ^= 0x10
+        status, out, _ = ctl("verify")
+        assert status == 3 and "; out of reach, but whole: " in out
+        status, out, _ = ctl("free", "--damaged")
+        assert status == 0
+        assert "given up" not in out and "found: " in out and out.endswith("0 B given back\n")
+        assert {name: digest(machine, name) for name in before} == before
+        assert ctl("verify")[0] == 0
+    assert json.loads(ctl("--json", "status")[1])["memory"] == memory
+
+
+def test_what_is_given_up_is_named_with_its_tree_before_it_is(machine, ctl, monkeypatch):
+    from pkramfs.kernel.running import Running
+
+    for name in (b"one", b"two"):
+        save(machine, name).release()
+    two, one = json.loads(ctl("--json", "nodes")[1])
+    machine.ram().bytes[(two["pfn"] << 12) + 16] ^= 1
+    machine.ram().bytes[(one["pfn"] << 12) :][:8] = bytes(8)
+    logged = []
+    monkeypatch.setattr(Running, "sweep", lambda self: logged.append(machine.dmesg()) or 0)
+    status, out, _ = ctl("free", "--damaged")
+    assert status == 0
+    assert f"given up: tree {one['tree_id']}: no node that can be read names it" in out
+    assert f"tree {one['tree_id']}" in logged[0]
+    assert [node["name"] for node in json.loads(ctl("--json", "nodes")[1])] == ["two"]
+
+
+@pytest.mark.usefixtures("damaged")
+@pytest.mark.parametrize("word", [0, 1 << 50, 1])
+def test_a_damaged_lease_word_is_refused_and_named(machine, ctl, word):
+    from pkramfs.kernel import running
+
+    save(machine, b"one").release()
+    save(machine, b"two").release()
+    before = digest(machine, b"one")
+    kernel = running.look(machine)
+    block = int(kernel.leases.blocks_of(kernel.store.find(b"one").tree_id).starts[0])
+    kernel.leases.ids[block] = word and int(kernel.leases.ids[block]) ^ word
+    for words in (["free", "two"], ["free", "--all"]):
+        status, out, err = ctl(*words)
+        assert (status, out, err.count("\n")) == (3, "", 1)
+        assert f"owner of page block {block:x} is " in err
+    assert ctl("verify")[0] == 3
+    assert digest(machine, b"one") == before
+    status, out, _ = ctl("free", "--damaged")
+    assert status == 0 and out.startswith("mended: Lease table at pfn ")
+    assert ctl("verify")[0] == 0
+    assert digest(machine, b"one") == before
