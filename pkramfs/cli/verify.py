@@ -57,6 +57,7 @@ def check(running: "Running", names: list[bytes]) -> tuple[int, list[str]]:
         owned=lambda tree_id: running.leases.blocks_of(tree_id).scale(BLOCK_PAGES),
         names=names or None,
         visit=_visit,
+        handed_over=False,
     )
     found = {node.name for node in report.nodes}
     absent = [f"no node {render.printable(name)} is preserved" for name in names if name not in found]

@@ -22,8 +22,9 @@ is the object that `-e` executes. The order of a kexec:
      8        take over: consume the old super block, free stale memory, clear the pending boot
      caller   unlock; mount again
 
-Dying before the line leaves a kernel that goes on (the next command cancels the pending boot and
-the mounts have to be mounted again); dying after it leaves a boot that the next command resumes.
+Failing before the line takes back what was published. Dying there leaves a kernel that goes on: the
+next command takes back the region list and the pending boot, and the mounts have to be mounted again.
+Dying after it leaves a boot that the next command resumes.
 Forced, a kexec goes on without what would be lost, and the new kernel's log names it.
 
 Kernel: kernel/kexec_core.c (kernel_kexec), kernel/kexec_file.c, kernel/kexec.c, mm/pkram.c
@@ -89,6 +90,10 @@ class Operation(ABC):
     def execute(self) -> None:
         """Do it. Whoever dies here leaves what the table above says."""
 
+    def undo(self) -> None:
+        """Take it back, because a later step failed before the point of no return."""
+        return
+
 
 @dataclass
 class Plan:
@@ -118,9 +123,17 @@ class Plan:
         """Do it, telling `before` each operation. The caller holds the machine lock exclusively."""
         if self.problems:
             raise self.problems[0]
-        for operation in self.operations:
-            before(operation)
-            operation.execute()
+        done: list[Operation] = []
+        try:
+            for operation in self.operations:
+                before(operation)
+                done.append(operation)
+                operation.execute()
+        except BaseException:
+            if not any(isinstance(operation, PointOfNoReturn) for operation in done):
+                for operation in reversed(done):
+                    operation.undo()
+            raise
 
 
 @dataclass
@@ -353,6 +366,9 @@ class WriteRegions(Operation):
             spans = placement.blocks_of(spans)  # coarser, so shorter: whole page blocks belong to one owner
         head = regions.build(ram, spans, _Reserve(reserve).take, generation=info.generation)
         superblock.set_regions(ram, info.super_pfn, head)
+
+    def undo(self) -> None:
+        running.take_back_regions(self.going.kernel)
 
 
 class _Reserve:

@@ -145,7 +145,9 @@ def shared(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Running]
         with machine.lifecycle(shared=True, timeout=timeout):
             info = state.read(machine)
             if info is not None and nvram.pending(machine) is None:
-                yield Running(machine, info)
+                kernel = Running(machine, info)
+                take_back_regions(kernel)
+                yield kernel
                 return
         with exclusively(machine, timeout):
             pass  # brought up; somebody may kexec before we have the lock again, so look again
@@ -183,7 +185,17 @@ def bring_up(machine: Machine, *, force: bool = False) -> Running:
     elif pending is not None:
         machine.log("kexec: died before the point of no return; this kernel goes on")
         nvram.cancel(machine)
+    take_back_regions(kernel)
     return kernel
+
+
+def take_back_regions(kernel: Running) -> None:
+    """A region list is for the next kernel: one that a kexec published which then failed, or died, says nothing.
+
+    The caller holds the machine lock, so no kexec is on its way.
+    """
+    if kernel.info.pkram and superblock.has_regions(kernel.ram, kernel.info.super_pfn):
+        superblock.set_regions(kernel.ram, kernel.info.super_pfn, 0)
 
 
 def _refuse_data(machine: Machine) -> None:

@@ -50,11 +50,13 @@ def check(
     owned: Owned | None = None,
     names: list[bytes] | None = None,
     visit: Visit | None = None,
+    handed_over: bool = True,
 ) -> Report:
     """Check everything below a super block, or only the nodes of these names.
 
     `usable` are the pages that are memory, `owned(tree_id)` those of an owner's page blocks. `visit`
-    looks into a node that is sound and says what is wrong there.
+    looks into a node that is sound and says what is wrong there. Without `handed_over` nobody is on the
+    way to the next kernel, so that a region list is a remainder which says nothing.
     """
     report = Report()
     try:
@@ -71,7 +73,7 @@ def check(
     _check_names(report)
     if super_pfn in report.preserved:
         report.problems.append(f"the super block at pfn {format_pfn(super_pfn)} is a page of a node")
-    if found.region_pfn:
+    if found.region_pfn and handed_over:
         _check_regions(ram, super_pfn, found.region_pfn, report, usable, complete=names is None)
     return report
 

@@ -21,7 +21,7 @@ from pkramfs.pkram.format import (
     SUPER,
     SUPER_MAGIC,
 )
-from pkramfs.pkram.page import letters, publish, read_page, read_word, write_page
+from pkramfs.pkram.page import letters, publish, read_page, read_word, seal, write_page
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, Pfn
 
@@ -86,6 +86,12 @@ def damage(ram: Ram, pfn: int) -> FormatError | None:
 def set_regions(ram: Ram, pfn: int, head: int) -> None:
     """Hang the region list in (0: take it out)."""
     publish(ram, pfn, OTHER, head)
+
+
+def has_regions(ram: Ram, pfn: int) -> bool:
+    """Whether a live super block names a region list, or something that is not even that."""
+    at = pfn << PAGE_SHIFT
+    return int.from_bytes(ram.peek(pfn)[:8], "little") == SUPER_MAGIC and ram.load(at + OTHER) != seal(0, at + OTHER)
 
 
 def consume(ram: Ram, pfn: int) -> None:

@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pkramfs.cli import verify
 from pkramfs.errors import ConflictError, ExhaustedError, FormatError, MachineError, NotPreservedError, UsageError
 from pkramfs.kernel import boot, kexec, nvram, running, staging, state
 from pkramfs.kernel.kexec import MountReport
 from pkramfs.kernel.segments import destinations
+from pkramfs.pkram import superblock
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, MIB, PAGE_SHIFT
 
@@ -483,3 +485,43 @@ def test_reuse_cmdline_makes_pkram_current(lab: Any) -> None:
     kexec.load(lab.machine, "builtin:4M", reuse_cmdline=True, append="quiet")
     pfn = lab.up().info.super_pfn
     assert staging.read(lab.machine).cmdline == f"ro pkram={pfn:x} quiet"
+
+
+@pytest.mark.parametrize("step", [kexec.Verify, kexec.DecideBoot])
+def test_a_kexec_that_fails_takes_its_region_list_back(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, step: type[kexec.Operation]
+) -> None:
+    lab.preserve("a", 700)
+    lab.load()
+
+    def fails(self: object) -> None:
+        raise MachineError("no room")
+
+    with monkeypatch.context() as patched, pytest.raises(MachineError, match="no room"):
+        patched.setattr(step, "execute", fails)
+        lab.execute()
+    kernel = running.look(lab.machine)
+    assert superblock.check(kernel.ram, kernel.info.super_pfn).region_pfn == 0
+    lab.preserve("b", 300, seed=2)
+    assert verify.check(lab.up(), []) == (2, [])
+    lab.execute()
+    assert lab.intact("a") and lab.intact("b")
+
+
+def test_whoever_comes_next_takes_back_the_list_of_a_kexec_that_was_killed(lab: Any) -> None:
+    lab.preserve("a", 700)
+    lab.load()
+    with lab.machine.lifecycle(shared=False):
+        for step in kexec.plan(lab.machine, []).operations:
+            step.execute()
+            if isinstance(step, kexec.WriteRegions):
+                break
+    kernel = running.look(lab.machine)
+    assert superblock.check(kernel.ram, kernel.info.super_pfn).region_pfn
+    kernel.store.withdraw(b"a")
+    assert verify.check(kernel, []) == (0, []), "what nobody will read is no damage"
+    lab.up()
+    assert superblock.check(kernel.ram, kernel.info.super_pfn).region_pfn == 0
+    lab.preserve("b", 300, seed=2)
+    lab.execute()
+    assert lab.intact("b")
