@@ -172,3 +172,39 @@ def nothing_left_mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     yield
     places = (f"{tmp_path_factory.getbasetemp()}/", *ROOTS_USED)
     assert not [point for point in mounted() if point.startswith(places)]
+
+
+class Host:
+    """A small tmpfs as the host's memory, which can be filled to the last page."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @property
+    def free(self) -> int:
+        found = os.statvfs(self.directory)
+        return found.f_bavail * found.f_frsize
+
+    def fill(self, leave: int = 0) -> None:
+        """Take all memory but `leave` bytes, as another user of the file system may."""
+        with open(self.directory / "filling", "ab") as file:
+            while (left := self.free - leave) > 0:
+                os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, left)
+
+    def empty(self) -> None:
+        """Give back what `fill` took."""
+        (self.directory / "filling").unlink()
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    """See Host: 64 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a tmpfs")
+    directory = tmp_path / "host"
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M,mode=1777", "none", str(directory)], check=True)
+    try:
+        yield Host(directory)
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True)

@@ -22,13 +22,14 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pkramfs.errors import ExhaustedError
 from pkramfs.fs import clock
 from pkramfs.fs.attributes import MAX_SIZE
 from pkramfs.fs.core import INO_MASK, WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.filling import Filling
 from pkramfs.fs.inode import ROOT, Caller, Inode
-from pkramfs.fs.pagecache import END, Run
+from pkramfs.fs.pagecache import END, PageMap, Run
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
@@ -38,6 +39,8 @@ Store = Callable[[int, memoryview], None]
 _ZEROS = memoryview(bytes(1 << 20))
 _IN_PAGE = PAGE_SIZE - 1
 _PIECE = 256
+_LOOK_SHIFT = 10
+"""log2 of the pages of a restored file that are looked at together."""
 
 
 class Data(Filling):
@@ -87,12 +90,47 @@ class Data(Filling):
             return zeros(end - offset)
         first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
         runs = pages.between(first, last)
+        if pages.backed is not None and not self._backed(pages, first, last):
+            return self._gather(runs, offset, end, self._peek)
         if len(runs) == 1 and runs[0][2] == last - first:
             start = (runs[0][1] << PAGE_SHIFT) + (offset & _IN_PAGE)
             return self.ram.bytes[start : start + end - offset]
-        return self._gather(runs, offset, end) if runs else zeros(end - offset)
+        return self._gather(runs, offset, end, self._view) if runs else zeros(end - offset)
 
-    def _gather(self, runs: list[tuple[int, int, int]], offset: int, end: int) -> bytes:
+    def _view(self, start: int, stop: int) -> Buffer:
+        return self.ram.bytes[start:stop]
+
+    def _peek(self, start: int, stop: int) -> Buffer:
+        """Bytes of RAM that the host may have no memory for."""
+        first, last = start >> PAGE_SHIFT, (stop + _IN_PAGE) >> PAGE_SHIFT
+        return self.ram.peek(first, last - first)[start - (first << PAGE_SHIFT) : stop - (first << PAGE_SHIFT)]
+
+    def _backed(self, pages: PageMap, first: int, last: int) -> bool:
+        """Whether the host has memory for all frames in [first, last) of a restored file, or gives it now."""
+        known = pages.backed or set()
+        try:
+            for piece in range(first >> _LOOK_SHIFT, ((last - 1) >> _LOOK_SHIFT) + 1):
+                if piece not in known:
+                    self._back_runs(pages.between(piece << _LOOK_SHIFT, (piece + 1) << _LOOK_SHIFT))
+                    known.add(piece)
+                    pages.backed = known
+        except ExhaustedError:
+            return self._has_room(pages.between(first, last))
+        return True
+
+    def _has_room(self, runs: list[Run]) -> bool:
+        """Whether the host has memory for these frames alone."""
+        try:
+            self._back_runs(runs)
+        except ExhaustedError:
+            return False
+        return True
+
+    def _back_runs(self, runs: list[Run]) -> None:
+        for _, pfn, count in runs:
+            self.ram.back_run(pfn, count)
+
+    def _gather(self, runs: list[Run], offset: int, end: int, view: Callable[[int, int], Buffer]) -> bytes:
         """Join pieces of several runs and the holes between them."""
         pieces: list[Buffer] = []
         at = offset
@@ -102,7 +140,7 @@ class Data(Filling):
                 pieces.append(zeros(start - at))
                 at = start
             base = (pfn - index) << PAGE_SHIFT
-            pieces.append(self.ram.bytes[base + at : base + stop])
+            pieces.append(view(base + at, base + stop))
             at = stop
         if at < end:
             pieces.append(zeros(end - at))
@@ -129,21 +167,13 @@ class Data(Filling):
         size = len(view)
         end = offset + size
         try:
-            runs, store = self._runs_for_writing(inode, offset, end)
+            self._store(inode, offset, end, view)
         except OSError as error:
             middle = ((offset >> PAGE_SHIFT) + ((end + _IN_PAGE) >> PAGE_SHIFT)) >> 1
             cut = (middle << PAGE_SHIFT) - offset
             if error.errno != errno.ENOSPC or cut <= 0:
                 raise
             return self._write_part(inode, offset, view, cut, stamp)
-        try:
-            for index, pfn, count in runs:
-                base = (pfn - index) << PAGE_SHIFT
-                start, stop = max(index << PAGE_SHIFT, offset), min((index + count) << PAGE_SHIFT, end)
-                store(base + start, view[start - offset : stop - offset])
-        except OSError:  # the host is out of memory: nothing may stay behind the end
-            self._trim(inode, inode.size)
-            raise
         if end > inode.size:
             self._bytes += end - inode.size
             inode.size = end
@@ -152,6 +182,23 @@ class Data(Filling):
                 self._drop_privileges(inode, ROOT, keep_set_id=inode.opens > 0 and not inode.unprivileged)
             inode.mtime = inode.ctime = clock.now()
         return size
+
+    def _store(self, inode: Inode, offset: int, end: int, view: memoryview) -> None:
+        """Give a range the frames it needs and copy the bytes there; where that fails the file is as it was, but for
+        bytes that it held already."""
+        runs, store, into_holes = self._runs_for_writing(inode, offset, end)
+        try:
+            for index, pfn, count in runs:
+                base = (pfn - index) << PAGE_SHIFT
+                start, stop = max(index << PAGE_SHIFT, offset), min((index + count) << PAGE_SHIFT, end)
+                store(base + start, view[start - offset : stop - offset])
+        except OSError:
+            if into_holes and inode.pages is not None:
+                self._free_pages(inode.pages, offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT)
+                inode.pages = inode.pages if inode.pages.count else None
+            else:
+                self._trim(inode, inode.size)  # nothing may stay behind the end
+            raise
 
     def _write_part(self, inode: Inode, offset: int, view: memoryview, cut: int, stamp: bool) -> int:
         """Not all fits: the first `cut` bytes, and as much as goes of the rest."""
@@ -165,18 +212,22 @@ class Data(Filling):
                 raise
             return written
 
-    def _runs_for_writing(self, inode: Inode, offset: int, end: int) -> tuple[list[Run], Store]:
-        """The runs that cover a range, holes filled, once the change has passed the gate, and how to store there."""
+    def _runs_for_writing(self, inode: Inode, offset: int, end: int) -> tuple[list[Run], Store, bool]:
+        """The runs that cover a range, holes filled, once the change has passed the gate, how to store there, and
+        whether all of it was holes, whose frames the host has not given memory yet."""
         first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
-        pages = inode.pages
+        pages, runs = inode.pages, list[Run]()
         if pages is not None:
             runs = pages.between(first, last)
+            if pages.backed is not None and runs and not self._backed(pages, first, last):
+                raise fail(errno.ENOSPC)
             if len(runs) == 1 and runs[0][2] == last - first:
                 self._change("write", ino=inode.ino, offset=offset, end=end)
-                return runs, self.ram.overwrite
-        fresh = self._fill_holes(inode, first, last, "write", offset, end)
+                return runs, self.ram.overwrite, False
+        fresh = self._fill_holes(inode, first, last, "write", offset, end, back=bool(runs))
         assert inode.pages is not None
-        return inode.pages.between(first, last), self.ram.fill if fresh else self.ram.overwrite
+        store = self.ram.fill if fresh else self.ram.overwrite
+        return inode.pages.between(first, last), store, bool(fresh) and not runs
 
     # -- shrinking, growing, holes --------------------------------------------------------------
 
@@ -198,16 +249,23 @@ class Data(Filling):
 
     def _clear(self, inode: Inode, start: int, end: int) -> None:
         """Zero bytes of one page, if it is there."""
-        index = start >> PAGE_SHIFT
-        for _, pfn, _ in inode.pages.between(index, index + 1) if inode.pages is not None else ():
+        index, pages = start >> PAGE_SHIFT, inode.pages
+        if pages is None:
+            return
+        for _, pfn, _ in pages.between(index, index + 1):
             base = (pfn - index) << PAGE_SHIFT
-            self.ram.bytes[base + start : base + end] = _ZEROS[: end - start]
+            if pages.backed is None or any(self._peek(base + start, base + end)):
+                self.ram.bytes[base + start : base + end] = _ZEROS[: end - start]
 
     def allocate(self, number: int, offset: int, size: int, *, keep_size: bool = False) -> None:
-        """Give a range its pages now (fallocate); ENOSPC if they do not all fit."""
+        """Give a range its pages now (fallocate), with memory of the host, so that no write there runs out of it;
+        ENOSPC if they do not all fit."""
         inode = self.file_range(number, offset, size)
         end = offset + size
-        self._fill_holes(inode, offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT, "allocate", offset, end)
+        first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
+        if inode.pages is not None and inode.pages.backed is not None:
+            self._back_runs(inode.pages.between(first, last))
+        self._fill_holes(inode, first, last, "allocate", offset, end, back=True)
         if keep_size:
             self.tails.discard(inode.ino)  # what is behind the end was asked for
         if end > inode.size and not keep_size:

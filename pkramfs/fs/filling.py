@@ -15,6 +15,10 @@ What a huge page holds beyond the end of its file is zeros that nobody reads, bu
 size=. These *tails* are given back before anybody meets ENOSPC; so are they, as everything beyond the
 end, when a file is cut. (Tails of a restored tree only go when the file is cut.)
 
+Frames come without memory of the host, which gives it when they are written. Where something else is to be
+done with them (fallocate's promise, the rest of a huge page, pages of which a write covers only some) the host
+gives it at once (`back`), so that no frame of a file is without.
+
 Kernel: mm/shmem.c (shmem_huge_global_enabled, shmem_alloc_and_add_folio, shmem_unused_huge_shrink)
 """
 
@@ -39,19 +43,22 @@ class Filling(Attributes):
 
     huge = "never"
 
-    def _fill_holes(self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int) -> int:
-        """Give every page in [first, last) a frame of zeros, all or none; how many frames that took."""
+    def _fill_holes(self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int, *, back: bool) -> int:
+        """Give every page in [first, last) a frame of zeros, all or none; how many frames that took.
+
+        Without `back` the caller writes all of them at once, and takes those back that it cannot write.
+        """
         if self._frozen:
             raise fail(errno.EROFS)
         try:
-            return self._fill(inode, first, last, kind, offset, end)
+            return self._fill(inode, first, last, kind, offset, end, back)
         except OSError as error:
             if error.errno != errno.ENOSPC or not self.tails:
                 raise
         self._give_back_tails()
-        return self._fill(inode, first, last, kind, offset, end)
+        return self._fill(inode, first, last, kind, offset, end, back)
 
-    def _fill(self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int) -> int:
+    def _fill(self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int, back: bool) -> int:
         holes = _holes(inode.pages, first, last)
         huge = self._huge_holes(inode, first, last, end) if self.huge != "never" else []
         self._grow()
@@ -61,6 +68,8 @@ class Filling(Attributes):
         try:
             frames = self._take(holes, beside=supply)
             try:
+                if back:
+                    self._back(frames)
                 self._change(kind, ino=inode.ino, offset=offset, end=end)
             except BaseException:
                 self._return(frames)
@@ -78,6 +87,11 @@ class Filling(Attributes):
         total = _total(holes)
         self.limits.require_pages(total + _total(beside) if beside else total)
         return self.frames.allocate(total, order) if total else []
+
+    def _back(self, frames: Frames) -> None:
+        """Have the host give frames memory; ENOSPC if it has none."""
+        for pfn, count in frames:
+            self.ram.back_run(pfn, count)
 
     def _return(self, frames: Frames) -> None:
         if frames:
@@ -120,17 +134,19 @@ class Filling(Attributes):
         return found
 
     def _take_huge(self, holes: list[Hole]) -> Frames:
-        """Huge pages for these holes; none if they do not fit, or memory is in pieces."""
+        """Huge pages for these holes, backed; none if they do not fit, or memory is in pieces."""
+        frames: Frames = []
         try:
             frames = self._take(holes, BLOCK_ORDER)
+            if not any(pfn % BLOCK_PAGES or count % BLOCK_PAGES for pfn, count in frames):
+                self._back(frames)
+                return frames
         except OSError as error:
             if error.errno != errno.ENOSPC or self.tails:
+                self._return(frames)
                 raise  # with tails to give back it is worth another try
-            return []
-        if any(pfn % BLOCK_PAGES or count % BLOCK_PAGES for pfn, count in frames):
-            self._return(frames)
-            return []
-        return frames
+        self._return(frames)
+        return []
 
     def _note_tail(self, inode: Inode, huge: list[Hole], end: int) -> None:
         """Remember a file whose last huge page goes on behind its end, unless fallocate put pages there."""

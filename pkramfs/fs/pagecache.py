@@ -15,6 +15,10 @@ into *leaves* of at most LEAF_RUNS, so that an insertion moves one leaf and not 
 Runs never overlap and are in order of index; neighbours that continue each other are joined
 (inside a leaf). A hole is simply no run. Nothing here touches RAM or counts limits.
 
+The host has memory for every frame of a map, so that a load or a store cannot fail. Of a map that
+was restored nobody knows that (an image of RAM may have been copied with its zeros made holes):
+`backed` names the pieces of the file that were looked at since, and is None where there is no doubt.
+
 Kernel: mm/filemap.c, include/linux/xarray.h; mm/shmem.c (shmem_insert_page, patches 23 and 36-38)
 """
 
@@ -29,15 +33,17 @@ LEAF_RUNS = 1024
 RUN_BYTES = 24
 END = 1 << 62
 """An index beyond every page of every file."""
+_NOTHING: set[int] = set()
 
 
 class PageMap:
     """The runs of one file: `count` pages in `runs` runs."""
 
-    __slots__ = ("count", "firsts", "leaves", "runs")
+    __slots__ = ("backed", "count", "firsts", "leaves", "runs")
 
     def __init__(self, raw: bytes | memoryview = b"", count: int = 0) -> None:
-        """A map of nothing, or of the runs whose bytes (as `leaves` hold them) are given."""
+        """A map of nothing, or of the runs whose bytes (as `leaves` hold them) are given: those of a restored file."""
+        self.backed: set[int] | None = _NOTHING if count else None
         self.count, self.runs = count, len(raw) // RUN_BYTES
         self.firsts: list[int] | tuple[()] = ()
         if self.runs <= LEAF_RUNS:

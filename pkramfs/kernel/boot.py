@@ -114,8 +114,8 @@ def params(boot: Boot) -> None:
     segments = {s.name: s for s in boot.pending.segments}
     boot.cmdline = boot.pending.cmdline
     if "params" in segments:
-        address = staging.cmdline_address(bytes(boot.ram.page(segments["params"].pfn)))
-        text = bytes(boot.ram.bytes[address : address + words.MAX_LENGTH + 1])
+        address = staging.cmdline_address(boot.ram.peek(segments["params"].pfn))
+        text = boot.ram.peek(address >> PAGE_SHIFT)[address % PAGE_SIZE :][: words.MAX_LENGTH + 1]
         boot.cmdline = text.split(b"\0")[0].decode("utf-8", "surrogateescape")
     words.validate(boot.cmdline)
     boot.log(f"Command line: {boot.cmdline}")
@@ -209,7 +209,7 @@ def move(boot: Boot) -> None:
     start, end = boot.placed.kernel
     source = next((s for s in boot.pending.segments if s.name == "kernel"), None)
     if source is not None and source.pfn != start:
-        boot.ram.punch(Spans([boot.placed.kernel]))
+        boot.ram.punch_run(start, end - start)
         boot.ram.copy(source.pfn, start, min(end - start, pages(source.size)))
         boot.log(f"Kernel moved from pfn {format_pfn(source.pfn)} to pfn {format_pfn(start)}")
 

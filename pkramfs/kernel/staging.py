@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from pkramfs.errors import MachineError, UsageError, explain
 from pkramfs.kernel.image import HEADER_AT, Image
 from pkramfs.kernel.nvram import ImageInfo
-from pkramfs.kernel.segments import Segment, destinations, from_json, page_count
+from pkramfs.kernel.segments import Segment, from_json, page_count
 from pkramfs.machine.ram import Ram
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
@@ -225,22 +225,46 @@ def copy_into_ram(machine: "Machine", ram: Ram, segments: Sequence[Segment]) -> 
     """Put every segment at its destination; may be repeated."""
     ram.check_room(sum(s.size for s in segments))
     for segment in segments:
-        ram.punch(destinations([segment]))
-        with open(machine.path(DIRECTORY, segment.file), "rb", buffering=0) as file:
-            target = ram.page(segment.pfn, segment.pages)[: segment.size]
-            done = 0
-            while done < segment.size and (count := file.readinto(target[done:])):
-                done += count
+        done = _copy(machine.path(DIRECTORY, segment.file), ram, segment)
         if done != segment.size:
             raise MachineError(f"the staged {segment.name} has {done} bytes, expected {segment.size}: load it again")
+
+
+def _copy(path: str, ram: Ram, segment: Segment) -> int:
+    """Copy a staged file to its destination, and zeros to the end of the last page; how many bytes it has.
+
+    What is there already is overwritten, not given back first: somebody else might take it.
+    """
+    buffer, done, at = bytearray(_CHUNK), 0, segment.pfn << PAGE_SHIFT
+    with open(path, "rb") as file:
+        while count := file.readinto(buffer):
+            whole = -(-count // PAGE_SIZE) * PAGE_SIZE
+            buffer[count:whole] = bytes(whole - count)
+            ram.fill(at + done, memoryview(buffer)[:whole])
+            done += count
+    behind = segment.pfn + -(-done // PAGE_SIZE)
+    if behind < segment.end:
+        ram.punch_run(behind, segment.end - behind)
+    return done
 
 
 def verify_in_ram(ram: Ram, segments: Sequence[Segment]) -> None:
     """MachineError unless every segment is in RAM as it was loaded: what purgatory checks."""
     for segment in segments:
-        found = hashlib.sha256(ram.page(segment.pfn, segment.pages)[: segment.size]).hexdigest()
+        found = _digest(ram, segment)
         if found != segment.sha256:
             raise MachineError(
                 f"purgatory: the {segment.name} at pfn {segment.pfn:x} is not what was loaded "
                 f"(sha256 {found[:12]}…, expected {segment.sha256[:12]}…)"
             )
+
+
+def _digest(ram: Ram, segment: Segment) -> str:
+    """What a segment in RAM sums up to, read past the mapping: damage may have made holes of it."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    for done in range(0, segment.size, _CHUNK):
+        size = min(_CHUNK, segment.size - done)
+        part = buffer[: -(-size // PAGE_SIZE) * PAGE_SIZE]
+        ram.read(segment.pfn + (done >> PAGE_SHIFT), part)
+        digest.update(part[:size])
+    return digest.hexdigest()

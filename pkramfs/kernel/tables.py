@@ -10,11 +10,12 @@ two owners claim is an error: it would mean that the last kernel broke the rule 
 Kernel: mm/mm_init.c (memmap_init, deferred_init_memmap), patches 28 to 31
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from pkramfs.errors import FormatError
-from pkramfs.kernel.incoming import IncomingNode
+from pkramfs.kernel.incoming import IncomingNode, union
 from pkramfs.kernel.state import Range
+from pkramfs.machine import leases
 from pkramfs.machine.leases import HOLE, KERNEL, RESERVE
 from pkramfs.machine.ram import Ram
 from pkramfs.spans import U64, Spans
@@ -22,14 +23,16 @@ from pkramfs.units import BLOCK_PAGES, PAGE_SIZE
 
 
 def write(
-    ram: Ram, table: Range, blocks: int, usable: Spans, kernel: Spans, reserve: Spans, nodes: Iterable[IncomingNode]
+    ram: Ram, table: Range, blocks: int, usable: Spans, kernel: Spans, reserve: Spans, nodes: Sequence[IncomingNode]
 ) -> None:
-    """Build the table in fresh pages. `usable`, `kernel` and `reserve` are pages."""
+    """Build the table in fresh pages. `usable`, `kernel` and `reserve` are pages; ExhaustedError on a full host."""
     ram.punch(Spans([table]))
     view = lease_view(ram, table[0], blocks)
     holes = Spans([(0, blocks)]) - usable.inward(BLOCK_PAGES)
-    _fill(view, holes, HOLE)
     kernel_blocks = kernel.outward(BLOCK_PAGES) - holes
+    trees = union(node.spans for node in nodes).outward(BLOCK_PAGES)
+    leases.back(ram, table[0], holes | kernel_blocks | reserve.outward(BLOCK_PAGES) | trees)
+    _fill(view, holes, HOLE)
     _fill(view, kernel_blocks, KERNEL)
     _fill(view, reserve.outward(BLOCK_PAGES), RESERVE)
     taken = holes | kernel_blocks | reserve.outward(BLOCK_PAGES)

@@ -164,6 +164,7 @@ class Leases:
             for blocks, share in shares:
                 if share:
                     chosen = chosen | _choose(blocks - chosen if chosen else blocks, share, align)
+            back(self.ram, self.table_pfn, chosen)
             self.ram.punch(chosen.scale(BLOCK_PAGES))
             self._set(chosen, tree_id)
         return chosen
@@ -210,6 +211,12 @@ class Leases:
     def _set(self, blocks: Spans, owner: int) -> None:
         for start, end in blocks:
             self.ids[start:end] = owner
+
+
+def back(ram: Ram, table_pfn: int, blocks: Spans) -> None:
+    """See that the words of `blocks` can be stored to; ExhaustedError if the host has no memory for their pages."""
+    for start, end in blocks.outward(_WORDS):
+        ram.back_run(table_pfn + start, end - start)
 
 
 def _choose(free: Spans, count: int, align: int) -> Spans:

@@ -64,7 +64,11 @@ def publish(ram: Ram, page: int, offset: int, pfn: int) -> None:
 def checksum(ram: Ram, pfn: int) -> int:
     """Return the checksum that a metadata page should carry."""
     start = pfn << PAGE_SHIFT
-    return xxhash.xxh3_64_intdigest(ram.bytes[start + COVERED : start + PAGE_SIZE], seed=pfn)
+    return _digest(ram.bytes[start : start + PAGE_SIZE], pfn)
+
+
+def _digest(page: Any, pfn: int) -> int:
+    return xxhash.xxh3_64_intdigest(memoryview(page)[COVERED:], seed=pfn)
 
 
 def seal_page(ram: Ram, pfn: int) -> None:
@@ -92,10 +96,11 @@ def check_pfn(ram: Ram, pfn: int, record: str, field: str, at: int | None = None
 def read_page(ram: Ram, pfn: int, record: Record, magic: int) -> Any:
     """Check magic and checksum of a metadata page; return its record."""
     check_pfn(ram, pfn, record.name, "pfn")
-    found = record.read(ram.bytes, pfn << PAGE_SHIFT)
+    page = ram.peek(pfn)  # not through the mapping: a damaged pointer may lead to a page that the host never backed
+    found = record.read(page)
     if found.magic != magic:
         raise FormatError(record.name, "magic", pfn=pfn, found=letters(found.magic), expected=letters(magic))
-    expected = checksum(ram, pfn)
+    expected = _digest(page, pfn)
     if found.checksum != expected:
         raise FormatError(record.name, "checksum", pfn=pfn, found=f"{found.checksum:016x}", expected=f"{expected:016x}")
     return found

@@ -34,7 +34,8 @@ def pages_needed(ranges: int) -> int:
 def build(ram: Ram, spans: Spans, allocate: Callable[[int], U64], *, generation: int = 0) -> int:
     """Write the list of `spans` (pages) and of its own pages; returns the first page's pfn.
 
-    `allocate(n)` gives pfns of n more pages, outside of `spans`; raises if there are none.
+    `allocate(n)` gives pfns of n more pages, outside of `spans`; raises if there are none. ExhaustedError, and nothing
+    written, if the host has no memory for them.
     """
     pages = np.empty(0, dtype=np.uint64)
     while True:
@@ -43,6 +44,7 @@ def build(ram: Ram, spans: Spans, allocate: Callable[[int], U64], *, generation:
         if missing <= 0:
             break
         pages = np.concatenate((pages, np.asarray(allocate(missing), dtype=np.uint64)))
+    ram.back(Spans.from_runs(pages, np.ones_like(pages)))
     _write(ram, whole, pages.tolist(), generation)
     return int(pages[0])
 

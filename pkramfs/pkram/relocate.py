@@ -128,6 +128,8 @@ def _copy_elsewhere(ram: Ram, frames: Allocator, rows: Rows, banned: Spans) -> t
     order = min(BLOCK_ORDER, int(size[0]).bit_length() - 1)
     copies = allocate_outside(frames, int(size.sum()), banned, order)
     try:
+        for run in copies:
+            ram.back_run(*run)
         starts, counts = np.array(copies, dtype=np.uint64).reshape(-1, 2).T
         # Banned runs and copies are both laid on one line, [0, total): cut the former where a copy ends.
         edges, borders = np.cumsum(size), np.cumsum(counts)
@@ -136,15 +138,18 @@ def _copy_elsewhere(ram: Ram, frames: Allocator, rows: Rows, banned: Spans) -> t
         which = np.searchsorted(borders, at, side="right")
         offset = at - (edges - size)[piece]
         target = starts[which] + at - (borders - counts)[which]
-        _copy(ram, source[piece] + offset, target, length)
+        _copy(ram, source[piece] + offset, target, length, banned)
     except BaseException:
         _free(frames, copies)
         raise
     return (index[piece] + offset, target, length), copies
 
 
-def _copy(ram: Ram, source: U64, target: U64, count: U64) -> None:
-    """Copy runs of pages: long ones one by one, the pages of all short ones many at a time."""
+def _copy(ram: Ram, source: U64, target: U64, count: U64, within_banned: Spans) -> None:
+    """Copy runs of pages: long ones one by one, the pages of all short ones many at a time.
+
+    What the host has no memory for is zeros, as the copy is already, and must not be read through the mapping.
+    """
     long = count >= _LONG
     for row in zip(source[long].tolist(), target[long].tolist(), count[long].tolist(), strict=True):
         ram.copy(*row)
@@ -152,6 +157,12 @@ def _copy(ram: Ram, source: U64, target: U64, count: U64) -> None:
     table, left = ram.u64.reshape(-1, PAGE_SIZE // 8), count[~long].astype(np.int64)
     within = np.arange(int(left.sum())) - np.repeat(np.cumsum(left) - left, left)
     origin, place = (np.repeat(pfn[~long].astype(np.int64), left) + within for pfn in (source, target))
-    for low in range(0, len(within), _TOGETHER):
+    if len(origin):
+        there = Spans()
+        for low, high in within_banned:
+            there = there | ram.data_spans(low, high)
+        held = touched(there, origin.astype(np.uint64), np.ones(len(origin), dtype=np.uint64))
+        origin, place = origin[held], place[held]
+    for low in range(0, len(origin), _TOGETHER):
         part = slice(low, low + _TOGETHER)
         table[place[part]] = table[origin[part]]

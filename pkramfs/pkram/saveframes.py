@@ -1,7 +1,8 @@
 """The frames that a save takes for itself: metadata, byte pages, copies of banned pages.
 
 All of them lie outside of banned memory, all are given back if the save is discarded, and all become
-part of the node if it is published. Any number of threads may take.
+part of the node if it is published. Any number of threads may take. The host has memory for
+what `take` gives: a save on a host that is full ends with an error, and the tree stays as it is.
 
 Kernel: mm/pkram.c (pkram_alloc_page), patch 15
 """
@@ -18,7 +19,7 @@ from pkramfs.spans import U64, Spans
 
 
 class SaveFrames:
-    """Frames of one save. `no_memory` makes the error to raise (ENOMEM) of the allocator's."""
+    """Frames of one save. `no_memory` makes the error to raise (ENOMEM) of the allocator's, or of the host's."""
 
     def __init__(self, ram: Ram, frames: Allocator, banned: Spans, no_memory: Callable[[OSError], PkramError]) -> None:
         self.ram, self.frames, self.banned = ram, frames, banned
@@ -36,7 +37,16 @@ class SaveFrames:
             except OSError as error:
                 raise self._no_memory(error) from error
             self._runs += runs
+        self._back(runs)
         return runs
+
+    def _back(self, runs: list[Run]) -> None:
+        """Have the host give frames memory: most of them are stored to through the mapping."""
+        try:
+            for start, count in runs:
+                self.ram.back_run(start, count)
+        except OSError as error:
+            raise self._no_memory(error) from error
 
     def pages(self, count: int) -> U64:
         """Take `count` zeroed frames; return their pfns."""

@@ -38,6 +38,7 @@ class Super:
 
 def create(ram: Ram, pfn: int, generation: int, node_pfn: int = 0) -> None:
     """Write a super block to page `pfn`, naming the first node (0: none)."""
+    ram.back_run(pfn, 1)
     write_page(
         ram,
         pfn,

@@ -1,5 +1,6 @@
 """Physical memory: bytes and words of it, holes, damage, and how much the host still has."""
 
+import contextlib
 import errno
 import os
 
@@ -8,6 +9,7 @@ import pytest
 
 from pkramfs.errors import ExhaustedError, MachineError
 from pkramfs.machine import ram as ram_module
+from pkramfs.machine.leases import Leases
 from pkramfs.machine.ram import POISON, Ram
 from pkramfs.spans import Spans
 from pkramfs.units import GIB, MIB, PAGE_SIZE, TIB
@@ -85,7 +87,7 @@ def test_overwriting(ram, monkeypatch, size, populates):
         ram.overwrite(at, memoryview(bytes([1]) * size))
     many = size == 300 * PAGE_SIZE
     assert len(asked) == (0 if not many else 4 if populates else 1)  # where it is refused it is not asked again
-    assert all(start % PAGE_SIZE == 0 and option == 22 for option, start, _ in asked)
+    assert all(start % PAGE_SIZE == 0 and option == 23 for option, start, _ in asked)
 
 
 class Mapping:
@@ -153,3 +155,52 @@ def test_a_file_of_another_size_is_refused_and_closed(ram):
     with pytest.raises(MachineError, match=r"cannot map RAM of 64.0 MiB: .*the memory was cut or replaced"):
         Ram(ram.path, 64 * MIB)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_backing_takes_memory_once_and_changes_nothing(ram):
+    ram.words(5)[:] = 7
+    ram.back(Spans([(2, 4), (5, 9)]))
+    assert ram.backed == 6 * PAGE_SIZE
+    assert (ram.words(5) == 7).all() and not ram.words(6, 3).any()
+    ram.back(Spans([(2, 9)]))
+    assert ram.backed == 7 * PAGE_SIZE
+
+
+def test_backing_goes_on_after_a_signal(ram, monkeypatch):
+    answers, fallocate = iter([-1, -1]), ram_module._libc.fallocate
+    monkeypatch.setattr(ram_module._libc, "fallocate", lambda *words: next(answers, None) or fallocate(*words))
+    monkeypatch.setattr(ram_module.ctypes, "get_errno", lambda: errno.EINTR)
+    ram.back_run(3, 2)
+    assert ram.backed == 2 * PAGE_SIZE
+
+
+@pytest.fixture
+def tight(host):
+    """RAM of 128 MiB on a host of 64."""
+    made = Ram(os.path.join(host.directory, "ram"), 128 * MIB, create=True)
+    yield made
+    made.close()
+
+
+def test_a_full_host_refuses_and_kills_nobody(host, tight):
+    tight.words(9)[:] = 7
+    host.fill(leave=2 * PAGE_SIZE)
+    with pytest.raises(ExhaustedError, match="no room behind RAM"):
+        tight.back_run(20, 100)
+    assert tight.backed == PAGE_SIZE
+    with pytest.raises(ExhaustedError, match="No space left on device"):
+        tight.copy(9, 20, 100)
+    with pytest.raises(ExhaustedError, match="no room behind RAM"):
+        tight.overwrite(200 * PAGE_SIZE, memoryview(bytes(100 * PAGE_SIZE)))
+    tight.overwrite(9 * PAGE_SIZE, memoryview(b"more"))
+    assert tight.peek(9)[:8] == b"more\0\0\0\0"
+
+
+def test_leases_on_a_full_host(host, tight):
+    """The table's page may be one that the host never backed."""
+    leases = Leases(tight, 1, 32, contextlib.nullcontext)
+    host.fill()
+    with pytest.raises(ExhaustedError, match="no room behind RAM"):
+        leases.lease(0x1234, 4)
+    host.empty()
+    assert leases.lease(0x1234, 4).total == 4

@@ -29,6 +29,9 @@ from pkramfs.pkram.streams.runs import Runs, all_runs
 from pkramfs.spans import U64, Spans
 from pkramfs.units import PAGE_SIZE, pages
 
+_PIECE = 256
+"""Pages of the byte stream that are read at once."""
+
 
 class ObjectReader:
     """One object of a loaded node. `length` is bytes of the byte stream, `data` the frames of the page stream."""
@@ -97,12 +100,13 @@ class ObjectReader:
             raise self._wrong(field, f"pfn {int(outside.starts[0]):x}", "a page of the node's page table")
 
     def _views(self, runs: list[tuple[int, int]]) -> Iterator[memoryview]:
-        """Yield the byte stream, a piece for each run of frames."""
+        """Yield the byte stream in pieces, read past the mapping: damaged memory may have holes of the host."""
         left = self.length
         for start, count in runs:
-            size = min(left, count * PAGE_SIZE)
-            yield self._ram.page(start, count)[:size]
-            left -= size
+            for at in range(0, count, _PIECE):
+                size = min(left, (count - at) * PAGE_SIZE, _PIECE * PAGE_SIZE)
+                yield memoryview(self._ram.peek(start + at, pages(size)))[:size]
+                left -= size
 
     @cached_property
     def byte_frames(self) -> Spans:

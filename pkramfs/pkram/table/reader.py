@@ -20,6 +20,7 @@ Kernel: mm/pkram_pagetable.c, patches 9 and 17
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -72,10 +73,7 @@ def walk(ram: Ram, root: int) -> Walk:
     if found and int(found.ends[-1]) > ram.pages:
         end = int(found.ends[-1])
         raise FormatError("PageTable", "pages", pfn=root, found=f"pfn {end - 1:x}", expected=f"below {ram.pages:x}")
-    digest = xxhash.xxh3_64()
-    for pfn in own.tolist():
-        digest.update(ram.page(pfn))
-    return Walk(found, own, digest.intdigest())
+    return Walk(found, own, xxhash.xxh3_64_intdigest(_fetch(ram, own).tobytes()))
 
 
 def read(ram: Ram, root: int) -> Spans:
@@ -151,6 +149,17 @@ def gather(ram: Ram, pages: U64, units: U64) -> U64:
     return found
 
 
+def _fetch(ram: Ram, pages: U64) -> U64:
+    """Whole table pages, a row for each, read past the mapping: a damaged entry may lead to a page that the host never
+    backed."""
+    words = np.empty((len(pages), ENTRIES), dtype=np.uint64)
+    target = memoryview(words).cast("B")  # type: ignore[arg-type]
+    edges = [0, *(np.flatnonzero(pages[1:] != pages[:-1] + np.uint64(1)) + 1).tolist(), len(pages)]
+    for low, high in pairwise(edges):
+        ram.read(int(pages[low]), target[low << PAGE_SHIFT : high << PAGE_SHIFT])
+    return words
+
+
 def places(pages: U64, units: U64) -> U64:
     """Return the word numbers in RAM of the entries of `units` in these table pages."""
     return (pages << np.uint64(PAGE_SHIFT - 3)) + units % np.uint64(ENTRIES)
@@ -167,8 +176,7 @@ def _children(ram: Ram, pages: U64, numbers: U64, covers: int) -> tuple[U64, U64
     """Return the entries of table pages that stand for `numbers`: (units, entries) with a child, and the FULL units."""
     if not len(pages):
         return pages, pages, Spans()
-    base = (pages << np.uint64(PAGE_SHIFT - 3))[:, None] + np.arange(ENTRIES, dtype=np.uint64)
-    entries = ram.u64[base]
+    entries = _fetch(ram, pages)
     row, column = np.nonzero(entries)
     units = numbers[row] * np.uint64(ENTRIES) + column.astype(np.uint64)
     entries = entries[row, column]
@@ -198,7 +206,9 @@ def read_bitmaps(ram: Ram, blocks: U64, entries: U64) -> Spans:
     """Return the pages of 2 MiB `blocks` whose lower entries name bitmaps."""
     if not len(blocks):
         return Spans()
-    return spans_of_bits(blocks, ram.u64[bitmap_places(entries)])
+    pages, row = np.unique(entries >> np.uint64(PAGE_SHIFT), return_inverse=True)
+    first = (entries & np.uint64(TABLE_SLOT_MASK)) * np.uint64(BITMAP_WORDS)
+    return spans_of_bits(blocks, _fetch(ram, pages)[row[:, None], first[:, None] + _WORD])
 
 
 def spans_of_bits(blocks: U64, bits: U64) -> Spans:
