@@ -35,7 +35,7 @@ from pkramfs.units import MIB, PAGE_SHIFT, PAGE_SIZE, format_size
 POISON = 0x6B
 """The byte that `--poison` fills unreserved memory with, the kernel's own POISON_FREE."""
 
-_ROOM_FLOOR, _ROOM_SHARE = 256 * MIB, 0.05
+_ROOM_FLOOR, _ROOM_SHARE, _ROOM_MOST = 256 * MIB, 0.05, 0.25
 _KEEP_SIZE, _PUNCH_HOLE_KEEP_SIZE = 0x01, 0x03
 _MADV_POPULATE_WRITE = 23  # not named by Python
 _MANY = 16 * PAGE_SIZE
@@ -250,13 +250,14 @@ class Ram:
         return os.fstat(self.fd).st_blocks * 512
 
     def room(self, *, floor: float = 1.0) -> int:
-        """Bytes that may still be touched: what is free behind RAM less 5 % or 256 MiB, whichever is more.
+        """Bytes that may still be touched: what is free behind RAM less 5 % or 256 MiB, whichever is more, but of a
+        file system below 1 GiB, as containers have it, less a quarter.
 
         `floor` is how much of that reserve must stay: what has to succeed may use some of it.
         """
         host = os.fstatvfs(self.fd)
         free, whole = host.f_bavail * host.f_frsize, host.f_blocks * host.f_frsize
-        return free - int(floor * max(_ROOM_FLOOR, whole * _ROOM_SHARE))
+        return free - int(floor * _reserve(whole))
 
     def _exhausted(self, error: OSError) -> ExhaustedError:
         """The host has refused what was within its room when it was asked: others fill the same file system."""
@@ -273,6 +274,11 @@ class Ram:
                 f"no room behind RAM: {format_size(size)} wanted, {format_size(max(room, 0))} may be used on the "
                 f"file system of {self.path}; free some there or give it a larger one"
             )
+
+
+def _reserve(whole: int) -> int:
+    """What of a file system of so many bytes is left to others."""
+    return int(max(min(_ROOM_FLOOR, whole * _ROOM_MOST), whole * _ROOM_SHARE))
 
 
 def _leave(at: int, size: int) -> None:

@@ -137,9 +137,11 @@ def test_copy_and_poison(ram):
     assert set(bytes(ram.page(8))) == {POISON} and ram.words(9)[0] == 512
 
 
-@pytest.mark.parametrize(("whole", "free", "room"), [(64, 10, 6.8), (1, 0.5, 0.25), (4, 0.1, -0.15)])
+@pytest.mark.parametrize(
+    ("whole", "free", "room"), [(64, 10, 6.8), (1, 0.5, 0.25), (4, 0.1, -0.15), (1 / 16, 1 / 16, 3 / 64)]
+)
 def test_some_room_is_left_to_the_host(ram, monkeypatch, whole, free, room):
-    """5 % of the file system or 256 MiB, whichever is more."""
+    """5 % of the file system or 256 MiB, whichever is more, but of a small one a quarter."""
     figures = (4096, 4096, int(whole * GIB) >> 12, 0, int(free * GIB) >> 12, 0, 0, 0, 0, 255)
     monkeypatch.setattr(os, "fstatvfs", lambda _fd: os.statvfs_result(figures))
     assert ram.room() == pytest.approx(room * GIB, abs=MIB)
