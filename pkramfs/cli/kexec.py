@@ -36,8 +36,8 @@ from pkramfs.units import format_size
 
 if TYPE_CHECKING:
     from pkramfs.cli.mounts import Mounts, Seen
-    from pkramfs.kernel.kexec import Operation, Plan
     from pkramfs.kernel.staging import Loaded
+    from pkramfs.kernel.steps import Operation, Plan
     from pkramfs.machine.directory import Machine
 
 PROGRAM = "pkram-kexec"

@@ -42,6 +42,7 @@ Read in this order:
     boot         the steps from power-on to kernel.json
     running      attach: boot, resume, take over, or just look
     loading      -l: destinations that overwrite nothing that is preserved
+    steps        what is described before it is done, and undone if a later step fails
     kexec        the plan of -e, and the order of all of it
     ways         what bans and relocation cost, and what scratch would
     crash        a kernel to look at the dead one with

@@ -11,27 +11,29 @@ is the object that `-e` executes. The order of a kexec:
 
      caller   lock the machine exclusively; freeze every mount, flushed; ask what each has preserved
      plan     refuse: mounts not preserved, nodes that pkram= would lose, no room for the next kernel
-     1        stop the mounts: their daemons detach and end
-     2        load again elsewhere, if preserved pages have come to lie in a destination
+     1        load again elsewhere, if preserved pages have come to lie in a destination
+     2        have the host give memory to the destinations: what is checked only, others may take
      3        write the region list into the reserve, and publish it in the super block
-     4        read all of it back as boot will, and place the next kernel: the last chance to refuse
+     4        read all of it back as boot will, and place the next kernel
      5        nvram.json: the pending boot, and what to mount again
+     6        stop the mounts: their daemons detach and end
+     7        see that the nodes are still those that were planned with: the last chance to refuse
      ──────── remove kernel.json: the point of no return (and cmdline, pkram, iomem, dmesg) ─────────
-     6        copy the segments into RAM, remove the staging directory's files
-     7        boot in a fresh process; it publishes kernel.json
-     8        take over: consume the old super block, free stale memory, clear the pending boot
+     8        copy the segments into RAM, remove the staging directory's files
+     9        boot in a fresh process; it publishes kernel.json
+     10       take over: consume the old super block, free stale memory, clear the pending boot
      caller   unlock; mount again
 
-Failing before the line takes back what was published. Dying there leaves a kernel that goes on: the
-next command takes back the region list and the pending boot, and the mounts have to be mounted again.
-Dying after it leaves a boot that the next command resumes.
+What fails before the line is undone, so that everything is as it was; all that a full host can prevent
+comes before the mounts are stopped. Dying before the line leaves a kernel that goes on: the next command
+takes back the region list and the pending boot, and the mounts have to be mounted again. Dying after it
+leaves a boot that the next command resumes.
 Forced, a kexec goes on without what would be lost, and the new kernel's log names it.
 
 Kernel: kernel/kexec_core.c (kernel_kexec), kernel/kexec_file.c, kernel/kexec.c, mm/pkram.c
         (pkram_reboot), patches 7, 10 and 15 to 18
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -45,14 +47,17 @@ from pkramfs.kernel import incoming, loading, nvram, placement, running, staging
 from pkramfs.kernel.incoming import IncomingNode
 from pkramfs.kernel.nvram import NodePages, Pending
 from pkramfs.kernel.running import Running
-from pkramfs.kernel.segments import conflicts, destinations
+from pkramfs.kernel.segments import conflicts, destinations, page_count
 from pkramfs.kernel.staging import FILE_MODE, Loaded
 from pkramfs.kernel.state import LAYOUT
+from pkramfs.kernel.steps import Operation, Plan
 from pkramfs.machine.directory import Machine
 from pkramfs.pkram import regions, superblock
 from pkramfs.spans import U64, Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SIZE, format_pfn, format_size, plural
 
+_SMALL = 1 << 20
+"""Bytes behind RAM for all else that a kexec writes: super block, nvram.json, logs, what boot exports."""
 _BOOT_SECONDS, _COPY_RATE = 0.5, 4e8
 """What a machine's first kexec takes without segments (a fresh interpreter, mostly), and bytes copied and
 summed a second. Measured: 0.51 s, and 1.1 s for 419 MB; later kexecs go by the machine's own last one."""
@@ -69,71 +74,6 @@ class MountReport:
     reason: str = ""
     tree_id: int = 0
     """Whose page blocks hold its pages; 0 where nobody knows."""
-
-
-class Operation(ABC):
-    """One step of a plan."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """The step in one line."""
-
-    def details(self) -> list[str]:
-        """What belongs to the step: one line for each piece."""
-        return []
-
-    def lines(self) -> list[str]:
-        """The step for people, what belongs to it indented."""
-        return [self.describe(), *(f"  {detail}" for detail in self.details())]
-
-    @abstractmethod
-    def execute(self) -> None:
-        """Do it. Whoever dies here leaves what the table above says."""
-
-    def undo(self) -> None:
-        """Take it back, because a later step failed before the point of no return."""
-        return
-
-
-@dataclass
-class Plan:
-    """What `-e` will do. `problems` are the reasons not to; `execute` raises the first of them."""
-
-    problems: list[PkramfsError]
-    warnings: list[str]
-    relocations: list[str]
-    """Pages that lie, or lay, where the loaded kernel will be copied, and whose."""
-    operations: list[Operation]
-    pause: float
-    """Predicted seconds from the first freeze to the running kernel."""
-    copying: float
-    """Of these, for copying segments into RAM and summing them."""
-
-    def describe(self) -> list[str]:
-        """The plan for people, one line each."""
-        return [
-            *(f"refused: {problem}" for problem in self.problems),
-            *(f"warning: {warning}" for warning in self.warnings),
-            *self.relocations,
-            *(line for operation in self.operations for line in operation.lines()),
-            f"predicted pause: {self.pause:.1f} s",
-        ]
-
-    def execute(self, before: Callable[[Operation], None] = lambda _: None) -> None:
-        """Do it, telling `before` each operation. The caller holds the machine lock exclusively."""
-        if self.problems:
-            raise self.problems[0]
-        done: list[Operation] = []
-        try:
-            for operation in self.operations:
-                before(operation)
-                done.append(operation)
-                operation.execute()
-        except BaseException:
-            if not any(isinstance(operation, PointOfNoReturn) for operation in done):
-                for operation in reversed(done):
-                    operation.undo()
-            raise
 
 
 @dataclass
@@ -222,12 +162,16 @@ def plan(
 
 
 def _operations(going: Transition, mounts: Sequence[MountReport], stop: Callable[[], None]) -> list[Operation]:
-    found: list[Operation] = [StopMounts(mounts, stop)] if mounts else []
+    found: list[Operation] = []
     if going.keeps and loading.blocking(going.loaded, going.preserved):
         found.append(LoadElsewhere(going))
+    found.append(TakeRoom(going))
     if going.keeps and going.nodes:
         found.append(WriteRegions(going))
-    return [*found, Verify(going), DecideBoot(going), PointOfNoReturn(going), Boot(going), TakeOver(going)]
+    found += [Verify(going), DecideBoot(going)]
+    if mounts:
+        found += [StopMounts(mounts, stop), LastLook(going)]
+    return [*found, PointOfNoReturn(going), Boot(going), TakeOver(going)]
 
 
 def _losses(going: Transition, mounts: Sequence[MountReport]) -> list[PkramfsError]:
@@ -290,7 +234,8 @@ def _relocations(going: Transition, mounts: Sequence[MountReport]) -> list[str]:
 
 
 def _impossible(going: Transition) -> list[PkramfsError]:
-    """What force cannot help: destinations that would destroy what crosses, no room for the next kernel."""
+    """What force cannot help: destinations that would destroy what crosses, no room for the next kernel, in RAM or
+    behind it."""
     blocking = loading.blocking(going.loaded, going.preserved)
     if blocking and going.loaded.mode != FILE_MODE:
         return [loading.conflict(conflicts(going.loaded.segments, loading.owners(going.kernel, going.nodes)))]
@@ -298,14 +243,23 @@ def _impossible(going: Transition) -> list[PkramfsError]:
         loaded = loading.elsewhere(going.kernel, going.loaded, going.preserved) if blocking else going.loaded
         hardware = going.machine.hardware()
         placement.arrange(hardware, replace(going.pending, segments=loaded.segments), going.preserved)
+        going.kernel.ram.check_room(_room(going))
     except ExhaustedError as error:
         return [error]
     return []
 
 
+def _room(going: Transition) -> int:
+    """Bytes that the host must have: for the kernel where it is loaded and where it runs, the region list, tables."""
+    segments = 2 * sum(segment.size for segment in going.loaded.segments)
+    table = placement.block_count(going.machine.hardware()) * 8
+    ranges = sum(len(node.spans) for node in going.nodes) if going.keeps else 0
+    return segments + table + regions.pages_needed(ranges) * PAGE_SIZE + _SMALL
+
+
 @dataclass
 class StopMounts(Operation):
-    """1: the daemons detach and end."""
+    """6: the daemons detach and end."""
 
     mounts: Sequence[MountReport]
     stop: Callable[[], None]
@@ -319,7 +273,7 @@ class StopMounts(Operation):
 
 @dataclass
 class LoadElsewhere(Operation):
-    """2: pages were preserved where the kernel was to be copied; -s leaves the place to us."""
+    """1: pages were preserved where the kernel was to be copied; -s leaves the place to us."""
 
     going: Transition
 
@@ -338,6 +292,34 @@ class LoadElsewhere(Operation):
             going.machine.log(f"kexec: {line}")
         moved = loading.elsewhere(going.kernel, going.loaded, going.preserved)
         going.loaded = loading.restage(going.machine, moved)
+
+
+@dataclass
+class TakeRoom(Operation):
+    """2: others fill the host, too; what it has given to us they cannot take between now and the boot."""
+
+    going: Transition
+    _given: Spans = field(default_factory=Spans)
+
+    def describe(self) -> str:
+        return f"take room for the kernel: {format_size(self._pages.total * PAGE_SIZE)} behind RAM"
+
+    @property
+    def _pages(self) -> Spans:
+        return Spans((s.pfn, s.pfn + page_count(s.size)) for s in self.going.loaded.segments)
+
+    def execute(self) -> None:
+        ram = self.going.kernel.ram
+        self._given = self._pages - incoming.union(ram.data_spans(*span) for span in self._pages)
+        ram.back(self._given)
+
+    def undo(self) -> None:
+        """Give it back, but for what lies in somebody's page blocks, who may have begun to use it."""
+        kernel = self.going.kernel
+        if kernel.info.layout == LAYOUT:
+            with kernel.machine.tables():
+                free = kernel.leases.taken().gaps(0, kernel.info.blocks).scale(BLOCK_PAGES)
+                kernel.ram.punch(self._given & free)
 
 
 @dataclass
@@ -368,7 +350,10 @@ class WriteRegions(Operation):
         superblock.set_regions(ram, info.super_pfn, head)
 
     def undo(self) -> None:
+        """Take the list back: it would be short of what is preserved later."""
+        info = self.going.kernel.info
         running.take_back_regions(self.going.kernel)
+        self.going.kernel.ram.punch(info.reserve_pages - Spans([(info.super_pfn, info.super_pfn + 1)]))
 
 
 class _Reserve:
@@ -386,7 +371,7 @@ class _Reserve:
 
 @dataclass
 class Verify(Operation):
-    """4: read what crosses as boot will, and find room for the next kernel, while we still can refuse."""
+    """4: read what crosses as boot will, and find a place for the next kernel, before anything is stopped."""
 
     going: Transition
 
@@ -402,8 +387,6 @@ class Verify(Operation):
         if blocked := destinations(going.loaded.segments) & preserved:
             raise loading.conflict([f"{plural(blocked.total, 'preserved page')} from pfn {int(blocked.starts[0]):x}"])
         placement.arrange(hardware, going.pending, preserved)
-        # twice: where it is loaded, and where it runs
-        going.kernel.ram.check_room(2 * sum(s.size for s in going.loaded.segments))
 
 
 @dataclass
@@ -411,13 +394,36 @@ class DecideBoot(Operation):
     """5: from now on a boot is pending, but this kernel still lives."""
 
     going: Transition
+    _before: Sequence[dict[str, object]] = ()
 
     def describe(self) -> str:
         return f"decide the boot of {self.going.loaded.image.name}: {self.going.loaded.cmdline}"
 
     def execute(self) -> None:
         remount = list(self.going.remount) if self.going.keeps else []  # no empty mount in the place of a lost tree
+        self._before = nvram.mounts(self.going.machine)
         nvram.set_pending(self.going.machine, self.going.pending, remount)
+
+    def undo(self) -> None:
+        if nvram.pending(self.going.machine) is not None:
+            nvram.cancel(self.going.machine, self._before)
+
+
+@dataclass
+class LastLook(Operation):
+    """7: until its daemon had ended, a tree could have been changed again, and its node be gone."""
+
+    going: Transition
+
+    def describe(self) -> str:
+        return "see that what was preserved still is"
+
+    def execute(self) -> None:
+        if not self.going.keeps:
+            return
+        found = {(node.name, node.pfn) for node in loading.preserved_nodes(self.going.kernel)}
+        if gone := [node.name for node in self.going.nodes if (node.name, node.pfn) not in found]:
+            raise NotPreservedError(f"node {gone[0]} is gone: its tree was changed again meanwhile; preserve it anew")
 
 
 @dataclass
@@ -425,6 +431,7 @@ class PointOfNoReturn(Operation):
     """The running kernel is no more."""
 
     going: Transition
+    final = True
 
     def describe(self) -> str:
         info = self.going.kernel.info
@@ -437,7 +444,7 @@ class PointOfNoReturn(Operation):
 
 @dataclass
 class Boot(Operation):
-    """6 and 7: segments into RAM, then a process that knows nothing else."""
+    """8 and 9: segments into RAM, then a process that knows nothing else."""
 
     going: Transition
 
@@ -453,7 +460,7 @@ class Boot(Operation):
 
 @dataclass
 class TakeOver(Operation):
-    """8: the new kernel's first act."""
+    """10: the new kernel's first act."""
 
     going: Transition
 

@@ -129,9 +129,13 @@ def set_pending(machine: "Machine", boot: Pending, mounts: Sequence[dict[str, An
     _write(machine, data)
 
 
-def cancel(machine: "Machine") -> None:
-    """Forget a boot that died before the point of no return. Its mounts were stopped: they stay listed."""
-    _write(machine, read(machine) | {"pending": None})
+def cancel(machine: "Machine", mounts: Sequence[dict[str, Any]] | None = None) -> None:
+    """Forget a boot that died before the point of no return.
+
+    Its mounts may have been stopped: they stay listed, unless `mounts` says what was listed before.
+    """
+    found = read(machine) | {"pending": None}
+    _write(machine, found if mounts is None else found | {"mounts": list(mounts)})
 
 
 def finished(machine: "Machine", generation: int) -> None:

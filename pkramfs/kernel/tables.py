@@ -30,8 +30,8 @@ def write(
     view = lease_view(ram, table[0], blocks)
     holes = Spans([(0, blocks)]) - usable.inward(BLOCK_PAGES)
     kernel_blocks = kernel.outward(BLOCK_PAGES) - holes
-    trees = union(node.spans for node in nodes).outward(BLOCK_PAGES)
-    leases.back(ram, table[0], holes | kernel_blocks | reserve.outward(BLOCK_PAGES) | trees)
+    of_nodes = union(node.spans for node in nodes).outward(BLOCK_PAGES)
+    leases.back(ram, table[0], holes | kernel_blocks | reserve.outward(BLOCK_PAGES) | of_nodes)
     _fill(view, holes, HOLE)
     _fill(view, kernel_blocks, KERNEL)
     _fill(view, reserve.outward(BLOCK_PAGES), RESERVE)

@@ -56,7 +56,8 @@ def test_the_plan_is_told_step_by_step(lab: Any) -> None:
         lines = plan.describe()
         plan.execute(lambda operation: told.extend(operation.lines()))
     assert lines[:-1] == told
-    assert lines[0] == "stop 1 mount: /mnt"
+    order = [next(at for at, line in enumerate(lines) if begin in line) for begin in ("room", "hand over", "stop 1 m")]
+    assert order == sorted(order) and "stop 1 mount: /mnt" in lines, "nothing is stopped before all is known"
     assert any("point of no return" in line for line in lines)
     assert lines[-1] == "predicted pause: 0.5 s"
 
@@ -149,7 +150,8 @@ def test_a_refusal_lists_the_first_of_many_ranges() -> None:
     assert len(lines) == 21
 
 
-OPERATIONS = ["StopMounts", "WriteRegions", "Verify", "DecideBoot", "PointOfNoReturn", "Boot", "TakeOver"]
+OPERATIONS = ["TakeRoom", "WriteRegions", "Verify", "DecideBoot", "StopMounts", "LastLook"]
+OPERATIONS += ["PointOfNoReturn", "Boot", "TakeOver"]
 
 
 @pytest.mark.parametrize("after", OPERATIONS)
