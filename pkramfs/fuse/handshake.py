@@ -15,12 +15,18 @@ libfuse and pyfuse3 do not let a file system choose all that FUSE offers. What w
 
 and no AUTO_INVAL_DATA: nobody but the kernel changes a file, so its pages stay true.
 
+Nor ASYNC_DIO. With it the kernel lets go of cached pages before an asynchronous O_DIRECT write (libaio, io_uring)
+and not again when the write is done. What another process reads meanwhile stays in the cache as it was, for good, and
+the next buffered write of one byte puts the stale page back over the direct write. Without it the kernel waits
+for each such write, as for a synchronous one, and then lets go again.
+
 `Operations.init` is called while libfuse works on its INIT, before anything else is read: there
 the real descriptor takes the place of the socket, by dup2. (Later would be too late: trio would go on
 waiting for the socket.) libfuse's answer then reaches the kernel with a number that it never gave,
 and is dropped. The same way a new daemon can take over the connection of an old one.
 
-Kernel: fs/fuse/inode.c (fuse_send_init, process_init_reply), include/uapi/linux/fuse.h
+Kernel: fs/fuse/inode.c (fuse_send_init, process_init_reply), fs/fuse/file.c (fuse_aio_complete),
+        mm/filemap.c (generic_file_direct_write), include/uapi/linux/fuse.h
 """
 
 import os
@@ -38,12 +44,12 @@ MAX_PAGES = MAX_WRITE >> 12
 MAX_BACKGROUND = 64
 
 ASYNC_READ, ATOMIC_O_TRUNC, EXPORT_SUPPORT, BIG_WRITES, DONT_MASK = 1 << 0, 1 << 3, 1 << 4, 1 << 5, 1 << 6
-DO_READDIRPLUS, ASYNC_DIO, WRITEBACK_CACHE, PARALLEL_DIROPS = 1 << 13, 1 << 15, 1 << 16, 1 << 18
+DO_READDIRPLUS, WRITEBACK_CACHE, PARALLEL_DIROPS = 1 << 13, 1 << 16, 1 << 18
 POSIX_ACL, MAX_PAGES_FLAG, CACHE_SYMLINKS = 1 << 20, 1 << 22, 1 << 23
 HANDLE_KILLPRIV_V2, INIT_EXT = 1 << 28, 1 << 30
 
 NEEDED = ATOMIC_O_TRUNC | BIG_WRITES | DONT_MASK | DO_READDIRPLUS | WRITEBACK_CACHE | MAX_PAGES_FLAG
-WANTED = NEEDED | ASYNC_READ | EXPORT_SUPPORT | ASYNC_DIO | PARALLEL_DIROPS | POSIX_ACL | CACHE_SYMLINKS
+WANTED = NEEDED | ASYNC_READ | EXPORT_SUPPORT | PARALLEL_DIROPS | POSIX_ACL | CACHE_SYMLINKS
 WANTED |= HANDLE_KILLPRIV_V2
 """Kernels before 5.11 lack the last: without it, and without its forerunner, they drop set-id bits themselves."""
 

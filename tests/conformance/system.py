@@ -1,6 +1,7 @@
 """System calls that Python's library lacks, raising OSError as its own do."""
 
 import ctypes
+import mmap
 import os
 import struct
 
@@ -131,3 +132,30 @@ class DirStream:
 def acl(*entries: tuple[int, int, int]) -> bytes:
     """An ACL as the kernel wants it: (tag, permissions, id)."""
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+class Aio:
+    """An asynchronous write as libaio makes it."""
+
+    _SETUP, _DESTROY, _EVENTS, SUBMIT = (206, 207, 208, 209) if os.uname().machine == "x86_64" else (0, 1, 4, 2)
+    _PWRITE = 1
+
+    def __init__(self) -> None:
+        self._context = ctypes.c_ulong()
+        _check(_libc.syscall(self._SETUP, 1, ctypes.byref(self._context)))
+
+    def submit(self, fd: int, content: mmap.mmap) -> None:
+        """Begin to write to the start of a file."""
+        at = ctypes.addressof(ctypes.c_char.from_buffer(content))
+        block = struct.pack("<QIIHhIQQqQII", 0, 0, 0, self._PWRITE, 0, fd, at, len(content), 0, 0, 0, 0)
+        table = ctypes.byref(ctypes.c_char_p(block))
+        _check(_libc.syscall(self.SUBMIT, self._context, ctypes.c_long(1), table))
+
+    def wait(self) -> int:
+        """What the write has returned."""
+        event = ctypes.create_string_buffer(32)
+        _check(_libc.syscall(self._EVENTS, self._context, ctypes.c_long(1), ctypes.c_long(1), event, None))
+        return int(struct.unpack_from("<q", event, 16)[0])
+
+    def close(self) -> None:
+        _check(_libc.syscall(self._DESTROY, self._context))

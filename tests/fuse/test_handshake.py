@@ -38,6 +38,8 @@ def test_what_is_chosen() -> None:
     old = EVERYTHING & ~h.HANDLE_KILLPRIV_V2
     assert not h.choose(old) & (handle_killpriv | h.HANDLE_KILLPRIV_V2)
     assert h.choose(h.NEEDED) == h.NEEDED  # nothing that was not offered
+    async_dio = 1 << 15  # never: nobody would drop what was cached while such a write was under way
+    assert not h.choose(EVERYTHING) & async_dio
 
 
 def test_a_whole_handshake(device: tuple[int, socket.socket]) -> None:
