@@ -65,13 +65,12 @@ class Data(Filling):
         return inode.ino | WRITING
 
     def _truncate_on_open(self, inode: Inode, caller: Caller) -> None:
-        """Unlike truncate(2), O_TRUNC sets the times even of an empty file; never back to before what the kernel
-        has noted, whose clock may be ahead of ours by less than a tick."""
+        """Unlike truncate(2), O_TRUNC sets the times even of an empty file."""
         self._change("setattr", ino=inode.ino, size=0)
         if inode.size:
             self._resize(inode, 0)
         self._drop_privileges(inode, caller, keep_set_id=caller.uid == 0)
-        inode.mtime = inode.ctime = max(clock.now(), inode.mtime)
+        inode.mtime = inode.ctime = clock.now()
 
     # -- reading --------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Which call changes which time of what, and times that are given."""
 
+import itertools
 import mmap
 import os
 import time
@@ -112,6 +113,28 @@ def test_changes(both: Any, call: str) -> None:
         make("full", "full")
         _settle()
         CALLS[call](t)
+
+    both(case)
+
+
+def test_what_is_newer_never_looks_older(both: Any) -> None:
+    """Files that the kernel stamps (what is written), and objects that are made before and after, in one order."""
+    makers = [os.mkdir, os.mkfifo, lambda name: os.symlink("a", name), write, lambda name: os.link("a", name)]
+
+    def case(t: Any) -> None:
+        fd, other = os.open("a", os.O_RDWR | os.O_CREAT), os.memfd_create("elsewhere")
+        newest = []
+        for number in range(100):
+            os.utime(other)
+            newest.append(os.fstat(other).st_ctime_ns)  # another file system gives times between two ticks
+            os.write(fd, b"x")
+            newest.append(os.fstat(fd).st_mtime_ns)
+            name = f"b{number}"
+            makers[number % len(makers)](name)
+            newest += [os.lstat(name).st_ctime_ns, os.stat(".").st_mtime_ns]
+            os.rename(name, f"c{number}")
+            newest.append(os.stat(".").st_mtime_ns)
+        t.note("reversed:", sum(late < early for early, late in itertools.pairwise(newest)))
 
     both(case)
 
