@@ -36,7 +36,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from pkramfs.fs.attributes import without_set_id
-from pkramfs.fs.core import WRITING
+from pkramfs.fs.core import INO_MASK, WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.tree import Tree
@@ -263,11 +263,14 @@ class Operations(pyfuse3.Operations):
     def statfs(self, ctx: RequestContext) -> StatvfsData:
         return self._translate.statfs(self.tree.statfs())
 
-    @_request
-    def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        if name.startswith(doors.EXTENTS):
-            return doors.listing(self.tree.extents(inode, doors.parse_start(name)))
-        return self.tree.getxattr(inode, name)
+    @_waiting
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        if not name.startswith(doors.EXTENTS):
+            return self.tree.getxattr(inode, name)
+        start = doors.parse_start(name)
+        if self.tree.inode(inode).writers:
+            await self.cache.drop(inode)  # what was not written back is no hole either
+        return doors.listing(self.tree.extents(inode, start))
 
     @_request
     def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
@@ -349,7 +352,9 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         inode = self.tree.create(parent, name, mode, ctx)
         handle = self.tree.open(inode.ino, flags & ~os.O_TRUNC, ctx)
-        return self._open(handle), self._named(inode)
+        opened = self._open(handle), self._named(inode)
+        self._translate.guessed.discard(inode.ino)  # every close has the kernel ask for the blocks again
+        return opened
 
     @_request
     def read(self, handle: int, offset: int, size: int) -> bytes:
@@ -369,7 +374,14 @@ class Operations(pyfuse3.Operations):
     def release(self, handle: int) -> None:
         self.tree.release(handle)
         if handle & WRITING:
-            self.writer_gone()
+            self._writer_gone(handle & INO_MASK)
+
+    def _writer_gone(self, number: int) -> None:
+        inode = self.tree.inodes.get(number)
+        if number in self._translate.guessed and (inode is None or not inode.writers):
+            self._translate.guessed.discard(number)
+            self.cache.drop_attributes(number)
+        self.writer_gone()
 
     @_request
     def flush(self, handle: int) -> NoReturn:

@@ -8,6 +8,10 @@ Timeouts are endless: we alone change the tree, and every change comes through t
 blocks of a file that is written to grow when the kernel writes back, and it does not look: attributes
 of such a file are good for WRITTEN seconds, so that `du` sees a download grow.
 
+A file without blocks has no data, and tar and others believe that without reading it. So a file of which the
+kernel may have data that we have not seen has a page at least, until the last who can write is gone (RELEASE
+comes after the last write-back, of mappings too). Then the kernel is told to ask again what was only `guessed`.
+
 Kernel: include/uapi/linux/fuse.h (fuse_attr, fuse_entry_out), fs/fuse/inode.c (fuse_change_attributes)
 """
 
@@ -16,7 +20,7 @@ from typing import cast
 
 import pyfuse3
 
-from pkramfs.fs.inode import Inode
+from pkramfs.fs.inode import BLOCKS_PER_PAGE, Inode
 from pkramfs.fs.limits import StatFs
 from pkramfs.fs.tree import Tree
 from pkramfs.units import PAGE_SIZE
@@ -54,6 +58,7 @@ class Translator:
         absent.st_ino = 0
         absent.entry_timeout = FOREVER
         self._statfs = pyfuse3.StatvfsData()
+        self.guessed: set[int] = set()
 
     def entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
         """The answer that describes `inode`; valid until the next call."""
@@ -66,7 +71,11 @@ class Translator:
         entry.st_gid = inode.gid
         entry.st_rdev = inode.rdev
         entry.st_size = inode.size
-        entry.st_blocks = inode.blocks
+        blocks = inode.blocks
+        if not blocks and inode.writers:
+            blocks = BLOCKS_PER_PAGE
+            self.guessed.add(inode.ino)
+        entry.st_blocks = blocks
         entry.st_blksize = PAGE_SIZE if self._tree.huge == "never" else self._tree.block_size(inode)
         entry.st_atime_ns = inode.atime
         entry.st_mtime_ns = inode.mtime

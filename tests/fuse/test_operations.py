@@ -133,3 +133,24 @@ def test_an_order_that_fails_is_an_errno(
         ask(ops.setxattr, entry.st_ino, b"user.pkramfs.punch", b"0:4096", ME)
     assert caught.value.errno == code
     assert ("RuntimeError" in caplog.text) == (code == errno.EIO)
+
+
+def test_no_file_has_no_blocks_while_it_may_have_data(ops: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is open for writing has a page at least; when it is not any more the kernel asks again."""
+    asked: list[int] = []
+    monkeypatch.setattr(ops.cache, "drop_attributes", asked.append)
+    opened, entry = ask(ops.create, 1, b"a", 0o644, os.O_WRONLY, ME)
+    handle, ino = opened.fh, entry.st_ino
+    assert entry.st_blocks == 8
+    ask(ops.release, handle)
+    assert asked == []  # a close has invalidated what the answer to CREATE said
+    assert ask(ops.getattr, ino, ME).st_blocks == 0
+    first, second, reader = (ask(ops.open, ino, flags, ME).fh for flags in (os.O_WRONLY, os.O_RDWR, os.O_RDONLY))
+    asked.clear()
+    assert ask(ops.lookup, 1, b"a", ME).st_blocks == 8
+    ask(ops.release, first)
+    assert asked == [] and ask(ops.getattr, ino, ME).st_blocks == 8
+    ask(ops.release, second)
+    assert asked == [ino] and ask(ops.getattr, ino, ME).st_blocks == 0
+    ask(ops.release, reader)
+    assert asked == [ino]

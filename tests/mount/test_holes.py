@@ -7,8 +7,9 @@ import random
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -215,3 +216,60 @@ def test_a_file_that_grows_is_seen_to_grow(lab: Any) -> None:
             while blocks(mnt / "f") != 8 * pages:
                 assert time.monotonic() < deadline, blocks(mnt / "f")
                 os.stat(mnt)
+
+
+def _write(path: Path) -> BinaryIO:
+    file = open(path, "wb", buffering=0)  # noqa: SIM115
+    file.write(b"data" * (MIB // 4))
+    return file
+
+
+def _write_behind_a_hole(path: Path) -> BinaryIO:
+    file = open(path, "wb", buffering=0)  # noqa: SIM115
+    file.seek(3 * MIB)
+    file.write(b"end")
+    return file
+
+
+def _map(path: Path) -> mmap.mmap:
+    with open(path, "w+b") as file:
+        file.truncate(MIB)
+        memory = mmap.mmap(file.fileno(), MIB)
+    memory[5 * PAGE : 6 * PAGE] = b"data" * (PAGE // 4)
+    return memory
+
+
+@pytest.mark.parametrize("use", [_write, _write_behind_a_hole, _map])
+def test_an_archive_of_a_file_that_is_being_written_has_its_data(
+    lab: Any, use: Callable[[Path], BinaryIO | mmap.mmap]
+) -> None:
+    """tar takes a file without blocks for one without data, also while all that it has is in the kernel's cache."""
+    mnt = lab.mount("one")
+    with use(mnt / "f"):
+        assert blocks(mnt / "f") > 0
+        packed = subprocess.run(["tar", "-C", mnt, "-cSf", "-", "f"], check=True, capture_output=True).stdout
+        out = lab.dir("out")
+        subprocess.run(["tar", "-C", out, "-xf", "-"], input=packed, check=True)
+        assert (out / "f").read_bytes() == (mnt / "f").read_bytes() != bytes(os.path.getsize(mnt / "f"))
+
+
+def test_blocks_are_exact_when_nobody_writes(lab: Any) -> None:
+    """Of a file that has been open for writing, whatever was said meanwhile."""
+    mnt = lab.mount("one")
+    for number in range(20):
+        with open(mnt / f"{number}", "wb") as file:
+            assert blocks(mnt / f"{number}") > 0
+            file.truncate(number * PAGE)
+            assert blocks(mnt / f"{number}") > 0
+        assert blocks(mnt / f"{number}") == 0
+        with open(mnt / f"{number}", "r+b"):
+            assert blocks(mnt / f"{number}") > 0
+            with os.scandir(mnt) as entries:
+                assert all(entry.stat() for entry in entries)
+        assert blocks(mnt / f"{number}") == 0
+
+
+def test_extents_have_what_is_not_written_back(lab: Any) -> None:
+    mnt = lab.mount("one")
+    with _write_behind_a_hole(mnt / "f"):
+        assert os.getxattr(mnt / "f", "user.pkramfs.extents") == b"%d:3\n" % (3 * MIB)
