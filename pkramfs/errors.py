@@ -10,6 +10,7 @@
     ├─ NotPreservedError               6   kexec asked for while a tree, or a node, would be lost
     ├─ DaemonError                     7   a mount daemon did not answer, or died
     ├─ MachineError                    8   the machine's directory cannot be used as it is
+    │   └─ DamagedError                    a file of it is not what it should be: file, field, found, expected
     └─ PkramError (OSError)            9   the PKRAM core's own: EEXIST, ENOENT, EBUSY, ENODEV, …
 
 A message is one line for people: what, where, what to do. Chapters raise these or built-in
@@ -101,6 +102,16 @@ class DaemonError(PkramfsError):
 
 class MachineError(PkramfsError):
     exit_status = 8
+
+
+class DamagedError(MachineError):
+    """A file of the machine's directory is not what this program wrote; `remedy` says what to do."""
+
+    def __init__(
+        self, path: str, what: str, remedy: str, *, field: str = "", found: str = "", expected: str = ""
+    ) -> None:
+        self.path, self.field, self.found, self.expected, self.remedy = path, field, found, expected, remedy
+        super().__init__(f"{path} is damaged: {what}" + (f"; {remedy}" if remedy else ""))
 
 
 class PkramError(ErrnoError):

@@ -60,18 +60,20 @@ def _hardware(args: argparse.Namespace) -> "FirmwareMap | None":
 
 
 def _read_map(path: str) -> dict[str, Any]:
-    import json
+    from pkramfs import schema
+    from pkramfs.machine.files import read_file
 
     try:
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
+        data = read_file(path, follow=True)
     except OSError as error:
         raise UsageError(f"cannot read the map: {explain(error)}") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path}: a firmware map is an object, as machine.json has it")
-    return data
+    if data is None:
+        raise UsageError(f"cannot read the map: {path}: No such file or directory")
+    try:
+        found: dict[str, Any] = schema.Object({}, others=schema.Anything()).read(schema.parse(data))
+    except schema.Invalid as error:
+        raise UsageError(f"{path}: {error}: a firmware map is an object, as machine.json has it") from None
+    return found
 
 
 def show(args: argparse.Namespace) -> None:

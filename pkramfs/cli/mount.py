@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from pkramfs import schema
 from pkramfs.cli import arguments
 from pkramfs.errors import PkramfsError, UsageError, explain
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 PROGRAM = "mount.pkramfs"
 USAGE, SYSTEM, FAILURE = 1, 2, 32
+_ANSWER = schema.Object({}, optional={"ok": schema.Text(), "error": schema.Text(), "status": schema.Whole(0, 255)})
+"""What a daemon says when it serves, or why it does not."""
+_ANSWER_MOST = 1 << 20
 GO = b"go"
 """What a daemon that was started is told when it shall mount."""
 _DESCRIPTION = "Mount a tmpfs whose tree survives a kexec, or change such a mount; see mount.pkramfs(8)."
@@ -204,25 +208,27 @@ class Starting:
 
     def serve(self) -> str:
         """Let it mount, wait until it serves; returns what it has to say. MountError with its reason."""
-        import json
         from contextlib import suppress
 
         with suppress(BrokenPipeError):  # it died already, and the line it does not send says so
             os.write(self._go, GO)
         os.close(self._go)
-        with open(self._answer, encoding="utf-8") as pipe:
-            line = pipe.readline()
+        with open(self._answer, "rb") as pipe:
+            line = pipe.readline(_ANSWER_MOST)
         if not line:
             status = self._daemon.wait()
             raise MountError(f"the mount daemon (pid {self._daemon.pid}) died with status {status} before it served")
-        answer = json.loads(line)
+        try:
+            answer = _ANSWER.read(schema.parse(line))
+        except schema.Invalid as error:
+            raise MountError(f"the mount daemon (pid {self._daemon.pid}) cannot be understood: {error}") from None
         if "error" in answer:
             self._daemon.wait()
             failed = AnsweredError(answer["error"])
             failed.exit_status = USAGE if answer.get("status") else FAILURE
             raise failed
         self._daemon.returncode = 0  # it lives on; no warning that it does
-        return str(answer["ok"])
+        return str(answer.get("ok", ""))
 
     def give_up(self) -> None:
         """Have it end without a trace."""

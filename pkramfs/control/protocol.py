@@ -18,9 +18,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pkramfs import schema
 from pkramfs.errors import DaemonError, PkramfsError, explain
 
 LINE_MAX = 16 << 20
+_REFUSAL = schema.Object(
+    {"error": schema.Text()},
+    optional={
+        "status": schema.Maybe(schema.Whole(0, 255)),
+        "errno": schema.Maybe(schema.Whole(0, 4095)),
+    },
+)
 
 
 @contextmanager
@@ -40,7 +48,7 @@ def encode(message: dict[str, Any]) -> bytes:
 
 def decode(line: bytes) -> dict[str, Any]:
     """The message of a line; ValueError if it is none."""
-    message = json.loads(line)
+    message = schema.parse(line)
     if not isinstance(message, dict):
         raise ValueError("not an object")
     return message
@@ -67,7 +75,11 @@ class RefusedError(PkramfsError):
 def result(answer: dict[str, Any]) -> dict[str, Any]:
     """What a daemon answered, or its refusal as an exception."""
     if "error" in answer:
-        raise RefusedError(str(answer["error"]), int(answer.get("status") or 1), answer.get("errno"))
+        try:
+            refused = _REFUSAL.read(answer)
+        except schema.Invalid as error:
+            raise DaemonError(f"it answered something else than this version understands: {error}") from None
+        raise RefusedError(refused["error"], refused.get("status") or 1, refused.get("errno"))
     found = answer.get("ok")
     if not isinstance(found, dict):
         raise DaemonError("it answered something else than this version understands")

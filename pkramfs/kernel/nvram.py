@@ -21,9 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pkramfs import schema
 from pkramfs.errors import MachineError
-from pkramfs.kernel.segments import Segment, from_json
-from pkramfs.machine.files import CHECKSUM, is_sealed, sealed
+from pkramfs.kernel.image import MAX_IMAGE
+from pkramfs.kernel.segments import Segment, declared, from_json
+from pkramfs.machine.files import Sealed, sealed
+from pkramfs.units import GIB, PAGE_SHIFT
 
 if TYPE_CHECKING:
     from pkramfs.kernel.image import Image
@@ -82,36 +85,95 @@ class Pending:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Pending":
-        try:
-            return cls(
-                **data
-                | {
-                    "image": ImageInfo(**data["image"]),
-                    "segments": tuple(from_json(data["segments"])),
-                    "nodes": tuple((str(name), int(count)) for name, count in data["nodes"]),
-                    "lost": tuple((str(name), int(count)) for name, count in data["lost"]),
-                    "scratch": tuple(data["scratch"]) if data["scratch"] else None,
-                    "crash": tuple(data["crash"]) if data["crash"] else None,
-                }
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise MachineError(f"nvram.json: the pending boot cannot be read ({error!r})") from None
+        """The boot that `to_json` gave, as it was read."""
+        rows = {name: tuple(data[name]) for name in ("nodes", "lost")}
+        parts = {"image": ImageInfo(**data["image"]), "segments": tuple(from_json(data["segments"]))}
+        return cls(**data | rows | parts)
+
+
+DEAD = schema.Object(
+    {
+        "generation": schema.Whole(),
+        "super_pfn": schema.Whole(),
+        "lease_table_pfn": schema.Whole(),
+        "cmdline": schema.Text(),
+        "dmesg": schema.ListOf(schema.Text(nul=True)),
+    },
+    others=schema.Anything(),
+)
+"""What a crash kernel knows about the dead one."""
+IMAGE = schema.Object(
+    {
+        "kind": schema.Text(),
+        "name": schema.Text(),
+        "version": schema.Text(),
+        "init_size": schema.Whole(1, MAX_IMAGE),
+        "align": schema.Whole(1, GIB),
+        "preferred": schema.Whole(0, (1 << 52) - 1),
+        "relocatable": schema.Flag(),
+    },
+    closed=True,
+)
+MOUNT = schema.Object(
+    {"name": schema.Maybe(schema.Text()), "mountpoint": schema.Text()},
+    optional={"options": schema.MapOf(schema.OneOf((schema.Text(), schema.Flag())))},
+    others=schema.Anything(),
+)
+"""One mount that comes back."""
+_REMEDY = (
+    "put a copy of it back; if a kernel is running (kernel.json is there), "
+    "removing it forgets only what would be mounted again"
+)
+
+
+def _declared(machine: "Machine") -> schema.Object:
+    """What nvram.json is, on this machine."""
+    frames = machine.hardware().size >> PAGE_SHIFT
+    part = schema.Maybe(schema.Range(frames))
+    nodes = schema.ListOf(schema.Row((schema.Text(), schema.Whole())))
+    boot = schema.Object(
+        {
+            "kind": schema.OneOf((COLD, KEXEC, CRASH)),
+            "generation": schema.Whole(1),
+            "cmdline": schema.Text(),
+            "image": IMAGE,
+            "segments": declared(frames),
+            "nodes": nodes,
+            "lost": nodes,
+            "scratch": part,
+            "crash": part,
+        },
+        optional={
+            "force": schema.Flag(),
+            "poison": schema.Flag(),
+            "dead": schema.OneOf((schema.Empty(), DEAD)),
+        },
+        closed=True,
+    )
+    return schema.Object(
+        {},
+        optional={
+            "boot_count": schema.Whole(),
+            "pending": schema.Maybe(boot),
+            "mounts": schema.ListOf(MOUNT),
+            "pause": schema.Maybe(schema.Number(0)),
+        },
+        others=schema.Anything(),
+    )
 
 
 def read(machine: "Machine") -> dict[str, Any]:
     """All of nvram.json; what was never written reads as an unbooted machine's."""
-    data = machine.read_json(NAME) or {}
-    if not isinstance(data, dict) or not isinstance(data.get("boot_count", 0), int):
-        raise MachineError(f"{machine.path(NAME)}: not what this program wrote")
-    if CHECKSUM in data and not is_sealed(data):  # its segments are copied to where it says
-        raise MachineError(
-            f"{machine.path(NAME)} is damaged: its checksum does not fit; nothing was changed: put it back as it was"
-        )
-    data.pop(CHECKSUM, None)
+    data = (machine.read_json(NAME, Sealed(_declared(machine)), _REMEDY) or {}) if machine.has(NAME) else {}
     return {"boot_count": 0, "pending": None, "mounts": []} | data
 
 
 def _write(machine: "Machine", data: dict[str, Any]) -> None:
+    """Replace nvram.json, sealed; never by what could not be read again."""
+    try:
+        _declared(machine).read(data)
+    except schema.Invalid as error:
+        raise MachineError(f"{machine.path(NAME)} cannot hold this: {error}") from None
     machine.write_json(NAME, sealed(data))
 
 

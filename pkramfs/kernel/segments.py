@@ -15,11 +15,13 @@ Kernel: include/linux/kexec.h (struct kexec_segment), kernel/kexec_file.c (locat
         kernel/kexec_core.c (sanity_check_segment_list), patches 16 and 18
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from typing import Any
 
+from pkramfs import schema
 from pkramfs.errors import ConflictError, ExhaustedError
 from pkramfs.spans import Spans
 from pkramfs.units import MIB, PAGE_SHIFT, PAGE_SIZE, format_size, pages, plural
@@ -27,6 +29,8 @@ from pkramfs.units import MIB, PAGE_SHIFT, PAGE_SIZE, format_size, pages, plural
 LOWEST_PFN = MIB >> PAGE_SHIFT
 """Nothing is placed in the first MiB, which firmware and old hardware think is theirs."""
 
+_FILE = re.compile(r"(?!\.)[^/]*")
+_SHA256 = re.compile("[0-9a-f]{0,64}")
 _MOST_SHOWN = 20
 """Ranges of one owner that a refusal lists: a tree may have a hundred thousand."""
 
@@ -58,8 +62,47 @@ class Segment:
         return asdict(self)
 
 
+def declared(frames: int) -> schema.Kind:
+    """What a list of segments is in JSON, for RAM of so many frames."""
+    return schema.ListOf(_Declared(frames))
+
+
 def from_json(items: Iterable[dict[str, Any]]) -> list[Segment]:
+    """The segments that `to_json` gave."""
     return [Segment(**item) for item in items]
+
+
+class _Declared(schema.Kind):
+    """One segment: what `Segment.to_json` gave, and within RAM."""
+
+    expected = "a segment"
+
+    def __init__(self, frames: int) -> None:
+        self._object = schema.Object(
+            {
+                "name": schema.Text(64),
+                "file": schema.Text(255, matches=_FILE, meaning="a file's name without a directory"),
+                "size": schema.Whole(0, frames << PAGE_SHIFT),
+                "pages": schema.Whole(1, frames),
+            },
+            optional={
+                "align": schema.Whole(1, frames),
+                "pfn": schema.Whole(0, frames),
+                "sha256": schema.Text(matches=_SHA256, meaning="hexadecimal digits, 64 at most"),
+                "source": schema.Text(),
+            },
+            closed=True,
+        )
+        self._frames = frames
+
+    def read(self, value: Any, at: str = "") -> dict[str, Any]:
+        data = self._object.read(value, at)
+        found = Segment(**data)
+        if found.end > self._frames:
+            raise schema.Invalid(f"{at}.pfn", f"{found.pfn} with {found.pages} pages", f"all within {self._frames}")
+        if found.size > found.pages << PAGE_SHIFT:
+            raise schema.Invalid(f"{at}.size", f"{found.size} bytes", f"at most its {found.pages} pages")
+        return data
 
 
 def destinations(segments: Iterable[Segment]) -> Spans:

@@ -20,12 +20,16 @@ import secrets
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from io import FileIO
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.errors import MachineError, UsageError, explain
+from pkramfs import schema
+from pkramfs.errors import DamagedError, MachineError, UsageError, explain
 from pkramfs.kernel.image import HEADER_AT, Image
-from pkramfs.kernel.nvram import ImageInfo
+from pkramfs.kernel.nvram import IMAGE, ImageInfo
 from pkramfs.kernel.segments import Segment, from_json, page_count
+from pkramfs.kernel.segments import declared as segments_declared
+from pkramfs.machine.files import open_regular
 from pkramfs.machine.ram import Ram
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 
 DIRECTORY, KEXEC_JSON, CRASH_JSON = "kexec", "kexec/kexec.json", "kexec/crash.json"
 FILE_MODE, LOAD_MODE, CRASH_MODE = "kexec_file_load", "kexec_load", "crash"
+_ALWAYS = ("kernel", "cmdline", "params", "purgatory")
 _CHUNK = 1 << 20
 
 # boot parameters (the "zero page"): where the loader writes addresses; low and high halves
@@ -65,13 +70,41 @@ class Loaded:
 
 def read(machine: "Machine", name: str = KEXEC_JSON) -> Loaded | None:
     """What is loaded, or None."""
-    data = machine.read_json(name)
-    if data is None:
+    if not machine.has(name):
         return None
-    try:
-        return Loaded(data["mode"], ImageInfo(**data["image"]), data["cmdline"], tuple(from_json(data["segments"])))
-    except (KeyError, TypeError) as error:
-        raise MachineError(f"{machine.path(name)} cannot be read ({error!r}): load the kernel again") from None
+    declared = _declared(machine.hardware().size >> PAGE_SHIFT)
+    data = machine.read_json(name, declared, "remove it and load the kernel again")
+    if data is None:
+        return None  # it went while we were looking
+    return Loaded(data["mode"], ImageInfo(**data["image"]), data["cmdline"], tuple(from_json(data["segments"])))
+
+
+class _Segments(schema.Kind):
+    """The segments of a loaded kernel: none twice, and none missing that every kernel has."""
+
+    expected = f"a list of segments with {', '.join(_ALWAYS)}"
+
+    def __init__(self, frames: int) -> None:
+        self._list = segments_declared(frames)
+
+    def read(self, value: Any, at: str = "") -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._list.read(value, at)
+        names = [segment["name"] for segment in found]
+        if len(set(names)) != len(names) or not set(_ALWAYS) <= set(names):
+            raise schema.Invalid(at, ", ".join(map(schema.shown, names)) or "empty", self.expected)
+        return found
+
+
+def _declared(frames: int) -> schema.Object:
+    """What kexec.json and crash.json are, for RAM of so many frames."""
+    return schema.Object(
+        {
+            "mode": schema.OneOf((FILE_MODE, LOAD_MODE, CRASH_MODE)),
+            "image": IMAGE,
+            "cmdline": schema.Text(),
+            "segments": _Segments(frames),
+        }
+    )
 
 
 def write(machine: "Machine", loaded: Loaded, name: str = KEXEC_JSON) -> None:
@@ -82,23 +115,25 @@ def write(machine: "Machine", loaded: Loaded, name: str = KEXEC_JSON) -> None:
 
 def remove(machine: "Machine", name: str = KEXEC_JSON) -> bool:
     """Forget what is loaded; whether anything was."""
-    try:
-        os.unlink(machine.path(name))
-    except FileNotFoundError:
+    if not machine.has(name):
         return False
+    machine.remove(name)
     sweep(machine)
     return True
 
 
 def sweep(machine: "Machine") -> None:
-    """Remove staged files that no loaded kernel names."""
+    """Remove staged files that no loaded kernel names; none while it cannot be read which are named."""
     named = {os.path.basename(KEXEC_JSON), os.path.basename(CRASH_JSON)}
     for name in (KEXEC_JSON, CRASH_JSON):
-        if loaded := read(machine, name):
-            named |= {s.file for s in loaded.segments}
+        try:
+            loaded = read(machine, name)
+        except DamagedError:
+            return  # who wants that kernel is told; loading it again sweeps
+        named |= {s.file for s in loaded.segments} if loaded else set()
     with os.scandir(machine.path(DIRECTORY)) as entries:
         for entry in entries:
-            if entry.name not in named:
+            if entry.name not in named and not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.path)
 
 
@@ -208,11 +243,21 @@ def header_of(machine: "Machine", loaded: Loaded) -> bytes:
     params = loaded.segment("params")
     if params is None:
         raise MachineError("the loaded kernel has no boot parameters: load it again")
-    with open(machine.path(DIRECTORY, params.file), "rb") as file:
-        page = bytearray(file.read())
+    with _staged(machine, params) as file:
+        page = bytearray(file.read(PAGE_SIZE))
+    if len(page) < PAGE_SIZE:
+        raise MachineError(f"the staged params have {len(page)} bytes, expected {PAGE_SIZE}: load the kernel again")
     for low, high in (_INITRD, _INITRD_SIZE, _CMDLINE):
         page[low : low + 4] = page[high : high + 4] = bytes(4)
     return bytes(page[HEADER_AT:])
+
+
+def _staged(machine: "Machine", segment: Segment) -> FileIO:
+    """The staged bytes of a segment, to be read."""
+    try:
+        return FileIO(open_regular(machine.path(DIRECTORY, segment.file)))
+    except OSError as error:
+        raise MachineError(f"cannot read the staged {segment.name}: {explain(error)}; load the kernel again") from None
 
 
 def cmdline_address(params: bytes) -> int:
@@ -225,26 +270,34 @@ def copy_into_ram(machine: "Machine", ram: Ram, segments: Sequence[Segment]) -> 
     """Put every segment at its destination; may be repeated."""
     ram.check_room(sum(s.size for s in segments))
     for segment in segments:
-        done = _copy(machine.path(DIRECTORY, segment.file), ram, segment)
+        with _staged(machine, segment) as file:
+            done = _copy(file, ram, segment)
         if done != segment.size:
             raise MachineError(f"the staged {segment.name} has {done} bytes, expected {segment.size}: load it again")
 
 
-def _copy(path: str, ram: Ram, segment: Segment) -> int:
-    """Copy a staged file to its destination, and zeros to the end of the last page; how many bytes it has.
+def _copy(file: FileIO, ram: Ram, segment: Segment) -> int:
+    """Copy a staged file to its destination, and zeros to the end of the last page; return its size.
 
     What is there already is overwritten, not given back first: somebody else might take it.
     """
     buffer, done, at = bytearray(_CHUNK), 0, segment.pfn << PAGE_SHIFT
-    with open(path, "rb") as file:
-        while count := file.readinto(buffer):
-            whole = -(-count // PAGE_SIZE) * PAGE_SIZE
-            buffer[count:whole] = bytes(whole - count)
-            ram.fill(at + done, memoryview(buffer)[:whole])
-            done += count
+    while done < segment.size and (count := _read_into(file, memoryview(buffer)[: segment.size - done])):
+        whole = -(-count // PAGE_SIZE) * PAGE_SIZE
+        buffer[count:whole] = bytes(whole - count)
+        ram.fill(at + done, memoryview(buffer)[:whole])
+        done += count
     behind = segment.pfn + -(-done // PAGE_SIZE)
     if behind < segment.end:
         ram.punch_run(behind, segment.end - behind)
+    return done
+
+
+def _read_into(file: FileIO, target: memoryview) -> int:
+    """Fill `target` from a file; return how much there was, less only at the end."""
+    done = 0
+    while done < len(target) and (count := file.readinto(target[done:])):
+        done += count
     return done
 
 

@@ -15,22 +15,24 @@ authorises to punch memory, so it carries a checksum: a kernel.json that was dam
 Kernel: boot_params, /sys/kernel/pkram, the symbols _text … _end
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pkramfs import __version__
+from pkramfs import __version__, schema
 from pkramfs.errors import MachineError
 from pkramfs.kernel import nvram
-from pkramfs.machine.files import is_sealed, sealed
+from pkramfs.machine.files import Sealed, sealed
 from pkramfs.spans import Spans
-from pkramfs.units import BLOCK_PAGES
+from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
     from pkramfs.machine.directory import Machine
+    from pkramfs.machine.firmware import FirmwareMap
 
 NAME = "kernel.json"
 LAYOUT = 2
 """Version of everything private to a kernel: lease table, reserve blocks, kernel.json itself."""
+_REMEDY = "put back a copy from this boot, or give up all memory: pkram-kexec --cold --force boots with it empty"
 
 Range = tuple[int, int]
 
@@ -86,22 +88,79 @@ def write(machine: "Machine", info: KernelInfo) -> None:
 
 def read(machine: "Machine", *, any_layout: bool = False) -> KernelInfo | None:
     """The running kernel, or None. MachineError if it is another version's, unless `any_layout`."""
-    data = machine.read_json(NAME)
-    if data is None:
+    if not machine.has(NAME):
         return None
-    known = KernelInfo.__dataclass_fields__
-    try:
-        info = KernelInfo(**{key: value for key, value in data.items() if key in known})
-    except TypeError as error:
-        raise MachineError(f"{machine.path(NAME)} cannot be read ({error})") from None
+    hardware = machine.hardware()
+    data = machine.read_json(NAME, Sealed(declared(hardware), _is_ours), _REMEDY)
+    if data is None:
+        return None  # it went while we were looking
+    info = KernelInfo(**data)
     if not any_layout:
         check_layout(info)
-    if info.layout == LAYOUT and not is_sealed(data):
-        raise MachineError(
-            f"{machine.path(NAME)} is damaged: its checksum does not fit; nothing was changed: put it back as it was "
-            "(or start empty: pkram-kexec --cold --force)"
-        )
-    return _with_tuples(info)
+    return info
+
+
+def _is_ours(data: dict[str, Any]) -> bool:
+    """Return True if this version wrote the object; then it is sealed."""
+    return data.get("layout") == LAYOUT
+
+
+def declared(hardware: "FirmwareMap") -> schema.Object:
+    """What kernel.json is, for this RAM."""
+    frames = hardware.size >> PAGE_SHIFT
+    blocks = -(-frames // BLOCK_PAGES)
+    pfn, part = schema.Whole(0, frames - 1), schema.Range(frames)
+    return schema.Object(
+        {
+            "generation": schema.Whole(1),
+            "kind": schema.OneOf((nvram.COLD, nvram.KEXEC, nvram.CRASH)),
+            "image": schema.Text(),
+            "super_pfn": pfn,
+            "lease_table_pfn": schema.Whole(1, frames - -(-blocks * 8 // PAGE_SIZE)),
+            "blocks": schema.Whole(blocks, blocks),
+            "reserve_blocks": _Tuple(schema.Whole(0, blocks - 1)),
+            "reserved": schema.MapOf(part),
+        },
+        optional={
+            "old_super_pfn": pfn,
+            "stale": _Tuple(part),
+            "initmem": _Tuple(part),
+            "booted": schema.Number(0),
+            "report": _REPORT,
+            "layout": schema.Whole(),
+            "version": schema.Text(64),
+        },
+    )
+
+
+class _Tuple(schema.ListOf):
+    """A list that stays as it is."""
+
+    def read(self, value: Any, at: str = "") -> Any:
+        return tuple(super().read(value, at))
+
+
+_COUNT = schema.Whole()
+_DEAD = schema.OneOf((schema.Empty(), nvram.DEAD))
+_REPORT = schema.Object(
+    {},
+    optional={
+        "cmdline": schema.Text(),
+        "nodes": schema.ListOf(
+            schema.Object({"name": schema.Text(), "pages": _COUNT, "ranges": _COUNT, "moved": _COUNT})
+        ),
+        "lost": schema.ListOf(schema.Object({"name": schema.Text(), "pages": _COUNT})),
+        "preserved_pages": _COUNT,
+        "preserved_ranges": _COUNT,
+        "reserved_bytes": schema.MapOf(_COUNT),
+        "numa": schema.MapOf(schema.Object({"pages": _COUNT, "preserved": _COUNT})),
+        "dead": _DEAD,
+        "kaslr_slots": _COUNT,
+        "segments": schema.ListOf(schema.Text()),
+        "phases": schema.MapOf(schema.Number(0)),
+    },
+    others=schema.Anything(),
+)
 
 
 def check_layout(info: KernelInfo) -> None:
@@ -110,14 +169,3 @@ def check_layout(info: KernelInfo) -> None:
         raise MachineError(
             f"this kernel runs pkramfs {info.version}, this is {__version__}: pkram-kexec is the upgrade"
         )
-
-
-def _with_tuples(info: KernelInfo) -> KernelInfo:
-    """JSON knows lists only."""
-    return replace(
-        info,
-        reserve_blocks=tuple(info.reserve_blocks),
-        reserved={name: (r[0], r[1]) for name, r in info.reserved.items()},
-        stale=tuple((r[0], r[1]) for r in info.stale),
-        initmem=tuple((r[0], r[1]) for r in info.initmem),
-    )

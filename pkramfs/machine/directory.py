@@ -8,7 +8,8 @@
     lock  lock.tables                         who may boot; who may change the shared tables
 
 This module knows names, atomic replacement and locks; what the files mean is told in the chapters
-that write them. JSON files are replaced by rename, so a reader sees the old one or the new one.
+that write them, and each declares there what it takes for its own (schema.py). JSON files are
+replaced by rename, so a reader sees the old one or the new one.
 
 Whoever owns the directory owns the memory. /dev/shm is open to everybody, so what lies at the
 default place is looked at before use: it must be ours, and nobody else may replace parts of it. A
@@ -25,9 +26,10 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
-from pkramfs.errors import MachineError, UsageError, explain
+from pkramfs import schema
+from pkramfs.errors import DamagedError, MachineError, UsageError, explain
 from pkramfs.machine import locks
-from pkramfs.machine.files import append_line, replace_file
+from pkramfs.machine.files import append_line, open_regular, read_file, read_json, replace_file
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.machine.mounts import MountEntry, MountLock, claim, live_ids, read_entries, tree_ids
 from pkramfs.machine.ram import Ram
@@ -36,6 +38,10 @@ from pkramfs.units import PAGE_SIZE, round_down
 DEFAULT = "default"
 RUN_LINK = "/run/pkram"
 LIFECYCLE_TIMEOUT = 60.0
+HARDWARE_JSON = "machine.json"
+_MACHINE = schema.Object({"version": schema.OneOf((1,))}, others=schema.Anything())
+_ANY = schema.Object({}, others=schema.Anything())
+_HARDWARE_REMEDY = "put a copy of it back"
 
 
 class Machine:
@@ -58,7 +64,7 @@ class Machine:
 
     def exists(self) -> bool:
         """Whether the machine was made (it has hardware)."""
-        return os.path.exists(self.path("machine.json"))
+        return self.has(HARDWARE_JSON)
 
     def create(self, hardware: FirmwareMap | None = None) -> None:
         """Make the directory, machine.json and the RAM file; what is there already stays as it is."""
@@ -71,7 +77,7 @@ class Machine:
                 if not self.exists():
                     hardware = hardware or FirmwareMap.default(host_memory(), seed=secrets.randbits(63))
                     self._make_ram(hardware.size)
-                    self.write_json("machine.json", {"version": 1, **hardware.to_json()})
+                    self.write_json(HARDWARE_JSON, {"version": 1, **hardware.to_json()})
         except OSError as error:
             raise MachineError(f"cannot make the machine {self.directory}: {explain(error)}") from None
         self._link_run()
@@ -115,15 +121,16 @@ class Machine:
     def hardware(self) -> FirmwareMap:
         """The firmware map of machine.json."""
         self._check_owner()
-        data = self.read_json("machine.json")
+        data = self.read_json(HARDWARE_JSON, _MACHINE, _HARDWARE_REMEDY)
         if data is None:
             raise MachineError(f"there is no machine in {self.directory}: a mount makes one")
-        if data.get("version") != 1:
-            raise MachineError(f"{self.path('machine.json')}: version is {data.get('version')!r}, expected 1")
         try:
-            return FirmwareMap.from_json(data)
+            found = FirmwareMap.from_json(data)
+            if data.get("ram_bytes", found.size) != found.size:
+                raise MachineError(f"ram_bytes is {schema.shown(data['ram_bytes'])}, but its map ends at {found.size}")
+            return found
         except MachineError as error:
-            raise MachineError(f"{self.path('machine.json')} is damaged: {error}") from None
+            raise DamagedError(self.path(HARDWARE_JSON), str(error), _HARDWARE_REMEDY, found=str(error)) from None
 
     def ram(self) -> Ram:
         """The machine's RAM, opened; its size must be what machine.json says."""
@@ -141,16 +148,18 @@ class Machine:
     def read_text(self, name: str) -> str | None:
         """A file's text, or None if it is not there."""
         try:
-            with open(self.path(name), encoding="utf-8", errors="surrogateescape") as file:
-                return file.read()
-        except FileNotFoundError:
-            return None
+            data = read_file(self.path(name))
         except OSError as error:
             raise MachineError(f"cannot read {explain(error)}") from None
+        return None if data is None else data.decode("utf-8", "surrogateescape")
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a file at once: readers see the old text or the new."""
         replace_file(self.path(name), text)
+
+    def has(self, name: str) -> bool:
+        """Whether a file of this name is there, whatever it is."""
+        return os.path.lexists(self.path(name))
 
     def remove(self, name: str) -> None:
         """Remove a file that may not be there."""
@@ -158,19 +167,13 @@ class Machine:
             os.unlink(self.path(name))
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise MachineError(f"cannot remove {explain(error)}") from None
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON file's object, or None if it is not there."""
-        text = self.read_text(name)
-        if text is None:
-            return None
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise MachineError(f"{self.path(name)} is damaged: not JSON ({error})") from None
-        if not isinstance(data, dict):
-            raise MachineError(f"{self.path(name)} is damaged: not a JSON object")
-        return data
+    def read_json(self, name: str, kind: schema.Kind = _ANY, remedy: str = "") -> dict[str, Any] | None:
+        """What a JSON file holds, as its owner declares it, or None if it is not there; see files.read_json."""
+        found: dict[str, Any] | None = read_json(self.path(name), kind, remedy)
+        return found
 
     def write_json(self, name: str, data: dict[str, Any]) -> None:
         """Replace a JSON file at once."""
@@ -183,10 +186,13 @@ class Machine:
     def _uptime(self) -> float:
         """Seconds since the dmesg file was begun, which is when the kernel was started."""
         try:
-            with open(self.path("dmesg"), "rb") as file:
-                first = file.readline(200)
-        except FileNotFoundError:
-            return 0.0
+            fd = open_regular(self.path("dmesg"))
+        except OSError:
+            return 0.0  # whoever writes the line says what is wrong
+        try:
+            first = os.read(fd, 200).partition(b"\n")[0]
+        finally:
+            os.close(fd)
         _, found, began = first.partition(b"boot clock ")
         try:
             return max(0.0, time.time() - float(began)) if found else 0.0

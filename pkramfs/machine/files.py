@@ -5,18 +5,104 @@
 A reader sees the old text or the new, never a part; whoever dies in between leaves the old one. A
 file system that is full is an error in words, with nothing left behind.
 
-What a JSON file says may authorise to punch memory, so it can be sealed: one word more, which is a
-checksum of all others.
+Whoever reads believes nothing: what lies at a path may be a FIFO, a device, a link, a directory, or
+larger than memory. `read_file` opens without waiting, takes regular files of bounded size only, and
+`read_json` holds what is in them against the schema of their owner. What a JSON file says may
+authorise to punch memory, so it can be sealed: one word more, which is a checksum of all others.
 
-Kernel: rename(2)
+Kernel: rename(2); fs/kernel_read_file.c, which takes regular files within a limit only
 """
 
+import errno
 import hashlib
 import json
 import os
-from typing import Any
+import stat
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-from pkramfs.errors import MachineError, explain
+from pkramfs import schema
+from pkramfs.errors import DamagedError, MachineError, explain
+
+LIMIT = 32 << 20
+"""Bytes that a file which this program wrote may have: a kernel.json of half a million ranges has less."""
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_CHUNK = 1 << 20
+
+
+def open_regular(path: str, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
+    """A descriptor of a regular file, opened without waiting for anybody; OSError where it is none.
+
+    Of what is something else the error says what it is (`path: Is a directory`, `path: a FIFO, not a regular file`).
+    """
+    try:
+        fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW), 0o600)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ELOOP, errno.EISDIR):
+            _refuse_kind(path, os.lstat(path).st_mode, error)
+        raise
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        _refuse_kind(path, mode)
+    return fd
+
+
+def _refuse_kind(path: str, mode: int, error: OSError | None = None) -> NoReturn:
+    kind = _KINDS.get(stat.S_IFMT(mode))
+    if kind is None:
+        raise error or OSError(errno.EINVAL, "not a regular file", path)
+    code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    raise OSError(code, f"{kind}, not a regular file", path)
+
+
+def read_file(path: str, limit: int = LIMIT, *, follow: bool = False) -> bytes | None:
+    """The bytes of a regular file, None if it is not there; OSError where it is no such file, or beyond `limit`."""
+    try:
+        fd = open_regular(path, follow=follow)
+    except FileNotFoundError:
+        return None
+    try:
+        size = os.fstat(fd).st_size
+        parts: list[bytes] = []
+        got = 0
+        while size <= limit and got <= limit and (part := os.read(fd, _CHUNK)):
+            parts.append(part)
+            got += len(part)
+    except OSError as error:
+        error.filename = path
+        raise
+    finally:
+        os.close(fd)
+    if max(size, got) > limit:
+        raise OSError(errno.EFBIG, f"{max(size, got):,} bytes, expected at most {limit:,}", path)
+    return b"".join(parts)
+
+
+def read_json(path: str, kind: schema.Kind, remedy: str) -> Any:
+    """What a JSON file holds, as `kind` declares it, None if it is not there; DamagedError for anything else."""
+    try:
+        data = read_file(path)
+    except PermissionError as error:
+        raise MachineError(f"cannot read {explain(error)}") from None
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise DamagedError(path, what, remedy, found=what, expected="a regular file") from None
+    if data is None:
+        return None
+    try:
+        return kind.read(schema.parse(data))
+    except schema.Invalid as error:
+        where = {"field": error.field, "found": error.found, "expected": error.expected}
+        raise DamagedError(path, str(error), remedy, **where) from None
+
 
 CHECKSUM = "checksum"
 
@@ -27,9 +113,21 @@ def sealed(data: dict[str, Any]) -> dict[str, Any]:
     return plain | {CHECKSUM: _checksum(plain)}
 
 
-def is_sealed(data: dict[str, Any]) -> bool:
-    """Whether an object that was read has a checksum that fits."""
-    return CHECKSUM in data and sealed(data)[CHECKSUM] == data[CHECKSUM]
+class Sealed(schema.Kind):
+    """An object that was sealed when it was written; `required` tells for which objects a seal must be there."""
+
+    def __init__(self, kind: schema.Kind, required: Callable[[dict[str, Any]], bool] = lambda _: False) -> None:
+        self._kind, self._required = kind, required
+        self.expected = kind.expected
+
+    def read(self, value: Any, at: str = "") -> Any:
+        """Return the object without its seal; Invalid if the seal does not fit."""
+        if isinstance(value, dict) and (CHECKSUM in value or self._required(value)):
+            found = value.get(CHECKSUM)
+            if found != sealed(value)[CHECKSUM]:
+                raise schema.Invalid(CHECKSUM, schema.shown(found), "the checksum of all other fields")
+            value = {name: field for name, field in value.items() if name != CHECKSUM}
+        return self._kind.read(value, at)
 
 
 def _checksum(data: dict[str, Any]) -> str:
@@ -52,7 +150,7 @@ def replace_file(path: str, text: str) -> None:
 def append_line(path: str, line: str) -> None:
     """Add a line to a file in one write, so that lines of several processes do not mix."""
     try:
-        fd = private(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        fd = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             os.write(fd, line.encode(errors="surrogateescape") + b"\n")
         finally:

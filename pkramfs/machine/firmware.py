@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pkramfs.errors import MachineError
+from pkramfs.schema import shown
 from pkramfs.spans import Spans
 from pkramfs.units import GIB, KIB, MIB, PAGE_SIZE, format_size, round_down, round_up
 from pkramfs.units import pages as page_count
@@ -40,7 +41,9 @@ class FirmwareMap:
         _check_ranges("NUMA nodes", self.nodes)
         for start, end, kind in self.entries:
             if kind not in KINDS:
-                raise MachineError(f"firmware map: {start:#x}-{end:#x} is {kind!r}, expected one of {', '.join(KINDS)}")
+                raise MachineError(
+                    f"firmware map: {start:#x}-{end:#x} is {shown(kind)}, expected one of {', '.join(KINDS)}"
+                )
         for start, end, node in self.nodes:
             if not 0 <= node < MAX_NODES:
                 raise MachineError(f"NUMA nodes: {start:#x}-{end:#x} is node {node}, expected 0 to {MAX_NODES - 1}")
@@ -139,7 +142,9 @@ def _rows(name: str, rows: Any, third: str) -> list[Range]:
 def _whole(value: Any) -> int:
     """A number as JSON has it: 1.5, "1" and true are none."""
     if type(value) is not int:
-        raise TypeError(f"{value!r} is not a whole number")
+        raise TypeError(f"{shown(value)} is not a whole number")
+    if abs(value) >= 1 << 64:
+        raise TypeError(f"{shown(value)} has more than 64 bits")
     return value
 
 

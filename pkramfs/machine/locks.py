@@ -25,7 +25,7 @@ _PROBE_GRACE = 0.2
 def open_lock(path: str) -> int:
     """A descriptor of the lock file at `path`, made if it is not there."""
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         raise MachineError(f"cannot lock {explain(error)}") from None
 
@@ -79,11 +79,11 @@ def lock_removable(path: str, *, shared: bool = False) -> int | None:
 def is_held(path: str) -> bool:
     """Whether some process holds the lock at `path` (never creates it)."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError as error:
         if error.errno == errno.ENOENT:
             return False
-        raise
+        raise MachineError(f"cannot look at the lock {explain(error)}") from None
     try:
         return not try_lock(fd, shared=True)
     finally:

@@ -17,14 +17,29 @@ import signal
 from dataclasses import dataclass, field
 from typing import Any
 
+from pkramfs import schema
 from pkramfs.errors import MachineError, explain
 from pkramfs.machine import locks
-from pkramfs.machine.files import replace_file
+from pkramfs.machine.files import open_regular, read_json, replace_file
 
 _SUFFIXES = ("json", "sock", "lock")
 _NAME = re.compile(r"[0-9a-f]{16}\.(json|lock)")
 _FATAL = re.compile(rb"^Fatal Python error: (.*)$", re.MULTILINE)
-_FIELDS = {"name": str, "mountpoint": str, "pid": int, "options": dict, "dev": int}
+_ENTRY = schema.Object(
+    {},
+    optional={
+        "name": schema.Maybe(schema.Text()),
+        "mountpoint": schema.Maybe(schema.Text()),
+        "pid": schema.Maybe(schema.Whole(0, (1 << 31) - 1)),
+        "options": schema.Maybe(schema.MapOf(schema.OneOf((schema.Text(), schema.Flag())))),
+        "dev": schema.Maybe(schema.Whole(0, (1 << 64) - 1)),
+        "log_at": schema.Maybe(schema.Whole()),
+    },
+    others=schema.Anything(),
+)
+_REMEDY = "umount and mount it again"
+_LAST = 1 << 20
+"""Bytes at the end of a log in which its last words are looked for."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +116,11 @@ def last_words(directory: str, entry: MountEntry) -> tuple[str, float] | None:
     """How a dead daemon ended, if it was an abort or a fault, and when: its interpreter's own line in its log."""
     log = stem(directory, entry.tree_id) + ".log"
     try:
-        with open(log, "rb") as file:
-            file.seek(int(entry.extra.get("log_at") or 0))
-            found = _FATAL.findall(file.read())
-            ended = os.fstat(file.fileno()).st_mtime
-    except (OSError, ValueError, TypeError):
+        with open(open_regular(log), "rb") as file:
+            status = os.fstat(file.fileno())
+            file.seek(max(entry.extra.get("log_at") or 0, status.st_size - _LAST))
+            found, ended = _FATAL.findall(file.read(_LAST)), status.st_mtime
+    except OSError:
         return None  # no log, no fault
     return (found[-1].decode("ascii", "replace"), ended) if found and not entry.alive else None
 
@@ -151,7 +166,7 @@ def _read_entry(directory: str, name: str) -> MountEntry | None:
     return MountEntry(
         tree_id=tree_id,
         name=data.get("name"),
-        mountpoint=str(data.get("mountpoint", "?")),
+        mountpoint=data.get("mountpoint") or "?",
         pid=data.get("pid") or 0,
         options=data.get("options") or {},
         dev=data.get("dev"),
@@ -164,25 +179,6 @@ def _read_entry(directory: str, name: str) -> MountEntry | None:
 
 def _read_data(path: str) -> tuple[dict[str, Any] | None, str]:
     try:
-        with open(path, encoding="utf-8") as file:
-            data = json.load(file)
-        if wrong := _wrong_field(data):
-            raise ValueError(wrong)
-    except FileNotFoundError:
-        return None, ""
-    except OSError as error:
-        return {}, explain(error)
-    except ValueError as error:
-        return {}, f"{path} is damaged: {error}"
-    return data, ""
-
-
-def _wrong_field(data: Any) -> str:
-    """Why this is no mount entry, or nothing."""
-    if not isinstance(data, dict):
-        return "not a mount entry"
-    for key, kinds in _FIELDS.items():
-        value = data.get(key)
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-            return f"{key} is {value!r}"
-    return f"pid is {data['pid']}" if (data.get("pid") or 0) < 0 else ""
+        return read_json(path, _ENTRY, _REMEDY), ""
+    except MachineError as error:
+        return {}, str(error)

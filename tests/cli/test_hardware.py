@@ -48,7 +48,7 @@ def test_a_map_comes_back_as_it_was_given(root, ctl, tmp_path):
         (["--ram", "lots"], 2, "not a size"),
         (["--nodes", "9000"], 2, "9000 NUMA nodes cannot be"),
         (["--map", "/nowhere/map"], 2, "cannot read the map: /nowhere/map: No such file or directory"),
-        (["--map", "/dev/null"], 2, "not JSON"),
+        (["--map", "/dev/null"], 2, "/dev/null: a device, not a regular file"),
         (["--map", "/dev/null", "--ram", "1G"], 2, "leave --ram and --nodes out"),
     ],
 )

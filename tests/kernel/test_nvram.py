@@ -21,14 +21,15 @@ BOOT = Pending(
     (("b", 6), ("c", 7)),
     (512, 1024),
     None,
-    {"generation": 6},
+    {"generation": 6, "super_pfn": 3, "lease_table_pfn": 4, "cmdline": "ro", "dmesg": ["a\0b"]},
 )
+MOUNT = {"name": "a", "mountpoint": "/mnt"}
 
 
 def test_a_pending_boot_is_read_as_it_was_written(lab: Any) -> None:
-    nvram.set_pending(lab.machine, BOOT, [{"mountpoint": "/mnt"}])
+    nvram.set_pending(lab.machine, BOOT, [MOUNT])
     assert nvram.pending(lab.machine) == BOOT
-    assert nvram.mounts(lab.machine) == [{"mountpoint": "/mnt"}]
+    assert nvram.mounts(lab.machine) == [MOUNT]
     nvram.finished(lab.machine, 7)
     assert nvram.pending(lab.machine) is None
     assert nvram.next_generation(lab.machine) == 8
@@ -38,9 +39,9 @@ def test_a_pending_boot_is_read_as_it_was_written(lab: Any) -> None:
 
 def test_cancelling_keeps_the_count_and_the_mounts(lab: Any) -> None:
     nvram.finished(lab.machine, 3)
-    nvram.set_pending(lab.machine, BOOT, [{"mountpoint": "/mnt"}])
+    nvram.set_pending(lab.machine, BOOT, [MOUNT])
     nvram.cancel(lab.machine)
-    assert nvram.read(lab.machine) == {"boot_count": 3, "pending": None, "mounts": [{"mountpoint": "/mnt"}]}
+    assert nvram.read(lab.machine) == {"boot_count": 3, "pending": None, "mounts": [MOUNT]}
 
 
 @pytest.mark.parametrize("damage", [{"pending": {"kind": "kexec"}}, {"boot_count": "many"}])

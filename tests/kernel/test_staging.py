@@ -80,5 +80,8 @@ def test_a_staged_file_cut_short_is_noticed(lab: Any, initrd: str) -> None:
 
 def test_damage_is_named(lab: Any) -> None:
     lab.machine.write_json(staging.KEXEC_JSON, {"mode": "x"})
-    with pytest.raises(MachineError, match=r"kexec\.json cannot be read.*load the kernel again"):
+    with pytest.raises(
+        MachineError,
+        match=r"kexec\.json is damaged: mode is 'x', expected 'kexec_file_load' or .*load the kernel again",
+    ):
         staging.read(lab.machine)

@@ -81,10 +81,10 @@ def test_a_root_that_cannot_be_written(root: str, monkeypatch: pytest.MonkeyPatc
         ("{", "not JSON"),
         ("\0\0", "not JSON"),
         ("[1]", "not a JSON object"),
-        ("{}", "version is None, expected 1"),
+        ("{}", "version is missing, expected 1"),
         ('{"version": 2}', "version is 2, expected 1"),
         ('{"version": 1}', "machine.json is damaged: firmware map: `map` is not a list"),
-        ('{"version": 1, "map": [{"start": 0, "end": Infinity, "kind": "usable"}]}', "inf is not a whole number"),
+        ('{"version": 1, "map": [{"start": 0, "end": Infinity, "kind": "usable"}]}', "Infinity is no number of JSON"),
         (
             '{"version": 1, "map": [{"start": 0, "end": 9999, "kind": "usable"}, '
             '{"start": 8192, "end": 99999, "kind": "usable"}]}',

@@ -57,7 +57,7 @@ def test_foreign_files_are_left_alone(tmp_path: Path, name: str) -> None:
     [
         ("", "Expecting value"),
         ("{", "Expecting"),
-        ("[]", "not a mount entry"),
+        ("[]", "not a JSON object"),
         (json.dumps(ENTRY | {"pid": "forty-two"}), "pid is 'forty-two'"),
         (json.dumps(ENTRY | {"pid": True}), "pid is True"),
         (json.dumps(ENTRY | {"pid": -1}), "pid is -1"),
