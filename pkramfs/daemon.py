@@ -16,6 +16,7 @@ is waited for. Whatever this process prints goes to mounts/ID.log.
 Kernel: fs/super.c (get_tree_nodev), fs/namespace.c, mm/shmem.c (shmem_fill_super, shmem_put_super)
 """
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -46,6 +47,7 @@ from pkramfs.kernel import crash
 from pkramfs.kernel.running import Running, shared
 from pkramfs.machine import locks
 from pkramfs.machine.directory import Machine
+from pkramfs.machine.files import open_regular
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import new_tree_id
 from pkramfs.machine.mounts import MountEntry, MountLock
@@ -119,8 +121,8 @@ def _say(options: str, message: str) -> None:
     """A line in the kernel log, if there is a machine to have one."""
     try:
         Machine.locate(parse(options).machine).log(message)
-    except (PkramfsError, OSError) as error:
-        log.warning("no line in the kernel log: %s", error)
+    except PkramfsError as error:
+        log.warning("no line in the kernel log: %s", error)  # options that name no machine
 
 
 class Daemon:
@@ -366,8 +368,12 @@ def _run(function: Callable[[], Awaitable[None]]) -> None:
 
 
 def _log_to(path: str) -> None:
-    """From now on what this process prints goes to a file."""
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """From now on what this process prints goes to a file, and nowhere where there can be none."""
+    try:
+        fd = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    except OSError as error:
+        log.warning("no log of this mount: %s", explain(error))
+        return
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
@@ -376,12 +382,13 @@ def _log_to(path: str) -> None:
 def _size(path: str) -> int:
     """How long a log is already: a tree id may have had a daemon before."""
     try:
-        return os.path.getsize(path)
-    except FileNotFoundError:
-        return 0
+        return os.stat(path, follow_symlinks=False).st_size
+    except OSError:
+        return 0  # there is none
 
 
 def _drop_empty(path: str) -> None:
     """A log in which nothing stands is no news."""
-    if os.path.getsize(path) == 0:
-        os.unlink(path)
+    with contextlib.suppress(OSError):
+        if os.path.isfile(path) and os.path.getsize(path) == 0:
+            os.unlink(path)

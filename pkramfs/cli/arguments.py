@@ -148,11 +148,8 @@ def warn(program: str, message: str) -> None:
 
 def note(found: "Machine", message: str) -> None:
     """A refusal is a line in the machine's kernel log, too, where there is a machine to write to."""
-    try:
-        if found.exists():
-            found.log(message)
-    except (PkramfsError, OSError):
-        return  # the message itself reaches the user in any case
+    if found.exists():
+        found.log(message, warn=False)  # the message itself reaches the user in any case
 
 
 def run(parser: argparse.ArgumentParser, act: Action, argv: Sequence[str] | None) -> int:

@@ -96,7 +96,7 @@ def panic(machine: Machine, reason: str = "sysrq triggered crash") -> Running:
         "super_pfn": kernel.info.super_pfn,
         "lease_table_pfn": kernel.info.lease_table_pfn,
         "cmdline": kernel.cmdline,
-        "dmesg": machine.dmesg().splitlines()[-_LAST_LINES:],
+        "dmesg": machine.last_lines(_LAST_LINES),
     }
     boot = Pending(
         nvram.CRASH,

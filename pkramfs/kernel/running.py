@@ -50,7 +50,7 @@ COLD_CMDLINE = "BOOT_IMAGE=builtin ro"
 LOCK_SECONDS = 30.0
 BOOT_LOCK = "lock.boot"
 """Held by a boot process as long as it lives: it may outlive the one that started it."""
-_OF_ONE_KERNEL = ("cmdline", "pkram", "iomem", "dmesg")
+_OF_ONE_KERNEL = ("cmdline", "pkram", "iomem")
 
 
 @dataclass
@@ -227,6 +227,7 @@ def retire(machine: Machine) -> None:
     """The point of no return: the running kernel is no more. Repeating it is harmless."""
     for name in (state.NAME, *_OF_ONE_KERNEL):
         machine.remove(name)
+    machine.drop_log()
 
 
 def resume(machine: Machine, *, force: bool = False) -> None:

@@ -26,7 +26,7 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
-from pkramfs import schema
+from pkramfs import schema, streams
 from pkramfs.errors import DamagedError, MachineError, UsageError, explain
 from pkramfs.machine import locks
 from pkramfs.machine.files import append_line, open_regular, read_file, read_json, replace_file
@@ -41,6 +41,8 @@ LIFECYCLE_TIMEOUT = 60.0
 HARDWARE_JSON = "machine.json"
 _MACHINE = schema.Object({"version": schema.OneOf((1,))}, others=schema.Anything())
 _ANY = schema.Object({}, others=schema.Anything())
+_SAID: set[str] = set()
+"""Machines whose log this process could not write, and has said so."""
 _HARDWARE_REMEDY = "put a copy of it back"
 
 
@@ -179,9 +181,22 @@ class Machine:
         """Replace a JSON file at once."""
         self.write_text(name, json.dumps(data, indent=1) + "\n")
 
-    def log(self, message: str) -> None:
-        """Append a line to the kernel log, with the seconds since boot as dmesg has them."""
-        append_line(self.path("dmesg"), f"[{self._uptime():12.6f}] {message}")
+    def log(self, message: str, *, warn: bool = True) -> None:
+        """Append a line to the kernel log, with the seconds since boot as dmesg has them.
+
+        Logging never decides: a line that cannot be written fails nothing that it tells of.
+        """
+        try:
+            append_line(self.path("dmesg"), f"[{self._uptime():12.6f}] {message}")
+        except MachineError as error:
+            if warn:
+                self._no_log(error)
+
+    def _no_log(self, error: MachineError) -> None:
+        """Say once that there is no log, where the messages of this process go."""
+        if self.path() not in _SAID:
+            _SAID.add(self.path())
+            streams.say(f"pkramfs: warning: no kernel log: {error}")
 
     def _uptime(self) -> float:
         """Seconds since the dmesg file was begun, which is when the kernel was started."""
@@ -191,6 +206,8 @@ class Machine:
             return 0.0  # whoever writes the line says what is wrong
         try:
             first = os.read(fd, 200).partition(b"\n")[0]
+        except OSError:
+            return 0.0
         finally:
             os.close(fd)
         _, found, began = first.partition(b"boot clock ")
@@ -201,11 +218,29 @@ class Machine:
 
     def begin_log(self) -> None:
         """Start an empty kernel log: a new kernel's clock begins now."""
-        replace_file(self.path("dmesg"), f"[{0:12.6f}] clocksource: boot clock {time.time():.6f}\n")
+        try:
+            replace_file(self.path("dmesg"), f"[{0:12.6f}] clocksource: boot clock {time.time():.6f}\n")
+        except MachineError as error:
+            self._no_log(error)
+
+    def drop_log(self) -> None:
+        """Remove the kernel log: its kernel is no more."""
+        try:
+            self.remove("dmesg")
+        except MachineError as error:
+            self._no_log(error)
 
     def dmesg(self) -> str:
         """The kernel log."""
         return self.read_text("dmesg") or ""
+
+    def last_lines(self, count: int) -> list[str]:
+        """The end of the kernel log; nothing where it cannot be read."""
+        try:
+            return self.dmesg().splitlines()[-count:]
+        except MachineError as error:
+            self._no_log(error)
+            return []
 
     def mounts(self) -> list[MountEntry]:
         """The mount daemons that have an entry, dead ones included."""

@@ -13,6 +13,7 @@ authorise to punch memory, so it can be sealed: one word more, which is a checks
 Kernel: rename(2); fs/kernel_read_file.c, which takes regular files within a limit only
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -142,7 +143,7 @@ def replace_file(path: str, text: str) -> None:
             file.write(text)
         os.replace(temporary, path)
     except OSError as error:
-        if os.path.exists(temporary):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise MachineError(f"cannot write {path}: {explain(error)}") from None
 
@@ -152,11 +153,19 @@ def append_line(path: str, line: str) -> None:
     try:
         fd = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
-            os.write(fd, line.encode(errors="surrogateescape") + b"\n")
+            os.write(fd, _encoded(line) + b"\n")
         finally:
             os.close(fd)
     except OSError as error:
-        raise MachineError(f"cannot write {path}: {explain(error)}") from None
+        raise MachineError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _encoded(line: str) -> bytes:
+    """A line as bytes: paths as they were, and what no path can be, escaped."""
+    try:
+        return line.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return line.encode("utf-8", "backslashreplace")
 
 
 def private(path: str, flags: int) -> int:

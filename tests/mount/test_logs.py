@@ -1,0 +1,76 @@
+"""Logging never decides: what was done is done, whether or not a line about it could be written."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.mount
+
+
+def directory(path: Path) -> None:
+    path.mkdir()
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def full(path: Path) -> None:
+    path.symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("what", [directory, fifo, full])
+def test_a_kernel_log_that_cannot_be_written_fails_nothing(lab: Any, what: Callable[[Path], None]) -> None:
+    lab.run("ctl", "machine", "create", "--ram", "256M")
+    dmesg = Path(lab.machine.path("dmesg"))
+    what(dmesg)
+    mnt = lab.mount("one")
+    if not dmesg.is_dir():  # a boot begins its own
+        dmesg.unlink()
+        what(dmesg)
+    (mnt / "file").write_text("x")
+    lab.remount(mnt, "preserve,ro")
+    assert lab.nodes() == ["shmem-one"]
+    done = lab.run("kexec", "-l", "builtin", "--reuse-cmdline", "-e")
+    assert done.returncode == 0, done
+    lab.remount(mnt, "rw")
+    (mnt / "other").write_text("the first change")
+    assert lab.nodes() == [] and (mnt / "file").read_text() == "x"
+    lab.remount(mnt, "preserve,ro")
+    lab.umount(mnt)
+    assert lab.nodes() == ["shmem-one"]
+    done = lab.run("ctl", "free", "one")
+    assert done.returncode == 0 and lab.nodes() == []
+
+
+def test_a_mount_s_own_log_that_cannot_be_written_fails_nothing(lab: Any) -> None:
+    mnt = lab.mount("one")
+    (mnt / "file").write_text("x")
+    lab.remount(mnt, "preserve,ro")
+    log = Path(lab.entry(mnt).socket.replace(".sock", ".log"))
+    lab.umount(mnt)
+    log.unlink(missing_ok=True)
+    log.mkdir()
+    lab.mount("one")  # the tree keeps its id, and so the name of its log
+    assert (mnt / "file").read_text() == "x"
+    lab.umount(mnt)
+    log.rmdir()
+
+
+def test_damaged_files_refuse_a_mount_in_one_line(lab: Any) -> None:
+    lab.umount(lab.mount("one"))
+    for name in ("machine.json", "kernel.json", "nvram.json"):
+        path = Path(lab.machine.path(name))
+        kept = path.read_bytes()
+        for damage in (lambda path: path.write_text("[" * 100_000), fifo, lambda path: path.symlink_to("/dev/zero")):
+            path.unlink()
+            damage(path)
+            done = lab.helper(lab.dir("one"), "pkram=one")
+            path.unlink()
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (32, "", 1), done
+            assert f"{path} is damaged: " in done.stderr
+            path.write_bytes(kept)
+    lab.umount(lab.mount("one"))
