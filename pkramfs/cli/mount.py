@@ -17,9 +17,8 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from pkramfs import schema
 from pkramfs.cli import arguments
 from pkramfs.errors import PkramfsError, UsageError, explain
 
@@ -28,9 +27,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "mount.pkramfs"
 USAGE, SYSTEM, FAILURE = 1, 2, 32
-_ANSWER = schema.Object({}, optional={"ok": schema.Text(), "error": schema.Text(), "status": schema.Whole(0, 255)})
-"""What a daemon says when it serves, or why it does not."""
 _ANSWER_MOST = 1 << 20
+"""Bytes of a daemon's answer."""
 GO = b"go"
 """What a daemon that was started is told when it shall mount."""
 _DESCRIPTION = "Mount a tmpfs whose tree survives a kexec, or change such a mount; see mount.pkramfs(8)."
@@ -218,10 +216,7 @@ class Starting:
         if not line:
             status = self._daemon.wait()
             raise MountError(f"the mount daemon (pid {self._daemon.pid}) died with status {status} before it served")
-        try:
-            answer = _ANSWER.read(schema.parse(line))
-        except schema.Invalid as error:
-            raise MountError(f"the mount daemon (pid {self._daemon.pid}) cannot be understood: {error}") from None
+        answer = self._understand(line)
         if "error" in answer:
             self._daemon.wait()
             failed = AnsweredError(answer["error"])
@@ -229,6 +224,16 @@ class Starting:
             raise failed
         self._daemon.returncode = 0  # it lives on; no warning that it does
         return str(answer.get("ok", ""))
+
+    def _understand(self, line: bytes) -> dict[str, Any]:
+        """What the daemon says: that it serves, or why it does not."""
+        from pkramfs.schema import Invalid, Object, Text, Whole, parse
+
+        known = Object({}, optional={"ok": Text(), "error": Text(), "status": Whole(0, 255)})
+        try:
+            return known.read(parse(line))
+        except Invalid as error:
+            raise MountError(f"the mount daemon (pid {self._daemon.pid}) cannot be understood: {error}") from None
 
     def give_up(self) -> None:
         """Have it end without a trace."""
