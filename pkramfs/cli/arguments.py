@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 USAGE, BUG, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 _COLUMNS = 80
+_TOO_FAR = 1 << 63
 
 Action = Callable[[argparse.Namespace], int | None]
 
@@ -113,9 +114,12 @@ def wants_json(args: argparse.Namespace) -> bool:
 def size(text: str) -> int:
     """An argument that is a size or an address: `64G`, `0x1000000`."""
     try:
-        return parse_size(text)
+        value = parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if value >= _TOO_FAR:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than a file or RAM can have")
+    return value
 
 
 def number(text: str) -> int:

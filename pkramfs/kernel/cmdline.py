@@ -2,7 +2,9 @@
 
     BOOT_IMAGE=builtin ro quiet pkram=34f nokaslr crashkernel=64M@1G scratch=128M
 
-A word may hold spaces inside double quotes. An option given twice means its last value, as the
+A word may hold spaces inside double quotes; quotes around a word, or around its value, are no part
+of it. The word `--` ends what is the kernel's: all that follows is init's, and is neither understood
+nor changed here; what is added goes before it. An option given twice means its last value, as the
 kernel's own parser has it, except that two different `pkram=` are an error: the announcement's
 `sed` strips the old one, and a forgotten one would make the next kernel restore nothing.
 
@@ -13,16 +15,21 @@ kernel's own parser has it, except that two different `pkram=` are an error: the
     crashkernel=SIZE[@ADDR] set RAM aside for a crash kernel (-p)
     scratch=SIZE[@ADDR]     set RAM aside in which kernels are placed and early boot allocates
 
-Kernel: lib/cmdline.c, kernel/params.c, patch 8 (early_param "pkram")
+Kernel: lib/cmdline.c (next_arg), kernel/params.c (parse_args, parameq), patch 8 (early_param "pkram")
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pkramfs.errors import UsageError
 from pkramfs.units import PAGE_SIZE, parse_size, round_up
 
-_WORD = re.compile(r'(?:[^\s"]|"[^"]*"?)+')
+_BLANK = " \t\n\v\f\r"
+INIT = "--"
+"""What ends the kernel's words."""
+_HIGHEST = 1 << 62
 _PFN = re.compile(r"(?:0[xX])?[0-9a-fA-F]{1,16}")
 PKRAM_OFF = "off"
 MAX_LENGTH = 2047
@@ -37,19 +44,81 @@ class Reservation:
     start: int | None = None
 
 
+class _Word(NamedTuple):
+    """A word of a command line: where it is, and what it says without quotes."""
+
+    start: int
+    end: int
+    name: str
+    value: str | None
+
+
+def _parse(cmdline: str) -> Iterator[_Word]:
+    """Every word, init's too, cut and unquoted as next_arg() does."""
+    at = 0
+    while True:
+        while at < len(cmdline) and cmdline[at] in _BLANK:
+            at += 1
+        if at == len(cmdline):
+            return
+        start, quoted = at, False
+        while at < len(cmdline) and (quoted or cmdline[at] not in _BLANK):
+            quoted ^= cmdline[at] == '"'
+            at += 1
+        yield _Word(start, at, *_unquoted(cmdline[start:at]))
+
+
+def _unquoted(text: str) -> tuple[str, str | None]:
+    """Name and value of a word. A `=` that begins it belongs to the name."""
+    quoted = text.startswith('"')
+    text = text[1:] if quoted else text
+    equals = text.find("=", 1)
+    name, value = (text, None) if equals < 0 else (text[:equals], text[equals + 1 :])
+    closed = text.endswith('"')
+    if value is not None and value.startswith('"'):
+        return name, value[1:-1] if closed and len(value) > 1 else value[1:]
+    if quoted and closed:
+        return (name[:-1], None) if value is None else (name, value[:-1])
+    return name, value
+
+
+def _ours(cmdline: str) -> Iterator[_Word]:
+    """The words before `--`."""
+    for word in _parse(cmdline):
+        if word.value is None and word.name == INIT:
+            return
+        yield word
+
+
+def _is(word: _Word, name: str) -> bool:
+    """Whether a word is the option `name`; the kernel takes - and _ for the same."""
+    return word.name.replace("-", "_") == name.replace("-", "_")
+
+
+def split(cmdline: str) -> tuple[str, str]:
+    """What is the kernel's, and what is init's: empty, or from `--` on."""
+    for word in _parse(cmdline):
+        if word.value is None and word.name == INIT:
+            return cmdline[: word.start].strip(_BLANK), f"{INIT} {cmdline[word.end :].strip(_BLANK)}".strip()
+    return cmdline.strip(_BLANK), ""
+
+
+def join(cmdline: str, more: str) -> str:
+    """Two command lines as one: the kernel's words of both, then init's of both."""
+    (ours, init), (also, also_init) = split(cmdline), split(more)
+    if init:
+        also_init = also_init.removeprefix(INIT).strip()
+    return " ".join(part for part in (ours, also, init, also_init) if part)
+
+
 def words(cmdline: str) -> list[str]:
-    """The words of a command line, quotes kept."""
-    return _WORD.findall(cmdline)
+    """The kernel's words of a command line, as they were written."""
+    return [cmdline[word.start : word.end] for word in _ours(cmdline)]
 
 
 def values(cmdline: str, name: str) -> list[str]:
     """Every value of `name=value`, in order, without quotes around it."""
-    found = []
-    for word in words(cmdline):
-        key, equals, value = word.replace('"', "").partition("=")
-        if equals and key == name:
-            found.append(value)
-    return found
+    return [word.value for word in _ours(cmdline) if word.value is not None and _is(word, name)]
 
 
 def get(cmdline: str, name: str) -> str | None:
@@ -60,17 +129,18 @@ def get(cmdline: str, name: str) -> str | None:
 
 def has(cmdline: str, flag: str) -> bool:
     """Whether a word without a value is there."""
-    return flag in words(cmdline)
+    return any(word.value is None and _is(word, flag) for word in _ours(cmdline))
 
 
 def remove(cmdline: str, name: str) -> str:
-    """The command line without any `name` or `name=value`."""
-    return " ".join(w for w in words(cmdline) if w.replace('"', "").partition("=")[0] != name)
+    """The command line without any `name` or `name=value` of the kernel's; init's words stay."""
+    kept = " ".join(cmdline[word.start : word.end] for word in _ours(cmdline) if not _is(word, name))
+    return " ".join(part for part in (kept, split(cmdline)[1]) if part)
 
 
 def put(cmdline: str, name: str, value: str) -> str:
-    """The command line with `name=value` appended, and no other value for it."""
-    return f"{remove(cmdline, name)} {name}={value}".strip()
+    """The command line with `name=value` after the kernel's words, and no other value for it."""
+    return join(remove(cmdline, name), f"{name}={value}")
 
 
 def pkram_off(cmdline: str) -> bool:
@@ -105,6 +175,8 @@ def reservation(cmdline: str, name: str) -> Reservation | None:
         raise UsageError(f"{name}={text}: {error}") from None
     if size == 0:
         return None
+    if size + (start or 0) > _HIGHEST:
+        raise UsageError(f"{name}={text}: that is beyond physical memory")
     if start is not None and start % PAGE_SIZE:
         raise UsageError(f"{name}={text}: the address is not a multiple of {PAGE_SIZE}")
     return Reservation(round_up(size, PAGE_SIZE), start)
@@ -116,7 +188,7 @@ def memory_limit(cmdline: str) -> int | None:
     if text is None:
         return None
     try:
-        return parse_size(text)
+        return min(parse_size(text), _HIGHEST)
     except ValueError as error:
         raise UsageError(f"mem={text}: {error}") from None
 
@@ -125,8 +197,9 @@ def validate(cmdline: str) -> None:
     """UsageError unless boot will understand every option that it looks at."""
     if "\n" in cmdline or "\0" in cmdline:
         raise UsageError("the command line has a line break or a NUL in it")
-    if len(cmdline.encode()) > MAX_LENGTH:
-        raise UsageError(f"the command line has {len(cmdline.encode())} bytes; the kernel takes {MAX_LENGTH}")
+    length = len(cmdline.encode("utf-8", "surrogateescape"))
+    if length > MAX_LENGTH:
+        raise UsageError(f"the command line has {length} bytes; the kernel takes {MAX_LENGTH}")
     pkram_pfn(cmdline)
     memory_limit(cmdline)
     for name in ("crashkernel", "scratch"):

@@ -91,13 +91,12 @@ def unload(machine: Machine, *, panic: bool = False) -> bool:
 
 def compose_cmdline(kernel: Running, request: Request) -> str:
     """The next kernel's command line: the running one's with pkram= made current, and what is appended."""
-    parts = []
+    cmdline = ""
     if request.reuse_cmdline:
         pfn = format_pfn(kernel.info.super_pfn)
-        parts.append(words.put(kernel.cmdline, "pkram", pfn if kernel.info.pkram else words.PKRAM_OFF))
+        cmdline = words.put(kernel.cmdline, "pkram", pfn if kernel.info.pkram else words.PKRAM_OFF)
     if request.append:
-        parts.append(request.append.strip())
-    cmdline = " ".join(parts)
+        cmdline = words.join(cmdline, request.append) if cmdline else request.append.strip()
     words.validate(cmdline)
     return cmdline
 

@@ -68,3 +68,67 @@ def test_validate() -> None:
     for bad in ("a\nb", "x" * 2048, "mem=lots", "crashkernel=?"):
         with pytest.raises(UsageError):
             cmdline.validate(bad)
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("a=1 -- a=2", "a", "1"),
+        ("-- a=2", "a", None),
+        ("a=1 --", "a", "1"),
+        ("a=1 --x a=2", "a", "2"),
+        ("a=1 --=x a=2", "a", "2"),
+        ("a=1 --- a=2", "a", "2"),
+        ('a=1 "--" a=2', "a", "1"),
+        ('a=1 "-- a=2"', "a", "1"),
+        ('a="1 -- a=2" b', "a", "1 -- a=2"),
+        ('b="x -- y" a=2 -- a=3', "a", "2"),
+        ('a="1"', "a", "1"),
+        ('"a=1 2"', "a", "1 2"),
+        ('a=1"2"3', "a", '1"2"3'),
+        ('a=1" 2"', "a", '1" 2"'),
+        ('a="', "a", ""),
+        ('a="1 2', "a", "1 2"),
+        ("=a a=1", "a", "1"),
+        ("=a=1", "=a", "1"),
+        ("a==1", "a", "=1"),
+        ("a_b=1", "a-b", "1"),
+        ("a\x0b\x0cb=1", "b", "1"),
+    ],
+)
+def test_words_are_cut_and_unquoted_as_the_kernel_does(line: str, name: str, value: str | None) -> None:
+    assert cmdline.get(line, name) == value
+
+
+def test_what_follows_two_dashes_is_init_s() -> None:
+    line = "ro pkram=34f -- pkram=99 nokaslr crashkernel=64M mem=lots scratch=?"
+    assert cmdline.pkram_pfn(line) == 0x34F
+    cmdline.validate(line)
+    assert not cmdline.has(line, "nokaslr") and cmdline.has("nokaslr -- x", "nokaslr")
+    assert cmdline.memory_limit(line) is None and cmdline.reservation(line, "crashkernel") is None
+    assert cmdline.pkram_pfn("ro -- pkram=34f") is None
+    assert not cmdline.pkram_off("ro -- pkram=off")
+    assert cmdline.words("ro -- x") == ["ro"]
+
+
+def test_writers_leave_init_s_words_and_write_before_them() -> None:
+    assert cmdline.put("ro pkram=3 -- single pkram=9", "pkram", "34f") == "ro pkram=34f -- single pkram=9"
+    assert cmdline.put("-- single", "pkram", "1") == "pkram=1 -- single"
+    assert cmdline.remove("a=1 -- a=2", "a") == "-- a=2"
+    assert cmdline.remove("a=1 --", "a") == "--"
+    assert cmdline.join("a -- b", "c -- d") == "a c -- b d"
+    assert cmdline.join("a", 'c "--" d') == "a c -- d"
+    assert cmdline.join("a -- b", "c") == "a c -- b"
+    assert cmdline.join("", " c ") == "c"
+    assert cmdline.join('a="--" b', "c") == 'a="--" b c'
+
+
+@pytest.mark.parametrize("line", ["mem=" + "9" * 40, "mem=9999E"])
+def test_more_memory_than_there_can_be_is_no_limit(line: str) -> None:
+    assert cmdline.memory_limit(line) == 1 << 62
+
+
+@pytest.mark.parametrize("value", ["9" * 40, "64M@" + "9" * 40])
+def test_a_reservation_beyond_memory_is_refused(value: str) -> None:
+    with pytest.raises(UsageError, match="beyond physical memory"):
+        cmdline.validate(f"crashkernel={value}")

@@ -480,6 +480,20 @@ def test_pages_preserved_after_loading_are_relocated(lab: Any) -> None:
     assert lab.intact("a")
 
 
+def test_init_s_words_are_left_and_what_is_added_goes_before_them(lab: Any) -> None:
+    pfn = lab.up().info.super_pfn
+    lab.preserve("kept", 3)
+    report = kexec.load(lab.machine, "builtin:4M", append=f"ro pkram={pfn:x} -- single pkram=99")
+    assert report.warnings == []
+    lab.execute()
+    assert lab.intact("kept") and lab.up().cmdline.endswith("-- single pkram=99")
+    pfn = lab.up().info.super_pfn
+    kexec.load(lab.machine, "builtin:4M", reuse_cmdline=True, append="quiet -- two")
+    assert staging.read(lab.machine).cmdline == f"ro pkram={pfn:x} quiet -- single pkram=99 two"
+    report = kexec.load(lab.machine, "builtin:4M", append=f"ro -- pkram={pfn:x}")
+    assert len(report.warnings) == 1 and "would be lost" in report.warnings[0]
+
+
 def test_reuse_cmdline_makes_pkram_current(lab: Any) -> None:
     lab.cycle()
     kexec.load(lab.machine, "builtin:4M", reuse_cmdline=True, append="quiet")

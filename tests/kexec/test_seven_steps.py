@@ -180,6 +180,21 @@ def test_reuse_cmdline_replaces_the_pfn(user):
     assert (path / "file").read_bytes() == b"data"
 
 
+def test_what_follows_two_dashes_is_init_s(user):
+    path = user.mount("one")
+    (path / "file").write_bytes(b"data")
+    user.preserve(path)
+    pfn = (user.machine / "pkram").read_text().strip()
+    user.ok("pkram-kexec", "-l", "builtin", f"--append=ro -- pkram={pfn}")
+    assert "would be lost" in user.run("pkram-kexec", "-e").stderr
+    user.ok("pkram-kexec", "-l", "builtin", f"--append=ro pkram={pfn} -- pkram=99 single")
+    for _ in range(2):
+        user.ok("pkram-kexec", "-e")
+        assert (path / "file").read_bytes() == b"data"
+        user.ok("pkram-kexec", "-l", "builtin", "--reuse-cmdline")
+    assert (user.machine / "cmdline").read_text().endswith(" -- pkram=99 single\n")
+
+
 def test_the_dry_run_changes_nothing(user):
     path = user.mount("one")
     (path / "file").write_bytes(b"data")
