@@ -254,7 +254,7 @@ class Daemon:
         tree.huge = self.options.huge or tree.huge
         if self.options.name is not None:
             tree.hold_for_save()  # a full RAM must not prevent preserving
-        operations = Operations(tree)
+        operations = Operations(tree, _generation(self.lock.tree_id))
         self.keeper = keeper = Keeper(
             tree,
             self.kernel.store,
@@ -349,6 +349,11 @@ class Daemon:
             log.warning("cannot detach: %s", explain(error))
         await self.session.operations.cache.close()
         self.session.terminate()
+
+
+def _generation(tree_id: int) -> int:
+    """What tells file handles of one tree from those of another: 32 bits that stay the same over a kexec."""
+    return (tree_id ^ tree_id >> 32) & 0xFFFF_FFFF
 
 
 async def _in_thread(work: Callable[[], None]) -> None:

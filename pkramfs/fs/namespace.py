@@ -43,18 +43,31 @@ class Namespace(Core):
     # -- looking --------------------------------------------------------------------------------
 
     def lookup(self, parent: int, name: bytes) -> Inode | None:
-        """The inode of a name, or None: absent names are no exception, they are looked up all the time."""
+        """The inode of a name, or None: absent names are no exception, they are looked up all the time.
+
+        By `.` a file is found, too: so the kernel asks for what a file handle names and it has forgotten. What is
+        deleted it has forgotten for good, although its FORGET may be still on the way.
+        """
         inode = self.inodes.get(parent) or self._find_asleep(parent)
         if inode.entries is None:
-            raise fail(errno.ENOTDIR)
+            if name != DOT:
+                raise fail(errno.ENOTDIR)
+            return self._linked(inode)
         entry = inode.entries.entries.get(name)
         if entry is not None:
             return entry[0]
         if len(name) > NAME_MAX:
             raise fail(errno.ENAMETOOLONG)
         if name == DOT:
-            return inode
+            return self._linked(inode)
         return inode.entries.parent if name == DOTDOT else None
+
+    @staticmethod
+    def _linked(inode: Inode) -> Inode:
+        """The inode, if it has a name left; ESTALE if not."""
+        if not inode.nlink:
+            raise fail(errno.ESTALE)
+        return inode
 
     def readdir(self, number: int, cookie: int = 0) -> Iterator[tuple[bytes, Inode, int]]:
         """(name, inode, cookie to go on from) of the entries beyond `cookie`, `.` and `..` first."""

@@ -103,21 +103,23 @@ class Operations(pyfuse3.Operations):
     """The requests of one mount, answered by one tree.
 
     `ready` is called when the kernel has said INIT: from then on the mount answers. `writer_gone` is
-    called after each close of a file that was open for writing.
+    called after each close of a file that was open for writing. `generation` is what makes a file handle
+    one of this tree: another tree has the same inode numbers.
     """
 
     supports_dot_lookup = True
     enable_writeback_cache = True
     enable_acl = True
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, generation: int = 0) -> None:
         super().__init__()
         self.tree = tree
         self.ready: Callable[[], None] = _nothing
         self.writer_gone: Callable[[], None] = _nothing
         self.cache = doors.Cache()
-        self._translate = Translator(tree)
+        self._translate = Translator(tree, generation)
         self._entry = self._translate.entry
+        self._root_entry = Translator(tree).entry  # of generation 0, as the kernel has made it: else it is stale
         self._opened = FileInfo(keep_cache=True)
         self._forgot: trio.Event | None = None
         self._hopeless: set[int] = set()
@@ -158,6 +160,9 @@ class Operations(pyfuse3.Operations):
     @_request
     def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         inode = self.tree.lookup(parent, name)
+        if inode is self.tree.root:  # by `..`
+            inode.lookups += 1
+            return self._root_entry(inode)
         return self._translate.absent() if inode is None else self._named(inode)
 
     async def forget(self, inodes: Sequence[tuple[int, int]]) -> None:

@@ -49,11 +49,11 @@ class Asker:
 class Translator:
     """Fills the answers of one mount."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, generation: int = 0) -> None:
         self._tree = tree
         self._entry = entry = pyfuse3.EntryAttributes()
         entry.entry_timeout = FOREVER
-        entry.generation = 0  # inode numbers are never used twice
+        entry.generation = generation  # the same for all: a tree never uses an inode number twice
         self._absent = absent = pyfuse3.EntryAttributes()
         absent.st_ino = 0
         absent.entry_timeout = FOREVER

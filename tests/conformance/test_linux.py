@@ -1,11 +1,16 @@
 """Calls that POSIX does not know: handles, watches, flags of single reads and writes, advice, seals, statx."""
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
 import signal
+import stat
 import struct
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -49,6 +54,133 @@ def test_handles(both: Any, kind: str) -> None:
             t(attributes, top)
 
     both(case)
+
+
+def attributes_by(top: int, handle: bytes) -> list[int]:
+    """Inode type, size and links of what a handle names."""
+    fd = system.open_by_handle_at(top, handle, os.O_PATH)
+    try:
+        found = os.fstat(fd)
+        return [stat.S_IFMT(found.st_mode), 0 if stat.S_ISDIR(found.st_mode) else found.st_size, found.st_nlink]
+    finally:
+        os.close(fd)
+
+
+def forget() -> None:
+    """Have the kernel forget names and inodes, of which then only handles are left."""
+    with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as caches:
+        caches.write("2")
+
+
+@pytest.mark.skipif(not ROOT, reason="open_by_handle_at needs root")
+@pytest.mark.parametrize("kind", THINGS)
+def test_handles_of_what_is_forgotten(both: Any, kind: str) -> None:
+    """Nobody has looked at the name since the kernel forgot it: a handle alone finds the file."""
+
+    def case(t: Any) -> None:
+        os.makedirs("d/e")
+        make(kind, "d/e/a")
+        top = os.open(".", os.O_RDONLY)
+        handle = system.name_to_handle_at("d/e/a")
+        os.link("d/e/a", "b", follow_symlinks=False) if kind not in ("dir", "full") else None
+        forget()
+        t(lambda: attributes_by(top, handle))
+        os.rename("d/e", "f")
+        forget()
+        t(lambda: attributes_by(top, handle))
+
+    both(case)
+
+
+@pytest.mark.skipif(not ROOT, reason="open_by_handle_at needs root")
+def test_a_handle_finds_the_way_up(both: Any) -> None:
+    """A directory that was found by its handle knows its parents, and so does a file its content."""
+
+    def case(t: Any) -> None:
+        os.makedirs("p/q/r")
+        write("p/q/r/file", b"content")
+        here, top = os.getcwd(), os.open(".", os.O_RDONLY)
+        folder, file = system.name_to_handle_at("p/q/r"), system.name_to_handle_at("p/q/r/file")
+        forget()
+
+        def way(handle: bytes) -> str:
+            fd = system.open_by_handle_at(top, handle, os.O_RDONLY)
+            try:
+                return os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), here)
+            finally:
+                os.close(fd)
+
+        def content(handle: bytes) -> bytes:
+            fd = system.open_by_handle_at(top, handle, os.O_RDONLY)
+            try:
+                return os.read(fd, 100)
+            finally:
+                os.close(fd)
+
+        t(lambda: way(folder))
+        forget()
+        t(lambda: content(file))
+        forget()
+        up = system.open_by_handle_at(top, folder, os.O_RDONLY)
+        t(lambda: os.listdir(up))
+        t(lambda: sorted(os.listdir(os.open("..", os.O_RDONLY, dir_fd=up))))
+
+    both(case)
+
+
+@pytest.mark.skipif(not ROOT, reason="open_by_handle_at needs root")
+def test_handles_of_deleted_files(both: Any) -> None:
+    """A handle finds a deleted file while somebody has it open, and is stale from then on (FUSE closes later)."""
+
+    def until_stale(top: int, handle: bytes) -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            forget()
+            attributes_by(top, handle)
+
+    def case(t: Any) -> None:
+        top = os.open(".", os.O_RDONLY)
+        for kind in ("file", "dir"):
+            make(kind, "a")
+            handle, fd = system.name_to_handle_at("a"), os.open("a", os.O_RDONLY)
+            os.unlink("a") if kind == "file" else os.rmdir("a")
+            forget()
+            t(lambda handle=handle: attributes_by(top, handle))
+            os.close(fd)
+            t(lambda handle=handle: until_stale(top, handle))
+
+    both(case)
+
+
+@pytest.mark.skipif(not ROOT, reason="open_by_handle_at needs root")
+def test_a_handle_is_of_one_tree(laboratory: Any) -> None:
+    """The same inode number in another mount of the same place is another file: no handle of the old one finds it."""
+    found = []
+    for side, mount, umount in (
+        ("theirs", ["mount", "-t", "tmpfs", "none"], ["umount"]),
+        ("ours", [sys.executable, "-m", "pkramfs", "mount", "none"], ["umount"]),
+    ):
+        place = laboratory.root / f"handles-{side}"
+        place.mkdir()
+        stale = []
+        handles: list[bytes] = []
+        for _ in range(2):
+            subprocess.run([*mount, str(place)], check=True, env=laboratory.environment)
+            try:
+                (place / "a").write_bytes(b"x")
+                top = os.open(place, os.O_RDONLY)
+                try:
+                    for handle in handles:
+                        with pytest.raises(OSError) as caught:
+                            attributes_by(top, handle)
+                        stale.append(caught.value.errno)
+                    handles.append(system.name_to_handle_at(str(place / "a")))
+                finally:
+                    os.close(top)
+            finally:
+                subprocess.run([*umount, str(place)], check=True)
+        found.append(stale)
+    assert found == [[errno.ESTALE], [errno.ESTALE]]
 
 
 EVENTS = {

@@ -31,6 +31,28 @@ def test_dot_and_dotdot(tree, sh) -> None:
     assert tree.lookup(1, b"..").ino == 1
 
 
+@pytest.mark.parametrize("kind", [stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFLNK])
+def test_anything_is_found_by_its_number_and_a_dot(tree, kind) -> None:
+    """What the kernel asks for when it has only a file handle."""
+    inode = tree.symlink(1, b"a", b"b") if kind == stat.S_IFLNK else tree.mknod(1, b"a", kind | 0o600)
+    inode.lookups = 1
+    assert tree.lookup(inode.ino, b".") is inode
+    for name in (b"..", b"b"):
+        with refused(errno.ENOTDIR):
+            tree.lookup(inode.ino, name)
+    tree.unlink(1, b"a")
+    with refused(errno.ESTALE):  # the kernel has let go of it, and its FORGET is on the way
+        tree.lookup(inode.ino, b".")
+
+
+def test_a_removed_directory_is_not_found_by_a_dot(tree, sh) -> None:
+    ino = sh.mkdir(b"d")
+    tree.inode(ino).lookups = 1
+    tree.rmdir(1, b"d")
+    with refused(errno.ESTALE):
+        tree.lookup(ino, b".")
+
+
 @pytest.mark.parametrize("name", [b"a/b", b"a\0b", b""])
 def test_impossible_names_are_refused(tree, name) -> None:
     with refused(errno.EINVAL):

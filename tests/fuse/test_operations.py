@@ -53,6 +53,15 @@ def test_absent_names_may_be_remembered(ops: Operations) -> None:
     assert entry.st_ino == 0 and entry.entry_timeout > 1e6
 
 
+def test_the_generation_is_the_trees_but_the_roots_is_none(ops: Operations) -> None:
+    """The kernel has made the root itself, of generation 0, and takes it for stale if it hears of another."""
+    ops = Operations(ops.tree, 1234)
+    assert ask(ops.mkdir, 1, b"dir", 0o755, ME).generation == 1234
+    assert ask(ops.lookup, 1, b"dir", ME).generation == 1234
+    root = ask(ops.lookup, 2, b"..", ME)
+    assert (root.st_ino, root.generation) == (1, 0)
+
+
 def test_an_os_error_is_its_errno(ops: Operations) -> None:
     with pytest.raises(pyfuse3.FUSEError) as caught:
         ask(ops.unlink, 1, b"no", ME)
