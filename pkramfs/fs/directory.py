@@ -4,7 +4,12 @@ Every entry has a *cookie*, a number that only rises, given when the name appear
 long as it exists. Listing is newest first, "the entries whose cookie is less than c": whoever is in
 the middle of a listing sees each entry that was there all the time exactly once, whatever is
 created or removed meanwhile (seekdir too), and what appears meanwhile is out of reach, so that a
-program which creates a name for each one it lists comes to an end. 1 and 2 are `.` and `..`.
+program which creates a name for each one it lists comes to an end.
+
+To the outside a listing has *places* (d_off, telldir), which rise while cookies fall, so that every place before
+the end is less than the end, and fit 31 bits:
+
+    0  1  2 … LAST - cookie …  LAST       `.`, `..`, the entries, the end, which is tmpfs's own number
 
     entries   {name: (inode, cookie)}             the truth; one dict look-up for a name
     _cookies  3  4  5  6  7        ascending      the order, searched by bisection
@@ -30,6 +35,9 @@ if TYPE_CHECKING:
     from pkramfs.fs.asleep import Asleep
 
 FIRST_COOKIE = 3
+LAST = 0x7FFFFFFF
+"""The place behind every listing's last entry."""
+_MOST = LAST - FIRST_COOKIE
 _BATCH = 256
 
 
@@ -58,6 +66,8 @@ class Directory:
 
     def add(self, name: bytes, inode: Inode) -> None:
         """A name that is not there yet."""
+        if self.next_cookie > _MOST:
+            self._renumber()
         cookie = self.next_cookie
         self.next_cookie = cookie + 1
         self.entries[name] = (inode, cookie)
@@ -70,19 +80,26 @@ class Directory:
         if self._dead > 32 and self._dead * 2 > len(self._names):
             self._squeeze()
 
-    def after(self, cookie: int) -> Iterator[tuple[bytes, Inode, int]]:
-        """(name, inode, cookie) of what a listing that came to `cookie` has still to show, newest first."""
-        cookie = cookie if cookie >= FIRST_COOKIE else self.next_cookie
+    def after(self, place: int) -> Iterator[tuple[bytes, Inode, int]]:
+        """(name, inode, place behind it) of what a listing that came to `place` has still to show, newest first.
+
+        It looks one entry ahead: behind the last one is LAST.
+        """
+        cookie, held = min(LAST + 1 - place, self.next_cookie), None
         while True:  # removals between two entries are fine; a rename is seen by the next call
             end = bisect_left(self._cookies, cookie)
             start = max(end - _BATCH, 0)
             if start == end:
-                return
+                break
             top, cookie = cookie, self._cookies[start]
             for name in reversed(self._names[start:end]):
                 entry = self.entries.get(name) if name is not None else None
                 if name is not None and entry is not None and entry[1] < top:
-                    yield name, entry[0], entry[1]
+                    if held is not None:
+                        yield held
+                    held = name, entry[0], LAST + 1 - entry[1]
+        if held is not None:
+            yield held[0], held[1], LAST
 
     def columns(self) -> tuple[list[bytes], tuple[Inode, ...], tuple[int, ...]]:
         """Names, inodes and cookies, oldest first, for saving: the order in which a dict was filled."""
@@ -91,11 +108,19 @@ class Directory:
 
     def fill(self, names: list[bytes], inodes: list[Inode], cookies: list[int]) -> None:
         """All entries of a directory at once, cookies ascending."""
+        if cookies and cookies[-1] > _MOST:
+            cookies = list(range(FIRST_COOKIE, FIRST_COOKIE + len(names)))
         self.entries = dict(zip(names, zip(inodes, cookies, strict=True), strict=True))
         self._names = list(names)
         self._cookies = array("q", cookies)
         self.next_cookie = cookies[-1] + 1 if cookies else FIRST_COOKIE
         self._dead = 0
+
+    def _renumber(self) -> None:
+        """Begin again with the lowest cookies, once in two thousand million names: a listing that is under way then
+        may show again what it has shown, but misses nothing."""
+        names, inodes, _ = self.columns()
+        self.fill(names, list(inodes), list(range(FIRST_COOKIE, FIRST_COOKIE + len(names))))
 
     def _squeeze(self) -> None:
         alive = [name is not None for name in self._names]

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 from pkramfs.fs import acl, clock
 from pkramfs.fs.core import Core
-from pkramfs.fs.directory import Directory
+from pkramfs.fs.directory import LAST, Directory
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import ENTRY_SIZE, ROOT, Caller, Inode
 from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE, NAME_MAX
@@ -69,16 +69,16 @@ class Namespace(Core):
             raise fail(errno.ESTALE)
         return inode
 
-    def readdir(self, number: int, cookie: int = 0) -> Iterator[tuple[bytes, Inode, int]]:
-        """(name, inode, cookie to go on from) of the entries beyond `cookie`, `.` and `..` first."""
+    def readdir(self, number: int, place: int = 0) -> Iterator[tuple[bytes, Inode, int]]:
+        """(name, inode, place to go on from) of the entries from `place` on, `.` and `..` first."""
         inode = self.directory(number)
         entries = self._entries(inode)
         self._read_time(inode)
-        if cookie < 1:
+        if place < 1:
             yield DOT, inode, 1
-        if cookie < 2:
-            yield DOTDOT, entries.parent, 2
-        yield from entries.after(cookie)
+        if place < 2:
+            yield DOTDOT, entries.parent, 2 if entries.entries else LAST
+        yield from entries.after(place)
 
     def readlink(self, number: int) -> bytes:
         inode = self.inode(number)

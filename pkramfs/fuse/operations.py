@@ -39,6 +39,7 @@ from pkramfs.fs.attributes import without_set_id
 from pkramfs.fs.core import INO_MASK, WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import Inode
+from pkramfs.fs.namespace import DOTDOT
 from pkramfs.fs.tree import Tree
 from pkramfs.fuse import doors
 from pkramfs.fuse.translate import Asker, Translator
@@ -218,10 +219,10 @@ class Operations(pyfuse3.Operations):
     @_request
     def readdir(self, handle: int, start: int, token: pyfuse3.ReaddirToken) -> None:
         reply, entry = pyfuse3.readdir_reply, self._entry
-        for name, inode, cookie in self.tree.readdir(handle, start):
-            if not reply(token, name, entry(inode), cookie):
+        for name, inode, place in self.tree.readdir(handle, start):
+            if not reply(token, name, entry(inode), place):
                 return
-            if cookie > 2:  # not for `.` and `..`
+            if place > 2 and name != DOTDOT:  # nor for `.`
                 inode.lookups += 1
 
     @_request

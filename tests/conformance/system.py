@@ -102,6 +102,18 @@ def umount(target: str) -> None:
     _check(_libc.umount2(_bytes(target), 0))
 
 
+def getdents(fd: int, size: int = 1 << 16) -> list[tuple[int, bytes]]:
+    """(d_off, d_name) of the entries that one call gives."""
+    buffer = ctypes.create_string_buffer(size)
+    end, at, found = _check(_libc.syscall(217, fd, buffer, size)), 0, []
+    data = buffer.raw[:end]
+    while at < end:
+        _, place, length, _ = struct.unpack_from("<QqHB", data, at)
+        found.append((place, data[at + 19 : at + length].split(b"\0")[0]))
+        at += length
+    return found
+
+
 class DirStream:
     """opendir(3) with its places."""
 

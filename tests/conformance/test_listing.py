@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from conformance.kinds import make, write
-from conformance.system import EXCHANGE, DirStream, renameat2
+from conformance.system import EXCHANGE, DirStream, getdents, renameat2
 
 pytestmark = pytest.mark.mount
 
@@ -133,6 +133,49 @@ def test_places(both: Any, count: int) -> None:
         stream.seek(places[max(len(places) - 3, 0)][0])
         t(rest, stream)
         stream.close()
+
+    both(case)
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="a system call by its number")
+@pytest.mark.parametrize("count", [0, 1, 2, 20, 300])
+@pytest.mark.parametrize("change", ["none", "first", "last", "all"])
+def test_the_end_is_the_largest_place(both: Any, change: str, count: int) -> None:
+    """Every place that is less than the last is not the end; at the last and behind it nothing is read.
+
+    Which numbers the places between have is a file system's own business, as long as 31 bits hold them.
+    """
+
+    def all_of(fd: int) -> list[tuple[int, bytes]]:
+        found: list[tuple[int, bytes]] = []
+        while more := getdents(fd, 4096):
+            found += more
+        return found
+
+    def case(t: Any) -> None:
+        os.mkdir("d")
+        for number in range(count):
+            write(f"d/{number:04}")
+        gone = {"none": [], "all": range(count), "first": [0] * (count > 0), "last": [count - 1] * (count > 0)}
+        for number in gone[change]:
+            os.unlink(f"d/{number:04}")
+        fd = os.open("d", os.O_RDONLY)
+        rows = all_of(fd)
+        places = [place for place, _ in rows]
+        t.note([name for _, name in rows], hex(places[-1]), places[-1] == max(places), min(places) > 0)
+        for place in (places[-1], 0x7FFFFFFF):
+            os.lseek(fd, place, os.SEEK_SET)
+            t.note(hex(place), getdents(fd))
+        for number, (place, _) in [*enumerate(rows)][:: len(rows) // 20 + 1]:
+            os.lseek(fd, place, os.SEEK_SET)
+            t.note(all_of(fd) == rows[number + 1 :])
+        between = [(one + two) // 2 for one, two in zip(places[:-2], places[1:-1], strict=True)]
+        between += [place + 1 for place in places[1:-2]]
+        ends = 0
+        for place in between:
+            os.lseek(fd, place, os.SEEK_SET)
+            ends += not getdents(fd, 100)
+        t.note("between two entries:", len(between), "ends:", ends)
 
     both(case)
 
