@@ -40,6 +40,7 @@ from pkramfs.fs.limits import Limits
 from pkramfs.fs.restore import restore
 from pkramfs.fs.tree import Tree
 from pkramfs.fuse import syscalls
+from pkramfs.fuse.flags import MountFlags
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.options import Options, parse
 from pkramfs.fuse.session import Session
@@ -269,6 +270,8 @@ class Daemon:
         server = Server(self.lock.path("sock"), keeper.verbs())
         self.session = session = Session(operations, self.mountpoint)
         session.mount(self.options.flags(), allow_other="allow_other" in self.options.words)
+        if session.dev is not None:
+            tree.access = MountFlags(session.dev, self.mountpoint)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(server.serve)

@@ -12,8 +12,9 @@ tree lets go of its node, and where a journal can be hung in:
 `freeze` and `preserved` are independent: a saved tree is both, a restored one only preserved.
 Access times are no change: they are kept when nothing else happens, and skipped while frozen.
 
-**Handles.** The number of an open file is its inode number, with WRITING set when it may write, so
-that a door needs no table of handles and one that is replaced can go on. All methods accept either.
+**Handles.** The number of an open file is its inode number, with WRITING set when it may write and UNNOTED when
+it was opened with O_NOATIME, so that a door needs no table of handles and one that is replaced can go on. All methods
+accept either.
 
 **Sleep.** `inodes` has the inodes that somebody asked for since the tree was restored; see asleep. Only what
 is found by a name or a number passes by there, so whoever goes through all of `inodes` sees every inode that is
@@ -34,6 +35,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pkramfs.fs import clock
+from pkramfs.fs.access import RELATIME, Access, relatime
 from pkramfs.fs.asleep import Asleep, SleepingDirectory
 from pkramfs.fs.directory import Directory
 from pkramfs.fs.failure import fail
@@ -51,7 +53,9 @@ if TYPE_CHECKING:
 ROOT_INO = 1
 WRITING = 1 << 62
 """Set in the handle of a file that is open for writing."""
-INO_MASK = WRITING - 1
+UNNOTED = 1 << 61
+"""Set in the handle of a file that was opened with O_NOATIME."""
+INO_MASK = UNNOTED - 1
 
 RUN_WEIGHT = 1152
 """Bytes that a run of frames costs a save at worst: an extent, entries, a share of the page table."""
@@ -81,7 +85,8 @@ class Core:
         self.next_ino = ROOT_INO
         self.on_first_change: Callable[[], None] | None = None
         self.journal: Callable[[str, dict[str, Any]], None] | None = None
-        self.relatime = True
+        self.access: Callable[[], Access] = relatime
+        self._access, self._asked = RELATIME, 0
         self.orphans: dict[int, tuple[Inode, bytes]] = {}
         self.tails: set[int] = set()  # see filling
         self.node_pages = Spans()
@@ -302,10 +307,15 @@ class Core:
                 self._reap(inode)
 
     def _read_time(self, inode: Inode) -> None:
-        """relatime: note an access if the last one noted is older than the last change, or than a day."""
-        if self.relatime and not self._frozen and (inode.atime <= inode.mtime or inode.atime <= inode.ctime):
-            inode.atime = clock.now()
-        elif self.relatime and not self._frozen and (now := clock.now()) - inode.atime >= _DAY:
+        """Note an access, if the mount's flags want it. They are asked for when it is due, and else once a tick."""
+        if self._frozen:
+            return
+        now = clock.now()
+        due = inode.atime <= inode.mtime or inode.atime <= inode.ctime or now - inode.atime >= _DAY
+        if due or now != self._asked:
+            self._access, self._asked = self.access(), now
+        wanted = self._access
+        if (due or wanted.always) and (wanted.files if inode.entries is None else wanted.directories):
             inode.atime = now
 
     # -- figures --------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from typing import Any
 from pkramfs.errors import ExhaustedError
 from pkramfs.fs import clock
 from pkramfs.fs.attributes import MAX_SIZE
-from pkramfs.fs.core import INO_MASK, WRITING
+from pkramfs.fs.core import INO_MASK, UNNOTED, WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.filling import Filling
 from pkramfs.fs.inode import ROOT, Caller, Inode
@@ -57,12 +57,13 @@ class Data(Filling):
         if flags & os.O_TRUNC and inode.is_file:
             self._truncate_on_open(inode, caller)
         inode.opens += 1
+        handle = inode.ino | UNNOTED if flags & os.O_NOATIME else inode.ino
         if not writing:
-            return inode.ino
+            return handle
         inode.writers += 1
         if caller.uid:
             inode.unprivileged = True
-        return inode.ino | WRITING
+        return handle | WRITING
 
     def _truncate_on_open(self, inode: Inode, caller: Caller) -> None:
         """Unlike truncate(2), O_TRUNC sets the times even of an empty file."""
@@ -80,7 +81,7 @@ class Data(Filling):
         if inode.entries is not None:
             raise fail(errno.EISDIR)
         end = min(offset + size, inode.size)
-        if inode.atime <= inode.mtime or inode.atime <= inode.ctime:
+        if not number & UNNOTED:
             self._read_time(inode)
         if end <= offset:
             return b""

@@ -18,11 +18,12 @@ Kernel: fs/namei.c, fs/libfs.c (simple_rename_exchange), mm/shmem.c (shmem_mknod
 """
 
 import errno
+import os
 import stat
 from collections.abc import Iterator
 
 from pkramfs.fs import acl, clock
-from pkramfs.fs.core import Core
+from pkramfs.fs.core import UNNOTED, Core
 from pkramfs.fs.directory import LAST, Directory
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import ENTRY_SIZE, ROOT, Caller, Inode
@@ -69,11 +70,17 @@ class Namespace(Core):
             raise fail(errno.ESTALE)
         return inode
 
+    def opendir(self, number: int, flags: int = os.O_RDONLY) -> int:
+        """Open a directory and return its handle, which needs no release."""
+        ino = self.directory(number).ino
+        return ino | UNNOTED if flags & os.O_NOATIME else ino
+
     def readdir(self, number: int, place: int = 0) -> Iterator[tuple[bytes, Inode, int]]:
         """(name, inode, place to go on from) of the entries from `place` on, `.` and `..` first."""
         inode = self.directory(number)
         entries = self._entries(inode)
-        self._read_time(inode)
+        if not number & UNNOTED:
+            self._read_time(inode)
         if place < 1:
             yield DOT, inode, 1
         if place < 2:

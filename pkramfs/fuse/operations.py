@@ -213,8 +213,8 @@ class Operations(pyfuse3.Operations):
     # -- listing --------------------------------------------------------------------------------
 
     @_request
-    def opendir(self, inode: int, ctx: RequestContext) -> int:
-        return self.tree.directory(inode).ino
+    def opendir(self, inode: int, ctx: RequestContext, flags: int = os.O_RDONLY) -> int:
+        return self.tree.opendir(inode, flags)  # pyfuse3 does not pass on the flags
 
     @_request
     def readdir(self, handle: int, start: int, token: pyfuse3.ReaddirToken) -> None:

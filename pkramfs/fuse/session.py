@@ -31,10 +31,10 @@ from pkramfs.errors import MachineError, explain
 from pkramfs.fuse import syscalls
 from pkramfs.fuse.handshake import MAX_WRITE, Handshake
 from pkramfs.fuse.operations import Operations
-from pkramfs.fuse.options import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY
+from pkramfs.fuse.options import MS_NOATIME, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY
 from pkramfs.fuse.turns import Turns
 
-_USER_FLAGS = {MS_RDONLY: "ro", MS_NOEXEC: "noexec", MS_NOSUID: "nosuid", MS_NODEV: "nodev"}
+_USER_FLAGS = {MS_RDONLY: "ro", MS_NOEXEC: "noexec", MS_NOSUID: "nosuid", MS_NODEV: "nodev", MS_NOATIME: "noatime"}
 _TASKS, _MOST = 2, 1000
 """Requests that are worked on at once: as many as wait for something, and one more to answer what they wait for."""
 _TUNING = "/sys/class/bdi/{}:{}"

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from pkramfs.fuse import options as o
 
 FSTYPE = "fuse.pkramfs"
+MOUNTINFO = "/proc/self/mountinfo"
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -80,8 +81,16 @@ def detach(target: str, *, lazy: bool = True) -> None:
 
 def mounts() -> list[Mounted]:
     """Everything that is mounted in this mount namespace, in order."""
-    with open("/proc/self/mountinfo", "rb") as file:
+    with open(MOUNTINFO, "rb") as file:
         return [_line(line) for line in file]
+
+
+def places_of(dev: int) -> list[Mounted]:
+    """The mounts of one file system, in order; only their lines are taken apart."""
+    number = b" %d:%d " % (os.major(dev), os.minor(dev))
+    with open(MOUNTINFO, "rb") as file:
+        found = [_line(line) for line in file if number in line]
+    return [mounted for mounted in found if mounted.dev == dev]
 
 
 def _line(line: bytes) -> Mounted:

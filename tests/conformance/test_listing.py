@@ -1,5 +1,6 @@
 """Directory reading: order, while entries come and go, places to come back to, many entries."""
 
+import itertools
 import os
 from typing import Any
 
@@ -169,7 +170,7 @@ def test_the_end_is_the_largest_place(both: Any, change: str, count: int) -> Non
         for number, (place, _) in [*enumerate(rows)][:: len(rows) // 20 + 1]:
             os.lseek(fd, place, os.SEEK_SET)
             t.note(all_of(fd) == rows[number + 1 :])
-        between = [(one + two) // 2 for one, two in zip(places[:-2], places[1:-1], strict=True)]
+        between = [(one + two) // 2 for one, two in itertools.pairwise(places[:-1])]
         between += [place + 1 for place in places[1:-2]]
         ends = 0
         for place in between:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pkramfs.fs.access import NOATIME, Access
 from pkramfs.fs.attributes import MAX_SIZE
 from pkramfs.fs.inode import Credentials
 from pkramfs.fs.limits import Limits
@@ -185,11 +186,70 @@ def test_access_times_are_relative(tree, sh) -> None:
     tree.write(ino, 0, b"x")
     tree.read(ino, 0, 1)
     assert inode.atime > first
-    tree.relatime = False
+    tree.access = lambda: NOATIME
     tree.write(ino, 0, b"x")
     noted = inode.atime
     tree.read(ino, 0, 1)
     assert inode.atime == noted
+
+
+@pytest.mark.parametrize(
+    ("access", "noted"),
+    [
+        (Access(), {"file", "link", "folder"}),
+        (Access(always=True), {"file", "link", "folder", "file again", "folder again"}),
+        (Access(directories=False), {"file", "link"}),
+        (Access(False, False, True), set()),
+        (NOATIME, set()),
+    ],
+)
+def test_the_mount_says_which_accesses_are_noted(tree, sh, access, noted) -> None:
+    file, folder, link = tree.inode(sh.write(b"f", b"x")), tree.inode(sh.mkdir(b"d")), tree.symlink(1, b"l", b"f")
+    tree.access = lambda: access
+    for inode in (file, folder, link):
+        tree.set_times(inode.ino, 5, None, None)
+
+    def changed(inode, look) -> bool:
+        before = inode.atime
+        look()
+        return inode.atime != before
+
+    found = {
+        "file": changed(file, lambda: tree.read(file.ino, 0, 1)),
+        "link": changed(link, lambda: tree.readlink(link.ino)),
+        "folder": changed(folder, lambda: list(tree.readdir(folder.ino))),
+        "file again": changed(file, lambda: tree.read(file.ino, 0, 1)),
+        "folder again": changed(folder, lambda: list(tree.readdir(folder.ino))),
+    }
+    assert {name for name, yes in found.items() if yes} == noted
+
+
+def test_an_access_after_a_day_is_noted(tree, sh, monkeypatch) -> None:
+    inode = tree.inode(sh.write(b"f", b"x"))
+    tree.read(inode.ino, 0, 1)
+    first = inode.atime
+    for later, seen in ((86_399 * 10**9, first), (86_400 * 10**9, first + 86_400 * 10**9)):
+        monkeypatch.setattr("pkramfs.fs.clock.now", lambda later=later: first + later)
+        tree.read(inode.ino, 0, 1)
+        assert inode.atime == seen
+
+
+def test_what_was_opened_with_noatime_notes_nothing(tree, sh) -> None:
+    tree.access = lambda: Access(always=True)
+    file, folder = sh.write(b"f", b"data"), sh.mkdir(b"d")
+    quiet, loud = tree.open(file, os.O_RDWR | os.O_NOATIME), tree.open(file, os.O_RDONLY)
+    before = tree.inode(file).atime
+    assert bytes(tree.read(quiet, 0, 4)) == b"data" and tree.inode(file).atime == before
+    tree.write(quiet, 0, b"more")
+    assert tree.inode(quiet).writers == 1
+    tree.release(quiet)
+    assert tree.inode(file).writers == 0 and tree.inode(file).opens == 1
+    assert bytes(tree.read(loud, 0, 4)) == b"more" and tree.inode(file).atime > before
+    before = tree.inode(folder).atime
+    list(tree.readdir(tree.opendir(folder, os.O_NOATIME)))
+    assert tree.inode(folder).atime == before
+    list(tree.readdir(tree.opendir(folder)))
+    assert tree.inode(folder).atime > before
 
 
 def test_allocate_and_punch(tree, sh) -> None:

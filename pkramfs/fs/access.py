@@ -1,0 +1,30 @@
+"""Which accesses are noted as access times: what the flags of a mount ask for.
+
+    relatime      the first access after a change, and after a day        the kernel's default
+    strictatime   every access
+    nodiratime    none of directories
+    noatime, ro   none
+
+A tree knows no mounts: whoever serves it says what applies, each time that an access is due to be noted.
+
+Kernel: fs/inode.c (atime_needs_update, relatime_need_update)
+"""
+
+from typing import NamedTuple
+
+
+class Access(NamedTuple):
+    """The accesses that are noted: of files and links, of directories; `always` is not just the first of them."""
+
+    files: bool = True
+    directories: bool = True
+    always: bool = False
+
+
+RELATIME = Access()
+NOATIME = Access(files=False, directories=False)
+
+
+def relatime() -> Access:
+    """The rule of a mount without other flags."""
+    return RELATIME
