@@ -5,7 +5,7 @@
     mount-daemon            one mount; started by mount.pkramfs
 
 The last two are started by pkramfs itself, in a fresh interpreter: what they know, they were told
-on their command line or find in RAM.
+on their command line or find in RAM, and what they inherited of a shell's limits and priorities they put off first.
 
 busybox has the same door.
 """
@@ -23,6 +23,9 @@ _VERBS = {
 }
 
 
+_SERVICES = ("boot", "mount-daemon")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run VERB with the arguments after it; its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -33,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not words or words[0] not in _VERBS:
         return _usage(words)
+    if words[0] in _SERVICES:
+        import_module("pkramfs.machine.process").shed()
     status = import_module(_VERBS[words[0]]).main(words[1:])
     return 0 if status is None else int(status)
 

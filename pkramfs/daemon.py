@@ -46,8 +46,8 @@ from pkramfs.fuse.options import Options, parse
 from pkramfs.fuse.session import Session
 from pkramfs.kernel import crash
 from pkramfs.kernel.running import Running, shared
-from pkramfs.machine import locks
-from pkramfs.machine.directory import Machine
+from pkramfs.machine import locks, process
+from pkramfs.machine.directory import Machine, host_memory
 from pkramfs.machine.files import open_regular
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import new_tree_id
@@ -138,6 +138,8 @@ class Daemon:
 
     def run(self) -> None:
         """Build, serve, take down."""
+        process.set_oom_score_adj(self.options.oom_score_adj)
+        process.require(self.machine.hardware().size if self.machine.exists() else host_memory())
         crash.notice(self.machine)
         with self._starting:
             self.kernel = self._attach()

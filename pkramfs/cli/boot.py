@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="give up preserved memory that cannot be read")
     args = parser.parse_args(argv)
     try:
+        _check_limits(args.directory)
         if args.parent is None:
             _boot_by_hand(args.directory, args.force)
         else:
@@ -32,6 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"boot: {error}", file=sys.stderr)
         return error.exit_status
     return 0
+
+
+def _check_limits(directory: str) -> None:
+    """Refuse where a limit is left that RAM exceeds."""
+    from pkramfs.machine import process
+    from pkramfs.machine.directory import Machine
+
+    process.require(Machine(directory).hardware().size)
 
 
 def _boot_for(parent: int, directory: str, force: bool) -> None:

@@ -148,6 +148,7 @@ def _act(args: argparse.Namespace) -> int:
     machine = arguments.machine(args)
     if args.status:
         return _status(machine)
+    _put_off_limits(machine)
     _notice_oops(args, machine)
     if args.unload:
         _unload(args, machine)
@@ -162,6 +163,15 @@ def _act(args: argparse.Namespace) -> int:
         if getattr(args, way):
             return go(args, machine)
     return 0
+
+
+def _put_off_limits(machine: "Machine") -> None:
+    """A kexec must not end half-way because of what a shell had set."""
+    from pkramfs.machine import process
+
+    process.shed()
+    if machine.exists():
+        process.require(machine.hardware().size)
 
 
 def _notice_oops(args: argparse.Namespace, machine: "Machine") -> None:

@@ -2,7 +2,7 @@
 
     size=2G  nr_inodes=1m  mode=1777 …      tmpfs's own
     pkram=NAME  preserve  nopreserve        the announcement's
-    pkram_strict  machine=NAME              ours
+    pkram_strict  machine=NAME  oom_score_adj=N    ours
     ro  nosuid  noatime …                   mount flags: a bit that is set or cleared
     user_id=0  max_read=…  x-systemd.…      said by others for others: known and ignored
 
@@ -73,6 +73,7 @@ _NUMBER = re.compile("(0x[0-9a-f]+|[1-9][0-9]*|0[0-7]*)([kmgtpe]?)", re.IGNORECA
 _SHIFTS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _LONG_MAX = (1 << 63) - 1
 _MODE_MAX = _ID_MAX = (1 << 32) - 1
+_OOM_MAX = 1000
 _INODES_MAX = (1 << 64) // 1024 - 1
 """nr_inodes in bytes of inode space must fit 64 bits."""
 
@@ -104,6 +105,7 @@ class Options:
     mpol: str | None = None
     strict: bool = False
     machine: str | None = None
+    oom_score_adj: int | None = None
     remount: bool = False
     preserve: bool | None = None
     set_flags: int = 0
@@ -275,6 +277,12 @@ def _machine(found: Options, value: str) -> None:
     found.machine = value
 
 
+def _oom_score_adj(found: Options, value: str) -> None:
+    if not re.fullmatch("-?[0-9]{1,4}", value) or abs(int(value)) > _OOM_MAX:
+        raise UsageError(f"mount option oom_score_adj={value}: write a number from -{_OOM_MAX} to {_OOM_MAX}")
+    found.oom_score_adj = int(value)
+
+
 def _preserve(found: Options) -> None:
     found.preserve = True
 
@@ -303,4 +311,5 @@ _VALUES = {
     "huge": _huge,
     "mpol": _mpol,
     "machine": _machine,
+    "oom_score_adj": _oom_score_adj,
 }
