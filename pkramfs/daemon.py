@@ -269,7 +269,7 @@ class Daemon:
             settings=Settings(tree, self._words, policy=self._policy, changed=self._reconfigured),
         )
         operations.writer_gone = keeper.writer_gone
-        server = Server(self.lock.path("sock"), keeper.verbs())
+        server = Server(self.lock.path("sock"), keeper.verbs(), keeper.undo())
         self.session = session = Session(operations, self.mountpoint)
         session.mount(self.options.flags(), allow_other="allow_other" in self.options.words)
         if session.dev is not None:

@@ -14,6 +14,7 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
 `MountReport`s, and gives it callables that stop and thaw.
 
     arguments   shared options, exit statuses, errors as one line
+    signals     what a signal does to a command, and where it has to wait
     render      tables for people, the same as JSON for programs
     mounts      all mounts of a machine at once: ask, freeze, thaw, stop, start again
     nodes       what is preserved: list and free               ┐
@@ -26,7 +27,8 @@ Promises of every command:
 
 * An error is one line on stderr, `pkram-kexec: what, where, what to do`, and an exit status that
   the class of the error knows (errors.py). A traceback is only for --debug.
-* Interrupted is 130, a closed pipe is silent.
+* SIGINT, SIGTERM and SIGHUP take back what was begun, or wait where that cannot be done; the status is 128 and the
+  signal's number. A closed pipe is silent.
 * `--help` costs no more than Python and argparse: at the top of these modules stand only the
   standard library and the prelude; numpy, trio and rich are imported where they are used.
 * What looks changes nothing: `pkramctl status`, `--dry-run` and `--status` neither boot nor freeze.

@@ -7,7 +7,7 @@
 
     PkramfsError           its own one line and its class's exit status (errors.py)
     OSError                `path: reason`, status 1
-    KeyboardInterrupt      130, as a shell shows a command that died of SIGINT
+    a signal               128 and its number (Ctrl-C: 130), as a shell shows a command that died of it
     BrokenPipeError        141, silently: the reader (`| head`) has had enough
     anything else          one line that asks for a report, status 70; with --debug the traceback
 
@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pkramfs.cli import signals
 from pkramfs.cli.render import printable
 from pkramfs.errors import MachineError, PkramfsError, UsageError, explain
 from pkramfs.units import parse_size
@@ -163,15 +164,16 @@ def run(parser: argparse.ArgumentParser, act: Action, argv: Sequence[str] | None
     try:
         args = parser.parse_args(words)
         debug = getattr(args, "debug", debug)
-        status = act(args)
+        with signals.heard():
+            status = act(args)
         sys.stdout.flush()
     except SystemExit as leave:  # argparse has said why
         return leave.code if isinstance(leave.code, int) else 0
     except BrokenPipeError:
         _discard_stdout()
         return BROKEN_PIPE
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as ended:
+        return ended.status if isinstance(ended, signals.Ended) else INTERRUPTED
     except Exception as error:
         return _report(parser.prog, error, debug=debug)
     return status or 0

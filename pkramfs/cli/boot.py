@@ -2,13 +2,15 @@
 
 Started by pkram-kexec and by the first mount with `--parent PID`, while that process holds the
 machine lock. It holds a lock of its own, so that a boot whose parent was killed is waited for, and
-gives up if its parent was gone before it began. Typed by hand (no --parent), it takes the machine
+gives up if its parent was gone before it began. Signals that end commands do not end it: there is no kernel to go
+back to. Typed by hand (no --parent), it takes the machine
 lock itself; that is how to go on with `--force` after a boot that stopped at damaged metadata.
 
 Kernel: what the bootloader calls; arch/x86/boot/compressed/head_64.S
 """
 
 import os
+import signal
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -49,6 +51,8 @@ def _boot_for(parent: int, directory: str, force: bool) -> None:
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.locks import held
 
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     machine = Machine(directory)
     with held(machine.path(BOOT_LOCK)):
         if os.getppid() != parent:

@@ -17,8 +17,9 @@ planner:
     machine lock released
     mount again what was preserved (mounting takes the lock shared)
 
-Before the point of no return a failure leaves the machine as it was. After it, whoever comes next
-resumes the boot.
+Before the point of no return a failure, or a signal (SIGINT, SIGTERM, SIGHUP), leaves the machine as it was. After
+it a signal waits until all is mounted again, and whoever comes next after a failure resumes the boot. A command that
+is killed takes nothing back: the daemons thaw by themselves, and what was stopped already waits for --resume.
 
 Kernel: kexec-tools kexec/kexec.c, kernel/kexec_core.c (kernel_kexec)
 """
@@ -29,7 +30,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, mounts, render, report
+from pkramfs.cli import arguments, mounts, render, report, signals
 from pkramfs.cli.arguments import complain, need
 from pkramfs.errors import MachineError, NotPreservedError, PkramfsError
 from pkramfs.units import format_size
@@ -281,8 +282,10 @@ def _noticed(seen: "Sequence[Seen]") -> list[str]:
 
 def _to_remount(args: argparse.Namespace, seen: "Sequence[Seen]") -> list[dict[str, Any]]:
     """What nvram.json will carry: the mounts that come back, with their own options."""
-    if args.no_remount:
-        return []
+    return [] if args.no_remount else _preserved(seen)
+
+
+def _preserved(seen: "Sequence[Seen]") -> list[dict[str, Any]]:
     return [
         {"name": one.entry.name, "mountpoint": one.entry.mountpoint, "options": one.entry.options}
         for one in seen
@@ -292,38 +295,40 @@ def _to_remount(args: argparse.Namespace, seen: "Sequence[Seen]") -> list[dict[s
 
 def _execute(args: argparse.Namespace, machine: "Machine") -> int:
     """Let the running kernel die and the loaded one be born."""
-    with mounts.Ready() as ready:
-        return _execute_with(args, machine, ready)
+    with mounts.Ready() as ready, signals.Deferral() as waiting:
+        return _execute_with(args, machine, ready, waiting)
 
 
-def _execute_with(args: argparse.Namespace, machine: "Machine", ready: mounts.Ready) -> int:
+def _execute_with(args: argparse.Namespace, machine: "Machine", ready: mounts.Ready, waiting: signals.Deferral) -> int:
     from pkramfs.kernel import kexec, nvram, running
 
     going = mounts.Mounts(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
     remount: list[dict[str, Any]] = []
+    back: list[dict[str, Any]] = []
     try:
         with running.exclusively(machine, LOCK_SECONDS):
             _need_loaded(machine)
             began = time.monotonic()
             seen = going.freeze()
-            remount = _to_remount(args, seen)
+            remount, back = _to_remount(args, seen), _preserved(seen)
             plan = kexec.plan(
                 machine,
                 [one.report for one in seen],
                 force=args.force,
                 poison=args.poison,
-                stop=going.stop,
+                stop=partial(_stop, machine, going, back),
                 remount=remount,
             )
             if plan.problems:
                 going.thaw()
                 return _refuse(machine, plan)
             ready.start(remount)
-            _perform(args, plan)
+            _perform(args, plan, waiting)
             pause = time.monotonic() - began
             nvram.set_pause(machine, pause - plan.copying)
     except BaseException:
-        _undo(machine, going, remount, ready)
+        with signals.deferred():
+            _undo(machine, going, back, ready)
         raise
     return _mount_again(machine, remount, f"in {pause:.2f} s", ready)
 
@@ -346,23 +351,35 @@ def _refuse(machine: "Machine", plan: "Plan") -> int:
     return plan.problems[0].exit_status
 
 
-def _perform(args: argparse.Namespace, plan: "Plan") -> None:
+def _stop(machine: "Machine", going: "Mounts", back: list[dict[str, Any]]) -> None:
+    """End the daemons; from now on nvram.json knows what to mount again, should we be killed."""
+    from pkramfs.kernel import nvram
+
+    nvram.set_mounts(machine, back)
+    going.stop()
+
+
+def _perform(args: argparse.Namespace, plan: "Plan", waiting: signals.Deferral) -> None:
     for warning in plan.warnings:
         arguments.warn(PROGRAM, warning)
     for line in plan.relocations if args.verbose else []:
         print(render.printable(line))
-    plan.execute(_tell if args.verbose else lambda _: None)
+    plan.execute(partial(_before, waiting, args.verbose))
 
 
-def _tell(step: "Operation") -> None:
-    """A step that is about to be done."""
-    for line in step.lines():
+def _before(waiting: signals.Deferral, verbose: bool, step: "Operation") -> None:
+    """A step is about to be done."""
+    from pkramfs.kernel.kexec import PointOfNoReturn
+
+    if isinstance(step, PointOfNoReturn):
+        waiting.begin()
+    for line in step.lines() if verbose else []:
         print(render.printable(line), flush=True)
 
 
-def _undo(machine: "Machine", going: "Mounts", remount: list[dict[str, Any]], ready: mounts.Ready) -> None:
+def _undo(machine: "Machine", going: "Mounts", back: list[dict[str, Any]], ready: mounts.Ready) -> None:
     """After a failure: while the old kernel lives, every mount is as it was."""
-    from pkramfs.kernel import state
+    from pkramfs.kernel import nvram, state
 
     going.thaw()
     if not machine.exists() or not going.stopped:
@@ -370,7 +387,9 @@ def _undo(machine: "Machine", going: "Mounts", remount: list[dict[str, Any]], re
     if state.read(machine, any_layout=True) is None:
         complain(PROGRAM, "the old kernel is gone and the new one is not up: pkram-kexec --resume goes on from there")
         return
-    mounts.restart(machine, remount, partial(arguments.warn, PROGRAM), ready)
+    if not mounts.restart(machine, back, partial(arguments.warn, PROGRAM), ready):
+        with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
+            nvram.clear_mounts(machine)
 
 
 def _mount_again(
@@ -399,10 +418,12 @@ def _resume(args: argparse.Namespace, machine: "Machine") -> int:
     if not machine.exists() or (nvram.pending(machine) is None and not nvram.mounts(machine)):
         print("nothing to resume")
         return 0
-    with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
-        running.bring_up(machine, force=args.force)
-        waiting = nvram.mounts(machine)
-    return _mount_again(machine, [] if args.no_remount else waiting, "again")
+    with signals.Deferral() as waiting:
+        with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
+            waiting.begin()
+            running.bring_up(machine, force=args.force)
+            back = nvram.mounts(machine)
+        return _mount_again(machine, [] if args.no_remount else back, "again")
 
 
 def _cold(args: argparse.Namespace, machine: "Machine") -> int:
@@ -417,8 +438,9 @@ def _cold(args: argparse.Namespace, machine: "Machine") -> int:
         if args.dry_run:
             print("end the running kernel, forget all memory, boot cold")
             return 0
-        going.stop()
-        running.power_cycle(machine)
+        with signals.deferred():
+            going.stop()
+            running.power_cycle(machine)
     return _mount_again(machine, [], "with empty memory")
 
 
@@ -432,6 +454,7 @@ def _panic(args: argparse.Namespace, machine: "Machine") -> int:
         if args.dry_run:
             print("kill the mounts and boot the crash kernel, with PKRAM off")
             return 0
-        mounts.Mounts(machine, force=True).kill()
-        crash.panic(machine)
+        with signals.deferred():
+            mounts.Mounts(machine, force=True).kill()
+            crash.panic(machine)
     return _mount_again(machine, [], "with PKRAM off; pkram-kexec --cold leaves it")

@@ -12,6 +12,8 @@ another mount namespace, is a mount as long as its daemon's lock is held. A daem
 answer stops everything, with its pid and the remedy, unless forced: then it is killed, because a
 process of the old kernel that still maps RAM must not live to see the new one.
 
+What is frozen is frozen as long as we hold a connection to its daemon, so nothing stays frozen when we are killed.
+
 Kernel: kernel/reboot.c (kernel_restart_prepare), fs/sync.c (SYSCALL_DEFINE1(syncfs)),
         include/linux/freezer.h
 """
@@ -26,6 +28,7 @@ from pkramfs.units import plural
 
 if TYPE_CHECKING:
     from pkramfs.cli.mount import Starting
+    from pkramfs.control.client import Held
     from pkramfs.kernel.kexec import MountReport
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.mounts import MountEntry
@@ -110,7 +113,7 @@ class Mounts:
 
     def __init__(self, machine: "Machine", *, force: bool = False, warn: Warn = lambda _: None) -> None:
         self.machine, self.force, self.warn = machine, force, warn
-        self._frozen: list[MountEntry] = []
+        self._frozen: list[tuple[MountEntry, Held]] = []
         self._silent: set[int] = set()
         self.stopped = False
         """Whether daemons were told to end, so that a thaw is not enough to go back."""
@@ -127,9 +130,7 @@ class Mounts:
         seen = _ask(entry)
         if seen.status is not None:
             self._flush(entry)
-            if not seen.status.get("frozen"):
-                self._frozen.append(entry)  # before the call: an answer that is lost still froze it
-            seen = self._frozen_now(entry)
+            seen = self._frozen_now(entry, before=bool(seen.status.get("frozen")))
         if seen.status is None:
             if not self.force:
                 raise DaemonError(seen.silence)
@@ -137,16 +138,23 @@ class Mounts:
             self._silent.add(entry.tree_id)
         return seen
 
-    def _frozen_now(self, entry: "MountEntry") -> Seen:
-        """Freeze one mount and see how it is; a refusal (files open for writing) is final unless forced."""
+    def _frozen_now(self, entry: "MountEntry", *, before: bool) -> Seen:
+        """Freeze one mount and see how it is; a refusal (files open for writing) is final unless forced.
+
+        `before` says that it is frozen already, for daemons of older versions, which do not remember who froze them.
+        """
+        from pkramfs.control.client import Held
+
         try:
-            frozen = _ask(entry, "freeze", FREEZE_SECONDS)
+            held = Held(entry.socket, "freeze", undo="" if before else "thaw", timeout=FREEZE_SECONDS)
+            self._frozen.append((entry, held))
+        except DaemonError as error:
+            return Seen(entry, None, _silent(entry, error))
         except PkramfsError as refusal:
             if not self.force:
                 raise
             self.warn(f"{refusal}; what was not written yet is lost")
-            return _ask(entry)
-        return frozen if frozen.status is None else _ask(entry)
+        return _ask(entry)
 
     def _flush(self, entry: "MountEntry") -> None:
         """Let the kernel send its dirty pages, so that the daemon knows all that was written."""
@@ -159,11 +167,14 @@ class Mounts:
     def thaw(self) -> None:
         """Take back the freezing of every mount that `freeze` froze; one that fails is a warning."""
         while self._frozen:
-            entry = self._frozen.pop()
+            entry, held = self._frozen.pop()
+            if entry.tree_id not in self.machine.live_ids():
+                held.close()  # it was stopped
+                continue
             try:
-                thawed = _ask(entry, "thaw")
-                if thawed.status is None:
-                    self.warn(f"{entry.mountpoint} stays frozen: {thawed.silence}")
+                held.release(ANSWER_SECONDS)
+            except DaemonError as error:
+                self.warn(f"{entry.mountpoint} may stay frozen: {_silent(entry, error)}")
             except PkramfsError as error:
                 self.warn(f"{entry.mountpoint} stays frozen: {error}")
 
@@ -177,7 +188,8 @@ class Mounts:
             elif (answer := _ask(entry, "stop")).status is None:
                 self._stop_silent(entry, answer)
         self._await_gone(stopping)
-        self._frozen.clear()
+        while self._frozen:
+            self._frozen.pop()[1].close()
 
     def kill(self) -> None:
         """End every daemon as a crash does."""

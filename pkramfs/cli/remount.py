@@ -22,9 +22,10 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any
 
+from pkramfs.cli import signals
 from pkramfs.cli.arguments import warn
 from pkramfs.cli.mount import PROGRAM, MountError
-from pkramfs.control.client import call
+from pkramfs.control.client import call, call_long
 from pkramfs.errors import PkramfsError, UsageError
 from pkramfs.fuse.options import MS_RDONLY, MS_REMOUNT, Options
 from pkramfs.fuse.syscalls import FSTYPE, is_dead, mount, mounted_at
@@ -111,14 +112,30 @@ def _reconfigure(entry: "MountEntry", options: Options) -> None:
 
 
 def _preserve(entry: "MountEntry", directory: str, before: int, flags: int, strict: bool) -> dict[str, Any]:
-    """Kernel first, so that no new writer comes; back to rw if the daemon refuses."""
-    _make_read_only(entry, directory, before, flags)
+    """Kernel first, so that no new writer comes; back to rw if the daemon refuses, or a signal ends us."""
     try:
-        return call(entry.socket, "preserve", timeout=3600.0, strict=strict)
-    except PkramfsError:
-        if not before & MS_RDONLY:
-            _set_flags(directory, flags, before)
+        _make_read_only(entry, directory, before, flags)
+    except KeyboardInterrupt:
+        _make_writable(directory, flags, before)
         raise
+    try:
+        return call_long(entry.socket, "preserve", strict=strict)
+    except KeyboardInterrupt:
+        if not before & MS_RDONLY:
+            with signals.deferred():
+                call_long(entry.socket, "unpreserve")  # waits until a save that is under way is over
+        _make_writable(directory, flags, before)
+        raise
+    except PkramfsError:
+        _make_writable(directory, flags, before)
+        raise
+
+
+def _make_writable(directory: str, flags: int, before: int) -> None:
+    """Take back what `_make_read_only` did, if it was not read-only before."""
+    if not before & MS_RDONLY:
+        with signals.deferred():
+            _set_flags(directory, flags, before)
 
 
 def _make_read_only(entry: "MountEntry", directory: str, before: int, flags: int) -> None:

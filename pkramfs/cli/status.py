@@ -171,6 +171,8 @@ def _next_line(following: dict[str, Any] | None) -> str | None:
     said = []
     if following["pending"]:
         said.append(f"the boot of generation {following['pending']} is not finished: the next mount resumes it")
+    elif following["remount"]:
+        said.append(f"{', '.join(following['remount'])} waits to be mounted again: pkram-kexec --resume")
     if following["loaded"]:
         said.append(f"{following['loaded']} is loaded: pkram-kexec -e")
     if following["crash"]:

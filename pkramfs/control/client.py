@@ -2,50 +2,152 @@
 
     call(entry.socket, "status")                 → dict
     call(entry.socket, "preserve", strict=True)
+    held = Held(entry.socket, "freeze")          → held.answer; in force until held.release(), or until we die
 
 DaemonError means that there was no answer: nobody listens, the daemon died, or it took too long. A
 refusal is protocol.RefusedError, with the daemon's words. Standard library only.
 
+A daemon that works on something answers `status` all the same. So whoever waits long (`call_long`) asks that now
+and then, and gives up where it is not answered.
+
 Kernel: net/unix/af_unix.c
 """
 
+import contextlib
 import socket
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pkramfs.control import protocol
-from pkramfs.errors import DaemonError, explain
+from pkramfs.errors import DaemonError, PkramfsError, explain
 
 TIMEOUT = 120.0
+LONG_SECONDS, ASK_SECONDS = 3600.0, 30.0
+"""How long the longest work may take, and a daemon that works on it may say nothing at all."""
+_POLL = 0.02
 
 
 def call(path: str, verb: str, /, *, timeout: float = TIMEOUT, **args: Any) -> dict[str, Any]:
     """The answer to one verb of the daemon that listens at `path`."""
-    try:
-        line = _exchange(path, protocol.encode({"verb": verb, "args": args}), timeout)
-    except TimeoutError:
-        raise DaemonError(f"no answer to {verb} within {timeout:g} s") from None
-    except OSError as error:
-        raise DaemonError(f"cannot ask it to {verb}: {explain(error)}") from None
-    try:
-        answer = protocol.decode(line)
-    except ValueError:
-        raise DaemonError(f"it ended while it was asked to {verb}") from None
-    return protocol.result(answer)
+    with contextlib.closing(_Connection(path, verb, timeout)) as peer:
+        return peer.ask(args)
 
 
-def _exchange(path: str, request: bytes, timeout: float) -> bytes:
-    deadline = time.monotonic() + timeout
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as peer:
-        peer.settimeout(timeout)
+def call_long(path: str, verb: str, /, **args: Any) -> dict[str, Any]:
+    """The answer to a verb that may take long, from a daemon that answers `status` meanwhile."""
+    with contextlib.closing(_Connection(path, verb, LONG_SECONDS)) as peer:
+        return peer.ask(args, meanwhile=lambda: call(path, "status", timeout=ASK_SECONDS))
+
+
+class Held:
+    """A verb that is in force as long as its connection; `answer` is what the daemon said to it.
+
+    `undo` is what takes it back from a daemon of an older version, which does not answer `held`; nothing if empty.
+    """
+
+    def __init__(self, path: str, verb: str, /, *, undo: str, timeout: float = TIMEOUT, **args: Any) -> None:
+        self._path, self._undo = path, undo
+        self._peer = _Connection(path, verb, timeout)
+        try:
+            self.answer = self._peer.ask(args)
+        except BaseException:
+            self._peer.close()
+            raise
+
+    def close(self) -> None:
+        """End it without waiting, for a daemon that is gone."""
+        self._peer.close()
+
+    def release(self, timeout: float = TIMEOUT) -> None:
+        """End it, and wait until the daemon has taken it back; DaemonError if it does not say so in time."""
+        if self.answer.get("held"):
+            self._peer.finish(timeout)
+        else:
+            self._peer.close()
+            if self._undo:
+                call(self._path, self._undo, timeout=timeout)
+
+
+class _Connection:
+    """One exchange with a daemon; whatever goes wrong is a DaemonError that says what was asked for."""
+
+    def __init__(self, path: str, verb: str, timeout: float) -> None:
+        self._verb, self._timeout, self._deadline = verb, timeout, time.monotonic() + timeout
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            with self._trouble():
+                self._connect(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def ask(self, args: dict[str, Any], meanwhile: Callable[[], object] | None = None) -> dict[str, Any]:
+        """The answer. `meanwhile` is called now and then while it is waited for, and may raise."""
+        with self._trouble():
+            self._socket.settimeout(self._left())
+            self._socket.sendall(protocol.encode({"verb": self._verb, "args": args}))
+            line = self._line(meanwhile)
+        try:
+            answer = protocol.decode(line)
+        except ValueError:
+            raise DaemonError(f"it ended while it was asked to {self._verb}") from None
+        return protocol.result(answer)
+
+    def finish(self, timeout: float) -> None:
+        """Close our end and wait until the daemon has closed its own."""
+        self._timeout, self._deadline = timeout, time.monotonic() + timeout
+        with contextlib.closing(self._socket), self._trouble():
+            self._socket.shutdown(socket.SHUT_WR)
+            self._socket.settimeout(self._left())
+            self._socket.recv(1)
+
+    def _connect(self, path: str) -> None:
+        """Connect; a daemon with which too many others wait to speak is asked again."""
         with protocol.short_path(path) as short:
-            peer.connect(short)
-        peer.sendall(request)
-        parts: list[bytes] = []
-        while not parts or not parts[-1].endswith(b"\n"):
-            peer.settimeout(max(deadline - time.monotonic(), 0.001))
-            part = peer.recv(1 << 16)
+            while True:
+                self._socket.settimeout(self._left())
+                try:
+                    self._socket.connect(short)
+                except BlockingIOError:  # its queue is full; connect does not wait where there is a timeout
+                    if self._left() <= _POLL:
+                        raise TimeoutError from None
+                    time.sleep(_POLL)
+                else:
+                    return
+
+    def _line(self, meanwhile: Callable[[], object] | None) -> bytes:
+        parts, size = [b""], 0
+        while not parts[-1].endswith(b"\n") and size <= protocol.LINE_MAX:
+            self._socket.settimeout(self._left() if meanwhile is None else min(self._left(), ASK_SECONDS))
+            try:
+                part = self._socket.recv(1 << 16)
+            except TimeoutError:
+                if meanwhile is None or time.monotonic() >= self._deadline:
+                    raise
+                meanwhile()
+                continue
             if not part:
                 break
             parts.append(part)
-    return b"".join(parts)
+            size += len(part)
+        if size > protocol.LINE_MAX:
+            raise DaemonError(f"its answer to {self._verb} is longer than {protocol.LINE_MAX:,} bytes")
+        return b"".join(parts)
+
+    def _left(self) -> float:
+        return max(self._deadline - time.monotonic(), 0.001)
+
+    @contextlib.contextmanager
+    def _trouble(self) -> Iterator[None]:
+        try:
+            yield
+        except PkramfsError:
+            raise
+        except TimeoutError:
+            raise DaemonError(f"no answer to {self._verb} within {self._timeout:g} s") from None
+        except OSError as error:
+            raise DaemonError(f"cannot ask it to {self._verb}: {explain(error)}") from None

@@ -2,7 +2,8 @@
 
     preserve     writers gone? ─▶ freeze ─▶ save ─▶ published          else thaw, and say why
     unpreserve   node withdrawn by one store ─▶ thaw
-    freeze       writers gone? ─▶ freeze; says whether the tree is preserved
+    freeze       writers gone? ─▶ freeze; says whether the tree is preserved; holds as long as its connection
+    release      the connection of a freeze has ended: thaw, unless preserve or another freeze wants it frozen
     thaw         thaw, nothing else: a restored tree that was only frozen stays preserved
     status       figures and options
     reconfigure  the options that a remount may change (settings)
@@ -10,6 +11,9 @@
 A file that is open for writing may have dirty pages that the kernel has not sent yet. RELEASE
 comes after the last of them, so `preserve` waits, bounded, until the tree counts no writers. Between
 that and `freeze` nothing is awaited, so no open can slip in.
+
+A freeze belongs to a kexec, which may be killed: so it ends with the connection that asked for it. While it holds
+nobody else can thaw the tree. Once `stop` was asked for nothing is thawed: what was preserved stays so.
 
 The lock lets one verb at a time change the state. Looking (`status`) needs no lock: it runs between
 two steps of a save.
@@ -48,7 +52,7 @@ T = TypeVar("T")
 
 
 class BusyError(ErrnoError):
-    """Files are open for writing; the message names them."""
+    """Files are open for writing, which the message names, or a kexec has the tree."""
 
     default_errno = errno.EBUSY
 
@@ -72,6 +76,8 @@ class Keeper:
         self._say, self._banned, self._settings = say, banned, settings
         self._lock = trio.Lock()
         self._writer_gone = trio.Event()
+        self._holders = 0  # connections whose freeze holds
+        self._kept = False  # frozen by preserve, and so beyond any connection
         self.stopping = trio.Event()
         if tree.preserved:
             tree.on_first_change = self._withdraw
@@ -92,6 +98,10 @@ class Keeper:
             "reconfigure": self.reconfigure,
             "stop": self.stop,
         }
+
+    def undo(self) -> dict[str, Any]:
+        """What takes a verb back when its connection ends, for those that hold as long."""
+        return {"freeze": self.release}
 
     def writer_gone(self) -> None:
         """A file that was open for writing was closed."""
@@ -136,6 +146,7 @@ class Keeper:
             )
         self._notice_loss()
         if self.tree.preserved and self.tree.frozen:
+            self._kept = True
             return await self.status()
         await self._freeze()
         try:
@@ -143,6 +154,7 @@ class Keeper:
         except BaseException:
             self.tree.thaw()
             raise
+        self._kept = True
         return await self.status() | report
 
     async def _save(self, strict: bool) -> dict[str, Any]:
@@ -160,9 +172,10 @@ class Keeper:
     async def unpreserve(self) -> dict[str, Any]:
         """Give the tree back to its writers; the node goes."""
         async with self._lock:
+            self._refuse_held()
             if self.tree.preserved:
                 self._withdraw()
-            self.tree.thaw()
+            self._thaw()
             return await self.status()
 
     async def freeze(self) -> dict[str, Any]:
@@ -171,7 +184,15 @@ class Keeper:
         async with self._lock:
             if self.tree.preserved and not self.tree.frozen:
                 await self._freeze()
+            self._holders += self.tree.preserved
             return {"preserved": self.tree.preserved}
+
+    async def release(self, answer: dict[str, Any]) -> None:
+        """Take back the freeze that was answered so: its connection has ended, in whatever way."""
+        async with self._lock:
+            self._holders -= answer["preserved"]
+            if not self._holders and not self._kept and not self.stopping.is_set():
+                self._thaw()
 
     async def reconfigure(self, words: "Words", pages: int | None = None, inodes: int | None = None) -> dict[str, Any]:
         """remount,size= and the like."""
@@ -181,7 +202,8 @@ class Keeper:
     async def thaw(self) -> dict[str, Any]:
         """Take a freeze back; a preserved tree lets go of its node only when it is changed."""
         async with self._lock:
-            self.tree.thaw()
+            self._refuse_held()
+            self._thaw()
             return {"preserved": self.tree.preserved}
 
     async def stop(self) -> dict[str, Any]:
@@ -206,6 +228,14 @@ class Keeper:
         if writers:
             raise BusyError(f"{_list(writers)} on {self.mountpoint}: close the files and try again")
         self.tree.freeze()
+
+    def _thaw(self) -> None:
+        self.tree.thaw()
+        self._kept = False
+
+    def _refuse_held(self) -> None:
+        if self._holders:
+            raise BusyError(f"a kexec has frozen {self.mountpoint}: wait until it is over")
 
     def _has_writers(self) -> bool:
         return any(inode.writers for inode in self.tree.inodes.values())

@@ -3,8 +3,9 @@
     {"verb": "preserve", "args": {"strict": false}}
     {"ok": {"files": 3, …}}    or    {"error": "one line for people", "status": 1, "errno": 16}
 
-`status` is the exit status of the error's class, `errno` the system's number where there is one. A
-line is at most LINE_MAX bytes, so that no peer can make the other collect without end.
+`status` is the exit status of the error's class, `errno` the system's number where there is one. What was asked
+for with an answer that says `"held": true` is in force until the connection ends. A line is at most LINE_MAX
+bytes, so that no peer can make the other collect without end; a message longer than MESSAGE_MAX is cut.
 
 A socket's path may be longer than the 108 bytes that the kernel takes, so both sides name it as
 /proc/self/fd/N/NAME, N being its directory.
@@ -21,7 +22,8 @@ from typing import Any
 from pkramfs import schema
 from pkramfs.errors import DaemonError, PkramfsError, explain
 
-LINE_MAX = 16 << 20
+LINE_MAX = 1 << 20
+MESSAGE_MAX = 1 << 16
 _REFUSAL = schema.Object(
     {"error": schema.Text()},
     optional={
@@ -43,7 +45,10 @@ def short_path(path: str) -> Iterator[str]:
 
 def encode(message: dict[str, Any]) -> bytes:
     """A message as its line. Paths that are no UTF-8 travel as surrogates."""
-    return json.dumps(message).encode() + b"\n"
+    line = json.dumps(message).encode() + b"\n"
+    if len(line) > LINE_MAX:
+        raise DaemonError(f"a message of {len(line):,} bytes is too long: {LINE_MAX:,} is the most")
+    return line
 
 
 def decode(line: bytes) -> dict[str, Any]:
@@ -57,11 +62,15 @@ def decode(line: bytes) -> dict[str, Any]:
 def failure(error: Exception) -> dict[str, Any]:
     """The answer that says what went wrong."""
     if isinstance(error, PkramfsError):
-        return {"error": str(error), "status": error.exit_status, "errno": getattr(error, "errno", None)}
+        return {"error": _cut(str(error)), "status": error.exit_status, "errno": getattr(error, "errno", None)}
     if isinstance(error, OSError):
-        return {"error": explain(error), "status": PkramfsError.exit_status, "errno": error.errno}
-    kind = type(error).__name__
-    return {"error": f"internal error: {kind}: {error}; the daemon's log has more", "status": 70, "errno": None}
+        return {"error": _cut(explain(error)), "status": PkramfsError.exit_status, "errno": error.errno}
+    message = f"internal error: {type(error).__name__}: {_cut(str(error))}; the daemon's log has more"
+    return {"error": message, "status": 70, "errno": None}
+
+
+def _cut(message: str) -> str:
+    return message if len(message) <= MESSAGE_MAX else message[:MESSAGE_MAX] + "…"
 
 
 class RefusedError(PkramfsError):

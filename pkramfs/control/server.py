@@ -3,6 +3,9 @@
 `Server` knows no verbs: it is given functions by name. Whatever they raise becomes an answer, and what
 nobody foresaw is logged with its traceback: a command can never end the mount.
 
+A verb may be given a function that takes it back (`undo`). Then it holds as long as its connection: the commander
+keeps that open, and when it closes it, or dies, that function gets the answer, and then our end is closed.
+
 Only root and the daemon's own user are heard (SO_PEERCRED); the machine's directory lets nobody
 else reach the socket, this is the second door.
 
@@ -14,6 +17,7 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 import trio
@@ -24,17 +28,20 @@ from pkramfs.errors import PkramfsError, UsageError
 log = logging.getLogger(__name__)
 
 Verb = Callable[..., Awaitable[dict[str, Any]]]
+Undo = Callable[[dict[str, Any]], Awaitable[None]]
 
 _READ_SECONDS = 5.0
 _REQUEST_MAX = 1 << 16
+_BACKLOG = 1024
+"""Commands that may wait to be heard while we are busy; the kernel takes no more than net.core.somaxconn."""
 _UCRED = struct.Struct("3i")
 
 
 class Server:
     """Listens at `path` from the moment it is made; answers while `serve` runs."""
 
-    def __init__(self, path: str, verbs: Mapping[str, Verb]) -> None:
-        self._verbs = verbs
+    def __init__(self, path: str, verbs: Mapping[str, Verb], undo: Mapping[str, Undo] | None = None) -> None:
+        self._verbs, self._undo = verbs, undo or {}
         self._listening = _listen(path)
         self._active = 0
         self._idle = trio.Condition()
@@ -52,27 +59,33 @@ class Server:
 
     async def _answer(self, stream: trio.SocketStream) -> None:
         async with stream:
+            undo: Callable[[], Awaitable[None]] | None = None
             self._active += 1
             try:
-                await self._exchange(stream)
-            except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
-                log.info("a command went away: %s", error)
+                answer, undo = await self._ask(stream)
+                heard = await _send(stream, answer)
             finally:
                 with trio.CancelScope(shield=True):
                     async with self._idle:
                         self._active -= 1
                         self._idle.notify_all()
+            if undo is not None:
+                await _hold(stream if heard else None, undo)
 
-    async def _exchange(self, stream: trio.SocketStream) -> None:
+    async def _ask(self, stream: trio.SocketStream) -> tuple[dict[str, Any], Callable[[], Awaitable[None]] | None]:
+        """The answer to one request, and what takes back what was done, if it holds as long as the connection."""
         try:
             _check_peer(stream)
-            answer = {"ok": await self._call(await _request(stream))}
+            request = await _request(stream)
+            done = await self._call(request)
         except Exception as error:
-            if not isinstance(error, PkramfsError | OSError):
+            if not isinstance(error, PkramfsError | OSError | trio.BrokenResourceError):
                 log.exception("a verb failed")
-            answer = protocol.failure(error)
-        with trio.move_on_after(_READ_SECONDS):
-            await stream.send_all(protocol.encode(answer))
+            return protocol.failure(error), None
+        undo = self._undo.get(str(request.get("verb")))
+        if undo is None:
+            return {"ok": done}, None
+        return {"ok": done | {"held": True}}, partial(undo, done)
 
     async def _call(self, request: dict[str, Any]) -> dict[str, Any]:
         verb = self._verbs.get(str(request.get("verb")))
@@ -87,6 +100,34 @@ class Server:
             raise UsageError(f"{request['verb']}: {error}") from None
 
 
+async def _send(stream: trio.SocketStream, answer: dict[str, Any]) -> bool:
+    """Whether the peer took the answer, which it has to do at once."""
+    try:
+        line = protocol.encode(answer)
+    except PkramfsError as error:
+        line = protocol.encode(protocol.failure(error))
+    try:
+        with trio.fail_after(_READ_SECONDS):
+            await stream.send_all(line)
+    except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError) as error:
+        log.info("a command went away: %s", error)
+        return False
+    return True
+
+
+async def _hold(stream: trio.SocketStream | None, undo: Callable[[], Awaitable[None]]) -> None:
+    """Wait until the peer closes its end (it has done so already, if there is no stream), then take back."""
+    try:
+        if stream is not None:
+            await stream.receive_some(1)
+    except trio.BrokenResourceError:
+        pass  # it died, which is what we wait for, too
+    try:
+        await undo()
+    except (PkramfsError, OSError):
+        log.exception("what a command held could not be taken back")
+
+
 def _listen(path: str) -> socket.socket:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     with protocol.short_path(path) as short:
@@ -94,7 +135,7 @@ def _listen(path: str) -> socket.socket:
             os.unlink(short)  # of a daemon that died: we hold the lock
         listening.bind(short)
         os.chmod(short, 0o600)
-    listening.listen(16)
+    listening.listen(_BACKLOG)
     return listening
 
 

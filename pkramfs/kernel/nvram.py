@@ -220,6 +220,11 @@ def next_generation(machine: "Machine") -> int:
     return int(read(machine)["boot_count"]) + 1
 
 
+def set_mounts(machine: "Machine", mounts: Sequence[dict[str, Any]]) -> None:
+    """Note what to mount again, before it is stopped for a boot that is not decided yet."""
+    machine.write_json(NAME, read(machine) | {"mounts": list(mounts)})
+
+
 def mounts(machine: "Machine") -> list[dict[str, Any]]:
     """What to mount again after the boot."""
     return list(read(machine)["mounts"])

@@ -265,6 +265,7 @@ def start_boot(machine: Machine, *, force: bool = False) -> None:
         capture_output=True,
         text=True,
         check=False,
+        start_new_session=True,  # Ctrl-C and a terminal that goes are not for a kernel that boots
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]

@@ -1,5 +1,10 @@
 """A place for machines of this test's own."""
 
+import os
+import signal
+import subprocess
+import tempfile
+
 import pytest
 
 
@@ -33,3 +38,31 @@ def kexec(capsys):
         return status, out, err
 
     return run
+
+
+@pytest.fixture
+def place():
+    """Makes directories to mount on; whatever is mounted there is taken away afterwards."""
+    made = []
+
+    def make() -> str:
+        made.append(tempfile.mkdtemp(prefix="pkram-mnt-"))
+        return made[-1]
+
+    yield make
+    for directory in made:
+        while subprocess.run(["fusermount3", "-u", "-z", directory], capture_output=True, check=False).returncode == 0:
+            pass
+        os.rmdir(directory)
+
+
+@pytest.fixture
+def machine(root, ctl, place):
+    from pkramfs.machine.directory import Machine
+
+    assert ctl("machine", "create", "--ram", "256M", "--seed", "5")[0] == 0
+    made = Machine.locate()
+    yield made
+    for entry in made.mounts():
+        if entry.alive:
+            os.kill(entry.pid, signal.SIGKILL)

@@ -17,10 +17,14 @@ class Daemon:
     """A mount daemon as far as the control socket shows it."""
 
     def __init__(self, name, *, preserved=True, frozen=False, silent=False):
-        self.name, self.preserved, self.frozen, self.silent = name, preserved, frozen, silent
-        self.alive, self.deaf, self.heard = True, False, []
+        self.name, self.preserved, self.kept, self.silent = name, preserved, frozen, silent
+        self.alive, self.deaf, self.heard, self.holders = True, False, [], 0
         self.tree_id = 0x1000 + len(name) * 7 + sum(map(ord, name))
         self.entry = MountEntry(self.tree_id, name, f"/nowhere/{name}", 0, {"pkram": name}, None, True, f"{name}.sock")
+
+    @property
+    def frozen(self):
+        return self.kept or self.holders > 0
 
     def answer(self, verb):
         self.heard.append(verb)
@@ -28,9 +32,22 @@ class Daemon:
             raise DaemonError("timed out")
         if verb == "stop":
             self.alive = self.deaf
-        if verb in ("freeze", "thaw", "unfreeze"):
-            self.frozen = verb == "freeze"
+        if verb == "freeze":
+            self.holders += 1
         return {"state": "preserved" if self.preserved else "live", "frozen": self.frozen, "files": 3, "bytes": 4096}
+
+
+class FakeHeld:
+    """A verb that is in force until it is released."""
+
+    def __init__(self, daemon, verb):
+        self.daemon, self.answer = daemon, daemon.answer(verb)
+
+    def release(self, timeout):
+        self.close()
+
+    def close(self):
+        self.daemon.holders -= 1
 
 
 class FakeMachine(Machine):
@@ -49,11 +66,12 @@ class FakeMachine(Machine):
 def machine(monkeypatch):
     made = FakeMachine([])
 
-    def call(socket, verb, timeout=None, **words):
-        return next(d for d in made.daemons if d.entry.socket == socket).answer(verb)
+    def find(socket):
+        return next(d for d in made.daemons if d.entry.socket == socket)
 
     client = types.ModuleType("pkramfs.control.client")
-    client.call = call  # type: ignore[attr-defined]
+    client.call = lambda socket, verb, timeout=None: find(socket).answer(verb)  # type: ignore[attr-defined]
+    client.Held = lambda socket, verb, undo, timeout: FakeHeld(find(socket), verb)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pkramfs.control.client", client)
     return made
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 
 import pytest
 
@@ -14,34 +13,6 @@ pytestmark = [
     pytest.mark.mount,
     pytest.mark.skipif(not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="/dev/fuse cannot be opened"),
 ]
-
-
-@pytest.fixture
-def place():
-    """Makes directories to mount on; whatever is mounted there is taken away afterwards."""
-    made = []
-
-    def make() -> str:
-        made.append(tempfile.mkdtemp(prefix="pkram-mnt-"))
-        return made[-1]
-
-    yield make
-    for directory in made:
-        while subprocess.run(["fusermount3", "-u", "-z", directory], capture_output=True, check=False).returncode == 0:
-            pass
-        os.rmdir(directory)
-
-
-@pytest.fixture
-def machine(root, ctl, place):
-    from pkramfs.machine.directory import Machine
-
-    assert ctl("machine", "create", "--ram", "256M", "--seed", "5")[0] == 0
-    made = Machine.locate()
-    yield made
-    for entry in made.mounts():
-        if entry.alive:
-            os.kill(entry.pid, signal.SIGKILL)
 
 
 def mount(directory: str, options: str) -> None:

@@ -2,9 +2,11 @@
 
 import errno
 import os
+import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import trio
 
 from pkramfs.control import protocol
-from pkramfs.control.client import call
+from pkramfs.control.client import Held, call
 from pkramfs.control.server import Server, _check_peer
 from pkramfs.errors import DaemonError, ErrnoError, UsageError
 
@@ -41,7 +43,23 @@ async def _silent() -> dict[str, Any]:
     return {}
 
 
-VERBS = {"echo": _echo, "busy": _busy, "usage": _usage, "bug": _bug, "silent": _silent}
+HELD: list[str] = []
+
+
+async def _hold(name: str = "") -> dict[str, Any]:
+    HELD.append(name)
+    return {"name": name}
+
+
+async def _let_go(answer: dict[str, Any]) -> None:
+    HELD.remove(answer["name"])
+
+
+async def _held() -> dict[str, Any]:
+    return {"now": list(HELD)}
+
+
+VERBS = {"hold": _hold, "held": _held, "echo": _echo, "busy": _busy, "usage": _usage, "bug": _bug, "silent": _silent}
 
 
 @pytest.fixture
@@ -53,7 +71,7 @@ def path(tmp_path: Path) -> Iterator[str]:
     up = threading.Event()
 
     async def run() -> None:
-        server = Server(str(directory / "sock"), VERBS)
+        server = Server(str(directory / "sock"), VERBS, {"hold": _let_go})
         with trio.CancelScope() as scope:
             made.extend([scope, trio.lowlevel.current_trio_token()])
             up.set()
@@ -142,3 +160,42 @@ def test_strangers_are_not_heard(uid: int, heard: bool) -> None:
 
 def test_the_socket_is_private(path: str) -> None:
     assert os.stat(path).st_mode & 0o777 == 0o600
+
+
+def until_nothing_is_held(path: str) -> None:
+    deadline = time.monotonic() + 10
+    while call(path, "held")["now"]:
+        assert time.monotonic() < deadline, "it is held for ever"
+
+
+def test_a_verb_that_holds_is_in_force_until_it_is_released(path: str) -> None:
+    held = Held(path, "hold", undo="", name="a")
+    assert held.answer == {"name": "a", "held": True}
+    assert call(path, "held")["now"] == ["a"]
+    held.release()
+    assert call(path, "held")["now"] == [], "it was taken back before release returned"
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_verb_that_holds_ends_with_who_asked_for_it(path: str, answered: bool) -> None:
+    """A commander that is killed: the kernel closes its end, whether it has read the answer or not."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with socket.socket(socket.AF_UNIX) as peer, protocol.short_path(path) as short:
+                peer.connect(short)
+                peer.sendall(protocol.encode({"verb": "hold", "args": {"name": "b"}}))
+                if answered:
+                    peer.recv(4096)
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    until_nothing_is_held(path)
+
+
+def test_what_an_older_daemon_does_not_hold_is_taken_back_by_its_own_verb(path: str) -> None:
+    """It answers without `held` and forgets who asked."""
+    with pytest.raises(protocol.RefusedError, match="open for writing"):
+        Held(path, "echo", undo="busy").release()
+    Held(path, "echo", undo="").release()

@@ -126,6 +126,54 @@ def test_freeze_is_for_preserved_trees(keeper: Keeper) -> None:
     assert keeper.tree.frozen
 
 
+def test_a_freeze_ends_with_its_connection(keeper: Keeper) -> None:
+    ask(keeper.preserve)
+    ask(keeper.thaw)
+    first, second = ask(keeper.freeze), ask(keeper.freeze)
+    ask(keeper.release, first)
+    assert keeper.tree.frozen, "another holds it"
+    ask(keeper.release, second)
+    assert keeper.tree.preserved and not keeper.tree.frozen
+
+
+def test_a_freeze_of_a_live_tree_holds_nothing(keeper: Keeper) -> None:
+    answer = ask(keeper.freeze)
+    ask(keeper.preserve)
+    ask(keeper.release, answer)
+    assert keeper.tree.frozen
+
+
+def test_what_preserve_froze_no_connection_thaws(keeper: Keeper) -> None:
+    ask(keeper.preserve)
+    ask(keeper.release, ask(keeper.freeze))
+    assert keeper.tree.frozen
+    ask(keeper.thaw)
+    answer = ask(keeper.freeze)
+    ask(keeper.preserve)  # while it is held
+    ask(keeper.release, answer)
+    assert keeper.tree.frozen
+
+
+def test_while_a_freeze_holds_nobody_else_thaws(keeper: Keeper) -> None:
+    ask(keeper.preserve)
+    answer = ask(keeper.freeze)
+    for verb in (keeper.unpreserve, keeper.thaw):
+        with pytest.raises(ErrnoError, match="a kexec has frozen /mnt") as caught:
+            ask(verb)
+        assert caught.value.errno == errno.EBUSY
+    ask(keeper.release, answer)
+    assert ask(keeper.unpreserve)["state"] == "live"
+
+
+def test_a_tree_that_is_to_stop_is_not_thawed(keeper: Keeper) -> None:
+    ask(keeper.preserve)
+    ask(keeper.thaw)
+    answer = ask(keeper.freeze)
+    ask(keeper.stop)
+    ask(keeper.release, answer)
+    assert keeper.tree.frozen
+
+
 def test_a_failed_save_thaws(keeper: Keeper, said: list[str]) -> None:
     keeper.store.names = None  # type: ignore[attr-defined]
     with pytest.raises(PkramError):
