@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from pkramfs.cli import arguments, mounts, render, report, signals
 from pkramfs.cli.arguments import complain, need
 from pkramfs.errors import MachineError, NotPreservedError, PkramfsError
-from pkramfs.units import format_size
+from pkramfs.units import format_size, plural
 
 if TYPE_CHECKING:
     from pkramfs.cli.mounts import Mounts, Seen
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "pkram-kexec"
 LOCK_SECONDS = 30.0
+_NAMED = 10
+"""How many programs that use a mount are named."""
 _DESCRIPTION = "Load a kernel and let a pkramfs machine die and be born again; see pkram-kexec(8)."
 _EPILOG = """examples:
   pkram-kexec -s -l /boot/vmlinuz --initrd=/boot/initrd.img --append="root=/dev/sda1 pkram=$(cat /run/pkram/pkram)"
@@ -269,14 +271,23 @@ def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
 
 def _noticed(seen: "Sequence[Seen]") -> list[str]:
     """What cannot survive, and who will find that a mount went away under them."""
+    from pkramfs.control.protocol import unnamed
+
     found = []
     for one in seen:
         place = one.entry.mountpoint
         status = one.status or {}
         found += [f"{place}: {path} is open for writing" for path in status.get("writers", [])]
+        if more := unnamed(status, "writers"):
+            found.append(f"{place}: {plural(more, 'more file')} open for writing")
         found += [f"{place}: {path} will be lost" for path in status.get("open_deleted", [])]
-        for user in mounts.users(place):
+        if more := unnamed(status, "open_deleted"):
+            found.append(f"{place}: {plural(more, 'more deleted file')} will be lost")
+        users = mounts.users(place)
+        for user in users[:_NAMED]:
             found.append(f"{place}: {user.name} (pid {user.pid}) uses it and will get ENOTCONN")
+        if more := len(users[_NAMED:]):
+            found.append(f"{place}: {plural(more, 'more program')} that {'uses' if more == 1 else 'use'} it")
     return found
 
 

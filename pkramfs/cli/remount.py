@@ -26,6 +26,7 @@ from pkramfs.cli import signals
 from pkramfs.cli.arguments import warn
 from pkramfs.cli.mount import PROGRAM, MountError
 from pkramfs.control.client import call, call_long
+from pkramfs.control.protocol import unnamed
 from pkramfs.errors import PkramfsError, UsageError
 from pkramfs.fuse.options import MS_RDONLY, MS_REMOUNT, Options
 from pkramfs.fuse.syscalls import FSTYPE, is_dead, mount, mounted_at
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 _OURS = ("size", "nr_blocks", "nr_inodes", "huge", "mpol", "noswap")
 """Options that a daemon may be told again."""
+_NAMED = 5
+"""How many files a refusal names."""
 
 
 def remount(directory: str, options: Options, verbose: bool = False) -> int:
@@ -58,6 +61,8 @@ def remount(directory: str, options: Options, verbose: bool = False) -> int:
         answer = _preserve(entry, directory, mounted.flags, flags, options.strict)
         for path in answer["open_deleted"]:
             warn(PROGRAM, f"{directory}: {path} is not preserved")
+        if more := unnamed(answer, "open_deleted"):
+            warn(PROGRAM, f"{directory}: {plural(more, 'more open file')} not preserved")
         _tell(verbose, f"{entry.name} preserved: {_figures(answer)}")
     elif read_only and options.preserve is None:
         _make_read_only(entry, directory, mounted.flags, flags)
@@ -158,7 +163,8 @@ def _users(entry: "MountEntry") -> str:
     status = call(entry.socket, "status")
     reasons = [f"{path} is open for writing" for path in status.get("writers", [])]
     reasons += [f"{path} is still open" for path in status.get("open_deleted", [])]
-    shown = ", ".join(reasons[:5]) + (f" and {len(reasons) - 5} more" if len(reasons) > 5 else "")
+    more = len(reasons[_NAMED:]) + unnamed(status, "writers") + unnamed(status, "open_deleted")
+    shown = ", ".join(reasons[:_NAMED]) + (f" and {more:,} more" if more else "")
     return (shown or "a file is open for writing") + "; close it and try again"
 
 

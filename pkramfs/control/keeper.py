@@ -123,7 +123,9 @@ class Keeper:
             "pages": counts.pages,
             "bytes": counts.bytes,
             "writers": _texts(tree.writers()),
+            "writers_count": tree.writer_count,
             "open_deleted": _texts(tree.deleted()),
+            "open_deleted_count": tree.deleted_count,
             "busy": self._lock.locked(),
             "options": self._settings.shown(),
             "pid": os.getpid(),
@@ -167,6 +169,8 @@ class Keeper:
         )
         for path in report.deleted:
             self._say(f"pkramfs: {self.name}: {path} is not preserved")
+        if more := report.deleted_count - len(report.deleted):
+            self._say(f"pkramfs: {self.name}: nor {'is' if more == 1 else 'are'} {plural(more, 'other open file')}")
         return {"report": report._asdict()}
 
     async def unpreserve(self) -> dict[str, Any]:
@@ -221,12 +225,12 @@ class Keeper:
     async def _freeze(self) -> None:
         """Freeze when nobody can have unsent changes; BusyError naming the files if that does not come."""
         with trio.move_on_after(WRITERS_SECONDS):
-            while self._has_writers():
+            while self.tree.writer_count:
                 self._writer_gone = trio.Event()
                 await self._writer_gone.wait()
-        writers = self.tree.writers()
-        if writers:
-            raise BusyError(f"{_list(writers)} on {self.mountpoint}: close the files and try again")
+        if count := self.tree.writer_count:
+            named = _list(self.tree.writers(_NAMED), count)
+            raise BusyError(f"{named} open for writing on {self.mountpoint}: close the files and try again")
         self.tree.freeze()
 
     def _thaw(self) -> None:
@@ -236,9 +240,6 @@ class Keeper:
     def _refuse_held(self) -> None:
         if self._holders:
             raise BusyError(f"a kexec has frozen {self.mountpoint}: wait until it is over")
-
-    def _has_writers(self) -> bool:
-        return any(inode.writers for inode in self.tree.inodes.values())
 
     def _notice_loss(self) -> None:
         """A node that was given up because it was damaged preserves nothing: the tree is live again, and says so."""
@@ -273,10 +274,10 @@ def _texts(paths: list[bytes]) -> list[str]:
     return [os.fsdecode(path) for path in paths]
 
 
-def _list(paths: list[bytes]) -> str:
-    named = ", ".join(_texts(paths[:_NAMED]))
-    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
-    return f"{named}{more} {'is' if len(paths) == 1 else 'are'} open for writing"
+def _list(paths: list[bytes], count: int) -> str:
+    named = ", ".join(_texts(paths))
+    more = f" and {count - len(paths):,} more" if count > len(paths) else ""
+    return f"{named}{more} {'is' if count == 1 else 'are'}"
 
 
 def _reason(error: BaseException) -> str:

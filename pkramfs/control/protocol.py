@@ -93,3 +93,9 @@ def result(answer: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DaemonError("it answered something else than this version understands")
     return found
+
+
+def unnamed(answer: dict[str, Any], what: str) -> int:
+    """How many there are of which an answer names but the first few."""
+    named = len(answer.get(what, ()))
+    return max(int(answer.get(f"{what}_count", named)) - named, 0)

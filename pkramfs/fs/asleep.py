@@ -101,7 +101,7 @@ class Asleep:
         self._asleep = np.ones(len(self._kinds), dtype=bool)
         self._folders = self._kinds == stat.S_IFDIR
         self.left = int(self._folders.sum())
-        self._parents: Array | None = None
+        self._named: Array | None = None
 
     @property
     def count(self) -> int:
@@ -135,6 +135,8 @@ class Asleep:
             directory.__class__ = Directory  # type: ignore[assignment]
             del directory.bed
             directory.fill(names, inodes, self.parts.entries["cookie"][low:high].tolist())
+            for child, name in zip(inodes, names, strict=True):
+                child.folder, child.name = inode, name
         self._folders[position] = False
         self.left -= 1
         if not self.left:
@@ -150,15 +152,42 @@ class Asleep:
 
     def _wake_way(self, position: int) -> None:
         """Wake the directories that lead to an inode, from the top down, until it has an object."""
-        if self._parents is None:
-            self._parents = np.zeros(len(self._asleep), dtype=np.int64)
-            self._parents[self.parts.entries["child"]] = self.parts.entries["parent"]
         way = []
         while self._asleep[position]:
-            position = int(self._parents[position])
+            position = int(self.parts.entries["parent"][self._row(position)])
             way.append(position)
         for above in reversed(way):
             self._rouse(above)
+
+    def name_asleep(self, number: int, most: int) -> tuple[Inode, bytes] | None:
+        """An awake directory, and the path below it to a name that sleeps there of the inode with this number.
+
+        A path of more than `most` bytes is not followed up to its beginning. None where no name of the inode sleeps.
+        """
+        position, entries = self._position(number), self.parts.entries
+        rows = np.flatnonzero(entries["child"] == position).tolist() if position >= 0 else []
+        row = next((row for row in rows if self._folders[entries["parent"][row]]), None)
+        if row is None:
+            return None
+        parts, above = [self._name(row)], int(entries["parent"][row])
+        while self._asleep[above] and sum(map(len, parts)) + len(parts) <= most:
+            row = self._row(above)
+            parts.append(self._name(row))
+            above = int(entries["parent"][row])
+        folder = self.inodes.get(int(self._columns["ino"][above]))
+        return folder or self.inodes[int(self._columns["ino"][0])], b"/".join(reversed(parts))
+
+    def _row(self, position: int) -> int:
+        """A row of the entries that names the inode at a position."""
+        if self._named is None:
+            children = self.parts.entries["child"]
+            self._named = np.zeros(len(self._asleep), dtype=np.int64)
+            self._named[children] = np.arange(len(children))
+        return int(self._named[position])
+
+    def _name(self, row: int) -> bytes:
+        start, end = self.name_edges[row : row + 2].tolist()
+        return self.parts.names[start:end]
 
     def _rouse(self, position: int) -> None:
         """Wake the directory at a position, whose Inode is awake, if its names sleep."""

@@ -31,7 +31,9 @@ from __future__ import annotations
 import errno
 import math
 import stat
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pkramfs.fs import clock
@@ -60,6 +62,11 @@ INO_MASK = UNNOTED - 1
 RUN_WEIGHT = 1152
 """Bytes that a run of frames costs a save at worst: an extent, entries, a share of the page table."""
 
+NAMED = 10
+"""How many files an answer names; it counts the others."""
+PATH_MAX = 4096
+_SEARCH = 1 << 16
+"""Entries that are looked at for the other name of a file with several."""
 _HOLD_AHEAD = 1 << 20
 _DAY = 86_400 * 10**9
 
@@ -81,6 +88,7 @@ class Core:
     ) -> None:
         self.ram, self.frames, self.limits = ram, frames, limits
         self.inodes: dict[int, Inode] = {}
+        self.writing: dict[int, Inode] = {}  # those that are open for writing
         self.asleep: Asleep | None = None
         self.next_ino = ROOT_INO
         self.on_first_change: Callable[[], None] | None = None
@@ -303,8 +311,10 @@ class Core:
             inode.writers = max(inode.writers - 1, 0)
         if not inode.opens:
             inode.writers, inode.unprivileged = 0, False
-            if not inode.nlink:
-                self._reap(inode)
+        if not inode.writers:
+            self.writing.pop(inode.ino, None)
+        if not inode.opens and not inode.nlink:
+            self._reap(inode)
 
     def _read_time(self, inode: Inode) -> None:
         """Note an access, if the mount's flags want it. They are asked for when it is due, and else once a tick."""
@@ -328,49 +338,73 @@ class Core:
         inodes = len(self.inodes) + (self.asleep.count if self.asleep is not None else 0)
         return Counts(inodes - self._directories, self._directories, self.limits.pages, self._bytes)
 
-    def writers(self) -> list[bytes]:
-        """Paths of the files that are open for writing."""
-        return self.paths({ino for ino, inode in self.inodes.items() if inode.writers})
+    # -- names for people -----------------------------------------------------------------------
 
-    def deleted(self) -> list[bytes]:
-        """Former paths of files that are deleted but still held open (directories: still somebody's cwd)."""
-        return [
-            self.path_of_directory(parent).rstrip(b"/") + b"/" + name + b" (deleted)"
-            for ino, (parent, name) in self.orphans.items()
-            if self.inodes[ino].opens
-        ]
+    def writers(self, most: int = NAMED) -> list[bytes]:
+        """Paths of the first few files that are open for writing; `writer_count` says how many there are."""
+        return [self.path(inode) for inode in islice(self.writing.values(), most)]
 
-    def paths(self, wanted: set[int]) -> list[bytes]:
-        """A path from the root for each of these inodes, in order of the walk; one that is deleted is named so."""
-        left = set(wanted)
-        found = self._walk(left)
-        if left - self.orphans.keys():  # the name by which an inode woke is gone, another one sleeps
-            self.wake()
-            found += self._walk(left)
-        for ino in sorted(left & self.orphans.keys()):
-            parent, name = self.orphans[ino]
-            found.append(self.path_of_directory(parent).rstrip(b"/") + b"/" + name + b" (deleted)")
-        return found
+    @property
+    def writer_count(self) -> int:
+        return len(self.writing)
 
-    def _walk(self, left: set[int]) -> list[bytes]:
-        """A path for each of the inodes in `left` that has a name which is awake; they are taken out of it."""
-        found: list[bytes] = []
-        stack: list[tuple[bytes, Inode]] = [(b"", self.root)]
-        while stack and left:
-            prefix, inode = stack.pop()
-            if inode.ino in left:
-                left.discard(inode.ino)
-                found.append(prefix or b"/")
-            if inode.entries is not None and not inode.entries.asleep:
-                stack += [(prefix + b"/" + name, child) for name, (child, _) in inode.entries.entries.items()]
-        return found
+    def deleted(self, most: int = NAMED) -> list[bytes]:
+        """Former paths of the first few files that are deleted but still held open (directories: still a cwd)."""
+        return [self.path(inode) for inode in islice(self._deleted(), most)]
+
+    @property
+    def deleted_count(self) -> int:
+        return sum(1 for _ in self._deleted())
+
+    def _deleted(self) -> Iterator[Inode]:
+        return (inode for inode in map(self.inodes.__getitem__, self.orphans) if inode.opens)
+
+    def path(self, inode: Inode) -> bytes:
+        """A path of an inode from the root, for people; only the end of one that is longer than PATH_MAX.
+
+        It is found from below, by what each inode knows of its name, so that neither the size nor the depth of the
+        tree matters. An inode that is deleted is named so, and by its number if nobody knows its name.
+        """
+        if inode is self.root:
+            return b"/"
+        if not inode.nlink and inode.ino in self.orphans:
+            return self._join(*self.orphans[inode.ino]) + b" (deleted)"
+        if inode.folder is not None and _named(inode.folder, inode.name, inode):
+            return self._join(inode.folder, inode.name)
+        place = self._other_name(inode)
+        return b"inode %d" % inode.ino if place is None else self._join(*place)
 
     def path_of_directory(self, inode: Inode) -> bytes:
-        """The path of a directory from the root, by asking each parent for the name."""
-        parts: list[bytes] = []
-        while inode.entries is not None and inode is not self.root:
-            parent = inode.entries.parent
-            siblings = parent.entries.entries if parent.entries is not None else {}
-            parts.append(next((name for name, (child, _) in siblings.items() if child is inode), b"(deleted)"))
-            inode = parent
+        """The path of a directory, whether it has been deleted or not."""
+        return b"/" if inode is self.root or inode.folder is None else self._join(inode.folder, inode.name)
+
+    def _join(self, folder: Inode, name: bytes) -> bytes:
+        parts, size = [name], len(name)
+        while folder is not self.root and folder.folder is not None:
+            parts.append(folder.name)
+            folder, size = folder.folder, size + 1 + len(folder.name)
+            if size >= PATH_MAX:
+                return b".../" + b"/".join(reversed(parts))[-PATH_MAX + 4 :]
         return b"/" + b"/".join(reversed(parts))
+
+    def _other_name(self, inode: Inode) -> tuple[Inode, bytes] | None:
+        """A name of an inode that has lost the one it was given last: one that sleeps, or is found in a short walk."""
+        if self.asleep is not None and (place := self.asleep.name_asleep(inode.ino, PATH_MAX)) is not None:
+            return place
+        folders, left = deque([self.root]), _SEARCH
+        while folders and left > 0:
+            folder = folders.popleft()
+            if folder.entries is None or folder.entries.asleep:
+                continue
+            for name, (child, _) in islice(folder.entries.entries.items(), left):
+                if child is inode:
+                    return folder, name
+                if child.entries is not None:
+                    folders.append(child)
+            left -= len(folder.entries.entries) + 1
+        return None
+
+
+def _named(folder: Inode, name: bytes, inode: Inode) -> bool:
+    """Whether a directory, which is awake, has this name for this inode."""
+    return folder.entries is not None and folder.entries.find(name) is inode

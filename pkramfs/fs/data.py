@@ -61,6 +61,7 @@ class Data(Filling):
         if not writing:
             return handle
         inode.writers += 1
+        self.writing[inode.ino] = inode
         if caller.uid:
             inode.unprivileged = True
         return handle | WRITING

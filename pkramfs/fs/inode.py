@@ -4,6 +4,9 @@
     the kernel's references   lookups    counted by the door: += 1 for each entry it replies, see Tree.forget
     open handles              opens      of which `writers` may write
 
+`folder` and `name` are where it was named last, so that it can be named to people without a search; what became of
+that name since, whoever reads them has to look up (core.path).
+
 An inode goes when all three are 0 (a directory counts `nlink` as Unix does: 2 and one for each
 subdirectory). Exactly one of `entries` (directory), `pages` (regular file that holds pages) and
 `target` (symlink) is in use. Times are nanoseconds since the epoch. Slots keep an empty file with
@@ -70,11 +73,13 @@ class Inode:
         "atime",
         "ctime",
         "entries",
+        "folder",
         "gid",
         "ino",
         "lookups",
         "mode",
         "mtime",
+        "name",
         "nlink",
         "opens",
         "pages",
@@ -109,6 +114,8 @@ class Inode:
         self.pages: PageMap | None = None
         self.target: bytes | None = None
         self.xattrs: dict[bytes, bytes] | None = None
+        self.folder: Inode | None = None
+        self.name = b""
 
     def __repr__(self) -> str:
         return f"<inode {self.ino} {stat.filemode(self.mode)} nlink={self.nlink} size={self.size}>"

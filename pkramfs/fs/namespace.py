@@ -192,6 +192,7 @@ class Namespace(Core):
 
     def _put_in(self, folder: Inode, name: bytes, inode: Inode) -> None:
         self._entries(folder).add(name, inode)
+        inode.folder, inode.name = folder, name
         self._stream_bytes += ENTRIES.width + len(name)
         folder.size += ENTRY_SIZE
 

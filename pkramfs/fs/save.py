@@ -44,7 +44,7 @@ _SLICE = 1 << 20
 
 
 class SaveReport(NamedTuple):
-    """What a save has preserved. `deleted` names what could not be: open files without a name."""
+    """What a save has preserved. `deleted` names the first few that could not be: open files without a name."""
 
     files: int
     directories: int
@@ -55,6 +55,7 @@ class SaveReport(NamedTuple):
     moved: int
     deleted: list[str]
     seconds: float
+    deleted_count: int = 0
 
 
 def save(
@@ -97,6 +98,7 @@ def save(
         moved=moved,
         deleted=[os.fsdecode(path) for path in tree.deleted()],
         seconds=time.monotonic() - began,
+        deleted_count=tree.deleted_count,
     )
 
 

@@ -59,7 +59,25 @@ async def _held() -> dict[str, Any]:
     return {"now": list(HELD)}
 
 
-VERBS = {"hold": _hold, "held": _held, "echo": _echo, "busy": _busy, "usage": _usage, "bug": _bug, "silent": _silent}
+async def _echo_much() -> dict[str, Any]:
+    return {"text": "x" * 30_000}
+
+
+async def _say_much() -> dict[str, Any]:
+    raise UsageError("x" * 30_000)
+
+
+VERBS = {
+    "echo_much": _echo_much,
+    "say_much": _say_much,
+    "hold": _hold,
+    "held": _held,
+    "echo": _echo,
+    "busy": _busy,
+    "usage": _usage,
+    "bug": _bug,
+    "silent": _silent,
+}
 
 
 @pytest.fixture
@@ -93,6 +111,18 @@ def test_an_answer(path: str) -> None:
 def test_a_long_answer(path: str) -> None:
     text = "x" * 60_000
     assert call(path, "echo", text=text)["text"] == text
+
+
+def test_an_answer_has_its_limits(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "LINE_MAX", 1 << 14)
+    with pytest.raises(protocol.RefusedError, match=r"a message of 30,\d* bytes is too long: 16,384 is the most"):
+        call(path, "echo_much")
+    with pytest.raises(protocol.RefusedError) as caught:
+        monkeypatch.setattr(protocol, "MESSAGE_MAX", 100)
+        call(path, "say_much")
+    assert str(caught.value) == "x" * 100 + "…"
+    with pytest.raises(DaemonError, match="too long"):
+        call(path, "echo", text="x" * 20_000)
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,34 @@ def test_writers_are_waited_for_and_then_named(keeper: Keeper, autojump_clock: A
     assert not keeper.tree.frozen
 
 
+def test_many_writers_are_counted(keeper: Keeper, autojump_clock: Any) -> None:
+    for number in range(30):
+        keeper.tree.open(keeper.tree.create(1, b"%d" % number, 0o644).ino, os.O_WRONLY)
+    with pytest.raises(ErrnoError, match=r"^/0, /1, /2, /3, /4 and 25 more are open for writing on /mnt: "):
+        trio.run(keeper.preserve, clock=autojump_clock)
+    answer = ask(keeper.status)
+    assert (answer["writers_count"], len(answer["writers"])) == (30, 10)
+    assert (answer["open_deleted_count"], answer["open_deleted"]) == (0, [])
+
+
+def test_what_is_not_preserved_is_counted_in_the_log(
+    keeper: Keeper, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = module.save
+
+    def less(*args: Any, **words: Any) -> Iterator[Progress]:
+        report = yield from save(*args, **words)  # type: ignore[misc]
+        return report._replace(deleted=["/a (deleted)", "/b (deleted)"], deleted_count=1002)  # type: ignore[return-value]
+
+    monkeypatch.setattr(module, "save", less)
+    ask(keeper.preserve)
+    assert said[1:] == [
+        "pkramfs: x: /a (deleted) is not preserved",
+        "pkramfs: x: /b (deleted) is not preserved",
+        "pkramfs: x: nor are 1,000 other open files",
+    ]
+
+
 def test_the_last_close_lets_preserve_go_on(keeper: Keeper, autojump_clock: Any) -> None:
     inode = keeper.tree.create(1, b"file", 0o644)
     handles = [keeper.tree.open(inode.ino, os.O_WRONLY) for _ in range(2)]

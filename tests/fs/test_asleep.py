@@ -277,6 +277,23 @@ def test_a_writer_whose_last_name_sleeps_is_told(tree, sh, ram) -> None:
     audit(copy)
 
 
+def test_a_name_that_sleeps_is_told_without_waking_it(tree, sh, ram) -> None:
+    parent = one = tree.mkdir(1, b"one", 0o755).ino
+    for name in (b"two", b"three"):
+        parent = tree.mkdir(parent, name, 0o755).ino
+    ino = sh.write(b"here", b"1")
+    tree.link(ino, parent, b"there")
+    copy = restored(preserved(tree), ram)
+    copy.thaw()
+    copy.unlink(1, copy.lookup(1, b"here").name)
+    awake = set(copy.inodes)
+    assert copy.path(copy.inode(ino)) == b"/one/two/three/there"
+    copy.rename(1, b"one", 1, b"1")
+    assert copy.path(copy.inode(ino)) == b"/1/two/three/there"
+    assert set(copy.inodes) == awake and one in awake
+    audit(copy)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_files_in_pieces_keep_every_page(ram, seed) -> None:
     """Pages here and there, neighbours across files, holes: each page of the copy is the frame that it was."""

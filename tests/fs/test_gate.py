@@ -127,6 +127,69 @@ def test_writers_are_named(tree, sh, some) -> None:
     tree.release(reading)
 
 
+def test_many_writers_are_counted_and_a_few_are_named(tree, sh) -> None:
+    handles = [tree.open(sh.write(b"%d" % number), os.O_RDWR) for number in range(100)]
+    again = tree.open(handles[0], os.O_WRONLY)
+    assert tree.writers() == [b"/%d" % number for number in range(10)]
+    assert (tree.writers(2), tree.writer_count) == ([b"/0", b"/1"], 100)
+    for number in range(100):
+        tree.unlink(1, b"%d" % number)
+    assert tree.deleted(1) == [b"/0 (deleted)"] and tree.deleted_count == 100
+    tree.release(again)
+    assert tree.writer_count == 100
+    for handle in handles:
+        tree.release(handle)
+    assert (tree.writer_count, tree.deleted_count, tree.writing) == (0, 0, {})
+
+
+def test_a_path_is_found_from_below(tree, sh, monkeypatch) -> None:
+    """By what each inode knows: nothing is searched, whatever was renamed, linked, exchanged or removed."""
+    monkeypatch.setattr(type(tree), "_other_name", None)
+    one, two = sh.mkdir(b"one"), sh.mkdir(b"two")
+    deep = sh.mkdir(b"deep", parent=one)
+    file, other = sh.write(b"file", parent=deep), sh.write(b"other", parent=two)
+    assert tree.path(tree.inode(file)) == b"/one/deep/file"
+    tree.rename(1, b"one", two, b"moved")
+    assert tree.path(tree.inode(file)) == b"/two/moved/deep/file"
+    tree.rename(deep, b"file", two, b"other", 2)
+    assert (tree.path(tree.inode(file)), tree.path(tree.inode(other))) == (b"/two/other", b"/two/moved/deep/file")
+    tree.rename(two, b"other", two, b"white", 4)
+    assert tree.path(tree.lookup(two, b"other")) == b"/two/other" and tree.path(tree.inode(file)) == b"/two/white"
+    tree.link(file, 1, b"link")
+    tree.unlink(two, b"white")
+    assert tree.path(tree.inode(file)) == b"/link"
+    inode, handle = tree.inode(other), tree.open(other)
+    tree.unlink(deep, b"file")
+    tree.rmdir(one, b"deep")
+    assert tree.path(inode) == b"/two/moved/deep/file (deleted)"
+    tree.release(handle)
+
+
+def test_the_last_name_of_several_is_searched_but_not_for_ever(tree, sh, monkeypatch) -> None:
+    folder = sh.mkdir(b"folder")
+    ino = sh.write(b"first", parent=folder)
+    tree.link(ino, 1, b"second")
+    tree.unlink(1, b"second")
+    assert tree.path(tree.inode(ino)) == b"/folder/first"
+    for number in range(10):
+        sh.write(b"%d" % number)
+    monkeypatch.setattr("pkramfs.fs.core._SEARCH", 14)
+    assert tree.path(tree.inode(ino)) == b"/folder/first"
+    monkeypatch.setattr("pkramfs.fs.core._SEARCH", 10)
+    assert tree.path(tree.inode(ino)) == b"inode %d" % ino
+
+
+def test_a_path_longer_than_any_call_takes_is_shown_by_its_end(tree, sh) -> None:
+    parent = 1
+    for _ in range(3000):
+        parent = sh.mkdir(b"d" * 250, parent=parent)
+    file = tree.inode(sh.write(b"the file", parent=parent))
+    path = tree.path(file)
+    assert path.startswith(b".../") and path.endswith(b"d/the file") and len(path) == 4096
+    short = tree.inode(sh.write(b"s" * 255))
+    assert tree.path(short) == b"/" + b"s" * 255
+
+
 def test_a_journal_sees_changes_after_their_checks(tree, some) -> None:
     seen = []
     tree.journal = lambda kind, record: seen.append((kind, record.get("name")))

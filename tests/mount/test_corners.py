@@ -1,6 +1,7 @@
 """Corners of real mounts in which something once was lost or ignored."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -99,9 +100,59 @@ def test_ten_thousand_open_files(lab: Any) -> None:
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as opener:
         assert opener.stdout is not None
         count = int(opener.stdout.readline())
-        assert len(lab.status(mnt)["writers"]) == count
+        found = lab.status(mnt)
+        assert (found["writers_count"], len(found["writers"])) == (count, 10)
     assert (mnt / str(count - 1)).read_bytes() == b"last"
     lab.remount(mnt, "preserve,ro")
+
+
+DIGGER = """
+import os, sys
+os.chdir(sys.argv[1])
+for _ in range(2000):
+    os.mkdir("d" * 250)
+    os.chdir("d" * 250)
+held = [open(f"f{number}", "w") for number in range(200)]
+gone = [open(f"gone{number}") for number in range(20) if not open(f"gone{number}", "w").close()]
+for number in range(20):
+    os.unlink(f"gone{number}")
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_files_at_the_end_of_a_very_long_path(lab: Any) -> None:
+    """Whoever may write can make it: half a megabyte of path for each file, which nobody collects."""
+    mnt = lab.mount("one")
+    entry = lab.entry(mnt)
+    with subprocess.Popen(
+        [sys.executable, "-c", DIGGER, str(mnt)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as digger:
+        assert digger.stdout is not None
+        digger.stdout.readline()
+        before = _peak(entry.pid)
+        found = lab.status(mnt)
+        assert (found["writers_count"], found["open_deleted_count"]) == (200, 20)
+        assert [path.rpartition("/")[2] for path in found["writers"]] == [f"f{number}" for number in range(10)]
+        assert found["open_deleted"][0].endswith("d/gone0 (deleted)")
+        assert all(path.startswith(".../") and len(path) < 4200 for path in found["writers"] + found["open_deleted"])
+        done = lab.run("ctl", "--json", "status")
+        assert done.returncode == 0 and json.loads(done.stdout)["mounts"][0]["writers_count"] == 200
+        assert lab.run("kexec", "-l", "builtin:2M", "--reuse-cmdline").returncode == 0
+        done = lab.run("kexec", "-e", "-n")
+        assert done.returncode == 6 and f"{mnt}: 190 more files open for writing" in done.stdout
+        assert f"{mnt}: 10 more deleted files will be lost" in done.stdout
+        done = lab.helper(mnt, "remount,preserve,ro")
+        assert done.returncode == 32
+        assert " more; close" in done.stderr or "more are open for writing" in done.stderr  # the kernel's word, or ours
+        assert len(done.stderr) < 30_000
+        assert _peak(entry.pid) - before < 16 << 10, "KiB for a few names"
+
+
+def _peak(pid: int) -> int:
+    """The most memory that a process has had, in KiB."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0])
 
 
 @pytest.mark.skipif(not ROOT, reason="needs root")
