@@ -53,6 +53,7 @@ from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import new_tree_id
 from pkramfs.machine.mounts import MountEntry, MountLock
 from pkramfs.machine.policy import Policy
+from pkramfs.text import printable
 from pkramfs.units import PAGE_SHIFT, format_size, plural
 
 log = logging.getLogger("pkramfs")
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if go and not _told(int(go[0])):
         return 0
     reporter = Reporter(int(fd))
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
+    _begin_log()
     try:
         Daemon(parse(text), mountpoint, reporter).run()
     except AlreadyMounted as found:
@@ -124,6 +125,23 @@ def _say(options: str, message: str) -> None:
         Machine.locate(parse(options).machine).log(message)
     except PkramfsError as error:
         log.warning("no line in the kernel log: %s", error)  # options that name no machine
+
+
+class _OneLine(logging.Formatter):
+    """What a record says is one line, and nothing below it looks like another record."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"  {printable(line)}" for line in super().formatException(ei).split("\n"))
+
+
+def _begin_log() -> None:
+    """Log to stderr, which is soon a file."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(asctime)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 class Daemon:

@@ -22,8 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pkramfs.cli import signals
-from pkramfs.cli.render import printable
+from pkramfs.cli import render, signals
 from pkramfs.errors import MachineError, PkramfsError, UsageError, explain
 from pkramfs.units import parse_size
 
@@ -63,7 +62,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.leave(USAGE, message)
+
+    def leave(self, status: int, message: str) -> NoReturn:
+        """Say what is wrong with the command line, in one line, and end."""
+        render.say(f"{self.prog}: {message}; see {self.prog} --help", error=True)
+        self.exit(status)
 
 
 class _Version(argparse.Action):
@@ -72,7 +76,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from pkramfs import __version__
 
-        print(f"{parser.prog.partition(' ')[0]} (pkramfs) {__version__}")
+        render.say(f"{parser.prog.partition(' ')[0]} (pkramfs) {__version__}")
         parser.exit()
 
 
@@ -142,8 +146,8 @@ def pfn(text: str) -> int:
 
 
 def complain(program: str, message: str) -> None:
-    """One line on stderr, whatever names of files it tells."""
-    print(f"{program}: {printable(message)}", file=sys.stderr)
+    """One line on stderr."""
+    render.say(f"{program}: {message}", error=True)
 
 
 def warn(program: str, message: str) -> None:
@@ -160,6 +164,7 @@ def note(found: "Machine", message: str) -> None:
 def run(parser: argparse.ArgumentParser, act: Action, argv: Sequence[str] | None) -> int:
     """Parse, act, and turn whatever goes wrong into one line and an exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    render.settle()
     debug = "--debug" in words
     try:
         args = parser.parse_args(words)
@@ -184,7 +189,8 @@ def _report(program: str, error: Exception, *, debug: bool) -> int:
     if debug:
         import traceback
 
-        traceback.print_exception(error)
+        for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
+            render.say(line, error=True)
     if isinstance(error, PkramfsError):
         lines, status = [str(error), *_details(error)], error.exit_status
     elif isinstance(error, OSError):

@@ -16,6 +16,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from pkramfs.errors import MachineError, PkramfsError
+from pkramfs.text import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _boot_for(args.parent, args.directory, args.force)
     except PkramfsError as error:
-        print(f"boot: {error}", file=sys.stderr)
+        print(f"boot: {printable(error)}", file=sys.stderr)
         return error.exit_status
     return 0
 

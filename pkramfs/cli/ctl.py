@@ -111,10 +111,10 @@ def _add_machine(made: argparse.ArgumentParser) -> None:
 def _dmesg(args: argparse.Namespace) -> None:
     text = arguments.existing(args).dmesg()
     if arguments.wants_json(args):
-        render.emit_json(text.splitlines())
+        render.emit_json(text.rstrip("\n").split("\n") if text else [])
     else:
-        for line in text.splitlines():
-            print(render.printable(line))
+        for line in text.rstrip("\n").split("\n") if text else []:
+            render.say(line)
 
 
 def _iomem(args: argparse.Namespace) -> None:
@@ -122,7 +122,8 @@ def _iomem(args: argparse.Namespace) -> None:
     if arguments.wants_json(args):
         render.emit_json([_resource(line) for line in text.splitlines()])
     else:
-        print(text, end="")
+        for line in text.splitlines():
+            render.say(line)
 
 
 def _resources(machine: "Machine") -> str:

@@ -81,20 +81,20 @@ def act_extents(args: argparse.Namespace) -> None:
     elif found:
         render.table([Column("OFFSET", figures=True), Column("LENGTH", figures=True)], found)
     else:
-        print(f"{render.printable(args.file)} is one hole")
+        render.say(f"{args.file} is one hole")
 
 
 def _open(path: str, flags: int) -> int:
     """A descriptor of a regular file on a pkramfs mount; an error in words for anything else."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise UsageError(f"{render.printable(path)} is no regular file")
+        raise UsageError(f"{path} is no regular file")
     fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         os.getxattr(fd, _DOOR + b"extents")
     except OSError as error:
         os.close(fd)
         if error.errno in _NO_DOOR:
-            raise UsageError(f"{render.printable(path)} is on no pkramfs mount: fallocate(1) is for others") from None
+            raise UsageError(f"{path} is on no pkramfs mount: fallocate(1) is for others") from None
         raise
     return fd
 
@@ -103,7 +103,7 @@ def _order(fd: int, path: str, what: bytes, value: bytes) -> None:
     try:
         os.setxattr(fd, _DOOR + what, value)
     except OSError as error:
-        raise ErrnoError(f"{render.printable(path)}: {os.strerror(error.errno or 0)}", error.errno) from None
+        raise ErrnoError(f"{path}: {os.strerror(error.errno or 0)}", error.errno) from None
 
 
 def _touch(fd: int) -> None:
@@ -149,4 +149,4 @@ def _say(args: argparse.Namespace, what: str, blocks: int, done: str) -> None:
     if arguments.wants_json(args):
         render.emit_json({"bytes": blocks * _BLOCK})
     else:
-        print(f"{render.printable(what)}: {format_size(max(blocks, 0) * _BLOCK)} {done}")
+        render.say(f"{what}: {format_size(max(blocks, 0) * _BLOCK)} {done}")

@@ -104,7 +104,7 @@ def _show_machine(args: argparse.Namespace, machine: "Machine") -> None:
 
 def _show_nodes(hardware: "FirmwareMap") -> None:
     columns = [render.Column("ADDRESSES"), render.Column("USABLE", figures=True), render.Column("NUMA NODE", True)]
-    print()
+    render.say()
     nodes = hardware.nodes
     render.table(columns, [(f"{s:#014x}-{e - 1:#014x}", _usable_in(hardware, s, e), node) for s, e, node in nodes])
 
@@ -128,7 +128,7 @@ def destroy(args: argparse.Namespace) -> None:
         _unlink_run(machine)
         shutil.rmtree(machine.path())
     if not arguments.wants_json(args):
-        print(f"{machine.path()} is gone")
+        render.say(f"{machine.path()} is gone")
 
 
 def _refuse_live(machine: "Machine") -> None:

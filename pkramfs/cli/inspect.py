@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pkramfs.cli import arguments, nodes, render
 from pkramfs.cli.render import Column
 from pkramfs.errors import FormatError, MachineError
+from pkramfs.text import exact
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE, format_pfn
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _value(pfn: int, offset: int, name: str, value: Any, meaning: str) -> tuple[
     if name == "magic":
         return _letters(value), ""
     if isinstance(value, bytes):
-        return render.printable(value.rstrip(b"\0")), ""
+        return exact(value.rstrip(b"\0")), ""
     if meaning.startswith(("published", "sealed")):
         return _published(pfn, offset, name, value)
     if "checksum" in name or name == "tree_id":
@@ -212,12 +213,12 @@ def _show(found: dict[str, Any]) -> None:
         columns = [Column("OFFSET", figures=True), Column("FIELD"), Column("VALUE"), Column("MEANING")]
         render.table(columns, [(f["offset"], f["name"], f["value"], f["meaning"]) for f in found["fields"]])
     if found["entries"]:
-        print()
+        render.say()
         names = list(found["entries"][0])
         rows = [[_figure(name, entry[name]) for name in names] for entry in found["entries"]]
         render.table([Column(name.upper(), figures=True) for name in names], rows)
     for problem in found["problems"]:
-        print(f"problem: {problem}")
+        render.say(f"problem: {problem}")
 
 
 def _figure(name: str, value: Any) -> str:
@@ -231,7 +232,8 @@ def act_format(args: argparse.Namespace) -> None:
     if arguments.wants_json(args):
         render.emit_json([{"record": r.name, "size": r.size, "fields": r.table()} for r in _declared()])
     else:
-        print(format_tables())
+        for line in format_tables().split("\n"):
+            render.say(line)
 
 
 def _declared() -> "list[Record]":

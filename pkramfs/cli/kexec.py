@@ -158,7 +158,7 @@ def _act(args: argparse.Namespace) -> int:
     if args.image:
         _load(args, machine)
     if args.exec and args.image and args.dry_run:
-        print("execute it: load it without --dry-run to see that plan")
+        render.say("execute it: load it without --dry-run to see that plan")
         return 0
     if args.exec:
         return _dry_run(args, machine) if args.dry_run else _execute(args, machine)
@@ -196,10 +196,10 @@ def _status(machine: "Machine") -> int:
         ("crash kernel", staging.read(machine, staging.CRASH_JSON)),
     ):
         if loaded is None:
-            print(f"{title}: none is loaded")
+            render.say(f"{title}: none is loaded")
         else:
-            print(f"{title}: {_line(loaded)}")
-            print(f"  command line: {render.printable(loaded.cmdline)}")
+            render.say(f"{title}: {_line(loaded)}")
+            render.say(f"  command line: {loaded.cmdline}")
     return 0
 
 
@@ -208,7 +208,7 @@ def _line(loaded: "Loaded") -> str:
     image = loaded.image
     version = f" {image.version}" if image.version else ""
     how = "into crashkernel=" if loaded.mode == "crash" else f"by {loaded.mode}"
-    return f"{render.printable(image.name)}{version} ({image.kind}), {size}, {how}"
+    return f"{image.name}{version} ({image.kind}), {size}, {how}"
 
 
 def _unload(args: argparse.Namespace, machine: "Machine") -> None:
@@ -216,9 +216,9 @@ def _unload(args: argparse.Namespace, machine: "Machine") -> None:
     from pkramfs.kernel import loading
 
     if args.dry_run:
-        print("unload what is loaded")
+        render.say("unload what is loaded")
     elif not loading.unload(machine, panic=args.load_panic) and args.verbose:
-        print("nothing was loaded")
+        render.say("nothing was loaded")
 
 
 def _load(args: argparse.Namespace, machine: "Machine") -> None:
@@ -228,15 +228,15 @@ def _load(args: argparse.Namespace, machine: "Machine") -> None:
 
     if args.dry_run:
         image = load_image(args.image)
-        print(f"load {image.name} {image.version} ({image.kind}), which wants {format_size(image.init_size)}")
+        render.say(f"load {image.name} {image.version} ({image.kind}), which wants {format_size(image.init_size)}")
         return
     done = loading.load(machine, _request(args), panic=args.load_panic)
     for warning in done.warnings:
         arguments.warn(PROGRAM, warning)
     if args.verbose:
-        print(f"loaded {_line(done.loaded)}")
+        render.say(f"loaded {_line(done.loaded)}")
         for segment in done.loaded.segments:
-            print(f"  {segment.describe()}")
+            render.say(f"  {segment.describe()}")
 
 
 def _request(args: argparse.Namespace) -> Any:
@@ -262,10 +262,10 @@ def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
     reports = [one.report for one in seen]
     plan = kexec.plan(machine, reports, force=args.force, poison=args.poison, remount=_to_remount(args, seen))
     for line in plan.describe():
-        print(render.printable(line))
+        render.say(line)
     ways = report.ways(machine) if args.verbose else None
     for line in [*_noticed(seen), *(ways.describe() if ways else [])]:
-        print(render.printable(line))
+        render.say(line)
     return plan.problems[0].exit_status if plan.problems else 0
 
 
@@ -356,7 +356,7 @@ def _refuse(machine: "Machine", plan: "Plan") -> int:
     """Say every reason not to go, one line each."""
     for problem in plan.problems:
         complain(PROGRAM, str(problem))
-        arguments.note(machine, f"kexec: refused: {render.printable(problem)}")
+        arguments.note(machine, f"kexec: refused: {problem}")
     if any(isinstance(problem, NotPreservedError) for problem in plan.problems):
         complain(PROGRAM, "nothing was changed; --force goes on and loses what is named above")
     return plan.problems[0].exit_status
@@ -374,7 +374,7 @@ def _perform(args: argparse.Namespace, plan: "Plan", waiting: signals.Deferral) 
     for warning in plan.warnings:
         arguments.warn(PROGRAM, warning)
     for line in plan.relocations if args.verbose else []:
-        print(render.printable(line))
+        render.say(line)
     plan.execute(partial(_before, waiting, args.verbose))
 
 
@@ -385,7 +385,7 @@ def _before(waiting: signals.Deferral, verbose: bool, step: "Operation") -> None
     if isinstance(step, PointOfNoReturn):
         waiting.begin()
     for line in step.lines() if verbose else []:
-        print(render.printable(line), flush=True)
+        render.say(line, flush=True)
 
 
 def _undo(machine: "Machine", going: "Mounts", back: list[dict[str, Any]], ready: mounts.Ready) -> None:
@@ -418,7 +418,7 @@ def _mount_again(
             nvram.clear_mounts(machine)
     back = ", ".join(mount["mountpoint"] for mount in remount)
     mounted = f"; mounted again: {back}" if back and not failed else ""
-    print(render.printable(f"kernel {info.generation} ({info.image}) is up {how}{mounted}"))
+    render.say(f"kernel {info.generation} ({info.image}) is up {how}{mounted}")
     return 1 if failed else 0
 
 
@@ -427,7 +427,7 @@ def _resume(args: argparse.Namespace, machine: "Machine") -> int:
     from pkramfs.kernel import nvram, running
 
     if not machine.exists() or (nvram.pending(machine) is None and not nvram.mounts(machine)):
-        print("nothing to resume")
+        render.say("nothing to resume")
         return 0
     with signals.Deferral() as waiting:
         with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
@@ -447,7 +447,7 @@ def _cold(args: argparse.Namespace, machine: "Machine") -> int:
         if not args.force:
             nodes.refuse_loss(machine)
         if args.dry_run:
-            print("end the running kernel, forget all memory, boot cold")
+            render.say("end the running kernel, forget all memory, boot cold")
             return 0
         with signals.deferred():
             going.stop()
@@ -463,7 +463,7 @@ def _panic(args: argparse.Namespace, machine: "Machine") -> int:
         if staging.read(machine, staging.CRASH_JSON) is None:
             raise MachineError("no crash kernel is loaded: boot with crashkernel=SIZE, then pkram-kexec -p IMAGE")
         if args.dry_run:
-            print("kill the mounts and boot the crash kernel, with PKRAM off")
+            render.say("kill the mounts and boot the crash kernel, with PKRAM off")
             return 0
         with signals.deferred():
             mounts.Mounts(machine, force=True).kill()

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pkramfs.cli import arguments
+from pkramfs.cli import arguments, render
 from pkramfs.errors import PkramfsError, UsageError, explain
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class _Parser(arguments.Parser):
     """A parser with mount(8)'s status for wrong usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.leave(USAGE, message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,9 +136,9 @@ def _mount(args: argparse.Namespace) -> int:
     prepare(directory)
     message = start(directory, text)
     if message:
-        print(message)
+        render.say(message)
     elif args.verbose:
-        print(f"{PROGRAM}: {options.name or 'none'} mounted on {directory}")
+        render.say(f"{PROGRAM}: {options.name or 'none'} mounted on {directory}")
     return 0
 
 

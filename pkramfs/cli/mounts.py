@@ -294,7 +294,7 @@ def _inside(path: str, mountpoint: str) -> bool:
 
 def _name(pid: str) -> str:
     try:
-        with open(f"/proc/{pid}/comm") as comm:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="surrogateescape") as comm:
             return comm.read().strip()
     except OSError:
         return "?"

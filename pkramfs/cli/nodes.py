@@ -19,6 +19,7 @@ from pkramfs.cli import arguments, render
 from pkramfs.cli.arguments import need
 from pkramfs.cli.render import Column
 from pkramfs.errors import MachineError, NotPreservedError, PkramError, PkramfsError
+from pkramfs.text import exact
 from pkramfs.units import BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size, plural
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def listing(machine: "Machine") -> list[dict[str, Any]]:
 
 def _describe(node: "Node", *, mounted: bool) -> dict[str, Any]:
     return {
-        "name": node.name.decode("utf-8", "backslashreplace"),
+        "name": exact(node.name),
         "state": "mounted" if mounted else "preserved",
         "pages": node.pages,
         "bytes": node.pages * PAGE_SIZE,
@@ -106,7 +107,7 @@ def act_nodes(args: argparse.Namespace) -> None:
 def show(found: list[dict[str, Any]]) -> None:
     """Print nodes as a table."""
     if not found:
-        print("no nodes are preserved")
+        render.say("no nodes are preserved")
         return
     columns = [
         Column("NODE"),
@@ -137,7 +138,7 @@ def act_free(args: argparse.Namespace) -> int:
         running.refuse_doubt()
         for name in _node_names(running) if args.all else [resolve(running, name) for name in args.names]:
             try:
-                freed.append({"name": name.decode("utf-8", "backslashreplace"), "pages": _free(machine, running, name)})
+                freed.append({"name": exact(name), "pages": _free(machine, running, name)})
             except PkramfsError as error:
                 problems.append(error)
         running.sweep()
@@ -158,7 +159,7 @@ def _free_damaged(args: argparse.Namespace, machine: "Machine") -> int:
         said[kind].append(line)
         machine.log(f"pkram: {'gave up a node' if kind == 'given_up' else kind}: {line}")
         if not arguments.wants_json(args):
-            print(f"{kind.replace('_', ' ')}: {render.printable(line)}", flush=True)
+            render.say(f"{kind.replace('_', ' ')}: {line}")
 
     with machine.lifecycle(shared=True, timeout=LOCK_SECONDS):
         running = look(machine)
@@ -169,7 +170,7 @@ def _free_damaged(args: argparse.Namespace, machine: "Machine") -> int:
     if arguments.wants_json(args):
         render.emit_json(said | {"bytes": freed})
         return 0
-    print(f"{format_size(freed)} given back" if any(said.values()) else "every node can be read")
+    render.say(f"{format_size(freed)} given back" if any(said.values()) else "every node can be read")
     return 0
 
 
@@ -215,7 +216,7 @@ def _free(machine: "Machine", running: "Running", name: bytes) -> int:
     """Withdraw one node; the pages it preserved."""
     node = running.store.find(name)
     if node is None:
-        raise PkramError(f"no node {render.printable(name)} is preserved")
+        raise PkramError(f"no node {exact(name)} is preserved")
     try:
         lock = machine.claim(node.tree_id)
     except MachineError:
@@ -224,15 +225,14 @@ def _free(machine: "Machine", running: "Running", name: bytes) -> int:
         running.store.withdraw(name)
     finally:
         lock.release()
-    machine.log(f"pkram: freed node {render.printable(name)}, {plural(node.pages, 'page')}")
+    machine.log(f"pkram: freed node {exact(name)}, {plural(node.pages, 'page')}")
     return node.pages
 
 
 def _in_use(machine: "Machine", node: "Node") -> str:
     place = next((entry.mountpoint for entry in machine.mounts() if entry.tree_id == node.tree_id), "a mount")
     return (
-        f"{render.printable(node.name)} is in use by {place}: "
-        f"`mount -o remount,rw {place}` takes it back, umount and free drop it"
+        f"{exact(node.name)} is in use by {place}: `mount -o remount,rw {place}` takes it back, umount and free drop it"
     )
 
 
@@ -242,4 +242,4 @@ def _say_freed(args: argparse.Namespace, freed: list[dict[str, Any]]) -> None:
         return
     for node in freed:
         size = format_size(node["pages"] * PAGE_SIZE)
-        print(f"{render.printable(node['name'])}: {plural(node['pages'], 'page')} ({size}) given back")
+        render.say(f"{node['name']}: {plural(node['pages'], 'page')} ({size}) given back")

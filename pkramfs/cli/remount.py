@@ -22,7 +22,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import signals
+from pkramfs.cli import render, signals
 from pkramfs.cli.arguments import warn
 from pkramfs.cli.mount import PROGRAM, MountError
 from pkramfs.control.client import call, call_long
@@ -78,7 +78,7 @@ def _is_result(options: Options) -> bool:
     if any(word.startswith("user_id=") for word in options.words):
         return True
     try:
-        with open(f"/proc/{os.getppid()}/comm", encoding="utf-8") as name:
+        with open(f"/proc/{os.getppid()}/comm", encoding="utf-8", errors="surrogateescape") as name:
             return name.read() == "mount\n"
     except OSError:
         return False  # it is gone; mount(8) would have waited
@@ -174,4 +174,4 @@ def _figures(answer: dict[str, Any]) -> str:
 
 def _tell(verbose: bool, message: str) -> None:
     if verbose:
-        print(f"{PROGRAM}: {message}")
+        render.say(f"{PROGRAM}: {message}")

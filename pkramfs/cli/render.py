@@ -6,13 +6,19 @@
 A command gathers plain data first (dicts, lists, numbers, text) and renders last, so that --json
 is the same data without a second way of finding it. rich is imported only for a terminal: it costs
 50 ms and a pipe has no use for colours. Text that came from RAM or from file names may hold
-anything; `printable` makes it one line that cannot talk to the terminal.
+anything; so nothing is printed but by this module, which makes it lines that cannot talk to the terminal (text.py).
+
+JSON is ASCII, whatever the locale. Text in it is exact: a byte that is not UTF-8 is a lone surrogate \\udc80 to
+\\udcff, so that os.fsencode() gives the name of a file again.
 """
 
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Any, NamedTuple
+
+from pkramfs.text import exact, printable
 
 
 class Column(NamedTuple):
@@ -26,13 +32,25 @@ def emit_json(data: Any) -> None:
     """Print data as JSON, for programs. Bytes become text as file names do."""
     import json
 
-    print(json.dumps(data, indent=2, default=_plain, ensure_ascii=False))
+    print(json.dumps(data, indent=2, default=_plain).replace("\x7f", "\\u007f"))
+
+
+def settle() -> None:
+    """Let no locale keep a message from being printed: what it has no letters for is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(line: Any = "", *, error: bool = False, flush: bool = False) -> None:
+    """Print one line, on stdout or stderr."""
+    print(printable(line), file=sys.stderr if error else sys.stdout, flush=flush)
 
 
 def _plain(value: Any) -> Any:
     """What JSON does not know, in terms of what it knows."""
     if isinstance(value, bytes | bytearray):
-        return bytes(value).decode("utf-8", "backslashreplace")
+        return exact(bytes(value))
     if isinstance(value, set | frozenset):
         return sorted(value)
     if hasattr(value, "_asdict"):
@@ -42,19 +60,14 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def printable(value: Any) -> str:
-    """One line of text that is safe to print, whatever it was made from."""
-    text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes | bytearray) else str(value)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def table(columns: Sequence[Column], rows: Sequence[Sequence[Any]]) -> None:
     """Print rows under their titles."""
     cells = [[printable(cell) for cell in row] for row in rows]
     if _fancy():
         _rich_table(columns, cells)
     else:
-        print("\n".join(plain_table(columns, cells)))
+        for line in plain_table(columns, cells):
+            say(line)
 
 
 def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -77,17 +90,17 @@ def fields(pairs: Sequence[tuple[str, Any]]) -> None:
     shown = [(name, printable(value)) for name, value in pairs if value is not None]
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
-        print(f"{name.ljust(width)}   {value}".rstrip())
+        say(f"{name.ljust(width)}   {value}".rstrip())
 
 
 def heading(text: str) -> None:
     """Print the title of what follows."""
     if not _fancy():
-        print(text)
+        say(text)
         return
     from rich.console import Console
 
-    Console(highlight=False).print(text, style="bold", markup=False)
+    Console(highlight=False).print(printable(text), style="bold", markup=False)
 
 
 def _fancy() -> bool:

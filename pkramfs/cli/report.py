@@ -116,25 +116,25 @@ def _pages(count: int) -> str:
 
 def _table(title: str, rows: list[list[Any]], *figures: str) -> None:
     if rows:
-        print()
+        render.say()
         columns = [render.Column(title), render.Column("SIZE", True), *(render.Column(f, True) for f in figures)]
         render.table(columns, [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows])
 
 
 def _lines(title: str, lines: list[str]) -> None:
     if lines:
-        print()
+        render.say()
         render.table([render.Column(title)], [[line] for line in lines])
 
 
 def _costs(costs: "Ways") -> None:
-    print()
+    render.say()
     names = [render.Column("NEXT KERNEL"), *(render.Column(n, True) for n in ("PAGES", "SIZE", "COPIED AT MOST"))]
     bans = ["bans", f"{costs.banned:,}", _pages(costs.banned), plural(costs.copies, "page")]
     scratch = ["scratch", f"{costs.aside:,}", _pages(costs.aside), "nothing"]
     render.table(names, [bans, scratch])
     for line in costs.describe():
-        print(render.printable(line))
+        render.say(line)
 
 
 def _numa(nodes: dict[str, dict[str, int]]) -> None:
@@ -146,7 +146,7 @@ def _numa(nodes: dict[str, dict[str, int]]) -> None:
 
 def _phases(phases: dict[str, float]) -> None:
     if phases:
-        print()
+        render.say()
         rows = [[name.replace("_", " "), f"{seconds * 1000:.1f} ms"] for name, seconds in phases.items()]
         rows.append(["all", f"{sum(phases.values()) * 1000:.1f} ms"])
         render.table([render.Column("PHASE OF BOOT"), render.Column("TIME", True)], rows)

@@ -143,12 +143,12 @@ def show(found: dict[str, Any]) -> None:
         ]
     )
     for problem in found["problems"]:
-        print(f"problem   {render.printable(problem)}")
+        render.say(f"problem   {problem}")
     if found["mounts"]:
-        print()
+        render.say()
         show_mounts(found["mounts"])
     if found["nodes"]:
-        print()
+        render.say()
         nodes.show(found["nodes"])
 
 
@@ -202,7 +202,7 @@ def show_mounts(found: list[dict[str, Any]]) -> None:
     render.table(columns, [_mount_row(mount) for mount in found])
     for mount in found:
         if "problem" in mount:
-            print(f"problem   {render.printable(mount['problem'])}")
+            render.say(f"problem   {mount['problem']}")
 
 
 def _mount_row(mount: dict[str, Any]) -> list[Any]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from pkramfs.cli import arguments, nodes, render
 from pkramfs.errors import FormatError, PkramfsError
+from pkramfs.text import exact
 from pkramfs.units import plural
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ def act(args: argparse.Namespace) -> int:
     if arguments.wants_json(args):
         render.emit_json({"nodes": checked, "problems": problems})
     elif problems:
-        print("\n".join(render.printable(problem) for problem in problems))
+        for problem in problems:
+            render.say(problem)
     else:
-        print(f"{plural(checked, 'node')} checked, nothing is wrong")
+        render.say(f"{plural(checked, 'node')} checked, nothing is wrong")
     return FormatError.exit_status if problems else 0
 
 
@@ -60,7 +62,7 @@ def check(running: "Running", names: list[bytes]) -> tuple[int, list[str]]:
         handed_over=False,
     )
     found = {node.name for node in report.nodes}
-    absent = [f"no node {render.printable(name)} is preserved" for name in names if name not in found]
+    absent = [f"no node {exact(name)} is preserved" for name in names if name not in found]
     if report.problems:
         report.problems[0] += _out_of_reach(running)
     report.problems += doubts(running)

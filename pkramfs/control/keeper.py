@@ -34,6 +34,7 @@ import trio
 from pkramfs.errors import ErrnoError, FormatError, PkramfsError, explain
 from pkramfs.fs.save import save, withdraw
 from pkramfs.spans import Spans
+from pkramfs.text import exact
 from pkramfs.units import format_size, plural
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ async def drive(work: Generator[Any, None, T]) -> T:
 
 
 def _texts(paths: list[bytes]) -> list[str]:
-    return [os.fsdecode(path) for path in paths]
+    return [exact(path) for path in paths]
 
 
 def _list(paths: list[bytes], count: int) -> str:

@@ -19,7 +19,6 @@ Kernel: mm/shmem_pkram.c (shmem_save_pkram), patches 24 and 38
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +31,7 @@ from pkramfs.fs.tree import Tree
 from pkramfs.pkram import treeformat
 from pkramfs.pkram.treeformat import BLOBS, ENTRIES, EXTENTS, INODES, TREE, XATTRS, Array
 from pkramfs.spans import Spans
+from pkramfs.text import exact
 from pkramfs.units import BLOCK_ORDER, BLOCK_PAGES
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def save(
         stream_bytes=stream_bytes,
         runs=runs,
         moved=moved,
-        deleted=[os.fsdecode(path) for path in tree.deleted()],
+        deleted=[exact(path) for path in tree.deleted()],
         seconds=time.monotonic() - began,
         deleted_count=tree.deleted_count,
     )
@@ -120,7 +120,7 @@ def withdraw(tree: Tree, store: Store, node_name: bytes) -> None:
 
 def _refuse_what_pkram_refuses(tree: Tree) -> None:
     for name, inode, _ in tree.readdir(tree.root.ino, 2):
-        path = os.fsdecode(b"/" + name)
+        path = exact(b"/" + name)
         if not inode.is_file:
             raise PkramError(f"{path} is no regular file, and pkram_strict preserves nothing else", errno.EINVAL)
         if inode.nlink != 1:

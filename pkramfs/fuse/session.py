@@ -125,6 +125,7 @@ def _mount_as_user(mountpoint: str, flags: int, allow_other: bool) -> int:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
+                errors="surrogateescape",
                 check=False,
             )
         except FileNotFoundError:

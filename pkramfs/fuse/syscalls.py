@@ -74,7 +74,9 @@ def detach(target: str, *, lazy: bool = True) -> None:
         umount(target, lazy=lazy)
         return
     words = ["fusermount3", "-u", *(["-z"] * lazy), "--", target]
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="surrogateescape", check=False
+    )
     if done.returncode:
         raise OSError(errno.EBUSY, done.stderr.strip() or "fusermount3 failed", target)
 
@@ -101,7 +103,7 @@ def _line(line: bytes) -> Mounted:
     flags = 0
     for name in named:
         flags |= _NAMES.get(name.decode(errors="replace"), 0)
-    return Mounted(os.makedev(int(major), int(minor)), _path(words[4]), tail[0].decode(), flags)
+    return Mounted(os.makedev(int(major), int(minor)), _path(words[4]), os.fsdecode(tail[0]), flags)
 
 
 def _path(text: bytes) -> str:

@@ -21,6 +21,7 @@ from pkramfs.machine.ram import Ram
 from pkramfs.pkram import regions, superblock
 from pkramfs.pkram.store import Store
 from pkramfs.spans import Spans
+from pkramfs.text import exact
 from pkramfs.units import BLOCK_PAGES
 
 
@@ -98,6 +99,6 @@ def _check_blocks(nodes: list[IncomingNode]) -> None:
 def node_list(store: Store) -> list[IncomingNode]:
     """The published nodes with their pages, read from their page tables."""
     return [
-        IncomingNode(node.name.decode("utf-8", "replace"), node.tree_id, node.pfn, store.pages_of(node), node.moved)
+        IncomingNode(exact(node.name), node.tree_id, node.pfn, store.pages_of(node), node.moved)
         for node in store.nodes()
     ]

@@ -17,6 +17,7 @@ from pkramfs.kernel.incoming import node_list
 from pkramfs.kernel.running import Running
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.spans import Spans
+from pkramfs.text import printable
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
 _KINDS = {"usable": "System RAM", "reserved": "Reserved", "acpi": "ACPI Tables"}
@@ -38,10 +39,10 @@ def render(hardware: FirmwareMap, owners: Iterable[tuple[str, Spans]]) -> str:
     inner = sorted(line for owner, spans in owners for line in _pieces(owner, spans))
     lines, at = [], 0
     for start, end, kind in hardware.entries:
-        lines.append(f"{start:0{width}x}-{end - 1:0{width}x} : {_KINDS.get(kind, kind)}")
+        lines.append(f"{start:0{width}x}-{end - 1:0{width}x} : {printable(_KINDS.get(kind, kind))}")
         while at < len(inner) and inner[at][0] < end:
             first, last, owner = inner[at]
-            lines.append(f"  {first:0{width}x}-{last:0{width}x} : {owner}")
+            lines.append(f"  {first:0{width}x}-{last:0{width}x} : {printable(owner)}")
             at += 1
     return "\n".join(lines) + "\n"
 

@@ -264,6 +264,7 @@ def start_boot(machine: Machine, *, force: bool = False) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        errors="surrogateescape",
         check=False,
         start_new_session=True,  # Ctrl-C and a terminal that goes are not for a kernel that boots
     )

@@ -31,6 +31,7 @@ from pkramfs.kernel.segments import Segment, from_json, page_count
 from pkramfs.kernel.segments import declared as segments_declared
 from pkramfs.machine.files import open_regular
 from pkramfs.machine.ram import Ram
+from pkramfs.text import printable
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -234,7 +235,9 @@ def _address(page: bytearray, fields: tuple[int, int], value: int) -> None:
 
 
 def _purgatory(segments: dict[str, Segment], _header: bytes) -> bytes:
-    lines = (f"{s.sha256} {s.pfn:x} {s.size:x} {s.name[:60]}" for s in segments.values() if s.name != "purgatory")
+    lines = (
+        f"{s.sha256} {s.pfn:x} {s.size:x} {printable(s.name[:60])}" for s in segments.values() if s.name != "purgatory"
+    )
     return "\n".join(lines).encode()
 
 

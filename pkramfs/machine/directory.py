@@ -33,6 +33,7 @@ from pkramfs.machine.files import append_line, open_regular, read_file, read_jso
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.machine.mounts import MountEntry, MountLock, claim, live_ids, read_entries, tree_ids
 from pkramfs.machine.ram import Ram
+from pkramfs.text import printable
 from pkramfs.units import PAGE_SIZE, round_down
 
 DEFAULT = "default"
@@ -187,7 +188,7 @@ class Machine:
         Logging never decides: a line that cannot be written fails nothing that it tells of.
         """
         try:
-            append_line(self.path("dmesg"), f"[{self._uptime():12.6f}] {message}")
+            append_line(self.path("dmesg"), f"[{self._uptime():12.6f}] {printable(message)}")
         except MachineError as error:
             if warn:
                 self._no_log(error)
@@ -196,7 +197,7 @@ class Machine:
         """Say once that there is no log, where the messages of this process go."""
         if self.path() not in _SAID:
             _SAID.add(self.path())
-            streams.say(f"pkramfs: warning: no kernel log: {error}")
+            streams.say(printable(f"pkramfs: warning: no kernel log: {error}"))
 
     def _uptime(self) -> float:
         """Seconds since the dmesg file was begun, which is when the kernel was started."""

@@ -20,6 +20,7 @@ from pkramfs.pkram.streams.reader import ObjectReader
 from pkramfs.pkram.table import reader as pagetable
 from pkramfs.pkram.table.reader import Walk
 from pkramfs.spans import Spans
+from pkramfs.text import exact
 
 STRICT = 1
 
@@ -125,4 +126,4 @@ def check_frames(node: Node, table: Walk, readers: list[ObjectReader]) -> Spans:
 
 def shown(name: bytes | int) -> str:
     """A node's name, or its tree id, for people."""
-    return f"of tree {name:016x}" if isinstance(name, int) else name.decode("utf-8", "backslashreplace")
+    return f"of tree {name:016x}" if isinstance(name, int) else exact(name)
