@@ -47,6 +47,7 @@ from pkramfs.fuse.session import Session
 from pkramfs.kernel import crash
 from pkramfs.kernel.running import Running, shared
 from pkramfs.machine import locks, process
+from pkramfs.machine.cgroups import MemoryGroups
 from pkramfs.machine.directory import Machine, host_memory
 from pkramfs.machine.files import open_regular
 from pkramfs.machine.frames import Frames
@@ -288,7 +289,9 @@ class Daemon:
         )
         operations.writer_gone = keeper.writer_gone
         server = Server(self.lock.path("sock"), keeper.verbs(), keeper.undo())
-        self.session = session = Session(operations, self.mountpoint)
+        self.session = session = Session(operations, self.mountpoint, dirty=MemoryGroups().dirty())
+        if not syscalls.serve_writers():
+            log.info("not an IO flusher: no CAP_SYS_RESOURCE, or a kernel before 5.6")
         session.mount(self.options.flags(), allow_other="allow_other" in self.options.words)
         if session.dev is not None:
             tree.access = MountFlags(session.dev, self.mountpoint)

@@ -46,8 +46,9 @@ log = logging.getLogger(__name__)
 class Session:
     """The mount of `operations` at the absolute path `mountpoint`."""
 
-    def __init__(self, operations: Operations, mountpoint: str) -> None:
-        self.operations, self.mountpoint = operations, mountpoint
+    def __init__(self, operations: Operations, mountpoint: str, *, dirty: int | None = None) -> None:
+        """`dirty` bytes, if given, may be unwritten at most."""
+        self.operations, self.mountpoint, self._dirty = operations, mountpoint, dirty
         self.ready = trio.Event()
         self.dev: int | None = None
 
@@ -64,7 +65,7 @@ class Session:
         self.dev = mounted.dev if mounted else None
         try:
             self._handshake = Handshake(device)
-            _tune(self.dev)
+            _tune(self.dev, self._dirty)
             self.operations.ready = self._connected
             pyfuse3.init(self.operations, f"/dev/fd/{self._handshake.fd}", set())
         except (RuntimeError, MachineError, OSError) as error:
@@ -137,7 +138,7 @@ def _mount_as_user(mountpoint: str, flags: int, allow_other: bool) -> int:
         return _receive_descriptor(ours)
 
 
-def _tune(dev: int | None) -> None:
+def _tune(dev: int | None, dirty: int | None = None) -> None:
     """Tell the kernel how much to read ahead and to keep unwritten for a file system, if we may: that is root's.
 
     Read-ahead is 128 KiB by default, and so are the requests. With one whole request the first read of a large file
@@ -147,20 +148,24 @@ def _tune(dev: int | None) -> None:
     FUSE may have 1 % of all dirty pages, some 40 MiB with 24 GiB of memory, and writers that are faster than WRITE are
     held up from there on. 200 MB of scattered 4 KiB writes went at 26,000 a second, and at 136,000 with this limit;
     sequential writing lost a twentieth (without any limit a quarter: then writing back begins only when all is
-    written). More is not wanted: a remount,ro has to wait for it.
+    written). More is not wanted: a remount,ro has to wait for it. Where the daemon is in a memory cgroup it is less:
+    one full of dirty pages has no memory for the daemon that is to write them.
     """
     if dev is None or os.geteuid() != 0:
         return
     place = _TUNING.format(os.major(dev), os.minor(dev))
     _raise(f"{place}/read_ahead_kb", MAX_WRITE >> 10)
-    _raise(f"{place}/max_bytes", _DIRTY)
+    if dirty is None:
+        _raise(f"{place}/max_bytes", _DIRTY)
+    else:
+        _raise(f"{place}/max_bytes", min(dirty, _DIRTY), lower=True)
 
 
-def _raise(path: str, value: int) -> None:
-    """Write a number to a file that has a lower one."""
+def _raise(path: str, value: int, *, lower: bool = False) -> None:
+    """Write a number to a file that has a lower one, or with `lower` whichever it has."""
     try:
         with open(path, "r+", encoding="ascii") as file:
-            if int(file.read()) < value:
+            if lower or int(file.read()) < value:
                 file.seek(0)
                 file.write(str(value))
     except OSError as error:  # /sys is missing or read-only in many a container, max_bytes before Linux 6.2

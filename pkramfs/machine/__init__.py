@@ -18,7 +18,7 @@ processes does so through one 8-byte store (`Ram.publish`) or under the table lo
 refused, as ENOSPC, before the host behind it is full. Assumed from below: a file that can be mapped
 shared, on a file system that can punch holes (zeroing does where it cannot).
 
-In reading order: ram, firmware, memblock, policy, leases, frames; locks, files, claims, mounts, directory.
+In reading order: cgroups, ram, firmware, memblock, policy, leases, frames; locks, files, claims, mounts, directory.
 
 Kernel: mm/memblock.c, mm/page_alloc.c, arch/x86/kernel/e820.c
 """

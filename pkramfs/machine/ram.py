@@ -29,6 +29,7 @@ import os
 import numpy as np
 
 from pkramfs.errors import ExhaustedError, MachineError, explain
+from pkramfs.machine.cgroups import MemoryGroups
 from pkramfs.spans import U64, Spans
 from pkramfs.units import MIB, PAGE_SHIFT, PAGE_SIZE, format_size
 
@@ -55,6 +56,7 @@ class Ram:
 
     def __init__(self, path: str, size: int, *, create: bool = False) -> None:
         self.path, self.size, self.pages = path, size, size >> PAGE_SHIFT
+        self._groups = MemoryGroups()
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
         try:
             self.fd = os.open(path, flags, 0o600)
@@ -251,13 +253,21 @@ class Ram:
 
     def room(self, *, floor: float = 1.0) -> int:
         """Bytes that may still be touched: what is free behind RAM less 5 % or 256 MiB, whichever is more, but of a
-        file system below 1 GiB, as containers have it, less a quarter.
+        file system below 1 GiB, as containers have it, less a quarter; and what this process's memory cgroups allow.
 
         `floor` is how much of that reserve must stay: what has to succeed may use some of it.
         """
         host = os.fstatvfs(self.fd)
         free, whole = host.f_bavail * host.f_frsize, host.f_blocks * host.f_frsize
-        return free - int(floor * _reserve(whole))
+        room, allowed = free - int(floor * _reserve(whole)), self._groups.room(floor)
+        return room if allowed is None else min(room, allowed)
+
+    @property
+    def most(self) -> int:
+        """Bytes that the host could ever give: the size of the file system behind RAM, or of the memory cgroup."""
+        host = os.fstatvfs(self.fd)
+        whole, limit = host.f_blocks * host.f_frsize, self._groups.limit()
+        return whole if limit is None else min(whole, limit)
 
     def _exhausted(self, error: OSError) -> ExhaustedError:
         """The host has refused what was within its room when it was asked: others fill the same file system."""
@@ -270,10 +280,14 @@ class Ram:
         """ExhaustedError (ENOSPC) if touching `size` more bytes could exhaust the host."""
         room = self.room(floor=floor)
         if size > room:
+            self._groups.look()
+            room = self.room(floor=floor)
+        if size > room:
             raise ExhaustedError(
                 f"no room behind RAM: {format_size(size)} wanted, {format_size(max(room, 0))} may be used on the "
-                f"file system of {self.path}; free some there or give it a larger one"
+                f"file system of {self.path}, and in this process's memory cgroup; free some there or give it more"
             )
+        self._groups.take(size)
 
 
 def _reserve(whole: int) -> int:
