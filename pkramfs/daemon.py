@@ -55,7 +55,7 @@ from pkramfs.machine.leases import new_tree_id
 from pkramfs.machine.mounts import MountEntry, MountLock
 from pkramfs.machine.policy import Policy
 from pkramfs.text import printable
-from pkramfs.units import PAGE_SHIFT, format_size, plural
+from pkramfs.units import PAGE_SHIFT, PAGE_SIZE, format_size, plural
 
 log = logging.getLogger("pkramfs")
 
@@ -276,7 +276,9 @@ class Daemon:
         tree.huge = self.options.huge or tree.huge
         if self.options.name is not None:
             tree.hold_for_save()  # a full RAM must not prevent preserving
+        self._expect_room()
         operations = Operations(tree, _generation(self.lock.tree_id))
+        operations.room = self.frames.room
         self.keeper = keeper = Keeper(
             tree,
             self.kernel.store,
@@ -318,13 +320,29 @@ class Daemon:
         self.lock.write_entry(self._entry(self.session.dev))
         self.machine.log(f"pkramfs: {self.options.name or 'a tree'} mounted on {self.mountpoint}{self._what()}")
         self._starting.close()
-        self.reporter.send(ok=f"{self.options.name}{self._off()}" if self._off() else "")
+        said = [line for line in (self._off().removeprefix(": "), self._scarce()) if line]
+        self.reporter.send(ok="\n".join(f"{self.options.name or self.mountpoint}: {line}" for line in said))
 
     def _reconfigured(self, said: Words) -> None:
         """A remount changed our options: whoever mounts us again must know."""
         self.lock.write_entry(self._entry(self.session.dev))
         if "huge" in said:
             self.session.operations.drop_attributes()  # st_blksize is another
+
+    def _expect_room(self) -> None:
+        """ExhaustedError where nothing could be written. A tree that is there already can be read at least."""
+        if not self._restored:
+            self.kernel.ram.check_room(PAGE_SIZE)
+
+    def _scarce(self) -> str:
+        """What must be told where size= is more than could ever be had."""
+        size, most = self.tree.limits.max_pages << PAGE_SHIFT, self.kernel.ram.most
+        if size <= most:
+            return ""
+        return (
+            f"size={format_size(size)} is more than can be had: the file system behind RAM, or the memory cgroup, has "
+            f"{format_size(most)}"
+        )
 
     def _off(self) -> str:
         """What who asked for pkram=NAME must be told where a plain tmpfs is all that there can be."""

@@ -47,6 +47,7 @@ from pkramfs.fuse.translate import Asker, Translator
 log = logging.getLogger(__name__)
 
 _FORGET_SECONDS = 0.1
+_ENOUGH = 1 << 60
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -104,8 +105,8 @@ class Operations(pyfuse3.Operations):
     """The requests of one mount, answered by one tree.
 
     `ready` is called when the kernel has said INIT: from then on the mount answers. `writer_gone` is
-    called after each close of a file that was open for writing. `generation` is what makes a file handle
-    one of this tree: another tree has the same inode numbers.
+    called after each close of a file that was open for writing, `room` says how many pages are to be had.
+    `generation` is what makes a file handle one of this tree: another tree has the same inode numbers.
     """
 
     supports_dot_lookup = True
@@ -117,6 +118,7 @@ class Operations(pyfuse3.Operations):
         self.tree = tree
         self.ready: Callable[[], None] = _nothing
         self.writer_gone: Callable[[], None] = _nothing
+        self.room: Callable[[], int] = lambda: _ENOUGH
         self.cache = doors.Cache()
         self._translate = Translator(tree, generation)
         self._entry = self._translate.entry
@@ -267,7 +269,7 @@ class Operations(pyfuse3.Operations):
 
     @_request
     def statfs(self, ctx: RequestContext) -> StatvfsData:
-        return self._translate.statfs(self.tree.statfs())
+        return self._translate.statfs(self.tree.statfs(), self.room())
 
     @_waiting
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:

@@ -86,12 +86,12 @@ class Translator:
         """The answer that there is no such name, which the kernel may remember."""
         return self._absent
 
-    def statfs(self, found: StatFs) -> pyfuse3.StatvfsData:
-        """The answer to statfs(2)."""
+    def statfs(self, found: StatFs, room: int) -> pyfuse3.StatvfsData:
+        """The answer to statfs(2). `room` pages are to be had: df's Avail is no more, whatever size= allows."""
         answer = self._statfs
         answer.f_bsize = answer.f_frsize = found.block_size
         answer.f_blocks = found.blocks
-        answer.f_bfree = answer.f_bavail = found.blocks_free
+        answer.f_bfree, answer.f_bavail = found.blocks_free, min(found.blocks_free, room)
         answer.f_files = found.files
         answer.f_ffree = answer.f_favail = found.files_free
         answer.f_namemax = found.name_max

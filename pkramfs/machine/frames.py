@@ -195,6 +195,11 @@ class Frames:
         """Pages that only `allocate(held=True)` may use."""
         return self._held
 
+    def room(self) -> int:
+        """Pages that `allocate` could give now: free ones in RAM, as far as the host has room for them."""
+        free = (self.leases.blocks - self.leases.taken().total) * BLOCK_PAGES + self._free.total - self._held
+        return max(0, min(free, self.ram.room() >> PAGE_SHIFT))
+
     def hold(self, pages: int) -> None:
         """Keep `pages` free for the save; leases them now. ExhaustedError if they are not to be had."""
         if pages > self._held:
