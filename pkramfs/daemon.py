@@ -289,7 +289,7 @@ class Daemon:
             banned=self.kernel.banned,
             settings=Settings(tree, self._words, policy=self._policy, changed=self._reconfigured),
         )
-        operations.writer_gone = keeper.writer_gone
+        operations.writer_gone, operations.data_lost = keeper.writer_gone, keeper.data_lost
         server = Server(self.lock.path("sock"), keeper.verbs(), keeper.undo())
         self.session = session = Session(operations, self.mountpoint, dirty=MemoryGroups().dirty())
         if not syscalls.serve_writers():
@@ -301,6 +301,7 @@ class Daemon:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(server.serve)
                 nursery.start_soon(self._announce)
+                nursery.start_soon(keeper.watch_losses)
                 nursery.start_soon(self._end_on_signal)
                 nursery.start_soon(self._end_on_request, server)
                 await session.serve()

@@ -64,7 +64,17 @@ class Seen(NamedTuple):
             files=int(status.get("files", 0)),
             reason="" if preserved else self.silence or _why_not(self),
             tree_id=self.entry.tree_id,
+            lost=lost(status),
         )
+
+
+def lost(status: dict[str, Any]) -> str:
+    """What a daemon says of data that were written and are lost, in words; nothing if there are none."""
+    count, named = int(status.get("lost_count", 0)), [str(path) for path in status.get("lost", [])[:5]]
+    if not count:
+        return ""
+    more = f" and {count - len(named)} more" if count > len(named) else ""
+    return f"data written to {', '.join(named)}{more} are lost: write them again, or truncate or delete the files"
 
 
 def _why_not(seen: Seen) -> str:

@@ -3,6 +3,7 @@
     asked for                 result ro?   what is done
     preserve                  yes          kernel ro ─▶ daemon preserves        fails: kernel rw again
     preserve                  no           refused
+    preserve,lossy            yes          as preserve, also without data that a refused write-back lost
     rw                        no           daemon, if frozen, withdraws and thaws ─▶ kernel rw
     nopreserve                either       daemon withdraws and thaws ─▶ kernel as asked
     ro                        yes          kernel ro only; the tree stays live
@@ -58,7 +59,7 @@ def remount(directory: str, options: Options, verbose: bool = False) -> int:
         raise UsageError(f"preserve needs a read-only mount: {how} {directory} -o remount,preserve,ro")
     _reconfigure(entry, options)
     if options.preserve:
-        answer = _preserve(entry, directory, mounted.flags, flags, options.strict)
+        answer = _preserve(entry, directory, mounted.flags, flags, options)
         for path in answer["open_deleted"]:
             warn(PROGRAM, f"{directory}: {path} is not preserved")
         if more := unnamed(answer, "open_deleted"):
@@ -116,15 +117,16 @@ def _reconfigure(entry: "MountEntry", options: Options) -> None:
     call(entry.socket, "reconfigure", **wanted)
 
 
-def _preserve(entry: "MountEntry", directory: str, before: int, flags: int, strict: bool) -> dict[str, Any]:
+def _preserve(entry: "MountEntry", directory: str, before: int, flags: int, options: Options) -> dict[str, Any]:
     """Kernel first, so that no new writer comes; back to rw if the daemon refuses, or a signal ends us."""
     try:
         _make_read_only(entry, directory, before, flags)
     except KeyboardInterrupt:
         _make_writable(directory, flags, before)
         raise
+    lossy = {"lossy": True} if options.lossy else {}  # which a daemon of an older version does not know
     try:
-        return call_long(entry.socket, "preserve", strict=strict)
+        return call_long(entry.socket, "preserve", strict=options.strict, **lossy)
     except KeyboardInterrupt:
         if not before & MS_RDONLY:
             with signals.deferred():

@@ -128,7 +128,8 @@ def _mount(seen: mounts.Seen) -> dict[str, Any]:
     known = {"mountpoint": seen.entry.mountpoint, "name": seen.entry.name, "pid": seen.entry.pid}
     if seen.status is None:
         return known | {"state": "silent", "problem": seen.silence}
-    return known | seen.status
+    lost = mounts.lost(seen.status)
+    return known | seen.status | ({"problem": f"{seen.entry.mountpoint}: {lost}"} if lost else {})
 
 
 def show(found: dict[str, Any]) -> None:

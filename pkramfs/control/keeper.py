@@ -15,6 +15,10 @@ that and `freeze` nothing is awaited, so no open can slip in.
 A freeze belongs to a kexec, which may be killed: so it ends with the connection that asked for it. While it holds
 nobody else can thaw the tree. Once `stop` was asked for nothing is thawed: what was preserved stays so.
 
+Data that a refused write-back lost (fs/lost) would be zeros in what is preserved. So `preserve` refuses and names
+the files, until they are mended; `lossy` goes on, the log names them, and what is lost is forgotten. `watch_losses`
+says of each such file once, some time after it began, that it is one.
+
 The lock lets one verb at a time change the state. Looking (`status`) needs no lock: it runs between
 two steps of a save.
 
@@ -46,6 +50,8 @@ log = logging.getLogger(__name__)
 
 WRITERS_SECONDS = 3.0
 """How long preserve waits for files that are open for writing to be closed."""
+LOSS_SECONDS = 0.5
+"""How long what was lost may still come, and how often the log hears of other files."""
 _NAMED = 5
 """How many files a refusal names."""
 
@@ -56,6 +62,12 @@ class BusyError(ErrnoError):
     """Files are open for writing, which the message names, or a kexec has the tree."""
 
     default_errno = errno.EBUSY
+
+
+class LostError(ErrnoError):
+    """Data that were written are lost; the message names the files."""
+
+    default_errno = errno.EIO
 
 
 class Keeper:
@@ -79,6 +91,8 @@ class Keeper:
         self._writer_gone = trio.Event()
         self._holders = 0  # connections whose freeze holds
         self._kept = False  # frozen by preserve, and so beyond any connection
+        self._data_lost = trio.Event()
+        self._said: set[int] = set()  # whose loss the log has
         self.stopping = trio.Event()
         if tree.preserved:
             tree.on_first_change = self._withdraw
@@ -108,6 +122,27 @@ class Keeper:
         """A file that was open for writing was closed."""
         self._writer_gone.set()
 
+    def data_lost(self) -> None:
+        """A write-back was refused."""
+        self._data_lost.set()
+
+    async def watch_losses(self) -> None:
+        """Have the kernel log name the files that lose data, until cancelled."""
+        while True:
+            await self._data_lost.wait()
+            self._data_lost = trio.Event()
+            await trio.sleep(LOSS_SECONDS)
+            self._said &= self.tree.losses.files.keys()
+            fresh = [ino for ino in self.tree.losses.files if ino not in self._said]
+            self._said.update(fresh)
+            for ino in fresh[:_NAMED]:
+                names = exact(self.tree.path(self.tree.inodes[ino]))
+                reason = os.strerror(self.tree.losses.files[ino].error)
+                self._say(f"pkramfs: {self.mountpoint}: data written to {names} are lost: {reason}")
+            if fresh[_NAMED:]:
+                more = plural(len(fresh) - _NAMED, "more file")
+                self._say(f"pkramfs: {self.mountpoint}: data written to {more} are lost")
+
     # -- verbs ----------------------------------------------------------------------------------
 
     async def status(self) -> dict[str, Any]:
@@ -127,21 +162,23 @@ class Keeper:
             "writers_count": tree.writer_count,
             "open_deleted": _texts(tree.deleted()),
             "open_deleted_count": tree.deleted_count,
+            "lost": _texts(tree.lost()),
+            "lost_count": tree.lost_count,
             "busy": self._lock.locked(),
             "options": self._settings.shown(),
             "pid": os.getpid(),
         }
 
-    async def preserve(self, strict: bool = False) -> dict[str, Any]:
+    async def preserve(self, strict: bool = False, lossy: bool = False) -> dict[str, Any]:
         """Freeze the tree and publish its node; nothing happens where that is done already."""
         try:
             async with self._lock:
-                return await self._preserve(strict or self.strict)
+                return await self._preserve(strict or self.strict, lossy)
         except (PkramfsError, OSError) as error:
             self._say(f"pkramfs: {self.mountpoint} was not preserved: {_reason(error)}")
             raise
 
-    async def _preserve(self, strict: bool) -> dict[str, Any]:
+    async def _preserve(self, strict: bool, lossy: bool) -> dict[str, Any]:
         if self.name is None:
             raise ErrnoError(
                 f"{self.mountpoint} was mounted without pkram=NAME, so it cannot be preserved: mount it with a name",
@@ -153,12 +190,32 @@ class Keeper:
             return await self.status()
         await self._freeze()
         try:
+            self._refuse_loss(lossy)
             report = {} if self.tree.preserved else await self._save(strict)
         except BaseException:
             self.tree.thaw()
             raise
         self._kept = True
+        self._forget_loss()
         return await self.status() | report
+
+    def _refuse_loss(self, lossy: bool) -> None:
+        """LostError if files lack data that were written to them."""
+        count = self.tree.lost_count
+        if count and not lossy:
+            raise LostError(
+                f"data written to {_names(self.tree.lost(_NAMED), count)} on {self.mountpoint} are lost: write them "
+                "again, truncate or delete the files, or go on without: remount,preserve,ro,lossy"
+            )
+
+    def _forget_loss(self) -> None:
+        """What is preserved is what there is from now on; the log names the files that lack something."""
+        count = self.tree.lost_count
+        if count:
+            self._say(
+                f"pkramfs: {self.name} is preserved without data written to {_names(self.tree.lost(_NAMED), count)}"
+            )
+        self.tree.losses.files.clear()
 
     async def _save(self, strict: bool) -> dict[str, Any]:
         report = await drive(save(self.tree, self.store, self.node_name, strict=strict, banned=self._banned()))
@@ -276,9 +333,13 @@ def _texts(paths: list[bytes]) -> list[str]:
 
 
 def _list(paths: list[bytes], count: int) -> str:
-    named = ", ".join(_texts(paths))
+    return f"{_names(paths, count)} {'is' if count == 1 else 'are'}"
+
+
+def _names(paths: list[bytes], count: int) -> str:
+    """Return the first of `count` files by name, and how many others there are."""
     more = f" and {count - len(paths):,} more" if count > len(paths) else ""
-    return f"{named}{more} {'is' if count == 1 else 'are'}"
+    return ", ".join(_texts(paths)) + more
 
 
 def _reason(error: BaseException) -> str:

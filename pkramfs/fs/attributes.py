@@ -67,6 +67,7 @@ class Attributes(Core):
         if size is not None:
             if size != inode.size:
                 self._resize(inode, size)
+            self.losses.cut(inode.ino, size)
             inode.mtime = now
         self._set_owner_and_mode(inode, mode, uid, gid, caller)
         if size is not None:

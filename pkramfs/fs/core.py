@@ -12,9 +12,9 @@ tree lets go of its node, and where a journal can be hung in:
 `freeze` and `preserved` are independent: a saved tree is both, a restored one only preserved.
 Access times are no change: they are kept when nothing else happens, and skipped while frozen.
 
-**Handles.** The number of an open file is its inode number, with WRITING set when it may write and UNNOTED when
-it was opened with O_NOATIME, so that a door needs no table of handles and one that is replaced can go on. All methods
-accept either.
+**Handles.** The number of an open file is its inode number, with WRITING set when it may write, UNNOTED when it was
+opened with O_NOATIME, and DIRECT when with O_DIRECT, so that a door needs no table of handles and one that is
+replaced can go on. All methods accept either.
 
 **Sleep.** `inodes` has the inodes that somebody asked for since the tree was restored; see asleep. Only what
 is found by a name or a number passes by there, so whoever goes through all of `inodes` sees every inode that is
@@ -43,6 +43,7 @@ from pkramfs.fs.directory import Directory
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import EMPTY_DIRECTORY_SIZE, Inode
 from pkramfs.fs.limits import INODE_SPACE, Limits, StatFs, xattr_space
+from pkramfs.fs.lost import Losses
 from pkramfs.fs.pagecache import END, PageMap
 from pkramfs.pkram.store import estimate
 from pkramfs.pkram.treeformat import EXTENTS, INODES, TREE, XATTRS
@@ -57,7 +58,9 @@ WRITING = 1 << 62
 """Set in the handle of a file that is open for writing."""
 UNNOTED = 1 << 61
 """Set in the handle of a file that was opened with O_NOATIME."""
-INO_MASK = UNNOTED - 1
+DIRECT = 1 << 60
+"""Set in the handle of a file that was opened with O_DIRECT."""
+INO_MASK = DIRECT - 1
 
 RUN_WEIGHT = 1152
 """Bytes that a run of frames costs a save at worst: an extent, entries, a share of the page table."""
@@ -97,6 +100,7 @@ class Core:
         self._access, self._asked = RELATIME, 0
         self.orphans: dict[int, tuple[Inode, bytes]] = {}
         self.tails: set[int] = set()  # see filling
+        self.losses = Losses()
         self.node_pages = Spans()
         self._frozen = self._preserved = self._guarded = False
         self._directories = 0
@@ -221,6 +225,7 @@ class Core:
             return
         self.orphans.pop(inode.ino, None)
         self.tails.discard(inode.ino)
+        self.losses.drop(inode.ino)
         del self.inodes[inode.ino]
         self.limits.inode_space -= INODE_SPACE
         self._stream_bytes -= INODES.width
@@ -347,6 +352,18 @@ class Core:
     @property
     def writer_count(self) -> int:
         return len(self.writing)
+
+    def lost(self, most: int = NAMED) -> list[bytes]:
+        """Return paths of the first few files of which data are lost; `lost_count` says how many there are."""
+        return [self.path(self.inodes[ino]) for ino in islice(self._lost(), most)]
+
+    @property
+    def lost_count(self) -> int:
+        return sum(1 for _ in self._lost())
+
+    def _lost(self) -> Iterator[int]:
+        """Yield the files that have a name: of one that is deleted nothing would be preserved anyway."""
+        return (ino for ino in self.losses.files if self.inodes[ino].nlink)
 
     def deleted(self, most: int = NAMED) -> list[bytes]:
         """Former paths of the first few files that are deleted but still held open (directories: still a cwd)."""

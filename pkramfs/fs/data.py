@@ -25,7 +25,7 @@ from typing import Any
 from pkramfs.errors import ExhaustedError
 from pkramfs.fs import clock
 from pkramfs.fs.attributes import MAX_SIZE
-from pkramfs.fs.core import INO_MASK, UNNOTED, WRITING
+from pkramfs.fs.core import DIRECT, INO_MASK, UNNOTED, WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.filling import Filling
 from pkramfs.fs.inode import ROOT, Caller, Inode
@@ -57,7 +57,7 @@ class Data(Filling):
         if flags & os.O_TRUNC and inode.is_file:
             self._truncate_on_open(inode, caller)
         inode.opens += 1
-        handle = inode.ino | UNNOTED if flags & os.O_NOATIME else inode.ino
+        handle = inode.ino | (UNNOTED if flags & os.O_NOATIME else 0) | (DIRECT if flags & os.O_DIRECT else 0)
         if not writing:
             return handle
         inode.writers += 1
@@ -71,6 +71,7 @@ class Data(Filling):
         self._change("setattr", ino=inode.ino, size=0)
         if inode.size:
             self._resize(inode, 0)
+        self.losses.cut(inode.ino, 0)
         self._drop_privileges(inode, caller, keep_set_id=caller.uid == 0)
         inode.mtime = inode.ctime = clock.now()
 
@@ -178,6 +179,8 @@ class Data(Filling):
         if end > inode.size:
             self._bytes += end - inode.size
             inode.size = end
+        if self.losses.files:
+            self.losses.written(inode.ino, offset, end, inode.size)
         if stamp:
             if inode.mode & 0o6000 or inode.xattrs:
                 self._drop_privileges(inode, ROOT, keep_set_id=inode.opens > 0 and not inode.unprivileged)
@@ -229,6 +232,12 @@ class Data(Filling):
         assert inode.pages is not None
         store = self.ram.fill if fresh else self.ram.overwrite
         return inode.pages.between(first, last), store, bool(fresh) and not runs
+
+    def lose(self, number: int, offset: int, end: int, error: int = errno.EIO) -> None:
+        """Remember that bytes of a file, which a program believes to have written, could not be stored; see lost."""
+        inode = self.inodes.get(number & INO_MASK)
+        if inode is not None and inode.is_file:
+            self.losses.note(inode.ino, offset, end, error)
 
     # -- shrinking, growing, holes --------------------------------------------------------------
 
@@ -287,6 +296,7 @@ class Data(Filling):
                 self._free_pages(inode.pages, first, last)
                 self._clear(inode, offset, first << PAGE_SHIFT)
                 self._clear(inode, last << PAGE_SHIFT, end)
+        self.losses.written(inode.ino, offset, end, inode.size)
         inode.mtime = inode.ctime = clock.now()
 
     def sparsify(self, number: int, first: int = 0, last: int = END) -> int:

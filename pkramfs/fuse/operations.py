@@ -13,7 +13,8 @@ kernel's FORGET, which it sends after other requests. So a request that found no
 and outside the handler, for the next FORGET while deleted inodes are left that nobody has open.
 
 A write that did not fit whole is ENOSPC, not a short count: behind the writeback cache nobody reads
-the count, and the rest would be lost in silence. The error reaches the program at close or fsync.
+the count, and the rest would be lost in silence. The error reaches the program at close or fsync, if it
+asks: the kernel keeps it with the inode (errseq). For those that do not ask the tree remembers what is lost.
 
 References: an inode that is named in an answer to look-up, create, mknod, mkdir, symlink, link or
 readdir (but for `.` and `..`) gets one `lookups`; the kernel gives them back with FORGET.
@@ -36,7 +37,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from pkramfs.fs.attributes import without_set_id
-from pkramfs.fs.core import INO_MASK, WRITING
+from pkramfs.fs.core import DIRECT, INO_MASK, WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.namespace import DOTDOT
@@ -105,8 +106,9 @@ class Operations(pyfuse3.Operations):
     """The requests of one mount, answered by one tree.
 
     `ready` is called when the kernel has said INIT: from then on the mount answers. `writer_gone` is
-    called after each close of a file that was open for writing, `room` says how many pages are to be had.
-    `generation` is what makes a file handle one of this tree: another tree has the same inode numbers.
+    called after each close of a file that was open for writing, `data_lost` when a write-back was refused,
+    `room` says how many pages are to be had. `generation` is what makes a file handle one of this tree:
+    another tree has the same inode numbers.
     """
 
     supports_dot_lookup = True
@@ -119,6 +121,7 @@ class Operations(pyfuse3.Operations):
         self.ready: Callable[[], None] = _nothing
         self.writer_gone: Callable[[], None] = _nothing
         self.room: Callable[[], int] = lambda: _ENOUGH
+        self.data_lost: Callable[[], None] = _nothing
         self.cache = doors.Cache()
         self._translate = Translator(tree, generation)
         self._entry = self._translate.entry
@@ -126,6 +129,7 @@ class Operations(pyfuse3.Operations):
         self._opened = FileInfo(keep_cache=True)
         self._forgot: trio.Event | None = None
         self._hopeless: set[int] = set()
+        self._direct: dict[int, int] = {}
 
     def _may_forget(self) -> bool:
         """Whether deleted inodes wait for nothing but a FORGET, and it is worth waiting, too."""
@@ -344,6 +348,7 @@ class Operations(pyfuse3.Operations):
     @_request
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         handle = self.tree.open(inode, flags, Asker(ctx))
+        self._count_direct(handle, 1)
         if handle & WRITING:
             self.cache.drop_attributes(inode)  # they are for ever, and from now on blocks come without a word
         return self._open(handle)
@@ -360,6 +365,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         inode = self.tree.create(parent, name, mode, ctx)
         handle = self.tree.open(inode.ino, flags & ~os.O_TRUNC, ctx)
+        self._count_direct(handle, 1)
         opened = self._open(handle), self._named(inode)
         self._translate.guessed.discard(inode.ino)  # every close has the kernel ask for the blocks again
         return opened
@@ -369,20 +375,45 @@ class Operations(pyfuse3.Operations):
         return cast(bytes, self.tree.read(handle, offset, size))  # or a view of RAM, which is sent as it is
 
     @_request
-    def write(self, handle: int, offset: int, data: bytes) -> int:
+    def write(self, handle: int, offset: int, data: bytes, cached: bool | None = None) -> int:
+        """Store what the kernel writes back (`cached`), or what a program writes directly, which is told at once.
+
+        pyfuse3 does not say which; then it is direct if nobody but such programs can write to the file.
+        """
         # With the writeback cache the kernel owns mtime and sends it when it has written back; a late
         # WRITE must not overwrite what it, or utimensat, has set before. It says, too, when a write takes
         # set-id bits away (setattr); the write-back of a mapping does not.
-        written = self.tree.write(handle, offset, data, stamp=False)
-        if written != len(data):
-            raise fail(errno.ENOSPC)
+        written = 0
+        try:
+            written = self.tree.write(handle, offset, data, stamp=False)
+            if written != len(data):
+                raise fail(errno.ENOSPC)
+        except OSError as error:
+            if self._is_cached(handle) if cached is None else cached:
+                self.tree.lose(handle, offset + written, offset + len(data), error.errno or errno.EIO)
+                self.data_lost()
+            raise
         return written
+
+    def _is_cached(self, handle: int) -> bool:
+        """Whether a WRITE may be a write-back."""
+        number = handle & INO_MASK
+        return not handle & DIRECT or self._direct.get(number) != self.tree.inode(number).writers
 
     @_request
     def release(self, handle: int) -> None:
         self.tree.release(handle)
+        self._count_direct(handle, -1)
         if handle & WRITING:
             self._writer_gone(handle & INO_MASK)
+
+    def _count_direct(self, handle: int, change: int) -> None:
+        """Count those who can write to a file directly and not otherwise."""
+        if handle & DIRECT and handle & WRITING:
+            number = handle & INO_MASK
+            self._direct[number] = self._direct.get(number, 0) + change
+            if not self._direct[number]:
+                del self._direct[number]
 
     def _writer_gone(self, number: int) -> None:
         inode = self.tree.inodes.get(number)

@@ -2,7 +2,7 @@
 
     size=2G  nr_inodes=1m  mode=1777 …      tmpfs's own
     pkram=NAME  preserve  nopreserve        the announcement's
-    pkram_strict  machine=NAME  oom_score_adj=N    ours
+    pkram_strict  lossy  machine=NAME  oom_score_adj=N    ours
     ro  nosuid  noatime …                   mount flags: a bit that is set or cleared
     user_id=0  max_read=…  x-systemd.…      said by others for others: known and ignored
 
@@ -104,6 +104,7 @@ class Options:
     huge: str | None = None
     mpol: str | None = None
     strict: bool = False
+    lossy: bool = False
     machine: str | None = None
     oom_score_adj: int | None = None
     remount: bool = False
@@ -135,7 +136,7 @@ class Options:
         found: dict[str, str | bool] = {}
         for word in self.words:
             key, equals, value = word.partition("=")
-            if key not in ("remount", "preserve", "nopreserve"):
+            if key not in ("remount", "preserve", "nopreserve", "lossy"):
                 found[key] = value if equals else True
         return found
 
@@ -146,6 +147,8 @@ def parse(text: str) -> Options:
     for word in split(text):
         found.words.append(word)
         _take(found, word)
+    if found.lossy and not found.preserve:
+        raise UsageError("mount option lossy goes with preserve: mount -o remount,preserve,ro,lossy DIR")
     return found
 
 
@@ -295,11 +298,21 @@ def _strict(found: Options) -> None:
     found.strict = True
 
 
+def _lossy(found: Options) -> None:
+    found.lossy = True
+
+
 def _remount(found: Options) -> None:
     found.remount = True
 
 
-_WORDS = {"preserve": _preserve, "nopreserve": _nopreserve, "pkram_strict": _strict, "remount": _remount}
+_WORDS = {
+    "preserve": _preserve,
+    "nopreserve": _nopreserve,
+    "lossy": _lossy,
+    "pkram_strict": _strict,
+    "remount": _remount,
+}
 _VALUES = {
     "pkram": _name,
     "size": _size,

@@ -74,6 +74,8 @@ class MountReport:
     reason: str = ""
     tree_id: int = 0
     """Whose page blocks hold its pages; 0 where nobody knows."""
+    lost: str = ""
+    """Which data were written and are not in what is preserved, in words."""
 
 
 @dataclass
@@ -182,6 +184,8 @@ def _losses(going: Transition, mounts: Sequence[MountReport]) -> list[PkramfsErr
             why = mount.reason or f"not preserved: mount -o remount,preserve,ro {mount.mountpoint}"
             found.append(NotPreservedError(f"{mount.mountpoint}: {plural(mount.files, 'file')} would be lost ({why})"))
             going.lost.append((f"{mount.mountpoint} ({mount.name or 'no name'}, not preserved)", 0))
+        elif mount.lost:
+            found.append(NotPreservedError(f"{mount.mountpoint}: {mount.lost}"))
     try:
         going.nodes = loading.preserved_nodes(going.kernel)
     except FormatError as error:

@@ -261,3 +261,67 @@ def test_two_at_once_save_once(keeper: Keeper, said: list[str]) -> None:
 
 def test_verbs_name_themselves(keeper: Keeper) -> None:
     assert set(keeper.verbs()) == {"status", "preserve", "unpreserve", "freeze", "thaw", "reconfigure", "stop"}
+
+
+def lose(keeper: Keeper, *names: bytes) -> None:
+    for name in names:
+        keeper.tree.lose(keeper.tree.create(1, name, 0o644).ino, 0, 4096, errno.ENOSPC)
+    keeper.data_lost()
+
+
+def test_data_that_are_lost_are_not_preserved_as_zeros(keeper: Keeper, said: list[str]) -> None:
+    lose(keeper, *(b"file%d" % number for number in range(7)))
+    status = ask(keeper.status)
+    assert (status["lost_count"], status["lost"][0]) == (7, "/file0")
+    with pytest.raises(ErrnoError) as refused:
+        ask(keeper.preserve)
+    assert refused.value.errno == errno.EIO
+    assert all(f"/file{number}" in str(refused.value) for number in range(5)) and " and 2 more" in str(refused.value)
+    assert keeper.store.names == [] and not keeper.tree.frozen  # type: ignore[attr-defined]
+    assert any("was not preserved" in line and "/file0" in line for line in said)
+    keeper.tree.create(1, b"new", 0o644)
+    for number in range(7):
+        keeper.tree.unlink(1, b"file%d" % number)
+    assert ask(keeper.preserve)["state"] == "preserved"
+    assert not any("without data" in line for line in said)
+
+
+def test_a_word_goes_on_without_what_is_lost(keeper: Keeper, said: list[str]) -> None:
+    lose(keeper, b"a", b"b")
+    answer = ask(keeper.preserve, False, True)
+    assert (answer["state"], answer["lost"], answer["lost_count"]) == ("preserved", [], 0)
+    assert any("x is preserved without data written to /a, /b" in line for line in said)
+    ask(keeper.unpreserve)
+    assert ask(keeper.preserve)["state"] == "preserved", "what was given up is not asked for again"
+
+
+def test_a_restored_tree_that_lost_data_since(keeper: Keeper) -> None:
+    """It is preserved, but not with what was written to it."""
+    keeper.tree.create(1, b"a", 0o644)
+    ask(keeper.preserve)
+    ask(keeper.thaw)
+    keeper.tree.lose(2, 0, 4096)
+    with pytest.raises(ErrnoError, match="/a"):
+        ask(keeper.preserve)
+    assert keeper.tree.preserved and not keeper.tree.frozen
+
+
+def test_the_log_names_each_file_once(keeper: Keeper, said: list[str], autojump_clock: trio.testing.MockClock) -> None:
+    async def scenario() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keeper.watch_losses)
+            lose(keeper, b"a", b"mended")
+            keeper.tree.unlink(1, b"mended")
+            await trio.sleep(1)
+            assert said == ["pkramfs: /mnt: data written to /a are lost: No space left on device"]
+            keeper.tree.lose(2, 4096, 8192)
+            keeper.data_lost()
+            await trio.sleep(1)
+            assert len(said) == 1
+            keeper.tree.losses.drop(2)
+            lose(keeper, *(b"%d" % number for number in range(8)))
+            await trio.sleep(1)
+            assert len(said) == 7 and said[-1] == "pkramfs: /mnt: data written to 3 more files are lost"
+            nursery.cancel_scope.cancel()
+
+    trio.run(scenario, clock=autojump_clock)

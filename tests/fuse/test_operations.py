@@ -10,7 +10,7 @@ import trio.testing
 
 pyfuse3 = pytest.importorskip("pyfuse3")
 
-from pkramfs.fs.core import WRITING  # noqa: E402
+from pkramfs.fs.core import DIRECT, WRITING  # noqa: E402
 from pkramfs.fs.inode import Credentials  # noqa: E402
 from pkramfs.fs.limits import Limits  # noqa: E402
 from pkramfs.fs.tree import Tree  # noqa: E402
@@ -163,3 +163,53 @@ def test_no_file_has_no_blocks_while_it_may_have_data(ops: Operations, monkeypat
     assert asked == [ino] and ask(ops.getattr, ino, ME).st_blocks == 0
     ask(ops.release, reader)
     assert asked == [ino]
+
+
+def _opened(ops: Operations, name: bytes, *flags: int) -> list[int]:
+    ops.cache.drop_attributes = lambda _: None  # type: ignore[method-assign]
+    first, entry = ask(ops.create, 1, name, 0o644, flags[0], ME)
+    return [first.fh, *(ask(ops.open, entry.st_ino, more, ME).fh for more in flags[1:])]
+
+
+def test_a_refused_write_back_is_remembered(ops: Operations) -> None:
+    told: list[None] = []
+    ops.data_lost = lambda: told.append(None)
+    (handle,) = _opened(ops, b"a", os.O_WRONLY)
+    with pytest.raises(pyfuse3.FUSEError) as refused:
+        ask(ops.write, handle, 0, b"x" * 4096)
+    assert refused.value.errno == errno.ENOSPC
+    assert ops.tree.lost() == [b"/a"] and told
+    assert ops.tree.losses.files[handle & ~WRITING].error == errno.ENOSPC
+
+
+@pytest.mark.parametrize(
+    "flags, cached, lost",
+    [
+        ([os.O_WRONLY | os.O_DIRECT], None, False),
+        ([os.O_WRONLY | os.O_DIRECT, os.O_RDWR | os.O_DIRECT], None, False),
+        ([os.O_WRONLY | os.O_DIRECT, os.O_RDWR], None, True),  # it may be the other one's
+        ([os.O_WRONLY | os.O_DIRECT], True, True),
+        ([os.O_WRONLY], False, False),
+    ],
+)
+def test_who_writes_directly_is_told_at_once(
+    ops: Operations, flags: list[int], cached: bool | None, lost: bool
+) -> None:
+    handles = _opened(ops, b"a", *flags)
+    with pytest.raises(pyfuse3.FUSEError):
+        ask(ops.write, handles[0], 0, b"x" * 4096, *([] if cached is None else [cached]))
+    assert ops.tree.lost_count == lost
+    for handle in handles:
+        assert bool(handle & DIRECT) == bool(flags[handles.index(handle)] & os.O_DIRECT)
+        ask(ops.release, handle)
+    assert not ops._direct
+
+
+def test_what_did_fit_is_not_lost(ops: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
+    (handle,) = _opened(ops, b"a", os.O_WRONLY)
+    monkeypatch.setattr(ops.tree, "write", lambda *_, **__: 4096)
+    noted: list[tuple[int, ...]] = []
+    monkeypatch.setattr(ops.tree, "lose", lambda *words: noted.append(words))
+    with pytest.raises(pyfuse3.FUSEError):
+        ask(ops.write, handle, 8192, b"x" * 12288)
+    assert noted == [(handle, 12288, 20480, errno.ENOSPC)]

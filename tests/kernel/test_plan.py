@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pkramfs.errors import ExhaustedError
+from pkramfs.errors import ExhaustedError, NotPreservedError
 from pkramfs.kernel import kexec, nvram, running, staging, state
 from pkramfs.kernel.kexec import MountReport
 from pkramfs.kernel.segments import Segment, conflicts, destinations
@@ -45,6 +45,17 @@ def test_a_kernel_loaded_with_s_goes_elsewhere_if_pages_came_to_lie_there(
         plan.execute(lambda _: logs.append(lab.machine.dmesg()))
     assert all(f"kexec: {line.strip()}" in logs[-3] for line in lines[at : at + 2]), "the dying kernel's own log"
     assert lab.intact("a")
+
+
+def test_data_that_are_lost_already_are_named_before_they_are_given_up(lab: Any) -> None:
+    """A tree is preserved, but what a refused write-back lost is not in it."""
+    lab.preserve("a", 10)
+    lab.load()
+    lost = MountReport("/mnt", "a", True, 1, lost="data written to /f are lost")
+    (refusal,) = planned(lab, lost).problems
+    assert isinstance(refusal, NotPreservedError) and str(refusal) == "/mnt: data written to /f are lost"
+    forced = planned(lab, lost, force=True)
+    assert forced.problems == [] and str(refusal) in forced.warnings
 
 
 def test_the_plan_is_told_step_by_step(lab: Any) -> None:

@@ -1,0 +1,117 @@
+"""Data that a program has written and that did not arrive: what a refused write-back leaves behind.
+
+write(2) into the kernel's cache and a store through a mapping succeed at once. When the kernel writes back later and
+there is no room, it tells whoever calls fsync or close next (errseq), and keeps the page as if nothing had happened.
+A program that does not ask, or stores and unmaps, never learns of it; once the page is dropped from the
+cache it reads as it was before. So a tree remembers which pages of which files are *lost*:
+
+    lost ── the page is written, whole ──────▶ not lost: what is in the cache comes again, or somebody writes anew
+         ── the file is cut before it ───────▶ not lost: nobody wants it
+         ── a hole is punched, the file goes ─▶ the same
+         ── the tree is preserved all the same (lossy): what is missing is named and forgotten
+
+Pages are bits of one number for each 2 MiB of a file. Of a file that has lost pages in more than LIMIT of them
+everything from there on counts as lost, until it is cut.
+
+Kernel: mm/filemap.c (mapping_set_error), lib/errseq.c; there the page is forgotten with its inode
+"""
+
+from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT, pages
+
+LIMIT = 4096
+
+
+class LostPages:
+    """Which pages of one file are lost, and by which error the first of them."""
+
+    __slots__ = ("_blocks", "_from", "error")
+
+    def __init__(self, error: int) -> None:
+        self.error = error
+        self._blocks: dict[int, int] = {}
+        self._from: int | None = None  # the first 2 MiB from which on everything is lost
+
+    def __bool__(self) -> bool:
+        return bool(self._blocks) or self._from is not None
+
+    def add(self, first: int, last: int) -> None:
+        """The pages [first, last) are lost."""
+        for block, bits in _masks(first, last):
+            if self._from is not None and block >= self._from:
+                continue
+            if block in self._blocks or len(self._blocks) < LIMIT:
+                self._blocks[block] = self._blocks.get(block, 0) | bits
+            else:
+                self._from = block
+
+    def remove(self, first: int, last: int) -> None:
+        """The pages [first, last) are not lost any more."""
+        for block, bits in _masks(first, last) if last - first <= LIMIT * BLOCK_PAGES else self._among(first, last):
+            left = self._blocks.get(block, 0) & ~bits
+            if left:
+                self._blocks[block] = left
+            else:
+                self._blocks.pop(block, None)
+
+    def cut(self, first: int) -> None:
+        """Nobody wants the pages from `first` on."""
+        if self._from is not None and first <= self._from * BLOCK_PAGES:
+            self._from = None
+        if self._blocks:
+            self.remove(first, (max(self._blocks) + 1) * BLOCK_PAGES)
+
+    def _among(self, first: int, last: int) -> list[tuple[int, int]]:
+        """`_masks` of a long range, for those 2 MiB only that have lost pages."""
+        found = []
+        for block in self._blocks:
+            start = block * BLOCK_PAGES
+            found += _masks(max(first, start), min(last, start + BLOCK_PAGES))
+        return found
+
+
+class Losses:
+    """The files of a tree that have lost pages, by inode number."""
+
+    def __init__(self) -> None:
+        self.files: dict[int, LostPages] = {}
+
+    def note(self, ino: int, offset: int, end: int, error: int) -> None:
+        """The bytes [offset, end) of a file did not arrive, because of an errno."""
+        if offset < end:
+            found = self.files.get(ino)
+            if found is None:
+                found = self.files[ino] = LostPages(error)
+            found.add(offset >> PAGE_SHIFT, pages(end))
+
+    def written(self, ino: int, offset: int, end: int, size: int) -> None:
+        """The bytes [offset, end) of a file that is `size` long arrived. Of a page in which others are missing it
+        does not say enough."""
+        found = self.files.get(ino)
+        if found is not None:
+            found.remove(pages(offset), pages(end) if end >= size else end >> PAGE_SHIFT)
+            self._tidy(ino)
+
+    def cut(self, ino: int, size: int) -> None:
+        """A file was cut."""
+        found = self.files.get(ino)
+        if found is not None:
+            found.cut(pages(size))
+            self._tidy(ino)
+
+    def drop(self, ino: int) -> None:
+        """A file is gone."""
+        self.files.pop(ino, None)
+
+    def _tidy(self, ino: int) -> None:
+        if not self.files[ino]:
+            del self.files[ino]
+
+
+def _masks(first: int, last: int) -> list[tuple[int, int]]:
+    """The pages [first, last) as bits of each 2 MiB."""
+    found = []
+    for block in range(first // BLOCK_PAGES, -(-last // BLOCK_PAGES)) if first < last else ():
+        start = block * BLOCK_PAGES
+        low, high = max(first - start, 0), min(last - start, BLOCK_PAGES)
+        found.append((block, (1 << high) - (1 << low)))
+    return found
