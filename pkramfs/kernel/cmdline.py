@@ -32,6 +32,7 @@ INIT = "--"
 _HIGHEST = 1 << 62
 _PFN = re.compile(r"(?:0[xX])?[0-9a-fA-F]{1,16}")
 PKRAM_OFF = "off"
+PANIC_ON_OOPS = "panic_on_oops"
 MAX_LENGTH = 2047
 """Longest command line in bytes: COMMAND_LINE_SIZE of x86 less its NUL."""
 
@@ -130,6 +131,12 @@ def get(cmdline: str, name: str) -> str | None:
 def has(cmdline: str, flag: str) -> bool:
     """Whether a word without a value is there."""
     return any(word.value is None and _is(word, flag) for word in _ours(cmdline))
+
+
+def panics_on_oops(cmdline: str) -> bool:
+    """Whether a mount daemon that faults is to end the kernel."""
+    value = get(cmdline, PANIC_ON_OOPS)
+    return has(cmdline.strip(), PANIC_ON_OOPS) if value is None else value != "0"
 
 
 def remove(cmdline: str, name: str) -> str:

@@ -29,7 +29,6 @@ from pkramfs.kernel.running import Running
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.mounts import MountEntry, kill, last_words
 
-PANIC_ON_OOPS = "panic_on_oops"
 _LAST_LINES = 50
 _GONE_SECONDS = 30.0
 _POLL_SECONDS = 0.01
@@ -46,7 +45,7 @@ def notice(machine: Machine) -> Running | None:
         entry, how = oops
         reason = f"Fatal exception: {how} in the daemon of {entry.mountpoint} (pid {entry.pid})"
         if staging.read(machine, staging.CRASH_JSON) is None:
-            machine.log(f"{reason}; {PANIC_ON_OOPS}, but no crash kernel is loaded: going on")
+            machine.log(f"{reason}; {words.PANIC_ON_OOPS}, but no crash kernel is loaded: going on")
             machine.claim(entry.tree_id).release()
             return None
         _kill_all(machine)
@@ -56,18 +55,13 @@ def notice(machine: Machine) -> Running | None:
 def _oops(machine: Machine) -> tuple[MountEntry, str] | None:
     """A daemon that oopsed under the running kernel, and how, if that matters to it."""
     info = state.read(machine, any_layout=True)
-    if info is None or not info.pkram or not _panics(machine.read_text("cmdline") or ""):
+    if info is None or not info.pkram or not words.panics_on_oops(machine.read_text("cmdline") or ""):
         return None
     for entry in machine.mounts():
         ended = last_words(machine.path("mounts"), entry)
         if ended is not None and ended[1] >= info.booted:
             return entry, ended[0]
     return None
-
-
-def _panics(cmdline: str) -> bool:
-    value = words.get(cmdline, PANIC_ON_OOPS)
-    return words.has(cmdline.strip(), PANIC_ON_OOPS) if value is None else value != "0"
 
 
 def _kill_all(machine: Machine) -> None:

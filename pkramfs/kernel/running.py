@@ -39,6 +39,7 @@ from pkramfs.machine.claims import FileClaims
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.leases import FREE, KERNEL, Leases
 from pkramfs.machine.locks import held
+from pkramfs.machine.mounts import last_words
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram import superblock
 from pkramfs.pkram.rescue import Survey
@@ -87,8 +88,21 @@ class Running:
         return (self.machine.read_text("cmdline") or "").rstrip("\n")
 
     def sweep(self) -> int:
-        """Give back what dead daemons had leased; how many blocks. FormatError if it is not sure whose they were."""
-        return self.leases.sweep(self.ownership.kept)
+        """Give back what dead daemons had leased; how many blocks. FormatError if it is not sure whose they were.
+
+        Their files go, too, but of those whose blocks were not swept yet, and of one that oopsed under a kernel
+        which is to panic then: whoever comes next has to find it (crash.py).
+        """
+        swept = self.leases.sweep(self.ownership.kept)
+        preserved = self.store.preserved_ids() if self.info.pkram else set[int]()
+        self.machine.clear_away((self.leases.tree_ids() - preserved) | self._oopsed())
+        return swept
+
+    def _oopsed(self) -> set[int]:
+        if not words.panics_on_oops(self.cmdline):
+            return set()
+        directory = self.machine.path("mounts")
+        return {entry.tree_id for entry in self.machine.mounts() if last_words(directory, entry) is not None}
 
     def refuse_doubt(self) -> None:
         """FormatError, naming the block, if it is not sure whose page blocks are: before anything is given up."""

@@ -5,7 +5,8 @@
 
 A claim is a lock on a file (or, within one process, an entry of a table), never a record in RAM: so
 a save or a load that dies leaves nothing busy, and nothing crosses a kexec. Files are made when they
-are needed and removed by the last who lets go; one that a dead process left is locked by nobody.
+are needed and removed by the last who lets go; one that a dead process left is locked by nobody, and
+`clear_away` removes it.
 
 Kernel: mm/pkram.c (PKRAM_SAVE, PKRAM_LOAD in a node's flags), which die with the kernel only
 """
@@ -96,6 +97,13 @@ class FileClaims:
     def _path(self, work: str, name: bytes) -> str:
         """A name may have 255 bytes, any but NUL; so its hash stands for it."""
         return os.path.join(self._directory, f"{work}-{hashlib.blake2b(name, digest_size=16).hexdigest()}")
+
+
+def clear_away(directory: str) -> None:
+    """Remove the claims of processes that died."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(directory):
+            locks.remove_free(os.path.join(directory, name))
 
 
 def _release(fd: int, path: str) -> None:

@@ -23,13 +23,14 @@ import os
 import secrets
 import stat
 import time
+from collections.abc import Container
 from contextlib import AbstractContextManager
 from typing import Any
 
 from pkramfs import schema, streams
 from pkramfs.errors import DamagedError, MachineError, UsageError, explain
-from pkramfs.machine import locks
-from pkramfs.machine.files import append_line, open_regular, read_file, read_json, replace_file
+from pkramfs.machine import claims, locks, mounts
+from pkramfs.machine.files import append_line, clear_temporary, open_regular, read_file, read_json, replace_file
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.machine.mounts import MountEntry, MountLock, claim, live_ids, read_entries, tree_ids
 from pkramfs.machine.ram import Ram
@@ -254,6 +255,16 @@ class Machine:
     def tree_ids(self) -> set[int]:
         """Tree ids that have a lock file, held or not: the living, and the dead that were not cleared away."""
         return tree_ids(self.path("mounts"))
+
+    def clear_away(self, keep: Container[int]) -> None:
+        """Remove what processes that died have left: mounts but those of `keep`, claims, temporary files."""
+        try:
+            mounts.clear_away(self.path("mounts"), keep, self.log)
+            claims.clear_away(self.path("claims"))
+            for directory in (self.path(), self.path("mounts"), self.path("kexec")):
+                clear_temporary(directory)
+        except OSError as error:
+            self.log(f"cannot remove what the dead have left: {explain(error)}")
 
     def claim(self, tree_id: int) -> MountLock:
         """Take the lock of a tree; MachineError if a living daemon holds it."""

@@ -3,7 +3,8 @@
     path.PID.tmp ──write──▶ path.PID.tmp ──rename──▶ path
 
 A reader sees the old text or the new, never a part; whoever dies in between leaves the old one. A
-file system that is full is an error in words, with nothing left behind.
+file system that is full is an error in words, with nothing left behind. The writer holds the lock of
+its temporary file: one whose lock is free was left by somebody who died, and `clear_temporary` removes it.
 
 Whoever reads believes nothing: what lies at a path may be a FIFO, a device, a link, a directory, or
 larger than memory. `read_file` opens without waiting, takes regular files of bounded size only, and
@@ -15,15 +16,18 @@ Kernel: rename(2); fs/kernel_read_file.c, which takes regular files within a lim
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from pkramfs import schema
 from pkramfs.errors import DamagedError, MachineError, explain
+from pkramfs.machine import locks
 
 LIMIT = 32 << 20
 """Bytes that a file which this program wrote may have: a kernel.json of half a million ranges has less."""
@@ -106,6 +110,7 @@ def read_json(path: str, kind: schema.Kind, remedy: str) -> Any:
 
 
 CHECKSUM = "checksum"
+_TEMPORARY = re.compile(r".+\.[0-9]+\.tmp")
 
 
 def sealed(data: dict[str, Any]) -> dict[str, Any]:
@@ -139,13 +144,32 @@ def replace_file(path: str, text: str) -> None:
     """Write a file beside `path` and rename it over."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", opener=private) as file:
+        with open(locked(temporary), "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
-        os.replace(temporary, path)
+            file.flush()
+            os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise MachineError(f"cannot write {path}: {explain(error)}") from None
+
+
+def locked(path: str) -> int:
+    """Return a new, empty file of our own to be written, with its lock."""
+    while True:
+        fd = open_regular(path, os.O_WRONLY | os.O_CREAT)
+        fcntl.flock(fd, fcntl.LOCK_EX)  # another thread of ours may be writing the same
+        if locks.still_named(fd, path):
+            os.ftruncate(fd, 0)
+            return fd
+        os.close(fd)
+
+
+def clear_temporary(directory: str) -> None:
+    """Remove temporary files of writers that died."""
+    for name in os.listdir(directory):
+        if _TEMPORARY.fullmatch(name):
+            locks.remove_free(os.path.join(directory, name))
 
 
 def append_line(path: str, line: str) -> None:

@@ -67,13 +67,28 @@ def lock_removable(path: str, *, shared: bool = False) -> int | None:
     while True:
         fd = open_lock(path)
         locked = try_lock(fd, shared=shared)
-        if locked and _still_named(fd, path):
+        if locked and still_named(fd, path):
             return fd
         os.close(fd)
         if not locked:
             if time.monotonic() >= deadline:
                 return None
             time.sleep(_POLL)
+
+
+def remove_free(path: str) -> bool:
+    """Remove a file unless somebody holds its lock; whether it is gone. Never through a link."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return True
+    try:
+        if not try_lock(fd) or not still_named(fd, path):
+            return False
+        os.unlink(path)
+        return True
+    finally:
+        os.close(fd)
 
 
 def is_held(path: str) -> bool:
@@ -90,7 +105,8 @@ def is_held(path: str) -> bool:
         os.close(fd)
 
 
-def _still_named(fd: int, path: str) -> bool:
+def still_named(fd: int, path: str) -> bool:
+    """Whether a path names the file that is open, or another by now."""
     try:
         named = os.stat(path)
     except FileNotFoundError:

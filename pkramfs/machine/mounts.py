@@ -3,17 +3,21 @@
     mounts/00c0ffee….lock    held while the daemon lives; "mounted" means nothing else
     mounts/00c0ffee….json    name, mount point, pid, options
     mounts/00c0ffee….sock    where it listens
+    mounts/00c0ffee….log     what it printed
 
 The lock is taken before the first page block is leased and removed only by its holder. What a dead
-daemon left is read as not alive and swept by the next one.
+daemon left is read as not alive; once its page blocks were swept, `clear_away` takes its lock and
+removes its files, and its last words go to the kernel log.
 
 Kernel: /proc/mounts, which cannot say whose daemon lives
 """
 
+import contextlib
 import json
 import os
 import re
 import signal
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +27,9 @@ from pkramfs.machine import locks
 from pkramfs.machine.files import open_regular, read_json, replace_file
 
 _SUFFIXES = ("json", "sock", "lock")
+_ANY_NAME = re.compile(r"([0-9a-f]{16})\.(?:json|sock|lock|log)")
+_LAST_LINES, _LAST_BYTES = 20, 1 << 14
+"""How much of a dead daemon's log is worth keeping: an interpreter's last words are a stack of calls."""
 _NAME = re.compile(r"[0-9a-f]{16}\.(json|lock)")
 _FATAL = re.compile(rb"^Fatal Python error: (.*)$", re.MULTILINE)
 _ENTRY = schema.Object(
@@ -123,6 +130,34 @@ def last_words(directory: str, entry: MountEntry) -> tuple[str, float] | None:
     except OSError:
         return None  # no log, no fault
     return (found[-1].decode("ascii", "replace"), ended) if found and not entry.alive else None
+
+
+def clear_away(directory: str, keep: Container[int], say: Callable[[str], None]) -> None:
+    """Remove the files of daemons that have ended, but those of `keep`; `say` is told what their logs end with."""
+    names = (_ANY_NAME.fullmatch(name) for name in os.listdir(directory))
+    living = live_ids(directory)
+    for tree_id in sorted({int(name[1], 16) for name in names if name}):
+        if tree_id in living or tree_id in keep:
+            continue
+        fd = locks.lock_removable(stem(directory, tree_id) + ".lock")
+        if fd is None:
+            continue  # somebody mounts it just now
+        dead = MountLock(directory, tree_id, fd)
+        for line in _last_lines(dead.path("log")):
+            say(f"pkramfs: daemon of tree {tree_id:016x}: {line}")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(dead.path("log"))
+        dead.release()
+
+
+def _last_lines(path: str) -> list[str]:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_BYTES))
+            lines = file.read().decode("utf-8", "backslashreplace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [line for line in lines if line.strip()][-_LAST_LINES:]
 
 
 def read_entries(directory: str) -> list[MountEntry]:

@@ -3,13 +3,15 @@
 import errno
 import json
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pkramfs.errors import MachineError, UsageError
-from pkramfs.machine import directory
+from pkramfs.machine import directory, files
+from pkramfs.machine.claims import FileClaims
 from pkramfs.machine.directory import Machine, default_root
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.units import MIB
@@ -284,3 +286,48 @@ def test_logging_never_decides(machine: Machine, what: str, capfd: pytest.Captur
     machine.drop_log()
     said = capfd.readouterr().err
     assert said.count("\n") == said.count("pkramfs: warning: no kernel log: ") == 1
+
+
+def test_temporary_files_and_claims_of_the_dead_are_cleared_away(machine: Machine) -> None:
+    """A process that dies while it writes leaves a file whose lock is free; one that still writes holds it."""
+    places = [machine.path(), machine.path("mounts")]
+    ready, said = os.pipe()
+    pid = os.fork()
+    if not pid:
+        for place in places:
+            files.locked(os.path.join(place, "x.json.1.tmp"))
+        claim = FileClaims(machine.path("claims")).take("save", b"living")
+        os.write(said, b"x")
+        signal.pause()
+        os._exit(claim is None)
+    os.read(ready, 1)
+    try:
+        left = [os.path.join(place, f"{name}.{os.getpid()}.tmp") for place in places for name in ("machine.json", "a")]
+        for path in left:
+            Path(path).write_text("half of it")
+        os.makedirs(machine.path("claims"), exist_ok=True)
+        Path(machine.path("claims", "save-dead")).touch()
+        machine.clear_away(())
+        assert not any(os.path.exists(path) for path in left)
+        assert [os.path.exists(os.path.join(place, "x.json.1.tmp")) for place in places] == [True, True]
+        assert len(os.listdir(machine.path("claims"))) == 1
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    machine.clear_away(())
+    assert [name for place in places for name in os.listdir(place) if name.endswith(".tmp")] == []
+    assert os.listdir(machine.path("claims")) == []
+    assert machine.hardware().size == 64 * MIB
+
+
+def test_threads_that_replace_one_file_leave_nothing(machine: Machine) -> None:
+    texts = [str(number) * 5000 for number in range(4)]
+
+    def work(text: str) -> None:
+        for _ in range(50):
+            machine.write_text("file", text)
+            assert machine.read_text("file") in texts
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(work, texts))
+    assert not [name for name in os.listdir(machine.path()) if name.endswith(".tmp")]

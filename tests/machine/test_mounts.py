@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,41 @@ def test_no_directory_is_no_entry_but_nobody_says_that_none_lives(tmp_path: Path
     assert mounts.read_entries(str(tmp_path / "gone")) == []
     with pytest.raises(MachineError, match="cannot tell who is mounted"):
         mounts.live_ids(str(tmp_path / "gone"))
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Iterator[int]:
+    """A daemon that was killed with all its files there; its tree id."""
+    for suffix in ("json", "sock", "log", "lock"):
+        (tmp_path / f"{ID:016x}.{suffix}").touch()
+    yield ID
+
+
+def test_the_files_of_the_dead_are_cleared_away_and_of_nobody_else(tmp_path: Path, killed: int) -> None:
+    living = mounts.claim(str(tmp_path), ID + 1)
+    living.write_entry(ENTRY)
+    kept = tmp_path / f"{ID + 2:016x}.json"
+    strange = tmp_path / "somebody.json"
+    for path in (kept, strange):
+        path.touch()
+    (tmp_path / f"{killed:016x}.log").write_text("first\n" * 30 + "\nlast\n")
+    said: list[str] = []
+    mounts.clear_away(str(tmp_path), {ID + 2}, said.append)
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        [kept.name, strange.name, *(f"{ID + 1:016x}.{suffix}" for suffix in ("json", "lock"))]
+    )
+    assert said[-2:] == [f"pkramfs: daemon of tree {ID:016x}: {word}" for word in ("first", "last")] and len(said) == 20
+    living.release()
+    mounts.clear_away(str(tmp_path), set(), said.append)
+    assert os.listdir(tmp_path) == [strange.name]
+
+
+def test_what_is_just_being_mounted_is_not_cleared_away(
+    tmp_path: Path, killed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(mounts, "live_ids", lambda _: set())  # it is claimed after we looked
+        held = mounts.claim(str(tmp_path), killed)
+        mounts.clear_away(str(tmp_path), set(), lambda _: None)
+    assert len(os.listdir(tmp_path)) == 4
+    held.release()

@@ -122,3 +122,30 @@ def test_without_a_crash_kernel_the_log_says_so(lab: Any) -> None:
     assert kind(lab) == "kexec"
     assert "Segmentation fault in the daemon of" in lab.dmesg()
     assert "no crash kernel is loaded: going on" in lab.dmesg()
+
+
+def test_nothing_is_left_of_daemons_that_were_killed(lab: Any) -> None:
+    """The next mount clears away the files of the dead, and the temporary ones of who died while writing."""
+    one, two = lab.mount("one"), lab.mount("two")
+    (two / "file").write_bytes(b"2")
+    lab.remount(two, "preserve,ro")
+    for mnt in (one, two):
+        entry = lab.entry(mnt)
+        os.kill(entry.pid, signal.SIGKILL)
+        lab.gone(entry)
+    mounts = Path(lab.machine.path("mounts"))
+    left = [mounts / "0123456789abcdef.json.1.tmp", Path(lab.machine.path("nvram.json.1.tmp"))]
+    for path in left:
+        path.touch()
+    assert len(os.listdir(mounts)) > 5
+    three = lab.mount("three")
+    assert {name[:16] for name in os.listdir(mounts)} == {f"{lab.entry(three).tree_id:016x}"}
+    assert not any(path.exists() for path in left)
+    lab.umount(three)
+    lab.clean()
+    assert os.listdir(mounts) == []
+    assert lab.nodes() == ["shmem-two"]
+    two = lab.mount("two")
+    assert (two / "file").read_bytes() == b"2"
+    lab.umount(two)
+    assert os.listdir(mounts) == []
