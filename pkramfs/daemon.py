@@ -27,7 +27,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -71,6 +71,17 @@ class AlreadyMounted(Exception):
     """The same NAME is mounted on the same directory: nothing to do."""
 
 
+class Expected(NamedTuple):
+    """What a daemon must find that mounts again what was mounted: None of anything that will do."""
+
+    tree: int | None = None
+    on: tuple[int, int | None] | None = None
+    """Device and inode number of the directory; without the number, any directory of the device."""
+
+
+ANYTHING = Expected()
+
+
 class Reporter:
     """The pipe to whoever started us: one line of JSON, once."""
 
@@ -93,12 +104,13 @@ class Reporter:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon of one mount: FD of the status pipe, mount point, options, FD that says when to begin."""
     fd, mountpoint, text, *go = sys.argv[1:] if argv is None else argv
-    if go and not _told(int(go[0])):
+    expected = _told(int(go[0])) if go else ANYTHING
+    if expected is None:
         return 0
     reporter = Reporter(int(fd))
     _begin_log()
     try:
-        Daemon(parse(text), mountpoint, reporter).run()
+        Daemon(parse(text), mountpoint, reporter, expected).run()
     except AlreadyMounted as found:
         reporter.send(ok=str(found))
     except (PkramfsError, OSError) as error:
@@ -114,10 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _told(fd: int) -> bool:
-    """Wait to be told to begin; False if whoever started us is gone or needs no mount after all."""
+def _told(fd: int) -> Expected | None:
+    """Wait to be told to begin; None if whoever started us is gone or needs no mount after all."""
     with open(fd, "rb") as pipe:
-        return bool(pipe.read())
+        _, told, expected = pipe.read().partition(b" ")
+    return Expected(**json.loads(expected)) if told else None
 
 
 def _say(options: str, message: str) -> None:
@@ -148,8 +161,8 @@ def _begin_log() -> None:
 class Daemon:
     """One mount. `run` returns when it is over."""
 
-    def __init__(self, options: Options, mountpoint: str, reporter: Reporter) -> None:
-        self.options, self.mountpoint, self.reporter = options, mountpoint, reporter
+    def __init__(self, options: Options, mountpoint: str, reporter: Reporter, expected: Expected = ANYTHING) -> None:
+        self.options, self.mountpoint, self.reporter, self.expected = options, mountpoint, reporter, expected
         self.machine = Machine.locate(options.machine)
         self._starting = ExitStack()
         self._restored = False
@@ -218,11 +231,14 @@ class Daemon:
 
     def _refuse_mounted(self, holder: MountEntry) -> None:
         """A NAME belongs to one mount at a time."""
-        if not any(m.dev == holder.dev and m.mountpoint == holder.mountpoint for m in syscalls.mounts()):
+        places, whose = _places(holder)
+        if not places:
             return  # unmounted, or about to be mounted
-        if holder.mountpoint == self.mountpoint:
-            raise AlreadyMounted(f"{holder.name} is already mounted on {holder.mountpoint}")
-        raise MachineError(f"{holder.name} is mounted on {holder.mountpoint} already: a name has one mount at a time")
+        if not whose and self.mountpoint in places and self.expected.tree in (None, holder.tree_id):
+            raise AlreadyMounted(f"{holder.name} is already mounted on {self.mountpoint}")
+        raise MachineError(
+            f"{holder.name} is mounted on {' and '.join(places)}{whose} already: a name has one mount at a time"
+        )
 
     def _claim(self) -> MountLock:
         """Take the tree id of the NAME's node, or a new one, so that nobody else takes the NAME."""
@@ -233,6 +249,8 @@ class Daemon:
             wanted = self.options.name and self.kernel.info.pkram  # else an ordinary tmpfs, as in a crash kernel
             node = self.kernel.store.find(self.node_name) if wanted else None
             self._restored = node is not None
+            if self.expected.tree is not None and (node is None or node.tree_id != self.expected.tree):
+                raise MachineError(f"{self.options.name} is not preserved any more, or another tree has that name")
             lock = self.machine.claim(new_tree_id() if node is None else node.tree_id)
             self._log_at = _size(lock.path("log"))
             lock.write_entry(self._entry(None))
@@ -249,6 +267,7 @@ class Daemon:
             "pid": os.getpid(),
             "options": self._words,
             "dev": dev,
+            **({"on_dev": self.session.on[0], "on_ino": self.session.on[1]} if dev and self.session.on else {}),
             "restored": self._restored,
             "log_at": self._log_at,
         }
@@ -294,7 +313,7 @@ class Daemon:
         self.session = session = Session(operations, self.mountpoint, dirty=MemoryGroups().dirty())
         if not syscalls.serve_writers():
             log.info("not an IO flusher: no CAP_SYS_RESOURCE, or a kernel before 5.6")
-        session.mount(self.options.flags(), allow_other="allow_other" in self.options.words)
+        session.mount(self.options.flags(), allow_other="allow_other" in self.options.words, on=self.expected.on)
         if session.dev is not None:
             tree.access = MountFlags(session.dev, self.mountpoint)
         try:
@@ -316,7 +335,7 @@ class Daemon:
         with trio.move_on_after(READY_SECONDS) as waiting:
             await self.session.ready.wait()
         if waiting.cancelled_caught:
-            syscalls.detach(self.mountpoint)
+            syscalls.detach_all(self.session.dev)
             raise MachineError(f"the kernel did not answer the mount of {self.mountpoint}")
         self.lock.write_entry(self._entry(self.session.dev))
         self.machine.log(f"pkramfs: {self.options.name or 'a tree'} mounted on {self.mountpoint}{self._what()}")
@@ -399,6 +418,18 @@ class Daemon:
 def _generation(tree_id: int) -> int:
     """What tells file handles of one tree from those of another: 32 bits that stay the same over a kexec."""
     return (tree_id ^ tree_id >> 32) & 0xFFFF_FFFF
+
+
+def _places(holder: MountEntry) -> tuple[list[str], str]:
+    """Return where a living daemon's tree is mounted, and whose mount namespace that is in if it is not ours."""
+    found = [one.mountpoint for one in syscalls.mounts() if one.dev == holder.dev]
+    if found:
+        return found, ""
+    try:
+        there = syscalls.mounts(holder.pid)
+    except OSError:
+        return [], ""  # it has ended, or is not ours to look at
+    return [one.mountpoint for one in there if one.dev == holder.dev], f" in the mount namespace of pid {holder.pid}"
 
 
 async def _in_thread(work: Callable[[], None]) -> None:

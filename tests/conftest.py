@@ -157,9 +157,9 @@ def _is_ours(pid: int) -> bool:
 
 def mounted() -> list[str]:
     """Mount points of every pkramfs mount."""
-    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as file:
-        rows = [line.split() for line in file]
-    return [row[1].encode().decode("unicode_escape") for row in rows if row[2] == "fuse.pkramfs"]
+    from pkramfs.fuse import syscalls
+
+    return [one.mountpoint for one in syscalls.mounts() if one.fstype == syscalls.FSTYPE]
 
 
 def mounts_below(root: Path) -> list[str]:

@@ -29,8 +29,8 @@ PROGRAM = "mount.pkramfs"
 USAGE, SYSTEM, FAILURE = 1, 2, 32
 _ANSWER_MOST = 1 << 20
 """Bytes of a daemon's answer."""
-GO = b"go"
-"""What a daemon that was started is told when it shall mount."""
+GO = b"go "
+"""What a daemon that was started is told when it shall mount, followed by what it is to find, as JSON."""
 _DESCRIPTION = "Mount a tmpfs whose tree survives a kexec, or change such a mount; see mount.pkramfs(8)."
 _EPILOG = """examples:
   mount -t pkramfs -o pkram=mytmpfs none /mnt
@@ -204,12 +204,16 @@ class Starting:
             os.close(theirs)
             os.close(told)
 
-    def serve(self) -> str:
-        """Let it mount, wait until it serves; returns what it has to say. MountError with its reason."""
+    def serve(self, expected: dict[str, Any] | None = None) -> str:
+        """Let it mount, wait until it serves; returns what it has to say. MountError with its reason.
+
+        `expected` are the tree and the directory that it must find, as daemon.Expected has them.
+        """
+        import json
         from contextlib import suppress
 
         with suppress(BrokenPipeError):  # it died already, and the line it does not send says so
-            os.write(self._go, GO)
+            os.write(self._go, GO + json.dumps(expected or {}).encode())
         os.close(self._go)
         with open(self._answer, "rb") as pipe:
             line = pipe.readline(_ANSWER_MOST)

@@ -23,6 +23,8 @@ import os
 import socket
 import stat
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pyfuse3
 import trio
@@ -51,17 +53,21 @@ class Session:
         self.operations, self.mountpoint, self._dirty = operations, mountpoint, dirty
         self.ready = trio.Event()
         self.dev: int | None = None
+        self.on: tuple[int, int] | None = None
+        """Device and inode number of the directory below the mount."""
 
-    def mount(self, flags: int, *, allow_other: bool = False) -> None:
+    def mount(self, flags: int, *, allow_other: bool = False, on: tuple[int, int | None] | None = None) -> None:
         """Attach to the directory; MachineError with the reason if the system refuses.
 
-        `allow_other` is for users: root's mounts are for all anyway.
+        `allow_other` is for users: root's mounts are for all anyway. `on` is the directory that it must be.
         """
-        if os.geteuid() == 0:
-            device = _mount_as_root(self.mountpoint, flags)
-        else:
-            device = _mount_as_user(self.mountpoint, flags, allow_other)
-        mounted = syscalls.mounted_at(self.mountpoint)
+        before = {one.id for one in syscalls.mounts()}
+        with self._directory(on) as held:
+            if os.geteuid() == 0:
+                device = _mount_as_root(self.mountpoint, held, flags)
+            else:
+                device = _mount_as_user(self.mountpoint, flags, allow_other)
+        mounted = syscalls.mounted_since(before, self.mountpoint)
         self.dev = mounted.dev if mounted else None
         try:
             self._handshake = Handshake(device)
@@ -69,8 +75,21 @@ class Session:
             self.operations.ready = self._connected
             pyfuse3.init(self.operations, f"/dev/fd/{self._handshake.fd}", set())
         except (RuntimeError, MachineError, OSError) as error:
-            syscalls.detach(self.mountpoint)
+            syscalls.detach_all(self.dev)
             raise MachineError(f"cannot serve {self.mountpoint}: {error}") from None
+
+    @contextmanager
+    def _directory(self, expected: tuple[int, int | None] | None) -> Iterator[int]:
+        """Hold the directory to mount on, if it is the one that is expected."""
+        with ExitStack() as stack:
+            try:
+                held = stack.enter_context(syscalls.holding(self.mountpoint))
+                self.on = syscalls.identity(held)
+            except OSError as error:
+                raise MachineError(f"cannot mount on {explain(error)}") from None
+            if expected is not None and not syscalls.same(self.on, expected):
+                raise MachineError(f"cannot mount on {self.mountpoint}: {syscalls.ANOTHER}")
+            yield held
 
     def _connected(self) -> None:
         self._handshake.complete()
@@ -96,16 +115,16 @@ class Session:
         pyfuse3.close(unmount=False)
 
 
-def _mount_as_root(mountpoint: str, flags: int) -> int:
-    """Mount and return the connection's descriptor."""
+def _mount_as_root(mountpoint: str, held: int, flags: int) -> int:
+    """Mount on the directory that is held and return the connection's descriptor."""
     try:
         device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise MachineError(f"cannot open {explain(error)}; is the fuse module loaded?") from None
     try:
-        kind = stat.S_IFMT(os.stat(mountpoint).st_mode)
+        kind = stat.S_IFMT(os.fstat(held).st_mode)
         data = f"fd={device},rootmode={kind:o},user_id=0,group_id=0,default_permissions,allow_other"
-        syscalls.mount("none", mountpoint, syscalls.FSTYPE, flags, data)
+        syscalls.mount("none", mountpoint, syscalls.FSTYPE, flags, data, held=held)
     except OSError as error:
         os.close(device)
         raise MachineError(f"cannot mount on {explain(error)}") from None

@@ -5,14 +5,21 @@ Standard library only: the mount helper uses this without importing the daemon's
 What is mounted is read from /proc/self/mountinfo, never by stat of the mount point: that would be
 a request to a daemon that may be dead, or be ourselves.
 
-Kernel: fs/namespace.c (path_mount, path_umount), fs/proc_namespace.c (show_mountinfo)
+A path that was read earlier may lead elsewhere by now, where another user may change a directory on the
+way. So the directory is held first, by a descriptor, with no symbolic link on the way; it is compared with
+what was noted; and what is done is done to the descriptor.
+
+Kernel: fs/namespace.c (path_mount, path_umount), fs/proc_namespace.c (show_mountinfo), fs/namei.c
 """
 
 import ctypes
 import errno
 import os
 import re
+import stat
 import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from pkramfs.fuse import options as o
@@ -21,6 +28,9 @@ FSTYPE = "fuse.pkramfs"
 MOUNTINFO = "/proc/self/mountinfo"
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _PR_SET_IO_FLUSHER = 57
+ANOTHER = "it is not the one any more that was mounted on; look at it, and mount by hand"
+"""What is said of a directory that has another identity than it had."""
+_LINK = "is a symbolic link by now"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _OCTAL = re.compile(rb"\\([0-7]{3})")
@@ -40,19 +50,27 @@ _NAMES = {
 
 
 class Mounted(NamedTuple):
-    """A line of mountinfo. `flags` are the mount's and the file system's together, as MS_ bits."""
+    """A line of mountinfo. `flags` are the mount's and the file system's together, as MS_ bits; `own` the mount's."""
 
     dev: int
     mountpoint: str
     fstype: str
     flags: int
+    own: int = 0
+    id: int = 0
+    parent: int = 0
+    root: str = "/"
+    """What of the file system is seen there: all, or the directory or file that is mounted by a bind mount."""
+    groups: frozenset[bytes] = frozenset()
+    """The peer groups that it belongs to or follows."""
 
 
-def mount(source: str, target: str, fstype: str, flags: int, data: str) -> None:
-    """mount(2)."""
+def mount(source: str, target: str, fstype: str, flags: int, data: str, *, held: int | None = None) -> None:
+    """mount(2) on what `held` is a descriptor of; `target` is its name for errors, or without it the place."""
+    place = target if held is None else held_path(held)
     _check(
         _libc.mount(
-            os.fsencode(source), os.fsencode(target), os.fsencode(fstype), ctypes.c_ulong(flags), os.fsencode(data)
+            os.fsencode(source), os.fsencode(place), os.fsencode(fstype), ctypes.c_ulong(flags), os.fsencode(data)
         ),
         target,
     )
@@ -68,14 +86,86 @@ def serve_writers() -> bool:
 
 
 def umount(target: str, *, lazy: bool = False) -> None:
-    """umount2(2): at once, or detached now and gone when the last user is."""
-    _check(_libc.umount2(os.fsencode(target), (MNT_DETACH if lazy else 0) | UMOUNT_NOFOLLOW), target)
+    """umount2(2): at once, or detached now and gone when the last user is.
+
+    The directory above is held, not the mount itself: that would be a user of it. No one can rename a mount point.
+    """
+    above, name = os.path.split(target)
+    with holding(above) as held:
+        place = f"{held_path(held)}/{name}" if name else target
+        _check(_libc.umount2(os.fsencode(place), (MNT_DETACH if lazy else 0) | UMOUNT_NOFOLLOW), target)
 
 
 def _check(result: int, target: str) -> None:
     if result:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), target)
+
+
+def hold(path: str, start: int | None = None, *, directory: bool = True) -> int:
+    """Return a descriptor (O_PATH) of what an absolute path leads to from `start`, or from the root.
+
+    ELOOP where a component is a symbolic link. A path that was read from the mount table, or resolved, has none:
+    so somebody has changed it since. With `directory`, ENOTDIR where it leads to something else.
+    """
+    held = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) if start is None else os.dup(start)
+    names = [name for name in path.split("/") if name]
+    for number, name in enumerate(names, 1):
+        above = held
+        try:
+            held = _step(above, name, directory=directory or number < len(names))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "/" + "/".join(names[:number])) from None
+        finally:
+            os.close(above)
+    return held
+
+
+def _step(above: int, name: str, *, directory: bool) -> int:
+    """Open one component."""
+    flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(name, flags | (os.O_DIRECTORY if directory else 0), dir_fd=above)
+    except NotADirectoryError:
+        if stat.S_ISLNK(os.stat(name, dir_fd=above, follow_symlinks=False).st_mode):
+            raise OSError(errno.ELOOP, _LINK, name) from None
+        raise
+    if not directory and stat.S_ISLNK(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.ELOOP, _LINK, name)
+    return fd
+
+
+@contextmanager
+def holding(path: str, start: int | None = None, *, directory: bool = True) -> Iterator[int]:
+    """Hold what a path leads to for a while; see `hold`."""
+    held = hold(path, start, directory=directory)
+    try:
+        yield held
+    finally:
+        os.close(held)
+
+
+def identity(held: int) -> tuple[int, int]:
+    """Return device and inode number of what is held."""
+    found = os.fstat(held)
+    return found.st_dev, found.st_ino
+
+
+def same(found: tuple[int, int], expected: tuple[int, int | None]) -> bool:
+    """Say whether something has the identity that is expected; without an inode number, only the device."""
+    return found[0] == expected[0] and expected[1] in (None, found[1])
+
+
+def held_path(held: int) -> str:
+    """Return the path by which the kernel finds what a descriptor of ours holds, whatever its name is by now."""
+    return f"/proc/self/fd/{held}"
+
+
+def mount_id(held: int) -> int:
+    """Return the id of the mount in which something held lies. Sends no request."""
+    with open(f"/proc/self/fdinfo/{held}", "rb") as lines:
+        return next(int(line[len(b"mnt_id:") :]) for line in lines if line.startswith(b"mnt_id:"))
 
 
 def detach(target: str, *, lazy: bool = True) -> None:
@@ -91,9 +181,9 @@ def detach(target: str, *, lazy: bool = True) -> None:
         raise OSError(errno.EBUSY, done.stderr.strip() or "fusermount3 failed", target)
 
 
-def mounts() -> list[Mounted]:
-    """Everything that is mounted in this mount namespace, in order."""
-    with open(MOUNTINFO, "rb") as file:
+def mounts(pid: int | None = None) -> list[Mounted]:
+    """Return everything that is mounted in this mount namespace, or in a process's, in order."""
+    with open(MOUNTINFO if pid is None else f"/proc/{pid}/mountinfo", "rb") as file:
         return [_line(line) for line in file]
 
 
@@ -109,15 +199,35 @@ def _line(line: bytes) -> Mounted:
     left, _, right = line.partition(b" - ")
     words, tail = left.split(b" "), right.split()
     major, minor = words[2].split(b":")
-    named = {*words[5].split(b","), *(tail[2].split(b",") if len(tail) > 2 else [])}
+    own, its = _flags(words[5]), _flags(tail[2]) if len(tail) > 2 else 0
+    groups = (word.partition(b":") for word in words[6:])
+    return Mounted(
+        dev=os.makedev(int(major), int(minor)),
+        mountpoint=_path(words[4]),
+        fstype=os.fsdecode(tail[0]),
+        flags=own | its,
+        own=own,
+        id=int(words[0]),
+        parent=int(words[1]),
+        root=_path(words[3]),
+        groups=frozenset(number for kind, _, number in groups if kind in (b"shared", b"master")),
+    )
+
+
+def _flags(words: bytes) -> int:
     flags = 0
-    for name in named:
+    for name in words.split(b","):
         flags |= _NAMES.get(name.decode(errors="replace"), 0)
-    return Mounted(os.makedev(int(major), int(minor)), _path(words[4]), os.fsdecode(tail[0]), flags)
+    return flags
 
 
 def _path(text: bytes) -> str:
     return os.fsdecode(_OCTAL.sub(lambda match: bytes([int(match[1], 8)]), text))
+
+
+def inside(path: str, directory: str) -> bool:
+    """Say whether an absolute path is that of a directory or of something in it."""
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
 def mounted_at(directory: str) -> Mounted | None:
@@ -126,10 +236,54 @@ def mounted_at(directory: str) -> Mounted | None:
     return found[-1] if found else None
 
 
+def mounted_since(before: set[int], directory: str) -> Mounted | None:
+    """Return the mount of ours that was made since these ids were all, if there are several that on a directory."""
+    found = [one for one in mounts() if one.id not in before and one.fstype == FSTYPE]
+    return next((one for one in reversed(found) if one.mountpoint == directory), found[-1] if found else None)
+
+
+class Table:
+    """The mount table of a namespace: what lies on what, and what a path can reach."""
+
+    def __init__(self, found: Iterable[Mounted]) -> None:
+        self.mounts = list(found)
+        self.by_id = {one.id: one for one in self.mounts}
+        self._children: dict[int, dict[str, Mounted]] = {}
+        for one in self.mounts:
+            self._children.setdefault(one.parent, {})[one.mountpoint] = one
+
+    def of(self, dev: int | None) -> list[Mounted]:
+        """Return every place of a file system, in order."""
+        return [one for one in self.mounts if one.dev == dev]
+
+    def above(self, one: Mounted) -> Iterator[Mounted]:
+        """Yield the mounts below which one lies, the nearest first."""
+        seen = {one.id}
+        while (upper := self.by_id.get(one.parent)) is not None and upper.id not in seen:
+            seen.add(upper.id)
+            yield upper
+            one = upper
+
+    def cover(self, one: Mounted) -> Mounted | None:
+        """Return what is mounted over exactly the root of a mount."""
+        return self._children.get(one.id, {}).get(one.mountpoint)
+
+    def hidden(self, one: Mounted) -> Mounted | None:
+        """Return what is mounted over a directory on the way to a mount, so that its path leads elsewhere."""
+        for lower in (one, *self.above(one)):
+            path, beside = lower.mountpoint, self._children.get(lower.parent, {})
+            while path != "/":
+                path = os.path.dirname(path)
+                found = beside.get(path)
+                if found is not None and found.id not in (lower.id, lower.parent):
+                    return found
+        return None
+
+
 def places(dev: int | None) -> list[str]:
     """Where this file system lies on top: its mount, if nothing covers it, and its bind mounts."""
-    top = {mounted.mountpoint: mounted.dev for mounted in mounts()}  # the last of a path hides the others
-    return [path for path, found in top.items() if found == dev]
+    table = Table(mounts())
+    return [one.mountpoint for one in table.of(dev) if table.cover(one) is None and table.hidden(one) is None]
 
 
 def detach_all(dev: int | None, *, lazy: bool = True) -> None:

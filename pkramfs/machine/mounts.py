@@ -40,10 +40,14 @@ _ENTRY = schema.Object(
         "pid": schema.Maybe(schema.Whole(0, (1 << 31) - 1)),
         "options": schema.Maybe(schema.MapOf(schema.OneOf((schema.Text(), schema.Flag())))),
         "dev": schema.Maybe(schema.Whole(0, (1 << 64) - 1)),
+        "on_dev": schema.Maybe(schema.Whole(0, (1 << 64) - 1)),
+        "on_ino": schema.Maybe(schema.Whole(0, (1 << 64) - 1)),
         "log_at": schema.Maybe(schema.Whole()),
     },
     others=schema.Anything(),
 )
+_KNOWN = {"name", "mountpoint", "pid", "options", "dev", "on_dev", "on_ino"}
+"""Keys that are fields of MountEntry."""
 _REMEDY = "umount and mount it again"
 _LAST = 1 << 20
 """Bytes at the end of a log in which its last words are looked for."""
@@ -61,6 +65,8 @@ class MountEntry:
     dev: int | None
     alive: bool
     socket: str
+    on: tuple[int, int] | None = None
+    """Device and inode number of the directory that it was mounted on."""
     extra: dict[str, Any] = field(default_factory=dict)
     damaged: str = ""
     """Why the entry could not be read, or nothing."""
@@ -197,7 +203,6 @@ def _read_entry(directory: str, name: str) -> MountEntry | None:
     data, damaged = _read_data(os.path.join(directory, name))
     if data is None:
         return None  # it went while we were looking
-    known = {"name", "mountpoint", "pid", "options", "dev"}
     return MountEntry(
         tree_id=tree_id,
         name=data.get("name"),
@@ -207,7 +212,8 @@ def _read_entry(directory: str, name: str) -> MountEntry | None:
         dev=data.get("dev"),
         alive=locks.is_held(stem(directory, tree_id) + ".lock"),
         socket=stem(directory, tree_id) + ".sock",
-        extra={key: value for key, value in data.items() if key not in known},
+        on=None if data.get("on_dev") is None or data.get("on_ino") is None else (data["on_dev"], data["on_ino"]),
+        extra={key: value for key, value in data.items() if key not in _KNOWN},
         damaged=damaged,
     )
 
