@@ -14,14 +14,16 @@ cancels out: noexec and exec become nothing. So what it passes on is the *result
 others it is a change: flags that are not named stay. Without root the kernel's flag stays as it is and the
 daemon's freeze alone makes the tree read-only.
 
-The daemon is found by the device number of what is mounted there, so a bind mount will do as well.
+The daemon is found by the device number of what is mounted there, so a bind mount will do as well. The
+mount is known by its id: what the daemon does takes time, in which the path may be made to lead elsewhere.
+Whether a mount is read-only is told to the daemon, too, for preserve makes it so and a kexec undoes that.
 
 Kernel: fs/namespace.c (do_remount), mm/shmem.c (shmem_reconfigure), patch 24
 """
 
 import errno
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pkramfs.cli import render, signals
 from pkramfs.cli.arguments import warn
@@ -30,7 +32,7 @@ from pkramfs.control.client import call, call_long
 from pkramfs.control.protocol import unnamed
 from pkramfs.errors import PkramfsError, UsageError
 from pkramfs.fuse.options import MS_RDONLY, MS_REMOUNT, Options
-from pkramfs.fuse.syscalls import FSTYPE, is_dead, mount, mounted_at
+from pkramfs.fuse.syscalls import FSTYPE, Mounted, holding, is_dead, mount, mount_id, mounts
 from pkramfs.units import PAGE_SHIFT, format_size, plural
 
 if TYPE_CHECKING:
@@ -44,34 +46,62 @@ _NAMED = 5
 
 def remount(directory: str, options: Options, verbose: bool = False) -> int:
     """Do what the options ask for; PkramfsError with the reason if that is refused."""
-    mounted = mounted_at(directory)
-    if mounted is None or mounted.fstype != FSTYPE:
+    with holding(directory) as held:
+        found = mount_id(held)
+    mounted = next((one for one in mounts() if one.id == found), None)
+    if mounted is None or mounted.mountpoint != directory or mounted.fstype != FSTYPE:
         raise MountError(f"{directory} is not a pkramfs mount")
-    entry = _entry(directory, mounted.dev, options)
+    _remount(Target(directory, mounted), options, verbose)
+    return 0
+
+
+class Target(NamedTuple):
+    """A mount, and the directory by which it was found."""
+
+    directory: str
+    mounted: Mounted
+
+    def set_flags(self, before: int, flags: int) -> None:
+        """Have the kernel change the flags; without root they stay as they are.
+
+        Held only meanwhile: nobody could unmount what is held.
+        """
+        if os.geteuid() != 0 or flags == before:
+            return
+        with holding(self.directory) as held:
+            if mount_id(held) != self.mounted.id:
+                raise MountError(f"{self.directory} is not the mount any more that it was: look at it, and try again")
+            mount("none", self.directory, FSTYPE, flags | MS_REMOUNT, "", held=held)
+
+
+def _remount(target: Target, options: Options, verbose: bool) -> None:
+    directory, before = target.directory, target.mounted.flags
+    entry = _entry(directory, target.mounted.dev, options)
     if options.name not in (None, entry.name):
         raise UsageError(
             f"{directory} is mounted as {entry.name or 'a tree without a name'}: pkram= cannot be changed by a remount"
         )
-    flags = options.flags(0 if _is_result(options) else mounted.flags)
+    flags = options.flags(0 if _is_result(options) else before)
     read_only = bool(flags & MS_RDONLY)
     if options.preserve and not read_only:
         how = "mount" if os.geteuid() == 0 else f"{PROGRAM} none"
         raise UsageError(f"preserve needs a read-only mount: {how} {directory} -o remount,preserve,ro")
     _reconfigure(entry, options)
     if options.preserve:
-        answer = _preserve(entry, directory, mounted.flags, flags, options)
+        answer = _preserve(entry, target, flags, options)
         for path in answer["open_deleted"]:
             warn(PROGRAM, f"{directory}: {path} is not preserved")
         if more := unnamed(answer, "open_deleted"):
             warn(PROGRAM, f"{directory}: {plural(more, 'more open file')} not preserved")
         _tell(verbose, f"{entry.name} preserved: {_figures(answer)}")
-    elif read_only and options.preserve is None:
-        _make_read_only(entry, directory, mounted.flags, flags)
+        return
+    if read_only and options.preserve is None:
+        _make_read_only(entry, target, flags)
     else:
         if options.preserve is False or call(entry.socket, "status")["frozen"]:
             call(entry.socket, "unpreserve")
-        _set_flags(directory, mounted.flags, flags)
-    return 0
+        target.set_flags(before, flags)
+    _note(entry, flags)
 
 
 def _is_result(options: Options) -> bool:
@@ -117,12 +147,15 @@ def _reconfigure(entry: "MountEntry", options: Options) -> None:
     call(entry.socket, "reconfigure", **wanted)
 
 
-def _preserve(entry: "MountEntry", directory: str, before: int, flags: int, options: Options) -> dict[str, Any]:
+def _preserve(entry: "MountEntry", target: Target, flags: int, options: Options) -> dict[str, Any]:
     """Kernel first, so that no new writer comes; back to rw if the daemon refuses, or a signal ends us."""
+    before = target.mounted.flags
+    if not call(entry.socket, "status")["frozen"]:  # else it is read-only because it is preserved
+        _note(entry, before)
     try:
-        _make_read_only(entry, directory, before, flags)
+        _make_read_only(entry, target, flags)
     except KeyboardInterrupt:
-        _make_writable(directory, flags, before)
+        _make_writable(target, flags, before)
         raise
     lossy = {"lossy": True} if options.lossy else {}  # which a daemon of an older version does not know
     try:
@@ -131,33 +164,33 @@ def _preserve(entry: "MountEntry", directory: str, before: int, flags: int, opti
         if not before & MS_RDONLY:
             with signals.deferred():
                 call_long(entry.socket, "unpreserve")  # waits until a save that is under way is over
-        _make_writable(directory, flags, before)
+        _make_writable(target, flags, before)
         raise
     except PkramfsError:
-        _make_writable(directory, flags, before)
+        _make_writable(target, flags, before)
         raise
 
 
-def _make_writable(directory: str, flags: int, before: int) -> None:
+def _make_writable(target: Target, flags: int, before: int) -> None:
     """Take back what `_make_read_only` did, if it was not read-only before."""
     if not before & MS_RDONLY:
         with signals.deferred():
-            _set_flags(directory, flags, before)
+            target.set_flags(flags, before)
 
 
-def _make_read_only(entry: "MountEntry", directory: str, before: int, flags: int) -> None:
+def _note(entry: "MountEntry", flags: int) -> None:
+    """Tell the daemon whether the mount is read-only of itself, not because it is preserved."""
+    if os.geteuid() == 0:
+        call(entry.socket, "reconfigure", words={"ro" if flags & MS_RDONLY else "rw": True})
+
+
+def _make_read_only(entry: "MountEntry", target: Target, flags: int) -> None:
     try:
-        _set_flags(directory, before, flags)
+        target.set_flags(target.mounted.flags, flags)
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
-        raise MountError(f"{directory} is busy: {_users(entry)}") from None
-
-
-def _set_flags(directory: str, before: int, flags: int) -> None:
-    """Have the kernel change the flags; without root they stay as they are."""
-    if os.geteuid() == 0 and flags != before:
-        mount("none", directory, FSTYPE, flags | MS_REMOUNT, "")
+        raise MountError(f"{target.directory} is busy: {_users(entry)}") from None
 
 
 def _users(entry: "MountEntry") -> str:

@@ -2,6 +2,7 @@
 
     size=  nr_blocks=  nr_inodes=    limits, with tmpfs's refusals
     huge=  mpol=                     where the pages of later writes come from; those that are there stay
+    ro  rw                           noted only: the kernel sees to it, preserve makes it ro besides
 
 A remount changes all that it asks for, or nothing. What it has changed belongs to the mount from then
 on: pkram-kexec -e mounts the tree again with it. mode=, uid= and gid= were for the root of a new tree,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 Words = dict[str, str | bool]
 """Mount options as they were said: `{"size": "1G", "ro": True}`."""
 
-_SAME = {"size": "nr_blocks", "nr_blocks": "size"}
+_SAME = {"size": "nr_blocks", "nr_blocks": "size", "ro": "rw", "rw": "ro"}
 _SHOWN = ("mode", "uid", "gid", "huge", "mpol", "noswap", "pkram_strict")
 
 
@@ -57,7 +58,7 @@ class Settings:
             self._tree.frames.policy = policy
         if huge is not None:
             self._tree.huge = str(huge)
-        for key in ("size", "nr_blocks", "nr_inodes", "huge", "mpol"):
+        for key in ("size", "nr_blocks", "nr_inodes", "huge", "mpol", "ro", "rw"):
             if key in words:
                 self.words.pop(_SAME.get(key, key), None)
                 self.words[key] = words[key]
@@ -66,7 +67,7 @@ class Settings:
     def shown(self) -> str:
         """The options that are not tmpfs's defaults, as /proc/mounts shows them of a tmpfs."""
         limits, shown = self._tree.limits, []
-        if self.words.keys() & _SAME.keys():
+        if self.words.keys() & {"size", "nr_blocks"}:
             shown.append(f"size={limits.max_pages << 2}k")
         if "nr_inodes" in self.words:
             shown.append(f"nr_inodes={limits.max_inodes}")

@@ -141,6 +141,22 @@ class Options:
         return found
 
 
+def words_of(flags: int) -> list[str]:
+    """Return the words that give a mount the flags that the mount table shows; where it shows neither noatime nor
+    relatime, that is strictatime."""
+    words = [word for word, bit in _SET.items() if flags & bit and bit not in (MS_RELATIME, MS_STRICTATIME)]
+    return words if flags & (MS_NOATIME | MS_RELATIME) else [*words, "strictatime"]
+
+
+def with_flags(said: dict[str, str | bool], flags: int) -> dict[str, str | bool]:
+    """Return options that were said (`lasting`), with the flags that the mount has by now.
+
+    What preserving does to a mount is not meant to stay: it is ro where that was said, and is so still.
+    """
+    found = {key: value for key, value in said.items() if key not in _SET and key not in _CLEAR}
+    return found | {word: True for word in words_of(flags) if word != "ro" or said.get("ro")}
+
+
 def parse(text: str) -> Options:
     """Understand an -o string; UsageError for what is unknown or malformed."""
     found = Options()

@@ -93,3 +93,37 @@ def test_any_text_is_understood_or_refused(text: str) -> None:
         parse(text)
     except UsageError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "relatime",
+        "noatime",
+        "ro,nosuid,nodev,noexec,relatime",
+        "nodiratime,noatime",
+        "sync,dirsync,relatime,nosymfollow",
+    ],
+)
+def test_flags_become_the_words_that_give_them(words: str) -> None:
+    flags = parse(words).flags()
+    assert parse(",".join(o.words_of(flags))).flags() | o.MS_RELATIME == flags | o.MS_RELATIME
+
+
+def test_neither_noatime_nor_relatime_is_strictatime() -> None:
+    assert o.words_of(0) == ["strictatime"]
+    assert o.words_of(o.MS_RELATIME) == []
+
+
+def test_options_with_the_flags_that_a_mount_has_by_now() -> None:
+    said = parse("pkram=x,size=1G,exec,noatime,nosuid,ro").lasting()
+    now = o.with_flags(said, o.MS_NOEXEC | o.MS_RELATIME | o.MS_RDONLY)
+    assert now == {"pkram": "x", "size": "1G", "noexec": True, "ro": True}
+
+
+@pytest.mark.parametrize(
+    ("said", "flags", "stays"), [("ro", 1, True), ("ro", 0, False), ("rw", 1, False), ("", 1, False)]
+)
+def test_only_what_was_said_to_be_read_only_stays_so(said: str, flags: int, stays: bool) -> None:
+    """Preserving makes a mount read-only, too."""
+    assert o.with_flags(parse(said).lasting(), flags | o.MS_RELATIME).get("ro", False) is stays
