@@ -36,6 +36,7 @@ from pkramfs.errors import MachineError, NotPreservedError, PkramfsError
 from pkramfs.units import format_size, plural
 
 if TYPE_CHECKING:
+    from pkramfs.cli import again
     from pkramfs.cli.mounts import Mounts, Seen
     from pkramfs.kernel.staging import Loaded
     from pkramfs.kernel.steps import Operation, Plan
@@ -260,7 +261,8 @@ def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
 
     seen = mounts.look(machine) if machine.exists() else []
     reports = [one.report for one in seen]
-    plan = kexec.plan(machine, reports, force=args.force, poison=args.poison, remount=_to_remount(args, seen))
+    back = _to_remount(args, seen)
+    plan = kexec.plan(machine, reports, force=args.force, poison=args.poison, remount=back.mounts, notes=back.notes)
     for line in plan.describe():
         render.say(line)
     ways = report.ways(machine) if args.verbose else None
@@ -283,25 +285,19 @@ def _noticed(seen: "Sequence[Seen]") -> list[str]:
         found += [f"{place}: {path} will be lost" for path in status.get("open_deleted", [])]
         if more := unnamed(status, "open_deleted"):
             found.append(f"{place}: {plural(more, 'more deleted file')} will be lost")
-        users = mounts.users(place)
-        for user in users[:_NAMED]:
-            found.append(f"{place}: {user.name} (pid {user.pid}) uses it and will get ENOTCONN")
-        if more := len(users[_NAMED:]):
+        users = {user.pid: (at, user) for at in one.places or (place,) for user in mounts.users(at)}
+        for at, user in list(users.values())[:_NAMED]:
+            found.append(f"{at}: {user.name} (pid {user.pid}) uses it and will get ENOTCONN")
+        if (more := len(users) - _NAMED) > 0:
             found.append(f"{place}: {plural(more, 'more program')} that {'uses' if more == 1 else 'use'} it")
     return found
 
 
-def _to_remount(args: argparse.Namespace, seen: "Sequence[Seen]") -> list[dict[str, Any]]:
-    """What nvram.json will carry: the mounts that come back, with their own options."""
-    return [] if args.no_remount else _preserved(seen)
+def _to_remount(args: argparse.Namespace, seen: "Sequence[Seen]") -> "again.Plan":
+    """Return what nvram.json will carry, the mounts that come back as they are now, and what is said of the rest."""
+    from pkramfs.cli import again
 
-
-def _preserved(seen: "Sequence[Seen]") -> list[dict[str, Any]]:
-    return [
-        {"name": one.entry.name, "mountpoint": one.entry.mountpoint, "options": one.entry.options}
-        for one in seen
-        if one.report.preserved
-    ]
+    return again.Plan([], []) if args.no_remount else again.plan(seen)
 
 
 def _execute(args: argparse.Namespace, machine: "Machine") -> int:
@@ -311,6 +307,7 @@ def _execute(args: argparse.Namespace, machine: "Machine") -> int:
 
 
 def _execute_with(args: argparse.Namespace, machine: "Machine", ready: mounts.Ready, waiting: signals.Deferral) -> int:
+    from pkramfs.cli import again
     from pkramfs.kernel import kexec, nvram, running
 
     going = mounts.Mounts(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
@@ -321,18 +318,22 @@ def _execute_with(args: argparse.Namespace, machine: "Machine", ready: mounts.Re
             _need_loaded(machine)
             began = time.monotonic()
             seen = going.freeze()
-            remount, back = _to_remount(args, seen), _preserved(seen)
+            remount, notes = _to_remount(args, seen)
+            back = again.plan(seen).mounts
             plan = kexec.plan(
                 machine,
                 [one.report for one in seen],
                 force=args.force,
                 poison=args.poison,
-                stop=partial(_stop, machine, going, back),
+                stop=going.stop,
                 remount=remount,
+                notes=notes,
             )
             if plan.problems:
                 going.thaw()
                 return _refuse(machine, plan)
+            for line in notes:
+                arguments.note(machine, f"kexec: {line}")
             ready.start(remount)
             _perform(args, plan, waiting)
             pause = time.monotonic() - began
@@ -362,14 +363,6 @@ def _refuse(machine: "Machine", plan: "Plan") -> int:
     return plan.problems[0].exit_status
 
 
-def _stop(machine: "Machine", going: "Mounts", back: list[dict[str, Any]]) -> None:
-    """End the daemons; from now on nvram.json knows what to mount again, should we be killed."""
-    from pkramfs.kernel import nvram
-
-    nvram.set_mounts(machine, back)
-    going.stop()
-
-
 def _perform(args: argparse.Namespace, plan: "Plan", waiting: signals.Deferral) -> None:
     for warning in plan.warnings:
         arguments.warn(PROGRAM, warning)
@@ -390,7 +383,8 @@ def _before(waiting: signals.Deferral, verbose: bool, step: "Operation") -> None
 
 def _undo(machine: "Machine", going: "Mounts", back: list[dict[str, Any]], ready: mounts.Ready) -> None:
     """After a failure: while the old kernel lives, every mount is as it was."""
-    from pkramfs.kernel import nvram, state
+    from pkramfs.cli import again
+    from pkramfs.kernel import state
 
     going.thaw()
     if not machine.exists() or not going.stopped:
@@ -398,25 +392,24 @@ def _undo(machine: "Machine", going: "Mounts", back: list[dict[str, Any]], ready
     if state.read(machine, any_layout=True) is None:
         complain(PROGRAM, "the old kernel is gone and the new one is not up: pkram-kexec --resume goes on from there")
         return
-    if not mounts.restart(machine, back, partial(arguments.warn, PROGRAM), ready):
-        with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
-            nvram.clear_mounts(machine)
+    again.restart(machine, back, partial(arguments.warn, PROGRAM), ready)
 
 
 def _mount_again(
     machine: "Machine", remount: Sequence[dict[str, Any]], how: str, ready: mounts.Ready | None = None
 ) -> int:
     """Mount what was preserved, and say that the new kernel is up."""
+    from pkramfs.cli import again
     from pkramfs.kernel import nvram, running
 
     info = running.look(machine).info
     warn = partial(arguments.warn, PROGRAM)
     remount = mounts.still_there(machine, remount, warn)
-    failed = mounts.restart(machine, remount, warn, ready or mounts.Ready())
+    failed = again.restart(machine, remount, warn, ready or mounts.Ready())
     if not failed:
         with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
             nvram.clear_mounts(machine)
-    back = ", ".join(mount["mountpoint"] for mount in remount)
+    back = ", ".join(place for mount in remount for place in again.places(mount))
     mounted = f"; mounted again: {back}" if back and not failed else ""
     render.say(f"kernel {info.generation} ({info.image}) is up {how}{mounted}")
     return 1 if failed else 0

@@ -5,10 +5,10 @@
     thaw()      take back exactly what freeze() did                             -e, refused
     stop()      every daemon detaches and ends; returns when all locks are free -e
     Ready       daemons started while the old kernel goes                       -e, --resume
-    restart()   mount what was preserved                                        after the boot
 
 A mount is what its daemon says, never what /proc/mounts says: a lazily detached mount, or one in
-another mount namespace, is a mount as long as its daemon's lock is held. A daemon that does not
+another mount namespace, is a mount as long as its daemon's lock is held. Only where it is, the mount
+table knows (again.py): it may have been moved. A daemon that does not
 answer stops everything, with its pid and the remedy, unless forced: then it is killed, because a
 process of the old kernel that still maps RAM must not live to see the new one.
 
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pkramfs.errors import DaemonError, PkramfsError, explain
+from pkramfs.errors import DaemonError, PkramfsError
 from pkramfs.units import plural
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Seen(NamedTuple):
     entry: "MountEntry"
     status: dict[str, Any] | None
     silence: str
+    places: tuple[str, ...] = ()
+    """Where it is seen in our mount namespace: its mount and its bind mounts."""
 
     @property
     def report(self) -> "MountReport":
@@ -85,8 +87,9 @@ def _why_not(seen: Seen) -> str:
 
 
 def alive(machine: "Machine") -> list["MountEntry"]:
-    """The mounts whose daemons live, by mount point."""
-    found = sorted((e for e in machine.mounts() if e.alive), key=lambda e: (e.mountpoint, e.tree_id))
+    """The mounts whose daemons live, by mount point: where they are by now."""
+    living = located(e for e in machine.mounts() if e.alive)
+    found = sorted(living, key=lambda e: (e.mountpoint, e.tree_id))
     unknown = machine.live_ids() - {e.tree_id for e in found}
     if unknown:
         raise DaemonError(
@@ -96,9 +99,33 @@ def alive(machine: "Machine") -> list["MountEntry"]:
     return found
 
 
+def located(entries: Iterable["MountEntry"]) -> list["MountEntry"]:
+    """Return entries with the mount points that the mount table has: a mount, or a directory above it, may be moved."""
+    from dataclasses import replace
+
+    from pkramfs.fuse import syscalls
+
+    places: dict[int | None, list[str]] = {}
+    for one in syscalls.mounts():
+        if one.root == "/":
+            places.setdefault(one.dev, []).append(one.mountpoint)
+    return [
+        entry
+        if entry.dev is None or entry.mountpoint in places.get(entry.dev, [entry.mountpoint])
+        else replace(entry, mountpoint=places[entry.dev][0])
+        for entry in entries
+    ]
+
+
 def look(machine: "Machine") -> list[Seen]:
     """Ask every daemon how it is. Changes nothing, raises nothing for a silent daemon."""
-    return [_ask(entry) for entry in alive(machine)]
+    from pkramfs.fuse import syscalls
+
+    entries, table = alive(machine), syscalls.mounts()
+    found = [_ask(entry) for entry in entries]
+    return [
+        one._replace(places=tuple(m.mountpoint for m in table if m.dev == one.entry.dev is not None)) for one in found
+    ]
 
 
 def _ask(entry: "MountEntry", verb: str = "status", seconds: float | None = None) -> Seen:
@@ -322,9 +349,16 @@ def still_there(machine: "Machine", mounts: Iterable[dict[str, Any]], warn: Warn
     crossed = {node.name for node in kernel.store.nodes()} if kernel.info.pkram else set()
     crossed |= {PREFIX + os.fsencode(entry.name) for entry in machine.mounts() if entry.alive and entry.name}
     for mount in wanted:
-        if PREFIX + os.fsencode(str(mount["name"])) not in crossed:
-            warn(f"{mount['name']} is not mounted again on {mount['mountpoint']}: its tree was lost")
-    return [mount for mount in wanted if PREFIX + os.fsencode(str(mount["name"])) in crossed]
+        if _node(mount) not in crossed:
+            warn(f"{mount.get('name')} is not mounted again on {mount['mountpoint']}: its tree was lost")
+    return [mount for mount in wanted if _node(mount) in crossed]
+
+
+def _node(mount: dict[str, Any]) -> bytes:
+    """Return the name of the node that an entry of nvram.json's list is preserved in."""
+    from pkramfs.cli.nodes import PREFIX
+
+    return PREFIX + os.fsencode(str(mount.get("name")))
 
 
 class Ready:
@@ -336,6 +370,7 @@ class Ready:
 
     def __init__(self) -> None:
         self._started: dict[str, Starting] = {}
+        """By the names of the trees: two may be mounted on one directory."""
 
     def __enter__(self) -> "Ready":
         return self
@@ -350,36 +385,14 @@ class Ready:
 
         helper.absolute_root()
         for mount, _ in zip(mounts, os.sched_getaffinity(0), strict=False):
-            self._started[mount["mountpoint"]] = helper.Starting(mount["mountpoint"], _options(mount))
+            self._started[mount["name"]] = helper.Starting(mount["mountpoint"], _options(mount))
 
     def take(self, mount: dict[str, Any]) -> "Starting":
         """The daemon of a mount, started now if it was not."""
         from pkramfs.cli import mount as helper
 
-        helper.absolute_root()
-        started = self._started.pop(mount["mountpoint"], None)
+        started = self._started.pop(mount["name"], None)
         return started or helper.Starting(mount["mountpoint"], _options(mount))
-
-
-def restart(machine: "Machine", mounts: Iterable[dict[str, Any]], warn: Warn, ready: Ready) -> int:
-    """Mount again what was preserved; how many could not be. Each failure is a warning with its reason."""
-    from pkramfs.cli import arguments
-    from pkramfs.cli import mount as helper
-
-    failed = 0
-    for mount in mounts:
-        try:
-            helper.prepare(mount["mountpoint"])
-            ready.take(mount).serve()
-        except (PkramfsError, OSError) as error:
-            failed += 1
-            reason = explain(error) if isinstance(error, OSError) else str(error)
-            warn(f"{mount['mountpoint']} was not mounted again: {reason}")
-            if not isinstance(error, helper.AnsweredError):  # whose daemon has logged it
-                arguments.note(machine, f"{helper.PROGRAM}: {mount['mountpoint']}: {reason}")
-    if failed:
-        warn(f"{plural(failed, 'tree')} stay preserved; mount by hand when the reason is gone")
-    return failed
 
 
 def _options(mount: dict[str, Any]) -> str:

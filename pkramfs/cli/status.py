@@ -129,7 +129,8 @@ def _mount(seen: mounts.Seen) -> dict[str, Any]:
     if seen.status is None:
         return known | {"state": "silent", "problem": seen.silence}
     lost = mounts.lost(seen.status)
-    return known | seen.status | ({"problem": f"{seen.entry.mountpoint}: {lost}"} if lost else {})
+    problem = {"problem": f"{seen.entry.mountpoint}: {lost}"} if lost else {}
+    return seen.status | known | {"places": list(seen.places)} | problem
 
 
 def show(found: dict[str, Any]) -> None:
@@ -206,11 +207,17 @@ def show_mounts(found: list[dict[str, Any]]) -> None:
             render.say(f"problem   {mount['problem']}")
 
 
+def _places(mount: dict[str, Any]) -> str:
+    """Every place of a mount; where it was, if it is not in our mount namespace or was unmounted while in use."""
+    found = mount.get("places", [mount["mountpoint"]])
+    return ", ".join(found) or f"{mount['mountpoint']} (not any more, or in another mount namespace)"
+
+
 def _mount_row(mount: dict[str, Any]) -> list[Any]:
     state = mount["state"] + (", frozen" if mount.get("frozen") and mount["state"] != "preserved" else "")
     known = "files" in mount
     return [
-        mount["mountpoint"],
+        _places(mount),
         mount["name"] or "-",
         state,
         f"{mount['files']:,}" if known else "?",

@@ -86,7 +86,7 @@ class Transition:
     loaded: Loaded
     force: bool
     poison: bool
-    remount: Sequence[dict[str, object]]
+    remount: Sequence[dict[str, Any]]
     keeps: bool = True
     nodes: list[IncomingNode] = field(default_factory=list)
     lost: list[NodePages] = field(default_factory=list)
@@ -136,12 +136,13 @@ def plan(
     force: bool = False,
     poison: bool = False,
     stop: Callable[[], None] = lambda: None,
-    remount: Sequence[dict[str, object]] = (),
+    remount: Sequence[dict[str, Any]] = (),
+    notes: Sequence[str] = (),
 ) -> Plan:
     """Everything that `-e` will do, decided now and changing nothing.
 
     The caller holds the machine lock exclusively (for a dry run, not even shared). `stop` ends all
-    mount daemons; `remount` is what nvram.json's list of mounts will be.
+    mount daemons; `remount` is what nvram.json's list of mounts will be, `notes` what else is said of them.
     """
     kernel = running.look(machine, any_layout=True)
     loading.refuse_crash(kernel)
@@ -150,7 +151,7 @@ def plan(
         raise MachineError("no kernel is loaded: pkram-kexec -l IMAGE")
     going = Transition(kernel, loaded, force, poison, remount)
     problems: list[PkramfsError] = []
-    warnings: list[str] = []
+    warnings = list(notes)
     for refusal in _losses(going, mounts):
         if force:
             warnings.append(str(refusal))
@@ -403,6 +404,9 @@ class DecideBoot(Operation):
     def describe(self) -> str:
         return f"decide the boot of {self.going.loaded.image.name}: {self.going.loaded.cmdline}"
 
+    def details(self) -> list[str]:
+        return [line for mount in self.going.remount for line in _again(mount)] if self.going.keeps else []
+
     def execute(self) -> None:
         remount = list(self.going.remount) if self.going.keeps else []  # no empty mount in the place of a lost tree
         self._before = nvram.mounts(self.going.machine)
@@ -428,6 +432,16 @@ class LastLook(Operation):
         found = {(node.name, node.pfn) for node in loading.preserved_nodes(self.going.kernel)}
         if gone := [node.name for node in self.going.nodes if (node.name, node.pfn) not in found]:
             raise NotPreservedError(f"node {gone[0]} is gone: its tree was changed again meanwhile; preserve it anew")
+
+
+def _again(mount: dict[str, Any]) -> list[str]:
+    """What of a tree is mounted again, one line for each place."""
+    said = [word if value is True else f"{word}={value}" for word, value in mount["options"].items() if value]
+    binds = [(bind["mountpoint"], bind["root"], bind["options"]) for bind in mount.get("binds", ())]
+    return [
+        f"mount {mount['name']} again on {mount['mountpoint']} ({','.join(said)})",
+        *(f"bind {root} of {mount['name']} again on {place} ({','.join(words)})" for place, root, words in binds),
+    ]
 
 
 @dataclass

@@ -17,6 +17,7 @@ taken over. Next to kernel.json it says where a kexec died:
 Kernel: drivers/firmware/efi/vars.c; struct kimage, which this record replaces once the old kernel is gone
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
 NAME = "nvram.json"
 NodePages = tuple[str, int]
 """A node's name and how many pages it has."""
+
+_PLACE = {"mountpoint": str, "order": int, "on": dict}
+_MOUNT = _PLACE | {"name": str, "options": dict, "tree": str, "binds": list}
+_BIND = _PLACE | {"root": str, "inode": (int, type(None)), "options": list}
+_ON = {"dev": int, "ino": int, "tree": str}
+_TREE = re.compile("[0-9a-f]{1,16}")
 
 COLD, KEXEC, CRASH = "cold", "kexec", "crash"
 
@@ -226,8 +233,44 @@ def set_mounts(machine: "Machine", mounts: Sequence[dict[str, Any]]) -> None:
 
 
 def mounts(machine: "Machine") -> list[dict[str, Any]]:
-    """What to mount again after the boot."""
-    return list(read(machine)["mounts"])
+    """What to mount again after the boot (cli/again.py). Lists of before have name, mountpoint and options only."""
+    found = read(machine)["mounts"]
+    wrong = "mounts is no list" if not isinstance(found, list) else next(filter(None, map(_wrong_mount, found)), "")
+    if wrong:
+        raise MachineError(f"{machine.path(NAME)} is damaged: {wrong}")
+    return list(found)
+
+
+def _wrong_mount(data: Any) -> str:
+    """Why this is no entry of the list of mounts, or nothing."""
+    wrong = _wrong_place(data, _MOUNT, ("mountpoint",))
+    if wrong:
+        return wrong
+    if any(not isinstance(value, bool | str) for value in data.get("options", {}).values()):
+        return f"mounts: options is {data['options']!r}"
+    if not _TREE.fullmatch(data.get("tree", "0")):
+        return f"mounts: tree is {data['tree']!r}"
+    for bind in data.get("binds", ()):
+        if wrong := _wrong_place(bind, _BIND, tuple(_BIND)):
+            return wrong
+        if any(not isinstance(word, str) for word in bind["options"]):
+            return f"mounts: options is {bind['options']!r}"
+    return ""
+
+
+def _wrong_place(data: Any, fields: dict[str, Any], needed: tuple[str, ...]) -> str:
+    """Why this is no place to mount on, or nothing."""
+    if not isinstance(data, dict):
+        return f"mounts: {data!r}"
+    for part, known in ((data, fields), (data.get("on", {}), _ON)):
+        for key in known.keys() & (part.keys() if isinstance(part, dict) else ()):
+            if isinstance(part[key], bool) or not isinstance(part[key], known[key]):
+                return f"mounts: {key} is {part[key]!r}"
+    if missing := [key for key in needed if key not in data]:
+        return f"mounts: {missing[0]} is missing"
+    if not _TREE.fullmatch(data.get("on", {}).get("tree", "0")):
+        return f"mounts: tree is {data['on']['tree']!r}"
+    return "" if data["mountpoint"].startswith("/") else f"mounts: mountpoint is {data['mountpoint']!r}"
 
 
 def clear_mounts(machine: "Machine") -> None:

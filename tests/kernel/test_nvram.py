@@ -49,3 +49,72 @@ def test_damage_is_named(lab: Any, damage: dict[str, Any]) -> None:
     lab.machine.write_json(nvram.NAME, damage)
     with pytest.raises(MachineError, match=r"nvram\.json"):
         nvram.pending(lab.machine)
+
+
+@pytest.mark.parametrize(
+    "mounts",
+    [
+        [{"name": "a", "mountpoint": "/m", "options": {"pkram": "a", "ro": True}}],
+        [
+            {
+                "name": "a",
+                "mountpoint": "/m\udce9",
+                "options": {},
+                "tree": "00ff",
+                "order": 3,
+                "on": {"dev": 5, "ino": 6},
+                "binds": [
+                    {
+                        "mountpoint": "/b",
+                        "root": "/r",
+                        "inode": None,
+                        "options": ["ro"],
+                        "order": 4,
+                        "on": {"tree": "1"},
+                    }
+                ],
+            }
+        ],
+    ],
+)
+def test_the_list_of_mounts_is_read_as_it_was_written(lab: Any, mounts: list[Any]) -> None:
+    nvram.set_pending(lab.machine, BOOT, mounts)
+    assert nvram.mounts(lab.machine) == mounts
+
+
+BIND = {"mountpoint": "/b", "root": "/r", "inode": None, "options": [], "order": 4, "on": {}}
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ({"name": 5}, "name is 5"),
+        ({"mountpoint": "relative"}, "mountpoint is 'relative'"),
+        ({"options": []}, r"options is \[\]"),
+        ({"options": {"ro": 1}}, "options is"),
+        ({"tree": "../x"}, r"tree is '\.\./x'"),
+        ({"tree": 7}, "tree is 7"),
+        ({"order": True}, "order is True"),
+        ({"order": "1"}, "order is '1'"),
+        ({"on": 3}, "on is 3"),
+        ({"on": {"dev": "x"}}, "dev is 'x'"),
+        ({"on": {"tree": "zz"}}, "tree is 'zz'"),
+        ({"binds": {}}, "binds is"),
+        ({"binds": [7]}, "7"),
+        ({"binds": [{"mountpoint": "/b"}]}, "is missing"),
+        ({"binds": [BIND | {"inode": "x"}]}, "inode is 'x'"),
+        ({"binds": [BIND | {"options": [1]}]}, r"options is \[1\]"),
+    ],
+)
+def test_a_damaged_list_of_mounts_is_named(lab: Any, damage: dict[str, Any], named: str) -> None:
+    whole = {"name": "a", "mountpoint": "/m", "options": {}}
+    lab.machine.write_json(nvram.NAME, {"mounts": [whole, whole | damage]})
+    with pytest.raises(MachineError, match=rf"nvram\.json is damaged: mounts: .*{named}"):
+        nvram.mounts(lab.machine)
+
+
+@pytest.mark.parametrize("damage", [{}, 3, "x", [3], [{"name": "a"}], None])
+def test_what_is_no_list_of_mounts_is_refused(lab: Any, damage: Any) -> None:
+    lab.machine.write_json(nvram.NAME, {"mounts": damage})
+    with pytest.raises(MachineError, match=r"nvram\.json is damaged: mounts"):
+        nvram.mounts(lab.machine)
