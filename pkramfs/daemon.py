@@ -42,7 +42,7 @@ from pkramfs.fs.tree import Tree
 from pkramfs.fuse import syscalls
 from pkramfs.fuse.flags import MountFlags
 from pkramfs.fuse.operations import Operations
-from pkramfs.fuse.options import Options, parse
+from pkramfs.fuse.options import NO_SOURCE, Options, parse
 from pkramfs.fuse.session import Session
 from pkramfs.kernel import crash
 from pkramfs.kernel.running import Running, shared
@@ -310,7 +310,9 @@ class Daemon:
         )
         operations.writer_gone, operations.data_lost = keeper.writer_gone, keeper.data_lost
         server = Server(self.lock.path("sock"), keeper.verbs(), keeper.undo())
-        self.session = session = Session(operations, self.mountpoint, dirty=MemoryGroups().dirty())
+        self.session = session = Session(
+            operations, self.mountpoint, self.options.source or NO_SOURCE, dirty=MemoryGroups().dirty()
+        )
         if not syscalls.serve_writers():
             log.info("not an IO flusher: no CAP_SYS_RESOURCE, or a kernel before 5.6")
         session.mount(self.options.flags(), allow_other="allow_other" in self.options.words, on=self.expected.on)

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> arguments.Parser:
     """The command line that mount(8) uses."""
     made = _Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG)
-    made.add_argument("source", metavar="SOURCE", help="anything, by custom `none`")
+    made.add_argument("source", metavar="SOURCE", help="a name of your own for the mount table, by custom `none`")
     made.add_argument("directory", metavar="DIR", help="where to mount, or what to remount")
     made.add_argument("-o", dest="options", metavar="OPTIONS", action="append", default=[], help="mount options")
     made.add_argument("-t", dest="type", metavar="TYPE", help="pkramfs or fuse.pkramfs")
@@ -120,7 +120,7 @@ def _mount(args: argparse.Namespace) -> int:
 
     if args.type not in (None, "pkramfs", "fuse.pkramfs", "fuse"):
         raise UsageError(f"type {args.type!r} is not ours: pkramfs")
-    text = ",".join([*args.options, *(["ro"] * args.read_only), *_machine_words(args)])
+    text = ",".join([*_source_words(args), *args.options, *(["ro"] * args.read_only), *_machine_words(args)])
     options = parse(text)
     if root := getattr(args, "root", None):
         os.environ["PKRAM_ROOT"] = root
@@ -146,6 +146,13 @@ def absolute_root() -> None:
     """Make $PKRAM_ROOT absolute: a daemon works in /."""
     if os.environ.get("PKRAM_ROOT"):
         os.environ["PKRAM_ROOT"] = os.path.abspath(os.environ["PKRAM_ROOT"])
+
+
+def _source_words(args: argparse.Namespace) -> list[str]:
+    """What is mounted, as an option, so that it stays with the mount over a kexec; fsname= in -o comes after it."""
+    from pkramfs.fuse.options import NO_SOURCE, source_word
+
+    return [] if args.source in ("", NO_SOURCE) else [source_word(args.source)]
 
 
 def _machine_words(args: argparse.Namespace) -> list[str]:

@@ -14,9 +14,10 @@ cancels out: noexec and exec become nothing. So what it passes on is the *result
 others it is a change: flags that are not named stay. Without root the kernel's flag stays as it is and the
 daemon's freeze alone makes the tree read-only.
 
-The daemon is found by the device number of what is mounted there, so a bind mount will do as well. The
-mount is known by its id: what the daemon does takes time, in which the path may be made to lead elsewhere.
-Whether a mount is read-only is told to the daemon, too, for preserve makes it so and a kexec undoes that.
+The daemon is found by the device number of what is mounted there, so a bind mount will do as well, in whichever
+machine of PKRAM_ROOT it is. The mount is known by its id: what the daemon does takes time, in which the path may be
+made to lead elsewhere. Whether a mount is read-only is told to the daemon, too, for preserve makes it so and a
+kexec undoes that.
 
 Kernel: fs/namespace.c (do_remount), mm/shmem.c (shmem_reconfigure), patch 24
 """
@@ -36,6 +37,7 @@ from pkramfs.fuse.syscalls import FSTYPE, Mounted, holding, is_dead, mount, moun
 from pkramfs.units import PAGE_SHIFT, format_size, plural
 
 if TYPE_CHECKING:
+    from pkramfs.machine.directory import Machine
     from pkramfs.machine.mounts import MountEntry
 
 _OURS = ("size", "nr_blocks", "nr_inodes", "huge", "mpol", "noswap")
@@ -76,7 +78,7 @@ class Target(NamedTuple):
 
 def _remount(target: Target, options: Options, verbose: bool) -> None:
     directory, before = target.directory, target.mounted.flags
-    entry = _entry(directory, target.mounted.dev, options)
+    machine, entry = _found(directory, target.mounted.dev, options)
     if options.name not in (None, entry.name):
         raise UsageError(
             f"{directory} is mounted as {entry.name or 'a tree without a name'}: pkram= cannot be changed by a remount"
@@ -86,7 +88,7 @@ def _remount(target: Target, options: Options, verbose: bool) -> None:
     if options.preserve and not read_only:
         how = "mount" if os.geteuid() == 0 else f"{PROGRAM} none"
         raise UsageError(f"preserve needs a read-only mount: {how} {directory} -o remount,preserve,ro")
-    _reconfigure(entry, options)
+    _reconfigure(machine, entry, options)
     if options.preserve:
         answer = _preserve(entry, target, flags, options)
         for path in answer["open_deleted"]:
@@ -115,30 +117,26 @@ def _is_result(options: Options) -> bool:
         return False  # it is gone; mount(8) would have waited
 
 
-def _entry(directory: str, dev: int, options: Options) -> "MountEntry":
-    """The daemon of the mount, wherever its machine is."""
-    from pkramfs.machine.directory import Machine
+def _found(directory: str, dev: int, options: Options) -> "tuple[Machine, MountEntry]":
+    """The machine and the daemon of the mount: of all machines, unless one is named."""
+    from pkramfs.machine.directory import Machine, default_root
 
-    machine = Machine.locate(options.machine)
-    found = next((entry for entry in machine.mounts() if entry.dev == dev and entry.alive), None)
-    if found is None:
-        dead = is_dead(directory)
-        raise MountError(
-            f"the daemon of {directory} has died, its tree is lost: umount {directory}"
-            if dead
-            else f"{directory} belongs to no mount daemon of the machine {machine.path()}: give machine= or PKRAM_ROOT"
-        )
-    return found
+    machines = [Machine.locate(options.machine), *([] if options.machine else Machine.all())]
+    for machine in machines:
+        for entry in machine.mounts():
+            if entry.dev == dev and entry.alive:
+                return machine, entry
+    if is_dead(directory):
+        raise MountError(f"the daemon of {directory} has died, its tree is lost: umount {directory}")
+    where = f"the machine {machines[0].path()}" if options.machine else os.environ.get("PKRAM_ROOT") or default_root()
+    raise MountError(f"{directory} belongs to no mount daemon of {where}: set PKRAM_ROOT to where its machine is")
 
 
-def _reconfigure(entry: "MountEntry", options: Options) -> None:
+def _reconfigure(machine: "Machine", entry: "MountEntry", options: Options) -> None:
     words = {key: value for key, value in options.lasting().items() if key in _OURS}
     if not words:
         return
-    from pkramfs.machine.directory import Machine
-
-    ram = Machine.locate(options.machine).hardware().pages << PAGE_SHIFT
-    pages, inodes = options.limits(ram)
+    pages, inodes = options.limits(machine.hardware().pages << PAGE_SHIFT)
     wanted: dict[str, Any] = {"words": words}
     if options.size is not None:
         wanted["pages"] = pages

@@ -4,6 +4,7 @@
     pkram=NAME  preserve  nopreserve        the announcement's
     pkram_strict  lossy  machine=NAME  oom_score_adj=N    ours
     ro  nosuid  noatime …                   mount flags: a bit that is set or cleared
+    fsname=SOURCE                           FUSE's own: what the mount table shows as source
     user_id=0  max_read=…  x-systemd.…      said by others for others: known and ignored
 
 Any other word is a UsageError that names it. A remount through mount(8) arrives merged with the
@@ -22,6 +23,7 @@ from pkramfs.errors import UsageError
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
 NAME_MAX_BYTES = 127
+NO_SOURCE = "none"
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
 MS_REMOUNT, MS_DIRSYNC, MS_NOSYMFOLLOW = 32, 128, 256
@@ -60,8 +62,9 @@ _IGNORED = re.compile(
     "inode32|inode64|noswap|default_permissions|allow_other|r?bind"
 )
 _IGNORED_KEYS = re.compile(
-    "user_id|group_id|rootmode|fd|blksize|max_read|subtype|fsname|(fs|def|root)?context|comment|user|u?helper"
+    "user_id|group_id|rootmode|fd|blksize|max_read|subtype|(fs|def|root)?context|comment|user|u?helper"
 )
+_WORD = re.compile(r"fsname=(?:\\.|[^,\\]|\\$)*|(?:[^,]|,(?=\d))+", re.DOTALL)
 _HUGE = ("never", "always", "within_size", "advise")
 _NODES = r"\d+(-\d+)?(,\d+(-\d+)?)*"
 _FLAGS = "(=static|=relative)"
@@ -74,6 +77,7 @@ _SHIFTS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _LONG_MAX = (1 << 63) - 1
 _MODE_MAX = _ID_MAX = (1 << 32) - 1
 _OOM_MAX = 1000
+_SOURCE_MAX = 4095
 _INODES_MAX = (1 << 64) // 1024 - 1
 """nr_inodes in bytes of inode space must fit 64 bits."""
 
@@ -107,6 +111,7 @@ class Options:
     lossy: bool = False
     machine: str | None = None
     oom_score_adj: int | None = None
+    source: str | None = None
     remount: bool = False
     preserve: bool | None = None
     set_flags: int = 0
@@ -169,8 +174,17 @@ def parse(text: str) -> Options:
 
 
 def split(text: str) -> list[str]:
-    """The words of an -o string. As in tmpfs a comma before a digit goes on with a list of nodes (mpol=)."""
-    return [word for word in re.split(r",(?!\d)", text) if word]
+    """The words of an -o string.
+
+    As in tmpfs a comma before a digit goes on with a list of nodes (mpol=); as in fusermount3 one behind a
+    backslash belongs to fsname=.
+    """
+    return _WORD.findall(text)
+
+
+def source_word(source: str) -> str:
+    """The word that says what is mounted, whatever is in its name."""
+    return "fsname=" + re.sub(r"([\\,])", r"\\\1", source)
 
 
 def _take(found: Options, word: str) -> None:
@@ -296,6 +310,12 @@ def _machine(found: Options, value: str) -> None:
     found.machine = value
 
 
+def _source(found: Options, value: str) -> None:
+    if len(os.fsencode(value)) > _SOURCE_MAX:
+        raise UsageError(f"the source is {len(os.fsencode(value))} bytes long: the kernel takes {_SOURCE_MAX} at most")
+    found.source = re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL)
+
+
 def _oom_score_adj(found: Options, value: str) -> None:
     if not re.fullmatch("-?[0-9]{1,4}", value) or abs(int(value)) > _OOM_MAX:
         raise UsageError(f"mount option oom_score_adj={value}: write a number from -{_OOM_MAX} to {_OOM_MAX}")
@@ -340,5 +360,6 @@ _VALUES = {
     "huge": _huge,
     "mpol": _mpol,
     "machine": _machine,
+    "fsname": _source,
     "oom_score_adj": _oom_score_adj,
 }

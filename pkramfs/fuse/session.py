@@ -4,8 +4,8 @@
     a user   fusermount3, which sends the fd back ─┴▶ handshake ─▶ pyfuse3 ─▶ serve
 
 In both cases we hold the descriptor ourselves, so that another process could. As root mount(2) gets the
-flags that root asked for (libfuse would add nosuid and nodev). `none` is the source, as in the
-announcement, and `fuse.pkramfs` the type, which sends remounts to /sbin/mount.fuse.pkramfs.
+flags that root asked for (libfuse would add nosuid and nodev). The source is what the user said, by custom `none`,
+and `fuse.pkramfs` the type, which sends remounts to /sbin/mount.fuse.pkramfs.
 
 The session ends when the kernel says so (umount, the last user gone) or after `terminate`. A daemon
 that dies leaves ENOTCONN at the mount point, never an empty directory that looks like lost files.
@@ -33,7 +33,7 @@ from pkramfs.errors import MachineError, explain
 from pkramfs.fuse import syscalls
 from pkramfs.fuse.handshake import MAX_WRITE, Handshake
 from pkramfs.fuse.operations import Operations
-from pkramfs.fuse.options import MS_NOATIME, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY
+from pkramfs.fuse.options import MS_NOATIME, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, NO_SOURCE, source_word
 from pkramfs.fuse.turns import Turns
 
 _USER_FLAGS = {MS_RDONLY: "ro", MS_NOEXEC: "noexec", MS_NOSUID: "nosuid", MS_NODEV: "nodev", MS_NOATIME: "noatime"}
@@ -48,9 +48,11 @@ log = logging.getLogger(__name__)
 class Session:
     """The mount of `operations` at the absolute path `mountpoint`."""
 
-    def __init__(self, operations: Operations, mountpoint: str, *, dirty: int | None = None) -> None:
+    def __init__(
+        self, operations: Operations, mountpoint: str, source: str = NO_SOURCE, *, dirty: int | None = None
+    ) -> None:
         """`dirty` bytes, if given, may be unwritten at most."""
-        self.operations, self.mountpoint, self._dirty = operations, mountpoint, dirty
+        self.operations, self.mountpoint, self.source, self._dirty = operations, mountpoint, source, dirty
         self.ready = trio.Event()
         self.dev: int | None = None
         self.on: tuple[int, int] | None = None
@@ -64,9 +66,9 @@ class Session:
         before = {one.id for one in syscalls.mounts()}
         with self._directory(on) as held:
             if os.geteuid() == 0:
-                device = _mount_as_root(self.mountpoint, held, flags)
+                device = _mount_as_root(self.mountpoint, held, flags, self.source)
             else:
-                device = _mount_as_user(self.mountpoint, flags, allow_other)
+                device = _mount_as_user(self.mountpoint, flags, allow_other, self.source)
         mounted = syscalls.mounted_since(before, self.mountpoint)
         self.dev = mounted.dev if mounted else None
         try:
@@ -115,7 +117,7 @@ class Session:
         pyfuse3.close(unmount=False)
 
 
-def _mount_as_root(mountpoint: str, held: int, flags: int) -> int:
+def _mount_as_root(mountpoint: str, held: int, flags: int, source: str) -> int:
     """Mount on the directory that is held and return the connection's descriptor."""
     try:
         device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
@@ -124,16 +126,16 @@ def _mount_as_root(mountpoint: str, held: int, flags: int) -> int:
     try:
         kind = stat.S_IFMT(os.fstat(held).st_mode)
         data = f"fd={device},rootmode={kind:o},user_id=0,group_id=0,default_permissions,allow_other"
-        syscalls.mount("none", mountpoint, syscalls.FSTYPE, flags, data, held=held)
+        syscalls.mount(source, mountpoint, syscalls.FSTYPE, flags, data, held=held)
     except OSError as error:
         os.close(device)
         raise MachineError(f"cannot mount on {explain(error)}") from None
     return device
 
 
-def _mount_as_user(mountpoint: str, flags: int, allow_other: bool) -> int:
+def _mount_as_user(mountpoint: str, flags: int, allow_other: bool, source: str) -> int:
     """Have fusermount3 mount, and take the connection's descriptor from it."""
-    words = ["fsname=none", "subtype=pkramfs", "default_permissions", *(["allow_other"] * allow_other)]
+    words = [source_word(source), "subtype=pkramfs", "default_permissions", *(["allow_other"] * allow_other)]
     words += [word for bit, word in _USER_FLAGS.items() if flags & bit]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:

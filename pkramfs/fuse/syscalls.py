@@ -197,7 +197,7 @@ def places_of(dev: int) -> list[Mounted]:
 
 def _line(line: bytes) -> Mounted:
     left, _, right = line.partition(b" - ")
-    words, tail = left.split(b" "), right.split()
+    words, tail = left.split(b" "), right.rstrip(b"\n").split(b" ")  # a source may be empty
     major, minor = words[2].split(b":")
     own, its = _flags(words[5]), _flags(tail[2]) if len(tail) > 2 else 0
     groups = (word.partition(b":") for word in words[6:])

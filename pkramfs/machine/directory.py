@@ -62,6 +62,22 @@ class Machine:
             raise UsageError(f"machine name {name!r} cannot be: give a plain file name")
         return cls(os.path.join(os.environ.get("PKRAM_ROOT") or default_root(), name))
 
+    @classmethod
+    def all(cls) -> list["Machine"]:
+        """Our machines below PKRAM_ROOT, by name. What lies there of others is not believed."""
+        root = os.environ.get("PKRAM_ROOT") or default_root()
+        try:
+            names = sorted(os.listdir(root))
+        except OSError:
+            return []  # no directory, no machines
+        machines = [cls(os.path.join(root, name)) for name in names]
+        return [machine for machine in machines if machine.exists() and machine.is_ours()]
+
+    def is_ours(self) -> bool:
+        """Whether the directory, and nothing that a link leads to, is ours."""
+        found = os.lstat(self.directory)
+        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+
     def path(self, *parts: str) -> str:
         """The path of a file of this machine; without parts, of its directory."""
         return os.path.join(self.directory, *parts)

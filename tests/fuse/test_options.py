@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from pkramfs.errors import UsageError
 from pkramfs.fuse import options as o
-from pkramfs.fuse.options import Amount, parse, split
+from pkramfs.fuse.options import Amount, parse, source_word, split
 
 
 def test_everything_at_once() -> None:
@@ -127,3 +127,38 @@ def test_options_with_the_flags_that_a_mount_has_by_now() -> None:
 def test_only_what_was_said_to_be_read_only_stays_so(said: str, flags: int, stays: bool) -> None:
     """Preserving makes a mount read-only, too."""
     assert o.with_flags(parse(said).lasting(), flags | o.MS_RELATIME).get("ro", False) is stays
+
+
+SOURCES = [
+    "cache1",
+    "a,b",
+    "a\\,b",
+    "\\",
+    "\\\\,",
+    ",",
+    "a,5",
+    "tank/my data",
+    "x\ny",
+    "ä",
+    "\udcff",
+    "a=b",
+    "fsname=c",
+    '"q"',
+]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_source_is_one_word_whatever_is_in_it(source: str) -> None:
+    """It stays itself through the list of options that a kexec keeps."""
+    found = parse(f"{source_word(source)},size=4k,mpol=bind:0,1,ro")
+    assert (found.source, found.size, found.mpol, found.read_only) == (source, Amount(4096), "bind:0,1", True)
+    again = ",".join(key if value is True else f"{key}={value}" for key, value in found.lasting().items())
+    assert parse(again).source == source
+
+
+def test_a_source_said_as_option_counts_most() -> None:
+    assert parse("fsname=a,pkram=x,fsname=b").source == "b"
+    assert parse("pkram=x").source is None
+    assert parse("pkram=a\\,ro").name == "a\\", "a backslash is an ordinary letter elsewhere"
+    with pytest.raises(UsageError, match="4095 at most"):
+        parse("fsname=" + "x" * 4096)
