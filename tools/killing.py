@@ -29,6 +29,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pkramfs.fuse import syscalls
+from pkramfs.fuse.options import MS_RDONLY
 from pkramfs.kernel import running
 from pkramfs.kernel.running import Running
 from pkramfs.machine.directory import Machine
@@ -367,11 +369,8 @@ def _lines(path: Path) -> int:
 
 def _read_only(place: Path) -> bool:
     """Whether the mount is read-only, without asking its daemon."""
-    for line in Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines():
-        words = line.split()
-        if words[1] == str(place):
-            return "ro" in words[3].split(",")
-    return True  # gone
+    found = syscalls.mounted_at(str(place))
+    return found is None or bool(found.flags & MS_RDONLY)  # None: gone
 
 
 def _children(pid: int, word: bytes) -> list[int]:

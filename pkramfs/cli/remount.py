@@ -111,8 +111,8 @@ def _is_result(options: Options) -> bool:
     if any(word.startswith("user_id=") for word in options.words):
         return True
     try:
-        with open(f"/proc/{os.getppid()}/comm", encoding="utf-8", errors="surrogateescape") as name:
-            return name.read() == "mount\n"
+        with open(f"/proc/{os.getppid()}/comm", "rb") as name:
+            return name.read() == b"mount\n"
     except OSError:
         return False  # it is gone; mount(8) would have waited
 

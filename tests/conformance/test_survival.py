@@ -13,6 +13,8 @@ import pytest
 from conformance.conftest import ROOT, Lab
 from conformance.record import picture
 
+from pkramfs.fuse import syscalls
+
 pytestmark = pytest.mark.mount
 
 
@@ -47,8 +49,8 @@ def test_cold_caches_and_kexec(pair: tuple[Path, Path], laboratory: Lab) -> None
     if ROOT:  # nobody else may have the kernel drop its caches
         _cold()
         _assert_same(before, _everything(top))
-    mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if "fuse.pkramfs" in line]
-    for place in (side for side in mounted if side.startswith(str(top.parent))):
+    ours = [one.mountpoint for one in syscalls.mounts() if one.fstype == syscalls.FSTYPE]
+    for place in (side for side in ours if side.startswith(str(top.parent))):
         laboratory.run("mount", "none", place, "-o", "remount,preserve,ro")
     pfn = (laboratory.root / "default" / "pkram").read_text().strip()
     laboratory.run("kexec", "-s", "-l", "builtin", f"--append=ro pkram={pfn}")

@@ -35,6 +35,7 @@ class Lab:
             [sys.executable, "-m", "pkramfs", *words],
             capture_output=True,
             text=True,
+            errors="surrogateescape",
             check=False,
             timeout=60,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(env or {})},

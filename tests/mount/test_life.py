@@ -43,8 +43,8 @@ def test_files_and_directories(lab: Any) -> None:
 
 def test_what_findmnt_and_df_see(lab: Any) -> None:
     mnt = lab.mount("one", "pkram=one,size=64M,nr_inodes=100,mode=0700")
-    words = next(line for line in Path("/proc/mounts").read_text().splitlines() if str(mnt) in line).split()
-    assert (words[0], words[2]) == ("none", "fuse.pkramfs")
+    rows = [line.split() for line in Path("/proc/mounts").read_bytes().splitlines()]
+    assert [(row[0], row[2]) for row in rows if row[1] == os.fsencode(mnt)] == [(b"none", b"fuse.pkramfs")]
     found = os.statvfs(mnt)
     assert (found.f_blocks * found.f_frsize, found.f_files, found.f_namemax) == (64 << 20, 100, 255)
     assert stat.S_IMODE(mnt.stat().st_mode) == 0o700
@@ -162,7 +162,7 @@ def test_killed_daemon_leaves_enotconn_and_can_be_replaced(lab: Any) -> None:
     assert caught.value.errno == errno.ENOTCONN
     assert lab.mount("one") == mnt
     assert os.listdir(mnt) == []
-    assert sum(str(mnt) in line for line in Path("/proc/mounts").read_text().splitlines()) == 1
+    assert sum(os.fsencode(mnt) in line for line in Path("/proc/mounts").read_bytes().splitlines()) == 1
 
 
 def test_sigterm_unmounts(lab: Any) -> None:
