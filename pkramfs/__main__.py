@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from pkramfs import streams
+
 _VERBS = {
     "mount": "pkramfs.cli.mount",
     "kexec": "pkramfs.cli.kexec",
@@ -28,12 +30,12 @@ _SERVICES = ("boot", "mount-daemon")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run VERB with the arguments after it; its exit status."""
+    streams.hold()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in ("--version", "-V"):
         from pkramfs import __version__
 
-        print(f"pkramfs {__version__}")
-        return 0
+        return streams.answer("pkramfs", f"pkramfs {__version__}")
     if not words or words[0] not in _VERBS:
         return _usage(words)
     if words[0] in _SERVICES:
@@ -46,9 +48,8 @@ def _usage(words: list[str]) -> int:
     """How it is called: on stdout for --help, as an error otherwise."""
     text = f"usage: python -m pkramfs {{{','.join(_VERBS)}}} ARGUMENTS…"
     if words[:1] in (["-h"], ["--help"]):
-        print(text)
-        return 0
-    print(f"pkramfs: unknown verb {words[0]!r}; {text}" if words else text, file=sys.stderr)
+        return streams.answer("pkramfs", text)
+    streams.say(f"pkramfs: unknown verb {words[0]!r}; {text}" if words else text)
     return 2
 
 

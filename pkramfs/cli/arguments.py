@@ -9,6 +9,7 @@
     OSError                `path: reason`, status 1
     a signal               128 and its number (Ctrl-C: 130), as a shell shows a command that died of it
     BrokenPipeError        141, silently: the reader (`| head`) has had enough
+    stdout cannot be written   `write error: reason`, status 1; news of what was done stop nothing (streams.py)
     anything else          one line that asks for a report, status 70; with --debug the traceback
 
 An argument that is wrong is status 2 and one line, not a page of usage.
@@ -22,6 +23,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pkramfs import streams
 from pkramfs.cli import render, signals
 from pkramfs.errors import MachineError, PkramfsError, UsageError, explain
 from pkramfs.units import parse_size
@@ -29,7 +31,7 @@ from pkramfs.units import parse_size
 if TYPE_CHECKING:
     from pkramfs.machine.directory import Machine
 
-USAGE, BUG, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
+USAGE, BUG, INTERRUPTED = 2, 70, 130
 _COLUMNS = 80
 _TOO_FAR = 1 << 63
 
@@ -68,6 +70,13 @@ class Parser(argparse.ArgumentParser):
         """Say what is wrong with the command line, in one line, and end."""
         render.say(f"{self.prog}: {message}; see {self.prog} --help", error=True)
         self.exit(status)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help or an error; argparse would not say that help could not be printed."""
+        if file is None or file is sys.stderr:
+            streams.say(message.removesuffix("\n"))
+        else:
+            file.write(message)
 
 
 class _Version(argparse.Action):
@@ -146,7 +155,7 @@ def pfn(text: str) -> int:
 
 
 def complain(program: str, message: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr, whatever names of files it tells."""
     render.say(f"{program}: {message}", error=True)
 
 
@@ -163,25 +172,25 @@ def note(found: "Machine", message: str) -> None:
 
 def run(parser: argparse.ArgumentParser, act: Action, argv: Sequence[str] | None) -> int:
     """Parse, act, and turn whatever goes wrong into one line and an exit status."""
+    streams.hold()
     words = list(sys.argv[1:] if argv is None else argv)
     render.settle()
     debug = "--debug" in words
     try:
-        args = parser.parse_args(words)
-        debug = getattr(args, "debug", debug)
-        with signals.heard():
-            status = act(args)
-        sys.stdout.flush()
+        with streams.watched():
+            args = parser.parse_args(words)
+            debug = getattr(args, "debug", debug)
+            with signals.heard():
+                status = act(args) or 0
     except SystemExit as leave:  # argparse has said why
-        return leave.code if isinstance(leave.code, int) else 0
-    except BrokenPipeError:
-        _discard_stdout()
-        return BROKEN_PIPE
+        status = leave.code if isinstance(leave.code, int) else 0
+    except (BrokenPipeError, streams.PrintError) as error:
+        return streams.broken(parser.prog, error)
     except KeyboardInterrupt as ended:
-        return ended.status if isinstance(ended, signals.Ended) else INTERRUPTED
+        status = ended.status if isinstance(ended, signals.Ended) else INTERRUPTED
     except Exception as error:
-        return _report(parser.prog, error, debug=debug)
-    return status or 0
+        status = _report(parser.prog, error, debug=debug)
+    return streams.finish(parser.prog, status)
 
 
 def _report(program: str, error: Exception, *, debug: bool) -> int:
@@ -206,13 +215,6 @@ def _report(program: str, error: Exception, *, debug: bool) -> int:
 def _details(error: PkramfsError) -> list[str]:
     """What an error lists: the conflicts of a ConflictError, each on its own line."""
     return [f"  {line}" for line in getattr(error, "conflicts", [])]
-
-
-def _discard_stdout() -> None:
-    """Point stdout at /dev/null, so that the interpreter's last flush finds no closed pipe."""
-    sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, sys.stdout.fileno())
-    os.close(sink)
 
 
 def need(condition: object, message: str) -> None:

@@ -219,7 +219,7 @@ def _unload(args: argparse.Namespace, machine: "Machine") -> None:
     if args.dry_run:
         render.say("unload what is loaded")
     elif not loading.unload(machine, panic=args.load_panic) and args.verbose:
-        render.say("nothing was loaded")
+        render.tell("nothing was loaded")
 
 
 def _load(args: argparse.Namespace, machine: "Machine") -> None:
@@ -235,9 +235,9 @@ def _load(args: argparse.Namespace, machine: "Machine") -> None:
     for warning in done.warnings:
         arguments.warn(PROGRAM, warning)
     if args.verbose:
-        render.say(f"loaded {_line(done.loaded)}")
+        render.tell(f"loaded {_line(done.loaded)}")
         for segment in done.loaded.segments:
-            render.say(f"  {segment.describe()}")
+            render.tell(f"  {segment.describe()}")
 
 
 def _request(args: argparse.Namespace) -> Any:
@@ -367,7 +367,7 @@ def _perform(args: argparse.Namespace, plan: "Plan", waiting: signals.Deferral) 
     for warning in plan.warnings:
         arguments.warn(PROGRAM, warning)
     for line in plan.relocations if args.verbose else []:
-        render.say(line)
+        render.tell(line)
     plan.execute(partial(_before, waiting, args.verbose))
 
 
@@ -378,7 +378,7 @@ def _before(waiting: signals.Deferral, verbose: bool, step: "Operation") -> None
     if isinstance(step, PointOfNoReturn):
         waiting.begin()
     for line in step.lines() if verbose else []:
-        render.say(line, flush=True)
+        render.tell(line)
 
 
 def _undo(machine: "Machine", going: "Mounts", back: list[dict[str, Any]], ready: mounts.Ready) -> None:
@@ -411,7 +411,7 @@ def _mount_again(
             nvram.clear_mounts(machine)
     back = ", ".join(place for mount in remount for place in again.places(mount))
     mounted = f"; mounted again: {back}" if back and not failed else ""
-    render.say(f"kernel {info.generation} ({info.image}) is up {how}{mounted}")
+    render.tell(f"kernel {info.generation} ({info.image}) is up {how}{mounted}")
     return 1 if failed else 0
 
 

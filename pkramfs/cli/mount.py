@@ -136,9 +136,9 @@ def _mount(args: argparse.Namespace) -> int:
     prepare(directory)
     message = start(directory, text)
     if message:
-        render.say(message)
+        render.tell(message)
     elif args.verbose:
-        render.say(f"{PROGRAM}: {options.name or 'none'} mounted on {directory}")
+        render.tell(f"{PROGRAM}: {options.name or 'none'} mounted on {directory}")
     return 0
 
 

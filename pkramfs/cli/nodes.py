@@ -159,7 +159,7 @@ def _free_damaged(args: argparse.Namespace, machine: "Machine") -> int:
         said[kind].append(line)
         machine.log(f"pkram: {'gave up a node' if kind == 'given_up' else kind}: {line}")
         if not arguments.wants_json(args):
-            render.say(f"{kind.replace('_', ' ')}: {line}")
+            render.tell(f"{kind.replace('_', ' ')}: {line}")
 
     with machine.lifecycle(shared=True, timeout=LOCK_SECONDS):
         running = look(machine)

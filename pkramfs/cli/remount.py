@@ -207,4 +207,4 @@ def _figures(answer: dict[str, Any]) -> str:
 
 def _tell(verbose: bool, message: str) -> None:
     if verbose:
-        render.say(f"{PROGRAM}: {message}")
+        render.tell(f"{PROGRAM}: {message}")

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import Any, NamedTuple
 
+from pkramfs import streams
 from pkramfs.text import exact, printable
 
 
@@ -42,9 +43,17 @@ def settle() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def say(line: Any = "", *, error: bool = False, flush: bool = False) -> None:
-    """Print one line, on stdout or stderr."""
-    print(printable(line), file=sys.stderr if error else sys.stdout, flush=flush)
+def say(line: Any = "", *, error: bool = False) -> None:
+    """Print one line of a result on stdout, or of an error on stderr."""
+    if error:
+        streams.say(printable(line))
+    else:
+        print(printable(line))
+
+
+def tell(line: Any) -> None:
+    """Print one line of news now: what is being done. If it cannot be printed, the work goes on."""
+    streams.tell(printable(line))
 
 
 def _plain(value: Any) -> Any:

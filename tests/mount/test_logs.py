@@ -1,6 +1,9 @@
-"""Logging never decides: what was done is done, whether or not a line about it could be written."""
+"""Logging and printing never decide: what was done is done, whether or not a line about it could be written."""
 
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,3 +77,26 @@ def test_damaged_files_refuse_a_mount_in_one_line(lab: Any) -> None:
             assert f"{path} is damaged: " in done.stderr
             path.write_bytes(kept)
     lab.umount(lab.mount("one"))
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+def test_standard_descriptors_that_are_closed_or_full_harm_nothing(lab: Any, closed: str) -> None:
+    mnt = lab.dir("one")
+
+    def run(*words: str) -> None:
+        line = f"{shlex.join([sys.executable, '-m', 'pkramfs', *words])} {closed}"
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60, env=env)
+        assert done.returncode == 0, (words, done)
+        assert done.stderr.count("\n") <= (1 if "full" in closed else 0), (words, done)
+
+    run("mount", "none", str(mnt), "-v", "-o", "pkram=one")
+    assert os.path.ismount(mnt)
+    opened = [os.readlink(f"/proc/{lab.entry(mnt).pid}/fd/{number}") for number in (0, 1, 2)]
+    assert opened[0] == "/dev/null" and opened[1] == opened[2] == lab.entry(mnt).socket.replace(".sock", ".log")
+    (mnt / "file").write_text("x" * 5000)
+    run("mount", "none", str(mnt), "-v", "-o", "remount,preserve,ro")
+    run("kexec", "-v", "-l", "builtin", "--reuse-cmdline", "-e")
+    assert (mnt / "file").read_text() == "x" * 5000
+    run("mount", "none", str(mnt), "-o", "remount,rw")
+    lab.umount(mnt)
