@@ -116,7 +116,7 @@ def existing(args: argparse.Namespace) -> "Machine":
     """The machine, which must be there: looking at it does not make it."""
     found = machine(args)
     if not found.exists():
-        raise MachineError(f"there is no machine {found.path()}: a mount or `pkramctl machine create` makes it")
+        raise MachineError(found.missing())
     return found
 
 

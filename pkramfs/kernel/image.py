@@ -16,13 +16,13 @@ Kernel: Documentation/arch/x86/boot.rst, kernel/kexec_elf.c, arch/x86/kernel/kex
 """
 
 import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
 from pkramfs import __version__
 from pkramfs.errors import UsageError, explain
+from pkramfs.machine.files import open_regular
 from pkramfs.record import F, Record
 from pkramfs.units import BLOCK_SIZE, GIB, MIB, PAGE_SIZE, format_size, parse_size, round_up
 
@@ -114,9 +114,12 @@ class Image:
         if self.path is None:
             yield 0, f"pkramfs {self.version}: a kernel of {format_size(self.init_size)}\n".encode()
             return
-        with open(self.path, "rb") as file:
-            for part in self.parts:
-                yield from _chunks(file, part)
+        try:
+            with open(self.path, "rb", opener=_regular) as file:
+                for part in self.parts:
+                    yield from _chunks(file, part)
+        except OSError as error:
+            raise UsageError(f"cannot load a kernel from {explain(error)}") from None
 
 
 def load_image(spec: str) -> Image:
@@ -124,17 +127,15 @@ def load_image(spec: str) -> Image:
     if spec == BUILTIN or spec.startswith(BUILTIN + ":"):
         return _builtin(spec)
     try:
-        with open(spec, "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                _refuse(spec, "not a regular file")
-            return _read(spec, file, status.st_size)
+        with open(spec, "rb", opener=_regular) as file:
+            return _read(spec, file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise UsageError(f"cannot load a kernel from {explain(error)}") from None
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+def _regular(path: str, flags: int) -> int:
+    """Open what is a regular file now: nobody is waited for, and nothing without end is read."""
+    return open_regular(path, flags, follow=True)
 
 
 def _builtin(spec: str) -> Image:

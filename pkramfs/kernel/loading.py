@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from pkramfs.errors import ConflictError, ExhaustedError, MachineError, UsageError
+from pkramfs.errors import ConflictError, ExhaustedError, MachineError, UsageError, explain
 from pkramfs.kernel import cmdline as words
 from pkramfs.kernel import incoming, placement, running, staging
 from pkramfs.kernel.image import Image, load_image, setup_header
@@ -27,6 +27,7 @@ from pkramfs.kernel.segments import Segment, check_destinations, destinations, p
 from pkramfs.kernel.staging import CRASH_JSON, CRASH_MODE, FILE_MODE, LOAD_MODE, Loaded, Stage
 from pkramfs.kernel.state import LAYOUT
 from pkramfs.machine.directory import Machine
+from pkramfs.machine.files import open_regular
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, format_pfn, format_size, plural
 
@@ -61,6 +62,7 @@ class Report:
 def load(machine: Machine, request: Request, *, panic: bool = False) -> Report:
     """Load a kernel for the next -e, or as crash kernel. Takes the machine lock."""
     image = load_image(request.image)
+    _check_files(request)
     with running.exclusively(machine) as kernel, Stage(machine) as stage:
         refuse_crash(kernel)
         cmdline = compose_cmdline(kernel, request)
@@ -113,6 +115,16 @@ def _stage(stage: Stage, image: Image, request: Request, cmdline: str) -> list[S
             raise UsageError(f"--segment {path}@{address:#x}: the address must be a multiple of {PAGE_SIZE}, and not 0")
         segments.append(stage.copy(f"segment{number}", path, address >> PAGE_SHIFT))
     return segments + stage.reserve(len(segments) + 1)
+
+
+def _check_files(request: Request) -> None:
+    """UsageError unless every file can be read, before anybody has to wait for us."""
+    files = [("initrd", request.initrd)] if request.initrd else []
+    for name, path in [*files, *(("segment", path) for path, _ in request.segments)]:
+        try:
+            os.close(open_regular(path, follow=True))
+        except OSError as error:
+            raise UsageError(f"cannot load the {name} from {explain(error)}") from None
 
 
 def _file_size(path: str) -> int:

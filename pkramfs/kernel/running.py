@@ -139,7 +139,7 @@ def attach(machine: Machine, *, boot: bool = True, timeout: float = LOCK_SECONDS
 def look(machine: Machine, *, any_layout: bool = False) -> Running:
     """The running kernel, without changing anything; MachineError where there is none."""
     if not machine.exists():
-        raise MachineError(f"no machine at {machine.path()}: the first mount makes one")
+        raise MachineError(machine.missing())
     info = state.read(machine, any_layout=any_layout)
     if info is None:
         waits = nvram.pending(machine) is not None
@@ -293,6 +293,7 @@ def start_boot(machine: Machine, *, force: bool = False) -> None:
 def take_over(kernel: Running) -> None:
     """The first act of a kernel that is up: consume, give back, and only then count as booted."""
     info, ram = kernel.info, kernel.ram
+    kernel.machine.keep_copy()
     unneeded = Spans(info.stale) | Spans(info.initmem)
     _refuse_needed(kernel, unneeded)
     if info.old_super_pfn:

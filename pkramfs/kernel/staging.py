@@ -174,12 +174,17 @@ class Stage:
         return self._segment("kernel", file, page_count(image.init_size), align, pfn, source)
 
     def copy(self, name: str, path: str, pfn: int = 0) -> Segment:
-        """A file of the user's, as it is."""
+        """A file of the user's, as it is: as long as it was when it was opened, and never waited for."""
         file = self._new(name)
         try:
-            with open(path, "rb") as source, open(os.path.join(self._directory, file), "wb") as out:
-                while data := source.read(_CHUNK):
+            with (
+                FileIO(open_regular(path, follow=True)) as source,
+                open(os.path.join(self._directory, file), "wb") as out,
+            ):
+                left = os.fstat(source.fileno()).st_size
+                while left and (data := source.read(min(left, _CHUNK))):
                     out.write(data)
+                    left -= len(data)
         except OSError as error:
             raise UsageError(f"cannot load the {name} from {explain(error)}") from None
         return self._segment(name, file, 0, 1, pfn, path)

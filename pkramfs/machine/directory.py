@@ -1,6 +1,7 @@
 """A machine is a directory: its RAM, its hardware, and what its kernel exports.
 
     machine.json  ram                         the hardware; survives a kexec
+    machine.json.copy                         from which a lost machine.json is made again
     nvram.json                                firmware variables; survive too
     cmdline pkram iomem dmesg kernel.json     what the running kernel says of itself
     kexec/                                    the image loaded for the next boot
@@ -35,17 +36,18 @@ from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.machine.mounts import MountEntry, MountLock, claim, live_ids, read_entries, tree_ids
 from pkramfs.machine.ram import Ram
 from pkramfs.text import printable
-from pkramfs.units import PAGE_SIZE, round_down
+from pkramfs.units import GIB, PAGE_SIZE, round_down
 
 DEFAULT = "default"
 RUN_LINK = "/run/pkram"
 LIFECYCLE_TIMEOUT = 60.0
-HARDWARE_JSON = "machine.json"
+HARDWARE_JSON, COPY = "machine.json", "machine.json.copy"
 _MACHINE = schema.Object({"version": schema.OneOf((1,))}, others=schema.Anything())
 _ANY = schema.Object({}, others=schema.Anything())
 _SAID: set[str] = set()
 """Machines whose log this process could not write, and has said so."""
-_HARDWARE_REMEDY = "put a copy of it back"
+_HARDWARE_REMEDY = "remove it, and `pkramctl machine create` makes it again; the memory stays"
+_COPY_REMEDY = "remove it, and give `pkramctl machine create` the options with which the machine was made"
 
 
 class Machine:
@@ -87,7 +89,10 @@ class Machine:
         return self.has(HARDWARE_JSON)
 
     def create(self, hardware: FirmwareMap | None = None) -> None:
-        """Make the directory, machine.json and the RAM file; what is there already stays as it is."""
+        """Make the directory, machine.json and the RAM file; what is there already stays as it is.
+
+        Where RAM holds memory and only machine.json was lost, that is made again, and nothing of the memory is touched.
+        """
         self._check_owner()
         try:
             os.makedirs(os.path.dirname(self.directory), mode=0o755, exist_ok=True)
@@ -95,21 +100,58 @@ class Machine:
                 os.makedirs(self.path(*parts), mode=0o700, exist_ok=True)
             with self.lifecycle(shared=False):  # two first mounts at once make one machine
                 if not self.exists():
-                    hardware = hardware or FirmwareMap.default(host_memory(), seed=secrets.randbits(63))
-                    self._make_ram(hardware.size)
-                    self.write_json(HARDWARE_JSON, {"version": 1, **hardware.to_json()})
+                    self._make(hardware)
         except OSError as error:
             raise MachineError(f"cannot make the machine {self.directory}: {explain(error)}") from None
         self._link_run()
 
-    def _make_ram(self, size: int) -> None:
-        """A RAM file. One that is there without a machine.json was left by a maker who died, if it is empty."""
-        path = self.path("ram")
-        if os.path.exists(path):
-            if os.stat(path).st_blocks:
-                raise MachineError(f"{path} holds memory, but machine.json is missing: put it back, or remove both")
-            os.unlink(path)
-        Ram(path, size, create=True).close()
+    def _make(self, hardware: FirmwareMap | None) -> None:
+        """Write machine.json, last, for new RAM or for that which is there."""
+        lost = self.holds_memory()
+        kept = self._read_hardware(COPY, _COPY_REMEDY) if lost else None
+        made = hardware or kept or FirmwareMap.default(host_memory(), seed=secrets.randbits(63))
+        if lost:
+            self._check_fits(made, kept)
+            self.log(f"machine.json was lost and is made again{' from its copy' if made is kept else ''}")
+        else:
+            self.remove("ram")  # it is empty: whoever made it died, or was at this place before us
+            Ram(self.path("ram"), made.size, create=True).close()
+        for name in (COPY, HARDWARE_JSON):
+            self.write_json(name, {"version": 1, **made.to_json()})
+
+    def holds_memory(self) -> bool:
+        """Whether there is RAM in which something is."""
+        try:
+            return os.stat(self.path("ram")).st_blocks > 0
+        except FileNotFoundError:
+            return False
+
+    def _check_fits(self, made: FirmwareMap, kept: FirmwareMap | None) -> None:
+        """Refuse hardware that RAM was not made for."""
+        size = os.stat(self.path("ram")).st_size
+        wrong = f"{self.path('ram')} holds memory, but machine.json is missing"
+        if kept is not None and (made.entries, made.nodes) != (kept.entries, kept.nodes):
+            raise MachineError(f"{wrong}, and its copy says other hardware: `pkramctl machine create` without options")
+        if made.size != size:
+            ram = size - GIB if size > 4 * GIB else size  # as FirmwareMap.default spreads it
+            raise MachineError(
+                f"{wrong}, and RAM was {size} bytes, not {made.size}: put it back, or make it again as it was made: "
+                f"`pkramctl machine create --ram {ram}`, or --map FILE"
+            )
+
+    def keep_copy(self) -> None:
+        """See that machine.json has a copy, as machines of earlier versions have not."""
+        if not self.has(COPY):
+            self.write_json(COPY, {"version": 1, **self.hardware().to_json()})
+
+    def missing(self) -> str:
+        """Why there is no machine here, and what to do."""
+        if self.has("ram"):
+            return (
+                f"{self.path(HARDWARE_JSON)} is missing, but its RAM is there: "
+                "`pkramctl machine create`, or a mount, makes it again; the memory stays"
+            )
+        return f"there is no machine in {self.directory}: a mount or `pkramctl machine create` makes it"
 
     def _check_owner(self) -> None:
         """Refuse a directory in which somebody else could put memory of his own in the place of ours."""
@@ -141,16 +183,22 @@ class Machine:
     def hardware(self) -> FirmwareMap:
         """The firmware map of machine.json."""
         self._check_owner()
-        data = self.read_json(HARDWARE_JSON, _MACHINE, _HARDWARE_REMEDY)
+        found = self._read_hardware(HARDWARE_JSON, _HARDWARE_REMEDY)
+        if found is None:
+            raise MachineError(self.missing())
+        return found
+
+    def _read_hardware(self, name: str, remedy: str) -> FirmwareMap | None:
+        data = self.read_json(name, _MACHINE, remedy)
         if data is None:
-            raise MachineError(f"there is no machine in {self.directory}: a mount makes one")
+            return None
         try:
             found = FirmwareMap.from_json(data)
             if data.get("ram_bytes", found.size) != found.size:
                 raise MachineError(f"ram_bytes is {schema.shown(data['ram_bytes'])}, but its map ends at {found.size}")
             return found
         except MachineError as error:
-            raise DamagedError(self.path(HARDWARE_JSON), str(error), _HARDWARE_REMEDY, found=str(error)) from None
+            raise DamagedError(self.path(name), str(error), remedy, found=str(error)) from None
 
     def ram(self) -> Ram:
         """The machine's RAM, opened; its size must be what machine.json says."""

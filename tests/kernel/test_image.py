@@ -147,7 +147,12 @@ def test_real_kernels_are_loaded_and_booted(lab: Any, tmp_path: Path) -> None:
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "gz").write_bytes(b"\x1f\x8b" + bytes(5000))
     (tmp_path / "pe").write_bytes(b"MZ" + bytes(5000))
-    for name, reason in (("gz", "gzip"), ("pe", "PE program"), ("absent", "No such file"), (".", "Is a directory")):
+    for name, reason in (
+        ("gz", "gzip"),
+        ("pe", "PE program"),
+        ("absent", "No such file"),
+        (".", "a directory, not a regular file"),
+    ):
         with pytest.raises(UsageError, match=reason):
             image.load_image(str(tmp_path / name))
     with pytest.raises(UsageError, match="not a regular file"):

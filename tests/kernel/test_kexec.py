@@ -1,5 +1,6 @@
 """One kernel dies, the next is born, and what was preserved is there."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from pkramfs.cli import verify
 from pkramfs.errors import ConflictError, ExhaustedError, FormatError, MachineError, NotPreservedError, UsageError
 from pkramfs.kernel import boot, kexec, nvram, running, staging, state
+from pkramfs.kernel.image import load_image
 from pkramfs.kernel.kexec import MountReport
 from pkramfs.kernel.segments import destinations
 from pkramfs.pkram import superblock
@@ -161,7 +163,7 @@ def test_the_boot_process_is_given_nothing_else(lab: Any) -> None:
     seen: list[list[str]] = []
     lab.after = lambda step: seen.append(sorted(_files(lab.machine))) if step == "purgatory" else None
     lab.execute()
-    assert seen == [["dmesg", "lock", "machine.json", "nvram.json", "ram"]]
+    assert seen == [["dmesg", "lock", "machine.json", "machine.json.copy", "nvram.json", "ram"]]
 
 
 def _files(machine: Any) -> list[str]:
@@ -539,3 +541,44 @@ def test_whoever_comes_next_takes_back_the_list_of_a_kexec_that_was_killed(lab: 
     lab.preserve("b", 300, seed=2)
     lab.execute()
     assert lab.intact("b")
+
+
+@pytest.mark.parametrize("what", ["fifo", "zero", "directory", "gone", "loop"])
+@pytest.mark.parametrize("how", ["initrd", "segment", "image"])
+def test_what_is_no_file_is_refused_before_anybody_waits(lab: Any, tmp_path: Any, what: str, how: str) -> None:
+    path = tmp_path / what
+    if what == "fifo":
+        os.mkfifo(path)
+    elif what == "zero":
+        path.symlink_to("/dev/zero")
+    elif what == "directory":
+        path.mkdir()
+    elif what == "loop":
+        path.symlink_to(path)
+    words = {"initrd": {"initrd": str(path)}, "segment": {"segments": [(str(path), 0x2000000)], "syscall": "load"}}
+    lab.up()
+    with (
+        lab.machine.lifecycle(shared=False, timeout=5),  # it does not come to the lock
+        pytest.raises(UsageError, match=r"cannot load (a kernel|the initrd|the segment) from"),
+    ):
+        kexec.load(lab.machine, str(path) if how == "image" else "builtin:4M", append="ro", **words.get(how, {}))
+    assert os.listdir(lab.machine.path("kexec")) == []
+
+
+def test_a_file_is_loaded_as_long_as_it_was(lab: Any, tmp_path: Any) -> None:
+    """Files of /proc say that they are empty and may have no end."""
+    lab.load(initrd="/proc/self/maps")
+    assert staging.read(lab.machine).segment("initrd").size == 0
+    (tmp_path / "initrd").write_bytes(b"i" * 5000)
+    (tmp_path / "link").symlink_to("initrd")
+    lab.load(initrd=str(tmp_path / "link"))
+    assert staging.read(lab.machine).segment("initrd").size == 5000
+
+
+def test_an_image_that_became_something_else_is_not_waited_for(lab: Any, tmp_path: Any, bzimage: Any) -> None:
+    path = tmp_path / "image"
+    image = load_image(bzimage(path))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match="a FIFO, not a regular file"):
+        list(image.payload())

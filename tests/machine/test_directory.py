@@ -29,7 +29,7 @@ def test_a_machine_is_what_it_was_made(machine: Machine) -> None:
     assert machine.exists()
     assert machine.hardware() == FirmwareMap.default(64 * MIB, seed=1)
     assert machine.ram().size == 64 * MIB
-    assert sorted(os.listdir(machine.path())) == ["kexec", "lock", "machine.json", "mounts", "ram"]
+    assert sorted(os.listdir(machine.path())) == ["kexec", "lock", "machine.json", "machine.json.copy", "mounts", "ram"]
     assert os.stat(machine.path()).st_mode & 0o777 == 0o700
 
 
@@ -104,8 +104,12 @@ def test_a_damaged_description_is_named(machine: Machine, text: str, reason: str
 def test_without_a_description_there_is_no_machine(machine: Machine) -> None:
     os.unlink(machine.path("machine.json"))
     assert not machine.exists()
-    with pytest.raises(MachineError, match="there is no machine in"):
+    with pytest.raises(
+        MachineError, match=r"machine\.json is missing, but its RAM is there: `pkramctl machine create`"
+    ):
         machine.ram()
+    with pytest.raises(MachineError, match="there is no machine in"):
+        Machine(machine.path("other")).ram()
 
 
 @pytest.mark.parametrize("size", [0, 4096, 64 * MIB - 1, 65 * MIB])
@@ -222,12 +226,50 @@ def test_what_a_dead_maker_left_is_no_machine(tmp_path: Path) -> None:
     assert machine.ram().size == 64 * MIB
 
 
-def test_memory_without_its_description_is_not_thrown_away(machine: Machine) -> None:
+def test_a_description_that_was_lost_is_made_again_from_its_copy(tmp_path: Path) -> None:
+    machine = Machine(str(tmp_path / "m"))
+    odd = FirmwareMap(((0, 4 * MIB, "usable"), (5 * MIB, 80 * MIB, "usable")), ((0, 40 * MIB, 1),), seed=9)
+    machine.create(odd)
     machine.ram().words(5)[:] = 7
     os.unlink(machine.path("machine.json"))
-    with pytest.raises(MachineError, match=r"ram holds memory, but machine\.json is missing"):
-        machine.create()
-    assert os.stat(machine.path("ram")).st_size == 64 * MIB
+    with pytest.raises(MachineError, match="its copy says other hardware: `pkramctl machine create` without options"):
+        machine.create(FirmwareMap.default(80 * MIB))
+    machine.create()
+    assert machine.hardware() == odd and "from its copy" in machine.dmesg()
+    assert machine.ram().words(5).sum() == 7 * 512
+
+
+@pytest.mark.parametrize("size", [64 * MIB, 5 << 30])
+def test_memory_without_its_description_is_not_thrown_away(tmp_path: Path, size: int) -> None:
+    machine = Machine(str(tmp_path / "m"))
+    machine.create(FirmwareMap.default(size, seed=1))
+    made = machine.ram()
+    made.words(5)[:] = 7
+    for name in ("machine.json", "machine.json.copy"):
+        os.unlink(machine.path(name))
+    for wrong in (FirmwareMap.default(80 * MIB), FirmwareMap.default(6 << 30)):
+        with pytest.raises(MachineError, match=r"ram holds memory, but machine\.json is missing") as refused:
+            machine.create(wrong)
+        assert f"`pkramctl machine create --ram {size}`" in str(refused.value)
+    assert not machine.exists() and os.stat(machine.path("ram")).st_size == made.size
+    machine.create(FirmwareMap.default(size, seed=2))
+    assert machine.ram().words(5).sum() == 7 * 512
+
+
+def test_machines_of_earlier_versions_get_their_copy(machine: Machine) -> None:
+    before = machine.hardware()
+    os.unlink(machine.path("machine.json.copy"))
+    machine.keep_copy()
+    machine.ram().words(5)[:] = 7
+    os.unlink(machine.path("machine.json"))
+    Path(machine.path("machine.json")).write_text("[")
+    with pytest.raises(
+        MachineError, match=r"is damaged: not JSON .*; remove it, and `pkramctl machine create` makes it"
+    ):
+        machine.hardware()
+    os.unlink(machine.path("machine.json"))
+    machine.create()
+    assert machine.hardware() == before
 
 
 def test_a_full_host_is_one_line_and_leaves_nothing(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
