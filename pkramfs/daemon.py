@@ -244,7 +244,7 @@ class Daemon:
 
     def _claim(self) -> MountLock:
         """Take the tree id of the NAME's node, or a new one, so that nobody else takes the NAME."""
-        with locks.held(self.machine.path("lock.names")):
+        with locks.held(self.machine.path("lock.names"), what=f"taking a name on the machine {self.machine.path()}"):
             holder = self._holder()
             if holder is not None:
                 raise MachineError(f"{holder.name} is just being mounted on {holder.mountpoint} (pid {holder.pid})")

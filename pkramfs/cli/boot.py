@@ -50,14 +50,14 @@ def _check_limits(directory: str) -> None:
 
 def _boot_for(parent: int, directory: str, force: bool) -> None:
     from pkramfs.kernel.boot import boot
-    from pkramfs.kernel.running import BOOT_LOCK
+    from pkramfs.kernel.running import BOOT_LOCK, BOOT_SECONDS
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.locks import held
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     machine = Machine(directory)
-    with held(machine.path(BOOT_LOCK)):
+    with held(machine.path(BOOT_LOCK), timeout=BOOT_SECONDS, what=f"{directory}, which boots already,"):
         if os.getppid() != parent:
             raise MachineError(f"the process that started this boot (pid {parent}) is gone")
         boot(machine, force=force)

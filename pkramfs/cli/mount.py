@@ -31,6 +31,9 @@ _ANSWER_MOST = 1 << 20
 """Bytes of a daemon's answer."""
 GO = b"go "
 """What a daemon that was started is told when it shall mount, followed by what it is to find, as JSON."""
+SERVE_SECONDS = 600.0
+"""How long a daemon may take until it serves: it may boot, and read the description of a large tree."""
+_END_SECONDS = 10.0
 _DESCRIPTION = "Mount a tmpfs whose tree survives a kexec, or change such a mount; see mount.pkramfs(8)."
 _EPILOG = """examples:
   mount -t pkramfs -o pkram=mytmpfs none /mnt
@@ -125,7 +128,7 @@ def _mount(args: argparse.Namespace) -> int:
     if root := getattr(args, "root", None):
         os.environ["PKRAM_ROOT"] = root
     absolute_root()
-    directory = os.path.realpath(args.directory)
+    directory = _resolve(args.directory)
     if options.remount:
         from pkramfs.cli import remount
 
@@ -140,6 +143,16 @@ def _mount(args: argparse.Namespace) -> int:
     elif args.verbose:
         render.tell(f"{PROGRAM}: {options.name or 'none'} mounted on {directory}")
     return 0
+
+
+def _resolve(directory: str) -> str:
+    """The directory without links. A path at which something is mounted has none, so that nothing is asked there."""
+    from pkramfs.fuse.patience import ANSWER_SECONDS, within
+    from pkramfs.fuse.syscalls import mounted_at
+
+    if os.pardir not in directory.split("/") and mounted_at(os.path.abspath(directory)):
+        return os.path.abspath(directory)
+    return within(lambda: os.path.realpath(directory), ANSWER_SECONDS, f"{directory} to answer")
 
 
 def absolute_root() -> None:
@@ -174,12 +187,16 @@ def _check_first(options: "Options") -> None:
 def prepare(directory: str) -> None:
     """See that the mount point can be one; a dead mount of ours that lies over it is detached."""
     from pkramfs.fuse import syscalls
+    from pkramfs.fuse.patience import ANSWER_SECONDS, within
 
     while syscalls.is_dead(directory):
         syscalls.detach(directory)
-    if not os.path.lexists(directory):
+    exists, is_directory = within(
+        lambda: (os.path.lexists(directory), os.path.isdir(directory)), ANSWER_SECONDS, f"{directory} to answer"
+    )
+    if not exists:
         raise MountError(f"mount point {directory} does not exist")
-    if not os.path.isdir(directory):
+    if not is_directory:
         raise MountError(f"mount point {directory} is not a directory")
 
 
@@ -222,14 +239,13 @@ class Starting:
         with suppress(BrokenPipeError):  # it died already, and the line it does not send says so
             os.write(self._go, GO + json.dumps(expected or {}).encode())
         os.close(self._go)
-        with open(self._answer, "rb") as pipe:
-            line = pipe.readline(_ANSWER_MOST)
+        line = self._line()
         if not line:
-            status = self._daemon.wait()
+            status = self._end()
             raise MountError(f"the mount daemon (pid {self._daemon.pid}) died with status {status} before it served")
         answer = self._understand(line)
         if "error" in answer:
-            self._daemon.wait()
+            self._end()
             failed = AnsweredError(answer["error"])
             failed.exit_status = USAGE if answer.get("status") else FAILURE
             raise failed
@@ -246,11 +262,44 @@ class Starting:
         except Invalid as error:
             raise MountError(f"the mount daemon (pid {self._daemon.pid}) cannot be understood: {error}") from None
 
+    def _line(self) -> bytes:
+        """What it says; MountError if it says nothing for too long, and then it is killed."""
+        import select
+        import time
+
+        deadline, line, ready = time.monotonic() + SERVE_SECONDS, b"", select.poll()
+        ready.register(self._answer, select.POLLIN)
+        try:
+            while not line.endswith(b"\n") and len(line) < _ANSWER_MOST:
+                if not ready.poll(max(deadline - time.monotonic(), 0) * 1000):
+                    self._daemon.kill()
+                    raise MountError(
+                        f"the mount daemon (pid {self._daemon.pid}) did not serve within {SERVE_SECONDS:g} s and was "
+                        "killed; what is preserved stays so"
+                    )
+                part = os.read(self._answer, 1 << 16)
+                if not part:
+                    break
+                line += part
+        finally:
+            os.close(self._answer)
+        return line
+
+    def _end(self) -> int:
+        """Wait until it has ended, which it is about to do; its status. One that does not is killed."""
+        import subprocess
+
+        try:
+            return self._daemon.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._daemon.kill()
+        return self._daemon.wait(_END_SECONDS)
+
     def give_up(self) -> None:
         """Have it end without a trace."""
         os.close(self._go)
         os.close(self._answer)
-        self._daemon.wait()
+        self._end()
 
 
 def start(directory: str, text: str) -> str:

@@ -248,15 +248,15 @@ class Mounts:
         kill(entry)
 
     def _await_gone(self, entries: list["MountEntry"]) -> None:
-        deadline = time.monotonic() + STOP_SECONDS
+        deadline, killed = time.monotonic() + STOP_SECONDS, False
         while left := [e for e in entries if e.tree_id in self.machine.live_ids()]:
             if time.monotonic() > deadline:
-                if not self.force:
+                if killed or not self.force:
                     first = left[0]
                     raise DaemonError(f"the daemon of {first.mountpoint} (pid {first.pid}) does not end: kill it")
                 for entry in left:
                     kill(entry)
-                deadline = time.monotonic() + STOP_SECONDS
+                deadline, killed = time.monotonic() + STOP_SECONDS, True
             time.sleep(_POLL_SECONDS)
 
 
@@ -283,13 +283,14 @@ def syncfs(mountpoint: str, device: int | None) -> None:
 
 
 def _bounded(work: Callable[[], None], seconds: float) -> bool:
-    """Whether `work` ended in time. It runs in a thread that is left behind: a FUSE call cannot be stopped."""
-    import threading
+    """Whether `work` ended in time."""
+    from pkramfs.fuse.patience import StuckError, within
 
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    worker.join(seconds)
-    return not worker.is_alive()
+    try:
+        within(work, seconds, "the kernel's writing back")
+    except StuckError:
+        return False
+    return True
 
 
 class User(NamedTuple):

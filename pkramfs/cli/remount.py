@@ -31,7 +31,7 @@ from pkramfs.cli.arguments import warn
 from pkramfs.cli.mount import PROGRAM, MountError
 from pkramfs.control.client import call, call_long
 from pkramfs.control.protocol import unnamed
-from pkramfs.errors import PkramfsError, UsageError
+from pkramfs.errors import DaemonError, PkramfsError, UsageError
 from pkramfs.fuse.options import MS_RDONLY, MS_REMOUNT, Options
 from pkramfs.fuse.syscalls import FSTYPE, Mounted, holding, is_dead, mount, mount_id, mounts
 from pkramfs.units import PAGE_SHIFT, format_size, plural
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 _OURS = ("size", "nr_blocks", "nr_inodes", "huge", "mpol", "noswap")
 """Options that a daemon may be told again."""
+REMOUNT_SECONDS = 600.0
+"""How long the kernel may take to write back before a mount is read-only."""
 _NAMED = 5
 """How many files a refusal names."""
 
@@ -68,12 +70,18 @@ class Target(NamedTuple):
 
         Held only meanwhile: nobody could unmount what is held.
         """
+        from pkramfs.fuse.patience import within
+
         if os.geteuid() != 0 or flags == before:
             return
         with holding(self.directory) as held:
             if mount_id(held) != self.mounted.id:
                 raise MountError(f"{self.directory} is not the mount any more that it was: look at it, and try again")
-            mount("none", self.directory, FSTYPE, flags | MS_REMOUNT, "", held=held)
+            within(
+                lambda: mount("none", self.directory, FSTYPE, flags | MS_REMOUNT, "", held=held),
+                REMOUNT_SECONDS,
+                f"the kernel to write back what is dirty on {self.directory}",
+            )
 
 
 def _remount(target: Target, options: Options, verbose: bool) -> None:
@@ -118,18 +126,32 @@ def _is_result(options: Options) -> bool:
 
 
 def _found(directory: str, dev: int, options: Options) -> "tuple[Machine, MountEntry]":
-    """The machine and the daemon of the mount: of all machines, unless one is named."""
+    """Return the machine and the daemon of the mount, which answers; of all machines, unless one is named."""
     from pkramfs.machine.directory import Machine, default_root
 
     machines = [Machine.locate(options.machine), *([] if options.machine else Machine.all())]
     for machine in machines:
         for entry in machine.mounts():
             if entry.dev == dev and entry.alive:
+                _expect_answer(directory, entry)
                 return machine, entry
     if is_dead(directory):
         raise MountError(f"the daemon of {directory} has died, its tree is lost: umount {directory}")
     where = f"the machine {machines[0].path()}" if options.machine else os.environ.get("PKRAM_ROOT") or default_root()
     raise MountError(f"{directory} belongs to no mount daemon of {where}: set PKRAM_ROOT to where its machine is")
+
+
+def _expect_answer(directory: str, entry: "MountEntry") -> None:
+    """Ask the daemon before the kernel waits for it, which would wait for ever."""
+    from pkramfs.fuse.patience import ANSWER_SECONDS
+
+    try:
+        call(entry.socket, "status", timeout=ANSWER_SECONDS)
+    except DaemonError as error:
+        raise MountError(
+            f"the daemon of {directory} (pid {entry.pid}) does not answer ({error}): look at it, or kill {entry.pid}, "
+            f"which loses a live tree, and umount {directory}"
+        ) from None
 
 
 def _reconfigure(machine: "Machine", entry: "MountEntry", options: Options) -> None:

@@ -39,6 +39,7 @@ from pkramfs.fuse.turns import Turns
 _USER_FLAGS = {MS_RDONLY: "ro", MS_NOEXEC: "noexec", MS_NOSUID: "nosuid", MS_NODEV: "nodev", MS_NOATIME: "noatime"}
 _TASKS, _MOST = 2, 1000
 """Requests that are worked on at once: as many as wait for something, and one more to answer what they wait for."""
+_MOUNT_SECONDS = 60.0
 _TUNING = "/sys/class/bdi/{}:{}"
 _DIRTY = 256 << 20
 
@@ -149,7 +150,12 @@ def _mount_as_user(mountpoint: str, flags: int, allow_other: bool, source: str) 
                 text=True,
                 errors="surrogateescape",
                 check=False,
+                timeout=_MOUNT_SECONDS,
             )
+        except subprocess.TimeoutExpired:
+            raise MachineError(
+                f"cannot mount on {mountpoint}: fusermount3 did not end within {_MOUNT_SECONDS:g} s"
+            ) from None
         except FileNotFoundError:
             raise MachineError("fusermount3 is missing: install the package fuse3, or mount as root") from None
         if done.returncode:

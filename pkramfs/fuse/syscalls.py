@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from pkramfs.fuse import options as o
+from pkramfs.fuse import patience
 
 FSTYPE = "fuse.pkramfs"
 MOUNTINFO = "/proc/self/mountinfo"
@@ -32,6 +33,8 @@ ANOTHER = "it is not the one any more that was mounted on; look at it, and mount
 """What is said of a directory that has another identity than it had."""
 _LINK = "is a symbolic link by now"
 
+_DETACH_SECONDS = 600.0
+"""How long fusermount3 may take, which has the kernel write back what is dirty."""
 _libc = ctypes.CDLL(None, use_errno=True)
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 _NAMES = {
@@ -174,9 +177,18 @@ def detach(target: str, *, lazy: bool = True) -> None:
         umount(target, lazy=lazy)
         return
     words = ["fusermount3", "-u", *(["-z"] * lazy), "--", target]
-    done = subprocess.run(
-        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="surrogateescape", check=False
-    )
+    try:
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            check=False,
+            timeout=_DETACH_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise OSError(errno.ETIMEDOUT, f"fusermount3 did not end within {_DETACH_SECONDS:g} s", target) from None
     if done.returncode:
         raise OSError(errno.EBUSY, done.stderr.strip() or "fusermount3 failed", target)
 
@@ -294,15 +306,22 @@ def detach_all(dev: int | None, *, lazy: bool = True) -> None:
 
 
 def is_dead(directory: str) -> bool:
-    """Whether a mount of ours is there whose daemon is gone.
+    """Whether a mount of ours is there whose daemon is gone. StuckError if the daemon neither answers nor is gone.
 
     Asked with statfs, which always is a request: stat may be answered from the kernel's endless cache.
     """
     mounted = mounted_at(directory)
     if mounted is None or mounted.fstype != FSTYPE:
         return False
+    where = f"{os.major(mounted.dev)}:{os.minor(mounted.dev)}"
     try:
-        os.statvfs(directory)
+        patience.within(
+            lambda: os.statvfs(directory).f_bsize,
+            patience.ANSWER_SECONDS,
+            f"the daemon of what is mounted on {directory} ({where}) to answer",
+        )
+    except patience.StuckError:
+        raise
     except OSError as error:
         return error.errno == errno.ENOTCONN
     return False

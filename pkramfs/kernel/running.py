@@ -49,6 +49,8 @@ from pkramfs.units import BLOCK_PAGES, format_pfn, format_size, plural
 
 COLD_CMDLINE = "BOOT_IMAGE=builtin ro"
 LOCK_SECONDS = 30.0
+BOOT_SECONDS = 600.0
+"""How long a boot may take: copying and summing what was loaded are most of it."""
 BOOT_LOCK = "lock.boot"
 """Held by a boot process as long as it lives: it may outlive the one that started it."""
 _OF_ONE_KERNEL = ("cmdline", "pkram", "iomem")
@@ -181,7 +183,7 @@ def exclusively(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Run
 
 def bring_up(machine: Machine, *, force: bool = False) -> Running:
     """Whatever is undone between power-on and a running kernel. The caller holds the lock exclusively."""
-    with held(machine.path(BOOT_LOCK)):
+    with held(machine.path(BOOT_LOCK), timeout=BOOT_SECONDS, what=f"{machine.path()}, which boots,"):
         pass  # a boot whose parent was killed has ended
     info, pending = state.read(machine, any_layout=True), nvram.pending(machine)
     if info is None:
@@ -261,27 +263,22 @@ def resume(machine: Machine, *, force: bool = False) -> None:
 def start_boot(machine: Machine, *, force: bool = False) -> None:
     """Run the boot in a process that is given nothing but the machine's directory, and wait for it."""
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "pkramfs",
-            "boot",
-            machine.path(),
-            "--parent",
-            str(os.getpid()),
-            *(["--force"] * force),
-        ],
-        env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": package},
-        cwd="/",
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="surrogateescape",
-        check=False,
-        start_new_session=True,  # Ctrl-C and a terminal that goes are not for a kernel that boots
-    )
+    words = [sys.executable, "-P", "-m", "pkramfs", "boot", machine.path(), "--parent", str(os.getpid())]
+    try:
+        done = subprocess.run(
+            [*words, *(["--force"] * force)],
+            env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": package},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            check=False,
+            start_new_session=True,  # Ctrl-C and a terminal that goes are not for a kernel that boots
+            timeout=BOOT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise MachineError(f"boot did not end within {BOOT_SECONDS:g} s: pkram-kexec --resume tries again") from None
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
         remedy = ""

@@ -204,14 +204,14 @@ class Machine:
         """The machine's RAM, opened; its size must be what machine.json says."""
         return Ram(self.path("ram"), self.hardware().size)
 
-    def lifecycle(self, *, shared: bool, timeout: float | None = LIFECYCLE_TIMEOUT) -> AbstractContextManager[None]:
+    def lifecycle(self, *, shared: bool, timeout: float = LIFECYCLE_TIMEOUT) -> AbstractContextManager[None]:
         """Hold the machine: shared to start a mount, exclusive to boot or to kexec."""
         self._check_owner()
         return locks.held(self.path("lock"), shared=shared, timeout=timeout, what=f"the machine {self.directory}")
 
     def tables(self) -> AbstractContextManager[None]:
         """Hold the lock on node list and lease table; for moments only."""
-        return locks.held(self.path("lock.tables"))
+        return locks.held(self.path("lock.tables"), what=f"the tables of the machine {self.directory}")
 
     def read_text(self, name: str) -> str | None:
         """A file's text, or None if it is not there."""

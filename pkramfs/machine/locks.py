@@ -17,7 +17,10 @@ from contextlib import contextmanager
 
 from pkramfs.errors import MachineError, explain
 
+HELD_SECONDS = 60.0
+"""How long is waited for a lock that others hold for moments only."""
 _POLL = 0.01
+_FIRST_POLL = 0.0005
 _PROBE_GRACE = 0.2
 """Seconds for which a lock may seem taken because somebody just looks whether it is (`is_held`)."""
 
@@ -40,25 +43,38 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 
 
 @contextmanager
-def held(path: str, *, shared: bool = False, timeout: float | None = None, what: str = "") -> Iterator[None]:
-    """Hold the lock at `path`; MachineError if it is not free within `timeout` seconds (None: wait)."""
+def held(path: str, *, shared: bool = False, timeout: float = HELD_SECONDS, what: str = "") -> Iterator[None]:
+    """Hold the lock at `path`; MachineError if it is not free within `timeout` seconds."""
     fd = open_lock(path)
     try:
-        if timeout is None:
-            fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        else:
-            _wait(fd, shared, timeout, what or path)
+        _wait(fd, shared, timeout, what or path)
         yield
     finally:
         os.close(fd)
 
 
 def _wait(fd: int, shared: bool, timeout: float, what: str) -> None:
-    deadline = time.monotonic() + timeout
+    deadline, pause = time.monotonic() + timeout, _FIRST_POLL
     while not try_lock(fd, shared=shared):
         if time.monotonic() >= deadline:
-            raise MachineError(f"{what} is busy: another boot, kexec or mount has held it for {timeout:.0f} s")
-        time.sleep(_POLL)
+            raise MachineError(
+                f"{what} is busy: another boot, kexec or mount has held it for {timeout:.0f} s{_holders(fd)}"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, _POLL)
+
+
+def _holders(fd: int) -> str:
+    """Who holds a lock, in words, as far as the kernel tells us."""
+    lock = os.fstat(fd)
+    place = b"%02x:%02x:%d" % (os.major(lock.st_dev), os.minor(lock.st_dev), lock.st_ino)
+    try:
+        with open("/proc/locks", "rb") as file:
+            lines = [line.split() for line in file]
+    except OSError:
+        return ""  # no /proc
+    pids = sorted({int(words[4]) for words in lines if words[1] == b"FLOCK" and words[5] == place} - {0})
+    return f" (pid {', '.join(map(str, pids))})" if pids else ""
 
 
 def lock_removable(path: str, *, shared: bool = False) -> int | None:

@@ -8,7 +8,8 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,8 @@ from typing import Any
 import pytest
 import trio
 
-from pkramfs.control import protocol
-from pkramfs.control.client import Held, call
+from pkramfs.control import client, protocol
+from pkramfs.control.client import Held, call, call_long
 from pkramfs.control.server import Server, _check_peer
 from pkramfs.errors import DaemonError, ErrnoError, UsageError
 
@@ -67,7 +68,25 @@ async def _say_much() -> dict[str, Any]:
     raise UsageError("x" * 30_000)
 
 
+ASKED: list[int] = []
+
+
+async def _work() -> dict[str, Any]:
+    """Work that is over when `status` was asked three times."""
+    ASKED.clear()
+    while len(ASKED) < 3:
+        await trio.sleep(0.001)
+    return {"asked": len(ASKED)}
+
+
+async def _status() -> dict[str, Any]:
+    ASKED.append(1)
+    return {}
+
+
 VERBS = {
+    "work": _work,
+    "status": _status,
     "echo_much": _echo_much,
     "say_much": _say_much,
     "hold": _hold,
@@ -229,3 +248,83 @@ def test_what_an_older_daemon_does_not_hold_is_taken_back_by_its_own_verb(path: 
     with pytest.raises(protocol.RefusedError, match="open for writing"):
         Held(path, "echo", undo="busy").release()
     Held(path, "echo", undo="").release()
+
+
+@pytest.fixture
+def crowded(tmp_path: Path) -> Iterator[tuple[str, socket.socket, int]]:
+    """A socket whose queue is full, and how many wait in it: nobody takes what comes."""
+    count = 0
+    path = str(tmp_path / "sock")
+    with socket.socket(socket.AF_UNIX) as listening, ExitStack() as waiting:
+        listening.bind(path)
+        listening.listen(0)
+        while True:
+            peer = waiting.enter_context(socket.socket(socket.AF_UNIX))
+            peer.setblocking(False)
+            try:
+                peer.connect(path)
+            except BlockingIOError:
+                break
+            count += 1
+        yield path, listening, count
+
+
+def test_a_queue_that_stays_full_is_an_error_in_time(crowded: tuple[str, socket.socket, int]) -> None:
+    with pytest.raises(DaemonError, match=r"no answer to status within 0\.1 s"):
+        call(crowded[0], "status", timeout=0.1)
+
+
+def test_a_queue_that_is_full_is_waited_for(
+    crowded: tuple[str, socket.socket, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody takes what comes, but only after the client has found the queue full."""
+    path, listening, before = crowded
+    full = threading.Event()
+    monkeypatch.setattr(client, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: full.set()))
+
+    def serve() -> None:
+        full.wait(10)
+        with ExitStack() as taken:
+            for _ in range(before):
+                taken.enter_context(listening.accept()[0])
+            peer = taken.enter_context(listening.accept()[0])
+            assert b"status" in peer.recv(4096)
+            peer.sendall(b'{"ok": {"at": "last"}}\n')
+
+    with ThreadPoolExecutor(1) as pool:
+        served = pool.submit(serve)
+        assert call(path, "status", timeout=10) == {"at": "last"}
+        served.result()
+
+
+def test_more_commands_at_once_than_ever_wait(path: str) -> None:
+    """The server takes none before all have come."""
+    answers: list[int] = []
+
+    def ask(number: int) -> None:
+        answers.append(call(path, "echo", number=number)["number"])
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == list(range(100))
+
+
+def test_long_work_is_waited_for_as_long_as_the_daemon_answers(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ASK_SECONDS", 0.05)
+    assert call_long(path, "work") == {"asked": 3}
+    monkeypatch.setattr(client, "LONG_SECONDS", 0.2)
+    with pytest.raises(DaemonError, match="no answer to silent within"):
+        call_long(path, "silent")
+
+
+def test_a_daemon_that_answers_nothing_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ASK_SECONDS", 0.05)
+    path = str(tmp_path / "sock")
+    with socket.socket(socket.AF_UNIX) as stopped:
+        stopped.bind(path)
+        stopped.listen()
+        with pytest.raises(DaemonError, match=r"no answer to status within 0\.05 s"):
+            call_long(path, "preserve")

@@ -1,5 +1,6 @@
 """Locks between processes; a forked child stands for the other process."""
 
+import inspect
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -49,6 +50,22 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     with locks.held(str(path), timeout=0):  # who dies lets go
         assert locks.is_held(str(path))
     assert not locks.is_held(str(path))
+
+
+def test_who_holds_it_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with another(path, exclusively) as pid:
+        if f" {pid} " not in Path("/proc/locks").read_text():
+            pytest.skip("/proc/locks names no process of ours here")
+        with (
+            pytest.raises(MachineError, match=rf"{path} is busy: .* for 0 s \(pid {pid}\)"),
+            locks.held(str(path), timeout=0),
+        ):
+            pass
+
+
+def test_no_lock_is_waited_for_without_end() -> None:
+    assert 0 < inspect.signature(locks.held).parameters["timeout"].default < 3600
 
 
 def test_sharing(tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""System calls that a stopped daemon would hold for ever, made by a child process and waited for so long.
+
+    within(lambda: os.statvfs(directory).f_bsize, 10, f"{directory} to answer")
+
+What a file system is asked for is answered by its daemon, which may be stopped, or wait for somebody itself. Whoever
+asks cannot be woken by a signal then, and a process with a thread that waits so does not end: so another process
+asks. It is killed when its time is over, and what was asked for may still be done when the daemon goes on.
+
+Kernel: fs/fuse/dev.c (request_wait_answer), fs/namespace.c (do_umount, do_remount: both write back what is dirty)
+"""
+
+import errno
+import marshal
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pkramfs.errors import ErrnoError
+
+ANSWER_SECONDS = 10.0
+"""How long a file system may take to answer a question that needs no work."""
+
+T = TypeVar("T")
+
+
+class StuckError(ErrnoError):
+    """Something did not answer in time; the message says what was waited for."""
+
+    default_errno = errno.ETIMEDOUT
+
+
+def within(work: Callable[[], T], seconds: float, what: str) -> T:
+    """What `work` returns (numbers, text, tuples of them), or the OSError that it raises; StuckError if it is late."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        _work(work, theirs)
+    os.close(theirs)
+    try:
+        answer = _read(ours, time.monotonic() + seconds)
+    finally:
+        os.kill(child, signal.SIGKILL)  # it has said all, or nobody wants to know any more
+        os.close(ours)
+    if answer is None:
+        os.waitpid(child, os.WNOHANG)  # it may be a while until it ends
+        raise StuckError(f"waited {seconds:g} s for {what}, in vain")
+    os.waitpid(child, 0)
+    if not answer:
+        raise ErrnoError(f"who waited for {what} was killed", errno.EINTR)
+    done, value = marshal.loads(answer)
+    if not done:
+        raise OSError(*value)
+    found: T = value
+    return found
+
+
+def _work(work: Callable[[], Any], pipe: int) -> None:
+    """Be the child: do it, tell, end without any of the parent's clean-up."""
+    try:
+        try:
+            told = (True, work())
+        except OSError as error:
+            told = (False, (error.errno, error.strerror, error.filename))
+        os.write(pipe, marshal.dumps(told))
+    finally:
+        os._exit(0)
+
+
+def _read(pipe: int, deadline: float) -> bytes | None:
+    """All that comes until the other end is closed; None if that does not come in time."""
+    parts: list[bytes] = []
+    ready = select.poll()
+    ready.register(pipe, select.POLLIN)
+    while ready.poll(max(deadline - time.monotonic(), 0) * 1000):
+        part = os.read(pipe, 1 << 16)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+    return None

@@ -1,0 +1,35 @@
+"""What another process asks is known in time, or its not being known is."""
+
+import os
+import signal
+
+import pytest
+
+from pkramfs.errors import ErrnoError
+from pkramfs.fuse.patience import StuckError, within
+
+
+def test_what_comes_back():
+    assert within(lambda: (1, "\udcff", None, True), 10, "it") == (1, "\udcff", None, True)
+    assert within(lambda: "x" * 1_000_000, 10, "it") == "x" * 1_000_000
+    assert within(os.getpid, 10, "it") != os.getpid()
+
+
+def test_an_error_is_the_same_error():
+    with pytest.raises(FileNotFoundError) as caught:
+        within(lambda: os.listdir("/absent"), 10, "it")
+    assert caught.value.filename == "/absent"
+
+
+def test_what_is_late_is_named_and_killed():
+    ours, theirs = os.pipe()
+    with pytest.raises(StuckError, match=r"waited 0\.05 s for the moon, in vain"):
+        within(signal.pause, 0.05, "the moon")
+    os.close(theirs)
+    assert os.read(ours, 1) == b"", "nobody has our pipe any more"
+    os.close(ours)
+
+
+def test_a_child_that_is_killed():
+    with pytest.raises(ErrnoError, match="who waited for it was killed"):
+        within(lambda: os.kill(os.getpid(), signal.SIGKILL), 10, "it")
