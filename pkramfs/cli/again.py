@@ -26,9 +26,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pkramfs.fuse.options as options
+import pkramfs.fuse.syscalls as syscalls
 from pkramfs.cli.mounts import Ready, Seen, Warn
 from pkramfs.errors import MachineError, PkramfsError, explain
-from pkramfs.fuse import options, syscalls
 from pkramfs.fuse.syscalls import Mounted, Table
 from pkramfs.units import plural
 

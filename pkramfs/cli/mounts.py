@@ -249,7 +249,7 @@ class Mounts:
 
     def _await_gone(self, entries: list["MountEntry"]) -> None:
         deadline, killed = time.monotonic() + STOP_SECONDS, False
-        while left := [e for e in entries if e.tree_id in self.machine.live_ids()]:
+        while left := self._living(entries):
             if time.monotonic() > deadline:
                 if killed or not self.force:
                     first = left[0]
@@ -258,6 +258,11 @@ class Mounts:
                     kill(entry)
                 deadline, killed = time.monotonic() + STOP_SECONDS, True
             time.sleep(_POLL_SECONDS)
+
+    def _living(self, entries: list["MountEntry"]) -> list["MountEntry"]:
+        """Return those whose daemons live; all locks are looked at once, not once for each entry."""
+        living = self.machine.live_ids()
+        return [entry for entry in entries if entry.tree_id in living]
 
 
 def kill(entry: "MountEntry") -> None:

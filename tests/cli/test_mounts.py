@@ -165,3 +165,26 @@ def test_users_of_a_directory_are_found_without_touching_it(tmp_path):
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
+
+
+def test_waiting_for_many_looks_at_their_locks_once_a_round(machine, monkeypatch):
+    machine.daemons = [Daemon(f"daemon{number}" * number) for number in range(1, 30)]
+    looked = []
+    live_ids = machine.live_ids
+    monkeypatch.setattr(machine, "live_ids", lambda: looked.append(1) or live_ids())
+    Mounts(machine).stop()
+    assert len(looked) <= 3
+
+
+def test_a_mount_that_was_moved_is_where_the_table_has_it(machine, monkeypatch):
+    from pkramfs.fuse import syscalls
+
+    entry = Daemon("a").entry
+    at = MountEntry(**{**vars(entry), "dev": 40, "mountpoint": "/old"})
+    table = [syscalls.Mounted(40, "/b", "x", 0, root="/sub"), syscalls.Mounted(40, "/new", "x", 0)]
+    monkeypatch.setattr(syscalls, "mounts", lambda: table)
+    assert [one.mountpoint for one in mounts.located([at, entry])] == ["/new", "/nowhere/a"]
+    monkeypatch.setattr(syscalls, "mounts", lambda: [*table, syscalls.Mounted(40, "/old", "x", 0)])
+    assert [one.mountpoint for one in mounts.located([at])] == ["/old"]
+    monkeypatch.setattr(syscalls, "mounts", list)
+    assert [one.mountpoint for one in mounts.located([at])] == ["/old"]

@@ -10,7 +10,6 @@ import time
 
 import pytest
 
-from pkramfs.cli import again, mounts
 from pkramfs.fuse import options as o
 from pkramfs.fuse import syscalls
 from pkramfs.kernel import nvram
@@ -357,6 +356,8 @@ def test_three_trees_on_one_mount_point_keep_their_order(user):
 
 def interrupted(user):
     """A kexec that mounts nothing again: what it would have mounted is listed, for --resume."""
+    from pkramfs.cli import again, mounts
+
     user.load()
     machine = Machine.locate()
     wanted = again.plan(mounts.look(machine)).mounts
