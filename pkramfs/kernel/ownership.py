@@ -117,9 +117,8 @@ class Ownership:
 
     def _doubts(self, live: set[int]) -> Iterator[_Doubt]:
         leases, nodes = self._kernel.leases, self._nodes()
-        named = Spans()
+        named = incoming.union(blocks for _, blocks in nodes)
         for node, blocks in nodes:
-            named = named | blocks
             if leases.others_in(blocks, node.tree_id):
                 who = f"{node.tree_id:016x}, the tree of node {shown(node.name)}"
                 yield _Doubt(blocks - leases.blocks_of(node.tree_id), node.tree_id, who, node=True)

@@ -29,6 +29,7 @@ from pkramfs.pkram.streams.reader import ObjectReader
 from pkramfs.spans import Spans
 from pkramfs.units import format_pfn, plural
 
+_SHARED = "another node's, too"
 Visit = Callable[[Node, list[ObjectReader], Spans], Iterable[str]]
 Owned = Callable[[int], Spans]
 
@@ -40,6 +41,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     preserved: Spans = field(default_factory=Spans)
+    frames: list[tuple[Node, Spans]] = field(default_factory=list)
 
 
 def check(
@@ -71,6 +73,7 @@ def check(
         if node.generation > found.generation:
             report.problems.append(f"{shown(node.name)}: saved by generation {node.generation}, which has not been yet")
     _check_names(report)
+    _check_shared(report)
     if super_pfn in report.preserved:
         report.problems.append(f"the super block at pfn {format_pfn(super_pfn)} is a page of a node")
     if found.region_pfn and handed_over:
@@ -106,8 +109,8 @@ def _check_node(
     title = shown(node.name)
     try:
         table = read_table(ram, node)
-        report.problems += [f"{title}: {line}" for line in _misplaced(node, table.spans, report, usable, owned)]
-        report.preserved = report.preserved | table.spans
+        report.problems += [f"{title}: {line}" for line in _misplaced(node, table.spans, usable, owned)]
+        report.frames.append((node, table.spans))
         readers = read_objects(ram, node, table.spans)
         used = check_frames(node, table, readers)
         if idle := table.spans - used:
@@ -119,15 +122,34 @@ def _check_node(
         report.problems.append(f"{title}: {error}")
 
 
-def _misplaced(node: Node, pages: Spans, report: Report, usable: Spans | None, owned: Owned | None) -> Iterator[str]:
-    """Pages of a node that are nobody's RAM, another node's, or in page blocks of another owner."""
+def _misplaced(node: Node, pages: Spans, usable: Spans | None, owned: Owned | None) -> Iterator[str]:
+    """Pages of a node that are nobody's RAM, or in page blocks of another owner."""
     for what, wrong in (
         ("not usable RAM", pages - usable if usable is not None else Spans()),
-        ("another node's, too", pages & report.preserved),
         ("in page blocks that are not this tree's", pages - owned(node.tree_id) if owned else Spans()),
     ):
         if wrong:
-            yield f"{plural(wrong.total, 'page')} from pfn {format_pfn(int(wrong.starts[0]))} on are {what}"
+            yield _misused(wrong, what)
+
+
+def _misused(pages: Spans, what: str) -> str:
+    return f"{plural(pages.total, 'page')} from pfn {format_pfn(int(pages.starts[0]))} on are {what}"
+
+
+def _check_shared(report: Report) -> None:
+    """Pages that two nodes have: looked for node by node only if there are any, which one pass over all tells."""
+    starts, ends = (
+        np.concatenate([np.empty(0, np.uint64), *(getattr(spans, edge) for _, spans in report.frames)])
+        for edge in ("starts", "ends")
+    )
+    report.preserved = Spans.from_arrays(starts, ends)
+    if report.preserved.total == sum(spans.total for _, spans in report.frames):
+        return
+    before = Spans()
+    for node, spans in report.frames:
+        if shared := spans & before:
+            report.problems.append(f"{shown(node.name)}: {_misused(shared, _SHARED)}")
+        before = before | spans
 
 
 def _check_names(report: Report) -> None:
