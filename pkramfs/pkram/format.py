@@ -45,6 +45,7 @@ SUPER_MAGIC = _magic(b"PKRAMsb1")
 CONSUMED_MAGIC = _magic(b"PKRAMgon")
 NODE_MAGIC = _magic(b"PKRAMnd1")
 WITHDRAWN_MAGIC = _magic(b"PKRAMnd0")
+"""What is left of a node that was taken out of the list on purpose: no search takes it for one that was lost."""
 OBJECT_MAGIC = _magic(b"PKRAMob1")
 LINK_MAGIC = _magic(b"PKRAMln1")
 REGIONS_MAGIC = _magic(b"PKRAMrl1")
