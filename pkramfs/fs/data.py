@@ -169,13 +169,21 @@ class Data(Filling):
         size = len(view)
         end = offset + size
         try:
-            self._store(inode, offset, end, view)
+            runs, store, into_holes = self._runs_for_writing(inode, offset, end)
         except OSError as error:
             middle = ((offset >> PAGE_SHIFT) + ((end + _IN_PAGE) >> PAGE_SHIFT)) >> 1
             cut = (middle << PAGE_SHIFT) - offset
             if error.errno != errno.ENOSPC or cut <= 0:
                 raise
             return self._write_part(inode, offset, view, cut, stamp)
+        try:
+            for index, pfn, count in runs:
+                base = (pfn - index) << PAGE_SHIFT
+                start, stop = max(index << PAGE_SHIFT, offset), min((index + count) << PAGE_SHIFT, end)
+                store(base + start, view[start - offset : stop - offset])
+        except OSError:
+            self._take_back(inode, offset, end, into_holes=into_holes)
+            raise
         if end > inode.size:
             self._bytes += end - inode.size
             inode.size = end
@@ -187,22 +195,13 @@ class Data(Filling):
             inode.mtime = inode.ctime = clock.now()
         return size
 
-    def _store(self, inode: Inode, offset: int, end: int, view: memoryview) -> None:
-        """Give a range the frames it needs and copy the bytes there; where that fails the file is as it was, but for
-        bytes that it held already."""
-        runs, store, into_holes = self._runs_for_writing(inode, offset, end)
-        try:
-            for index, pfn, count in runs:
-                base = (pfn - index) << PAGE_SHIFT
-                start, stop = max(index << PAGE_SHIFT, offset), min((index + count) << PAGE_SHIFT, end)
-                store(base + start, view[start - offset : stop - offset])
-        except OSError:
-            if into_holes and inode.pages is not None:
-                self._free_pages(inode.pages, offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT)
-                inode.pages = inode.pages if inode.pages.count else None
-            else:
-                self._trim(inode, inode.size)  # nothing may stay behind the end
-            raise
+    def _take_back(self, inode: Inode, offset: int, end: int, *, into_holes: bool) -> None:
+        """The host had no memory for what was to be stored: holes are holes again, nothing stays behind the end."""
+        if into_holes and inode.pages is not None:
+            self._free_pages(inode.pages, offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT)
+            inode.pages = inode.pages if inode.pages.count else None
+        else:
+            self._trim(inode, inode.size)
 
     def _write_part(self, inode: Inode, offset: int, view: memoryview, cut: int, stamp: bool) -> int:
         """Not all fits: the first `cut` bytes, and as much as goes of the rest."""

@@ -290,6 +290,7 @@ def _copy(file: FileIO, ram: Ram, segment: Segment) -> int:
     What is there already is overwritten, not given back first: somebody else might take it.
     """
     buffer, done, at = bytearray(_CHUNK), 0, segment.pfn << PAGE_SHIFT
+    ram.back_run(segment.pfn, page_count(segment.size))
     while done < segment.size and (count := _read_into(file, memoryview(buffer)[: segment.size - done])):
         whole = -(-count // PAGE_SIZE) * PAGE_SIZE
         buffer[count:whole] = bytes(whole - count)
