@@ -78,3 +78,11 @@ def test_only_what_was_said_is_shown() -> None:
     assert Lab({"pkram": "x", "rw": True}, Limits(1, 1)).settings.shown() == ""
     words: Words = {"pkram_strict": True, "mode": "700", "gid": "0", "noswap": True, "noatime": True}
     assert Lab(words, Limits(1, 1)).settings.shown() == "mode=700,gid=0,noswap,pkram_strict"
+
+
+@pytest.mark.parametrize(("said", "kept"), [("ro", {"ro": True}), ("rw", {"rw": True})])
+def test_read_only_is_noted_in_the_place_of_its_opposite(lab: Lab, said: str, kept: dict[str, bool]) -> None:
+    for words in ({"ro": True}, {"rw": True}, {said: True}):
+        lab.settings.reconfigure(words)
+    assert {key: value for key, value in lab.settings.words.items() if key in ("ro", "rw")} == kept
+    assert lab.settings.shown() == "size=2048k,nr_inodes=10"
