@@ -91,10 +91,8 @@ class MountLock:
         if self._fd < 0:
             return
         for suffix in _SUFFIXES:
-            try:
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 os.unlink(self.path(suffix))
-            except FileNotFoundError:
-                continue
         os.close(self._fd)
         self._fd = -1
 
@@ -151,18 +149,18 @@ def clear_away(directory: str, keep: Container[int], say: Callable[[str], None])
         dead = MountLock(directory, tree_id, fd)
         for line in _last_lines(dead.path("log")):
             say(f"pkramfs: daemon of tree {tree_id:016x}: {line}")
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # which is not ours to remove
             os.unlink(dead.path("log"))
         dead.release()
 
 
 def _last_lines(path: str) -> list[str]:
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_BYTES))
-            lines = file.read().decode("utf-8", "backslashreplace").splitlines()
-    except FileNotFoundError:
-        return []
+            lines = file.read(_LAST_BYTES).decode("utf-8", "backslashreplace").splitlines()
+    except OSError:
+        return []  # no log, or something else in its place: no last words
     return [line for line in lines if line.strip()][-_LAST_LINES:]
 
 
