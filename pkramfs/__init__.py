@@ -3,7 +3,7 @@
 The chapters, in reading order; imports only point to what stands above in this list:
 
     units errors record spans    the words used everywhere,
-    streams schema               and the manners: of output, of JSON
+    stdio text schema            output, text for people, JSON
     machine/                     RAM, firmware map, memblock, leases, frames
     pkram/                       what survives: super block, nodes, objects, streams
     kernel/                      one kernel dies, the next is born: image, kaslr, kexec, boot

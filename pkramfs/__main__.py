@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from pkramfs import streams
+from pkramfs import stdio
 
 _VERBS = {
     "mount": "pkramfs.cli.mount",
@@ -30,12 +30,12 @@ _SERVICES = ("boot", "mount-daemon")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run VERB with the arguments after it; its exit status."""
-    streams.hold()
+    stdio.hold()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in ("--version", "-V"):
         from pkramfs import __version__
 
-        return streams.answer("pkramfs", f"pkramfs {__version__}")
+        return stdio.answer("pkramfs", f"pkramfs {__version__}")
     if not words or words[0] not in _VERBS:
         return _usage(words)
     if words[0] in _SERVICES:
@@ -48,8 +48,8 @@ def _usage(words: list[str]) -> int:
     """How it is called: on stdout for --help, as an error otherwise."""
     text = f"usage: python -m pkramfs {{{','.join(_VERBS)}}} ARGUMENTS…"
     if words[:1] in (["-h"], ["--help"]):
-        return streams.answer("pkramfs", text)
-    streams.say(f"pkramfs: unknown verb {words[0]!r}; {text}" if words else text)
+        return stdio.answer("pkramfs", text)
+    stdio.say(f"pkramfs: unknown verb {words[0]!r}; {text}" if words else text)
     return 2
 
 

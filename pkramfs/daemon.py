@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import trio
 
-from pkramfs import streams
+from pkramfs import stdio
 from pkramfs.control.keeper import Keeper, drive
 from pkramfs.control.server import Server
 from pkramfs.control.settings import Settings, Words
@@ -104,7 +104,7 @@ class Reporter:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon of one mount: FD of the status pipe, mount point, options, FD that says when to begin."""
-    streams.hold()
+    stdio.hold()
     fd, mountpoint, text, *go = sys.argv[1:] if argv is None else argv
     expected = _told(int(go[0])) if go else ANYTHING
     if expected is None:

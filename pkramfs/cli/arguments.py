@@ -9,7 +9,7 @@
     OSError                `path: reason`, status 1
     a signal               128 and its number (Ctrl-C: 130), as a shell shows a command that died of it
     BrokenPipeError        141, silently: the reader (`| head`) has had enough
-    stdout cannot be written   `write error: reason`, status 1; news of what was done stop nothing (streams.py)
+    stdout cannot be written   `write error: reason`, status 1; news of what was done stop nothing (stdio.py)
     anything else          one line that asks for a report, status 70; with --debug the traceback
 
 An argument that is wrong is status 2 and one line, not a page of usage.
@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pkramfs import streams
+from pkramfs import stdio
 from pkramfs.cli import render, signals
 from pkramfs.errors import MachineError, PkramfsError, UsageError, explain
 from pkramfs.units import parse_size
@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
         """Print help or an error; argparse would not say that help could not be printed."""
         if file is None or file is sys.stderr:
-            streams.say(message.removesuffix("\n"))
+            stdio.say(message.removesuffix("\n"))
         else:
             file.write(message)
 
@@ -172,25 +172,25 @@ def note(found: "Machine", message: str) -> None:
 
 def run(parser: argparse.ArgumentParser, act: Action, argv: Sequence[str] | None) -> int:
     """Parse, act, and turn whatever goes wrong into one line and an exit status."""
-    streams.hold()
+    stdio.hold()
     words = list(sys.argv[1:] if argv is None else argv)
     render.settle()
     debug = "--debug" in words
     try:
-        with streams.watched():
+        with stdio.watched():
             args = parser.parse_args(words)
             debug = getattr(args, "debug", debug)
             with signals.heard():
                 status = act(args) or 0
     except SystemExit as leave:  # argparse has said why
         status = leave.code if isinstance(leave.code, int) else 0
-    except (BrokenPipeError, streams.PrintError) as error:
-        return streams.broken(parser.prog, error)
+    except (BrokenPipeError, stdio.PrintError) as error:
+        return stdio.broken(parser.prog, error)
     except KeyboardInterrupt as ended:
         status = ended.status if isinstance(ended, signals.Ended) else INTERRUPTED
     except Exception as error:
         status = _report(parser.prog, error, debug=debug)
-    return streams.finish(parser.prog, status)
+    return stdio.finish(parser.prog, status)
 
 
 def _report(program: str, error: Exception, *, debug: bool) -> int:

@@ -15,14 +15,14 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from pkramfs import streams
+from pkramfs import stdio
 from pkramfs.errors import MachineError, PkramfsError
 from pkramfs.text import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Boot the machine in DIR; 0 when kernel.json is written."""
-    streams.hold()
+    stdio.hold()
     parser = ArgumentParser(prog="boot", description="Boot the machine in a directory.")
     parser.add_argument("directory", metavar="DIR", help="the machine's directory")
     parser.add_argument("--parent", type=int, metavar="PID", help="who holds the machine lock for us")
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _boot_for(args.parent, args.directory, args.force)
     except PkramfsError as error:
-        streams.say(printable(f"boot: {error}"))
+        stdio.say(printable(f"boot: {error}"))
         return error.exit_status
     return 0
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import Any, NamedTuple
 
-from pkramfs import streams
+from pkramfs import stdio
 from pkramfs.text import exact, printable
 
 
@@ -46,14 +46,14 @@ def settle() -> None:
 def say(line: Any = "", *, error: bool = False) -> None:
     """Print one line of a result on stdout, or of an error on stderr."""
     if error:
-        streams.say(printable(line))
+        stdio.say(printable(line))
     else:
         print(printable(line))
 
 
 def tell(line: Any) -> None:
     """Print one line of news now: what is being done. If it cannot be printed, the work goes on."""
-    streams.tell(printable(line))
+    stdio.tell(printable(line))
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,7 @@ from collections.abc import Container
 from contextlib import AbstractContextManager
 from typing import Any
 
-from pkramfs import schema, streams
+from pkramfs import schema, stdio
 from pkramfs.errors import DamagedError, MachineError, UsageError, explain
 from pkramfs.machine import claims, locks, mounts
 from pkramfs.machine.files import append_line, clear_temporary, open_regular, read_file, read_json, replace_file
@@ -262,7 +262,7 @@ class Machine:
         """Say once that there is no log, where the messages of this process go."""
         if self.path() not in _SAID:
             _SAID.add(self.path())
-            streams.say(printable(f"pkramfs: warning: no kernel log: {error}"))
+            stdio.say(printable(f"pkramfs: warning: no kernel log: {error}"))
 
     def _uptime(self) -> float:
         """Seconds since the dmesg file was begun, which is when the kernel was started."""

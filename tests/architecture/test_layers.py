@@ -15,7 +15,7 @@ LAYERS = [
     {"pkram"},
     {"machine"},
     {"spans", "record", "schema"},
-    {"units", "errors", "streams", "text"},
+    {"units", "errors", "stdio", "text"},
 ]
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
 RANK |= {"__main__": len(LAYERS), "__init__": -1}
@@ -27,7 +27,7 @@ ALLOWED = {
     "pyfuse3": {"fuse"},
     "rich": {"cli"},
 }
-TOP_LEVEL_OF_COMMANDS = {"cli", "units", "errors", "streams", "schema", "text", "__init__"} | {
+TOP_LEVEL_OF_COMMANDS = {"cli", "units", "errors", "stdio", "schema", "text", "__init__"} | {
     "fuse.options",
     "fuse.syscalls",
     "control.client",

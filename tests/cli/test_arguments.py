@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pkramfs import streams
+from pkramfs import stdio
 from pkramfs.cli import arguments
 from pkramfs.cli.arguments import Parser, run
 from pkramfs.errors import ConflictError, ExhaustedError, MachineError, NotPreservedError, PkramError, UsageError
@@ -122,7 +122,7 @@ def test_a_closed_pipe_is_silent():
     child.stdout.close()
     assert child.stderr.read() == b""
     child.stderr.close()
-    assert child.wait() == streams.BROKEN_PIPE
+    assert child.wait() == stdio.BROKEN_PIPE
 
 
 @pytest.mark.parametrize("verb", ["mount", "kexec", "ctl"])
