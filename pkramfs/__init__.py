@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkramfs: a tmpfs whose file tree survives a kexec.
 
 The chapters, in reading order; imports only point to what stands above in this list:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`python -m pkramfs VERB …`: every command under one roof, each imported only when asked for.
 
     mount, kexec, ctl       what mount.pkramfs, pkram-kexec and pkramctl run

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One mount, from its start to its end: the only place that builds everything.
 
     mount.pkramfs ──starts──▶ python -m pkramfs mount-daemon FD DIR OPTIONS [GO]

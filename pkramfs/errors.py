@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What can go wrong, as one tree; each class knows its exit status.
 
     PkramfsError                  exit 1   anything below

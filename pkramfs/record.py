@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One declaration of a binary record: a struct for one, a dtype for many, a table for the manual.
 
     NODE = Record("Node", 344, "One named node.", [

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """JSON that was written by nobody knows whom: parsed within limits, and checked against a declaration.
 
     ENTRY = Object({"name": Maybe(Text()), "pid": Whole(0, 1 << 22)}, optional={"options": MapOf(Text())})

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Sets of page ranges: what is usable, preserved, reserved, banned, free.
 
     |..####....##........|     Spans([(2, 6), (10, 12)])

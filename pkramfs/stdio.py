@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The three standard descriptors, which whoever starts a program may have closed, filled or broken.
 
     hold()     first thing in every program: /dev/null for those that are closed

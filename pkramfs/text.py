@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Text that came from outside, on its way to people: one line that cannot talk to a terminal or forge a log.
 
 Names of files, mounts and nodes, mount points, command lines and messages about them may hold anything. They are kept

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The words every chapter counts in: pages, page frame numbers, orders, blocks and sizes.
 
 A page is 4 KiB and a page frame number (pfn) is a physical address divided by it. A frame of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Options, order and clean-up of the whole suite."""
 
 import contextlib

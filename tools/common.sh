@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 # What the tools share; sourced, not run. Expects $tool, the name that messages begin with.
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The soak with real processes: mounts, saves and kexecs by command, one of them killed in each generation.
 
     a generation    compare every tree, change it, preserve or drop it, load a kernel, kexec, count blocks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The soak: one machine after another, each living through generations of random everything.
 
     a generation    restore every tree, compare it with what it was; change it; make and drop trees;

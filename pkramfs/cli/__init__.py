@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Chapter 7: the commands, where people meet the machine.
 
 Three commands and no decisions of their own: each one reads its arguments, composes what the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Mount again after a kexec what is mounted now, as it is mounted now.
 
     plan()      from the mount table, when all is frozen: every place of every preserved tree, its flags,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What all commands share: options, exit statuses, and errors as one line.
 
     def main(argv=None) -> int:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """python -m pkramfs boot DIR: the boot of a machine, in a process that was given nothing else.
 
 Started by pkram-kexec and by the first mount with `--parent PID`, while that process holds the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkramctl: a window into the machine, its kernel, its nodes and its memory.
 
     status nodes                 who is there, in what state, how large

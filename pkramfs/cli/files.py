@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkramctl punch, allocate, sparsify, extents: holes in files on a mount, which FUSE has no other way to.
 
 Whoever may write to a file may do this; no machine is looked for. Orders go through extended

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkramctl machine: make, show and remove machines.
 
     create --ram 64G --nodes 2      a default firmware map of that size

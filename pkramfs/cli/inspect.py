@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkramctl inspect: a record that crosses a kexec, field by field, as it lies in memory.
 
     Node at pfn 3f8

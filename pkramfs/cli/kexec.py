@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkram-kexec: load a kernel, let the running one die, boot the next; with kexec(8)'s spelling.
 
     -u                      unload ┐

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """mount.pkramfs: the helper that mount(8) calls, and the way to mount without root.
 
     mount.pkramfs none DIR -o pkram=NAME,…          start a daemon, return when it serves

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """All mounts of a machine at once: ask them, freeze them, take that back, stop them, start them again.
 
     look()      what each mount is and would lose; changes nothing              --dry-run, status

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkramctl nodes and free: what is preserved, by name.
 
     NODE            STATE          SIZE      PAGES   RELOCATED   PFN

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`mount -o remount,…` on a mounted tree: preserve it, take that back, change its limits.
 
     asked for                 result ro?   what is done

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How answers look: tables on a terminal, columns in a pipe, JSON for programs.
 
     NAME      MOUNTED ON   STATE       FILES   SIZE

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkramctl report: what the last boot found, reserved, relocated and lost, and where its time went.
 
     kernel     generation 2, kexec boot of builtin

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What SIGINT, SIGTERM and SIGHUP mean to a command: take back what was begun, and leave; but not half-way.
 
     with heard():                        a signal is an Ended exception, wherever the command is

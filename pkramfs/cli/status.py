@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What `pkramctl status` shows: the machine, its kernel, its mounts and its nodes.
 
     machine      /dev/shm/pkram/default, 64 GiB of RAM, 2.1 GiB of it backed by the host

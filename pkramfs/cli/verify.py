@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkramctl verify: all that would cross a kexec, checked as the next kernel and the next mount would.
 
     super block ── its magic, checksum, version

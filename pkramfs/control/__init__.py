@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How commands talk to a mount daemon, and what the daemon does for them.
 
     mount.pkramfs, pkram-kexec, pkramctl             the daemon of one mount

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Ask a mount daemon, and wait for its answer.
 
     call(entry.socket, "status")                 → dict

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a daemon does for the verbs: keep one tree, and say in which state it is.
 
     preserve     writers gone? ─▶ freeze ─▶ save ─▶ published          else thaw, and say why

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One request, one answer, each a line of JSON.
 
     {"verb": "preserve", "args": {"strict": false}}

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The daemon's ear: a unix socket, one verb a connection.
 
 `Server` knows no verbs: it is given functions by name. Whatever they raise becomes an answer, and what

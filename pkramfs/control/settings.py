@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a remount may change of a mounted tree, and how its options are shown.
 
     size=  nr_blocks=  nr_inodes=    limits, with tmpfs's refusals

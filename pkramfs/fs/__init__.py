@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A tmpfs whose pages are physical.
 
 A kernel's tmpfs is an index of names over pages of memory. This chapter is the same, with the pages

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which accesses are noted as access times: what the flags of a mount ask for.
 
     relatime      the first access after a change, and after a day        the kernel's default

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """POSIX ACLs: what they do to a mode, and what a mode does to them.
 
 An ACL is the value of an xattr, in the kernel's own form: a version word and entries of 8 bytes.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What of a restored tree nobody has asked for yet: it stays as it was read, columns and blobs.
 
     columns of inodes, names, runs, xattrs  ── a directory is asked for ──▶  its names, and the inodes they name

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Attributes of one inode: mode, owner, times, size, extended attributes, ACLs.
 
 Which time changes when, as tmpfs has it:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The clock of files: the kernel's own, read where it stamps.
 
 With the writeback cache the kernel stamps what is written, here everything else is stamped. If the two read

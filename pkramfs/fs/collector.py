@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Python's collector of cyclic garbage, kept from walking the tree.
 
 A tree is some objects for each file, all of them alive; what it gives up is freed at once, by reference

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What every part of the tree stands on: the inode table, the gate, and who holds an inode alive.
 
 **The gate.** Every change of a tree passes through `_change`, after all checks and before the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """File content: reading, writing, truncating, holes; all of it slices of RAM.
 
 Two invariants make holes and growth free of cost:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Names to inodes, and a place in the listing that stays right while entries come and go.
 
 Every entry has a *cookie*, a number that only rises, given when the name appears and kept for as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Refusals in the words of the kernel: an OSError with an errno and nothing else.
 
 The tree refuses hundreds of thousands of times a second at worst, so a refusal is one small

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Frames for holes: before a write, and for fallocate.
 
 `huge=` of a mount says how many come at once:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One file of any kind: its attributes, and what holds it alive.
 
     names in directories      nlink      0: deleted

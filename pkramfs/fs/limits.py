@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """size= and nr_inodes=: what a mount may use, counted exactly as tmpfs counts it.
 
 Pages: 4 KiB pages that files hold, and one for each symlink target too long for the inode

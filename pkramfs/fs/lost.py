@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Data that a program has written and that did not arrive: what a refused write-back leaves behind.
 
 write(2) into the kernel's cache and a store through a mapping succeed at once. When the kernel writes back later and

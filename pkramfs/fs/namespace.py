@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Names: look-up, creation, links, removal, renaming, listing.
 
 Rules that are easy to get wrong, each as tmpfs has it:

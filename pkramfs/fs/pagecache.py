@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which frames hold a file's pages: runs of consecutive pages in consecutive frames.
 
     file page   0   1   2   3   4   5   6   7   8

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A frozen tree as the columns of treeformat: what is awake from its objects, what sleeps from its columns.
 
     awake inodes ──┐                          ┌── positions: inodes of both, by inode number

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Make a tree from a node of preserved memory: all of it, or nothing and a reason.
 
     load ──▶ verify ──▶ within limits? ──▶ build the root ──▶ adopt the frames

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Write a frozen tree into a node of preserved memory.
 
     tree ──▶ object 0: byte stream   all inodes, names, xattrs, holes, as columns (pkram/treeformat)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The tree: a POSIX tmpfs as one object, without FUSE, threads or a clock of its own.
 
     tree = Tree(ram, frames, Limits(max_pages, max_inodes))

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Is what a node claims to be a tree really one? Every rule, before a single frame is taken.
 
 PKRAM trusts what it loads: a name with a slash, a directory inside itself or a frame that two files

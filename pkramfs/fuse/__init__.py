@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The door: how the kernel's FUSE and the tree in RAM meet.
 
     program ── write(2) ──▶ VFS ── /dev/fuse ──▶ session ──▶ operations ──▶ fs.Tree ──▶ RAM

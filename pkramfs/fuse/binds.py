@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Bind mounts: what a mount lies on, and how a part of a file system is mounted elsewhere.
 
     covered()   open_tree(2) of the directory above, cloned ─▶ in the copy nothing is mounted ─▶ stat of the name

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What FUSE's requests cannot say: hole punching and the like, through extended attributes of a file.
 
     setfattr -n user.pkramfs.punch    -v OFFSET:LENGTH FILE     FALLOC_FL_PUNCH_HOLE

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which accesses the mount's flags ask to be noted, as they are now.
 
 FUSE's kernel leaves access times to the daemon and does not say with which flags a file was reached. They

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """INIT: what kernel and daemon agree on, said by us instead of by libfuse.
 
     kernel ──INIT──▶ we read it, choose, answer ──▶ kernel

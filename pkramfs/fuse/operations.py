@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One method for each kind of request: from pyfuse3's words to the tree's and back.
 
 Handlers are ordinary functions; `_request` makes the coroutine that pyfuse3 wants and the net below

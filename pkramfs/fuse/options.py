@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What `-o` means: tmpfs's options, ours, and the words that mount(8) and the kernel add.
 
     size=2G  nr_inodes=1m  mode=1777 …      tmpfs's own

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """System calls that a stopped daemon would hold for ever, made by a child process and waited for so long.
 
     within(lambda: os.statvfs(directory).f_bsize, 10, f"{directory} to answer")

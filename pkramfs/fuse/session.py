@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One FUSE mount: made, served, detached.
 
     root     open /dev/fuse ─▶ mount(2) with fd=N ─┐

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """mount(2), umount2(2), and what is mounted: the system calls that Python's library lacks.
 
 Standard library only: the mount helper uses this without importing the daemon's chapters.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Attributes of an inode in pyfuse3's words, without making an object for each answer.
 
 Answers are sent before the handler's coroutine gives way to anybody else, so one EntryAttributes and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Whose turn it is: requests one after the other while they come, then everybody else.
 
 For each request pyfuse3 takes a lock, waits for the device, reads, works and answers. Under trio that is two

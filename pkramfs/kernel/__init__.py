@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Chapter 3: one kernel dies, the next is born.
 
 A *kernel* here is no process. It is a record (kernel.json) and the tables in RAM that it points to:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Boot: from RAM, a firmware map and a command line to a running kernel, in the order of a real one.
 
     purgatory    are the loaded segments what was loaded?                      ┐

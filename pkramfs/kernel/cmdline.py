@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The kernel command line: words, `name=value`, quotes, and the few options that boot understands.
 
     BOOT_IMAGE=builtin ro quiet pkram=34f nokaslr crashkernel=64M@1G scratch=128M

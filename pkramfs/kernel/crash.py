@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Crash kernels: booted where they were loaded, with PKRAM off, so that a dead kernel can be looked at.
 
     |…… memory of the dead kernel, untouched ……[crash kernel, its table]……|

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Kernel images: what a file says about the memory that its kernel wants.
 
     bzImage   real-mode setup | protected-mode kernel     header: version, alignment, preferred

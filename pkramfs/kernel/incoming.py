@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the last kernel left for this one: found through one number, believed only after checking.
 
     pkram=34f ─→ super block ─→ region list          which pages must not be touched

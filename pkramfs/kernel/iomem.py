@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The resource map of a booted machine, as /proc/iomem has it.
 
     00100000-bfffffff : System RAM

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """KASLR: the physical places where a kernel may land, and the choice of one.
 
     free    |....####..........##......|      # preserved, segments, holes, reserved

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """kexec: load the next kernel, plan its birth, let the running one die.
 
 Loading (`load`) stages the next kernel's segments in kexec/ and decides their destinations; until

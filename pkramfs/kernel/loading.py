@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Loading a kernel: from files to segments with destinations that no preserved page is in.
 
     -s  kexec_file_load   we choose: holes of preserved memory, off the running kernel, from the top

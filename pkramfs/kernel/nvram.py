@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """nvram.json: what crosses a kexec beside RAM, as firmware variables would.
 
     boot_count   how many kernels this machine has had; the next kernel's generation is one more

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Whose a page block is, from all that says so: the lease table is one witness of several.
 
     holes, kernel, reserve    the firmware map and kernel.json say which blocks these are

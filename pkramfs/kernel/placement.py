@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Where the parts of a new kernel go: one pure function, asked before the old one dies and again in boot.
 
     |..pp..[initrd]..[kernel].....pp....[reserve][scratch]|

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The running kernel, as everybody who works under it finds it.
 
     attach(machine)        the kernel, booted on first use; a pending boot is resumed

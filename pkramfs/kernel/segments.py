@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Segments: the pieces of the next kernel, each with a source and a destination in RAM.
 
     kernel      the image                        aligned as it asks, room for its init size

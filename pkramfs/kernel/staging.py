@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The staging directory kexec/: what is loaded for the next boot, until it is copied into RAM.
 
     kexec/kexec.json        the loaded kernel: image, command line, segments, mode

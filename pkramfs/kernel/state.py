@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """kernel.json: what one boot decided, for everybody who works under this kernel.
 
 The kernel is no process; it is this record and the tables in RAM that it points to. It is written

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A plan: steps that are described before they are done, and undone if a later one fails in time.
 
     describe()    every step, for people          what a dry run prints

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The lease table as boot writes it: who owns each page block of the new kernel's RAM.
 
     block      0     1     2     3     4     5 …

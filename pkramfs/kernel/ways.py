@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a kexec costs in each of two ways: PKRAM's bans and relocation, or KHO's scratch.
 
     bans       a loaded kernel's destinations are banned: what is preserved later and lies there is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Chapter 1, the hardware and its allocators.
 
 A machine is a directory. Its memory is one sparse file, `ram`, whose offset is the physical

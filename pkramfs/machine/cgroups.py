@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the memory cgroups allow that this process is in: theirs is the memory that it touches first.
 
     /proc/self/cgroup     which group                     ┐

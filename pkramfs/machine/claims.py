@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Who is busy with which name: claims that end with whoever holds them.
 
     claims/save-<hash of the name>    exclusive: a node of this name is being saved

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A machine is a directory: its RAM, its hardware, and what its kernel exports.
 
     machine.json  ram                         the hardware; survives a kexec

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Small files that others read at any moment: replaced at once, or not at all.
 
     path.PID.tmp ──write──▶ path.PID.tmp ──rename──▶ path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What memory the machine has at power-on: the firmware's map, with holes, and NUMA nodes.
 
     0      640K  1M                 3G           4G                     top

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The page allocator of one owner, inside the page blocks that it leased.
 
 Free memory is a set of *runs* (first pfn, count), found by their start, by their end and by size

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Page-block leases: who owns each 2 MiB of RAM, one word a block, in a table in RAM.
 
     block      0     1      2    3        4        5

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Locks between processes: flock on files of the machine's directory.
 
 A lock lives as long as the process that took it: whoever dies lets go, so no lock is ever stale.

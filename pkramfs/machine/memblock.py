@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """memblock: who has memory, and who took it, before there is any allocator.
 
 Early boot knows two lists of byte ranges, each sorted and without overlaps:

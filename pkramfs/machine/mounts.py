@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Who is mounted: one entry for each mount daemon, named by its tree id.
 
     mounts/00c0ffee….lock    held while the daemon lives; "mounted" means nothing else

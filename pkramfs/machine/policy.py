@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Where new memory comes from: `mpol=` of a mount, over the machine's NUMA nodes.
 
     default, local           anywhere: a daemon runs on no node of its machine

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a process of the machine must not inherit from the shell in which somebody typed mount.
 
 A mount lives for months, and with it whatever its shell had set. As a service that init starts has it:

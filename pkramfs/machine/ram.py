@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Physical memory: one sparse shared file, mapped by every process of the machine.
 
     file offset = physical address; page `pfn` is bytes pfn*4096 … pfn*4096+4095

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Chapter 2, what survives.
 
 PKRAM keeps memory over a kexec by name: a *node* holds *objects*, an object holds a stream of bytes

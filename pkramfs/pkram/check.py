@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Validators that trust nothing: all that would cross a kexec, and whether it agrees with itself.
 
     super block ── magic, checksum, version; a page of memory, in no node

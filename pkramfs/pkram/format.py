@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The contract: every record that crosses a kexec. Printed as pkramfs-format(5).
 
     super block ──► node ──► node ──► …                    by published words

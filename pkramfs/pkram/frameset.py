@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The set of frames that a save or a load has named so far, each at most once.
 
 A frame in two places would be two files' page (D19: the original panics). Runs come in any order and

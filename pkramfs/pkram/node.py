@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A node as it is read: its page, its page table, its objects, each trusted as far as it was checked.
 
     node page ─► magic, checksum, flags, name

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Metadata pages: sealing what is written, checking what is read.
 
 Writers fill a page, set its checksum with `seal_page`, and make it reachable last. Readers come

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """All CPUs on one object: positions that workers take one by one, and the first error that stops them.
 
 numpy lets go of the interpreter while it works on memory, so threads are enough (a checksum of one page

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The region list: every preserved range, for a kernel that has no allocator yet.
 
 Built at the end of the old kernel from all nodes' page tables, the super block and its own pages;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Banned memory: where preserved pages may not lie, and how they are moved out of it.
 
 A kexec image that is loaded already has fixed destinations; what the kernel reserved early and the

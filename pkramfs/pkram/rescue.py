@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Nodes that the list does not lead to any more, found by their own pages.
 
     Super ──► a ──► b ──✗       c ──► d        one word was damaged: c and d are whole, but out of reach

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A node being saved: objects one after the other, then published whole, or given up without a trace.
 
     SAVING ──finish──► PUBLISHED       by one store, after everything else is in memory

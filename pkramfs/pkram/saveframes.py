@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The frames that a save takes for itself: metadata, byte pages, copies of banned pages.
 
 All of them lie outside of banned memory, all are given back if the save is discarded, and all become

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The front door: nodes by name. Save one, load one, list, withdraw.
 
     prepare_save ─► objects … ─► finish      the node appears, whole, by one store

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The super block: the one page whose pfn a kernel tells the next (`pkram=`).
 
 A kernel makes its own at boot and names the nodes in it all its life, so nothing has to be linked

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a file tree looks like in a byte stream: a header, then columns, then blobs.
 
 This is a contract between kernels, as `format.py` is; TREE_VERSION tells its versions apart.

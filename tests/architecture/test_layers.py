@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Imports point down: a chapter imports what stands below it, and third-party code where it may."""
 
 import ast

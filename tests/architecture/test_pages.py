@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The manual pages as man(1) shows them: every page is rendered, and groff has nothing to warn of."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The shape of the code: sizes, essays, linters, light commands."""
 
 import ast
@@ -86,6 +87,21 @@ def test_top_level_is_what_every_project_has() -> None:
         "tests",
         "tools",
     }
+
+
+def test_every_source_file_names_its_licence() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True, check=False)
+    if tracked.returncode != 0 or not tracked.stdout:
+        pytest.skip("not a git checkout")
+    sources = [TOP / name for name in tracked.stdout.split() if name.endswith((".py", ".sh")) or is_script(TOP / name)]
+    assert len(sources) > 200
+    heads = {path: path.read_text().split("\n", 2)[:2] for path in sources if path.exists()}
+    assert [path for path, head in heads.items() if "# SPDX-License-Identifier: GPL-2.0-or-later" not in head] == []
+
+
+def is_script(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"#!"
 
 
 def test_tools_are_executable() -> None:

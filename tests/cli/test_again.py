@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What is mounted again: planned from a mount table, done in an order, several at once."""
 
 import os

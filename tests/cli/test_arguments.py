@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Every failure of a command is one line and a status; a traceback only with --debug."""
 
 import argparse

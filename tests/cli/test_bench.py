@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """tools/bench: what it says of a figure, what it writes, and a short run of the sections below FUSE."""
 
 import json

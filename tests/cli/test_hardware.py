@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkramctl machine: any hardware that can be described, and nothing destroyed by mistake."""
 
 import json

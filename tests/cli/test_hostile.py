@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Commands on a machine whose files are not what they should be: one line and the right status, at once."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkram-kexec understands kexec(8)'s spelling, and refuses what cannot be meant in one line."""
 
 import pytest

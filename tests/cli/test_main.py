@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """`python -m pkramfs VERB` finds its commands and says what it knows."""
 
 import pytest

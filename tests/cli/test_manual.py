@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The manual says what the commands do: every option is in it, and the table of patches points at what exists."""
 
 import argparse

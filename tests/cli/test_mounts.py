@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """All mounts at once: what `-e` freezes it can thaw, a silent daemon stops it, and what lives is found."""
 
 import os

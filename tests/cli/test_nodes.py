@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Nodes without mounts: they survive pkram-kexec, are listed, checked, refused to be lost, and freed."""
 
 import json

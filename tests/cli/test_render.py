@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Tables are aligned, JSON takes what we have, and no text talks to the terminal."""
 
 import json

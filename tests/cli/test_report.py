@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkramctl report and what pkramctl says in a crash kernel."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """SIGINT, SIGTERM and SIGHUP: what was begun is taken back, and where that is too late they wait."""
 
 import json

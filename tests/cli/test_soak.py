@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """tools/soak: a short run of it, and that it would notice."""
 
 import importlib.util

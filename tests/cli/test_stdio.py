@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Commands whose standard descriptors are closed, full or broken: the right status, one line, nothing harmed."""
 
 import os

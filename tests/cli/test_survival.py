@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkram-kexec with real mounts: what was preserved comes back, and a kexec that is refused changes nothing."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A kernel tmpfs and a pkramfs side by side: every case runs on both and must look the same.
 
     both(case)     runs `case(t)` with a fresh directory of each as working directory and compares the

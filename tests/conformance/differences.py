@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What differs from tmpfs, and why it must.
 
 A row names the cases (a pattern of the test's name), what differs (an expression that every line that

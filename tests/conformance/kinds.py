@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One of every kind of thing that a name can mean."""
 
 import os

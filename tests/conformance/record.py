@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a case does in one directory and what came back, as lines that can be compared.
 
     t(os.mkdir, "a", 0o700)          mkdir('a', 448) = None

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """System calls that Python's library lacks, raising OSError as its own do."""
 
 import ctypes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which accesses are noted, by the flags of a mount and of an open file."""
 
 import os

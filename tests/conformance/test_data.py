@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Content: sizes, holes, shrinking and growing, vectors, maps, the largest offsets."""
 
 import mmap

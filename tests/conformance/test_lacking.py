@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What FUSE or pyfuse3 has no request for: it may be refused or done in another way, never done wrongly."""
 
 import array

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """size= and nr_inodes=: the same moments of ENOSPC, the same figures in between."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Calls that POSIX does not know: handles, watches, flags of single reads and writes, advice, seals, statx."""
 
 import ctypes

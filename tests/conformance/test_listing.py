@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Directory reading: order, while entries come and go, places to come back to, many entries."""
 
 import itertools

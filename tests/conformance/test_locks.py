@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Locks of every kind between processes and descriptors, and leases."""
 
 import errno

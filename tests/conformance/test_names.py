@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Calls that take a name: over every kind, with slashes, too long, not UTF-8, through loops."""
 
 import mmap

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """open with every mix of flags, over every kind, and what the descriptor then can do."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Mount options: which are taken, what they mean, and which a remount refuses, as a kernel tmpfs has it.
 
 Which words are taken is asked of tmpfs by mount(2) and of us by our parser, hundreds of times; what they

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Who may do what, whose new files are, and which bits a change of content or owner takes away."""
 
 import mmap

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Random sequences: of calls on both file systems, and of reads, writes, truncates and maps on ours."""
 
 import mmap

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The manual's table of differences says everything that differences.py knows."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """rename over every pair of kinds, with every flag, and what it does to times, counts and `..`."""
 
 import os

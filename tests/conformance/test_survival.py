@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The tree that all cases have left: the same with cold caches, and the same after a kexec.
 
 Runs last (see conftest.py). Compared are types, modes, owners, link counts and which names are one

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which call changes which time of what, and times that are given."""
 
 import itertools

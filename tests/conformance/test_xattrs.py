@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Extended attributes: names, sizes, errors, kinds; ACLs and what they do to modes and new files."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A clock for trio that jumps to the next deadline."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Client and server on a real socket; the tree is not needed."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The states of a tree, with a store that only remembers what it was asked."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a remount may change, over a tree that is never written."""
 
 import errno

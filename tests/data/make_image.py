@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Make the RAM image of the current FORMAT_VERSION: run once for each version, never again.
 
     python tests/data/make_image.py tests/data/format-1.ram.xz

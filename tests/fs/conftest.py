@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A tree over a small RAM with a page allocator that fits a page.
 
 `SmallFrames` keeps the promises that fs/ counts on and checks the duties that fs/ has: nothing is

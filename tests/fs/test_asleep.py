@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Restored trees sleep until somebody asks: a tree half asleep is the same tree, to look at, to change and to save."""
 
 import errno

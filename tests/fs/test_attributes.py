@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Attributes, xattrs and ACLs, as tmpfs has them."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Time stamps: none of ours may be older than one that the kernel has given before, nor newer than now."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The collector of cyclic garbage has nothing to do with a tree, and is kept from looking at it."""
 
 import gc

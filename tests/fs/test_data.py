@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Content: against a bytearray, and the places where others fail."""
 
 import errno

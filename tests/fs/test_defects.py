@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What is wrong or unguarded in the original where tmpfs meets PKRAM, by number: it cannot happen here."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Listings that neither skip nor repeat while entries come and go."""
 
 from itertools import islice

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A host that somebody else has filled: an access to a file ends with the right bytes or an error, never a SIGBUS."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Frozen and preserved trees: which calls are changes, and what happens at the first one."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """huge=: which holes are filled with whole aligned 2 MiB, and what becomes of their tails.
 
 Frames are the real ones here: what is to be seen are physical addresses.

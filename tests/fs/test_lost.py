@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a refused write-back leaves behind: which data are lost, and when they are not any more."""
 
 import errno

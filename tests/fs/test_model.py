@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Random calls on the tree against a model that is a dictionary of paths."""
 
 import errno

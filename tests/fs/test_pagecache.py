@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Runs of frames against the simplest model: a dictionary from file page to frame."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What is saved is what is restored: compared recursively, to the nanosecond and the hole."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Trees in real preserved memory: leases, frames and store as a mount has them."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A damaged or hostile description of a tree: each field wrong once, and what is said about it."""
 
 import numpy as np

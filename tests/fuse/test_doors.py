@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Orders by extended attribute: what they say, and how much is done at once."""
 
 import random

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the flags of a mount say of access times."""
 
 from contextlib import closing

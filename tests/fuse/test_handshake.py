@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """INIT on a socket instead of /dev/fuse: what we ask for, and what libfuse is told."""
 
 import os

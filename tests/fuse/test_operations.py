@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Handlers without a kernel: what becomes of exceptions, references, answers."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """-o strings: what is understood, what passes, what is refused by name."""
 
 import pytest

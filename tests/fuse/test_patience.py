@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What another process asks is known in time, or its not being known is."""
 
 import os

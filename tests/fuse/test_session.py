@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Serving goes on when a request has vanished before it was read."""
 
 import errno

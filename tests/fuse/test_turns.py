@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Requests follow each other without the scheduler, and nobody else starves."""
 
 import socket

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A machine in a temporary root, its boots run in this process, and trees made of patterned pages."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Crash kernels: in their own window, PKRAM off, the dead kernel's memory as it was."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Defects of the series that cannot happen here, by their numbers; pkramfs(7) lists them all."""
 
 import errno

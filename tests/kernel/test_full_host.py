@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A kexec on a host that others have filled: refused before anything is stopped, undone, or resumed; never a SIGBUS."""
 
 from typing import Any

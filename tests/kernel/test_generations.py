@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One generation after another, with random trees, images, command lines and deaths."""
 
 import random

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Every JSON file of a machine, damaged in thousands of ways: what is read is as declared, or refused in one line."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One kernel dies, the next is born, and what was preserved is there."""
 
 import os

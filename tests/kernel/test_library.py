@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Another program preserves memory with the library alone: the manual's own example, in processes of its own."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What crosses a kexec beside RAM."""
 
 from typing import Any

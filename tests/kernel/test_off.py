@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkram=off: a kernel as if it were built without PKRAM. It restores nothing, preserves nothing, touches nothing."""
 
 import errno

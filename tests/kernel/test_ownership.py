@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One flipped bit never costs a tree: the lease table, kernel.json and nvram.json are not believed alone."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What `-e` will do, said before it is done: steps, segments, losses, relocated pages and whose."""
 
 from typing import Any

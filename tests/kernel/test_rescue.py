@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One flipped bit in what leads to nodes: no tree that is whole is lost, and what is lost is named before."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Cold boots, what is refused, what is resumed."""
 
 import collections

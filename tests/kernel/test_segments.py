@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Destinations: found in holes, or checked against whose pages they would overwrite."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The lease table as boot writes it."""
 
 from typing import Any

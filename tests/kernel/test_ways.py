@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Bans or scratch: the figures of both, and that scratch of that size is enough."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A user at the keyboard: mounts, remounts and kexecs with the real commands."""
 
 import os

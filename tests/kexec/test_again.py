@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What -e mounts again: what is mounted now, as it is mounted now, and nothing else."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A kexec on a host that others have filled: refused, in a dry run too, and every mount goes on as it was."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """File handles, as NFS and backup programs keep them, over a kexec."""
 
 import errno

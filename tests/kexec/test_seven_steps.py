@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The seven steps, with everything that may stand in their way, on real mounts."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A small RAM in a directory of its own, with a lease table in its first usable page."""
 
 import contextlib

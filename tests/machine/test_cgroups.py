@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Memory cgroups of both versions, as files: what they allow, to whom, and how often they are asked."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Claims: alone or shared, in one process or several, and gone with whoever held them."""
 
 import os

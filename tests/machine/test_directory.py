@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The machine's directory: names, damage, and what a place that cannot be written says."""
 
 import errno

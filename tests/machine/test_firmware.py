@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Hardware: what can be described, and what is no description."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The page allocator against a set of pages that knows nothing of runs."""
 
 import contextlib

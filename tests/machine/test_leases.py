@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The lease table: who owns each page block."""
 
 import contextlib

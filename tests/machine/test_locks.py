@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Locks between processes; a forked child stands for the other process."""
 
 import inspect

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Pictures are the tests: what a list looks like before a call, and after it.
 
     mem("|..RR..PP  ..|")     one character is 1 MiB

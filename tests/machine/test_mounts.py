@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Entries of mount daemons: living, dead and damaged."""
 
 import json

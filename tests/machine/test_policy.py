@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """mpol=: which nodes new page blocks come from."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a daemon does not inherit from a shell."""
 
 import os

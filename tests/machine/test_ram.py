@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Physical memory: bytes and words of it, holes, damage, and how much the host still has."""
 
 import contextlib

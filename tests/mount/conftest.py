@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A laboratory for real mounts: its own machine, its own mount points, everything taken down again.
 
 Mount points are not below the machine's directory, so that a dead one hides nothing of it.

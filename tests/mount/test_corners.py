@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Corners of real mounts in which something once was lost or ignored."""
 
 import errno

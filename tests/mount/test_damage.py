@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Flipped bits under real mounts: refused and named, and no file that is whole is lost."""
 
 import os

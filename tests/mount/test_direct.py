@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """O_DIRECT beside buffered reading: what is cached must be what was written."""
 
 import mmap

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """How a mount ends when it is not alone: under another mount, with bind mounts, in another namespace."""
 
 import json

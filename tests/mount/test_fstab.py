@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """/etc/fstab: mount -a, mount DIR, remount and umount with the options of a line, by root and by a user.
 
 Everything happens in a mount namespace of its own, over whose /etc/fstab ours is bound, so that the

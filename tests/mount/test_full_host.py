@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Hosts that are full, small, or fenced in: writers get an error, nobody dies or hangs, df and mount tell."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Holes in files on a mount: punched, allocated, sparsified through the doors, and compared with tmpfs's fallocate."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A mount lives longer than the shell that made it, and without that shell's limits and priorities."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Nobody holds a mount once a command has answered: it can be unmounted at that very moment."""
 
 import ctypes

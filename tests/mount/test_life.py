@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Mount, use, unmount: what a program sees of a mounted tree, and what is left behind."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What a mount bears: many files, many clients, clients that die half-way, faults of its own."""
 
 import errno

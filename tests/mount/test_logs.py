@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Logging and printing never decide: what was done is done, whether or not a line about it could be written."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Data for which there was no room when the kernel wrote back: who is told, and that no zeros are preserved."""
 
 import contextlib

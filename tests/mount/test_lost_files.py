@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Files of a machine that are lost while trees are preserved in its RAM."""
 
 import os

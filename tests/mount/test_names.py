@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Names that would write kernel logs, talk to terminals or break JSON, at every door of a real machine."""
 
 import json

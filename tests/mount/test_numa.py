@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """mpol= of a real mount: its pages lie on the node that was asked for, and stay there over a kexec."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pkram=off: mounts work as any tmpfs does, and preserve says why not."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Options of a mount: huge= and what a remount changes, seen by programs, by pkramctl and after a kexec."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """remount,preserve,ro and back, on real mounts; the same name mounted again."""
 
 import errno

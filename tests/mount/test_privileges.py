@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Who loses set-id bits and capabilities by which change: as on tmpfs, before and after the caches are dropped."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Daemons that are started ahead of need: they know and touch nothing before they are told to mount."""
 
 import os

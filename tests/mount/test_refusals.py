@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Bad input: one clear line, mount(8)'s exit status, nothing lost."""
 
 import os

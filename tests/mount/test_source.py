@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """SOURCE, by which a mount is found in the mount table; and mounts of machines other than the default."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A daemon that is stopped keeps nobody waiting without end, and loses nothing by it."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Mount points whose names are not UTF-8 or are escaped in the mount table: ours, and others' beside them."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Ends at awkward moments: umount during a save, a daemon that does not end, signals, places in use."""
 
 import contextlib

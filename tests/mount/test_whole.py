@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Preserved whole: a tree with everything in it that a tree can have, compared over remount,preserve and a kexec.
 
 Compared are, for every path: type, mode, owner, links, which paths are one inode, size, blocks, where the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """A small RAM with a lease table, a super block and an owner's frames."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Death at any moment: between any two lines of the core, memory holds the old state or the new one.
 
 A trace function looks at memory, as another process would, whenever a line of the chapter is about

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Checking all nodes costs so much for each node, however many there are."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Facts 10.10: who may do what while a node is being saved or loaded, by another thread or another process."""
 
 import contextlib

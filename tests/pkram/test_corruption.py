@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Bad input: any field of any record set to any value, with and without a checksum that fits.
 
 A reader may find that nothing is wrong (a time of saving can be any number), or raise a FormatError

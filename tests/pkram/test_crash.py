@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Publish or never: whoever dies at any store of a save or a withdrawal leaves the old state or the new one."""
 
 import contextlib

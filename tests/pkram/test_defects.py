@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What is wrong or unguarded in the original, by number (facts, section 9): it cannot happen here."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Frames that were named, each once, against a plain count."""
 
 import collections

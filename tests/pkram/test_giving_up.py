@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Nodes that cannot be read are given up, one store each; all that can still be reached stays."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The contract, pinned: offsets, sizes, magics; and images of every version, which must load for ever."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Ranges of index: doubt where two meet, none where they only touch."""
 
 import numpy as np

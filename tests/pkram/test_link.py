@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Link pages: encoding, splitting into aligned blocks, where links begin."""
 
 import random

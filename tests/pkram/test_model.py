@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The core against a dictionary: any order of saves, loads, withdrawals, deaths and kernels."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The preserved-page table against the set it was built from."""
 
 import random

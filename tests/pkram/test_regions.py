@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The region list: how many pages it takes, read from either end, with nothing but RAM."""
 
 import numpy as np

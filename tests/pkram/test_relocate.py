@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Row 15: what is banned is copied elsewhere, in bulk, in the largest pieces, and nothing else is."""
 
 import random

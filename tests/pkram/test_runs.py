@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Streams across every border that the code has: steps, slices and strides are made small, and memory is fragmented."""
 
 import errno

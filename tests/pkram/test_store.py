@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Nodes: saved whole or never, loaded without being consumed, withdrawn by one store."""
 
 import errno

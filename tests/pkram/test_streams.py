@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Objects: what comes back, in how many links, at what cost, and what is refused."""
 
 import errno

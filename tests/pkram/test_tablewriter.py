@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The preserved-page table while it grows and shrinks, against a plain set of pages."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Rows 32 to 34: several writers on one object, each in chunks of its own; readers side by side."""
 
 import random

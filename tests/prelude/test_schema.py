@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """JSON within limits, and values held against a declaration."""
 
 from typing import Any

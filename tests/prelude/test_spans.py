@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Spans against Python's own sets."""
 
 from unittest.mock import patch

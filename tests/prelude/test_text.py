@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Text from outside is one line that prints, and exact text is the bytes it was made from."""
 
 import sys

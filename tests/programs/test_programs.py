@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Real programs on the mount: git, sqlite, tar, rsync, gcc and Python's own tests of files."""
 
 import importlib.util

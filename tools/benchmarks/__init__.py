@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The benchmark: sections of figures, each beside a reference that was measured in the same run.
 
 Machines are noisy, so a figure alone means little: every figure is the median of several runs, with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The command: which sections, how often, where to."""
 
 import argparse

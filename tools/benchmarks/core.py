@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """rfc and scale: saving and loading huge trees, on sparse RAM, below FUSE.
 
 Frames are allocated and recorded, their contents never touched, so that 100 GiB fit a small machine.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """io and meta: against a kernel tmpfs and the floor of FUSE on the same machine, turn by turn.
 
 The floor (floor.py) is a file system of pyfuse3 that only keeps names and bytes, served as ours is: what it

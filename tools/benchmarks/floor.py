@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The floor: a file system of pyfuse3 that does as little as one can, served as ours is.
 
     python -m benchmarks.floor DIRECTORY MEMORY        prints "serving", ends with umount

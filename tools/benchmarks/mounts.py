@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Real mounts for the benchmark: ours, a kernel tmpfs and the floor beside it, a machine of their own."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """memory: what a mount, an empty file and a GiB of data cost the daemon; what RAM itself costs a boot."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """pause and start: what a user waits for, whole commands on real mounts."""
 
 import os

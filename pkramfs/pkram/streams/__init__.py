@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The streams of an object, written and read.
 
 writer      one object: bytewriter, pagewriter       reader      one object, checked whole

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The byte stream of an object, being written: frames filled to the brim, and links that name them.
 
     write(b"…") write(b"…")  ─► buffer, 1 MiB ─► frames ─► links

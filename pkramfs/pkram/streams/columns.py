@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Arguments of a save as arrays: columns of one length, of 64-bit integers."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Is all of an object there? Once a part of it is missing, no node may say that it was all.
 
 Kernel: mm/pkram.c (pkram_discard_save), which leaves it to the caller to remember

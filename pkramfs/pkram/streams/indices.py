@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Which indices a page stream names, each at most once: checked while the stream is saved.
 
 A stream with two pages for one index would be refused by every load (the original finds out when it loads, too,

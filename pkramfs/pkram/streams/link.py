@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Link pages: packed entries (frame, order, flags) of index-contiguous runs. How they are made.
 
     link  index 512: | 2^9 at 40000 | 2^0 at 51 | 2^0 at 52 |      indices 512, 1024, 1025

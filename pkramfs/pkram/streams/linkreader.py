@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Link pages read back: one stream's chain, every page checked before an entry is believed.
 
     head ─► link ─► link ─► link = tail      a page names the next, which is its neighbour nearly always

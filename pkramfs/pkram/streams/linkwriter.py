@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Rows of blocks to link pages that nothing names yet: the general way, or the short one for single pages.
 
 Kernel: mm/pkram.c (pkram_add_link), patches 4, 5 and 33

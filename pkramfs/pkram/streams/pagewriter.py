@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The page stream of an object, being written: runs or blocks of frames to rows, rows to links.
 
     save_runs(index, pfn, count)    ─► aligned blocks ─┐

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The two streams of an object, read back: all of it checked before any of it is handed out.
 
 A reader is made of an object's page and the pages that the node's page table names; nothing else is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What the links of a stream say: the fewest runs (index, pfn, count), by index.
 
     steady links      one run each, known from the header and the first entry: nothing is read again

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """One object being saved: a byte stream and a page stream, and the record that names both.
 
     write(b"…")                     ─► bytewriter ─┐

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The preserved-page table of a node: a sparse tree of bitmaps over physical memory. Reading it.
 
     level     entry covers   an entry is                                   page of 512 entries covers

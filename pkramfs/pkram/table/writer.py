@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The preserved-page table while it grows: runs added and taken out in bulk.
 
     add     whole 1 GiB units ─► FULL in the upper level
