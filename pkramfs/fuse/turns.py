@@ -13,6 +13,10 @@ next request is waited for right here, for LINGER; only then, or when requests h
 break for TURN, does the reader wait as trio wants it, and everything else in the daemon has its turn: verbs,
 a save, signals. They wait for TURN at most; an idle daemon sleeps in trio and costs nothing.
 
+A wait that sleeps lets its processor halt, and the next request pays for waking it: more than for everything
+else, in virtual machines above all. So the first part of LINGER, a *window*, is spent asking again and again; see
+`Window` for when it pays.
+
 The lock does not hand itself over either. Who gives it back makes one of the others runnable, who sees at trio's
 next round whether it is free: if the reader waits for requests again, nothing has happened; if its handler
 waits for something (room), or it has ended, the other goes on reading.
@@ -20,9 +24,12 @@ waits for something (room), or it has ended, the other goes on reading.
 pyfuse3 takes the scheduler that it uses from its own module variable `trio`, so that pyfuse3.asyncio can put
 another one there. `Turns` is put there for the same reason: it is trio, but for these two.
 
-Kernel: fs/fuse/dev.c (fuse_dev_poll, fuse_dev_do_read), kernel/sched/ (a time slice)
+Kernel: fs/fuse/dev.c (fuse_dev_poll, fuse_dev_do_read), kernel/sched/ (a time slice),
+drivers/cpuidle/governors/haltpoll.c (adjust_poll_limit)
 """
 
+import os
+import resource
 import select
 import time
 from typing import Any
@@ -33,6 +40,69 @@ LINGER_MS = 1
 """How long the next request is waited for before the scheduler is asked: the least that poll(2) knows."""
 TURN = 0.005
 """Seconds that requests may follow each other before everybody else has a turn."""
+
+WINDOW = 100e-6
+"""Seconds to ask for the next request without sleeping, at most."""
+SHORT = 300e-6
+"""A sleep that was shorter may have been worth a window: with none, waking up alone takes a good part of it."""
+_LEAST = WINDOW / 8
+_PATIENCE = 64
+"""Short sleeps before the window is tried again, at most; each failure doubles them."""
+_CALM = 16
+"""Turns without being preempted before the window is tried again."""
+
+
+class Window:
+    """How long to ask for the next request without sleeping: `seconds`, from nothing to WINDOW.
+
+    It opens when sleeps are short, for then requests follow each other; each request that comes inside opens it
+    wide, each that does not halves it, and what was closed so is opened again ever more rarely. It stays shut
+
+    * with one processor: who would send a request needs the one that asks for it;
+    * where others want the processors, which shows in being preempted: they would lose by it what requests gain, and
+      a processor that never halts wakes us quickly anyway.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._patience = self._asleep = 0
+        self._shut = 0
+        self._preempted = _preemptions()
+
+    def hit(self) -> None:
+        """A request came inside the window."""
+        self.seconds = WINDOW
+        self._patience = 0
+
+    def missed(self) -> None:
+        """None came inside."""
+        self.seconds /= 2
+        if self.seconds < _LEAST:
+            self.seconds = 0.0
+            self._patience = min(2 * self._patience + 1, _PATIENCE)
+
+    def slept(self, seconds: float) -> None:
+        """A request came after a sleep of so long."""
+        if self.seconds or self._shut or seconds > SHORT:
+            return
+        self._asleep += 1
+        if self._asleep > self._patience:
+            self._asleep = 0
+            self.seconds = WINDOW
+
+    def turn(self) -> None:
+        """A turn begins: look who else wants the processors."""
+        preempted = _preemptions()
+        if preempted != self._preempted or len(os.sched_getaffinity(0)) < 2:
+            self._preempted = preempted
+            self._shut, self.seconds = _CALM, 0.0
+        elif self._shut:
+            self._shut -= 1
+
+
+def _preemptions() -> int:
+    """How often this thread had to make way for another."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
 
 
 class Lock:
@@ -58,6 +128,7 @@ class Device:
     def __init__(self) -> None:
         self._turn_ends = 0.0
         self._watched = -1
+        self._window = Window()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
@@ -67,10 +138,31 @@ class Device:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
             self._watched, self._poll = fd, poll.poll
-        elif time.monotonic() < self._turn_ends and self._poll(LINGER_MS):
+        elif self.linger():
             return
         await trio.lowlevel.wait_readable(fd)
         self._turn_ends = time.monotonic() + TURN
+        self._window.turn()
+
+    def linger(self) -> bool:
+        """Wait for the next request while the turn lasts, first without sleep; whether there is one."""
+        now, poll, window = time.monotonic(), self._poll, self._window
+        if now >= self._turn_ends:
+            return False
+        if poll(0):
+            return True
+        if window.seconds:
+            end = now + window.seconds
+            while time.monotonic() < end:
+                if poll(0):
+                    window.hit()
+                    return True
+            window.missed()
+            return bool(poll(LINGER_MS))
+        if not poll(LINGER_MS):
+            return False
+        window.slept(time.monotonic() - now)
+        return True
 
 
 class Turns:

@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from pkramfs.fuse import turns as module
-from pkramfs.fuse.turns import TURN, Device, Lock, Turns
+from pkramfs.fuse.turns import SHORT, TURN, WINDOW, Device, Lock, Turns, Window
 
 
 @pytest.fixture
@@ -149,3 +149,84 @@ def test_who_takes_it_again_keeps_it_and_who_waits_lets_others_in() -> None:
 
     trio.run(main)
     assert order == ["busy 0", "busy 1", "busy 2", "idle"]
+
+
+class Others:
+    """Stands in for what else wants the processors."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.preemptions, self.processors = 0, {0, 1}
+        monkeypatch.setattr(module, "_preemptions", lambda: self.preemptions)
+        monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: self.processors)
+
+
+def test_the_window_opens_where_requests_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    Others(monkeypatch)
+    window = Window()
+    assert window.seconds == 0
+    window.slept(SHORT * 2)
+    assert window.seconds == 0
+    window.slept(SHORT / 2)
+    assert window.seconds == WINDOW
+    window.missed()
+    assert 0 < window.seconds < WINDOW
+    window.hit()
+    assert window.seconds == WINDOW
+
+
+def test_the_window_shuts_where_they_do_not_and_opens_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    Others(monkeypatch)
+    window, sleeps = Window(), []
+    for _ in range(10):
+        count = 0
+        while not window.seconds:
+            window.slept(SHORT / 2)
+            count += 1
+        sleeps.append(count)
+        while window.seconds:
+            window.missed()
+    assert sleeps == sorted(sleeps) and sleeps[0] == 1 and sleeps[-1] > 50
+
+
+@pytest.mark.parametrize("who", ["preempted", "one processor"])
+def test_no_window_while_others_want_the_processor(monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    others = Others(monkeypatch)
+    window = Window()
+    window.slept(0)
+    if who == "preempted":
+        others.preemptions += 1
+    else:
+        others.processors = {1}
+    window.turn()
+    for _ in range(200):
+        window.slept(0)
+    assert window.seconds == 0
+    others.processors = {0, 1}
+    for _ in range(20):
+        window.turn()
+    window.slept(0)
+    assert window.seconds == WINDOW
+
+
+def test_a_request_inside_the_window_is_found_without_sleep(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    Others(monkeypatch)
+    ours, theirs = pair
+    asked: list[float] = []
+
+    async def main() -> None:
+        device = Device()
+        theirs.send(b"1")
+        await device.wait_readable(ours.fileno())
+        ours.recv(1)
+
+        def poll(milliseconds: float) -> list[int]:
+            asked.append(milliseconds)
+            return [1] if len(asked) in (2, 7) else []
+
+        monkeypatch.setattr(device, "_poll", poll)
+        assert device.linger() and asked == [0, 1]  # it slept, and not for long
+        assert device.linger() and asked[2:] == [0] * 5
+
+    trio.run(main)
