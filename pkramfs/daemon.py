@@ -314,7 +314,11 @@ class Daemon:
         operations.writer_gone, operations.data_lost = keeper.writer_gone, keeper.data_lost
         server = Server(self.lock.path("sock"), keeper.verbs(), keeper.undo())
         self.session = session = Session(
-            operations, self.mountpoint, self.options.source or NO_SOURCE, dirty=MemoryGroups().dirty()
+            operations,
+            self.mountpoint,
+            self.options.source or NO_SOURCE,
+            dirty=MemoryGroups().dirty(),
+            filtered=self.options.fuse != "pyfuse3",
         )
         if not syscalls.serve_writers():
             log.info("not an IO flusher: no CAP_SYS_RESOURCE, or a kernel before 5.6")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pkramctl punch, allocate, sparsify, extents: holes in files on a mount, which FUSE has no other way to.
+"""pkramctl punch, allocate, sparsify, extents: holes in files on a mount.
 
-Whoever may write to a file may do this; no machine is looked for. Orders go through extended
-attributes (fuse/doors.py), so a file on another file system is refused before it is given one.
+Whoever may write to a file may do this; no machine is looked for. What fallocate(2) can do on the mount is left to
+it. Where it cannot (fuse=pyfuse3), and for the rest, orders go through extended attributes (fuse/doors.py), so a
+file on another file system is refused before it is given one.
 
 Kernel: fallocate(2), lseek(2) SEEK_DATA, fallocate(1) --dig-holes
 """
@@ -21,6 +22,7 @@ from pkramfs.units import format_size, plural
 
 _DOOR = b"user.pkramfs."
 _NO_DOOR = (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS)
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _BLOCK = 512
 """Bytes that st_blocks counts by."""
 
@@ -31,8 +33,9 @@ def act_punch(args: argparse.Namespace) -> None:
     try:
         os.fsync(fd)  # so that the daemon need not wait for the kernel's writing back
         before = os.fstat(fd).st_blocks
-        _order(fd, args.file, b"punch", b"%d:%d" % (args.offset, args.length))
-        _touch(fd)
+        if not _allocated(fd, args.file, _PUNCH_HOLE | _KEEP_SIZE, args):
+            _order(fd, args.file, b"punch", b"%d:%d" % (args.offset, args.length))
+            _touch(fd)
         _say(args, args.file, before - os.fstat(fd).st_blocks, "given back")
     finally:
         os.close(fd)
@@ -43,11 +46,12 @@ def act_allocate(args: argparse.Namespace) -> None:
     fd = _open(args.file, os.O_RDWR)
     try:
         before = os.fstat(fd)
-        _order(fd, args.file, b"allocate", b"%d:%d" % (args.offset, args.length))
-        end = args.offset + args.length
-        if end > before.st_size and not args.keep_size:
-            os.ftruncate(fd, end)  # the kernel owns the size of a file that it caches
-        _touch(fd)
+        if not _allocated(fd, args.file, _KEEP_SIZE if args.keep_size else 0, args):
+            _order(fd, args.file, b"allocate", b"%d:%d" % (args.offset, args.length))
+            end = args.offset + args.length
+            if end > before.st_size and not args.keep_size:
+                os.ftruncate(fd, end)  # the kernel owns the size of a file that it caches
+            _touch(fd)
         _say(args, args.file, os.fstat(fd).st_blocks - before.st_blocks, "allocated")
     finally:
         os.close(fd)
@@ -98,6 +102,19 @@ def _open(path: str, flags: int) -> int:
             raise UsageError(f"{path} is on no pkramfs mount: fallocate(1) is for others") from None
         raise
     return fd
+
+
+def _allocated(fd: int, path: str, mode: int, args: argparse.Namespace) -> bool:
+    """fallocate(2); False if the mount has none."""
+    from pkramfs.fuse import syscalls
+
+    try:
+        syscalls.fallocate(fd, mode, args.offset, args.length)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return False
+        raise ErrnoError(f"{path}: {os.strerror(error.errno or 0)}", error.errno) from None
+    return True
 
 
 def _order(fd: int, path: str, what: bytes, value: bytes) -> None:

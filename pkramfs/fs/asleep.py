@@ -22,7 +22,7 @@ Kernel: iget_locked() of file systems on disk: an inode is made when it is looke
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -231,6 +231,8 @@ class Asleep:
         self._give_pages(made, positions)
         if len(self.parts.xattrs["inode"]):
             self._give_xattrs(made, positions)
+        if len(self.parts.unwritten["inode"]):
+            self._give_unwritten(made, positions)
         return made
 
     def _give_targets(self, made: list[Inode], positions: Array, places: Array) -> None:
@@ -248,10 +250,15 @@ class Asleep:
             made[place].pages = PageMap(raw[start[number] : end[number]], total[number])
 
     def _give_xattrs(self, made: list[Inode], positions: Array) -> None:
-        owner = self.parts.xattrs["inode"]
-        low, high = (np.searchsorted(owner, positions.astype(owner.dtype), side) for side in ("left", "right"))
-        for place in np.flatnonzero(high > low).tolist():
-            made[place].xattrs = dict(self.xattrs(range(int(low[place]), int(high[place]))))
+        for place, rows in _owned(self.parts.xattrs["inode"], positions):
+            made[place].xattrs = dict(self.xattrs(rows))
+
+    def _give_unwritten(self, made: list[Inode], positions: Array) -> None:
+        first, count = (self.parts.unwritten[name].astype(np.int64) for name in ("first", "count"))
+        for place, rows in _owned(self.parts.unwritten["inode"], positions):
+            part = slice(rows.start, rows.stop)
+            raw = np.stack((first[part], first[part], count[part]), axis=1).tobytes()
+            made[place].unwritten = PageMap(raw, int(count[part].sum()))
 
     def xattrs(self, rows: Iterable[int]) -> Iterable[tuple[bytes, bytes]]:
         """Name and value of rows of the xattr columns."""
@@ -264,6 +271,13 @@ class Asleep:
 
 def _nobody() -> None:
     """Nobody wants to know."""
+
+
+def _owned(owner: Array, positions: Array) -> Iterator[tuple[int, range]]:
+    """For those of the inodes at `positions` that own rows: which of them it is, and its rows."""
+    low, high = (np.searchsorted(owner, positions.astype(owner.dtype), side) for side in ("left", "right"))
+    for place in np.flatnonzero(high > low).tolist():
+        yield place, range(int(low[place]), int(high[place]))
 
 
 def _sums(counts: Array) -> Array:

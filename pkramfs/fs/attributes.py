@@ -25,10 +25,11 @@ import errno
 import stat
 
 from pkramfs.fs import acl, clock
-from pkramfs.fs.core import Core
+from pkramfs.fs.core import WRITING, Core
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import ROOT, Caller, Inode, in_group
 from pkramfs.fs.limits import xattr_space
+from pkramfs.fs.protection import KNOWN, refuse_change, refuse_size, refuse_times
 
 MAX_SIZE = (1 << 63) - 1
 XATTR_CREATE, XATTR_REPLACE = 1, 2
@@ -59,8 +60,11 @@ class Attributes(Core):
         inode = self.inode(number)
         if size is not None:
             self._check_size(inode, size)
+            refuse_size(inode, opened=bool(number & WRITING))
         elif mode is None and uid is None and gid is None:
             return self.set_times(number, atime, mtime, ctime)
+        else:
+            refuse_change(inode)
         self._change(
             "setattr", ino=inode.ino, mode=mode, uid=uid, gid=gid, size=size, atime=atime, mtime=mtime, ctime=ctime
         )
@@ -71,18 +75,25 @@ class Attributes(Core):
             self.losses.cut(inode.ino, size)
             inode.mtime = now
         self._set_owner_and_mode(inode, mode, uid, gid, caller)
-        if size is not None:
+        if size is not None and (inode.mode & 0o6000 or inode.xattrs):
             self._drop_privileges(inode, caller, keep_set_id=caller.uid == 0)
         inode.atime = inode.atime if atime is None else clock.clamp(atime)
         inode.mtime = inode.mtime if mtime is None else clock.clamp(mtime)
         inode.ctime = now if ctime is None else clock.clamp(ctime)
         return inode
 
-    def set_times(self, number: int, atime: int | None, mtime: int | None, ctime: int | None) -> Inode:
-        """`setattr` of times alone: what the kernel sends after writing and before a file goes, so it is short."""
+    def set_times(
+        self, number: int, atime: int | None, mtime: int | None, ctime: int | None, *, touch: bool = False
+    ) -> Inode:
+        """`setattr` of times alone: what the kernel sends after writing and before a file goes, so it is short.
+
+        `touch` says that the access time is now's, which who may append may set.
+        """
         inode = self.inode(number)
         if _same_times(inode, atime, mtime, ctime):
             return inode
+        if inode.flags:
+            refuse_times(inode, given=atime is not None and not touch, written=atime is None and inode.writers > 0)
         self._change("setattr", ino=inode.ino, atime=atime, mtime=mtime, ctime=ctime)
         if atime is not None:
             inode.atime = clock.clamp(atime)
@@ -124,6 +135,17 @@ class Attributes(Core):
     def _resize(self, inode: Inode, size: int) -> None:
         raise NotImplementedError
 
+    # -- flags ----------------------------------------------------------------------------------
+
+    def set_flags(self, number: int, flags: int) -> None:
+        """Set the flags of chattr(1), those of protection; EOPNOTSUPP for others."""
+        inode = self.inode(number)
+        if flags & ~KNOWN:
+            raise fail(errno.EOPNOTSUPP)
+        self._change("setflags", ino=inode.ino, flags=flags)
+        inode.flags = flags
+        inode.ctime = clock.now()
+
     # -- extended attributes --------------------------------------------------------------------
 
     def getxattr(self, number: int, name: bytes) -> bytes:
@@ -152,6 +174,7 @@ class Attributes(Core):
             raise fail(errno.E2BIG)
         if flags & ~3:
             raise fail(errno.EINVAL)
+        refuse_change(inode)
         if name in _ACLS:
             self._set_acl(inode, name, bytes(value), caller)
             return
@@ -170,6 +193,7 @@ class Attributes(Core):
         """Remove a value; ENODATA if there is none (an absent ACL is no error)."""
         inode = self.inode(number)
         _check_xattr_name(inode, name)
+        refuse_change(inode)
         if name in _ACLS:
             self._set_acl(inode, name, acl.pack([]), ROOT)
             return

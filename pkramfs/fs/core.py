@@ -46,8 +46,9 @@ from pkramfs.fs.inode import EMPTY_DIRECTORY_SIZE, Inode
 from pkramfs.fs.limits import INODE_SPACE, Limits, StatFs, xattr_space
 from pkramfs.fs.lost import Losses
 from pkramfs.fs.pagecache import END, PageMap
+from pkramfs.fs.protection import NOATIME
 from pkramfs.pkram.store import estimate
-from pkramfs.pkram.treeformat import EXTENTS, INODES, TREE, XATTRS
+from pkramfs.pkram.treeformat import EXTENTS, INODES, TREE, UNWRITTEN, XATTRS
 from pkramfs.spans import Spans
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Core:
         self.orphans: dict[int, tuple[Inode, bytes]] = {}
         self.tails: set[int] = set()  # see filling
         self.losses = Losses()
+        self.unnamed: set[int] = set()  # orphans that never had a name, and may get one
         self.node_pages = Spans()
         self._frozen = self._preserved = self._guarded = False
         self._directories = 0
@@ -179,7 +181,7 @@ class Core:
 
     def _allocate_inode(self, mode: int, uid: int, gid: int) -> Inode:
         now = clock.now()
-        inode = Inode(self.next_ino, mode, uid, gid, now, now, now)
+        inode = Inode(self.next_ino, mode, uid, gid, now, now, now, btime=now)
         self.inodes[self.next_ino] = inode
         self.next_ino += 1
         self.limits.inode_space += INODE_SPACE
@@ -225,6 +227,7 @@ class Core:
         if inode.nlink or inode.lookups or inode.opens:
             return
         self.orphans.pop(inode.ino, None)
+        self.unnamed.discard(inode.ino)
         self.tails.discard(inode.ino)
         self.losses.drop(inode.ino)
         del self.inodes[inode.ino]
@@ -236,6 +239,8 @@ class Core:
         if inode.xattrs is not None:
             for name in list(inode.xattrs):
                 self._put_xattr(inode, name, None)
+        if inode.unwritten is not None:
+            self._stream_bytes -= UNWRITTEN.width * inode.unwritten.runs
         if inode.pages is not None:
             self._free_pages(inode.pages, 0)
         if inode.entries is not None:
@@ -324,7 +329,7 @@ class Core:
 
     def _read_time(self, inode: Inode) -> None:
         """Note an access, if the mount's flags want it. They are asked for when it is due, and else once a tick."""
-        if self._frozen:
+        if self._frozen or inode.flags & NOATIME:
             return
         now = clock.now()
         due = inode.atime <= inode.mtime or inode.atime <= inode.ctime or now - inode.atime >= _DAY

@@ -21,6 +21,7 @@ Kernel: mm/filemap.c (generic_perform_write), mm/shmem.c (shmem_file_read_iter, 
 import errno
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from pkramfs.errors import ExhaustedError
@@ -31,11 +32,14 @@ from pkramfs.fs.failure import fail
 from pkramfs.fs.filling import Filling
 from pkramfs.fs.inode import ROOT, Caller, Inode
 from pkramfs.fs.pagecache import END, PageMap, Run
+from pkramfs.fs.protection import refuse_open, refuse_space
+from pkramfs.pkram.treeformat import UNWRITTEN
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
 Buffer = bytes | memoryview
 Store = Callable[[int, memoryview], None]
+Viewer = Callable[[int, int], Buffer]
 
 _ZEROS = memoryview(bytes(1 << 20))
 _IN_PAGE = PAGE_SIZE - 1
@@ -55,6 +59,8 @@ class Data(Filling):
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         if writing and self._frozen:
             raise fail(errno.EROFS)
+        if inode.flags:
+            refuse_open(inode, flags)
         if flags & os.O_TRUNC and inode.is_file:
             self._truncate_on_open(inode, caller)
         inode.opens += 1
@@ -73,7 +79,8 @@ class Data(Filling):
         if inode.size:
             self._resize(inode, 0)
         self.losses.cut(inode.ino, 0)
-        self._drop_privileges(inode, caller, keep_set_id=caller.uid == 0)
+        if inode.mode & 0o6000 or inode.xattrs:  # else nobody need know who it is
+            self._drop_privileges(inode, caller, keep_set_id=caller.uid == 0)
         inode.mtime = inode.ctime = clock.now()
 
     # -- reading --------------------------------------------------------------------------------
@@ -92,13 +99,20 @@ class Data(Filling):
         if pages is None:
             return zeros(end - offset)
         first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
-        runs = pages.between(first, last)
-        if pages.backed is not None and not self._backed(pages, first, last):
-            return self._gather(runs, offset, end, self._peek)
+        runs, view = pages.between(first, last), self._viewer(inode, first, last)
+        if view == self._peek:
+            return self._gather(runs, offset, end, view)
         if len(runs) == 1 and runs[0][2] == last - first:
             start = (runs[0][1] << PAGE_SHIFT) + (offset & _IN_PAGE)
             return self.ram.bytes[start : start + end - offset]
-        return self._gather(runs, offset, end, self._view) if runs else zeros(end - offset)
+        return self._gather(runs, offset, end, view) if runs else zeros(end - offset)
+
+    def _viewer(self, inode: Inode, first: int, last: int) -> Viewer:
+        """Return how the bytes of pages [first, last) may be read: in place, if the host has memory for all of them."""
+        pages = inode.pages
+        if pages is not None and pages.backed is not None and not self._backed(pages, first, last):
+            return self._peek
+        return self._view
 
     def _view(self, start: int, stop: int) -> Buffer:
         return self.ram.bytes[start:stop]
@@ -133,7 +147,7 @@ class Data(Filling):
         for _, pfn, count in runs:
             self.ram.back_run(pfn, count)
 
-    def _gather(self, runs: list[Run], offset: int, end: int, view: Callable[[int, int], Buffer]) -> bytes:
+    def _gather(self, runs: list[Run], offset: int, end: int, view: Viewer) -> bytes:
         """Join pieces of several runs and the holes between them."""
         pieces: list[Buffer] = []
         at = offset
@@ -185,6 +199,8 @@ class Data(Filling):
         except OSError:
             self._take_back(inode, offset, end, into_holes=into_holes)
             raise
+        if inode.unwritten is not None:
+            self._mark_written(inode, offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT)
         if end > inode.size:
             self._bytes += end - inode.size
             inode.size = end
@@ -252,6 +268,7 @@ class Data(Filling):
         if inode.pages is None:
             return
         self._free_pages(inode.pages, (size + _IN_PAGE) >> PAGE_SHIFT)
+        self._mark_written(inode, (size + _IN_PAGE) >> PAGE_SHIFT, END)
         if size & _IN_PAGE:
             self._clear(inode, size, (size | _IN_PAGE) + 1)
         if not inode.pages.count:
@@ -271,11 +288,14 @@ class Data(Filling):
         """Give a range its pages now (fallocate), with memory of the host, so that no write there runs out of it;
         ENOSPC if they do not all fit."""
         inode = self.file_range(number, offset, size)
+        refuse_space(inode, punch=False)
         end = offset + size
         first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
+        holes = inode.pages.holes(first, last) if inode.pages is not None else [(first, last - first)]
         if inode.pages is not None and inode.pages.backed is not None:
             self._back_runs(inode.pages.between(first, last))
         self._fill_holes(inode, first, last, "allocate", offset, end, back=True)
+        self._mark_unwritten(inode, holes)
         if keep_size:
             self.tails.discard(inode.ino)  # what is behind the end was asked for
         if end > inode.size and not keep_size:
@@ -286,18 +306,45 @@ class Data(Filling):
     def punch(self, number: int, offset: int, size: int) -> None:
         """Make a range a hole: it reads as zeros and whole pages go back to the host."""
         inode = self.file_range(number, offset, size)
+        refuse_space(inode, punch=True)
         end = offset + size
         self._change("punch", ino=inode.ino, offset=offset, end=end)
-        if inode.pages is not None:
-            first, last = (offset + _IN_PAGE) >> PAGE_SHIFT, end >> PAGE_SHIFT
-            if first > last:
-                self._clear(inode, offset, end)
-            else:
-                self._free_pages(inode.pages, first, last)
-                self._clear(inode, offset, first << PAGE_SHIFT)
-                self._clear(inode, last << PAGE_SHIFT, end)
+        self._make_hole(inode, offset, end)
         self.losses.written(inode.ino, offset, end, inode.size)
         inode.mtime = inode.ctime = clock.now()
+
+    def _make_hole(self, inode: Inode, start: int, end: int) -> None:
+        """Free the whole pages of a range, and clear what it has of others."""
+        if inode.pages is None:
+            return
+        first, last = (start + _IN_PAGE) >> PAGE_SHIFT, end >> PAGE_SHIFT
+        if first > last:
+            self._clear(inode, start, end)
+        else:
+            self._free_pages(inode.pages, first, last)
+            self._mark_written(inode, first, last)
+            self._clear(inode, start, first << PAGE_SHIFT)
+            self._clear(inode, last << PAGE_SHIFT, end)
+
+    def _mark_unwritten(self, inode: Inode, runs: list[tuple[int, int]]) -> None:
+        """Note pages that were allocated and never written: they read as zeros, and count as a hole."""
+        there = inode.unwritten or PageMap()
+        before = there.runs
+        for index, count in runs:
+            there.insert(index, index, count)
+        self._stream_bytes += UNWRITTEN.width * (there.runs - before)
+        inode.unwritten = there if there.count else None
+
+    def _mark_written(self, inode: Inode, first: int, last: int) -> None:
+        """Take that note of [first, last) away: the pages are written, or gone."""
+        there = inode.unwritten
+        if there is None:
+            return
+        before = there.runs
+        there.remove(first, last)
+        self._stream_bytes += UNWRITTEN.width * (there.runs - before)
+        if not there.count:
+            inode.unwritten = None
 
     def sparsify(self, number: int, first: int = 0, last: int = END) -> int:
         """Give back those of the pages [first, last) of a file that are all zeros, which changes nothing to be seen;
@@ -314,6 +361,7 @@ class Data(Filling):
             self._change("sparsify", ino=inode.ino, ranges=empty)
         for start, end in empty:
             self._free_pages(inode.pages, start, end)
+            self._mark_written(inode, start, end)
         return sum(end - start for start, end in empty)
 
     def _zeros(self, pfn: int, count: int) -> Spans:
@@ -325,11 +373,13 @@ class Data(Filling):
             found = found | Spans.from_mask(empty, start)
         return found
 
-    def extents(self, number: int, start: int = 0) -> Iterator[tuple[int, int]]:
-        """(offset, size) of the parts of a file from `start` on that are no hole: what SEEK_DATA would find."""
+    def extents(self, number: int, start: int = 0, *, allocated: bool = False) -> Iterator[tuple[int, int]]:
+        """(offset, size) of the parts of a file from `start` on that are no hole: what SEEK_DATA would find, or
+        whatever is `allocated`."""
         inode = self.inode(number)
         last = (inode.size + _IN_PAGE) >> PAGE_SHIFT
-        runs = inode.pages.between(start >> PAGE_SHIFT, last) if inode.pages is not None else []
+        find = inode.pages.between if allocated and inode.pages is not None else partial(written, inode)
+        runs = find(start >> PAGE_SHIFT, last)
         begin = end = start
         for index, _, count in runs:
             if index << PAGE_SHIFT > end:
@@ -352,6 +402,20 @@ class Data(Filling):
         if offset + size > MAX_SIZE:
             raise fail(errno.EFBIG)
         return inode
+
+
+def written(inode: Inode, first: int, last: int) -> list[Run]:
+    """The runs of a file in [first, last) that hold data: what was only allocated is a hole to who looks for one."""
+    if inode.pages is None:
+        return []
+    runs = inode.pages.between(first, last)
+    if inode.unwritten is None:
+        return runs
+    found: list[Run] = []
+    for index, pfn, count in runs:
+        for at, size in inode.unwritten.holes(index, index + count):
+            found.append((at, pfn + at - index, size))
+    return found
 
 
 def zeros(size: int) -> Buffer:

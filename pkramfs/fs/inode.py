@@ -34,7 +34,7 @@ ENTRY_SIZE = 20
 BLOCKS_PER_PAGE = 8
 
 
-FIELDS = ("ino", "mode", "uid", "gid", "atime", "mtime", "ctime", "nlink", "size", "rdev")
+FIELDS = ("ino", "mode", "uid", "gid", "atime", "mtime", "ctime", "nlink", "size", "rdev", "btime", "flags")
 """The numbers that make an Inode, in the order of its arguments: what crosses a kexec as columns of the same names."""
 
 
@@ -72,8 +72,10 @@ class Inode:
 
     __slots__ = (
         "atime",
+        "btime",
         "ctime",
         "entries",
+        "flags",
         "folder",
         "gid",
         "ino",
@@ -89,6 +91,7 @@ class Inode:
         "target",
         "uid",
         "unprivileged",
+        "unwritten",
         "writers",
         "xattrs",
     )
@@ -105,14 +108,18 @@ class Inode:
         nlink: int = 1,
         size: int = 0,
         rdev: int = 0,
+        btime: int = 0,
+        flags: int = 0,
     ) -> None:
         self.ino, self.mode, self.uid, self.gid = ino, mode, uid, gid
         self.atime, self.mtime, self.ctime = atime, mtime, ctime
         self.nlink, self.size, self.rdev = nlink, size, rdev
+        self.btime, self.flags = btime, flags  # 0: nobody knows; see protection
         self.lookups = self.opens = self.writers = 0
         self.unprivileged = False  # open for writing by somebody whose writes drop set-id bits
         self.entries: Directory | None = None
         self.pages: PageMap | None = None
+        self.unwritten: PageMap | None = None  # see data
         self.target: bytes | None = None
         self.xattrs: dict[bytes, bytes] | None = None
         self.folder: Inode | None = None

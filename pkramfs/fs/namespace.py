@@ -29,6 +29,7 @@ from pkramfs.fs.directory import LAST, Directory
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import ENTRY_SIZE, ROOT, Caller, Inode
 from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE, NAME_MAX
+from pkramfs.fs.protection import INHERITED, refuse_change, refuse_entry, refuse_removal
 from pkramfs.pkram.treeformat import ENTRIES
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
@@ -140,22 +141,43 @@ class Namespace(Core):
         return inode
 
     def link(self, number: int, parent: int, name: bytes) -> Inode:
-        """One more name for a file that has at least one."""
+        """One more name for a file that has at least one, or the first for one of `tmpfile`."""
         inode = self.inode(number)
         if inode.entries is not None:
             raise fail(errno.EPERM)
-        if not inode.nlink:
+        fresh = inode.ino in self.unnamed
+        if not inode.nlink and not fresh:
             raise fail(errno.ENOENT)
-        folder = self._place_for(parent, name)
+        refuse_change(inode)
+        folder = self._place_for(parent, name, 0 if fresh else INODE_SPACE)
         self._change("link", ino=number, parent=parent, name=name)
         inode.nlink += 1
-        self.limits.inode_space += INODE_SPACE
+        if fresh:
+            self.unnamed.discard(inode.ino)
+            del self.orphans[inode.ino]
+        else:
+            self.limits.inode_space += INODE_SPACE
         inode.ctime = clock.now()
         self._enter(folder, name, inode)
         return inode
 
-    def _place_for(self, parent: int, name: bytes) -> Inode:
-        """The directory for a new name, after all checks."""
+    def tmpfile(self, parent: int, mode: int, caller: Caller = ROOT, *, linkable: bool = True) -> Inode:
+        """A new, empty regular file without a name, an orphan from birth: it needs a handle or a reference to live.
+
+        Only a `linkable` one can be given a name later.
+        """
+        folder = self.directory(parent)
+        self._check_place(folder, INODE_SPACE)
+        self._change("tmpfile", parent=parent, mode=mode, caller=caller)
+        inode = self._new_inode(folder, stat.S_IFREG | mode & 0o7777, caller)
+        inode.nlink = 0
+        self.orphans[inode.ino] = (folder, b"#%d" % inode.ino)
+        if linkable:
+            self.unnamed.add(inode.ino)
+        return inode
+
+    def _place_for(self, parent: int, name: bytes, space: int = INODE_SPACE) -> Inode:
+        """The directory for a new name that takes so much inode space, after all checks."""
         folder = self.directory(parent)
         if len(name) > NAME_MAX:
             raise fail(errno.ENAMETOOLONG)
@@ -163,13 +185,17 @@ class Namespace(Core):
             raise fail(errno.EEXIST)
         if not name or b"/" in name or b"\0" in name:
             raise fail(errno.EINVAL)
+        self._check_place(folder, space)
+        return folder
+
+    def _check_place(self, folder: Inode, space: int) -> None:
         if not folder.nlink:
             raise fail(errno.ENOENT)  # removed, but still somebody's working directory
         if self._frozen:
             raise fail(errno.EROFS)  # not ENOSPC
-        self.limits.require_space()
+        refuse_entry(folder)
+        self.limits.require_space(space)
         self._grow()
-        return folder
 
     def _new_inode(self, folder: Inode, mode: int, caller: Caller) -> Inode:
         gid = caller.gid
@@ -180,9 +206,12 @@ class Namespace(Core):
         default = folder.xattrs.get(acl.DEFAULT) if folder.xattrs is not None else None
         link = stat.S_ISLNK(mode)
         if default is None or link:
-            return self._allocate_inode(mode if link else mode & ~caller.umask, caller.uid, gid)
+            inode = self._allocate_inode(mode if link else mode & ~caller.umask, caller.uid, gid)
+            inode.flags = folder.flags & INHERITED
+            return inode
         mode, inherited = acl.inherit(default, mode)
         inode = self._allocate_inode(mode, caller.uid, gid)
+        inode.flags = folder.flags & INHERITED
         for name, value in inherited.items():
             self._put_xattr(inode, name, value)
         return inode
@@ -204,6 +233,7 @@ class Namespace(Core):
         inode = self._existing(folder, name)
         if inode.entries is not None:
             raise fail(errno.EISDIR)
+        refuse_removal(folder, inode)
         self._change("unlink", parent=parent, name=name)
         self._leave(folder, name)
         self._drop_name(inode, folder, name, folder.ctime)
@@ -219,6 +249,7 @@ class Namespace(Core):
             raise fail(errno.ENOTDIR)
         if inode.entries.entries:
             raise fail(errno.ENOTEMPTY)
+        refuse_removal(folder, inode)
         self._change("rmdir", parent=parent, name=name)
         self._leave(folder, name)
         folder.nlink -= 1
@@ -281,6 +312,10 @@ class Namespace(Core):
         self._check_ancestry(inode, victim, source, target, flags)
         if inode is victim:
             return
+        refuse_removal(source, inode)
+        if victim is not None:
+            refuse_removal(target, victim)
+        refuse_entry(target)
         if victim is not None and not flags & RENAME_EXCHANGE:
             _check_replacement(inode, victim)
         if flags & RENAME_WHITEOUT:

@@ -109,9 +109,10 @@ def take(tree: Tree) -> Generator[Progress, None, Picture]:
     with collector.paused():
         extents, runs = _extent_columns(inodes, table)
         xattrs, values = _xattr_columns(inodes)
+        unwritten = _unwritten_columns(inodes)
         targets = _targets(inodes)
     return Picture(
-        {"inodes": table, "entries": entries, "extents": extents, "xattrs": xattrs},
+        {"inodes": table, "entries": entries, "extents": extents, "xattrs": xattrs, "unwritten": unwritten},
         {"names": names, "targets": targets, "values": values},
         runs,
     )
@@ -284,6 +285,27 @@ def _sleeping_runs(rest: _Rest) -> tuple[Array, Array]:
     lengths = np.diff(rest.packed.edges)
     asleep = np.repeat(rest.inodes, lengths)
     return rest.packed.pieces[asleep], np.repeat(rest.places, lengths)[asleep]
+
+
+def _unwritten_columns(inodes: _Inodes) -> Columns:
+    """Which pages were allocated and never written, by inode."""
+    awake = zip(inodes.places.tolist(), inodes.awake, strict=True)
+    owners = [(place, inode.unwritten) for place, inode in awake if inode.unwritten is not None]
+    raw = b"".join(chain.from_iterable(pages.leaves for _, pages in owners))
+    runs = np.frombuffer(raw, dtype=np.int64).reshape(-1, 3)
+    places = np.array([place for place, _ in owners], dtype=np.int64)
+    columns: Columns = {
+        "inode": np.repeat(places, [pages.runs for _, pages in owners]),
+        "first": runs[:, 0],
+        "count": runs[:, 2],
+    }
+    if inodes.rest is None:
+        return columns
+    table = inodes.rest.parts.unwritten
+    rows = np.flatnonzero(inodes.rest.inodes[table["inode"]])
+    asleep = {"inode": inodes.rest.places[table["inode"][rows]]}
+    asleep |= {name: table[name][rows].astype(np.int64) for name in ("first", "count")}
+    return _merged((columns, []), (asleep, []), "inode")[0]
 
 
 # -- the rest ---------------------------------------------------------------------------------------

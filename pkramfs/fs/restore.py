@@ -29,7 +29,7 @@ from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE, Limits
 from pkramfs.fs.picture import Progress
 from pkramfs.fs.tree import Tree
 from pkramfs.fs.verify import Runs, verify
-from pkramfs.pkram.treeformat import EXTENTS, TreeStream
+from pkramfs.pkram.treeformat import EXTENTS, INODES, TreeStream
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SIZE, format_size
 
@@ -63,7 +63,7 @@ def restore(
         parts.header.next_ino,
         directories=int(np.count_nonzero(kinds == stat.S_IFDIR)),
         size=sum(sizes[kinds == stat.S_IFREG].tolist()),
-        stream_bytes=len(stream) - EXTENTS.width * parts.header.extents,
+        stream_bytes=_weight(parts, len(stream)),
         runs=len(packed.pieces),
     )
     tree.node_pages = metadata
@@ -102,6 +102,12 @@ def _needs(parts: TreeStream) -> tuple[int, int]:
             space += 40 + names + values
         at += names + values
     return parts.header.pages + long_targets, space
+
+
+def _weight(parts: TreeStream, length: int) -> int:
+    """Bytes of the stream that the tree will be saved as, without extents; that of an older kernel lacks columns."""
+    lacking = INODES.width - sum(column.dtype.itemsize for column in INODES.present(parts.header.flags))
+    return length + lacking * int(parts.header.inodes) - EXTENTS.width * int(parts.header.extents)
 
 
 def _check_limits(limits: Limits, pages: int, space: int) -> None:

@@ -30,7 +30,7 @@ from pkramfs.errors import PkramError
 from pkramfs.fs.picture import Picture, Progress, take
 from pkramfs.fs.tree import Tree
 from pkramfs.pkram import treeformat
-from pkramfs.pkram.treeformat import BLOBS, ENTRIES, EXTENTS, INODES, TREE, XATTRS, Array
+from pkramfs.pkram.treeformat import BLOBS, TREE, Array
 from pkramfs.spans import Spans
 from pkramfs.text import exact
 from pkramfs.units import BLOCK_ORDER, BLOCK_PAGES
@@ -183,16 +183,18 @@ def _stream(tree: Tree, picture: Picture) -> Iterator[bytes]:
         section.name: len(picture.columns[section.name][section.columns[0].name]) for section in treeformat.SECTIONS
     }
     header |= {name: len(picture.blobs[name]) for name in BLOBS}
+    flags = treeformat.features(picture.columns)
     yield TREE.pack(
         magic=treeformat.TREE_MAGIC,
         version=treeformat.TREE_VERSION,
         pages=int(picture.runs[:, 2].sum()),
         next_ino=tree.next_ino,
+        flags=flags,
         saved_ns=time.time_ns(),
         **header,
     )
-    for section in (INODES, ENTRIES, EXTENTS, XATTRS):
-        yield from treeformat.encode(section, picture.columns[section.name])
+    for section in treeformat.SECTIONS:
+        yield from treeformat.encode(section, picture.columns[section.name], flags)
     for name in BLOBS:
         blob = picture.blobs[name]
         yield blob + bytes(treeformat.padding(len(blob)))

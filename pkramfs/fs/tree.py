@@ -15,13 +15,14 @@ calls from one thread. The parts, one page each:
     attributes   setattr, xattrs, ACLs
     filling      frames for holes, one by one or as huge pages
     data         open, read, write, truncate, holes
+    ranges       seek data and holes, copy
 
 Kernel: mm/shmem.c
 """
 
-from pkramfs.fs.data import Data
 from pkramfs.fs.namespace import Namespace
+from pkramfs.fs.ranges import Ranges
 
 
-class Tree(Namespace, Data):
+class Tree(Namespace, Ranges):
     """A tmpfs in RAM; see the module's page."""

@@ -10,6 +10,7 @@ files take a fraction of a second. What fails is named: column, row, what was fo
     shape     one root; every other directory has exactly one name, and the way up ends at the root
     links     a file has as many names as it says, a directory 2 and one for each subdirectory
     extents   only in regular files, rising, not overlapping, all pages of the stream and no more
+    unwritten each run inside one extent of its file, rising, not overlapping
     frames    inside the page blocks of this tree, none used twice
 
 PKRAM itself checks nothing here (defects D1 and D34).
@@ -28,6 +29,7 @@ from pkramfs.fs.core import INO_MASK, ROOT_INO
 from pkramfs.fs.directory import FIRST_COOKIE
 from pkramfs.fs.inode import EMPTY_DIRECTORY_SIZE, ENTRY_SIZE
 from pkramfs.fs.namespace import TARGET_MAX
+from pkramfs.fs.protection import KNOWN
 from pkramfs.pkram.treeformat import Array, TreeStream
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT
@@ -54,6 +56,7 @@ def verify(tree: TreeStream, runs: Runs, allowed: Spans, used: Spans | None = No
     _verify_each_name_once(tree)
     _verify_links(tree, kinds)
     _verify_extents(tree, kinds)
+    _verify_unwritten(tree)
     _verify_frames(tree, runs, allowed, used)
     _verify_xattrs(tree)
 
@@ -83,6 +86,7 @@ def _verify_inodes(tree: TreeStream, kinds: Array) -> None:
     _require(np.isin(kinds, _TYPES) & (mode < 1 << 16), "inodes", "mode", mode, "a file type and permissions")
     _require((rdev == 0) | np.isin(kinds, _DEVICES), "inodes", "rdev", rdev, "0, this is no device")
     _require(size <= MAX_SIZE, "inodes", "size", size, f"at most {MAX_SIZE}")
+    _require(inodes["flags"] & ~np.uint32(KNOWN) == 0, "inodes", "flags", inodes["flags"], "flags that tmpfs has")
     special = ~np.isin(kinds, [stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK])
     _require((size == 0) | ~special, "inodes", "size", size, "0 for a special file")
     links = kinds == stat.S_IFLNK
@@ -192,6 +196,33 @@ def _verify_extents(tree: TreeStream, kinds: Array) -> None:
     after = np.concatenate(([True], (owner[1:] != owner[:-1]) | (first[1:] >= first[:-1] + count[:-1])))
     _require(after, "extents", "first", first, "more than the end of the extent before")
     _require_equal(_exact_sum(count), tree.header.pages, "pages of all extents")
+
+
+def _verify_unwritten(tree: TreeStream) -> None:
+    owner, first, count = (tree.unwritten[name] for name in ("inode", "first", "count"))
+    _require(owner < len(tree.inodes["ino"]), "unwritten", "inode", owner, "the position of an inode")
+    _require(np.concatenate(([True], owner[1:] >= owner[:-1])), "unwritten", "inode", owner, "rising positions")
+    last = np.uint64((MAX_SIZE >> PAGE_SHIFT) + 1)
+    _require((count > 0) & (count <= last), "unwritten", "count", count, "at least one page, within a file")
+    _require(first <= last - count, "unwritten", "first", first, "pages within a file")
+    after = np.concatenate(([True], (owner[1:] != owner[:-1]) | (first[1:] >= first[:-1] + count[:-1])))
+    _require(after, "unwritten", "first", first, "more than the end of the run before")
+    edges = np.concatenate(([0], np.cumsum(tree.inodes["extents"], dtype=np.int64)))
+    extent = _last_not_behind(tree.extents["first"], first, edges[owner], edges[owner.astype(np.int64) + 1])
+    inside = extent >= edges[owner]
+    begin, size = (tree.extents[name][np.maximum(extent, 0)] if len(extent) else first for name in ("first", "count"))
+    _require(inside & (first + count <= begin + size), "unwritten", "first", first, "pages of an extent of its file")
+
+
+def _last_not_behind(values: Array, wanted: Array, low: Array, high: Array) -> Array:
+    """For each wanted value the last place in [low, high) of rising values where one is not larger; low - 1: none."""
+    low, high = low.copy(), high.copy()
+    while (low < high).any():
+        middle = (low + high) >> 1
+        at = np.minimum(middle, max(len(values) - 1, 0))
+        behind = (values[at] > wanted) | (low >= high)
+        high, low = np.where(behind & (low < high), middle, high), np.where(behind, low, middle + 1)
+    return low - 1
 
 
 def _exact_sum(counts: Array) -> int:

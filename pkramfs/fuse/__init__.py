@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The door: how the kernel's FUSE and the tree in RAM meet.
 
-    program ── write(2) ──▶ VFS ── /dev/fuse ──▶ session ──▶ operations ──▶ fs.Tree ──▶ RAM
-                             │                      │            │
-                      page cache, names,       mounts, serves,   turns requests into calls,
-                      attributes: endless      detaches          OSError into an errno
+    program ── write(2) ──▶ VFS ── /dev/fuse ──▶ filter ──▶ operations ──▶ fs.Tree ──▶ RAM
+                             │                     │             │
+                      page cache, names,     reads, answers;     turns requests into calls,
+                      attributes: endless    or else pyfuse3     OSError into an errno
 
 The door decides nothing. What tmpfs would answer is known in `fs`; here is only what FUSE makes
 special:
@@ -17,13 +17,13 @@ special:
 * A handle is an inode number (with a bit for writing): no table, nothing to lose when a daemon is
   replaced.
 * Whatever a handler raises must end as an errno: any other exception ends pyfuse3's loop and with
-  it the mount.
+  it the mount. Requests are read and answered in front of pyfuse3, whose session it stays: the handlers are the same.
 * As root the daemon opens /dev/fuse and calls mount(2) itself, so that somebody else could hold
   the descriptor; a user's mount goes through fusermount3.
 
 In reading order: options (what -o means), syscalls (mount(2) and what is mounted), translate
-(attributes), doors (what FUSE has no request for), operations (one method a request), turns (who is
-next), session (mount, serve, detach).
+(attributes), doors (orders that FUSE has no request for), operations (one method a request), wire, replies and
+requests (the same in the kernel's bytes), filter (read, answer), turns (who is next), session (mount, serve, detach).
 
 Kernel: fs/fuse/, include/uapi/linux/fuse.h
 """

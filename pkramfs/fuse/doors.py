@@ -20,12 +20,14 @@ Kernel: mm/shmem.c (shmem_fallocate), fs/fuse/inode.c (fuse_reverse_inval_inode)
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterable, Iterator
 
 import pyfuse3
 import trio
 
 from pkramfs.fs.failure import fail
+from pkramfs.fuse import wire
 from pkramfs.units import PAGE_SHIFT, pages, parse_size
 
 PREFIX = b"user.pkramfs."
@@ -38,22 +40,26 @@ _THREADS = 4
 
 
 class Cache:
-    """The kernel's cache of our files, which it lets go of when told."""
+    """The kernel's cache of our files, which it lets go of when told: through `device`, or by pyfuse3's session."""
 
     def __init__(self) -> None:
+        self.device: int | None = None
         self._limit: trio.CapacityLimiter | None = None
         self._going = 0
         self._closed: trio.Event | None = None
 
-    async def drop(self, number: int) -> None:
-        """Have the kernel write back and forget the data of an inode; it may wait for WRITEs to be answered."""
+    async def drop(self, number: int, offset: int = 0, length: int = 0) -> None:
+        """Have the kernel write back and forget the data of an inode (a length of 0: from `offset` to its end).
+
+        It may wait for WRITEs to be answered.
+        """
         if self._closed is not None:
             raise fail(errno.ENOTCONN)
         self._limit = self._limit or trio.CapacityLimiter(_THREADS)
         self._going += 1
         try:
             with contextlib.suppress(FileNotFoundError):  # it has none of it
-                await trio.to_thread.run_sync(pyfuse3.invalidate_inode, number, False, limiter=self._limit)
+                await trio.to_thread.run_sync(self._tell, number, offset, length, limiter=self._limit)
         finally:
             self._going -= 1
             if self._closed is not None and not self._going:
@@ -72,7 +78,13 @@ class Cache:
     def drop_attributes(self, number: int) -> None:
         """Have the kernel ask for the attributes again. Never waits."""
         with contextlib.suppress(FileNotFoundError):
-            pyfuse3.invalidate_inode(number, True)
+            self._tell(number, -1, 0)
+
+    def _tell(self, number: int, offset: int, length: int) -> None:
+        if self.device is not None:
+            os.write(self.device, wire.notification(number, offset, length))
+        else:
+            pyfuse3.invalidate_inode(number, offset < 0)
 
 
 def parse_range(value: bytes) -> tuple[int, int]:

@@ -48,6 +48,8 @@ ASYNC_READ, ATOMIC_O_TRUNC, EXPORT_SUPPORT, BIG_WRITES, DONT_MASK = 1 << 0, 1 <<
 DO_READDIRPLUS, WRITEBACK_CACHE, PARALLEL_DIROPS = 1 << 13, 1 << 16, 1 << 18
 POSIX_ACL, MAX_PAGES_FLAG, CACHE_SYMLINKS = 1 << 20, 1 << 22, 1 << 23
 HANDLE_KILLPRIV_V2, INIT_EXT = 1 << 28, 1 << 30
+ALLOW_IDMAP = 1 << 8
+"""Of the second word: only requests that make something say who asks, and mounts may be idmapped."""
 
 NEEDED = ATOMIC_O_TRUNC | BIG_WRITES | DONT_MASK | DO_READDIRPLUS | WRITEBACK_CACHE | MAX_PAGES_FLAG
 WANTED = NEEDED | ASYNC_READ | EXPORT_SUPPORT | PARALLEL_DIROPS | POSIX_ACL | CACHE_SYMLINKS
@@ -69,6 +71,8 @@ class Init(NamedTuple):
     minor: int
     max_readahead: int
     flags: int
+    more: int = 0
+    """Features that need INIT_EXT."""
 
 
 def read_init(fd: int) -> Init:
@@ -81,7 +85,9 @@ def read_init(fd: int) -> Init:
     missing = NEEDED & ~flags
     if missing:
         raise MachineError(f"this kernel's FUSE ({major}.{minor}) is too old: it lacks features {missing:#x}")
-    return Init(unique, minor, readahead, flags)
+    place = _HEADER.size + _INIT.size
+    more = int.from_bytes(request[place : place + 4], "little") if flags & INIT_EXT else 0
+    return Init(unique, minor, readahead, flags, more)
 
 
 def choose(offered: int) -> int:
@@ -89,20 +95,21 @@ def choose(offered: int) -> int:
     return offered & WANTED
 
 
-def answer(init: Init) -> bytes:
-    """Our reply to the kernel."""
+def answer(init: Init, wanted: int = 0) -> bytes:
+    """Our reply to the kernel; `wanted` are features of the second word."""
+    more = wanted & init.more if init.flags & INIT_EXT else 0
     body = _INIT_REPLY.pack(
         MAJOR,
         min(MINOR, init.minor),
         init.max_readahead,
-        choose(init.flags),
+        choose(init.flags) | (INIT_EXT if more else 0),
         MAX_BACKGROUND,
         MAX_BACKGROUND * 3 // 4,
         MAX_WRITE,
         1,  # nanoseconds
         MAX_PAGES,
         0,
-        0,
+        more,
         0,
     )
     return _REPLY.pack(_REPLY.size + len(body), 0, init.unique) + body
@@ -117,10 +124,10 @@ def request(init: Init) -> bytes:
 class Handshake:
     """Between the mount and the first request: `fd` is for libfuse, until `complete`."""
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, device: int, wanted: int = 0) -> None:
         self._device = device
         init = read_init(device)
-        os.write(device, answer(init))
+        os.write(device, answer(init, wanted))
         theirs, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self._ours.send(request(init))
         self.fd = theirs.detach()

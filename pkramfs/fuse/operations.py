@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """One method for each kind of request: from pyfuse3's words to the tree's and back.
 
-Handlers are ordinary functions; `_request` makes the coroutine that pyfuse3 wants and the net below
+Handlers are ordinary functions; net.request makes the coroutine that pyfuse3 wants and the net below
 it. They never wait, so each request is atomic and the answer may be a view of RAM or an object that
 is used again for the next answer.
-
-    OSError           its errno
-    ENOSPC            once more, when the kernel has let go of what was just deleted (see below)
-    anything else     EIO, the traceback in the daemon's log; the mount lives on
 
 `rm big; cp other .` works on a full tmpfs. Here the memory of a deleted file comes back with the
 kernel's FORGET, which it sends after other requests. So a request that found no room waits, bounded
@@ -27,11 +23,10 @@ Kernel: fs/fuse/dir.c, fs/fuse/file.c, fs/fuse/readdir.c
 """
 
 import errno
-import functools
 import logging
 import os
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, cast
 
 import pyfuse3
 import trio
@@ -44,63 +39,16 @@ from pkramfs.fs.inode import Inode
 from pkramfs.fs.namespace import DOTDOT
 from pkramfs.fs.tree import Tree
 from pkramfs.fuse import doors
-from pkramfs.fuse.translate import Asker, Translator
+from pkramfs.fuse.net import request, waiting
+from pkramfs.fuse.replies import Replies
+from pkramfs.fuse.translate import Asker, Translator, file_size_limit
+from pkramfs.units import PAGE_SIZE
 
 log = logging.getLogger(__name__)
 
 _FORGET_SECONDS = 0.1
 _ENOUGH = 1 << 60
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _request(
-    handler: Callable[Concatenate["Operations", P], T],
-) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]]:
-    """Make a request handler of a function that raises OSError."""
-
-    @functools.wraps(handler)
-    async def request(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return handler(self, *args)  # type: ignore[call-arg]  # pyfuse3 names nothing
-        except FUSEError:
-            raise
-        except OSError as error:
-            if error.errno != errno.ENOSPC or not self._may_forget():
-                raise FUSEError(error.errno or errno.EIO) from None
-        except Exception:
-            log.exception("%s%r failed", handler.__name__, _brief(args))
-            raise FUSEError(errno.EIO) from None
-        await self._wait_for_room()
-        return await request(self, *args)  # type: ignore[call-arg]
-
-    return request
-
-
-def _waiting(
-    handler: Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, T]]:
-    """The same net below a handler that waits, made of others that do not."""
-
-    @functools.wraps(handler)
-    async def request(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return await handler(self, *args, **kwargs)
-        except FUSEError:
-            raise
-        except OSError as error:
-            raise FUSEError(error.errno or errno.EIO) from None
-        except Exception:
-            log.exception("%s%r failed", handler.__name__, _brief(args))
-            raise FUSEError(errno.EIO) from None
-
-    return request
-
-
-def _brief(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments for the log, without file content."""
-    return tuple(f"<{len(arg)} bytes>" if isinstance(arg, bytes) and len(arg) > 255 else arg for arg in args)
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
 
 
 class Operations(pyfuse3.Operations):
@@ -118,28 +66,30 @@ class Operations(pyfuse3.Operations):
 
     def __init__(self, tree: Tree, generation: int = 0) -> None:
         super().__init__()
-        self.tree = tree
+        self.tree, self.generation = tree, generation
         self.ready: Callable[[], None] = _nothing
         self.writer_gone: Callable[[], None] = _nothing
         self.room: Callable[[], int] = lambda: _ENOUGH
         self.data_lost: Callable[[], None] = _nothing
         self.cache = doors.Cache()
-        self._translate = Translator(tree, generation)
-        self._entry = self._translate.entry
-        self._root_entry = Translator(tree).entry  # of generation 0, as the kernel has made it: else it is stale
-        self._opened = FileInfo(keep_cache=True)
+        self.answer_with(Translator(tree, generation))
         self._forgot: trio.Event | None = None
         self._hopeless: set[int] = set()
         self._direct: dict[int, int] = {}
 
-    def _may_forget(self) -> bool:
+    def answer_with(self, translator: Translator | Replies) -> None:
+        """Have handlers answer in these words: pyfuse3's, or the kernel's own."""
+        self._translate = cast(Translator, translator)
+        self.entry, self._attributes = self._translate.entry, self._translate.attributes
+
+    def may_forget(self) -> bool:
         """Whether deleted inodes wait for nothing but a FORGET, and it is worth waiting, too."""
         orphans = self.tree.orphans
         if not orphans or self._hopeless == orphans.keys():
             return False
         return any(not inode.opens for inode, _ in orphans.values())
 
-    async def _wait_for_room(self) -> None:
+    async def wait_for_room(self) -> None:
         """Until the kernel forgets something; if it does not, these orphans are not waited for again."""
         waited = set(self.tree.orphans)
         if self._forgot is None:
@@ -161,19 +111,20 @@ class Operations(pyfuse3.Operations):
     def _named(self, inode: Inode) -> EntryAttributes:
         """The answer that gives the kernel a reference."""
         inode.lookups += 1
-        return self._entry(inode)
+        return self.entry(inode)
 
     # -- names ----------------------------------------------------------------------------------
 
-    @_request
+    @request
     def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         inode = self.tree.lookup(parent, name)
-        if inode is self.tree.root:  # by `..`
-            inode.lookups += 1
-            return self._root_entry(inode)
         return self._translate.absent() if inode is None else self._named(inode)
 
     async def forget(self, inodes: Sequence[tuple[int, int]]) -> None:
+        self.forgotten(inodes)
+
+    def forgotten(self, inodes: Sequence[tuple[int, int]]) -> None:
+        """Take back references that the kernel has given up: pairs of an inode number and how many."""
         for number, count in inodes:
             try:
                 self.tree.forget(number, count)
@@ -183,100 +134,122 @@ class Operations(pyfuse3.Operations):
             self._forgot.set()
             self._forgot = None
 
-    @_request
+    @request
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
         return self._named(self.tree.mknod(parent, name, mode, rdev, ctx))
 
-    @_request
+    @request
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         return self._named(self.tree.mkdir(parent, name, mode, ctx))
 
-    @_request
+    @request
     def symlink(self, parent: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
         return self._named(self.tree.symlink(parent, name, target, ctx))
 
-    @_request
+    @request
     def link(self, inode: int, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         return self._named(self.tree.link(inode, parent, name))
 
-    @_request
+    @request
     def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
         self.tree.unlink(parent, name)
 
-    @_request
+    @request
     def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
         self.tree.rmdir(parent, name)
 
-    @_request
+    @request
     def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, ctx: RequestContext
     ) -> None:
         self.tree.rename(parent, name, new_parent, new_name, flags, ctx)
 
-    @_request
+    @request
     def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         return self.tree.readlink(inode)
 
     # -- listing --------------------------------------------------------------------------------
 
-    @_request
+    @request
     def opendir(self, inode: int, ctx: RequestContext, flags: int = os.O_RDONLY) -> int:
         return self.tree.opendir(inode, flags)  # pyfuse3 does not pass on the flags
 
-    @_request
+    @request
     def readdir(self, handle: int, start: int, token: pyfuse3.ReaddirToken) -> None:
-        reply, entry = pyfuse3.readdir_reply, self._entry
+        reply, entry = pyfuse3.readdir_reply, self.entry
         for name, inode, place in self.tree.readdir(handle, start):
             if not reply(token, name, entry(inode), place):
                 return
             if place > 2 and name != DOTDOT:  # nor for `.`
                 inode.lookups += 1
 
-    @_request
+    @request
     def releasedir(self, handle: int) -> None:
         pass
 
     # -- attributes -----------------------------------------------------------------------------
 
-    @_request
+    @request
     def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(self.tree.inode(inode))
+        return self._attributes(self.tree.inode(inode))
 
-    @_request
+    @request
     def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, handle: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        if _only_times(fields):
-            times = (
-                attr.st_atime_ns if fields.update_atime else None,
-                attr.st_mtime_ns if fields.update_mtime else None,
-                attr.st_ctime_ns if fields.update_ctime else None,
-            )
-            return self._entry(self.tree.set_times(inode, *times))
-        asker, known = Asker(ctx), self.tree.inode(inode)
-        # A size without a time is a truncate to the same size: the kernel has not changed its times of the file.
-        same = fields.update_size and not fields.update_mtime
-        changed = self.tree.setattr(
+        return self.change(
             inode,
-            mode=attr.st_mode & 0o7777 if fields.update_mode else None,
-            uid=attr.st_uid if fields.update_uid else None,
-            gid=attr.st_gid if fields.update_gid else None,
-            size=attr.st_size if fields.update_size else None,
-            atime=attr.st_atime_ns if fields.update_atime else None,
-            mtime=attr.st_mtime_ns if fields.update_mtime else known.mtime if same else None,
-            ctime=attr.st_ctime_ns if fields.update_ctime else known.ctime if same else None,
-            caller=asker,
+            attr.st_mode & 0o7777 if fields.update_mode else None,
+            attr.st_uid if fields.update_uid else None,
+            attr.st_gid if fields.update_gid else None,
+            attr.st_size if fields.update_size else None,
+            attr.st_atime_ns if fields.update_atime else None,
+            attr.st_mtime_ns if fields.update_mtime else None,
+            attr.st_ctime_ns if fields.update_ctime else None,
+            ctx,
         )
-        if changed.is_file and changed.mode & 0o6000 and ctx.uid and not _any(fields):
-            mode = without_set_id(changed, asker) & 0o7777
-            changed = self.tree.setattr(inode, mode=mode, ctime=changed.ctime, caller=asker)  # the write's is to come
-        return self._entry(changed)
 
-    @_request
+    def change(
+        self,
+        number: int,
+        mode: int | None,
+        uid: int | None,
+        gid: int | None,
+        size: int | None,
+        atime: int | None,
+        mtime: int | None,
+        ctime: int | None,
+        ctx: Any,
+        *,
+        touch: bool = False,
+    ) -> EntryAttributes:
+        """SETATTR: what is None stays. `touch`: the access time is now's, not one that somebody has chosen.
+
+        One that sets nothing is the kernel's "somebody writes here who may not keep privileges": from root it is about
+        capabilities, which the kernel removes itself, else about set-id bits.
+        """
+        owner = mode is not None or uid is not None or gid is not None
+        times = atime is not None or mtime is not None or ctime is not None
+        if times and size is None and not owner:  # what follows each write-back, and goes before each deletion
+            return self._attributes(self.tree.set_times(number, atime, mtime, ctime, touch=touch))
+        asker, known = Asker(ctx), self.tree.inode(number)
+        if size is not None and mtime is None:
+            # A truncate to the same size: the kernel has not changed its times of the file.
+            mtime, ctime = known.mtime, known.ctime if ctime is None else ctime
+        changed = self.tree.setattr(
+            number, mode=mode, uid=uid, gid=gid, size=size, atime=atime, mtime=mtime, ctime=ctime, caller=asker
+        )
+        nothing = not owner and not times and size is None
+        if nothing and changed.is_file and changed.mode & 0o6000 and asker.uid:
+            mode = without_set_id(changed, asker) & 0o7777
+            changed = self.tree.setattr(number, mode=mode, ctime=changed.ctime, caller=asker)  # the write's is to come
+        return self._attributes(changed)
+
+    @request
     def statfs(self, ctx: RequestContext) -> StatvfsData:
         return self._translate.statfs(self.tree.statfs(), self.room())
 
-    @_waiting
+    @waiting
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         if not name.startswith(doors.EXTENTS):
             return self.tree.getxattr(inode, name)
@@ -285,20 +258,20 @@ class Operations(pyfuse3.Operations):
             await self.cache.drop(inode)  # what was not written back is no hole either
         return doors.listing(self.tree.extents(inode, start))
 
-    @_request
+    @request
     def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        return self.tree.listxattr(inode, ctx)
+        return self.tree.listxattr(inode, Asker(ctx))
 
-    @_waiting
+    @waiting
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         if name.startswith(doors.PREFIX):
             await self._order(inode, name, value)
         else:
             await self._setxattr(inode, name, value, ctx)
 
-    @_request
-    def _setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        self.tree.setxattr(inode, name, value, 0, Asker(ctx))
+    @request
+    def _setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext, flags: int = 0) -> None:
+        self.tree.setxattr(inode, name, value, flags, Asker(ctx))
 
     async def _order(self, inode: int, name: bytes, value: bytes) -> None:
         """An attribute that is an order."""
@@ -318,64 +291,62 @@ class Operations(pyfuse3.Operations):
         else:
             raise FUSEError(errno.EOPNOTSUPP)
 
-    @_request
+    @request
     def _range(self, inode: int, value: bytes) -> tuple[int, int]:
         offset, length = doors.parse_range(value)
         self.tree.file_range(inode, offset, length)
         return offset, length
 
-    @_request
+    @request
     def _punch(self, inode: int, offset: int, length: int) -> None:
         self.tree.punch(inode, offset, length)
 
-    @_request
+    @request
     def _allocate(self, inode: int, offset: int, length: int) -> None:
         self.tree.allocate(inode, offset, length, keep_size=True)
 
-    @_request
+    @request
     def _windows(self, inode: int) -> list[tuple[int, int]]:
-        return list(doors.windows(self.tree.extents(inode)))
+        return list(doors.windows(self.tree.extents(inode, allocated=True)))
 
-    @_request
+    @request
     def _sparsify(self, inode: int, first: int, last: int) -> None:
         self.tree.sparsify(inode, first, last)
 
-    @_request
+    @request
     def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         self.tree.removexattr(inode, name)
 
     # -- content --------------------------------------------------------------------------------
 
-    @_request
+    @request
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        handle = self.tree.open(inode, flags, Asker(ctx))
+        handle = self.tree.open(inode, flags, Asker(ctx) if flags & os.O_TRUNC else ctx)
         self._count_direct(handle, 1)
         if handle & WRITING:
             self.cache.drop_attributes(inode)  # they are for ever, and from now on blocks come without a word
-        return self._open(handle)
+        return self._translate.opened(handle)
 
-    def _open(self, handle: int) -> FileInfo:
-        """The answer that a file is open, whose pages the kernel may keep."""
-        opened = self._opened
-        opened.fh = handle
-        return opened
-
-    @_request
+    @request
     def create(
         self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         inode = self.tree.create(parent, name, mode, ctx)
+        return self._opened_anew(inode, flags, ctx)
+
+    def _opened_anew(self, inode: Inode, flags: int, ctx: RequestContext) -> tuple[FileInfo, EntryAttributes]:
+        """Open a file that was just made; the answer names and describes it."""
         handle = self.tree.open(inode.ino, flags & ~os.O_TRUNC, ctx)
         self._count_direct(handle, 1)
-        opened = self._open(handle), self._named(inode)
+        opened = self._translate.opened(handle), self._named(inode)
         self._translate.guessed.discard(inode.ino)  # every close has the kernel ask for the blocks again
         return opened
 
-    @_request
+    @request
     def read(self, handle: int, offset: int, size: int) -> bytes:
         return cast(bytes, self.tree.read(handle, offset, size))  # or a view of RAM, which is sent as it is
 
-    @_request
+    @request
     def write(self, handle: int, offset: int, data: bytes, cached: bool | None = None) -> int:
         """Store what the kernel writes back (`cached`), or what a program writes directly, which is told at once.
 
@@ -401,7 +372,71 @@ class Operations(pyfuse3.Operations):
         number = handle & INO_MASK
         return not handle & DIRECT or self._direct.get(number) != self.tree.inode(number).writers
 
-    @_request
+    # -- what pyfuse3 has no request for ----------------------------------------------------------
+
+    @request
+    def tmpfile(self, parent: int, mode: int, flags: int, ctx: RequestContext) -> tuple[FileInfo, EntryAttributes]:
+        inode = self.tree.tmpfile(parent, mode, ctx, linkable=not flags & os.O_EXCL)
+        return self._opened_anew(inode, flags, ctx)
+
+    @request
+    def fallocate(self, handle: int, mode: int, offset: int, length: int, pid: int) -> None:
+        if mode & ~(_KEEP_SIZE | _PUNCH_HOLE):
+            raise fail(errno.EOPNOTSUPP)
+        if mode & _PUNCH_HOLE:
+            self.tree.punch(handle, offset, length)
+        else:
+            if mode & _KEEP_SIZE and offset + length > max(self.tree.inode(handle).size, file_size_limit(pid)):
+                raise fail(errno.EFBIG)  # else the kernel has looked
+            self.tree.allocate(handle, offset, length, keep_size=bool(mode & _KEEP_SIZE))
+
+    @request
+    def copy(self, source: int, offset: int, target: int, place: int, length: int) -> int:
+        return self.tree.copy(source, offset, target, place, length)
+
+    @request
+    def seek(self, handle: int, offset: int, whence: int) -> int:
+        return self.tree.seek(handle, offset, whence)
+
+    @waiting
+    async def seek_behind_writers(self, handle: int, offset: int, whence: int) -> int:
+        """`seek` while somebody may write: the kernel has pages that we have not seen.
+
+        What we have as data is data, so only a hole can be wrong, and the end. The kernel writes back where the answer
+        stands on one, and then we look again.
+        """
+        inode, step = self.tree.inode(handle), PAGE_SIZE
+        while True:
+            found = self._sought(handle, offset, whence)
+            if whence == os.SEEK_DATA or found is None:
+                if found == offset:
+                    return found
+                start = offset & -PAGE_SIZE
+                await self.cache.drop(inode.ino, start, 0 if found is None else found - start)
+                return self.tree.seek(handle, offset, whence)
+            # The end may be somewhere else, too: dirty pages anywhere behind it say where.
+            await self.cache.drop(inode.ino, found & -PAGE_SIZE, step if found < inode.size else 0)
+            if self._sought(handle, offset, whence) == found:
+                return found
+            step *= 4
+
+    def _sought(self, handle: int, offset: int, whence: int) -> int | None:
+        """What `seek` finds, None if that is nothing."""
+        try:
+            return self.tree.seek(handle, offset, whence)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return None
+
+    @request
+    def set_flags(self, inode: int, flags: int) -> None:
+        self.tree.set_flags(inode, flags)
+        self.cache.drop_attributes(inode)  # the kernel takes no notice of ctime
+
+    # -- the end of use ---------------------------------------------------------------------------
+
+    @request
     def release(self, handle: int) -> None:
         self.tree.release(handle)
         self._count_direct(handle, -1)
@@ -423,38 +458,17 @@ class Operations(pyfuse3.Operations):
             self.cache.drop_attributes(number)
         self.writer_gone()
 
-    @_request
+    @request
     def flush(self, handle: int) -> NoReturn:
         raise FUSEError(errno.ENOSYS)
 
-    @_request
+    @request
     def fsync(self, handle: int, datasync: bool) -> NoReturn:
         raise FUSEError(errno.ENOSYS)
 
-    @_request
+    @request
     def fsyncdir(self, handle: int, datasync: bool) -> NoReturn:
         raise FUSEError(errno.ENOSYS)
-
-
-def _any(fields: SetattrFields) -> bool:
-    """Whether a SETATTR sets anything. One that does not is the kernel's "somebody writes here who may not keep
-    privileges": from root it is about capabilities, which the kernel removes itself, else about set-id bits."""
-    return bool(
-        fields.update_size
-        or fields.update_mtime
-        or fields.update_ctime
-        or fields.update_atime
-        or fields.update_mode
-        or fields.update_uid
-        or fields.update_gid
-    )
-
-
-def _only_times(fields: SetattrFields) -> bool:
-    """Whether a SETATTR is what follows each write-back, and goes before each deletion: times and nothing else."""
-    if fields.update_size or fields.update_mode or fields.update_uid or fields.update_gid:
-        return False
-    return bool(fields.update_ctime or fields.update_mtime or fields.update_atime)
 
 
 def _nothing() -> None:

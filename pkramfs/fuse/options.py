@@ -3,7 +3,7 @@
 
     size=2G  nr_inodes=1m  mode=1777 …      tmpfs's own
     pkram=NAME  preserve  nopreserve        the announcement's
-    pkram_strict  lossy  machine=NAME  oom_score_adj=N    ours
+    pkram_strict  lossy  machine=NAME  oom_score_adj=N  fuse=PATH    ours
     ro  nosuid  noatime …                   mount flags: a bit that is set or cleared
     fsname=SOURCE                           FUSE's own: what the mount table shows as source
     user_id=0  max_read=…  x-systemd.…      said by others for others: known and ignored
@@ -67,6 +67,7 @@ _IGNORED_KEYS = re.compile(
 )
 _WORD = re.compile(r"fsname=(?:\\.|[^,\\]|\\$)*|(?:[^,]|,(?=\d))+", re.DOTALL)
 _HUGE = ("never", "always", "within_size", "advise")
+_PATHS = ("filter", "pyfuse3")
 _NODES = r"\d+(-\d+)?(,\d+(-\d+)?)*"
 _FLAGS = "(=static|=relative)"
 _MPOL = re.compile(
@@ -113,6 +114,7 @@ class Options:
     machine: str | None = None
     oom_score_adj: int | None = None
     source: str | None = None
+    fuse: str | None = None
     remount: bool = False
     preserve: bool | None = None
     set_flags: int = 0
@@ -323,6 +325,12 @@ def _oom_score_adj(found: Options, value: str) -> None:
     found.oom_score_adj = int(value)
 
 
+def _fuse(found: Options, value: str) -> None:
+    if value not in _PATHS:
+        raise UsageError(f"mount option fuse={value}: write one of {', '.join(_PATHS)}")
+    found.fuse = value
+
+
 def _preserve(found: Options) -> None:
     found.preserve = True
 
@@ -363,4 +371,5 @@ _VALUES = {
     "machine": _machine,
     "fsname": _source,
     "oom_score_adj": _oom_score_adj,
+    "fuse": _fuse,
 }

@@ -32,9 +32,11 @@ import trio
 
 from pkramfs.errors import MachineError, explain
 from pkramfs.fuse import syscalls
-from pkramfs.fuse.handshake import MAX_WRITE, Handshake
+from pkramfs.fuse.filter import Filter
+from pkramfs.fuse.handshake import ALLOW_IDMAP, MAX_WRITE, Handshake
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.options import MS_NOATIME, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, NO_SOURCE, source_word
+from pkramfs.fuse.requests import Requests
 from pkramfs.fuse.turns import Turns
 
 _USER_FLAGS = {MS_RDONLY: "ro", MS_NOEXEC: "noexec", MS_NOSUID: "nosuid", MS_NODEV: "nodev", MS_NOATIME: "noatime"}
@@ -51,10 +53,17 @@ class Session:
     """The mount of `operations` at the absolute path `mountpoint`."""
 
     def __init__(
-        self, operations: Operations, mountpoint: str, source: str = NO_SOURCE, *, dirty: int | None = None
+        self,
+        operations: Operations,
+        mountpoint: str,
+        source: str = NO_SOURCE,
+        *,
+        dirty: int | None = None,
+        filtered: bool = True,
     ) -> None:
-        """`dirty` bytes, if given, may be unwritten at most."""
+        """`dirty` bytes, if given, may be unwritten at most; `filtered` requests are answered in front of pyfuse3."""
         self.operations, self.mountpoint, self.source, self._dirty = operations, mountpoint, source, dirty
+        self._turns, self._filtered = Turns(), filtered
         self.ready = trio.Event()
         self.dev: int | None = None
         self.on: tuple[int, int] | None = None
@@ -74,7 +83,7 @@ class Session:
         mounted = syscalls.mounted_since(before, self.mountpoint)
         self.dev = mounted.dev if mounted else None
         try:
-            self._handshake = Handshake(device)
+            self._handshake = Handshake(device, ALLOW_IDMAP if self._filtered else 0)
             _tune(self.dev, self._dirty)
             self.operations.ready = self._connected
             pyfuse3.init(self.operations, f"/dev/fd/{self._handshake.fd}", set())
@@ -97,16 +106,20 @@ class Session:
 
     def _connected(self) -> None:
         self._handshake.complete()
+        if self._filtered:
+            self._turns.lowlevel.filter = Filter(Requests(self.operations), self._handshake.fd, self._spawn)
         self.ready.set()
 
     async def serve(self) -> None:
         """Answer requests until the mount is gone."""
-        pyfuse3.trio = Turns()  # type: ignore[attr-defined]
+        pyfuse3.trio = self._turns  # type: ignore[attr-defined]
         serving = True
         while serving:
             serving = False
             try:
-                await pyfuse3.main(_TASKS, _MOST)
+                async with trio.open_nursery() as nursery:
+                    self._spawn = nursery.start_soon
+                    await pyfuse3.main(_TASKS, _MOST)
             except* BlockingIOError:
                 serving = True  # whoever asked was killed between our waking up and our reading
 

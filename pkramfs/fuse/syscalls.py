@@ -328,6 +328,11 @@ def is_dead(directory: str) -> bool:
     return False
 
 
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2)."""
+    _check(_libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)), "fallocate")
+
+
 def syncfs(directory: str) -> None:
     """Have the kernel send what is dirty in the file system of a directory."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

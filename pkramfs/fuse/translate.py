@@ -16,6 +16,8 @@ comes after the last write-back, of mappings too). Then the kernel is told to as
 Kernel: include/uapi/linux/fuse.h (fuse_attr, fuse_entry_out), fs/fuse/inode.c (fuse_change_attributes)
 """
 
+import contextlib
+import sys
 from collections.abc import Collection
 from typing import cast
 
@@ -34,17 +36,34 @@ WRITTEN = 0.5
 class Asker:
     """Who asks, with the supplementary groups that FUSE does not send: /proc is read where a rule needs them."""
 
-    __slots__ = ("_pid", "gid", "uid", "umask")
+    __slots__ = ("_context", "umask")
 
     def __init__(self, context: pyfuse3.RequestContext) -> None:
-        self.uid, self.gid, self.umask, self._pid = context.uid, context.gid, context.umask, context.pid
+        self._context, self.umask = context, context.umask
+
+    @property
+    def uid(self) -> int:
+        return self._context.uid
+
+    @property
+    def gid(self) -> int:
+        return self._context.gid
 
     @property
     def groups(self) -> Collection[int]:
         try:
-            return cast(Collection[int], pyfuse3.get_sup_groups(self._pid))
+            return cast(Collection[int], pyfuse3.get_sup_groups(self._context.pid))
         except (OSError, RuntimeError, ValueError):
             return ()  # it is gone, or in a pid namespace beside ours
+
+
+def file_size_limit(pid: int) -> int:
+    """RLIMIT_FSIZE of a process; no limit if that cannot be read."""
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/limits", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("Max file size"):
+                return int(line.split()[3])  # or ValueError: unlimited
+    return sys.maxsize
 
 
 class Translator:
@@ -54,17 +73,21 @@ class Translator:
         self._tree = tree
         self._entry = entry = pyfuse3.EntryAttributes()
         entry.entry_timeout = FOREVER
-        entry.generation = generation  # the same for all: a tree never uses an inode number twice
+        self._generation = generation  # the same for all: a tree never uses an inode number twice
         self._absent = absent = pyfuse3.EntryAttributes()
         absent.st_ino = 0
         absent.entry_timeout = FOREVER
         self._statfs = pyfuse3.StatvfsData()
+        self._opened = pyfuse3.FileInfo(keep_cache=True)
+        self.attributes = self.entry
         self.guessed: set[int] = set()
 
     def entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
         """The answer that describes `inode`; valid until the next call."""
         entry = self._entry
         entry.attr_timeout = WRITTEN if inode.writers else FOREVER
+        # The kernel has made the root itself, of generation 0: with another it would be stale.
+        entry.generation = 0 if inode is self._tree.root else self._generation
         entry.st_ino = inode.ino
         entry.st_mode = inode.mode
         entry.st_nlink = inode.nlink
@@ -86,6 +109,12 @@ class Translator:
     def absent(self) -> pyfuse3.EntryAttributes:
         """The answer that there is no such name, which the kernel may remember."""
         return self._absent
+
+    def opened(self, handle: int) -> pyfuse3.FileInfo:
+        """The answer that a file is open, whose pages the kernel may keep."""
+        opened = self._opened
+        opened.fh = handle
+        return opened
 
     def statfs(self, found: StatFs, room: int) -> pyfuse3.StatvfsData:
         """The answer to statfs(2). `room` pages are to be had: df's Avail is no more, whatever size= allows."""

@@ -28,13 +28,18 @@ Kernel: fs/fuse/dev.c (fuse_dev_poll, fuse_dev_do_read), kernel/sched/ (a time s
 drivers/cpuidle/governors/haltpoll.c (adjust_poll_limit)
 """
 
+from __future__ import annotations
+
 import os
 import resource
 import select
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
+
+if TYPE_CHECKING:
+    from pkramfs.fuse.filter import Filter
 
 LINGER_MS = 1
 """How long the next request is waited for before the scheduler is asked: the least that poll(2) knows."""
@@ -89,15 +94,21 @@ class Window:
         if self._asleep > self._patience:
             self._asleep = 0
             self.seconds = WINDOW
+            self._look()
 
     def turn(self) -> None:
-        """A turn begins: look who else wants the processors."""
+        """A turn begins."""
+        if self._shut:
+            self._shut -= 1
+        if self.seconds or self._shut == 1:
+            self._look()
+
+    def _look(self) -> None:
+        """Shut the window if others want the processors."""
         preempted = _preemptions()
         if preempted != self._preempted or len(os.sched_getaffinity(0)) < 2:
             self._preempted = preempted
             self._shut, self.seconds = _CALM, 0.0
-        elif self._shut:
-            self._shut -= 1
 
 
 def _preemptions() -> int:
@@ -129,11 +140,18 @@ class Device:
         self._turn_ends = 0.0
         self._watched = -1
         self._window = Window()
+        self.filter: Filter | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
 
     async def wait_readable(self, fd: int) -> None:
+        """Wait for something to read that pyfuse3 shall read: with a filter, for the end."""
+        await self._wait(fd)
+        while self.filter is not None and self.filter.serve():
+            await self._wait(fd)
+
+    async def _wait(self, fd: int) -> None:
         if fd != self._watched:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
@@ -147,8 +165,8 @@ class Device:
     def linger(self) -> bool:
         """Wait for the next request while the turn lasts, first without sleep; whether there is one."""
         now, poll, window = time.monotonic(), self._poll, self._window
-        if now >= self._turn_ends:
-            return False
+        if now >= self._turn_ends or (self.filter is not None and self.filter.waiting):
+            return False  # who waits for something will only hear of it from the scheduler
         if poll(0):
             return True
         if window.seconds:

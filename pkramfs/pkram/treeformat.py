@@ -22,6 +22,10 @@ and a microsecond each. Rows name inodes by their *position* in the inode column
     extents   where a file's pages belong: `count` pages of the page stream, from where the extent
               before ended, are the file's pages from `first` on. Between extents are holes.
     xattrs    name and value, one behind the other in the blob
+    unwritten pages of extents that read as zeros, and that are holes to who looks for data
+
+What came later is there only if the header's flags say so, so that streams without it are as they were, and whoever
+does not know a flag refuses the stream.
 
 Kernel: the 48-byte header that shmem writes for each file (patch 24), here for every kind of inode
 """
@@ -37,6 +41,9 @@ from pkramfs.record import F, Record
 
 TREE_MAGIC = int.from_bytes(b"pkTREE01", "little")
 TREE_VERSION = 1
+BIRTH, HAS_FLAGS, HAS_UNWRITTEN = 1, 2, 4
+"""Features of a stream: flags of its header."""
+FEATURES = BIRTH | HAS_FLAGS | HAS_UNWRITTEN
 
 TREE = Record(
     "Tree",
@@ -45,7 +52,7 @@ TREE = Record(
     [
         F("magic", "u8", 0, "TREE_MAGIC"),
         F("version", "u4", 8, "TREE_VERSION"),
-        F("flags", "u4", 12, "must be 0"),
+        F("flags", "u4", 12, "features: BIRTH 1, FLAGS 2, UNWRITTEN 4"),
         F("inodes", "u8", 16, "rows of the inode columns"),
         F("entries", "u8", 24, "rows of the entry columns"),
         F("extents", "u8", 32, "rows of the extent columns"),
@@ -56,6 +63,7 @@ TREE = Record(
         F("pages", "u8", 72, "pages in the page stream"),
         F("next_ino", "u8", 80, "first inode number that was never used"),
         F("saved_ns", "i8", 88, "when the tree was saved, ns since the epoch"),
+        F("unwritten", "u8", 96, "rows of the unwritten columns; 0 without UNWRITTEN"),
     ],
 )
 
@@ -66,6 +74,8 @@ class Column(NamedTuple):
     name: str
     code: str
     meaning: str
+    feature: int = 0
+    """The flag of the header without which the column is not there, and all its values are 0."""
 
     @property
     def dtype(self) -> "np.dtype[Any]":
@@ -78,6 +88,10 @@ class Section:
     def __init__(self, name: str, columns: tuple[Column, ...]) -> None:
         self.name, self.columns = name, columns
         self.width = sum(column.dtype.itemsize for column in columns)
+
+    def present(self, features: int) -> list[Column]:
+        """The columns that a stream with these features has."""
+        return [column for column in self.columns if column.feature & ~features == 0]
 
 
 INODES = Section(
@@ -94,6 +108,8 @@ INODES = Section(
         Column("mtime", "i8", "modification"),
         Column("ctime", "i8", "change"),
         Column("extents", "u4", "how many extents are this file's"),
+        Column("btime", "i8", "birth, 0 where nobody knows; only with BIRTH", BIRTH),
+        Column("flags", "u4", "as FS_IOC_GETFLAGS has them; only with FLAGS", HAS_FLAGS),
     ),
 )
 ENTRIES = Section(
@@ -120,7 +136,15 @@ XATTRS = Section(
         Column("value_length", "u4", "bytes of the value"),
     ),
 )
-SECTIONS = (INODES, ENTRIES, EXTENTS, XATTRS)
+UNWRITTEN = Section(
+    "unwritten",
+    (
+        Column("inode", "u4", "position of the inode, rising"),
+        Column("first", "u8", "file page index, rising within an inode"),
+        Column("count", "u8", "pages that were allocated and never written"),
+    ),
+)
+SECTIONS = (INODES, ENTRIES, EXTENTS, XATTRS, UNWRITTEN)
 BLOBS = ("names", "targets", "values")
 
 Array = npt.NDArray[Any]
@@ -137,7 +161,7 @@ def stream_length(header: Any) -> int:
     length = TREE.size
     for section in SECTIONS:
         rows = getattr(header, section.name)
-        for column in section.columns:
+        for column in section.present(header.flags):
             size = rows * column.dtype.itemsize
             length += size + padding(size)
     for blob in BLOBS:
@@ -146,9 +170,17 @@ def stream_length(header: Any) -> int:
     return length
 
 
-def encode(section: Section, columns: Columns) -> Iterator[bytes]:
-    """Yield the bytes of a section, column by column."""
-    for column in section.columns:
+def features(columns: dict[str, Columns]) -> int:
+    """Return the features that a stream of these sections needs."""
+    found = BIRTH
+    if np.any(columns["inodes"]["flags"]):
+        found |= HAS_FLAGS
+    return found | HAS_UNWRITTEN if len(columns["unwritten"]["inode"]) else found
+
+
+def encode(section: Section, columns: Columns, flags: int) -> Iterator[bytes]:
+    """Yield the bytes of a section, column by column, in a stream with these features."""
+    for column in section.present(flags):
         data = np.ascontiguousarray(columns[column.name], dtype=column.dtype).tobytes()
         yield data
         if padding(len(data)):
@@ -161,12 +193,16 @@ class TreeStream:
     def __init__(self, stream: bytes) -> None:
         self.header = _read_header(stream)
         self._at = TREE.size
-        self.inodes, self.entries, self.extents, self.xattrs = (self._section(stream, s) for s in SECTIONS)
+        sections = (self._section(stream, section) for section in SECTIONS)
+        self.inodes, self.entries, self.extents, self.xattrs, self.unwritten = sections
         self.names, self.targets, self.values = (self._blob(stream, name) for name in BLOBS)
 
     def _section(self, stream: bytes, section: Section) -> Columns:
         rows, columns = getattr(self.header, section.name), {}
         for column in section.columns:
+            if column.feature & ~self.header.flags:
+                columns[column.name] = np.zeros(rows, dtype=column.dtype)
+                continue
             columns[column.name] = np.frombuffer(stream, dtype=column.dtype, count=rows, offset=self._at)
             size = rows * column.dtype.itemsize
             self._at += size + padding(size)
@@ -186,8 +222,8 @@ def _read_header(stream: bytes) -> Any:
         raise FormatError("Tree", "magic", found=f"{header.magic:#x}", expected=f"{TREE_MAGIC:#x}")
     if header.version != TREE_VERSION:
         raise VersionError("Tree", "version", found=header.version, expected=TREE_VERSION)
-    if header.flags:
-        raise FormatError("Tree", "flags", found=f"{header.flags:#x}", expected="0")
+    if header.flags & ~FEATURES or (header.unwritten and not header.flags & HAS_UNWRITTEN):
+        raise FormatError("Tree", "flags", found=f"{header.flags:#x}", expected=f"none but {FEATURES:#x}")
     if stream_length(header) != len(stream):
         raise FormatError("Tree", "length", found=len(stream), expected=stream_length(header))
     return header

@@ -7,7 +7,7 @@ import pytest
 from pkramfs.errors import FormatError, VersionError
 from pkramfs.fs.restore import restore
 from pkramfs.fs.verify import verify
-from pkramfs.pkram.treeformat import ENTRIES, SECTIONS, TREE, TreeStream
+from pkramfs.pkram.treeformat import BIRTH, ENTRIES, HAS_FLAGS, HAS_UNWRITTEN, INODES, SECTIONS, TREE, TreeStream
 from pkramfs.spans import Spans
 
 
@@ -184,7 +184,7 @@ def test_frames_are_used_once_and_inside_the_blocks(saved, runs, words) -> None:
 
 def test_headers_that_are_wrong(saved) -> None:
     stream = bytearray(saved[0])
-    for field, value, kind in (("magic", 1, FormatError), ("version", 2, VersionError), ("flags", 1, FormatError)):
+    for field, value, kind in (("magic", 1, FormatError), ("version", 2, VersionError), ("flags", 8, FormatError)):
         spoiled = stream.copy()
         spoiled[TREE.offset(field)] = value
         with pytest.raises(kind, match=field):
@@ -216,5 +216,8 @@ def test_any_flipped_bit_is_refused_or_harmless(saved, small_store, ram, frames,
 def test_the_format_is_pinned() -> None:
     """If this fails, the format has changed: bump TREE_VERSION and keep reading the old one."""
     assert TREE.size == 128
-    assert [(s.name, s.width) for s in SECTIONS] == [("inodes", 68), ("entries", 17), ("extents", 16), ("xattrs", 10)]
+    widths = {section.name: section.width for section in SECTIONS}
+    assert widths == {"inodes": 80, "entries": 17, "extents": 16, "xattrs": 10, "unwritten": 20}
+    assert sum(column.dtype.itemsize for column in INODES.present(0)) == 68
+    assert (BIRTH, HAS_FLAGS, HAS_UNWRITTEN) == (1, 2, 4)
     assert [c.name for c in ENTRIES.columns] == ["parent", "child", "cookie", "length"]

@@ -54,7 +54,9 @@ class Lab:
     def mount(self, name: str, options: str | None = None) -> Path:
         """Mount on a directory called `name`, as pkram=name unless options are given; it must succeed."""
         directory = self.dir(name)
-        done = self.helper(directory, f"pkram={name}" if options is None else options)
+        path = os.environ.get("PKRAM_TEST_FUSE")
+        words = [f"pkram={name}" if options is None else options, *([f"fuse={path}"] if path else [])]
+        done = self.helper(directory, ",".join(word for word in words if word))
         assert (done.returncode, done.stderr) == (0, ""), done
         return directory
 

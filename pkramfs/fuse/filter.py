@@ -1,0 +1,168 @@
+"""Requests read from the device and answered there, in front of pyfuse3 and libfuse.
+
+    kernel ──request──▶ read ──▶ Requests ──▶ Operations ──▶ write ──reply──▶ kernel
+                         │           │
+                         │           └─ it has to wait (room, the kernel's cache): a task answers later
+                         └─ the device is gone: pyfuse3 finds out for itself, and ends its loop
+
+pyfuse3 asks whether there is something to read and is not told while all can be answered here. What a
+request costs by way of libfuse, pyfuse3 and a coroutine is saved, and requests that they do not know are
+possible. They stay a complete path of their own: without a filter (`-o fuse=pyfuse3`) every request is theirs, served
+by the same Operations.
+
+No request ends the mount, and none is left without an answer:
+
+    shorter than a header, or of another length than it says     no answer is possible, or EINVAL
+    an opcode that nobody knows                                  ENOSYS, and the kernel does not ask again
+    cut, or a name without an end                                EINVAL
+    INTERRUPT                                                    ENOSYS: nothing here waits for long
+    a reply that the kernel does not want any more               that was aborted, nobody waits for it
+    a reply that the kernel refuses                              EIO in its place
+
+Kernel: fs/fuse/dev.c (fuse_dev_do_read, fuse_dev_do_write)
+"""
+
+import errno
+import logging
+import os
+import struct
+from collections.abc import Callable
+from types import CoroutineType
+from typing import Any
+
+import trio
+from pyfuse3 import FUSEError
+
+from pkramfs.fuse.handshake import MAX_WRITE
+from pkramfs.fuse.requests import Requests
+from pkramfs.fuse.wire import HEADER, REPLY, Header, Op
+
+log = logging.getLogger(__name__)
+
+ROOM = MAX_WRITE + (1 << 16)
+"""Bytes of the longest request: a WRITE, or the value of a SETXATTR with its name."""
+_HEADER, _AGAIN = HEADER.size, (errno.EAGAIN, errno.EINTR, errno.ENOENT)
+"""Errors of reading after which one reads again: who asked was killed."""
+_DEAD = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET)
+_NAMELESS = (Op.FORGET, Op.BATCH_FORGET)
+_NOT_AWAITED = (errno.ENOENT, *_DEAD)
+
+Spawn = Callable[..., object]
+"""What starts a task: nursery.start_soon"""
+
+
+class Filter:
+    """What is read from the descriptor `fd` and answered there."""
+
+    def __init__(self, requests: Requests, fd: int, spawn: Spawn) -> None:
+        self.operations, self.fd, self._spawn = requests.operations, fd, spawn
+        self.waiting = 0
+        """Requests that are answered later: they need the scheduler."""
+        self._table = requests.table
+        self._buffer = bytearray(ROOM)
+        self._view, self._into = memoryview(self._buffer), [self._buffer]
+        self.operations.cache.device = fd
+
+    def serve(self) -> bool:
+        """Read one request, if there is one, and answer it; False when the device is gone."""
+        try:
+            length = os.readv(self.fd, self._into)
+        except OSError as error:
+            if error.errno in _AGAIN:
+                return True
+            if error.errno in _DEAD:
+                return False
+            raise
+        if length < _HEADER:
+            return length > 0
+        header = HEADER.unpack_from(self._buffer)
+        if header[0] == length:
+            self.answer(header, self._view[_HEADER:length])
+        else:
+            self._reply_error(header[2], errno.EINVAL)
+        return True
+
+    def answer(self, header: Header, body: memoryview) -> None:
+        """Serve a request that was read."""
+        method = self._table.get(header[1])
+        if method is None:
+            self._reply_error(header[2], errno.ENOSYS)
+            return
+        try:
+            found = method(header, body)
+        except OSError as error:
+            code = error.errno or errno.EIO
+            if code == errno.ENOSPC and self.operations.may_forget():
+                self._later(self._when_there_is_room, header, bytes(body))
+                return
+        except FUSEError as error:
+            code = error.errno
+        except (struct.error, ValueError):
+            code = errno.EINVAL
+        except Exception:
+            log.exception("request %s of inode %d failed", header[1], header[3])
+            code = errno.EIO
+        else:
+            if found.__class__ is CoroutineType:
+                self._later(self._when_it_is_done, header, found)
+            elif found is not None:
+                self._reply(header[2], found)
+            return
+        if header[1] not in _NAMELESS:
+            self._reply_error(header[2], code)
+
+    # -- answering later ------------------------------------------------------------------------
+
+    def _later(self, work: Callable[..., Any], header: Header, what: Any) -> None:
+        """Have a task go on with a request that has to wait."""
+        self.waiting += 1
+        self._spawn(work, header, what)
+
+    async def _when_there_is_room(self, header: Header, body: bytes) -> None:
+        """Serve a request again for which there was no room, after the kernel has let go of something."""
+        try:
+            await self.operations.wait_for_room()
+        finally:
+            self.waiting -= 1
+            self.answer(header, memoryview(body))
+
+    async def _when_it_is_done(self, header: Header, work: Any) -> None:
+        """Answer with what a handler that waits comes to."""
+        try:
+            found = await work
+        except FUSEError as error:
+            self._reply_error(header[2], error.errno)
+        except trio.Cancelled:
+            self._reply_error(header[2], errno.EIO)
+            raise
+        except OSError as error:
+            self._reply_error(header[2], error.errno or errno.EIO)
+        except Exception:
+            log.exception("request %s of inode %d failed", header[1], header[3])
+            self._reply_error(header[2], errno.EIO)
+        else:
+            self._reply(header[2], found)
+        finally:
+            self.waiting -= 1
+
+    # -- replies --------------------------------------------------------------------------------
+
+    def _reply(self, number: int, body: Any) -> None:
+        """Answer with bytes, or several buffers."""
+        try:
+            if body.__class__ is bytes and len(body) < 4096:
+                os.write(self.fd, REPLY.pack(16 + len(body), 0, number) + body)
+            else:
+                os.writev(self.fd, (REPLY.pack(16 + len(body), 0, number), body))
+        except OSError as error:
+            if error.errno not in _NOT_AWAITED:
+                log.warning("the kernel refuses a reply: %s", error.strerror)
+                self._reply_error(number, errno.EIO)
+
+    def _reply_error(self, number: int, code: int) -> None:
+        """Answer with an errno."""
+        try:
+            os.write(self.fd, REPLY.pack(16, -code, number))
+        except OSError as error:
+            if error.errno not in _NOT_AWAITED:
+                log.warning("the kernel refuses an error: %s", error.strerror)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The net below request handlers: whatever one raises becomes an errno, for nothing else may reach pyfuse3.
+
+    OSError           its errno
+    ENOSPC            once more, when the kernel has let go of what was just deleted (see operations)
+    anything else     EIO, the traceback in the daemon's log; the mount lives on
+
+Kernel: fs/fuse/dev.c (fuse_dev_do_write, which takes an errno from 0 to 511)
+"""
+
+import errno
+import functools
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from pyfuse3 import FUSEError
+
+log = logging.getLogger(__name__)
+
+
+class Forgetful(Protocol):
+    """What can wait until the kernel has let go of deleted inodes."""
+
+    def may_forget(self) -> bool: ...
+
+    async def wait_for_room(self) -> None: ...
+
+
+H = TypeVar("H", bound=Forgetful)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def request(
+    handler: Callable[Concatenate[H, P], T],
+) -> Callable[Concatenate[H, P], Coroutine[Any, Any, T]]:
+    """Make a request handler of a function that raises OSError."""
+
+    @functools.wraps(handler)
+    async def answer(self: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return handler(self, *args)  # type: ignore[call-arg]  # pyfuse3 names nothing
+        except FUSEError:
+            raise
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self.may_forget():
+                raise FUSEError(error.errno or errno.EIO) from None
+        except Exception:
+            log.exception("%s%r failed", handler.__name__, _brief(args))
+            raise FUSEError(errno.EIO) from None
+        await self.wait_for_room()
+        return await answer(self, *args)  # type: ignore[call-arg]
+
+    return answer
+
+
+def waiting(
+    handler: Callable[Concatenate[H, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[H, P], Coroutine[Any, Any, T]]:
+    """The same net below a handler that waits, made of others that do not."""
+
+    @functools.wraps(handler)
+    async def answer(self: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except OSError as error:
+            raise FUSEError(error.errno or errno.EIO) from None
+        except Exception:
+            log.exception("%s%r failed", handler.__name__, _brief(args))
+            raise FUSEError(errno.EIO) from None
+
+    return answer
+
+
+def _brief(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments for the log, without file content."""
+    return tuple(f"<{len(arg)} bytes>" if isinstance(arg, bytes) and len(arg) > 255 else arg for arg in args)

@@ -1,0 +1,414 @@
+"""Each kind of request: its bytes taken apart, the handler of Operations asked, the answer as bytes.
+
+    header · body  ──▶  Operations.lookup(parent, name, who asks)  ──▶  the body of a reply
+
+There is one method for each opcode, and they decide nothing: Operations is the one class of handlers, for pyfuse3 as
+well. What a method returns is written behind the header of a reply: bytes, a tuple of them, or
+None where the kernel expects no reply. A handler that waits is a coroutine, and then so is the answer. A request that
+is too short raises struct.error, and ValueError if a name in it has no end.
+
+The opcodes that are missing in the table are answered ENOSYS, which the kernel remembers.
+
+Kernel: fs/fuse/dir.c, fs/fuse/file.c, fs/fuse/readdir.c, fs/fuse/xattr.c
+"""
+
+import errno
+import inspect
+import os
+import types
+from collections.abc import Callable, Collection
+from struct import Struct
+from typing import Any, cast
+
+import pyfuse3
+
+from pkramfs.fs import clock, protection
+from pkramfs.fs.core import INO_MASK, UNNOTED
+from pkramfs.fs.failure import fail
+from pkramfs.fs.namespace import DOTDOT
+from pkramfs.fuse import doors, wire
+from pkramfs.fuse.operations import Operations
+from pkramfs.fuse.replies import Replies
+from pkramfs.fuse.wire import Header, Op
+
+Answer = Any
+"""bytes, a tuple of buffers, None, or a coroutine that returns one of them"""
+Method = Callable[[Header, memoryview], Answer]
+
+MAX_READ = 1 << 20
+_PLUS = wire.ENTRY_OF_LISTING.size
+_GETFLAGS, _SETFLAGS, _FSGETXATTR, _FSSETXATTR = 0x80086601, 0x40086602, 0x801C581F, 0x401C5820
+_XFLAGS = {protection.IMMUTABLE: 0x8, protection.APPEND: 0x10, protection.NOATIME: 0x40, protection.NODUMP: 0x80}
+"""Flags of FS_IOC_GETFLAGS and of FS_IOC_FSGETXATTR."""
+_SECOND = 10**9
+_UNKNOWN, _NOBODY = 0xFFFFFFFF, 65534
+
+
+class Context:
+    """Who asks, as pyfuse3.RequestContext has it.
+
+    Where mounts may be idmapped, only requests that make something say who asks; for others /proc is read when a
+    rule needs it. Nobody is root who is gone.
+    """
+
+    __slots__ = ("_gid", "_uid", "pid", "umask")
+
+    def __init__(self, header: Header, umask: int = 0) -> None:
+        self._uid, self._gid, self.pid = header[4], header[5], header[6]
+        self.umask = umask
+
+    @property
+    def uid(self) -> int:
+        if self._uid == _UNKNOWN:
+            self._uid, self._gid = _ids(self.pid)
+        return self._uid
+
+    @property
+    def gid(self) -> int:
+        if self._gid == _UNKNOWN:
+            self._uid, self._gid = _ids(self.pid)
+        return self._gid
+
+    @property
+    def groups(self) -> Collection[int]:
+        try:
+            return cast(Collection[int], pyfuse3.get_sup_groups(self.pid))
+        except (OSError, RuntimeError, ValueError):
+            return ()  # it is gone, or in a pid namespace beside ours
+
+
+def _ids(pid: int) -> tuple[int, int]:
+    """The user and group that a process has for files."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+            found = {line[:4]: int(line.split()[4]) for line in file if line.startswith(("Uid:", "Gid:"))}
+        return found["Uid:"], found["Gid:"]
+    except (OSError, KeyError, ValueError):
+        return _NOBODY, _NOBODY
+
+
+class Requests:
+    """The requests of one mount."""
+
+    def __init__(self, operations: Operations) -> None:
+        self.operations, self.tree = operations, operations.tree
+        self._replies, self._listing = Replies(self.tree, operations.generation), bytearray(MAX_READ + 8)
+        operations.answer_with(self._replies)
+        self._handlers = {name: _plain(getattr(operations, name)) for name in dir(operations) if _is_handler(name)}
+        hot = self._handlers  # the hot ones are not looked up by name
+        self._do_lookup, self._do_getattr = hot["lookup"], hot["getattr"]
+        self._do_open, self._do_create, self._do_release = hot["open"], hot["create"], hot["release"]
+        self._do_read, self._do_write, self._do_unlink = hot["read"], hot["write"], hot["unlink"]
+        self.table: dict[int, Method] = {op: getattr(self, f"_{op.name.lower()}") for op in Op if _has(op.name)}
+
+    def _do(self, name: str, *args: Any) -> Answer:
+        return self._handlers[name](*args)
+
+    # -- names ----------------------------------------------------------------------------------
+
+    def _lookup(self, header: Header, body: memoryview) -> Answer:
+        return self._do_lookup(header[3], _name(body, 0), None)
+
+    def _forget(self, header: Header, body: memoryview) -> Answer:
+        self.operations.forgotten(((header[3], wire.NUMBER.unpack_from(body)[0]),))
+
+    def _batch_forget(self, header: Header, body: memoryview) -> Answer:
+        count, _ = wire.COUNT.unpack_from(body)
+        size = wire.FORGET_ONE.size
+        some = body[wire.COUNT.size : wire.COUNT.size + min(count, len(body) // size) * size]
+        self.operations.forgotten(list(wire.FORGET_ONE.iter_unpack(some[: len(some) // size * size])))
+
+    def _mknod(self, header: Header, body: memoryview) -> Answer:
+        mode, rdev, umask, _ = wire.MKNOD.unpack_from(body)
+        return self._do("mknod", header[3], _name(body, wire.MKNOD.size), mode, rdev, Context(header, umask))
+
+    def _mkdir(self, header: Header, body: memoryview) -> Answer:
+        mode, umask = wire.MKDIR.unpack_from(body)
+        return self._do("mkdir", header[3], _name(body, wire.MKDIR.size), mode, Context(header, umask))
+
+    def _symlink(self, header: Header, body: memoryview) -> Answer:
+        name, target = _names(body, 0)
+        return self._do("symlink", header[3], name, target, Context(header))
+
+    def _link(self, header: Header, body: memoryview) -> Answer:
+        (inode,) = wire.NUMBER.unpack_from(body)
+        return self._do("link", inode, header[3], _name(body, wire.NUMBER.size), Context(header))
+
+    def _unlink(self, header: Header, body: memoryview) -> Answer:
+        self._do_unlink(header[3], _name(body, 0), None)
+        return b""
+
+    def _rmdir(self, header: Header, body: memoryview) -> Answer:
+        self._do("rmdir", header[3], _name(body, 0), None)
+        return b""
+
+    def _rename(self, header: Header, body: memoryview) -> Answer:
+        (folder,) = wire.RENAME.unpack_from(body)
+        return self._move(header, folder, 0, _names(body, wire.RENAME.size))
+
+    def _rename2(self, header: Header, body: memoryview) -> Answer:
+        folder, flags, _ = wire.RENAME2.unpack_from(body)
+        return self._move(header, folder, flags, _names(body, wire.RENAME2.size))
+
+    def _move(self, header: Header, folder: int, flags: int, names: tuple[bytes, bytes]) -> Answer:
+        name, new_name = names
+        self._do("rename", header[3], name, folder, new_name, flags, Context(header))
+        return b""
+
+    def _readlink(self, header: Header, body: memoryview) -> Answer:
+        return self._do("readlink", header[3], None)
+
+    # -- listing --------------------------------------------------------------------------------
+
+    def _opendir(self, header: Header, body: memoryview) -> Answer:
+        return wire.OPENED.pack(self._do("opendir", header[3], None, wire.OPEN.unpack_from(body)[0]), 0, 0)
+
+    def _readdirplus(self, header: Header, body: memoryview) -> Answer:
+        """Names with what a look-up would say of each; the kernel gets a reference to all but `.` and `..`."""
+        handle, start, size, *_ = wire.READ.unpack_from(body)
+        reply, at, room = self._listing, 0, min(size, MAX_READ)
+        for name, inode, cookie in self.tree.readdir(handle, start):
+            end = at + _PLUS + len(name)
+            after = end + 7 & ~7
+            if after > room:
+                break
+            node = 0
+            if cookie > 2 and name != DOTDOT:  # nor for `.`
+                node = inode.ino
+                inode.lookups += 1
+            self._replies.plus_into(reply, at, inode, node, cookie, len(name))
+            reply[at + _PLUS : end] = name
+            at = after
+        return bytes(memoryview(reply)[:at])
+
+    def _readdir(self, header: Header, body: memoryview) -> Answer:
+        handle, start, size, *_ = wire.READ.unpack_from(body)
+        reply, room = list[bytes](), min(size, MAX_READ)
+        for name, inode, cookie in self.tree.readdir(handle, start):
+            room -= wire.DIRENT.size + len(name) + -len(name) % 8
+            if room < 0:
+                break
+            reply += (wire.DIRENT.pack(inode.ino, cookie, len(name), inode.mode >> 12), name, bytes(-len(name) % 8))
+        return b"".join(reply)
+
+    def _releasedir(self, header: Header, body: memoryview) -> Answer:
+        self._do("releasedir", wire.HANDLE.unpack_from(body)[0])
+        return b""
+
+    # -- attributes -----------------------------------------------------------------------------
+
+    def _getattr(self, header: Header, body: memoryview) -> Answer:
+        return self._do_getattr(header[3], None)
+
+    def _setattr(self, header: Header, body: memoryview) -> Answer:
+        valid, _, handle, size, _, atime, mtime, ctime, ans, mns, cns, mode, _, uid, gid, _ = wire.SETATTR.unpack_from(
+            body
+        )
+        now = clock.now() if valid & (wire.FATTR_ATIME_NOW | wire.FATTR_MTIME_NOW) else 0
+        return self.operations.change(
+            handle if valid & wire.FATTR_FH and handle & INO_MASK == header[3] else header[3],
+            mode & 0o7777 if valid & wire.FATTR_MODE else None,
+            uid if valid & wire.FATTR_UID else None,
+            gid if valid & wire.FATTR_GID else None,
+            size if valid & wire.FATTR_SIZE else None,
+            _time(valid & wire.FATTR_ATIME, valid & wire.FATTR_ATIME_NOW, atime, ans, now),
+            _time(valid & wire.FATTR_MTIME, valid & wire.FATTR_MTIME_NOW, mtime, mns, now),
+            ctime * _SECOND + cns if valid & wire.FATTR_CTIME else None,
+            Context(header),
+            touch=bool(valid & wire.FATTR_ATIME_NOW),
+        )
+
+    def _statfs(self, header: Header, body: memoryview) -> Answer:
+        return self._do("statfs", None)
+
+    def _getxattr(self, header: Header, body: memoryview) -> Answer:
+        size, _ = wire.GETXATTR.unpack_from(body)
+        name = _name(body, wire.GETXATTR.size)
+        if name.startswith(doors.EXTENTS):
+            return _sized_later(self._do("getxattr", header[3], name, None), size)
+        return _sized(self.tree.getxattr(header[3], name), size)
+
+    def _listxattr(self, header: Header, body: memoryview) -> Answer:
+        size, _ = wire.GETXATTR.unpack_from(body)
+        names = self._do("listxattr", header[3], Context(header))
+        return _sized(b"\0".join((*names, b"")), size)
+
+    def _setxattr(self, header: Header, body: memoryview) -> Answer:
+        size, flags = wire.SETXATTR.unpack_from(body)
+        name = _name(body, wire.SETXATTR.size)
+        start = wire.SETXATTR.size + len(name) + 1
+        value = bytes(body[start : start + size])
+        if len(value) != size:
+            raise ValueError("a value that is cut")
+        if name.startswith(doors.PREFIX):
+            return _empty(self._do("setxattr", header[3], name, value, Context(header)))
+        self._do("_setxattr", header[3], name, value, Context(header), flags)
+        return b""
+
+    def _removexattr(self, header: Header, body: memoryview) -> Answer:
+        self._do("removexattr", header[3], _name(body, 0), None)
+        return b""
+
+    # -- content --------------------------------------------------------------------------------
+
+    def _open(self, header: Header, body: memoryview) -> Answer:
+        return self._do_open(header[3], wire.OPEN.unpack_from(body)[0], Context(header))
+
+    def _create(self, header: Header, body: memoryview) -> Answer:
+        flags, mode, umask, _ = wire.CREATE.unpack_from(body)
+        opened, entry = self._do_create(header[3], _name(body, wire.CREATE.size), mode, flags, Context(header, umask))
+        return entry + opened
+
+    def _read(self, header: Header, body: memoryview) -> Answer:
+        handle, offset, size, _, _, flags, _ = wire.READ.unpack_from(body)
+        if flags & os.O_NOATIME:  # which fcntl(2) may have set since
+            handle |= UNNOTED
+        return self._do_read(handle, offset, min(size, MAX_READ))
+
+    def _write(self, header: Header, body: memoryview) -> Answer:
+        handle, offset, size, flags, *_ = wire.WRITE.unpack_from(body)
+        data = body[wire.WRITE.size :]
+        if len(data) != size:
+            raise ValueError("data that are cut")
+        return wire.COUNT.pack(self._do_write(handle, offset, data, bool(flags & wire.WRITE_CACHE)), 0)
+
+    def _release(self, header: Header, body: memoryview) -> Answer:
+        self._do_release(wire.HANDLE.unpack_from(body)[0])
+        return b""
+
+    def _flush(self, header: Header, body: memoryview) -> Answer:
+        return _empty(self._do("flush", wire.HANDLE.unpack_from(body)[0]))
+
+    def _fsync(self, header: Header, body: memoryview) -> Answer:
+        handle, flags, _ = wire.FSYNC.unpack_from(body)
+        return _empty(self._do("fsync", handle, bool(flags & 1)))
+
+    def _fsyncdir(self, header: Header, body: memoryview) -> Answer:
+        handle, flags, _ = wire.FSYNC.unpack_from(body)
+        return _empty(self._do("fsyncdir", handle, bool(flags & 1)))
+
+    # -- what pyfuse3 has no request for ----------------------------------------------------------
+
+    def _tmpfile(self, header: Header, body: memoryview) -> Answer:
+        flags, mode, umask, _ = wire.CREATE.unpack_from(body)
+        opened, entry = self._do("tmpfile", header[3], mode, flags, Context(header, umask))
+        return entry + opened
+
+    def _fallocate(self, header: Header, body: memoryview) -> Answer:
+        handle, offset, length, mode, _ = wire.FALLOCATE.unpack_from(body)
+        self._do("fallocate", handle, mode, offset, length, header[6])
+        return b""
+
+    def _lseek(self, header: Header, body: memoryview) -> Answer:
+        handle, offset, whence, _ = wire.LSEEK.unpack_from(body)
+        if self.tree.inode(handle).writers:
+            return _packed(wire.NUMBER, self._do("seek_behind_writers", handle, offset, whence))
+        return wire.NUMBER.pack(self._do("seek", handle, offset, whence))
+
+    def _copy_file_range(self, header: Header, body: memoryview) -> Answer:
+        return wire.COUNT.pack(self._copied(body), 0)
+
+    def _copy_file_range_64(self, header: Header, body: memoryview) -> Answer:
+        return wire.NUMBER.pack(self._copied(body))
+
+    def _copied(self, body: memoryview) -> int:
+        source, offset, _, target, place, length, _ = wire.COPY.unpack_from(body)
+        return cast(int, self._do("copy", source, offset, target, place, length))
+
+    def _statx(self, header: Header, body: memoryview) -> Answer:
+        return self._replies.statx(self.tree.inode(header[3]))
+
+    def _ioctl(self, header: Header, body: memoryview) -> Answer:
+        """FS_IOC_GETFLAGS and its like; the kernel makes ENOTTY of ENOSYS."""
+        _, _, command, _, _, _ = wire.IOCTL.unpack_from(body)
+        argument, inode, done = body[wire.IOCTL.size :], self.tree.inode(header[3]), wire.IOCTL_DONE.pack(0, 0, 0, 0)
+        if command == _GETFLAGS:
+            return done + wire.FLAGS.pack(inode.flags)
+        if command == _FSGETXATTR:
+            return done + wire.FSXATTR.pack(_translated(inode.flags, _XFLAGS), 0, 0, 0, 0)
+        if command == _SETFLAGS:
+            self._do("set_flags", inode.ino, wire.FLAGS.unpack_from(argument)[0])
+            return done
+        if command == _FSSETXATTR:
+            flags, *others = wire.FSXATTR.unpack_from(argument)
+            if any(others[:1] + others[2:]) or flags & ~sum(_XFLAGS.values()):
+                raise fail(errno.EOPNOTSUPP)
+            self._do("set_flags", inode.ino, _translated(flags, {new: old for old, new in _XFLAGS.items()}))
+            return done
+        raise fail(errno.ENOSYS)
+
+    def _destroy(self, header: Header, body: memoryview) -> Answer:
+        return b""
+
+
+def _translated(flags: int, table: dict[int, int]) -> int:
+    """Flags in other bits."""
+    return sum(new for old, new in table.items() if flags & old)
+
+
+def _packed(struct: Struct, waiting: Answer) -> Answer:
+    """The answer that packs a number which comes later."""
+
+    async def pack() -> bytes:
+        return struct.pack(await waiting)
+
+    return pack()
+
+
+def _has(name: str) -> bool:
+    return hasattr(Requests, f"_{name.lower()}")
+
+
+def _is_handler(name: str) -> bool:
+    return callable(getattr(Operations, name, None)) and not name.startswith("__")
+
+
+def _plain(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that became a coroutine for pyfuse3's sake; what really waits stays what it is."""
+    function = getattr(handler, "__wrapped__", None)
+    if function is None or inspect.iscoroutinefunction(function):
+        return handler
+    return types.MethodType(function, cast(Any, handler).__self__)
+
+
+def _name(body: memoryview, start: int) -> bytes:
+    """The name that begins there."""
+    tail = bytes(body[start:])
+    return tail[: tail.index(0)]
+
+
+def _names(body: memoryview, start: int) -> tuple[bytes, bytes]:
+    """Two names, one behind the other."""
+    first, second, _ = bytes(body[start:]).split(b"\0", 2)
+    return first, second
+
+
+def _time(given: int, now_given: int, seconds: int, nanoseconds: int, now: int) -> int | None:
+    """A time of SETATTR in nanoseconds, None if it stays."""
+    if not given and not now_given:
+        return None
+    return now if now_given else seconds * _SECOND + nanoseconds
+
+
+def _sized(value: bytes, size: int) -> bytes:
+    """A value for who has room for `size` bytes; with 0 how many bytes it has."""
+    if not size:
+        return wire.COUNT.pack(len(value), 0)
+    if len(value) > size:
+        raise fail(errno.ERANGE)
+    return value
+
+
+async def _sized_later(waiting: Any, size: int) -> bytes:
+    """`_sized` for a value that comes later."""
+    return _sized(await waiting, size)
+
+
+def _empty(waiting: Answer) -> Answer:
+    """The answer that says no more than that it went well, perhaps later."""
+    return _emptied(waiting) if inspect.iscoroutine(waiting) else b""
+
+
+async def _emptied(waiting: Any) -> bytes:
+    await waiting
+    return b""

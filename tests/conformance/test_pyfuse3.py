@@ -1,0 +1,47 @@
+"""The same with fuse=pyfuse3: it stays a complete path, for what it knows."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SOME = ("conformance/test_rename.py", "conformance/test_xattrs.py", "mount/test_holes.py", "mount/test_life.py")
+"""What is run always; --long runs all of both directories."""
+
+
+def _run(*names: str) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            *(str(HERE.parent / name) for name in names),
+        ],
+        env={**os.environ, "PKRAM_TEST_FUSE": "pyfuse3"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("name", SOME)
+def test_pyfuse3_alone(name: str) -> None:
+    _run(name)
+
+
+@pytest.mark.mount
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["conformance", "mount"])
+def test_pyfuse3_alone_with_everything(name: str) -> None:
+    _run(name)

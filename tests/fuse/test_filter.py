@@ -1,0 +1,312 @@
+"""Requests over a socket pair: what is answered, and that nothing ends the filter or leaves a caller waiting."""
+
+import errno
+import logging
+import os
+import random
+import select
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+pyfuse3 = pytest.importorskip("pyfuse3")
+
+from fs.conftest import SmallFrames, audit, small_ram  # noqa: E402
+
+from pkramfs.fs.limits import Limits  # noqa: E402
+from pkramfs.fs.tree import Tree  # noqa: E402
+from pkramfs.fuse import filter as module  # noqa: E402
+from pkramfs.fuse import turns, wire  # noqa: E402
+from pkramfs.fuse.filter import Filter  # noqa: E402
+from pkramfs.fuse.operations import Operations  # noqa: E402
+from pkramfs.fuse.requests import Requests  # noqa: E402
+from pkramfs.fuse.wire import HEADER, REPLY, Op  # noqa: E402
+
+
+class Kernel:
+    """The other end of the socket pair."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.socket, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        device.setblocking(False)
+        self._device = device
+        for end in (self.socket, device):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
+        self.later: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self.operations = Operations(tree)
+        self.filter = Filter(Requests(self.operations), device.fileno(), lambda work, *a: self.later.append((work, a)))
+        self._number = 0
+
+    def close(self) -> None:
+        self.socket.close()
+        self._device.close()
+
+    def send(self, op: int, node: int, body: bytes, uid: int = 0) -> int:
+        self._number += 2
+        header = HEADER.pack(HEADER.size + len(body), op, self._number, node, uid, uid, os.getpid(), 0, 0)
+        self.socket.send(header + body)
+        return self._number
+
+    def replies(self) -> list[tuple[int, int, bytes]]:
+        """(error, number, body) of everything that has come back."""
+        found = []
+        while select.select([self.socket], [], [], 0)[0]:
+            data = self.socket.recv(1 << 21)
+            length, error, number = REPLY.unpack_from(data)
+            assert length == len(data)
+            found.append((error, number, data[REPLY.size :]))
+        return found
+
+    def ask(self, op: int, node: int, body: bytes, uid: int = 0) -> tuple[int, bytes]:
+        """The error and the body of the reply to one request."""
+        number = self.send(op, node, body, uid)
+        assert self.filter.serve()
+        ((error, answered, found),) = self.replies()
+        assert answered == number
+        return error, found
+
+
+@pytest.fixture
+def kernel() -> Iterator[Kernel]:
+    with small_ram(4096) as ram:
+        tree = Tree(ram, SmallFrames(ram), Limits())  # type: ignore[arg-type]
+        made = Kernel(tree)
+        try:
+            yield made
+        finally:
+            made.close()
+        audit(tree)
+
+
+def _create(name: bytes, flags: int = os.O_RDWR | os.O_CREAT) -> bytes:
+    return wire.CREATE.pack(flags, 0o644, 0o022, 0) + name + b"\0"
+
+
+def test_a_file_is_made_written_read_and_removed(kernel: Kernel) -> None:
+    error, body = kernel.ask(Op.CREATE, 1, _create(b"file"), uid=7)
+    assert not error
+    entry, (handle, flags, _) = wire.ENTRY.unpack_from(body), wire.OPENED.unpack_from(body, wire.ENTRY.size)
+    assert entry[0] == entry[6] and flags == wire.KEEP_CACHE and entry[17:19] == (7, 7)
+    data = os.urandom(10_000)
+    assert kernel.ask(Op.WRITE, entry[0], wire.WRITE.pack(handle, 5, len(data), 0, 0, 0, 0) + data) == (
+        0,
+        wire.COUNT.pack(len(data), 0),
+    )
+    assert kernel.ask(Op.READ, entry[0], wire.READ.pack(handle, 0, 1 << 20, 0, 0, 0, 0)) == (0, bytes(5) + data)
+    error, body = kernel.ask(Op.GETATTR, entry[0], bytes(16))
+    assert wire.ATTRIBUTES.unpack_from(body)[4] == 10_005
+    assert kernel.ask(Op.RELEASE, entry[0], wire.HANDLE.pack(handle) + bytes(16)) == (0, b"")
+    assert kernel.ask(Op.UNLINK, 1, b"file\0") == (0, b"")
+    assert kernel.ask(Op.LOOKUP, 1, b"file\0")[1][:8] == bytes(8)
+    assert entry[0] in kernel.operations.tree.inodes
+    kernel.send(Op.FORGET, entry[0], wire.NUMBER.pack(1))
+    assert kernel.filter.serve() and not kernel.replies()
+    assert entry[0] not in kernel.operations.tree.inodes
+
+
+def test_a_listing_counts_references_of_what_fits(kernel: Kernel) -> None:
+    for number in range(30):
+        kernel.ask(Op.MKDIR, 1, wire.MKDIR.pack(0o755, 0) + b"%d\0" % number)
+    lookups = [inode.lookups for inode in kernel.operations.tree.inodes.values()]
+    error, body = kernel.ask(Op.READDIRPLUS, 1, wire.READ.pack(1, 0, 2000, 0, 0, 0, 0))
+    assert not error and 1800 < len(body) <= 2000
+    names, at = [], 0
+    while at < len(body):
+        ino, _, size, kind = wire.DIRENT.unpack_from(body, at + wire.ENTRY.size)
+        node = wire.ENTRY.unpack_from(body, at)[0]
+        names.append(body[at + 152 : at + 152 + size])
+        assert kind == 4 and node == (0 if names[-1] in (b".", b"..") else ino)
+        at += 152 + size + -size % 8
+    assert names[:3] == [b".", b"..", b"29"]
+    assert sum(i.lookups for i in kernel.operations.tree.inodes.values()) - sum(lookups) == len(names) - 2
+
+
+@pytest.mark.parametrize(
+    ("op", "node", "body", "code"),
+    [
+        (Op.LOOKUP, 99, b"x\0", errno.ESTALE),
+        (Op.LOOKUP, 1, b"no end", errno.EINVAL),
+        (Op.MKDIR, 1, b"abc", errno.EINVAL),
+        (Op.RENAME2, 1, bytes(16) + b"one name\0", errno.EINVAL),
+        (Op.WRITE, 1, wire.WRITE.pack(1, 0, 100, 0, 0, 0, 0) + b"too few", errno.EINVAL),
+        (Op.SETXATTR, 1, wire.SETXATTR.pack(100, 0) + b"user.x\0few", errno.EINVAL),
+        (Op.INTERRUPT, 0, bytes(8), errno.ENOSYS),
+        (4711, 1, b"", errno.ENOSYS),
+        (Op.INIT, 0, bytes(16), errno.ENOSYS),
+        (Op.UNLINK, 1, b"no\0", errno.ENOENT),
+        (Op.FLUSH, 1, bytes(24), errno.ENOSYS),
+    ],
+)
+def test_what_goes_wrong_is_an_errno(kernel: Kernel, op: int, node: int, body: bytes, code: int) -> None:
+    assert kernel.ask(op, node, body) == (-code, b"")
+
+
+def test_no_room_is_answered_when_something_is_forgotten(kernel: Kernel) -> None:
+    tree = kernel.operations.tree
+    tree.limits.max_inodes = 2
+    _, body = kernel.ask(Op.MKDIR, 1, wire.MKDIR.pack(0o755, 0) + b"a\0")
+    gone = wire.ENTRY.unpack_from(body)[0]
+    kernel.ask(Op.RMDIR, 1, b"a\0")
+    number = kernel.send(Op.MKDIR, 1, wire.MKDIR.pack(0o755, 0) + b"b\0")
+    assert kernel.filter.serve() and not kernel.replies() and kernel.filter.waiting == 1
+    ((work, args),) = kernel.later
+
+    async def both() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(work, *args)
+            await trio.testing.wait_all_tasks_blocked()
+            kernel.send(Op.FORGET, gone, wire.NUMBER.pack(1))
+            kernel.filter.serve()
+
+    trio.run(both)
+    ((error, answered, _),) = kernel.replies()
+    assert (error, answered, kernel.filter.waiting) == (0, number, 0)
+
+
+def test_an_order_is_answered_when_it_is_done(kernel: Kernel) -> None:
+    _, body = kernel.ask(Op.CREATE, 1, _create(b"file"))
+    node = wire.ENTRY.unpack_from(body)[0]
+    order = b"0:4096"
+    kernel.send(Op.SETXATTR, node, wire.SETXATTR.pack(len(order), 0) + b"user.pkramfs.allocate\0" + order)
+    assert kernel.filter.serve()
+    ((work, args),) = kernel.later
+    trio.run(work, *args)
+    notified, (error, _, _) = kernel.replies()
+    assert notified[:2] == (wire.NOTIFY_INVAL_INODE, 0) and wire.INVAL_INODE.unpack(notified[2]) == (node, -1, 0)
+    assert error == 0 and kernel.operations.tree.inode(node).blocks == 8
+
+
+def test_anything_else_is_eio_and_a_line_in_the_log(kernel: Kernel, caplog: pytest.LogCaptureFixture) -> None:
+    kernel.operations.tree.rmdir = lambda *_: 1 / 0  # type: ignore[method-assign, assignment]
+    assert kernel.ask(Op.RMDIR, 1, b"a\0") == (-errno.EIO, b"")
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_the_end_of_the_device_is_left_to_pyfuse3(kernel: Kernel) -> None:
+    assert kernel.filter.serve()  # nothing there
+    kernel.socket.close()
+    assert not kernel.filter.serve()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_request_ends_it_or_stays_without_an_answer(
+    kernel: Kernel, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Random requests, sensible ones of which something was changed, cut ones: 100,000 in all, bounded in time."""
+    caplog.set_level(logging.WARNING)
+    random_ = random.Random(seed)
+    began = time.monotonic()
+    for _ in range(25_000):
+        op, body = _random_request(random_)
+        number = kernel.send(op, random_.choice((0, 1, 1, 2, 3, 4, 5, 1 << 63)), body, random_.choice((0, 1000)))
+        assert kernel.filter.serve()
+        answered = [found for _, found, _ in kernel.replies() if found]  # the others are notifications
+        expected = [] if op in (Op.FORGET, Op.BATCH_FORGET) or kernel.later else [number]
+        assert answered == expected, (Op(op).name if op in set(Op) else op, body)
+        if kernel.later:
+            _finish(kernel, number)
+    assert not caplog.records, caplog.text
+    assert time.monotonic() - began < 120
+    error, _ = kernel.ask(Op.GETATTR, 1, bytes(16))
+    assert not error
+
+
+def _finish(kernel: Kernel, number: int) -> None:
+    for work, args in kernel.later:
+        trio.run(work, *args)
+    kernel.later.clear()
+    assert [found for _, found, _ in kernel.replies() if found] == [number]
+
+
+_SIZES = (
+    0,
+    1,
+    4095,
+    4096,
+    8192,
+    100_000,
+    1 << 20,
+    1 << 31,
+    1 << 40,
+    (1 << 62) + 5,
+    (1 << 63) - 1,
+    1 << 63,
+    (1 << 64) - 1,
+)
+_WORDS = (b"", b"a", b"b", b"c", b".", b"..", b"a/b", b"x" * 255, b"x" * 256, b"user.a", b"user.pkramfs.sparsify")
+
+
+def _random_request(random_: random.Random) -> tuple[int, bytes]:
+    """A request whose numbers and names are now and then sensible."""
+    op = random_.choice((*Op, *Op, random_.randrange(1 << 32)))
+    kind = random_.random()
+    if kind < 0.2:
+        body = random_.randbytes(random_.choice((0, 1, 7, 8, 16, 40, 100, 5000)))
+    else:
+        numbers = random_.choices((1, 2, 3, 4, 5, 2 | 1 << 62, 3 | 1 << 62, *_SIZES), k=random_.randrange(12))
+        words = b"".join(word + b"\0" for word in random_.choices(_WORDS, k=random_.randrange(3)))
+        body = struct.pack(f"<{len(numbers)}Q", *numbers)[: random_.choice((8, 12, 16, 24, 40, 56, 88, 96))] + words
+        if op == Op.WRITE and kind < 0.8:
+            data = bytes(random_.randrange(20_000))
+            body = wire.WRITE.pack(
+                random_.choice((2, 3, 4)) | 1 << 62, random_.choice(_SIZES[:7]), len(data), 0, 0, 0, 0
+            )
+            body += data
+        elif op in (Op.CREATE, Op.MKDIR) and kind < 0.8:
+            body = bytes(wire.CREATE.size if op == Op.CREATE else wire.MKDIR.size) + random_.choice(_WORDS) + b"\0"
+    if kind > 0.95:
+        body = body[: random_.randrange(len(body) + 1)]
+    return op, body
+
+
+def test_a_request_of_another_length_than_it_says_is_answered(kernel: Kernel) -> None:
+    kernel.socket.send(HEADER.pack(1000, Op.GETATTR, 8, 1, 0, 0, 0, 0, 0))
+    kernel.filter.serve()
+    assert kernel.replies() == [(-errno.EINVAL, 8, b"")]
+    kernel.socket.send(b"short")
+    assert kernel.filter.serve() and not kernel.replies()
+
+
+def test_a_reply_that_is_refused_becomes_an_error(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = []
+    write = os.write
+
+    def once(fd: int, data: bytes) -> int:
+        if fd == kernel.filter.fd and not refused:
+            refused.append(data)
+            raise OSError(errno.EINVAL, "no")
+        return write(fd, data)
+
+    monkeypatch.setattr(module.os, "write", once)
+    assert kernel.ask(Op.GETATTR, 1, bytes(16)) == (-errno.EIO, b"")
+
+
+def test_requests_follow_each_other_without_the_scheduler(kernel: Kernel) -> None:
+    """One call of wait_readable answers all that come, and comes back at the end."""
+    device = turns.Device()
+    device.filter = kernel.filter
+    for _ in range(100):
+        kernel.send(Op.GETATTR, 1, bytes(16))
+    answered = []
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(device.wait_readable, kernel.filter.fd)
+            with trio.fail_after(10):
+                while len(answered) < 100:
+                    await trio.lowlevel.checkpoint()
+                    answered.extend(kernel.replies())
+            kernel.socket.close()
+
+    trio.run(main)
+    assert all(not error for error, _, _ in answered)
