@@ -49,7 +49,7 @@ def test_other_errors_are(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_users_without_fusermount3_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MachineError, match="install the package fuse3"):
-        module._mount_as_user(str(tmp_path), 0, False)
+        module._mount_as_user(str(tmp_path), 0, False, "none")
 
 
 @pytest.mark.parametrize(("script", "part"), [("echo no way >&2; exit 1", "no way"), ("exit 0", "sent no descriptor")])
@@ -60,7 +60,7 @@ def test_what_fusermount3_says_is_passed_on(
     (tmp_path / "fusermount3").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(MachineError, match=part):
-        module._mount_as_user(str(tmp_path), 0, False)
+        module._mount_as_user(str(tmp_path), 0, False, "none")
 
 
 @pytest.mark.parametrize(
