@@ -147,17 +147,18 @@ class Device:
 
     async def wait_readable(self, fd: int) -> None:
         """Wait for something to read that pyfuse3 shall read: with a filter, for the end."""
-        await self._wait(fd)
-        while self.filter is not None and self.filter.serve():
-            await self._wait(fd)
-
-    async def _wait(self, fd: int) -> None:
         if fd != self._watched:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
-            self._watched, self._poll = fd, poll.poll
-        elif self.linger():
-            return
+            self._watched, self._poll, self._turn_ends = fd, poll.poll, 0.0
+        while True:
+            if not self.linger():
+                await self._begin(fd)
+            if self.filter is None or not self.filter.serve():
+                return
+
+    async def _begin(self, fd: int) -> None:
+        """Let all others have their turn, and begin ours with the next request."""
         await trio.lowlevel.wait_readable(fd)
         self._turn_ends = time.monotonic() + TURN
         self._window.turn()
@@ -167,15 +168,15 @@ class Device:
         now, poll, window = time.monotonic(), self._poll, self._window
         if now >= self._turn_ends or (self.filter is not None and self.filter.waiting):
             return False  # who waits for something will only hear of it from the scheduler
-        if poll(0):
-            return True
         if window.seconds:
             end = now + window.seconds
-            while time.monotonic() < end:
-                if poll(0):
-                    window.hit()
-                    return True
-            window.missed()
+            while not poll(0):
+                if time.monotonic() > end:
+                    window.missed()
+                    break
+            else:
+                window.hit()
+                return True
             return bool(poll(LINGER_MS))
         if not poll(LINGER_MS):
             return False

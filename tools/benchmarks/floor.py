@@ -160,7 +160,7 @@ def _answer(kind: int) -> EntryAttributes:
 
 def main() -> None:
     directory, memory = sys.argv[1:]
-    session = Session(Floor(memory), os.path.abspath(directory))  # type: ignore[arg-type]
+    session = Session(Floor(memory), os.path.abspath(directory), filtered=False)  # type: ignore[arg-type]
     session.mount(0)
     trio.run(_serve, session)
     session.close()

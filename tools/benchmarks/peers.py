@@ -1,0 +1,172 @@
+"""peers: what somebody would pick instead, libfuse's own examples in C and C++, on the same machine, turn by turn.
+
+    passthrough_ll  over a kernel tmpfs, cache=always,writeback
+    memfs_ll        a file system in memory; from libfuse 3.17 on
+
+They are built from the examples of the package libfuse3-dev, or from the directory that LIBFUSE_EXAMPLES names, the
+`example` of libfuse's unpacked source. What cannot be built here is left out, and it is said why.
+
+Metadata twice: on one processor (nobody is woken across processors: cost, with little spread), and free (latency).
+"""
+
+import contextlib
+import gzip
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks.files import _create, _each, _fsync, _read_cold, _write_again, _write_new
+from benchmarks.mounts import Lab, lab
+from benchmarks.table import Table
+
+_EXAMPLES = Path(os.environ.get("LIBFUSE_EXAMPLES", "/usr/share/doc/libfuse3-dev/examples"))
+_SOURCES = {"passthrough_ll": "passthrough_ll.c", "memfs_ll": "memfs_ll.cc"}
+_DEADLINE = 20.0
+MIB = 1 << 20
+
+Work = Callable[[Path], float]
+
+
+def peers(table: Table) -> None:
+    """Metadata and streams beside libfuse's examples."""
+    count, size = (300, 32 * MIB) if table.quick else (3000, 512 * MIB)
+    with lab() as place, contextlib.ExitStack() as stack:
+        others = dict(_mounted(place, stack))
+        processors = os.sched_getaffinity(0)
+        for label, some in (("one processor", {min(processors)}), ("free", processors)):
+            os.sched_setaffinity(0, some)
+            _pin(place, some)
+            for name, work in _metadata(count).items():
+                _compare(table, place, others, f"{name}, {label}", "/s", work)
+        for name, work in _streams(size).items():
+            _compare(table, place, others, name, "MiB/s", work)
+
+
+def _metadata(count: int) -> dict[str, Work]:
+    return {
+        "create+close": lambda d: _each(_fresh(d), count, _create),
+        "rename": lambda d: _each(
+            _full(d, count), count, lambda path: os.rename(path, path.replace("/meta/", "/other/"))
+        ),
+        "unlink": lambda d: _each(_full(d, count), count, os.unlink),
+        "mkdir": lambda d: _each(_fresh(d), count, os.mkdir),
+        "write a file of 4 KiB": lambda d: _each(_fresh(d), count, _small),
+        "4 KiB write and fsync": lambda d: _fsync(d, count),
+    }
+
+
+def _streams(size: int) -> dict[str, Work]:
+    return {
+        "sequential write, new": lambda d: _write_new(d, size),
+        "sequential write, again": lambda d: _write_again(d, size),
+        "sequential read, cold": lambda d: _read_cold(d, size),
+    }
+
+
+def _fresh(directory: Path) -> Path:
+    """An empty directory there, and another one beside it."""
+    for name in ("other", "meta"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+        (directory / name).mkdir()
+    return directory / "meta"
+
+
+def _full(directory: Path, count: int) -> Path:
+    """A directory with files to work on."""
+    place = _fresh(directory)
+    _each(place, count, _create)
+    return place
+
+
+def _small(path: str) -> None:
+    fd = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
+    os.write(fd, b"x" * 4096)
+    os.close(fd)
+
+
+def _compare(table: Table, place: Lab, others: dict[str, Path], name: str, unit: str, work: Work) -> None:
+    """A row for each peer."""
+    ours, theirs = place.directory / "peers", {name: list[float]() for name in others}
+    rates = []
+    for _ in range(table.runs):
+        rates.append(work(ours))
+        for peer, directory in list(others.items()):
+            try:
+                theirs[peer].append(work(directory))
+            except OSError as error:
+                print(f"tools/bench: peers: without {peer} from here on: {error.strerror}", file=sys.stderr)
+                del others[peer], theirs[peer]
+    for peer, found in theirs.items():
+        table.add("peers", name, rates, unit, reference=found, reference_name=peer)
+
+
+def _pin(place: Lab, processors: set[int]) -> None:
+    """Have every daemon below our lab use these processors only."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if str(place.directory).encode() in (entry / "cmdline").read_bytes():
+                    for task in (entry / "task").iterdir():
+                        os.sched_setaffinity(int(task.name), processors)
+
+
+def _mounted(place: Lab, stack: contextlib.ExitStack) -> Iterator[tuple[str, Path]]:
+    """The peers that can be built, mounted beside ours."""
+    place.mount("peers")
+    source = place.reference() / "source"
+    source.mkdir(exist_ok=True)
+    for name, file in _SOURCES.items():
+        program = place.directory / name
+        reason = _build(file, program)
+        if reason:
+            print(f"tools/bench: peers: without {name}: {reason}", file=sys.stderr)
+            continue
+        path = place.directory / f"{name}.mnt"
+        path.mkdir()
+        words = [program, "-f", path]
+        if name == "passthrough_ll":
+            words += ["-o", f"source={source},cache=always,writeback"]
+        stack.enter_context(_served(words, path))
+        place.mounted.append(path)
+        yield name, path
+
+
+@contextlib.contextmanager
+def _served(words: list[object], path: Path) -> Iterator[None]:
+    """A program that mounts on a directory, until it is unmounted."""
+    daemon = subprocess.Popen([str(word) for word in words], stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + _DEADLINE
+        while not os.path.ismount(path):
+            if daemon.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"tools/bench: {words[0]} does not mount on {path}")
+            time.sleep(0.01)
+        yield
+    finally:
+        daemon.terminate()
+        daemon.wait(timeout=_DEADLINE)
+
+
+def _build(file: str, program: Path) -> str:
+    """Compile an example; the reason why that is not possible, or nothing."""
+    compiler = shutil.which("g++" if file.endswith(".cc") else "gcc")
+    if compiler is None or shutil.which("pkg-config") is None:
+        return "no compiler, or no pkg-config"
+    directory = program.parent / "examples"
+    directory.mkdir(exist_ok=True)
+    for found in (*_EXAMPLES.glob("passthrough_helpers.h*"), *_EXAMPLES.glob(f"{file}*")):
+        text = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
+        (directory / found.name.removesuffix(".gz")).write_bytes(text)
+    if not (directory / file).exists():
+        return f"{_EXAMPLES} has no {file}; LIBFUSE_EXAMPLES names another directory"
+    flags = subprocess.run(["pkg-config", "--cflags", "--libs", "fuse3"], capture_output=True, text=True, check=False)
+    if flags.returncode:
+        return "pkg-config does not know fuse3: install libfuse3-dev"
+    words = [compiler, "-O2", "-o", str(program), str(directory / file), *flags.stdout.split()]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    return errors[0] if done.returncode and errors else f"{compiler} fails" if done.returncode else ""
