@@ -87,9 +87,11 @@ def _kernel(machine: "Machine") -> dict[str, Any] | None:
 
 def _next(machine: "Machine") -> dict[str, Any]:
     """What is loaded, and a boot that waits to be finished."""
-    from pkramfs.kernel import nvram, staging
+    from pkramfs.kernel import nvram, staging, state
 
     pending = nvram.pending(machine)
+    if state.read(machine, any_layout=True) is not None:
+        pending = None  # its kexec died, or is still on its way, before the point of no return: this kernel goes on
     loaded, crash = staging.read(machine), staging.read(machine, staging.CRASH_JSON)
     return {
         "loaded": loaded.image.name if loaded else None,

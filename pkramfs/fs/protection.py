@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The flags of chattr(1): what they forbid, and who inherits them.
 
     i  IMMUTABLE   no write but by who has it open already, no new link, no other name or attribute

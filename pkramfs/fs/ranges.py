@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Ranges of files: where data and holes are, and copies from one file to another.
 
     seek     the next data or hole from an offset on, found without looking at the runs of the whole file

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Requests read from the device and answered there, in front of pyfuse3 and libfuse.
 
     kernel ──request──▶ read ──▶ Requests ──▶ Operations ──▶ write ──reply──▶ kernel

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Attributes of an inode as the kernel wants them, in bytes: the Translator of what the filter answers.
 
 It has the methods of translate.Translator, so that the same handlers answer pyfuse3 and the device. A time is split

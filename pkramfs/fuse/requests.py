@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Each kind of request: its bytes taken apart, the handler of Operations asked, the answer as bytes.
 
     header · body  ──▶  Operations.lookup(parent, name, who asks)  ──▶  the body of a reply

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """FUSE's requests and replies as they lie on the device: numbers and structures, no rules.
 
     request   header · what the opcode has · names, each with its NUL · data

@@ -190,7 +190,7 @@ def test_who_is_killed_after_stopping_has_noted_what_to_mount_again(machine, pla
     restored(mount, machine, mnt, "one")
     program = (
         "import os\nfrom pkramfs.kernel import kexec as planner\nfrom pkramfs.cli.kexec import main\n"
-        "planner.DecideBoot.execute = lambda _: os.kill(os.getpid(), 9)\n"
+        "planner.LastLook.execute = lambda _: os.kill(os.getpid(), 9)\n"
         "main(['-le', 'builtin:2M', '--reuse-cmdline'])"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """The same with fuse=pyfuse3: it stays a complete path, for what it knows."""
 
 import os

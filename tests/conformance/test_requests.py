@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """What FUSE's protocol has and pyfuse3 has not: allocation, holes, copies, files without a name, births, flags."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Flags of chattr, files without a name, births: what they are, and that they cross a kexec."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Copies between files, and what they leave of holes."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Pages that were allocated and never written: zeros that count as a hole, and stay so over a kexec."""
 
 import os

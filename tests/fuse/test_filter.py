@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Requests over a socket pair: what is answered, and that nothing ends the filter or leaves a caller waiting."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """peers: what somebody would pick instead, libfuse's own examples in C and C++, on the same machine, turn by turn.
 
     passthrough_ll  over a kernel tmpfs, cache=always,writeback
