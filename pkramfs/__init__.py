@@ -5,6 +5,7 @@ The chapters, in reading order; imports only point to what stands above in this 
 
     units errors record spans    the words used everywhere,
     stdio text schema            output, text for people, JSON
+    mounting/                    mount options, mount(2), the mount table, bind mounts
     machine/                     RAM, firmware map, memblock, leases, frames
     pkram/                       what survives: super block, nodes, objects, streams
     kernel/                      one kernel dies, the next is born: image, kaslr, kexec, boot

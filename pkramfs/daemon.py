@@ -41,10 +41,8 @@ from pkramfs.fs import collector
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.restore import restore
 from pkramfs.fs.tree import Tree
-from pkramfs.fuse import syscalls
 from pkramfs.fuse.flags import MountFlags
 from pkramfs.fuse.operations import Operations
-from pkramfs.fuse.options import NO_SOURCE, Options, parse
 from pkramfs.fuse.session import Session
 from pkramfs.kernel import crash
 from pkramfs.kernel.running import Running, shared
@@ -56,6 +54,8 @@ from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import new_tree_id
 from pkramfs.machine.mounts import MountEntry, MountLock
 from pkramfs.machine.policy import Policy
+from pkramfs.mounting import syscalls
+from pkramfs.mounting.options import NO_SOURCE, Options, parse
 from pkramfs.text import printable
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE, format_size, plural
 

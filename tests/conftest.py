@@ -158,7 +158,7 @@ def _is_ours(pid: int) -> bool:
 
 def mounted() -> list[str]:
     """Mount points of every pkramfs mount."""
-    from pkramfs.fuse import syscalls
+    from pkramfs.mounting import syscalls
 
     return [one.mountpoint for one in syscalls.mounts() if one.fstype == syscalls.FSTYPE]
 

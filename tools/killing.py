@@ -30,13 +30,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pkramfs.fuse import syscalls
-from pkramfs.fuse.options import MS_RDONLY
 from pkramfs.kernel import running
 from pkramfs.kernel.running import Running
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.machine.mounts import MountEntry, kill
+from pkramfs.mounting import syscalls
+from pkramfs.mounting.options import MS_RDONLY
 from pkramfs.units import BLOCK_PAGES, MIB
 
 NOBODY, WRITER, SAVER, KEXEC, BOOT = "nobody", "writer", "saver", "pkram-kexec", "boot"

@@ -27,11 +27,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pkramfs.fuse.options as options
-import pkramfs.fuse.syscalls as syscalls
+import pkramfs.mounting.options as options
+import pkramfs.mounting.syscalls as syscalls
 from pkramfs.cli.mounts import Ready, Seen, Warn
 from pkramfs.errors import MachineError, PkramfsError, explain
-from pkramfs.fuse.syscalls import Mounted, Table
+from pkramfs.mounting.syscalls import Mounted, Table
 from pkramfs.units import plural
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class _Planner:
 
     def _on(self, one: Mounted, entry: "MountEntry | None") -> Json:
         """Say what a mount lies on, as far as can be known."""
-        from pkramfs.fuse.binds import covered
+        from pkramfs.mounting.binds import covered
 
         upper = self.table.by_id.get(one.parent)
         below = self.kept.get(upper.dev) if upper else None
@@ -358,7 +358,7 @@ class _Work:
         return root
 
     def _bind(self, mount: Json, bind: Json) -> None:
-        from pkramfs.fuse import binds
+        from pkramfs.mounting import binds
 
         root, expected = self._roots[id(mount)], self._on(bind)
         with syscalls.holding(bind["mountpoint"], directory=False) as held:

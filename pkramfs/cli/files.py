@@ -106,7 +106,7 @@ def _open(path: str, flags: int) -> int:
 
 def _allocated(fd: int, path: str, mode: int, args: argparse.Namespace) -> bool:
     """fallocate(2); False if the mount has none."""
-    from pkramfs.fuse import syscalls
+    from pkramfs.mounting import syscalls
 
     try:
         syscalls.fallocate(fd, mode, args.offset, args.length)

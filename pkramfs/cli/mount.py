@@ -24,7 +24,7 @@ from pkramfs.cli import arguments, render
 from pkramfs.errors import PkramfsError, UsageError, explain
 
 if TYPE_CHECKING:
-    from pkramfs.fuse.options import Options
+    from pkramfs.mounting.options import Options
 
 PROGRAM = "mount.pkramfs"
 USAGE, SYSTEM, FAILURE = 1, 2, 32
@@ -120,7 +120,7 @@ def _log(args: argparse.Namespace, message: str) -> None:
 
 
 def _mount(args: argparse.Namespace) -> int:
-    from pkramfs.fuse.options import parse
+    from pkramfs.mounting.options import parse
 
     if args.type not in (None, "pkramfs", "fuse.pkramfs", "fuse"):
         raise UsageError(f"type {args.type!r} is not ours: pkramfs")
@@ -148,8 +148,8 @@ def _mount(args: argparse.Namespace) -> int:
 
 def _resolve(directory: str) -> str:
     """The directory without links. A path at which something is mounted has none, so that nothing is asked there."""
-    from pkramfs.fuse.patience import ANSWER_SECONDS, within
-    from pkramfs.fuse.syscalls import mounted_at
+    from pkramfs.mounting.patience import ANSWER_SECONDS, within
+    from pkramfs.mounting.syscalls import mounted_at
 
     if os.pardir not in directory.split("/") and mounted_at(os.path.abspath(directory)):
         return os.path.abspath(directory)
@@ -164,7 +164,7 @@ def absolute_root() -> None:
 
 def _source_words(args: argparse.Namespace) -> list[str]:
     """What is mounted, as an option, so that it stays with the mount over a kexec; fsname= in -o comes after it."""
-    from pkramfs.fuse.options import NO_SOURCE, source_word
+    from pkramfs.mounting.options import NO_SOURCE, source_word
 
     return [] if args.source in ("", NO_SOURCE) else [source_word(args.source)]
 
@@ -187,8 +187,8 @@ def _check_first(options: "Options") -> None:
 
 def prepare(directory: str) -> None:
     """See that the mount point can be one; a dead mount of ours that lies over it is detached."""
-    from pkramfs.fuse import syscalls
-    from pkramfs.fuse.patience import ANSWER_SECONDS, within
+    from pkramfs.mounting import syscalls
+    from pkramfs.mounting.patience import ANSWER_SECONDS, within
 
     while syscalls.is_dead(directory):
         syscalls.detach(directory)

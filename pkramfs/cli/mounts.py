@@ -104,7 +104,7 @@ def located(entries: Iterable["MountEntry"]) -> list["MountEntry"]:
     """Return entries with the mount points that the mount table has: a mount, or a directory above it, may be moved."""
     from dataclasses import replace
 
-    from pkramfs.fuse import syscalls
+    from pkramfs.mounting import syscalls
 
     places: dict[int | None, list[str]] = {}
     for one in syscalls.mounts():
@@ -120,7 +120,7 @@ def located(entries: Iterable["MountEntry"]) -> list["MountEntry"]:
 
 def look(machine: "Machine") -> list[Seen]:
     """Ask every daemon how it is. Changes nothing, raises nothing for a silent daemon."""
-    from pkramfs.fuse import syscalls
+    from pkramfs.mounting import syscalls
 
     entries, table = alive(machine), syscalls.mounts()
     found = [_ask(entry) for entry in entries]
@@ -290,7 +290,7 @@ def syncfs(mountpoint: str, device: int | None) -> None:
 
 def _bounded(work: Callable[[], None], seconds: float) -> bool:
     """Whether `work` ended in time."""
-    from pkramfs.fuse.patience import StuckError, within
+    from pkramfs.mounting.patience import StuckError, within
 
     try:
         within(work, seconds, "the kernel's writing back")

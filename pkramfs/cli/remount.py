@@ -33,8 +33,8 @@ from pkramfs.cli.mount import PROGRAM, MountError
 from pkramfs.control.client import call, call_long
 from pkramfs.control.protocol import unnamed
 from pkramfs.errors import DaemonError, PkramfsError, UsageError
-from pkramfs.fuse.options import MS_RDONLY, MS_REMOUNT, Options
-from pkramfs.fuse.syscalls import FSTYPE, Mounted, holding, is_dead, mount, mount_id, mounts
+from pkramfs.mounting.options import MS_RDONLY, MS_REMOUNT, Options
+from pkramfs.mounting.syscalls import FSTYPE, Mounted, holding, is_dead, mount, mount_id, mounts
 from pkramfs.units import PAGE_SHIFT, format_size, plural
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Target(NamedTuple):
 
         Held only meanwhile: nobody could unmount what is held.
         """
-        from pkramfs.fuse.patience import within
+        from pkramfs.mounting.patience import within
 
         if os.geteuid() != 0 or flags == before:
             return
@@ -144,7 +144,7 @@ def _found(directory: str, dev: int, options: Options) -> "tuple[Machine, MountE
 
 def _expect_answer(directory: str, entry: "MountEntry") -> None:
     """Ask the daemon before the kernel waits for it, which would wait for ever."""
-    from pkramfs.fuse.patience import ANSWER_SECONDS
+    from pkramfs.mounting.patience import ANSWER_SECONDS
 
     try:
         call(entry.socket, "status", timeout=ANSWER_SECONDS)

@@ -21,9 +21,9 @@ special:
 * As root the daemon opens /dev/fuse and calls mount(2) itself, so that somebody else could hold
   the descriptor; a user's mount goes through fusermount3.
 
-In reading order: options (what -o means), syscalls (mount(2) and what is mounted), translate
-(attributes), doors (orders that FUSE has no request for), operations (one method a request), wire, replies and
-requests (the same in the kernel's bytes), filter (read, answer), turns (who is next), session (mount, serve, detach).
+In reading order: translate (attributes), doors (orders that FUSE has no request for), net (below every handler),
+operations (one method a request), wire, replies and requests (the same in the kernel's bytes), filter (read, answer),
+turns (who is next), session (mount, serve, detach).
 
 Kernel: fs/fuse/, include/uapi/linux/fuse.h
 """

@@ -16,8 +16,8 @@ import select
 
 from pkramfs.errors import explain
 from pkramfs.fs.access import Access
-from pkramfs.fuse import syscalls
-from pkramfs.fuse.options import MS_NOATIME, MS_NODIRATIME, MS_RDONLY, MS_RELATIME
+from pkramfs.mounting import syscalls
+from pkramfs.mounting.options import MS_NOATIME, MS_NODIRATIME, MS_RDONLY, MS_RELATIME
 
 log = logging.getLogger(__name__)
 

@@ -31,13 +31,13 @@ import pyfuse3
 import trio
 
 from pkramfs.errors import MachineError, explain
-from pkramfs.fuse import syscalls
 from pkramfs.fuse.filter import Filter
 from pkramfs.fuse.handshake import ALLOW_IDMAP, MAX_WRITE, Handshake
 from pkramfs.fuse.operations import Operations
-from pkramfs.fuse.options import MS_NOATIME, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, NO_SOURCE, source_word
 from pkramfs.fuse.requests import Requests
 from pkramfs.fuse.turns import Turns
+from pkramfs.mounting import syscalls
+from pkramfs.mounting.options import MS_NOATIME, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, NO_SOURCE, source_word
 
 _USER_FLAGS = {MS_RDONLY: "ro", MS_NOEXEC: "noexec", MS_NOSUID: "nosuid", MS_NODEV: "nodev", MS_NOATIME: "noatime"}
 _TASKS, _MOST = 2, 1000

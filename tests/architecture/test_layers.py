@@ -15,6 +15,7 @@ LAYERS = [
     {"fs", "kernel"},
     {"pkram"},
     {"machine"},
+    {"mounting"},
     {"spans", "record", "schema"},
     {"units", "errors", "stdio", "text"},
 ]
@@ -28,9 +29,7 @@ ALLOWED = {
     "pyfuse3": {"fuse"},
     "rich": {"cli"},
 }
-TOP_LEVEL_OF_COMMANDS = {"cli", "units", "errors", "stdio", "schema", "text", "__init__"} | {
-    "fuse.options",
-    "fuse.syscalls",
+TOP_LEVEL_OF_COMMANDS = {"cli", "mounting", "units", "errors", "stdio", "schema", "text", "__init__"} | {
     "control.client",
     "control.protocol",
 }

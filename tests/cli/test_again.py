@@ -10,10 +10,10 @@ import pytest
 from pkramfs.cli import again
 from pkramfs.cli.mounts import Ready, Seen
 from pkramfs.errors import MachineError
-from pkramfs.fuse import options as o
-from pkramfs.fuse import syscalls
-from pkramfs.fuse.syscalls import FSTYPE, Mounted
 from pkramfs.machine.mounts import MountEntry
+from pkramfs.mounting import options as o
+from pkramfs.mounting import syscalls
+from pkramfs.mounting.syscalls import FSTYPE, Mounted
 
 ROOT = Mounted(1, "/", "ext4", 0, id=1)
 
@@ -35,7 +35,7 @@ def plan(monkeypatch):
     """Plan with a mount table, by somebody who may not look below mounts."""
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(again, "namespaces", lambda: iter(()))
-    monkeypatch.setattr("pkramfs.fuse.binds.covered", lambda one, table: None)
+    monkeypatch.setattr("pkramfs.mounting.binds.covered", lambda one, table: None)
 
     def made(seen, *table):
         monkeypatch.setattr(syscalls, "mounts", lambda pid=None: [ROOT, *table])

@@ -95,7 +95,7 @@ def test_the_format_page_is_what_the_declarations_say():
 
 
 def test_every_mount_option_is_in_the_manual():
-    from pkramfs.fuse import options
+    from pkramfs.mounting import options
 
     text = (MANUAL / "mount.pkramfs.8.md").read_text()
     for name in [*options._VALUES, *options._WORDS]:

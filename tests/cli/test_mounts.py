@@ -178,7 +178,7 @@ def test_waiting_for_many_looks_at_their_locks_once_a_round(machine, monkeypatch
 
 
 def test_a_mount_that_was_moved_is_where_the_table_has_it(machine, monkeypatch):
-    from pkramfs.fuse import syscalls
+    from pkramfs.mounting import syscalls
 
     entry = Daemon("a").entry
     at = MountEntry(**{**vars(entry), "dev": 40, "mountpoint": "/old"})

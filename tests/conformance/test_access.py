@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conformance import system
 
-from pkramfs.fuse.options import (
+from pkramfs.mounting.options import (
     MS_NOATIME,
     MS_NODIRATIME,
     MS_NOSUID,

@@ -19,9 +19,9 @@ from conformance.conftest import Lab
 
 from pkramfs.cli import mount as helper
 from pkramfs.errors import UsageError
-from pkramfs.fuse.options import MS_REMOUNT, parse
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.machine.policy import Policy
+from pkramfs.mounting.options import MS_REMOUNT, parse
 from pkramfs.units import GIB, PAGE_SHIFT
 
 pytestmark = [pytest.mark.mount, pytest.mark.skipif(os.geteuid() != 0, reason="needs a tmpfs of its own")]

@@ -14,7 +14,7 @@ import pytest
 from conformance.conftest import ROOT, Lab
 from conformance.record import picture
 
-from pkramfs.fuse import syscalls
+from pkramfs.mounting import syscalls
 
 pytestmark = pytest.mark.mount
 

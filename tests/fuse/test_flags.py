@@ -6,8 +6,9 @@ from contextlib import closing
 import pytest
 
 from pkramfs.fs.access import NOATIME, RELATIME, Access
-from pkramfs.fuse import flags, syscalls
+from pkramfs.fuse import flags
 from pkramfs.fuse.flags import MountFlags
+from pkramfs.mounting import syscalls
 
 HEAD, TAIL = "36 35 0:39 / ", "- fuse.pkramfs none"
 

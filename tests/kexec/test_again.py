@@ -11,10 +11,10 @@ import time
 
 import pytest
 
-from pkramfs.fuse import options as o
-from pkramfs.fuse import syscalls
 from pkramfs.kernel import nvram
 from pkramfs.machine.directory import Machine
+from pkramfs.mounting import options as o
+from pkramfs.mounting import syscalls
 
 pytestmark = [
     pytest.mark.mount,

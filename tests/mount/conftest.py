@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from pkramfs.control.client import call
-from pkramfs.fuse import syscalls
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.mounts import MountEntry
+from pkramfs.mounting import syscalls
 
 ROOT = os.geteuid() == 0
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pkramfs.fuse.options import parse
+from pkramfs.mounting.options import parse
 
 pytestmark = pytest.mark.mount
 ROOT = os.geteuid() == 0

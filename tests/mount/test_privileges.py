@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pkramfs.fuse import syscalls
+from pkramfs.mounting import syscalls
 
 ROOT = os.geteuid() == 0
 pytestmark = [pytest.mark.mount, pytest.mark.skipif(not ROOT, reason="needs root")]

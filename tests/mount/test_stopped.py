@@ -12,8 +12,8 @@ import pytest
 
 from pkramfs.cli import mount as helper
 from pkramfs.control.client import call
-from pkramfs.fuse import patience, syscalls
 from pkramfs.machine.mounts import MountEntry
+from pkramfs.mounting import patience, syscalls
 
 pytestmark = pytest.mark.mount
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pkramfs.fuse import syscalls
+from pkramfs.mounting import syscalls
 from tests.conftest import mounted
 
 pytestmark = pytest.mark.mount

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkramfs.errors import UsageError
-from pkramfs.fuse import options as o
-from pkramfs.fuse.options import Amount, parse, source_word, split
+from pkramfs.mounting import options as o
+from pkramfs.mounting.options import Amount, parse, source_word, split
 
 
 def test_everything_at_once() -> None:

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from pkramfs.errors import ErrnoError
-from pkramfs.fuse.patience import StuckError, within
+from pkramfs.mounting.patience import StuckError, within
 
 
 def test_what_comes_back():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pkramfs.fuse import options as o
-from pkramfs.fuse import syscalls
+from pkramfs.mounting import options as o
+from pkramfs.mounting import syscalls
 
 
 def test_a_line_of_mountinfo() -> None:

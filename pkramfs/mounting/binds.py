@@ -16,8 +16,8 @@ import errno
 import os
 import struct
 
-from pkramfs.fuse import options as o
-from pkramfs.fuse.syscalls import Mounted, Table, holding, mount_id
+from pkramfs.mounting import options as o
+from pkramfs.mounting.syscalls import Mounted, Table, holding, mount_id
 
 _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
 """Numbers of the calls, the same on every architecture that Linux gave them to after 5.1."""

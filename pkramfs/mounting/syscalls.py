@@ -23,8 +23,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from pkramfs.fuse import options as o
-from pkramfs.fuse import patience
+from pkramfs.mounting import options as o
+from pkramfs.mounting import patience
 
 FSTYPE = "fuse.pkramfs"
 MOUNTINFO = "/proc/self/mountinfo"
