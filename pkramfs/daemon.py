@@ -55,6 +55,7 @@ from pkramfs.machine.leases import new_tree_id
 from pkramfs.machine.mounts import MountEntry, MountLock
 from pkramfs.machine.policy import Policy
 from pkramfs.mounting import syscalls
+from pkramfs.mounting.names import node_name
 from pkramfs.mounting.options import NO_SOURCE, Options, parse
 from pkramfs.text import printable
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE, format_size, plural
@@ -261,7 +262,8 @@ class Daemon:
 
     @property
     def node_name(self) -> bytes:
-        return b"shmem-" + os.fsencode(self.options.name or "")
+        """The node that holds the tree while it is preserved."""
+        return node_name(self.options.name or "")
 
     def _entry(self, dev: int | None) -> dict[str, Any]:
         return {
@@ -405,9 +407,16 @@ class Daemon:
             await trio.sleep(LINGER_SECONDS)
         except OSError as error:
             log.info("%s", explain(error))
-            for place in syscalls.places(self.session.dev)[:1]:
-                await _in_thread(partial(syscalls.syncfs, place))
+            await self._flush()
         await self._leave()
+
+    async def _flush(self) -> None:
+        """Have the kernel send what is dirty, through a place where the mount can still be reached."""
+        for place in syscalls.places(self.session.dev)[:1]:
+            try:
+                await _in_thread(partial(syscalls.syncfs, place, self.session.dev))
+            except OSError as error:
+                log.warning("not all was written back: %s", explain(error))
 
     async def _end_on_request(self, server: Server) -> None:
         await self.keeper.stopping.wait()

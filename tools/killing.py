@@ -36,6 +36,7 @@ from pkramfs.machine.directory import Machine
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.machine.mounts import MountEntry, kill
 from pkramfs.mounting import syscalls
+from pkramfs.mounting.names import mount_name, node_name
 from pkramfs.mounting.options import MS_RDONLY
 from pkramfs.units import BLOCK_PAGES, MIB
 
@@ -264,7 +265,7 @@ class Rig:
     def node(self, name: str) -> bool:
         """Whether a tree's node is published."""
         kernel = running.attach(self.machine)
-        return kernel.store.find(f"shmem-{name}".encode()) is not None
+        return kernel.store.find(node_name(name)) is not None
 
     def load(self, image: str = "", options: str = "") -> None:
         append = f"{options or self.chance.choice(OPTIONS)} pkram={self.machine.read_text('pkram')}".strip()
@@ -319,7 +320,7 @@ class Rig:
         kernel = running.attach(self.machine)  # who was killed after the point of no return left this to us
         self.run("ctl", "verify")
         kernel.sweep()
-        nodes = {node.name.decode().removeprefix("shmem-") for node in kernel.store.nodes()}
+        nodes = {mount_name(node.name) or node.name.decode() for node in kernel.store.nodes()}
         if nodes != set(self.trees):
             raise Difference(f"nodes {sorted(nodes)}, expected {sorted(self.trees)}")
         counts, own = kernel.leases.counts(), _own_blocks(kernel)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pkramfs.errors import DaemonError, PkramfsError
+from pkramfs.mounting.names import node_name
 from pkramfs.units import plural
 
 if TYPE_CHECKING:
@@ -196,11 +197,18 @@ class Mounts:
 
     def _flush(self, entry: "MountEntry") -> None:
         """Let the kernel send its dirty pages, so that the daemon knows all that was written."""
-        if not _bounded(lambda: syncfs(entry.mountpoint, entry.dev), FREEZE_SECONDS):
+        from pkramfs.mounting.patience import StuckError, within
+        from pkramfs.mounting.syscalls import syncfs
+
+        try:
+            within(lambda: syncfs(entry.mountpoint, entry.dev), FREEZE_SECONDS, "the kernel's writing back")
+        except StuckError:
             message = f"flushing {entry.mountpoint} took more than {FREEZE_SECONDS:.0f} s"
             if not self.force:
-                raise DaemonError(f"{message}; its daemon is pid {entry.pid}")
+                raise DaemonError(f"{message}; its daemon is pid {entry.pid}") from None
             self.warn(message)
+        except OSError:
+            pass  # detached, or in another namespace, or refused: the daemon, asked next, says what was lost
 
     def thaw(self) -> None:
         """Take back the freezing of every mount that `freeze` froze; one that fails is a warning."""
@@ -273,32 +281,6 @@ def kill(entry: "MountEntry") -> None:
     mounts.kill(entry)
 
 
-def syncfs(mountpoint: str, device: int | None) -> None:
-    """syncfs(2) on a mount point; nothing if something else is mounted there by now."""
-    import ctypes
-
-    try:
-        directory = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return  # detached, or in another namespace: only its daemon can say what has arrived
-    try:
-        if device is None or os.fstat(directory).st_dev == device:
-            ctypes.CDLL(None).syncfs(directory)
-    finally:
-        os.close(directory)
-
-
-def _bounded(work: Callable[[], None], seconds: float) -> bool:
-    """Whether `work` ended in time."""
-    from pkramfs.mounting.patience import StuckError, within
-
-    try:
-        within(work, seconds, "the kernel's writing back")
-    except StuckError:
-        return False
-    return True
-
-
 class User(NamedTuple):
     """A program that has files open in a mount, or stands in it."""
 
@@ -349,12 +331,11 @@ def still_there(machine: "Machine", mounts: Iterable[dict[str, Any]], warn: Warn
     wanted = list(mounts)
     if not wanted:
         return []
-    from pkramfs.cli.nodes import PREFIX
     from pkramfs.kernel.running import look
 
     kernel = look(machine)
     crossed = {node.name for node in kernel.store.nodes()} if kernel.info.pkram else set()
-    crossed |= {PREFIX + os.fsencode(entry.name) for entry in machine.mounts() if entry.alive and entry.name}
+    crossed |= {node_name(entry.name) for entry in machine.mounts() if entry.alive and entry.name}
     for mount in wanted:
         if _node(mount) not in crossed:
             warn(f"{mount.get('name')} is not mounted again on {mount['mountpoint']}: its tree was lost")
@@ -363,9 +344,7 @@ def still_there(machine: "Machine", mounts: Iterable[dict[str, Any]], warn: Warn
 
 def _node(mount: dict[str, Any]) -> bytes:
     """Return the name of the node that an entry of nvram.json's list is preserved in."""
-    from pkramfs.cli.nodes import PREFIX
-
-    return PREFIX + os.fsencode(str(mount.get("name")))
+    return node_name(str(mount.get("name")))
 
 
 class Ready:

@@ -13,6 +13,7 @@ Kernel: mm/pkram.c (pkram_store, patch 19)
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from pkramfs.cli import arguments, render
 from pkramfs.cli.arguments import need
 from pkramfs.cli.render import Column
 from pkramfs.errors import MachineError, NotPreservedError, PkramError, PkramfsError
+from pkramfs.mounting.names import mount_name, node_name
 from pkramfs.text import exact
 from pkramfs.units import BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size, plural
 
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from pkramfs.pkram.rescue import Survey
 
 LOCK_SECONDS = 30.0
-PREFIX = b"shmem-"
-"""A mount's NAME is the node PREFIX + NAME."""
 
 
 def attached(machine: "Machine") -> "Running | None":
@@ -206,11 +206,10 @@ def _node_names(running: "Running") -> list[bytes]:
 
 def resolve(running: "Running", name: str) -> bytes:
     """The node that NAME means: a mount's NAME, or the node's own name."""
-    raw = name.encode("utf-8", "surrogateescape")
-    mounts = PREFIX + raw
-    if running.store.find(mounts) is not None:
-        return mounts
-    return raw if raw.startswith(PREFIX) or running.store.find(raw) is not None else mounts
+    raw, of_mount = os.fsencode(name), node_name(name)
+    if running.store.find(of_mount) is not None:
+        return of_mount
+    return raw if mount_name(raw) is not None or running.store.find(raw) is not None else of_mount
 
 
 def _free(machine: "Machine", running: "Running", name: bytes) -> int:

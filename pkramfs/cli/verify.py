@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from pkramfs.cli import arguments, nodes, render
 from pkramfs.errors import FormatError, PkramfsError
+from pkramfs.mounting.names import mount_name
 from pkramfs.text import exact
 from pkramfs.units import plural
 
@@ -91,7 +92,7 @@ def doubts(running: "Running") -> list[str]:
 
 def _visit(node: "Node", objects: list["ObjectReader"], pages: "Spans") -> Iterator[str]:
     """What is wrong with the tree in a node of ours, if anything."""
-    if node.name.startswith(nodes.PREFIX):
+    if mount_name(node.name) is not None:
         try:
             _read_tree(objects, pages)
         except PkramfsError as error:

@@ -38,6 +38,7 @@ import trio
 
 from pkramfs.errors import ErrnoError, FormatError, PkramfsError, explain
 from pkramfs.fs.save import save, withdraw
+from pkramfs.mounting.names import node_name
 from pkramfs.spans import Spans
 from pkramfs.text import exact
 from pkramfs.units import format_size, plural
@@ -101,7 +102,7 @@ class Keeper:
     @property
     def node_name(self) -> bytes:
         """The node that holds this tree when it is preserved."""
-        return b"shmem-" + os.fsencode(self.name or "")
+        return node_name(self.name or "")
 
     def verbs(self) -> dict[str, Any]:
         """What `server` answers."""

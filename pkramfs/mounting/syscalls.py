@@ -333,10 +333,11 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     _check(_libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)), "fallocate")
 
 
-def syncfs(directory: str) -> None:
-    """Have the kernel send what is dirty in the file system of a directory."""
+def syncfs(directory: str, dev: int | None = None) -> None:
+    """Have the kernel send what is dirty in the file system of a directory; with `dev`, only if it is that one."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _check(_libc.syncfs(fd), directory)
+        if dev in (None, os.fstat(fd).st_dev):
+            _check(_libc.syncfs(fd), directory)
     finally:
         os.close(fd)
