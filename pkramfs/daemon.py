@@ -19,7 +19,6 @@ Kernel: fs/super.c (get_tree_nodev), fs/namespace.c, mm/shmem.c (shmem_fill_supe
 
 import contextlib
 import faulthandler
-import json
 import logging
 import os
 import signal
@@ -28,7 +27,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import trio
 
@@ -57,6 +56,7 @@ from pkramfs.machine.policy import Policy
 from pkramfs.mounting import syscalls
 from pkramfs.mounting.names import node_name
 from pkramfs.mounting.options import NO_SOURCE, Options, parse
+from pkramfs.mounting.starting import ANYTHING, Expected, Reporter, wait_for_go
 from pkramfs.text import printable
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE, format_size, plural
 
@@ -74,41 +74,11 @@ class AlreadyMounted(Exception):
     """The same NAME is mounted on the same directory: nothing to do."""
 
 
-class Expected(NamedTuple):
-    """What a daemon must find that mounts again what was mounted: None of anything that will do."""
-
-    tree: int | None = None
-    on: tuple[int, int | None] | None = None
-    """Device and inode number of the directory; without the number, any directory of the device."""
-
-
-ANYTHING = Expected()
-
-
-class Reporter:
-    """The pipe to whoever started us: one line of JSON, once."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        os.set_inheritable(fd, False)
-
-    def send(self, **message: Any) -> None:
-        """Say how the start went; nobody may be listening any more."""
-        if self._fd < 0:
-            return
-        try:
-            os.write(self._fd, json.dumps(message).encode() + b"\n")
-        except BrokenPipeError:
-            log.info("the mount command is gone")
-        os.close(self._fd)
-        self._fd = -1
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the daemon of one mount: FD of the status pipe, mount point, options, FD that says when to begin."""
     stdio.hold()
     fd, mountpoint, text, *go = sys.argv[1:] if argv is None else argv
-    expected = _told(int(go[0])) if go else ANYTHING
+    expected = wait_for_go(int(go[0])) if go else ANYTHING
     if expected is None:
         return 0
     reporter = Reporter(int(fd))
@@ -116,25 +86,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         Daemon(parse(text), mountpoint, reporter, expected).run()
     except AlreadyMounted as found:
-        reporter.send(ok=str(found))
+        reporter.serving(str(found))
     except (PkramfsError, OSError) as error:
         reason = explain(error) if isinstance(error, OSError) else str(error)
         log.error("%s", reason)
         _say(text, f"pkramfs: {mountpoint} was not mounted: {reason}")
-        reporter.send(error=reason, status=error.exit_status if isinstance(error, UsageError) else 0)
+        reporter.failed(reason, error.exit_status if isinstance(error, UsageError) else 0)
         return 1
     except BaseException as error:
         log.exception("the daemon ends")
-        reporter.send(error=f"internal error: {type(error).__name__}: {error}; please report it")
+        reporter.failed(f"internal error: {type(error).__name__}: {error}; please report it")
         return 1
     return 0
-
-
-def _told(fd: int) -> Expected | None:
-    """Wait to be told to begin; None if whoever started us is gone or needs no mount after all."""
-    with open(fd, "rb") as pipe:
-        _, told, expected = pipe.read().partition(b" ")
-    return Expected(**json.loads(expected)) if told else None
 
 
 def _say(options: str, message: str) -> None:
@@ -352,7 +315,7 @@ class Daemon:
         self.machine.log(f"pkramfs: {self.options.name or 'a tree'} mounted on {self.mountpoint}{self._what()}")
         self._starting.close()
         said = [line for line in (self._off().removeprefix(": "), self._scarce()) if line]
-        self.reporter.send(ok="\n".join(f"{self.options.name or self.mountpoint}: {line}" for line in said))
+        self.reporter.serving("\n".join(f"{self.options.name or self.mountpoint}: {line}" for line in said))
 
     def _reconfigured(self, said: Words) -> None:
         """A remount changed our options: whoever mounts us again must know."""

@@ -27,10 +27,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pkramfs.mounting.options as options
-import pkramfs.mounting.syscalls as syscalls
-from pkramfs.cli.mounts import Ready, Seen, Warn
+from pkramfs.cli.mounts import Seen, Warn
 from pkramfs.errors import MachineError, PkramfsError, explain
+from pkramfs.mounting import options, syscalls
+from pkramfs.mounting.helper import PROGRAM, AnsweredError
+from pkramfs.mounting.mountpoints import prepare
+from pkramfs.mounting.starting import Expected, PrestartedDaemons
 from pkramfs.mounting.syscalls import Mounted, Table
 from pkramfs.units import plural
 
@@ -254,18 +256,17 @@ def places(mount: Json) -> list[str]:
     return [str(one["mountpoint"]) for one in (mount, *mount.get("binds", ()))]
 
 
-def restart(machine: "Machine", mounts: Sequence[Json], warn: Warn, ready: Ready) -> int:
+def restart(machine: "Machine", mounts: Sequence[Json], warn: Warn, prestarted: PrestartedDaemons) -> int:
     """Mount again what was preserved; how many trees could not be. Each failure is a warning with its reason."""
     from pkramfs.cli import arguments
-    from pkramfs.cli import mount as helper
 
     with ExitStack() as held:
-        failures = _run(_steps(mounts), _Work(machine, ready, held))
+        failures = _run(_steps(mounts), _Work(machine, prestarted, held))
     for step, error in failures:
         reason = explain(error) if isinstance(error, OSError) else str(error)
         warn(f"{step.place} was not mounted again: {reason}")
-        if not isinstance(error, helper.AnsweredError):  # whose daemon has logged it
-            arguments.note(machine, f"{helper.PROGRAM}: {step.place}: {reason}")
+        if not isinstance(error, AnsweredError):  # whose daemon has logged it
+            arguments.note(machine, f"{PROGRAM}: {step.place}: {reason}")
     failed = sum(step.bind is None for step, _ in failures)
     if failed:
         warn(f"{plural(failed, 'tree')} stay preserved; mount by hand when the reason is gone")
@@ -332,8 +333,8 @@ def _is_bound(held: int, root: int, bind: Json) -> bool:
 class _Work:
     """What is done for a step. `held` keeps the roots of trees until all bind mounts are made."""
 
-    def __init__(self, machine: "Machine", ready: Ready, held: ExitStack) -> None:
-        self.machine, self.ready, self._held = machine, ready, held
+    def __init__(self, machine: "Machine", prestarted: PrestartedDaemons, held: ExitStack) -> None:
+        self.machine, self._prestarted, self._held = machine, prestarted, held
         self._roots: dict[int, int] = {}
 
     def __call__(self, step: _Step) -> None:
@@ -343,11 +344,9 @@ class _Work:
             self._bind(step.mount, step.bind)
 
     def _mount(self, mount: Json) -> None:
-        from pkramfs.cli import mount as helper
-
-        helper.prepare(mount["mountpoint"])
+        prepare(mount["mountpoint"])
         tree = int(mount["tree"], 16) if "tree" in mount else None
-        self.ready.take(mount).serve({"tree": tree, "on": self._on(mount)})
+        self._prestarted.take(mount).serve(Expected(tree, self._on(mount)))
         if mount.get("binds"):
             self._roots[id(mount)] = self._hold(mount)
 

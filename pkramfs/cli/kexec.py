@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pkramfs.kernel.staging import Loaded
     from pkramfs.kernel.steps import Operation, Plan
     from pkramfs.machine.directory import Machine
+    from pkramfs.mounting.starting import PrestartedDaemons
 
 PROGRAM = "pkram-kexec"
 LOCK_SECONDS = 30.0
@@ -303,11 +304,15 @@ def _to_remount(args: argparse.Namespace, seen: "Sequence[Seen]") -> "again.Plan
 
 def _execute(args: argparse.Namespace, machine: "Machine") -> int:
     """Let the running kernel die and the loaded one be born."""
-    with mounts.Ready() as ready, signals.Deferral() as waiting:
-        return _execute_with(args, machine, ready, waiting)
+    from pkramfs.mounting.starting import PrestartedDaemons
+
+    with PrestartedDaemons() as prestarted, signals.Deferral() as waiting:
+        return _execute_with(args, machine, prestarted, waiting)
 
 
-def _execute_with(args: argparse.Namespace, machine: "Machine", ready: mounts.Ready, waiting: signals.Deferral) -> int:
+def _execute_with(
+    args: argparse.Namespace, machine: "Machine", prestarted: "PrestartedDaemons", waiting: signals.Deferral
+) -> int:
     from pkramfs.cli import again
     from pkramfs.kernel import kexec, nvram, running
 
@@ -335,15 +340,15 @@ def _execute_with(args: argparse.Namespace, machine: "Machine", ready: mounts.Re
                 return _refuse(machine, plan)
             for line in notes:
                 arguments.note(machine, f"kexec: {line}")
-            ready.start(remount)
+            prestarted.start(remount)
             _perform(args, plan, waiting)
             pause = time.monotonic() - began
             nvram.set_pause(machine, pause - plan.copying)
     except BaseException:
         with signals.deferred():
-            _undo(machine, going, back, ready)
+            _undo(machine, going, back, prestarted)
         raise
-    return _mount_again(machine, remount, f"in {pause:.2f} s", ready)
+    return _mount_again(machine, remount, f"in {pause:.2f} s", prestarted)
 
 
 def _need_loaded(machine: "Machine") -> None:
@@ -382,7 +387,7 @@ def _before(waiting: signals.Deferral, verbose: bool, step: "Operation") -> None
         render.tell(line)
 
 
-def _undo(machine: "Machine", going: "Mounts", back: list[dict[str, Any]], ready: mounts.Ready) -> None:
+def _undo(machine: "Machine", going: "Mounts", back: list[dict[str, Any]], prestarted: "PrestartedDaemons") -> None:
     """After a failure: while the old kernel lives, every mount is as it was."""
     from pkramfs.cli import again
     from pkramfs.kernel import state
@@ -393,20 +398,21 @@ def _undo(machine: "Machine", going: "Mounts", back: list[dict[str, Any]], ready
     if state.read(machine, any_layout=True) is None:
         complain(PROGRAM, "the old kernel is gone and the new one is not up: pkram-kexec --resume goes on from there")
         return
-    again.restart(machine, back, partial(arguments.warn, PROGRAM), ready)
+    again.restart(machine, back, partial(arguments.warn, PROGRAM), prestarted)
 
 
 def _mount_again(
-    machine: "Machine", remount: Sequence[dict[str, Any]], how: str, ready: mounts.Ready | None = None
+    machine: "Machine", remount: Sequence[dict[str, Any]], how: str, prestarted: "PrestartedDaemons | None" = None
 ) -> int:
     """Mount what was preserved, and say that the new kernel is up."""
     from pkramfs.cli import again
     from pkramfs.kernel import nvram, running
+    from pkramfs.mounting.starting import PrestartedDaemons
 
     info = running.look(machine).info
     warn = partial(arguments.warn, PROGRAM)
     remount = mounts.still_there(machine, remount, warn)
-    failed = again.restart(machine, remount, warn, ready or mounts.Ready())
+    failed = again.restart(machine, remount, warn, prestarted or PrestartedDaemons())
     if not failed:
         with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
             nvram.clear_mounts(machine)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""All mounts of a machine at once: ask them, freeze them, take that back, stop them, start them again.
+"""All mounts of a machine at once: ask them, freeze them, take that back, stop them.
 
     look()      what each mount is and would lose; changes nothing              --dry-run, status
     freeze()    flush the kernel's dirty pages, then no change until thaw()     -e, first step
     thaw()      take back exactly what freeze() did                             -e, refused
     stop()      every daemon detaches and ends; returns when all locks are free -e
-    Ready       daemons started while the old kernel goes                       -e, --resume
 
 A mount is what its daemon says, never what /proc/mounts says: a lazily detached mount, or one in
 another mount namespace, is a mount as long as its daemon's lock is held. Only where it is, the mount
@@ -29,7 +28,6 @@ from pkramfs.mounting.names import node_name
 from pkramfs.units import plural
 
 if TYPE_CHECKING:
-    from pkramfs.cli.mount import Starting
     from pkramfs.control.client import Held
     from pkramfs.kernel.kexec import MountReport
     from pkramfs.machine.directory import Machine
@@ -345,43 +343,3 @@ def still_there(machine: "Machine", mounts: Iterable[dict[str, Any]], warn: Warn
 def _node(mount: dict[str, Any]) -> bytes:
     """Return the name of the node that an entry of nvram.json's list is preserved in."""
     return node_name(str(mount.get("name")))
-
-
-class Ready:
-    """Daemons that were started before they are needed; those that nobody takes are given up at the end.
-
-    Importing what a daemon needs takes longer than most trees take to be restored. It is done while the
-    old kernel goes and the new one boots: the daemon learns and touches nothing before it is told to.
-    """
-
-    def __init__(self) -> None:
-        self._started: dict[str, Starting] = {}
-        """By the names of the trees: two may be mounted on one directory."""
-
-    def __enter__(self) -> "Ready":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for starting in self._started.values():
-            starting.give_up()
-
-    def start(self, mounts: Iterable[dict[str, Any]]) -> None:
-        """Start the daemons of the first few mounts, one for each CPU: more would be in the boot's way."""
-        from pkramfs.cli import mount as helper
-
-        helper.absolute_root()
-        for mount, _ in zip(mounts, os.sched_getaffinity(0), strict=False):
-            self._started[mount["name"]] = helper.Starting(mount["mountpoint"], _options(mount))
-
-    def take(self, mount: dict[str, Any]) -> "Starting":
-        """The daemon of a mount, started now if it was not."""
-        from pkramfs.cli import mount as helper
-
-        started = self._started.pop(mount["name"], None)
-        return started or helper.Starting(mount["mountpoint"], _options(mount))
-
-
-def _options(mount: dict[str, Any]) -> str:
-    """What to give to -o for an entry of nvram.json's list."""
-    options = mount.get("options", {})
-    return ",".join(key if value is True else f"{key}={value}" for key, value in options.items() if value is not False)

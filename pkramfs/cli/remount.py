@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pkramfs.cli import render, signals
 from pkramfs.cli.arguments import warn
-from pkramfs.cli.mount import PROGRAM, MountError
 from pkramfs.control.client import call, call_long
 from pkramfs.control.protocol import unnamed
 from pkramfs.errors import DaemonError, PkramfsError, UsageError
+from pkramfs.mounting.helper import PROGRAM, MountError
 from pkramfs.mounting.options import MS_RDONLY, MS_REMOUNT, Options
 from pkramfs.mounting.syscalls import FSTYPE, Mounted, holding, is_dead, mount, mount_id, mounts
 from pkramfs.units import PAGE_SHIFT, format_size, plural

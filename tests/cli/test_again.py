@@ -8,11 +8,12 @@ import types
 import pytest
 
 from pkramfs.cli import again
-from pkramfs.cli.mounts import Ready, Seen
+from pkramfs.cli.mounts import Seen
 from pkramfs.errors import MachineError
 from pkramfs.machine.mounts import MountEntry
 from pkramfs.mounting import options as o
-from pkramfs.mounting import syscalls
+from pkramfs.mounting import starting, syscalls
+from pkramfs.mounting.starting import PrestartedDaemons
 from pkramfs.mounting.syscalls import FSTYPE, Mounted
 
 ROOT = Mounted(1, "/", "ext4", 0, id=1)
@@ -227,12 +228,10 @@ def test_daemons_that_were_started_are_told_apart_by_name(monkeypatch):
             given_up.append(self.text)
 
     given_up: list[str] = []
-    from pkramfs.cli import mount as helper
-
-    monkeypatch.setattr(helper, "Starting", Starting)
+    monkeypatch.setattr(starting, "Starting", Starting)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     two = [{"name": name, "mountpoint": "/m", "options": {"pkram": name}} for name in ("one", "two")]
-    with Ready() as ready:
+    with PrestartedDaemons() as ready:
         ready.start(two)
         assert [ready.take(mount).text for mount in two] == ["pkram=one", "pkram=two"]
     assert given_up == []
@@ -242,7 +241,7 @@ def test_a_failure_is_said_and_counted(monkeypatch):
     said: list[str] = []
     machine = types.SimpleNamespace(exists=lambda: False, mounts=list)
     mount = listed("/nowhere/at/all")[0] | {"on": {"tree": "1"}}
-    with Ready() as ready:
+    with PrestartedDaemons() as ready:
         assert again.restart(machine, [mount], said.append, ready) == 1
     assert said == [
         "/nowhere/at/all was not mounted again: mount point /nowhere/at/all does not exist",

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pkramfs import daemon
-from pkramfs.cli import mounts
-from pkramfs.cli.mount import MountError, Starting
+from pkramfs.mounting.helper import MountError
+from pkramfs.mounting.starting import PrestartedDaemons, Starting
 
 pytestmark = pytest.mark.mount
 
@@ -45,8 +45,10 @@ def test_daemons_are_taken_or_given_up(lab: Any) -> None:
     """As many as there are CPUs are started, one of them is used, the last one only when it is taken."""
     cpus = len(os.sched_getaffinity(0))
     names = [f"mount{number}" for number in range(cpus + 1)]
-    places = [{"mountpoint": str(lab.dir(name)), "options": {"pkram": name, "rw": True}} for name in names]
-    with mounts.Ready() as ready:
+    places: list[dict[str, Any]] = [
+        {"name": name, "mountpoint": str(lab.dir(name)), "options": {"pkram": name, "rw": True}} for name in names
+    ]
+    with PrestartedDaemons() as ready:
         ready.start(places)
         started = list(ready._started.values())
         assert len(started) == cpus
