@@ -4,8 +4,11 @@
     SAVING ──finish──► PUBLISHED       by one store, after everything else is in memory
        └────discard──► DISCARDED       also on an exception, or on leaving without finish
 
-Whoever is interrupted inside of `finish` (a signal, a debugger) cannot know whether the store was
-done; so giving up looks into the list first and never frees the frames of a node that can be found.
+A save that is interrupted inside of `finish` (a signal, a debugger) cannot know whether the store was
+done. So `discard` looks into the list first and never frees the frames of a node that can be found.
+
+A save knows the node list only through its `Place`: how to publish a node, and how to tell whether one is published.
+The list itself is the store's.
 
 Kernel: mm/pkram.c (pkram_prepare_save_obj, pkram_finish_save, pkram_discard_save), patches 2 and 3
 """
@@ -13,13 +16,14 @@ Kernel: mm/pkram.c (pkram_prepare_save_obj, pkram_finish_save, pkram_discard_sav
 import enum
 import errno
 import time
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from pkramfs.errors import PkramError
 from pkramfs.machine.claims import Claim
-from pkramfs.pkram import superblock
+from pkramfs.machine.ram import Ram
 from pkramfs.pkram.format import NEXT, NODE, NODE_MAGIC, OTHER
 from pkramfs.pkram.frameset import FrameSet
 from pkramfs.pkram.node import STRICT, Node, read_node, shown
@@ -30,9 +34,6 @@ from pkramfs.pkram.streams.writer import ObjectWriter
 from pkramfs.pkram.table.writer import TableWriter
 from pkramfs.spans import Spans
 
-if TYPE_CHECKING:
-    from pkramfs.pkram.store import Store
-
 
 class State(enum.Enum):
     """What became of a save."""
@@ -42,12 +43,23 @@ class State(enum.Enum):
     DISCARDED = enum.auto()
 
 
+class Place(NamedTuple):
+    """The node list as a save sees it: the generation of its super block, and what can be done there."""
+
+    generation: int
+    publish: Callable[[bytes, int], None]
+    """Make the node page of this name and pfn part of the list; PkramError (EEXIST) if the name is taken."""
+    is_published: Callable[[int], bool]
+    """Return True if the list leads to the node page at this pfn."""
+
+
 class Save:
     """A node being saved; nobody sees it before `finish`. Use it in a `with`."""
 
     def __init__(
         self,
-        store: "Store",
+        ram: Ram,
+        place: Place,
         name: bytes,
         tree_id: int,
         frames: Allocator,
@@ -57,11 +69,11 @@ class Save:
         align: bool,
         claim: Claim,
     ) -> None:
-        self.store, self.name, self.tree_id, self._claim = store, name, tree_id, claim
-        self._ram, self._strict, self._align = store.ram, strict, align
-        self._frames = SaveFrames(store.ram, frames, banned, partial(_no_memory, name))
-        self._named = FrameSet(store.ram.pages)
-        self.generation = superblock.check(store.ram, store.root()).generation
+        self.name, self.tree_id, self.generation = name, tree_id, place.generation
+        self._ram, self._place, self._claim = ram, place, claim
+        self._strict, self._align = strict, align
+        self._frames = SaveFrames(ram, frames, banned, partial(_no_memory, name))
+        self._named = FrameSet(ram.pages)
         self._writers: list[ObjectWriter] = []
         self.state = State.SAVING
         self._node_pfn = 0
@@ -75,12 +87,12 @@ class Save:
 
     @property
     def moved(self) -> list[Run]:
-        """Runs of frames that hold copies of banned pages."""
+        """Return the runs of frames that hold copies of banned pages."""
         return [run for writer in self._writers for run in writer.moved]
 
     @property
     def taken(self) -> Spans:
-        """The frames that are only the node's: metadata, byte pages, and copies of banned pages."""
+        """Return the frames that are only the node's: metadata, byte pages, and copies of banned pages."""
         return self._frames.spans()
 
     def _expect_open(self) -> None:
@@ -121,7 +133,7 @@ class Save:
         digest = table.close(self._frames.unlisted)
         self._write_node(node_pfn, objects, table.root, digest, (data | self._frames.spans()).total)
         self._node_pfn = node_pfn
-        self.store.publish(self.name, node_pfn)
+        self._place.publish(self.name, node_pfn)
         self._end(State.PUBLISHED)
         return read_node(self._ram, node_pfn)
 
@@ -153,7 +165,7 @@ class Save:
         """
         if self.state is not State.SAVING:
             return
-        if self._node_pfn and any(node.pfn == self._node_pfn for node in self.store.nodes()):
+        if self._node_pfn and self._place.is_published(self._node_pfn):
             self._end(State.PUBLISHED)
             return
         for writer in self._writers:
@@ -162,7 +174,7 @@ class Save:
         self._end(State.DISCARDED)
 
     def _end(self, state: State) -> None:
-        """The name is free for others."""
+        """End the save; its name is free for others."""
         self.state = state
         self._claim.release()
 

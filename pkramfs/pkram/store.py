@@ -38,7 +38,7 @@ from pkramfs.pkram.node import Node, check_frames, read_node, read_objects, read
 from pkramfs.pkram.page import publish, read_word, seal
 from pkramfs.pkram.relocate import Allocator
 from pkramfs.pkram.rescue import Survey, search
-from pkramfs.pkram.save import Save
+from pkramfs.pkram.save import Place, Save
 from pkramfs.pkram.streams.reader import ObjectReader
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, pages
@@ -147,35 +147,41 @@ class Store:
         banned: Spans | None = None,
         strict: bool = False,
         align: bool = False,
-    ) -> "Save":
+    ) -> Save:
         """Begin a node. Use it in a `with`: leaving without `finish` discards it.
 
         Errors: ENODEV (off), ENAMETOOLONG, EINVAL (empty), EEXIST (also while being saved).
         """
-        self.root()
+        root = self.root()
         if len(name) > NAME_MAX:
-            raise PkramError(f"the node name has {len(name)} bytes, at most {NAME_MAX} can be", errno.ENAMETOOLONG)
+            raise PkramError(f"node name of {len(name)} bytes is too long: at most {NAME_MAX}", errno.ENAMETOOLONG)
         if not name or b"\0" in name:
-            raise PkramError("a node name must not be empty nor contain NUL", errno.EINVAL)
+            raise PkramError(f"invalid node name {shown(name)!r}: it is empty or contains NUL", errno.EINVAL)
         claim = self._claims.take(_SAVE, name)
         if claim is None:
             raise PkramError(f"node {shown(name)} exists already, it is being saved", errno.EEXIST)
         try:
             if self.find(name) is not None:
                 raise PkramError(f"node {shown(name)} exists already", errno.EEXIST)
-            return Save(self, name, tree_id, frames, banned or Spans(), strict=strict, align=align, claim=claim)
+            place = Place(superblock.check(self.ram, root).generation, self._publish, self._is_published)
+            return Save(
+                self.ram, place, name, tree_id, frames, banned or Spans(), strict=strict, align=align, claim=claim
+            )
         except BaseException:
             claim.release()
             raise
 
-    def publish(self, name: bytes, pfn: int) -> None:
-        """Hang a complete node into the list. Done by `Save.finish`."""
+    def _publish(self, name: bytes, pfn: int) -> None:
+        """Put a complete node at the head of the list. EEXIST if another has its name."""
         root = self.root()
         with self._lock():
             if self.find(name) is not None:
                 raise PkramError(f"node {shown(name)} exists already", errno.EEXIST)
             publish(self.ram, pfn, NEXT, read_word(self.ram, root, NEXT, "Super", "node"))
             publish(self.ram, root, NEXT, pfn)
+
+    def _is_published(self, pfn: int) -> bool:
+        return any(node.pfn == pfn for node in self.nodes())
 
     # -- loading ---------------------------------------------------------------------------------
 
