@@ -60,7 +60,7 @@ def _describe(node: "Node", *, mounted: bool) -> dict[str, Any]:
         "state": "mounted" if mounted else "preserved",
         "pages": node.pages,
         "bytes": node.pages * PAGE_SIZE,
-        "moved": node.moved,
+        "moved": node.relocated,
         "pfn": node.pfn,
         "tree_id": f"{node.tree_id:016x}",
         "created_ns": node.created_ns,

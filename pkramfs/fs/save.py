@@ -54,6 +54,7 @@ class SaveReport(NamedTuple):
     stream_bytes: int
     runs: int
     moved: int
+    """Pages that were relocated, by the name that JSON has for them."""
     deleted: list[str]
     seconds: float
     deleted_count: int = 0
@@ -85,7 +86,7 @@ def save(
                 runs = _save_runs(writer, picture.runs)
         yield Progress("publish", 0, 1)
         saving.finish()
-        moved = sum(count for _, count in saving.moved)
+        moved = sum(count for _, count in saving.relocated)
     tree.node_pages = saving.taken
     tree.preserved = True
     counts = tree.counts()
@@ -104,7 +105,7 @@ def save(
 
 
 def withdraw(tree: Tree, store: Store, node_name: bytes) -> None:
-    """Take back a tree's node by one store and free what only the node used: metadata and moved copies.
+    """Take back a tree's node by one store and free what only the node used: metadata and relocated copies.
 
     What a daemon does at `remount,rw`, and at the first change of a restored tree (on_first_change). A node
     that was given up because it was damaged is gone already; what it used is free all the same.

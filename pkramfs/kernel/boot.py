@@ -225,9 +225,9 @@ def build_tables(boot: Boot) -> None:
     blocks = placement.block_count(boot.hardware)
     tables.write(boot.ram, boot.placed.table, blocks, boot.usable, kernel, reserve, nodes)
     for node in nodes:
-        moved = f", {node.moved:,} of them relocated when saved" if node.moved else ""
+        relocated = f", {node.relocated:,} of them relocated when saved" if node.relocated else ""
         ranges = plural(len(node.spans), "range")
-        boot.log(f"pkram: node {node.name}: {plural(node.spans.total, 'page')} in {ranges}{moved}")
+        boot.log(f"pkram: node {node.name}: {plural(node.spans.total, 'page')} in {ranges}{relocated}")
 
 
 def super_block(boot: Boot) -> None:
@@ -281,7 +281,9 @@ def _report(boot: Boot) -> dict[str, Any]:
     nodes = boot.found.nodes if boot.found else ()
     return {
         "cmdline": boot.cmdline,
-        "nodes": [{"name": n.name, "pages": n.spans.total, "ranges": len(n.spans), "moved": n.moved} for n in nodes],
+        "nodes": [
+            {"name": n.name, "pages": n.spans.total, "ranges": len(n.spans), "moved": n.relocated} for n in nodes
+        ],
         "lost": [{"name": name, "pages": count} for name, count in boot.lost],
         "preserved_pages": boot.preserved.total,
         "preserved_ranges": len(boot.preserved),

@@ -34,7 +34,7 @@ class IncomingNode:
     tree_id: int
     pfn: int
     spans: Spans
-    moved: int = 0
+    relocated: int = 0
     """Pages that were relocated when the tree was saved."""
 
 
@@ -100,6 +100,6 @@ def _check_blocks(nodes: list[IncomingNode]) -> None:
 def node_list(store: Store) -> list[IncomingNode]:
     """The published nodes with their pages, read from their page tables."""
     return [
-        IncomingNode(exact(node.name), node.tree_id, node.pfn, store.pages_of(node), node.moved)
+        IncomingNode(exact(node.name), node.tree_id, node.pfn, store.pages_of(node), node.relocated)
         for node in store.nodes()
     ]

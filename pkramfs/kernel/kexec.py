@@ -221,9 +221,9 @@ def _names_current(going: Transition) -> bool:
 def _relocations(going: Transition, mounts: Sequence[MountReport]) -> list[str]:
     """Whose pages lie in a destination: copied when they were preserved, or to be copied when they are."""
     found = [
-        f"relocated when it was preserved: {plural(node.moved, 'page')} of node {node.name}"
+        f"relocated when it was preserved: {plural(node.relocated, 'page')} of node {node.name}"
         for node in going.nodes
-        if node.moved
+        if node.relocated
     ]
     if going.force or going.kernel.info.layout != LAYOUT:
         return found

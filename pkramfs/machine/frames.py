@@ -34,6 +34,7 @@ from pkramfs.spans import U64, Spans
 from pkramfs.units import BLOCK_PAGES, MAX_ORDER, PAGE_SHIFT, round_up
 
 Run = tuple[int, int]
+"""Frames that follow one another: the first pfn, and how many."""
 
 _CLASSES = 40
 _AHEAD_MAX, _AHEAD_SHARE = 64, 32

@@ -41,7 +41,7 @@ class Node:
     table_pfn: int
     table_checksum: int
     object_pfn: int
-    moved: int
+    relocated: int
     """Frames that hold copies: their pages lay where a loaded kernel, or this one, would be."""
 
 
@@ -67,7 +67,7 @@ def read_node(ram: Ram, pfn: int) -> Node:
         table_pfn=page.table,
         table_checksum=page.table_checksum,
         object_pfn=page.object,
-        moved=page.moved,
+        relocated=page.moved,
     )
 
 

@@ -56,8 +56,8 @@ def read_word(ram: Ram, page: int, offset: int, record: str, field: str) -> Pfn:
     return unseal(ram.load(address), address, record, field)
 
 
-def publish(ram: Ram, page: int, offset: int, pfn: int) -> None:
-    """Make `pfn` reachable through the word at byte `offset` of a page: one store."""
+def write_word(ram: Ram, page: int, offset: int, pfn: int) -> None:
+    """Write the published word for `pfn` at byte `offset` of a page, by one store."""
     address = (page << PAGE_SHIFT) + offset
     ram.publish(address, seal(pfn, address))
 
@@ -84,7 +84,7 @@ def write_page(ram: Ram, pfn: int, record: Record, words: dict[int, int], **valu
     page[: len(head)] = head
     page[len(head) :] = bytes(PAGE_SIZE - len(head))
     for offset, target in words.items():
-        publish(ram, pfn, offset, target)
+        write_word(ram, pfn, offset, target)
     seal_page(ram, pfn)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Banned memory: where preserved pages may not lie, and how they are moved out of it.
+"""Banned memory: where preserved pages may not lie, and how a save relocates those that do.
 
 A kexec image that is loaded already has fixed destinations; what the kernel reserved early and the
 crash kernel's window are out of bounds as well. Pages that a save finds there are copied to frames
@@ -8,9 +8,9 @@ tree frozen until the node is withdrawn, so the copy cannot become stale (D7).
 
     run   [----------====-----]        ==== banned
     kept  [----------]    [---]
-    moved             [==]  ─► one run elsewhere, or several: the largest pieces that fit
+    relocated         [==]  ─► one run elsewhere, or several: the largest pieces that fit
 
-Only the banned part of a huge page moves; both parts are then entries of the largest orders that
+Only the banned part of a huge page is relocated; both parts are then entries of the largest orders that
 fit, where PKRAM copies all of it into base pages. Bans are a set of spans, so there is no table to
 overflow (D12).
 
@@ -22,13 +22,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pkramfs.machine.frames import Run
 from pkramfs.machine.ram import Ram
 from pkramfs.spans import U64, Spans
 from pkramfs.units import BLOCK_ORDER, PAGE_SIZE
 
 I64 = npt.NDArray[np.int64]
-Run = tuple[int, int]
-Rows = tuple[U64, U64, U64]
+Runs = tuple[U64, U64, U64]
+"""Columns: index in the stream, first pfn, count."""
 _LONG = 16
 """Pages of a run that is worth a copy of its own."""
 _TOGETHER = 64
@@ -83,13 +84,10 @@ def _free(frames: Allocator, runs: list[Run]) -> None:
         frames.free([start for start, _ in runs], [count for _, count in runs])
 
 
-def move_out(
+def relocate_banned(
     ram: Ram, frames: Allocator, index: U64, pfn: U64, count: U64, banned: Spans
 ) -> tuple[U64, U64, U64, list[Run]]:
-    """Copy every banned part of runs (index, pfn, count) elsewhere.
-
-    Returns the new runs, by index, and the frames that hold the copies.
-    """
+    """Copy every banned part of runs (index, pfn, count) elsewhere; return the new runs, by index, and the copies."""
     hit = touched(banned, pfn, count)
     if not hit.any():
         return index, pfn, count, []
@@ -97,9 +95,9 @@ def move_out(
     row, start, size = _cut(pfn[hit], count[hit], edges)
     first = index[hit][row] + start - pfn[hit][row]
     inside = np.searchsorted(edges, start, side="right") % 2 == 1
-    moved, copies = _copy_elsewhere(ram, frames, (first[inside], start[inside], size[inside]), banned)
+    relocated, copies = _copy_elsewhere(ram, frames, (first[inside], start[inside], size[inside]), banned)
     unhit = (index[~hit], pfn[~hit], count[~hit])
-    parts = (unhit, (first[~inside], start[~inside], size[~inside]), moved)
+    parts = (unhit, (first[~inside], start[~inside], size[~inside]), relocated)
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     by_index = np.argsort(columns[0], kind="stable")
     return columns[0][by_index], columns[1][by_index], columns[2][by_index], copies
@@ -122,7 +120,7 @@ def _cut(start: U64, count: U64, edges: U64) -> tuple[I64, U64, U64]:
     return row, begin, until - begin
 
 
-def _copy_elsewhere(ram: Ram, frames: Allocator, rows: Rows, banned: Spans) -> tuple[Rows, list[Run]]:
+def _copy_elsewhere(ram: Ram, frames: Allocator, rows: Runs, banned: Spans) -> tuple[Runs, list[Run]]:
     """Copy banned runs, laid out largest first so that large pieces keep their alignment."""
     by_size = np.argsort(~rows[2], kind="stable")
     index, source, size = (column[by_size] for column in rows)

@@ -23,12 +23,13 @@ from typing import NamedTuple
 
 from pkramfs.errors import PkramError
 from pkramfs.machine.claims import Claim
+from pkramfs.machine.frames import Run
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.format import NEXT, NODE, NODE_MAGIC, OTHER
 from pkramfs.pkram.frameset import FrameSet
 from pkramfs.pkram.node import STRICT, Node, read_node, shown
 from pkramfs.pkram.page import write_page
-from pkramfs.pkram.relocate import Allocator, Run
+from pkramfs.pkram.relocate import Allocator
 from pkramfs.pkram.saveframes import SaveFrames
 from pkramfs.pkram.streams.writer import ObjectWriter
 from pkramfs.pkram.table.writer import TableWriter
@@ -86,9 +87,9 @@ class Save:
             self.discard()
 
     @property
-    def moved(self) -> list[Run]:
+    def relocated(self) -> list[Run]:
         """Return the runs of frames that hold copies of banned pages."""
-        return [run for writer in self._writers for run in writer.moved]
+        return [run for writer in self._writers for run in writer.relocated]
 
     @property
     def taken(self) -> Spans:
@@ -124,8 +125,8 @@ class Save:
         node_pfn, objects = places[0], places[1:]
         for writer, pfn, following in zip(self._writers, objects, [*objects, 0][1:], strict=True):
             writer.write_record(pfn, following)
-        copies = Spans((start, start + count) for start, count in self.moved)
-        if data & self._frames.spans() - copies:
+        relocated = Spans((start, start + count) for start, count in self.relocated)
+        if data & self._frames.spans() - relocated:
             raise PkramError("a frame to preserve is in use by the save itself", errno.EINVAL)
         table = TableWriter(self._ram, self._frames.pages)
         self._frames.unlisted()
@@ -155,7 +156,7 @@ class Save:
             name_length=len(self.name),
             flags=STRICT if self._strict else 0,
             name=self.name,
-            moved=sum(count for _, count in self.moved),
+            moved=sum(count for _, count in self.relocated),
         )
 
     def discard(self) -> None:

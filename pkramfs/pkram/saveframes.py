@@ -14,8 +14,9 @@ from collections.abc import Callable
 import numpy as np
 
 from pkramfs.errors import PkramError
+from pkramfs.machine.frames import Run
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram.relocate import Allocator, Run, allocate_outside, move_out
+from pkramfs.pkram.relocate import Allocator, allocate_outside, relocate_banned
 from pkramfs.spans import U64, Spans
 
 
@@ -56,11 +57,11 @@ class SaveFrames:
             return np.empty(0, dtype=np.uint64)
         return np.concatenate([np.arange(start, start + size, dtype=np.uint64) for start, size in runs])
 
-    def move_out(self, index: U64, pfn: U64, count: U64) -> tuple[U64, U64, U64, list[Run]]:
+    def relocate(self, index: U64, pfn: U64, count: U64) -> tuple[U64, U64, U64, list[Run]]:
         """Copy the banned parts of runs elsewhere; return the new runs and where the copies are."""
         with self._lock:
             try:
-                index, pfn, count, copies = move_out(self.ram, self.frames, index, pfn, count, self.banned)
+                index, pfn, count, copies = relocate_banned(self.ram, self.frames, index, pfn, count, self.banned)
             except OSError as error:
                 raise self._no_memory(error) from error
             self._runs += copies

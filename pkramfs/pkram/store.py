@@ -35,7 +35,7 @@ from pkramfs.machine.ram import Ram
 from pkramfs.pkram import superblock
 from pkramfs.pkram.format import LINK_CAPACITY, NAME_MAX, NEXT, WITHDRAWN_MAGIC
 from pkramfs.pkram.node import Node, check_frames, read_node, read_objects, read_table, shown
-from pkramfs.pkram.page import publish, read_word, seal
+from pkramfs.pkram.page import read_word, seal, write_word
 from pkramfs.pkram.relocate import Allocator
 from pkramfs.pkram.rescue import Survey, search
 from pkramfs.pkram.save import Place, Save
@@ -177,8 +177,8 @@ class Store:
         with self._lock():
             if self.find(name) is not None:
                 raise PkramError(f"node {shown(name)} exists already", errno.EEXIST)
-            publish(self.ram, pfn, NEXT, read_word(self.ram, root, NEXT, "Super", "node"))
-            publish(self.ram, root, NEXT, pfn)
+            write_word(self.ram, pfn, NEXT, read_word(self.ram, root, NEXT, "Super", "node"))
+            write_word(self.ram, root, NEXT, pfn)
 
     def _is_published(self, pfn: int) -> bool:
         return any(node.pfn == pfn for node in self.nodes())
@@ -241,7 +241,7 @@ class Store:
         with self._lock():
             for node in self._walk():
                 if node.name == name:
-                    publish(self.ram, before, NEXT, read_word(self.ram, node.pfn, NEXT, "Node", "next"))
+                    write_word(self.ram, before, NEXT, read_word(self.ram, node.pfn, NEXT, "Node", "next"))
                     self.ram.publish(node.pfn << PAGE_SHIFT, WITHDRAWN_MAGIC)  # a search must not find it
                     return node
                 before = node.pfn
@@ -307,7 +307,7 @@ class Store:
         """Publish what is behind a node (or the super block), unless the list says so already."""
         address = (at << PAGE_SHIFT) + NEXT
         if self.ram.load(address) != seal(following, address):
-            publish(self.ram, at, NEXT, following)
+            write_word(self.ram, at, NEXT, following)
 
     def free(self, names: list[bytes] | None = None) -> int:
         """Withdraw nodes: these, or all that nobody saves or loads; how many pages that gives back.

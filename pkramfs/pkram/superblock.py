@@ -22,7 +22,7 @@ from pkramfs.pkram.format import (
     SUPER,
     SUPER_MAGIC,
 )
-from pkramfs.pkram.page import letters, publish, read_page, read_word, seal, write_page
+from pkramfs.pkram.page import letters, read_page, read_word, seal, write_page, write_word
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, Pfn
 
@@ -87,7 +87,7 @@ def damage(ram: Ram, pfn: int) -> FormatError | None:
 
 def set_regions(ram: Ram, pfn: int, head: int) -> None:
     """Hang the region list in (0: take it out)."""
-    publish(ram, pfn, OTHER, head)
+    write_word(ram, pfn, OTHER, head)
 
 
 def has_regions(ram: Ram, pfn: int) -> bool:

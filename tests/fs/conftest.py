@@ -184,7 +184,7 @@ class SmallStore:
 
 class SmallSave:
     def __init__(self, store: SmallStore, name: bytes) -> None:
-        self.store, self.name, self.objects, self.moved = store, name, [], []
+        self.store, self.name, self.objects, self.relocated = store, name, [], []
 
     @contextmanager
     def object(self):

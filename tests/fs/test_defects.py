@@ -85,7 +85,7 @@ def test_d7_copies_of_moved_pages_are_never_stale(kernel, sh) -> None:
     banned = Spans((pfn, pfn + count) for _, pfn, count in tree.inode(ino).pages)
     kernel.preserve(sh, banned=banned)
     node = kernel.store.find(NAME)
-    assert node.moved == banned.total > 0 and not kernel.store.pages_of(node) & banned
+    assert node.relocated == banned.total > 0 and not kernel.store.pages_of(node) & banned
     assert kernel.saved()[:80_000] == b"old!" * 20_000
     tree.thaw()
     used = kernel.frames.used_pages

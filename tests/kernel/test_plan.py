@@ -122,7 +122,7 @@ def test_relocations_are_told_by_owner_before_and_after(lab: Any) -> None:
     assert planned(lab, mount, force=True).relocations == [], "forced, it is lost"
 
     lab.publish("a", frames, runs, total)
-    assert lab.up().store.find(b"a").moved == inside.total
+    assert lab.up().store.find(b"a").relocated == inside.total
     plan = planned(lab, MountReport("/mnt", "a", True, 1, "", frames.tree_id))
     assert plan.relocations == [f"relocated when it was preserved: {inside.total:,} pages of node a"]
     assert plan.relocations[0] in plan.describe()

@@ -10,7 +10,7 @@ from pkramfs.errors import FormatError, PkramfsError
 from pkramfs.kernel import running
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.format import NEXT, NODE, SUPER
-from pkramfs.pkram.page import publish, seal_page
+from pkramfs.pkram.page import seal_page, write_word
 from pkramfs.pkram.rescue import Survey
 from pkramfs.units import BLOCK_PAGES, PAGE_SIZE
 
@@ -131,8 +131,8 @@ def test_contents_that_look_like_a_node_are_not_taken_for_one(three: Any) -> Non
     claim = three.machine.claim(frames.tree_id)
     kernel, forged = three.up(), runs[0][0]
     kernel.ram.page(forged)[:] = kernel.ram.page(kernel.store.find(b"a").pfn)
-    publish(kernel.ram, forged, NEXT, 0)
-    publish(kernel.ram, forged, 24, 0)
+    write_word(kernel.ram, forged, NEXT, 0)
+    write_word(kernel.ram, forged, 24, 0)
     seal_page(kernel.ram, forged)
     kernel.ram.page(kernel.info.super_pfn)[NEXT] ^= 1
     survey, _ = mend(three)

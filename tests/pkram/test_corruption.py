@@ -204,7 +204,7 @@ def test_a_chain_that_bites_its_tail_ends(victim: Victim) -> None:
     victim.poke(victim.places["Object"], fields["page_links"], 2**63, seal=True)
     assert any(error.field == "links" for error in victim.look())
     victim.poke(victim.places["Object"], fields["page_links"], victim.node.pages, seal=True)
-    page.publish(victim.ram, record.pages_tail, format.NEXT, record.pages_head)
+    page.write_word(victim.ram, record.pages_tail, format.NEXT, record.pages_head)
     assert any(error.field == "next" for error in victim.look())
 
 
@@ -217,7 +217,7 @@ def test_objects_in_a_circle_end(victim: Victim) -> None:
 
 
 def test_nodes_in_a_circle_end(victim: Victim) -> None:
-    page.publish(victim.ram, victim.node.pfn, format.NEXT, victim.node.pfn)
+    page.write_word(victim.ram, victim.node.pfn, format.NEXT, victim.node.pfn)
     with pytest.raises(FormatError, match="met before"):
         victim.store.nodes()
     assert any("met before" in line for line in check.check(victim.ram, SUPER_PFN).problems)

@@ -164,7 +164,7 @@ def test_d15_a_page_that_was_copied_elsewhere_does_not_pass(ram, store, frames, 
     node = save(store, frames, b"n", b"x")
     copy = int(frames.allocate_pages(1)[0])
     ram.copy(node.pfn, copy)
-    page.publish(ram, SUPER_PFN, format.NEXT, copy)
+    page.write_word(ram, SUPER_PFN, format.NEXT, copy)
     with pytest.raises(FormatError, match="checksum"):
         store.nodes()
 

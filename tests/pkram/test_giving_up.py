@@ -6,7 +6,7 @@ import pytest
 from pkramfs.errors import FormatError
 from pkramfs.pkram.check import check
 from pkramfs.pkram.format import NEXT
-from pkramfs.pkram.page import publish, seal
+from pkramfs.pkram.page import seal, write_word
 
 from .conftest import SUPER_PFN, TREE
 
@@ -51,7 +51,7 @@ def test_a_broken_list_ends_where_it_breaks(ram, store, nodes, where):
 @pytest.mark.parametrize("leads_to", ["itself", "outside"])
 def test_a_list_that_leads_astray(ram, store, nodes, leads_to):
     page = nodes[b"b"]
-    publish(ram, page, NEXT, nodes[b"c"] if leads_to == "itself" else ram.pages + 5)
+    write_word(ram, page, NEXT, nodes[b"c"] if leads_to == "itself" else ram.pages + 5)
     assert len(store.withdraw_damaged()) == 1
     assert [node.name for node in store.nodes()] == [b"d", b"c", b"b"]
     assert ram.load((page << 12) + NEXT) == seal(0, (page << 12) + NEXT)

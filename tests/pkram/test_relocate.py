@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pkramfs.pkram import relocate
-from pkramfs.pkram.relocate import move_out, touched
+from pkramfs.pkram.relocate import relocate_banned, touched
 from pkramfs.pkram.streams import link
 from pkramfs.spans import Spans
 
@@ -60,7 +60,7 @@ def test_every_page_keeps_its_index_and_contents(ram, frames, seed):
     stamp(ram, rows)
     banned = Spans((a, a + rng.choice((1, 1, 4, 100, 900))) for a in rng.sample(range(start, start + 5000), 12))
     used, before = frames.used_pages, read(ram, columns(rows))
-    *found, copies = move_out(ram, frames, *columns(rows), banned)
+    *found, copies = relocate_banned(ram, frames, *columns(rows), banned)
     after = read(ram, found)
     assert {index: content for index, (_, content) in after.items()} == {index: index + 1 for index in before}
     homes = Spans((a, a + n) for a, n in copies)
@@ -82,7 +82,7 @@ def test_ten_thousand_runs_are_moved_in_one_step(ram, frames):
     ram.words(start, 20_000).reshape(-1, 512)[::2, 7] = index
     asked = Counting(frames)
     banned = Spans([(start, start + 9000), (start + 9001, start + 20_000)])
-    found_index, found, size, copies = move_out(ram, asked, index, pfn, count, banned)
+    found_index, found, size, copies = relocate_banned(ram, asked, index, pfn, count, banned)
     assert asked.calls == 1 and len(copies) == 1
     assert (found_index == index).all() and (size == 1).all()
     assert (ram.u64.reshape(-1, 512)[found.astype(np.int64), 7] == index).all()
@@ -98,7 +98,7 @@ def test_huge_pages_stay_huge(ram, store, frames, strict):
     with store.prepare_save(b"n", tree_id=TREE, frames=frames, banned=banned, strict=strict) as saving:
         with saving.object() as writer:
             writer.save_pages([0, 512, 1024, 1536], start + 512 * np.arange(4), [9] * 4)
-        assert saving.finish().moved == 1025
+        assert saving.finish().relocated == 1025
     with store.prepare_load(b"n") as load:
         (reader,) = load
         index, pfn, order = reader.load_pages()
@@ -125,7 +125,7 @@ def test_frames_go_back_if_a_copy_fails(ram, frames, monkeypatch):
 
     monkeypatch.setattr(relocate, "_copy", fail)
     with pytest.raises(OSError, match="out of memory"):
-        move_out(ram, frames, *columns([(0, *runs[0])]), Spans([(0, ram.pages)]) - Spans([(20_000, 30_000)]))
+        relocate_banned(ram, frames, *columns([(0, *runs[0])]), Spans([(0, ram.pages)]) - Spans([(20_000, 30_000)]))
     assert frames.used_pages == used
 
 

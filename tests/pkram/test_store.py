@@ -114,7 +114,7 @@ def test_banned_frames_are_moved(ram, store, frames):
         with saving.object() as writer:
             writer.save_runs([0], [pfn], [count])
         node = saving.finish()
-    assert sum(size for _, size in saving.moved) == 11 == node.moved
+    assert sum(size for _, size in saving.relocated) == 11 == node.relocated
     assert not store.pages_of(node) & banned
     with store.prepare_load(b"n") as load:
         index, found, size = next(iter(load)).load_runs()

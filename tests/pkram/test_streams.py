@@ -186,7 +186,7 @@ def test_a_banned_huge_page_comes_back_in_the_largest_pieces(ram, store, frames,
     with store.prepare_load(b"n") as load:
         orders = sorted(only(load).load_pages()[2].tolist())
     assert orders == ([0] * 512 if strict else [0, *range(9)])
-    assert node.moved == 1 and contents(ram, store) == {n: n + 1 for n in range(512)}
+    assert node.relocated == 1 and contents(ram, store) == {n: n + 1 for n in range(512)}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -200,9 +200,9 @@ def test_nothing_of_a_node_lies_in_banned_memory(ram, store, frames, seed):
             writer.write(rng.randbytes(20_000))
             writer.save_runs([0, 2000], [start, start + 1000], [1000, 500])
         node = saving.finish()
-    moved = Spans((a, a + n) for a, n in saving.moved)
+    moved = Spans((a, a + n) for a, n in saving.relocated)
     assert not store.pages_of(node) & banned
-    assert moved.total == node.moved == (Spans([(start, start + count)]) & banned).total
+    assert moved.total == node.relocated == (Spans([(start, start + count)]) & banned).total
     assert contents(ram, store) == {n if n < 1000 else n + 1000: n + 1 for n in range(1500)}
 
 

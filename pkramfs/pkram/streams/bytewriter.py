@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from pkramfs.pkram.relocate import Run
+from pkramfs.machine.frames import Run
 from pkramfs.pkram.saveframes import SaveFrames
 from pkramfs.pkram.streams import link
 from pkramfs.pkram.streams.completeness import Completeness

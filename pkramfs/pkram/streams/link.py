@@ -38,7 +38,7 @@ from pkramfs.pkram.format import (
     NEXT,
     OTHER,
 )
-from pkramfs.pkram.page import publish, seal_array
+from pkramfs.pkram.page import seal_array, write_word
 from pkramfs.spans import U64
 from pkramfs.units import MAX_ORDER, PAGE_SHIFT, PAGE_SIZE
 
@@ -404,4 +404,4 @@ def _lay_out(rows: U64, entries: U64, counts: I64) -> None:
 
 def hang(ram: Ram, pfn: int, following: int) -> None:
     """Chain another stream of links behind link page `pfn`."""
-    publish(ram, pfn, NEXT, following)
+    write_word(ram, pfn, NEXT, following)

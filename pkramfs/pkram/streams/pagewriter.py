@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 
 from pkramfs.errors import FormatError, PkramError
+from pkramfs.machine.frames import Run
 from pkramfs.pkram import parallel
 from pkramfs.pkram.format import ENTRY_HUGE, LINK_CAPACITY
 from pkramfs.pkram.frameset import Extent, FrameSet
-from pkramfs.pkram.relocate import Run, touched
+from pkramfs.pkram.relocate import touched
 from pkramfs.pkram.saveframes import SaveFrames
 from pkramfs.pkram.streams import link, linkreader, scattered
 from pkramfs.pkram.streams.columns import Columns, as_columns, as_numbers
@@ -47,7 +48,7 @@ _SLICE = scattered.SLICE
 
 
 class PageWriter:
-    """The pages of one object. `count` frames are named so far; `moved` are the runs that hold copies."""
+    """The pages of one object. `count` frames are named so far; `relocated` are the runs that hold copies."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class PageWriter:
         self._chains: list[U64] = []
         self._indices = Indices()
         self.count = 0
-        self.moved: list[Run] = []
+        self.relocated: list[Run] = []
 
     def save_runs(self, index: Any, pfn: Any, count: Any) -> None:
         """Preserve runs of frames: arrays (u64) of first index, first pfn and pages; from any thread.
@@ -90,16 +91,16 @@ class PageWriter:
         def work(number: int) -> Rows:
             index, pfn, count = _part(columns, number)
             if self._frames.banned:
-                return link.run_rows(*self._move_out(index, pfn, count), strict=self._strict)
+                return link.run_rows(*self._relocate(index, pfn, count), strict=self._strict)
             return link.run_rows(index, pfn, count, strict=self._strict, dense=dense[number])
 
         self._each(work, len(columns[0]))
 
-    def _move_out(self, index: U64, pfn: U64, count: U64) -> Columns:
+    def _relocate(self, index: U64, pfn: U64, count: U64) -> Columns:
         """Copy the banned pages of runs elsewhere, name all frames, and return runs without banned pages."""
-        index, pfn, count, copies = self._frames.move_out(index, pfn, count)
+        index, pfn, count, copies = self._frames.relocate(index, pfn, count)
         with self._lock:
-            self.moved += copies
+            self.relocated += copies
         self._name(pfn, count)
         return index, pfn, count
 
@@ -122,7 +123,7 @@ class PageWriter:
     def save_pages(self, index: Any, pfn: Any, order: Any) -> None:
         """Preserve blocks as they are: arrays of index, pfn (aligned to the order) and order 0 to 18.
 
-        An order-9 block is marked as a huge page. Blocks that touch banned memory are moved and
+        An order-9 block is marked as a huge page. Blocks that touch banned memory are relocated and
         come back in pieces. Errors as in `save_runs`.
 
         Kernel: pkram_save_file_page() with a compound page
@@ -154,19 +155,19 @@ class PageWriter:
         self._each(work, len(columns[0]))
 
     def _save_mixed(self, columns: Columns, orders: link.U8) -> None:
-        """Preserve blocks of any order, of which some may have to be moved."""
+        """Preserve blocks of any order, of which some may have to be relocated."""
         if (columns[1] & (columns[2] - np.uint64(1))).any():
             raise _unaligned()
         hit = touched(self._frames.banned, columns[1], columns[2])
         if not hit.any():
-            self._save_unmoved(columns, orders)
+            self._save_in_place(columns, orders)
             return
         with self._completeness.required():
             self.save_runs(*(column[hit] for column in columns))
             if not hit.all():
-                self._save_unmoved(as_columns(*(column[~hit] for column in columns)), orders[~hit])
+                self._save_in_place(as_columns(*(column[~hit] for column in columns)), orders[~hit])
 
-    def _save_unmoved(self, columns: Columns, orders: link.U8) -> None:
+    def _save_in_place(self, columns: Columns, orders: link.U8) -> None:
         """Preserve blocks of any order where they are."""
         self._name(columns[1], columns[2], self._check_indices(columns)[0])
 

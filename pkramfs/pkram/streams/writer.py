@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Any
 
 from pkramfs.errors import PkramError
+from pkramfs.machine.frames import Run
 from pkramfs.pkram.format import NEXT, OBJECT, OBJECT_MAGIC, OTHER
 from pkramfs.pkram.frameset import FrameSet
 from pkramfs.pkram.page import write_page
-from pkramfs.pkram.relocate import Run
 from pkramfs.pkram.saveframes import SaveFrames
 from pkramfs.pkram.streams.bytewriter import ByteWriter
 from pkramfs.pkram.streams.completeness import Completeness
@@ -60,9 +60,9 @@ class ObjectWriter:
         return self._pages.count
 
     @property
-    def moved(self) -> list[Run]:
+    def relocated(self) -> list[Run]:
         """Return the runs of frames that hold copies of banned pages."""
-        return self._pages.moved
+        return self._pages.relocated
 
     def give_up(self) -> None:
         """Take no frames for this object any more: its save was discarded."""
@@ -96,7 +96,7 @@ class ObjectWriter:
     def save_pages(self, index: Any, pfn: Any, order: Any) -> None:
         """Preserve blocks as they are: arrays of index, pfn (aligned to the order) and order 0 to 18.
 
-        An order-9 block is marked as a huge page. Blocks that touch banned memory are moved and
+        An order-9 block is marked as a huge page. Blocks that touch banned memory are relocated and
         come back in pieces. Errors as in `save_runs`.
 
         Kernel: pkram_save_file_page() with a compound page
