@@ -58,6 +58,16 @@ class Spans:
         return cls.from_arrays(starts, starts + np.asarray(counts, dtype=np.uint64))
 
     @classmethod
+    def union(cls, sets: Iterable["Spans"]) -> "Spans":
+        """Return the union of many sets, in one pass."""
+        all_sets = list(sets)
+        if not all_sets:
+            return cls()
+        return cls.from_arrays(
+            np.concatenate([spans.starts for spans in all_sets]), np.concatenate([spans.ends for spans in all_sets])
+        )
+
+    @classmethod
     def from_mask(cls, mask: Any, start: int = 0) -> "Spans":
         """Return the runs of True in a boolean array whose first element is number `start`."""
         mask = np.asarray(mask, dtype=bool)
@@ -179,16 +189,26 @@ class Spans:
         return Spans.from_arrays((self.starts + step - np.uint64(1)) // step, self.ends // step)
 
     def first_fit(self, count: int, align: int = 1, *, top_down: bool = False) -> int | None:
-        """Start of the first (or last) aligned place for `count` numbers inside the set, or None."""
-        step, size = np.uint64(align), np.uint64(count)
-        if top_down:
-            room = self.counts >= size
-            places = (self.ends[room] - size) // step * step
-            fits = places >= self.starts[room]
-            return int(places[fits][-1]) if fits.any() else None
-        places = (self.starts + step - np.uint64(1)) // step * step
-        fits = places + size <= self.ends
-        return int(places[fits][0]) if fits.any() else None
+        """Return the start of the first (or last) aligned place for `count` numbers inside the set, or None."""
+        return first_place(self.starts, self.ends, count, align, top_down=top_down)
+
+
+def first_place(starts: U64, ends: U64, count: int, align: int = 1, *, top_down: bool = False) -> int | None:
+    """Return the start of the first (or last) aligned place for `count` numbers in ascending ranges, or None.
+
+    Ranges may touch; a place lies in one of them.
+    """
+    step, size = np.uint64(align), np.uint64(count)
+    roomy = ends >= starts + size  # before any subtraction: these are unsigned. Shape: (ranges,)
+    starts, ends = starts[roomy], ends[roomy]
+    # places: the lowest (or highest) aligned number of each range that has room; fits: it lies inside. (roomy ranges,)
+    if top_down:
+        places = (ends - size) // step * step
+        fits = places >= starts
+    else:
+        places = (starts + step - np.uint64(1)) // step * step
+        fits = places + size <= ends
+    return int(places[fits][-1 if top_down else 0]) if fits.any() else None
 
 
 def _between(edges: U64, numbers: U64) -> npt.NDArray[np.bool_]:

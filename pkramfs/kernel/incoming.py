@@ -11,11 +11,8 @@ list that is short would let boot punch somebody's data, so that is an error, no
 Kernel: mm/pkram.c (pkram_reserve, pkram_init), patches 10 to 14
 """
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-
-import numpy as np
 
 from pkramfs.errors import FormatError
 from pkramfs.machine.ram import Ram
@@ -55,11 +52,7 @@ class Incoming:
         return self.preserved - trees.outward(BLOCK_PAGES).scale(BLOCK_PAGES)
 
 
-def union(sets: Iterable[Spans]) -> Spans:
-    """All of many sets, in one pass."""
-    empty, all_sets = np.empty(0, dtype=np.uint64), list(sets)
-    starts = np.concatenate([empty, *(spans.starts for spans in all_sets)])
-    return Spans.from_arrays(starts, np.concatenate([empty, *(spans.ends for spans in all_sets)]))
+union = Spans.union
 
 
 def examine(ram: Ram, super_pfn: int, usable: Spans) -> Incoming:

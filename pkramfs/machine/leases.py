@@ -89,11 +89,8 @@ class Leases:
             yield first, self.ids[first : (end - self.table_pfn) * _WORDS]
 
     def _where(self, keep: Callable[[U64], object]) -> Spans:
-        """Blocks of backed table pages for whose words `keep` is true."""
-        found = [Spans()] + [Spans.from_mask(keep(words), first) for first, words in self._pieces()]
-        return Spans.from_arrays(
-            np.concatenate([spans.starts for spans in found]), np.concatenate([spans.ends for spans in found])
-        )
+        """Return the blocks of backed table pages for whose words `keep` is true."""
+        return Spans.union(Spans.from_mask(keep(words), first) for first, words in self._pieces())
 
     def taken(self) -> Spans:
         """Blocks that somebody owns."""

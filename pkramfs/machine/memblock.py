@@ -47,7 +47,7 @@ import numpy.typing as npt
 
 from pkramfs.errors import ExhaustedError, PkramError
 from pkramfs.machine.firmware import FirmwareMap
-from pkramfs.spans import U64, Spans
+from pkramfs.spans import U64, Spans, first_place
 from pkramfs.units import PAGE_SIZE, format_size, round_down, round_up
 
 NO_NODE = -1
@@ -441,17 +441,8 @@ class Memblock:
 
 
 def _fit(starts: U64, ends: U64, low: int, high: int, size: int, align: int, *, bottom_up: bool) -> int | None:
-    """The first (or last) aligned place for `size` bytes in areas clipped to [low, high)."""
+    """Return the first (or last) aligned place for `size` bytes in areas clipped to [low, high), or None."""
     if high <= low or size <= 0:
         return None
-    step, length = np.uint64(align), np.uint64(size)
     starts, ends = np.maximum(starts, np.uint64(low)), np.minimum(ends, np.uint64(high))
-    roomy = ends >= starts + length  # before any subtraction: these are unsigned
-    starts, ends = starts[roomy], ends[roomy]
-    if bottom_up:
-        places = (starts + step - np.uint64(1)) // step * step
-        places = places[places + length <= ends]
-        return int(places[0]) if len(places) else None
-    places = (ends - length) // step * step
-    places = places[places >= starts]
-    return int(places[-1]) if len(places) else None
+    return first_place(starts, ends, size, align, top_down=not bottom_up)

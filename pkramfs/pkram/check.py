@@ -139,11 +139,7 @@ def _misused(pages: Spans, what: str) -> str:
 
 def _check_shared(report: Report) -> None:
     """Pages that two nodes have: looked for node by node only if there are any, which one pass over all tells."""
-    starts, ends = (
-        np.concatenate([np.empty(0, np.uint64), *(getattr(spans, edge) for _, spans in report.frames)])
-        for edge in ("starts", "ends")
-    )
-    report.preserved = Spans.from_arrays(starts, ends)
+    report.preserved = Spans.union(spans for _, spans in report.frames)
     if report.preserved.total == sum(spans.total for _, spans in report.frames):
         return
     before = Spans()

@@ -110,8 +110,7 @@ def check_frames(node: Node, table: Walk, readers: list[ObjectReader]) -> Spans:
     sets = [Spans([(node.pfn, node.pfn + 1)]), Spans.from_runs(table.pages, np.ones_like(table.pages))]
     uses = 1 + len(table.pages) + sum(reader.uses() for reader in readers)
     sets += [spans for reader in readers for spans in (reader.metadata(), reader.data)]
-    starts, ends = (np.concatenate([getattr(one, edge) for one in sets]) for edge in ("starts", "ends"))
-    together = Spans.from_arrays(starts, ends)
+    together = Spans.union(sets)
     if together.total != uses:
         raise FormatError("Node", "objects", pfn=node.pfn, found="a frame with two uses", expected="one use each")
     if missing := together - table.spans:

@@ -157,9 +157,7 @@ def _copy(ram: Ram, source: U64, target: U64, count: U64, within_banned: Spans) 
     within = np.arange(int(left.sum())) - np.repeat(np.cumsum(left) - left, left)
     origin, place = (np.repeat(pfn[~long].astype(np.int64), left) + within for pfn in (source, target))
     if len(origin):
-        there = Spans()
-        for low, high in within_banned:
-            there = there | ram.data_spans(low, high)
+        there = Spans.union(ram.data_spans(low, high) for low, high in within_banned)
         held = touched(there, origin.astype(np.uint64), np.ones(len(origin), dtype=np.uint64))
         origin, place = origin[held], place[held]
     for low in range(0, len(origin), _TOGETHER):

@@ -116,11 +116,8 @@ class Store:
         return read_table(self.ram, node).spans
 
     def preserved(self) -> Spans:
-        """Every frame of every node."""
-        spans = Spans()
-        for node in self.nodes():
-            spans = spans | self.pages_of(node)
-        return spans
+        """Return every frame of every node."""
+        return Spans.union(self.pages_of(node) for node in self.nodes())
 
     def metadata_pages(self, name: bytes) -> Spans:
         """The frames that a node uses for itself, so that its owner can free them after a withdrawal."""
