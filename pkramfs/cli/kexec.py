@@ -267,8 +267,8 @@ def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
     plan = kexec.plan(machine, reports, force=args.force, poison=args.poison, remount=back.mounts, notes=back.notes)
     for line in plan.describe():
         render.say(line)
-    ways = report.ways(machine) if args.verbose else None
-    for line in [*_noticed(seen), *(ways.describe() if ways else [])]:
+    costs = report.costs(machine) if args.verbose else None
+    for line in [*_noticed(seen), *(costs.describe() if costs else [])]:
         render.say(line)
     return plan.problems[0].exit_status if plan.problems else 0
 
@@ -390,12 +390,12 @@ def _before(waiting: signals.Deferral, verbose: bool, step: "Operation") -> None
 def _undo(machine: "Machine", going: "Mounts", back: list[dict[str, Any]], prestarted: "PrestartedDaemons") -> None:
     """After a failure: while the old kernel lives, every mount is as it was."""
     from pkramfs.cli import again
-    from pkramfs.kernel import state
+    from pkramfs.kernel import kernelrecord
 
     going.thaw()
     if not machine.exists() or not going.stopped:
         return
-    if state.read(machine, any_layout=True) is None:
+    if kernelrecord.read(machine, any_layout=True) is None:
         complain(PROGRAM, "the old kernel is gone and the new one is not up: pkram-kexec --resume goes on from there")
         return
     again.restart(machine, back, partial(arguments.warn, PROGRAM), prestarted)

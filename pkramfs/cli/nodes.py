@@ -36,9 +36,9 @@ LOCK_SECONDS = 30.0
 
 def attached(machine: "Machine") -> "Running | None":
     """The running kernel, looked at without booting one; None where there is none."""
-    from pkramfs.kernel import state
+    from pkramfs.kernel import kernelrecord
 
-    if state.read(machine, any_layout=True) is None:
+    if kernelrecord.read(machine, any_layout=True) is None:
         return None
     from pkramfs.kernel.running import look
 
@@ -85,11 +85,11 @@ def refuse_loss(machine: "Machine") -> None:
 
 def _unfinished(machine: "Machine") -> bool:
     """Whether the old kernel is gone and the new one not up, so that nobody knows the nodes."""
-    from pkramfs.kernel import nvram, state
+    from pkramfs.kernel import kernelrecord, nvram
 
     pending = nvram.pending(machine)
     waits = pending is not None and pending.kind == nvram.KEXEC
-    return waits and state.read(machine, any_layout=True) is None
+    return waits and kernelrecord.read(machine, any_layout=True) is None
 
 
 def act_nodes(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@
 After every restart the first question is whether all data came back; this answers it on one page,
 from the report that boot left in kernel.json (`--json` gives that as it is, and `ways`). In a crash
 kernel it tells what is known about the dead one. The last table is there while a kernel is loaded:
-what it costs in PKRAM's way and what it would cost in KHO's (kernel/ways.py).
+what it costs in PKRAM's way and what it would cost in KHO's (kernel/costs.py).
 """
 
 import argparse
@@ -26,8 +26,8 @@ from pkramfs.errors import MachineError, PkramfsError
 from pkramfs.units import PAGE_SIZE, format_pfn, format_size, plural
 
 if TYPE_CHECKING:
-    from pkramfs.kernel.state import KernelInfo
-    from pkramfs.kernel.ways import Ways
+    from pkramfs.kernel.costs import Costs
+    from pkramfs.kernel.kernelrecord import KernelInfo
     from pkramfs.machine.directory import Machine
 
 _DYING_WORDS = 10
@@ -36,13 +36,13 @@ _DYING_WORDS = 10
 
 def show(args: argparse.Namespace) -> None:
     """Print the report of the running kernel."""
-    from pkramfs.kernel import state
+    from pkramfs.kernel import kernelrecord
 
     machine = arguments.existing(args)
-    info = state.read(machine, any_layout=True)
+    info = kernelrecord.read(machine, any_layout=True)
     if info is None:
         raise MachineError("no kernel is running, so there is no boot to report")
-    costs = _ways_now(machine)
+    costs = _costs_now(machine)
     if arguments.wants_json(args):
         render.emit_json(info.report | {"ways": costs.to_json() if costs else None})
         return
@@ -54,14 +54,14 @@ def show(args: argparse.Namespace) -> None:
     _phases(report.get("phases") or {})
     _lines("LOADED SEGMENT", report.get("segments") or [])
     if costs:
-        _costs(costs)
+        _print_costs(costs)
     _lines("LAST WORDS OF THE DEAD KERNEL", (report.get("dead") or {}).get("dmesg", [])[-_DYING_WORDS:])
 
 
-def ways(machine: "Machine") -> "Ways | None":
+def costs(machine: "Machine") -> "Costs | None":
     """What the loaded kernel costs with bans and with scratch; None where none is loaded or PKRAM is off."""
     from pkramfs.kernel import running, staging
-    from pkramfs.kernel.ways import compare
+    from pkramfs.kernel.costs import compare
 
     kernel, loaded = running.look(machine, any_layout=True), staging.read(machine)
     if loaded is None or not kernel.info.pkram:
@@ -69,10 +69,10 @@ def ways(machine: "Machine") -> "Ways | None":
     return compare(kernel, loaded, kernel.store.preserved())
 
 
-def _ways_now(machine: "Machine") -> "Ways | None":
+def _costs_now(machine: "Machine") -> "Costs | None":
     """The same, for people who came for the report of the last boot: damage of now must not hide that."""
     try:
-        return ways(machine)
+        return costs(machine)
     except PkramfsError as error:
         arguments.warn("pkramctl", f"what the loaded kernel costs cannot be told: {error}")
         return None
@@ -128,7 +128,7 @@ def _lines(title: str, lines: list[str]) -> None:
         render.table([render.Column(title)], [[line] for line in lines])
 
 
-def _costs(costs: "Ways") -> None:
+def _print_costs(costs: "Costs") -> None:
     render.say()
     names = [render.Column("NEXT KERNEL"), *(render.Column(n, True) for n in ("PAGES", "SIZE", "COPIED AT MOST"))]
     bans = ["bans", f"{costs.banned:,}", _pages(costs.banned), plural(costs.copies, "page")]

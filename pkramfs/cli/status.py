@@ -69,9 +69,9 @@ def _machine(machine: "Machine") -> dict[str, Any]:
 
 
 def _kernel(machine: "Machine") -> dict[str, Any] | None:
-    from pkramfs.kernel import state
+    from pkramfs.kernel import kernelrecord
 
-    info = state.read(machine, any_layout=True)
+    info = kernelrecord.read(machine, any_layout=True)
     if info is None:
         return None
     return {

@@ -34,18 +34,18 @@ Read in this order:
     segments     the next kernel's pieces and their destinations
     nvram        what is decided and not finished
     staging      where a loaded kernel waits
-    state        kernel.json
+    kernelrecord kernel.json
     kaslr        which places there are, and the choice of one
     placement    where everything goes; asked by the planner and by boot
     incoming     what the last kernel left, checked
-    tables       the lease table, from holes, kernel and nodes
+    leasetable   the lease table, from holes, kernel and nodes
     iomem        the resource map
     boot         the steps from power-on to kernel.json
     running      attach: boot, resume, take over, or just look
     loading      -l: destinations that overwrite nothing that is preserved
     steps        what is described before it is done, and undone if a later step fails
     kexec        the plan of -e, and the order of all of it
-    ways         what bans and relocation cost, and what scratch would
+    costs        what bans and relocation cost, and what scratch would
     crash        a kernel to look at the dead one with
 
 Kernel: kernel/kexec*.c, arch/x86/boot/compressed, arch/x86/kernel/setup.c, init/main.c

@@ -32,12 +32,12 @@ from typing import Any
 from pkramfs import __version__
 from pkramfs.errors import FormatError, MachineError, PkramfsError
 from pkramfs.kernel import cmdline as words
-from pkramfs.kernel import incoming, iomem, nvram, placement, staging, state, tables
+from pkramfs.kernel import incoming, iomem, kernelrecord, leasetable, nvram, placement, staging
 from pkramfs.kernel.incoming import Incoming
+from pkramfs.kernel.kernelrecord import KernelInfo
 from pkramfs.kernel.nvram import NodePages, Pending
 from pkramfs.kernel.placement import Placement
 from pkramfs.kernel.segments import destinations
-from pkramfs.kernel.state import KernelInfo
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.machine.memblock import Flag, Memblock
@@ -223,7 +223,7 @@ def build_tables(boot: Boot) -> None:
     trees = incoming.union(node.spans for node in nodes)
     kernel = boot.placed.spans | (handed_over - placement.blocks_of(trees))
     blocks = placement.block_count(boot.hardware)
-    tables.write(boot.ram, boot.placed.table, blocks, boot.usable, kernel, reserve, nodes)
+    leasetable.write(boot.ram, boot.placed.table, blocks, boot.usable, kernel, reserve, nodes)
     for node in nodes:
         relocated = f", {node.relocated:,} of them relocated when saved" if node.relocated else ""
         ranges = plural(len(node.spans), "range")
@@ -273,7 +273,7 @@ def publish(boot: Boot) -> None:
         booted=time.time(),
         report=_report(boot),
     )
-    state.write(boot.machine, boot.info)
+    kernelrecord.write(boot.machine, boot.info)
 
 
 def _report(boot: Boot) -> dict[str, Any]:

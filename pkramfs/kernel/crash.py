@@ -24,7 +24,7 @@ import time
 
 from pkramfs.errors import MachineError
 from pkramfs.kernel import cmdline as words
-from pkramfs.kernel import nvram, running, staging, state
+from pkramfs.kernel import kernelrecord, nvram, running, staging
 from pkramfs.kernel.nvram import Pending
 from pkramfs.kernel.running import Running
 from pkramfs.machine.directory import Machine
@@ -55,7 +55,7 @@ def notice(machine: Machine) -> Running | None:
 
 def _oops(machine: Machine) -> tuple[MountEntry, str] | None:
     """A daemon that oopsed under the running kernel, and how, if that matters to it."""
-    info = state.read(machine, any_layout=True)
+    info = kernelrecord.read(machine, any_layout=True)
     if info is None or not info.pkram or not words.panics_on_oops(machine.read_text("cmdline") or ""):
         return None
     for entry in machine.mounts():

@@ -46,11 +46,11 @@ from pkramfs.errors import ExhaustedError, FormatError, MachineError, NotPreserv
 from pkramfs.kernel import cmdline as words
 from pkramfs.kernel import incoming, loading, nvram, placement, running, staging
 from pkramfs.kernel.incoming import IncomingNode
+from pkramfs.kernel.kernelrecord import LAYOUT
 from pkramfs.kernel.nvram import NodePages, Pending
 from pkramfs.kernel.running import Running
 from pkramfs.kernel.segments import conflicts, destinations, page_count
 from pkramfs.kernel.staging import FILE_MODE, Loaded
-from pkramfs.kernel.state import LAYOUT
 from pkramfs.kernel.steps import Operation, Plan
 from pkramfs.machine.directory import Machine
 from pkramfs.pkram import regions, superblock

@@ -22,11 +22,11 @@ from pkramfs.kernel import cmdline as words
 from pkramfs.kernel import incoming, placement, running, staging
 from pkramfs.kernel.image import Image, load_image, setup_header
 from pkramfs.kernel.incoming import IncomingNode
+from pkramfs.kernel.kernelrecord import LAYOUT
 from pkramfs.kernel.nvram import ImageInfo
 from pkramfs.kernel.running import Running
 from pkramfs.kernel.segments import Segment, check_destinations, destinations, place_all
 from pkramfs.kernel.staging import CRASH_JSON, CRASH_MODE, FILE_MODE, LOAD_MODE, Loaded, Stage
-from pkramfs.kernel.state import LAYOUT
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.files import open_regular
 from pkramfs.spans import Spans

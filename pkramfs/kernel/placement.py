@@ -31,9 +31,9 @@ from dataclasses import dataclass
 from pkramfs.errors import ExhaustedError
 from pkramfs.kernel import cmdline as words
 from pkramfs.kernel import kaslr
+from pkramfs.kernel.kernelrecord import Range
 from pkramfs.kernel.nvram import ImageInfo, Pending
 from pkramfs.kernel.segments import LOWEST_PFN, Segment, destinations
-from pkramfs.kernel.state import Range
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.machine.memblock import Memblock
 from pkramfs.spans import Spans

@@ -30,12 +30,12 @@ from functools import cached_property
 
 from pkramfs.errors import FormatError, MachineError
 from pkramfs.kernel import cmdline as words
-from pkramfs.kernel import nvram, staging, state, tables
+from pkramfs.kernel import kernelrecord, leasetable, nvram, staging
 from pkramfs.kernel.image import BUILTIN, load_image
+from pkramfs.kernel.kernelrecord import KernelInfo
 from pkramfs.kernel.nvram import ImageInfo, Pending
 from pkramfs.kernel.ownership import Ownership
 from pkramfs.kernel.segments import destinations
-from pkramfs.kernel.state import KernelInfo
 from pkramfs.machine.claims import FileClaims
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.leases import FREE, KERNEL, Leases
@@ -143,7 +143,7 @@ def look(machine: Machine, *, any_layout: bool = False) -> Running:
     """The running kernel, without changing anything; MachineError where there is none."""
     if not machine.exists():
         raise MachineError(machine.missing())
-    info = state.read(machine, any_layout=any_layout)
+    info = kernelrecord.read(machine, any_layout=any_layout)
     if info is None:
         waits = nvram.pending(machine) is not None
         raise MachineError(
@@ -160,7 +160,7 @@ def shared(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Running]
         machine.create()
     while True:
         with machine.lifecycle(shared=True, timeout=timeout):
-            info = state.read(machine)
+            info = kernelrecord.read(machine)
             if info is not None and nvram.pending(machine) is None:
                 kernel = Running(machine, info)
                 take_back_regions(kernel)
@@ -186,13 +186,13 @@ def bring_up(machine: Machine, *, force: bool = False) -> Running:
     """Whatever is undone between power-on and a running kernel. The caller holds the lock exclusively."""
     with held(machine.path(BOOT_LOCK), timeout=BOOT_SECONDS, what=f"{machine.path()}, which boots,"):
         pass  # a boot whose parent was killed has ended
-    info, pending = state.read(machine, any_layout=True), nvram.pending(machine)
+    info, pending = kernelrecord.read(machine, any_layout=True), nvram.pending(machine)
     if info is None:
         if pending is None:
             _refuse_data(machine)
             decide_cold(machine)
         resume(machine, force=force)
-        info = state.read(machine)
+        info = kernelrecord.read(machine)
         if info is None:
             raise MachineError("boot said that it succeeded but wrote no kernel.json")
         pending = nvram.pending(machine)
@@ -242,7 +242,7 @@ def power_cycle(machine: Machine, cmdline: str = COLD_CMDLINE) -> Running:
 
 def retire(machine: Machine) -> None:
     """The point of no return: the running kernel is no more. Repeating it is harmless."""
-    for name in (state.NAME, *_OF_ONE_KERNEL):
+    for name in (kernelrecord.NAME, *_OF_ONE_KERNEL):
         machine.remove(name)
     machine.drop_log()
 
@@ -298,9 +298,9 @@ def take_over(kernel: Running) -> None:
         superblock.consume(ram, info.old_super_pfn)
     ram.punch(unneeded)
     freed = unneeded.outward(BLOCK_PAGES) - info.own_pages.outward(BLOCK_PAGES)
-    if info.layout == state.LAYOUT:  # else its table is not for us: the blocks stay taken until the next kexec
+    if info.layout == kernelrecord.LAYOUT:  # else its table is not for us: the blocks stay taken until the next kexec
         with kernel.machine.tables():
-            view = tables.lease_view(ram, info.lease_table_pfn, info.blocks)
+            view = leasetable.lease_view(ram, info.lease_table_pfn, info.blocks)
             for start, end in freed:
                 view[start:end][view[start:end] == KERNEL] = FREE
     if unneeded:

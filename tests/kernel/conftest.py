@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pkramfs.kernel import boot, kexec, nvram, running, state
+from pkramfs.kernel import boot, kernelrecord, kexec, nvram, running
 from pkramfs.kernel.image import EHDR, PHDR, SETUP
 from pkramfs.kernel.running import Running
 from pkramfs.machine.directory import Machine
@@ -116,7 +116,7 @@ class Lab:
     def facts(self) -> dict[str, Any]:
         """What must be the same however often a boot was interrupted."""
         kernel = self.up()
-        info = state.read(self.machine)
+        info = kernelrecord.read(self.machine)
         assert info is not None
         plain = info.to_json() | {"booted": 0, "report": info.report | {"phases": {}}}
         return {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pkramfs.kernel import boot, state
+from pkramfs.kernel import boot, kernelrecord
 
 STEPS = [step.__name__ for step in boot.STEPS]
 OPTIONS = ["ro", "ro quiet", "nokaslr", "ro crashkernel=8M", "ro scratch=80M"]
@@ -41,7 +41,7 @@ def _next(lab: Any, chance: random.Random) -> None:
             lab.execute(poison=poison)
     else:
         lab.execute(poison=poison)
-    assert state.read(lab.machine) is None or lab.up()
+    assert kernelrecord.read(lab.machine) is None or lab.up()
 
 
 def assert_nothing_leaked(lab: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pkramfs.errors import DamagedError, PkramfsError
-from pkramfs.kernel import loading, nvram, staging, state
+from pkramfs.kernel import kernelrecord, loading, nvram, staging
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.files import LIMIT
 from pkramfs.units import BLOCK_PAGES, PAGE_SIZE
@@ -119,7 +119,7 @@ def look(machine: Machine) -> None:
     """Everything that anybody reads from these files, and what is done with it first."""
     frames = machine.hardware().size // PAGE_SIZE
     assert machine.hardware().node_spans()
-    info = state.read(machine, any_layout=True)
+    info = kernelrecord.read(machine, any_layout=True)
     if info is not None:
         assert all(start < end for start, end in [*info.reserved.values(), *info.stale, *info.initmem])
         assert info.own_pages.total + info.reserve_pages.total <= len(info.reserved) * frames + frames

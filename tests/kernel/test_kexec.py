@@ -9,7 +9,7 @@ import pytest
 
 from pkramfs.cli import verify
 from pkramfs.errors import ConflictError, ExhaustedError, FormatError, MachineError, NotPreservedError, UsageError
-from pkramfs.kernel import boot, kexec, nvram, running, staging, state
+from pkramfs.kernel import boot, kernelrecord, kexec, nvram, running, staging
 from pkramfs.kernel.image import load_image
 from pkramfs.kernel.kexec import MountReport
 from pkramfs.kernel.segments import destinations
@@ -77,7 +77,7 @@ def test_boot_that_dies_ends_in_the_same_state(make_lab: Any, step: str) -> None
         if name == "killed":
             with lab.dies(step):
                 lab.execute()
-            assert (state.read(lab.machine) is None) == (step != "publish")
+            assert (kernelrecord.read(lab.machine) is None) == (step != "publish")
         else:
             lab.execute()
         assert lab.intact("a")
@@ -91,11 +91,11 @@ def test_the_same_boot_twice_writes_the_same_ram(lab: Any) -> None:
     lab.load()
     with lab.dies("publish"):
         lab.execute()
-    first = state.read(lab.machine)
-    lab.machine.remove(state.NAME)
+    first = kernelrecord.read(lab.machine)
+    lab.machine.remove(kernelrecord.NAME)
     with lab.dies("publish"):
         lab.up()
-    second = state.read(lab.machine)
+    second = kernelrecord.read(lab.machine)
     assert first is not None
     assert second is not None
     assert (first.reserved, first.super_pfn, first.stale) == (second.reserved, second.super_pfn, second.stale)
@@ -153,7 +153,7 @@ def test_dying_while_segments_are_copied_resumes(lab: Any, monkeypatch: pytest.M
         patch.setattr(staging, "copy_into_ram", dies)
         with pytest.raises(RuntimeError):
             lab.execute()
-    assert state.read(lab.machine) is None
+    assert kernelrecord.read(lab.machine) is None
     assert lab.up().generation == 2
     assert lab.intact("a")
 

@@ -11,7 +11,7 @@ import pytest
 
 from pkramfs.cli import verify
 from pkramfs.errors import FormatError, MachineError, PkramfsError
-from pkramfs.kernel import nvram, running, staging, state
+from pkramfs.kernel import kernelrecord, nvram, running, staging
 from pkramfs.kernel.running import Running
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import FREE, HOLE, KERNEL, RESERVE, is_tree_id, new_tree_id
@@ -145,15 +145,15 @@ def changed(data: Any) -> Iterator[Any]:
 @pytest.mark.usefixtures("damaged")
 def test_no_value_of_kernel_json_is_believed_alone(lab: Any) -> None:
     lab.preserve("a", 700)
-    good = json.loads(lab.machine.read_text(state.NAME) or "")
+    good = json.loads(lab.machine.read_text(kernelrecord.NAME) or "")
     for data in changed({key: value for key, value in good.items() if key not in ("report", "layout")}):
-        lab.machine.write_json(state.NAME, good | data)
+        lab.machine.write_json(kernelrecord.NAME, good | data)
         with pytest.raises(MachineError, match=r"kernel\.json is damaged: its checksum|cannot be read"):
             running.look(lab.machine)
-    lab.machine.write_json(state.NAME, {key: value for key, value in good.items() if key != "checksum"})
+    lab.machine.write_json(kernelrecord.NAME, {key: value for key, value in good.items() if key != "checksum"})
     with pytest.raises(MachineError, match=r"kernel\.json is damaged: its checksum"):
         running.look(lab.machine)
-    lab.machine.write_json(state.NAME, good)
+    lab.machine.write_json(kernelrecord.NAME, good)
     assert lab.intact("a")
 
 
@@ -185,7 +185,7 @@ def test_taking_over_punches_nothing_that_is_preserved(lab: Any) -> None:
     lab.preserve("a", 700)
     kernel = lab.up()
     node = kernel.store.find(b"a")
-    info = state.read(lab.machine)
+    info = kernelrecord.read(lab.machine)
     object.__setattr__(info, "stale", ((node.pfn, node.pfn + 1),))
     with pytest.raises(FormatError, match="in use, expected pages that only boot needed"):
         running.take_over(Running(lab.machine, info))

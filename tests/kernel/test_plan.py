@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pkramfs.errors import ExhaustedError, NotPreservedError
-from pkramfs.kernel import kexec, nvram, running, staging, state
+from pkramfs.kernel import kernelrecord, kexec, nvram, running, staging
 from pkramfs.kernel.kexec import MountReport
 from pkramfs.kernel.segments import Segment, conflicts, destinations
 from pkramfs.spans import Spans
@@ -129,7 +129,7 @@ def test_relocations_are_told_by_owner_before_and_after(lab: Any) -> None:
 
     lab.execute(poison=True)
     assert lab.intact("a")
-    (node,) = state.read(lab.machine).report["nodes"]
+    (node,) = kernelrecord.read(lab.machine).report["nodes"]
     assert (node["name"], node["moved"]) == ("a", inside.total)
     assert f"{inside.total:,} of them relocated when saved" in lab.machine.dmesg()
 

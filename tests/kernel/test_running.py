@@ -14,9 +14,10 @@ import pytest
 
 from pkramfs.cli import boot as cli_boot
 from pkramfs.errors import MachineError
-from pkramfs.kernel import boot, nvram, running, state
+from pkramfs.kernel import boot, kernelrecord, nvram, running
 from pkramfs.machine import locks
 from pkramfs.machine.directory import Machine
+from pkramfs.machine.files import sealed
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.units import BLOCK_PAGES, GIB, TIB
 
@@ -72,7 +73,8 @@ def test_data_without_a_kernel_are_damage_not_a_fresh_machine(lab: Any) -> None:
 
 def test_another_version_is_refused(lab: Any) -> None:
     lab.up()
-    lab.machine.write_json(state.NAME, lab.machine.read_json(state.NAME) | {"layout": 99, "version": "9.9"})
+    theirs = lab.machine.read_json(kernelrecord.NAME) | {"layout": 99, "version": "9.9"}
+    lab.machine.write_json(kernelrecord.NAME, sealed(theirs))
     with pytest.raises(MachineError, match=r"this kernel runs pkramfs 9\.9.*pkram-kexec is the upgrade"):
         lab.up()
 
@@ -170,7 +172,7 @@ def test_two_first_mounts_at_once_boot_once(root: Any) -> None:
 def test_a_boot_whose_parent_is_gone_does_nothing(lab: Any) -> None:
     with pytest.raises(MachineError, match="is gone"):
         cli_boot._boot_for(1 << 30, lab.machine.path(), False)
-    assert state.read(lab.machine) is None
+    assert kernelrecord.read(lab.machine) is None
 
 
 def test_a_boot_that_outlived_its_parent_is_waited_for(lab: Any) -> None:
@@ -190,7 +192,7 @@ def test_boot_by_hand(lab: Any) -> None:
         [sys.executable, "-m", "pkramfs.cli.boot", lab.machine.path()], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert state.read(lab.machine) is not None
+    assert kernelrecord.read(lab.machine) is not None
     done = subprocess.run(
         [sys.executable, "-m", "pkramfs.cli.boot", "/nonexistent"], capture_output=True, text=True, check=False
     )

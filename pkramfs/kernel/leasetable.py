@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from pkramfs.errors import FormatError
 from pkramfs.kernel.incoming import IncomingNode, union
-from pkramfs.kernel.state import Range
+from pkramfs.kernel.kernelrecord import Range
 from pkramfs.machine import leases
 from pkramfs.machine.leases import HOLE, KERNEL, RESERVE
 from pkramfs.machine.ram import Ram

@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 
-from pkramfs.kernel import placement, staging, ways
+from pkramfs.kernel import costs, placement, staging
 from pkramfs.kernel.segments import destinations
 from pkramfs.units import BLOCK_PAGES, PAGE_SIZE
 
 
-def compared(lab: Any) -> ways.Ways:
+def compared(lab: Any) -> costs.Costs:
     kernel, loaded = lab.up(), staging.read(lab.machine)
     assert loaded is not None
-    return ways.compare(kernel, loaded, kernel.store.preserved())
+    return costs.compare(kernel, loaded, kernel.store.preserved())
 
 
 def test_an_empty_machine_pays_nothing_for_bans(lab: Any) -> None:
@@ -52,6 +52,6 @@ def test_scratch_of_that_size_is_enough(lab: Any, image: str) -> None:
     assert all(lab.intact(f"a{generation}") for generation in range(3))
 
 
-def compared_now(lab: Any, image: str) -> ways.Ways:
+def compared_now(lab: Any, image: str) -> costs.Costs:
     lab.load(image)
     return compared(lab)

@@ -18,17 +18,17 @@ from typing import Any
 from pkramfs.errors import ExhaustedError
 from pkramfs.kernel import cmdline as words
 from pkramfs.kernel import nvram, placement
+from pkramfs.kernel.kernelrecord import LAYOUT
 from pkramfs.kernel.nvram import Pending
 from pkramfs.kernel.running import Running
 from pkramfs.kernel.segments import destinations
 from pkramfs.kernel.staging import Loaded
-from pkramfs.kernel.state import LAYOUT
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SIZE, format_size, plural
 
 
 @dataclass(frozen=True)
-class Ways:
+class Costs:
     """Figures in pages; slots are KASLR's without scratch, beside what is preserved and on an empty machine."""
 
     banned: int
@@ -67,11 +67,11 @@ class Ways:
         ]
 
 
-def compare(kernel: Running, loaded: Loaded, preserved: Spans) -> Ways:
+def compare(kernel: Running, loaded: Loaded, preserved: Spans) -> Costs:
     """What the loaded kernel costs in either way, on this machine now."""
     banned = destinations(loaded.segments)
     scratch = kernel.info.reserved.get("Scratch", (0, 0))
-    return Ways(
+    return Costs(
         banned=banned.total,
         conflicting=(banned & preserved).total,
         at_risk=_at_risk(kernel, banned - preserved),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pkramfs.errors import FormatError
-from pkramfs.kernel import tables
+from pkramfs.kernel import leasetable
 from pkramfs.kernel.incoming import IncomingNode
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES
@@ -17,8 +17,8 @@ USABLE = Spans([(1, 160), (256, 20 * B)])
 
 def write(ram: Any, nodes: list[IncomingNode], kernel: Spans | None = None) -> list[int]:
     kernel = kernel or Spans([(B, 2 * B + 1)])
-    tables.write(ram, (256, 257), 24, USABLE, kernel, Spans([(19 * B, 20 * B)]), nodes)
-    return [int(word) for word in tables.lease_view(ram, 256, 24)]
+    leasetable.write(ram, (256, 257), 24, USABLE, kernel, Spans([(19 * B, 20 * B)]), nodes)
+    return [int(word) for word in leasetable.lease_view(ram, 256, 24)]
 
 
 def test_holes_kernel_reserve_and_trees(lab: Any) -> None:
@@ -44,5 +44,5 @@ def test_only_what_is_taken_is_written(lab: Any) -> None:
     ram = lab.machine.ram()
     blocks = 512 * 100
     usable = Spans([(256, blocks * B)])
-    tables.write(ram, (1024, 1124), blocks, usable, Spans([(B, 2 * B)]), Spans(), [])
+    leasetable.write(ram, (1024, 1124), blocks, usable, Spans([(B, 2 * B)]), Spans(), [])
     assert ram.data_spans(1024, 1124) == Spans([(1024, 1025)])
