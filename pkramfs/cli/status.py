@@ -87,10 +87,10 @@ def _kernel(machine: "Machine") -> dict[str, Any] | None:
 
 def _next(machine: "Machine") -> dict[str, Any]:
     """What is loaded, and a boot that waits to be finished."""
-    from pkramfs.kernel import nvram, staging, state
+    from pkramfs.kernel import kernelrecord, nvram, staging
 
     pending = nvram.pending(machine)
-    if state.read(machine, any_layout=True) is not None:
+    if kernelrecord.read(machine, any_layout=True) is not None:
         pending = None  # its kexec died, or is still on its way, before the point of no return: this kernel goes on
     loaded, crash = staging.read(machine), staging.read(machine, staging.CRASH_JSON)
     return {
