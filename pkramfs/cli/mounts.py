@@ -166,8 +166,10 @@ class Mounts:
     def _freeze(self, entry: "MountEntry") -> Seen:
         seen = _ask(entry)
         if seen.status is not None:
-            self._flush(entry)
+            failed = self._flush(entry)
             seen = self._frozen_now(entry, before=bool(seen.status.get("frozen")))
+            if failed and not (seen.status or {}).get("refused"):  # else the daemon knows which data are lost
+                self._refuse(f"{entry.mountpoint}: data that were written may be lost: {failed}")
         if seen.status is None:
             if not self.force:
                 raise DaemonError(seen.silence)
@@ -193,20 +195,27 @@ class Mounts:
             self.warn(f"{refusal}; what was not written yet is lost")
         return _ask(entry)
 
-    def _flush(self, entry: "MountEntry") -> None:
-        """Let the kernel send its dirty pages, so that the daemon knows all that was written."""
+    def _flush(self, entry: "MountEntry") -> str:
+        """Let the kernel send its dirty pages, so that the daemon knows all that was written; return what went wrong.
+
+        The kernel tells an error once, and may tell an old one that was mended since.
+        """
         from pkramfs.mounting.patience import StuckError, within
-        from pkramfs.mounting.syscalls import syncfs
 
         try:
-            within(lambda: syncfs(entry.mountpoint, entry.dev), FREEZE_SECONDS, "the kernel's writing back")
+            within(lambda: _sync(entry), FREEZE_SECONDS, "the kernel's writing back")
         except StuckError:
             message = f"flushing {entry.mountpoint} took more than {FREEZE_SECONDS:.0f} s"
-            if not self.force:
-                raise DaemonError(f"{message}; its daemon is pid {entry.pid}") from None
-            self.warn(message)
-        except OSError:
-            pass  # detached, or in another namespace, or refused: the daemon, asked next, says what was lost
+            self._refuse(message, f"; its daemon is pid {entry.pid}")
+        except OSError as error:
+            return f"the kernel could not write back: {os.strerror(error.errno or 0)}"
+        return ""
+
+    def _refuse(self, message: str, remedy: str = "") -> None:
+        """Raise DaemonError; warn, when forced."""
+        if not self.force:
+            raise DaemonError(message + remedy)
+        self.warn(message)
 
     def thaw(self) -> None:
         """Take back the freezing of every mount that `freeze` froze; one that fails is a warning."""
@@ -277,6 +286,21 @@ def kill(entry: "MountEntry") -> None:
     from pkramfs.machine import mounts
 
     mounts.kill(entry)
+
+
+def _sync(entry: "MountEntry") -> None:
+    """syncfs(2) on a mount, if it is mounted where its entry says; OSError if data did not arrive."""
+    from pkramfs.mounting.syscalls import sync_held
+
+    try:
+        directory = os.open(entry.mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return  # detached, or in another namespace: only its daemon can say what has arrived
+    try:
+        if entry.dev is None or os.fstat(directory).st_dev == entry.dev:
+            sync_held(directory, entry.mountpoint)
+    finally:
+        os.close(directory)
 
 
 class User(NamedTuple):

@@ -166,6 +166,7 @@ class Keeper:
             "open_deleted_count": tree.deleted_count,
             "lost": _texts(tree.lost()),
             "lost_count": tree.lost_count,
+            "refused": tree.losses.refused,
             "busy": self._lock.locked(),
             "options": self._settings.shown(),
             "pid": os.getpid(),

@@ -75,10 +75,13 @@ class Losses:
 
     def __init__(self) -> None:
         self.files: dict[int, LostPages] = {}
+        self.refused = 0
+        """How often something was lost, mended or not."""
 
     def note(self, ino: int, offset: int, end: int, error: int) -> None:
         """The bytes [offset, end) of a file did not arrive, because of an errno."""
         if offset < end:
+            self.refused += 1
             found = self.files.get(ino)
             if found is None:
                 found = self.files[ino] = LostPages(error)

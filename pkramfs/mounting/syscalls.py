@@ -338,6 +338,11 @@ def syncfs(directory: str, dev: int | None = None) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if dev in (None, os.fstat(fd).st_dev):
-            _check(_libc.syncfs(fd), directory)
+            sync_held(fd, directory)
     finally:
         os.close(fd)
+
+
+def sync_held(fd: int, directory: str) -> None:
+    """Have the kernel send what is dirty, by a descriptor; OSError, once, if something could not be written back."""
+    _check(_libc.syncfs(fd), directory)

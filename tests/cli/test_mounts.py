@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """All mounts at once: what `-e` freezes it can thaw, a silent daemon stops it, and what lives is found."""
 
+import errno
 import os
 import sys
 import types
@@ -19,7 +20,7 @@ class Daemon:
 
     def __init__(self, name, *, preserved=True, frozen=False, silent=False):
         self.name, self.preserved, self.kept, self.silent = name, preserved, frozen, silent
-        self.alive, self.deaf, self.heard, self.holders = True, False, [], 0
+        self.alive, self.deaf, self.heard, self.holders, self.refused = True, False, [], 0, 0
         self.tree_id = 0x1000 + len(name) * 7 + sum(map(ord, name))
         self.entry = MountEntry(self.tree_id, name, f"/nowhere/{name}", 0, {"pkram": name}, None, True, f"{name}.sock")
 
@@ -35,7 +36,8 @@ class Daemon:
             self.alive = self.deaf
         if verb == "freeze":
             self.holders += 1
-        return {"state": "preserved" if self.preserved else "live", "frozen": self.frozen, "files": 3, "bytes": 4096}
+        state = "preserved" if self.preserved else "live"
+        return {"state": state, "frozen": self.frozen, "files": 3, "bytes": 4096, "refused": self.refused}
 
 
 class FakeHeld:
@@ -116,6 +118,31 @@ def test_forced_a_silent_daemon_is_a_warning(machine):
     seen = Mounts(machine, force=True, warn=said.append).freeze()
     assert [s.report.preserved for s in seen] == [True, False]
     assert "does not answer" in said[0]
+
+
+def failing(monkeypatch, error):
+    def syncfs(mountpoint, device):
+        raise error
+
+    monkeypatch.setattr(mounts, "syncfs", syncfs)
+
+
+def test_what_the_kernel_could_not_write_back_stops_the_freeze(machine, monkeypatch):
+    machine.daemons = [Daemon("good"), Daemon("odd")]
+    failing(monkeypatch, OSError(errno.EIO, os.strerror(errno.EIO)))
+    with pytest.raises(DaemonError, match="data that were written may be lost: the kernel could not write back: Input"):
+        Mounts(machine).freeze()
+    assert not any(d.frozen for d in machine.daemons)
+    said = []
+    assert len(Mounts(machine, force=True, warn=said.append).freeze()) == 2
+    assert [line.partition(": ")[0] for line in said] == ["/nowhere/good", "/nowhere/odd"]
+
+
+def test_an_error_that_the_daemon_caused_is_its_own_to_tell(machine, monkeypatch):
+    machine.daemons = [Daemon("full")]
+    machine.daemons[0].refused = 3
+    failing(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert [seen.report.preserved for seen in Mounts(machine).freeze()] == [True]
 
 
 def test_stop_waits_until_all_are_gone(machine):
