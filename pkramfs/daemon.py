@@ -318,8 +318,14 @@ class Daemon:
         self.reporter.serving("\n".join(f"{self.options.name or self.mountpoint}: {line}" for line in said))
 
     def _reconfigured(self, said: Words) -> None:
-        """A remount changed our options: whoever mounts us again must know."""
-        self.lock.write_entry(self._entry(self.session.dev))
+        """A remount changed our options: whoever mounts us again must know. A full host does not undo what is done."""
+        try:
+            self.lock.write_entry(self._entry(self.session.dev))
+        except MachineError as error:
+            words = ",".join(word if value is True else f"{word}={value}" for word, value in said.items())
+            self.machine.log(
+                f"pkramfs: a kexec will not know that {self.mountpoint} was remounted with {words}: {error}"
+            )
         if "huge" in said:
             self.session.operations.drop_attributes()  # st_blksize is another
 
