@@ -137,14 +137,15 @@ class Attributes(Core):
 
     # -- flags ----------------------------------------------------------------------------------
 
-    def set_flags(self, number: int, flags: int) -> None:
-        """Set the flags of chattr(1), those of protection; EOPNOTSUPP for others."""
+    def set_flags(self, number: int, flags: int, *, stamp: bool = True) -> None:
+        """Set the flags of chattr(1), those of protection; EOPNOTSUPP for others. Without `stamp` ctime stays."""
         inode = self.inode(number)
         if flags & ~KNOWN:
             raise fail(errno.EOPNOTSUPP)
         self._change("setflags", ino=inode.ino, flags=flags)
         inode.flags = flags
-        inode.ctime = clock.now()
+        if stamp:
+            inode.ctime = clock.now()
 
     # -- extended attributes --------------------------------------------------------------------
 

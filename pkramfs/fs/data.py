@@ -284,9 +284,9 @@ class Data(Filling):
             if pages.backed is None or any(self._peek(base + start, base + end)):
                 self.ram.bytes[base + start : base + end] = _ZEROS[: end - start]
 
-    def allocate(self, number: int, offset: int, size: int, *, keep_size: bool = False) -> None:
+    def allocate(self, number: int, offset: int, size: int, *, keep_size: bool = False, stamp: bool = True) -> None:
         """Give a range its pages now (fallocate), with memory of the host, so that no write there runs out of it;
-        ENOSPC if they do not all fit."""
+        ENOSPC if they do not all fit. For `stamp` see `write`."""
         inode = self.file_range(number, offset, size)
         refuse_space(inode, punch=False)
         end = offset + size
@@ -301,17 +301,19 @@ class Data(Filling):
         if end > inode.size and not keep_size:
             self._bytes += end - inode.size
             inode.size = end
-        inode.mtime = inode.ctime = clock.now()
+        if stamp:
+            inode.mtime = inode.ctime = clock.now()
 
-    def punch(self, number: int, offset: int, size: int) -> None:
-        """Make a range a hole: it reads as zeros and whole pages go back to the host."""
+    def punch(self, number: int, offset: int, size: int, *, stamp: bool = True) -> None:
+        """Make a range a hole: it reads as zeros and whole pages go back to the host. For `stamp` see `write`."""
         inode = self.file_range(number, offset, size)
         refuse_space(inode, punch=True)
         end = offset + size
         self._change("punch", ino=inode.ino, offset=offset, end=end)
         self._make_hole(inode, offset, end)
         self.losses.written(inode.ino, offset, end, inode.size)
-        inode.mtime = inode.ctime = clock.now()
+        if stamp:
+            inode.mtime = inode.ctime = clock.now()
 
     def _make_hole(self, inode: Inode, start: int, end: int) -> None:
         """Free the whole pages of a range, and clear what it has of others."""

@@ -384,11 +384,11 @@ class Operations(pyfuse3.Operations):
         if mode & ~(_KEEP_SIZE | _PUNCH_HOLE):
             raise fail(errno.EOPNOTSUPP)
         if mode & _PUNCH_HOLE:
-            self.tree.punch(handle, offset, length)
+            self.tree.punch(handle, offset, length, stamp=False)  # for times see write
         else:
             if mode & _KEEP_SIZE and offset + length > max(self.tree.inode(handle).size, file_size_limit(pid)):
                 raise fail(errno.EFBIG)  # else the kernel has looked
-            self.tree.allocate(handle, offset, length, keep_size=bool(mode & _KEEP_SIZE))
+            self.tree.allocate(handle, offset, length, keep_size=bool(mode & _KEEP_SIZE), stamp=False)
 
     @request
     def copy(self, source: int, offset: int, target: int, place: int, length: int) -> int:
@@ -431,8 +431,9 @@ class Operations(pyfuse3.Operations):
 
     @request
     def set_flags(self, inode: int, flags: int) -> None:
-        self.tree.set_flags(inode, flags)
-        self.cache.drop_attributes(inode)  # the kernel takes no notice of ctime
+        # The kernel owns ctime of files, and does not change it here: it would only be another one later.
+        self.tree.set_flags(inode, flags, stamp=not self.tree.inode(inode).is_file)
+        self.cache.drop_attributes(inode)
 
     # -- the end of use ---------------------------------------------------------------------------
 

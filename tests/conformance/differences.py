@@ -71,6 +71,11 @@ DIFFERENCES: tuple[Difference, ...] = (
         r" a .* blocks=",
         "reading a hole through a map takes pages of a tmpfs; here they are the kernel's, and the file has none",
     ),
+    Difference(
+        "test_times_of_flags[[]file]",
+        r"set_flags",
+        "chattr(1) of a file: the kernel owns ctime of cached files, and does not change it",
+    ),
     Difference("test_seals", r"fcntl", "FUSE's kernel knows no seals; a file of a tmpfs is sealed against sealing"),
     Difference(
         "test_statx*",

@@ -18,6 +18,7 @@ ROWS = {
     "test_set_id_bits*chown*": "`chown(-1, -1)`",
     "test_chown*": "`chown(-1, -1)`",
     "test_advice_for_maps*REMOVE*": "reading a hole through a map",
+    "test_times_of_flags*": "`chattr`",
     "test_seals": "F_GET_SEALS",
     "test_statx*": "`statx`",
     "test_a_write_too_large": "ENOSPC for data",

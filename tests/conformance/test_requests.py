@@ -397,6 +397,15 @@ def test_flags_are_inherited(both: Any) -> None:
     both(case)
 
 
+@pytest.mark.parametrize("kind", ["file", "dir"])
+def test_times_of_flags(both: Any, kind: str) -> None:
+    def case(t: Any) -> None:
+        make(kind, "a")
+        t.touched(set_flags, "a", NODUMP)
+
+    both(case)
+
+
 def test_what_has_no_flags(both: Any) -> None:
     def case(t: Any) -> None:
         os.mkfifo("a")
