@@ -106,6 +106,8 @@ class Filter:
         else:
             if found.__class__ is CoroutineType:
                 self._later(self._when_it_is_done, header, found)
+            elif found.__class__ is int:
+                self._reply_error(header[2], -found)
             elif found is not None:
                 self._reply(header[2], found)
             return

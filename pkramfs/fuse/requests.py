@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import pyfuse3
 
-from pkramfs.fs import clock, protection
+from pkramfs.fs import acl, clock, protection
 from pkramfs.fs.core import INO_MASK, UNNOTED
 from pkramfs.fs.failure import fail
 from pkramfs.fs.namespace import DOTDOT
@@ -33,7 +33,7 @@ from pkramfs.fuse.replies import Replies
 from pkramfs.fuse.wire import Header, Op
 
 Answer = Any
-"""bytes, a tuple of buffers, None, or a coroutine that returns one of them"""
+"""bytes, a tuple of buffers, None, a negative errno, or a coroutine that returns bytes"""
 Method = Callable[[Header, memoryview], Answer]
 
 MAX_READ = 1 << 20
@@ -41,6 +41,8 @@ _PLUS = wire.ENTRY_OF_LISTING.size
 _GETFLAGS, _SETFLAGS, _FSGETXATTR, _FSSETXATTR = 0x80086601, 0x40086602, 0x801C581F, 0x401C5820
 _XFLAGS = {protection.IMMUTABLE: 0x8, protection.APPEND: 0x10, protection.NOATIME: 0x40, protection.NODUMP: 0x80}
 """Flags of FS_IOC_GETFLAGS and of FS_IOC_FSGETXATTR."""
+_USUAL = frozenset((b"security.capability", b"security.selinux", acl.ACCESS, acl.DEFAULT))
+"""What the kernel asks of each file before its first write, and ls(1) of each that it lists: hardly one has it."""
 _SECOND = 10**9
 _UNKNOWN, _NOBODY = 0xFFFFFFFF, 65534
 
@@ -225,6 +227,9 @@ class Requests:
     def _getxattr(self, header: Header, body: memoryview) -> Answer:
         size, _ = wire.GETXATTR.unpack_from(body)
         name = _name(body, wire.GETXATTR.size)
+        inode = self.tree.inodes.get(header[3])
+        if inode is not None and inode.xattrs is None and name in _USUAL and inode.target is None:
+            return -errno.ENODATA
         if name.startswith(doors.EXTENTS):
             return _sized_later(self._do("getxattr", header[3], name, None), size)
         return _sized(self.tree.getxattr(header[3], name), size)
