@@ -35,7 +35,7 @@ from pkramfs import stdio
 from pkramfs.control.keeper import Keeper, drive
 from pkramfs.control.server import Server
 from pkramfs.control.settings import Settings, Words
-from pkramfs.errors import MachineError, PkramfsError, UsageError, explain
+from pkramfs.errors import MachineError, PkramfsError, UsageError, explain, of_memory
 from pkramfs.fs import collector
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.restore import restore
@@ -153,20 +153,21 @@ class Daemon:
         _log_to(lock.path("log"))
         faulthandler.enable()  # an abort or a fault leaves its name in the log: panic_on_oops (kernel/crash.py)
         self.frames = Frames(self.kernel.ram, self.kernel.leases, lock.tree_id, self._policy(self.options.mpol))
-        kept = self._restored
         try:
             self.kernel.sweep()
-            _run(self._serve)
+            _run(self._serve_or_end)
         finally:
-            tree = getattr(self, "tree", None)
-            kept = kept if tree is None else tree.preserved
-            if not kept:
-                self.frames.release_all()
-            self.machine.log(
-                f"pkramfs: {self.options.name or self.mountpoint} unmounted, its tree is "
-                f"{'preserved' if kept else 'freed'}"
-            )
-            _drop_empty(lock.path("log"))
+            self._over()
+
+    def _over(self) -> None:
+        """Nobody is served any more."""
+        tree = getattr(self, "tree", None)
+        kept = self._restored if tree is None else tree.preserved
+        if not kept:
+            self.frames.release_all()
+        name, fate = self.options.name or self.mountpoint, "preserved" if kept else "freed"
+        self.machine.log(f"pkramfs: {name} unmounted, its tree is {fate}")
+        _drop_empty(self.lock.path("log"))
 
     def _policy(self, mpol: str | None) -> Policy | None:
         return Policy.parse(mpol, self.machine.hardware())
@@ -255,6 +256,19 @@ class Daemon:
         )
 
     # -- the life -------------------------------------------------------------------------------
+
+    async def _serve_or_end(self) -> None:
+        """Serve. When memory was short in trio itself it may never come back from its end: then the process ends."""
+        try:
+            await self._serve()
+        except BaseException as error:
+            if not of_memory(error) or not hasattr(self, "session"):
+                raise
+            with ExitStack() as ending:
+                ending.callback(os._exit, 1)
+                log.critical("the daemon ends: it may have no more memory (see prlimit --as)", exc_info=error)
+                self._over()
+                self.lock.release()
 
     async def _serve(self) -> None:
         with collector.paused():

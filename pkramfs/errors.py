@@ -127,3 +127,10 @@ def explain(error: OSError) -> str:
         return str(error)
     text = error.strerror or (os.strerror(error.errno) if error.errno else str(error))
     return f"{os.fsdecode(error.filename)}: {text}" if error.filename else text
+
+
+def of_memory(error: BaseException) -> bool:
+    """Whether memory was short, whatever else went wrong then."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(of_memory, error.exceptions))
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)

@@ -100,6 +100,9 @@ class Filter:
             code = error.errno
         except (struct.error, ValueError):
             code = errno.EINVAL
+        except MemoryError:
+            self.operations.spare.let_go()
+            code = errno.ENOMEM
         except Exception:
             log.exception("request %s of inode %d failed", header[1], header[3])
             code = errno.EIO
@@ -140,6 +143,9 @@ class Filter:
             raise
         except OSError as error:
             self._reply_error(header[2], error.errno or errno.EIO)
+        except MemoryError:
+            self.operations.spare.let_go()
+            self._reply_error(header[2], errno.ENOMEM)
         except Exception:
             log.exception("request %s of inode %d failed", header[1], header[3])
             self._reply_error(header[2], errno.EIO)

@@ -3,6 +3,7 @@
 
     OSError           its errno
     ENOSPC            once more, when the kernel has let go of what was just deleted (see operations)
+    MemoryError       ENOMEM, and nothing may grow until there is more again (memory.py)
     anything else     EIO, the traceback in the daemon's log; the mount lives on
 
 Kernel: fs/fuse/dev.c (fuse_dev_do_write, which takes an errno from 0 to 511)
@@ -16,11 +17,15 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from pyfuse3 import FUSEError
 
+from pkramfs.fuse.memory import Spare
+
 log = logging.getLogger(__name__)
 
 
 class Forgetful(Protocol):
     """What can wait until the kernel has let go of deleted inodes."""
+
+    spare: Spare
 
     def may_forget(self) -> bool: ...
 
@@ -43,6 +48,9 @@ def request(
             return handler(self, *args)  # type: ignore[call-arg]  # pyfuse3 names nothing
         except FUSEError:
             raise
+        except MemoryError as error:
+            self.spare.let_go()
+            raise FUSEError(told(error)) from None
         except OSError as error:
             if error.errno != errno.ENOSPC or not self.may_forget():
                 raise FUSEError(error.errno or errno.EIO) from None
@@ -66,6 +74,9 @@ def waiting(
             return await handler(self, *args, **kwargs)
         except FUSEError:
             raise
+        except MemoryError as error:
+            self.spare.let_go()
+            raise FUSEError(told(error)) from None
         except OSError as error:
             raise FUSEError(error.errno or errno.EIO) from None
         except Exception:
@@ -73,6 +84,11 @@ def waiting(
             raise FUSEError(errno.EIO) from None
 
     return answer
+
+
+def told(error: Exception) -> int:
+    """The errno of what a handler raised."""
+    return errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None) or errno.EIO
 
 
 def _brief(args: tuple[Any, ...]) -> tuple[Any, ...]:

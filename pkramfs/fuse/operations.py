@@ -39,7 +39,8 @@ from pkramfs.fs.inode import Inode
 from pkramfs.fs.namespace import DOTDOT
 from pkramfs.fs.tree import Tree
 from pkramfs.fuse import doors
-from pkramfs.fuse.net import request, waiting
+from pkramfs.fuse.memory import Spare
+from pkramfs.fuse.net import request, told, waiting
 from pkramfs.fuse.replies import Replies
 from pkramfs.fuse.translate import Asker, Translator, file_size_limit
 from pkramfs.units import PAGE_SIZE
@@ -76,6 +77,7 @@ class Operations(pyfuse3.Operations):
         self._forgot: trio.Event | None = None
         self._hopeless: set[int] = set()
         self._direct: dict[int, int] = {}
+        self.spare = Spare()
 
     def answer_with(self, translator: Translator | Replies) -> None:
         """Have handlers answer in these words: pyfuse3's, or the kernel's own."""
@@ -136,18 +138,22 @@ class Operations(pyfuse3.Operations):
 
     @request
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        self.spare.expect()
         return self._named(self.tree.mknod(parent, name, mode, rdev, ctx))
 
     @request
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        self.spare.expect()
         return self._named(self.tree.mkdir(parent, name, mode, ctx))
 
     @request
     def symlink(self, parent: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        self.spare.expect()
         return self._named(self.tree.symlink(parent, name, target, ctx))
 
     @request
     def link(self, inode: int, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        self.spare.expect()
         return self._named(self.tree.link(inode, parent, name))
 
     @request
@@ -271,6 +277,7 @@ class Operations(pyfuse3.Operations):
 
     @request
     def _setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext, flags: int = 0) -> None:
+        self.spare.expect()
         self.tree.setxattr(inode, name, value, flags, Asker(ctx))
 
     async def _order(self, inode: int, name: bytes, value: bytes) -> None:
@@ -303,6 +310,7 @@ class Operations(pyfuse3.Operations):
 
     @request
     def _allocate(self, inode: int, offset: int, length: int) -> None:
+        self.spare.expect()
         self.tree.allocate(inode, offset, length, keep_size=True)
 
     @request
@@ -331,6 +339,7 @@ class Operations(pyfuse3.Operations):
     def create(
         self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
+        self.spare.expect()
         inode = self.tree.create(parent, name, mode, ctx)
         return self._opened_anew(inode, flags, ctx)
 
@@ -357,12 +366,15 @@ class Operations(pyfuse3.Operations):
         # set-id bits away (setattr); the write-back of a mapping does not.
         written = 0
         try:
+            self.spare.expect()
             written = self.tree.write(handle, offset, data, stamp=False)
             if written != len(data):
                 raise fail(errno.ENOSPC)
-        except OSError as error:
+        except Exception as error:
+            if isinstance(error, MemoryError):
+                self.spare.let_go()
             if self._is_cached(handle) if cached is None else cached:
-                self.tree.lose(handle, offset + written, offset + len(data), error.errno or errno.EIO)
+                self.tree.lose(handle, offset + written, offset + len(data), told(error))
                 self.data_lost()
             raise
         return written
@@ -376,11 +388,13 @@ class Operations(pyfuse3.Operations):
 
     @request
     def tmpfile(self, parent: int, mode: int, flags: int, ctx: RequestContext) -> tuple[FileInfo, EntryAttributes]:
+        self.spare.expect()
         inode = self.tree.tmpfile(parent, mode, ctx, linkable=not flags & os.O_EXCL)
         return self._opened_anew(inode, flags, ctx)
 
     @request
     def fallocate(self, handle: int, mode: int, offset: int, length: int, pid: int) -> None:
+        self.spare.expect()
         if mode & ~(_KEEP_SIZE | _PUNCH_HOLE):
             raise fail(errno.EOPNOTSUPP)
         if mode & _PUNCH_HOLE:
@@ -392,6 +406,7 @@ class Operations(pyfuse3.Operations):
 
     @request
     def copy(self, source: int, offset: int, target: int, place: int, length: int) -> int:
+        self.spare.expect()
         return self.tree.copy(source, offset, target, place, length)
 
     @request

@@ -24,6 +24,7 @@ import os
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -113,6 +114,7 @@ class Session:
     async def serve(self) -> None:
         """Answer requests until the mount is gone."""
         pyfuse3.trio = self._turns  # type: ignore[attr-defined]
+        self.answer_all()
         serving = True
         while serving:
             serving = False
@@ -122,6 +124,26 @@ class Session:
                     await pyfuse3.main(_TASKS, _MOST)
             except* BlockingIOError:
                 serving = True  # whoever asked was killed between our waking up and our reading
+            except* MemoryError:
+                self.operations.spare.let_go()
+                raise  # a request is lost, and only the end of the connection wakes whoever waits for it
+
+    def answer_all(self) -> None:
+        """Leave nobody waiting for an answer that cannot come."""
+        sys.unraisablehook = self._unanswered
+
+    def _unanswered(self, failure: "sys.UnraisableHookArgs") -> None:
+        """End when memory was short where nobody could be told, as on the way from C to a handler: that request is
+        never answered, and only the end of the connection wakes whoever waits for it."""
+        if isinstance(failure.exc_value, MemoryError):
+            try:
+                self.operations.spare.let_go()
+                log.critical("a request was lost for want of memory: the daemon ends")
+                self.terminate()
+            except BaseException:
+                os._exit(1)
+        else:
+            sys.__unraisablehook__(failure)
 
     def terminate(self) -> None:
         """Stop serving; what is still open there gets ENOTCONN when the process ends."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A mount lives longer than the shell that made it, and without that shell's limits and priorities."""
 
+import errno
 import os
 import resource
 import shlex
@@ -128,3 +129,36 @@ def test_a_kexec_does_without_the_limits_of_its_shell(lab: Any) -> None:
     assert (mnt / "file").read_bytes() == b"x" * (4 << 20)
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     assert limits(lab.entry(mnt).pid)["Max file size"] == ("unlimited" if hard < 0 else str(hard))
+
+
+@pytest.mark.parametrize("more", [4 << 20, 0, -(4 << 20)])
+def test_a_daemon_that_may_have_no_more_memory_lives_on(lab: Any, more: int) -> None:
+    """What does not fit is ENOMEM, the tree stays, and goes on when there is memory again."""
+    mnt = lab.mount("one")
+    (mnt / "file").write_bytes(b"content")
+    os.sync()
+    pid, value, made = lab.entry(mnt).pid, os.urandom(30000), []
+    before = resource.prlimit(pid, resource.RLIMIT_AS)
+    used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(pid, resource.RLIMIT_AS, (used + more, before[1]))
+    with pytest.raises(OSError) as caught:
+        for number in range(2000):
+            (mnt / f"{number}").mkdir()
+            os.setxattr(mnt / f"{number}", "user.x", value)
+            made.append(f"{number}")
+    assert caught.value.errno == errno.ENOMEM
+    for _ in range(20):
+        with pytest.raises(OSError, check=lambda error: error.errno == errno.ENOMEM):
+            (mnt / "more").mkdir()
+    assert (mnt / "file").read_bytes() == b"content" and {*made, "file"} <= set(os.listdir(mnt))
+    assert all(os.getxattr(mnt / name, "user.x") == value for name in made)
+    assert lab.status(mnt)["state"] == "live" and lab.entry(mnt).pid == pid
+    resource.prlimit(pid, resource.RLIMIT_AS, before)
+    (mnt / "more").mkdir()
+    os.setxattr(mnt / "more", "user.x", value)
+    log = Path(lab.machine.path("mounts", f"{lab.entry(mnt).tree_id:016x}.log")).read_text()
+    assert log.count("out of memory") == 1, "told once"
+    lab.remount(mnt, "preserve,ro")
+    lab.umount(mnt)
+    mnt = lab.mount("one")
+    assert os.getxattr(mnt / "more", "user.x") == value
