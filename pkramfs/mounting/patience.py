@@ -10,6 +10,7 @@ asks. It is killed when its time is over, and what was asked for may still be do
 Kernel: fs/fuse/dev.c (request_wait_answer), fs/namespace.c (do_umount, do_remount: both write back what is dirty)
 """
 
+import contextlib
 import errno
 import marshal
 import os
@@ -43,12 +44,13 @@ def within(work: Callable[[], T], seconds: float, what: str) -> T:
     try:
         answer = _read(ours, time.monotonic() + seconds)
     finally:
-        os.kill(child, signal.SIGKILL)  # it has said all, or nobody wants to know any more
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)  # it has said all, or nobody wants to know any more
         os.close(ours)
+    with contextlib.suppress(ChildProcessError):  # who started us may have us ignore SIGCHLD: it is gone already
+        os.waitpid(child, os.WNOHANG if answer is None else 0)  # it may be a while until it ends
     if answer is None:
-        os.waitpid(child, os.WNOHANG)  # it may be a while until it ends
         raise StuckError(f"waited {seconds:g} s for {what}, in vain")
-    os.waitpid(child, 0)
     if not answer:
         raise ErrnoError(f"who waited for {what} was killed", errno.EINTR)
     done, value = marshal.loads(answer)

@@ -121,10 +121,10 @@ def test_forced_a_silent_daemon_is_a_warning(machine):
 
 
 def failing(monkeypatch, error):
-    def syncfs(mountpoint, device):
+    def sync(entry):
         raise error
 
-    monkeypatch.setattr(mounts, "syncfs", syncfs)
+    monkeypatch.setattr(mounts, "_sync", sync)
 
 
 def test_what_the_kernel_could_not_write_back_stops_the_freeze(machine, monkeypatch):

@@ -86,7 +86,18 @@ def test_a_full_host_is_an_error_and_goes_by(small, fenced, options):
     small.empty()
     (mnt / "three").write_bytes(b"3" * MIB)
     assert (mnt / "three").read_bytes() == b"3" * MIB
+    for name in ("one", "two"):
+        (mnt / name).unlink()  # they lack data
     fenced.remount(mnt, "preserve,ro")
+
+
+def test_a_remount_that_cannot_be_noted_is_done(small, fenced):
+    mnt = fenced.mount("m", "pkram=m,size=4M")
+    small.fill()
+    done = fenced.helper(mnt, "remount,size=8M")
+    found = os.statvfs(mnt)
+    small.empty()
+    assert (done.returncode, found.f_blocks * found.f_frsize) == (0, 8 * MIB), done
 
 
 def test_df_tells_what_can_be_had_on_a_small_host(small, fenced):

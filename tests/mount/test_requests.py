@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
 """Requests beyond pyfuse3 on a real mount: what crosses an unmount, and clients that are killed."""
 
 import ctypes

@@ -3,6 +3,8 @@
 
 import os
 import signal
+import time
+from functools import partial
 
 import pytest
 
@@ -34,3 +36,14 @@ def test_what_is_late_is_named_and_killed():
 def test_a_child_that_is_killed():
     with pytest.raises(ErrnoError, match="who waited for it was killed"):
         within(lambda: os.kill(os.getpid(), signal.SIGKILL), 10, "it")
+
+
+def test_a_caller_who_ignores_its_children_is_answered():
+    """So a shell has us do, after `trap '' CHLD`."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert [within(partial(abs, number), 10, "nothing") for number in range(20)] == list(range(20))
+        with pytest.raises(StuckError):
+            within(lambda: time.sleep(60), 0.01, "nothing")
+    finally:
+        signal.signal(signal.SIGCHLD, before)
