@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the memory cgroups allow that this process is in: theirs is the memory that it touches first.
+"""Room in the memory cgroups of this process, which are charged for every page that it touches first.
 
-    /proc/self/cgroup     which group                     ┐
-    /proc/self/mountinfo  where its directory is          ├ that group and all above it: the least room counts
-    memory.max …          limit, use, what can be freed   ┘
+    /proc/self/cgroup     name of the group                   ┐
+    /proc/self/mountinfo  its directory                       ├ that group and all above it: the least room counts
+    memory.max …          limit, use, and what can be freed   ┘
 
-A group that is full is worse than a file system that is: a daemon in it that needs one more page, for whatever
-it does, waits for dirty pages to be written that wait for the daemon, or somebody is killed. So room is what is
-below the limit, less a reserve: larger than what the mount may have dirty (see `dirty`), so that writers in the
-group always leave something that can be freed. The clean page cache counts as free, for the kernel takes it back
-when it is needed.
+A full group is worse than a full file system. A daemon that needs one more page waits until dirty pages of the group
+are written, and those may wait for the daemon; or the kernel kills a process. So room is what the limit leaves, less a
+reserve. The reserve is larger than what the mount may have dirty (see `dirty`): writers in the group always leave pages
+that can be freed. The clean page cache counts as free, because the kernel takes it back when it needs memory.
 
-Looking costs some 0.1 ms, so it is done a few times a second, more often where room is scarce; what this process
-takes meanwhile is subtracted.
+A look costs about 0.1 ms, so `room` looks a few times a second, more often where room is scarce, and subtracts what
+this process has taken since.
 
 Kernel: mm/memcontrol.c (try_charge), Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst
 """
@@ -28,13 +27,13 @@ from pkramfs.units import MIB
 _RESERVE_SHARE, _RESERVE_LEAST, _RESERVE_MOST, _RESERVE_MOST_SHARE = 0.05, 64 * MIB, 256 * MIB, 0.25
 _DIRTY_PART = 4
 _TIGHT, _TIGHT_SECONDS, _EASY_SECONDS = 4, 0.01, 0.1
-"""How long a look is good for, where less than so many reserves are free, and where there is more."""
+"""Seconds for which a look is good: fewer while less than _TIGHT reserves are free."""
 _NONE = 1 << 60
-"""Limits from here on are none: version 1 says LONG_MAX, rounded down."""
+"""A limit this large means that there is none: version 1 says LONG_MAX, rounded down."""
 
 
 class _Names(NamedTuple):
-    """What a version calls its files, and the lines of memory.stat."""
+    """Names that one version of cgroups has for its files and for lines of memory.stat."""
 
     limits: tuple[str, ...]
     used: str
@@ -57,7 +56,7 @@ _VERSION_2 = _Names(
 
 
 class _Level(NamedTuple):
-    """A group with a limit: bytes below it that are free or can be freed, and how many of them are left alone."""
+    """A group with a limit: bytes below the limit that are free or can be freed, and how many of them stay reserved."""
 
     limit: int
     free: int
@@ -65,7 +64,7 @@ class _Level(NamedTuple):
 
 
 class MemoryGroups:
-    """The memory cgroups of this process. `proc` is where its files of /proc are."""
+    """The memory cgroups of this process; `proc` is the directory of its files in /proc."""
 
     def __init__(self, proc: str = "/proc/self") -> None:
         self._proc = proc
@@ -76,7 +75,7 @@ class MemoryGroups:
         self._taken = 0
 
     def room(self, floor: float = 1.0) -> int | None:
-        """Bytes that may still be touched, None where nothing limits them; `floor` as in `Ram.room`."""
+        """Return the bytes that may still be touched, None without a limit; `floor` as in `Ram.room`."""
         if time.monotonic() >= self._again:
             self.look()
         if not self._levels:
@@ -84,21 +83,21 @@ class MemoryGroups:
         return min(level.free - int(floor * level.reserve) for level in self._levels) - self._taken
 
     def dirty(self) -> int | None:
-        """Bytes that writers should have unwritten at most, None where nothing limits them: part of the reserve."""
+        """Return the most bytes that writers should leave dirty, a part of the reserve; None without a limit."""
         self.look()
         return min((level.reserve // _DIRTY_PART for level in self._levels), default=None)
 
     def limit(self) -> int | None:
-        """Bytes that the groups allow in all, None where nothing limits them."""
+        """Return the bytes that the groups allow in all, None without a limit."""
         self.look()
         return min((level.limit for level in self._levels), default=None)
 
     def take(self, size: int) -> None:
-        """So many bytes are about to be touched, which the next look will see."""
+        """Subtract bytes that are about to be touched, until the next look sees them."""
         self._taken += size
 
     def look(self) -> None:
-        """See how things are now."""
+        """Read limits and use of all groups anew."""
         member = _read(os.path.join(self._proc, "cgroup"))
         if member != self._member:
             self._member, self._groups = member, list(_groups(member, _read(os.path.join(self._proc, "mountinfo"))))
@@ -109,7 +108,7 @@ class MemoryGroups:
 
 
 def _groups(member: str, mountinfo: str) -> Iterator[tuple[str, _Names]]:
-    """Directories of the groups that hold this process, innermost first, of whichever versions are in use."""
+    """Yield the directories of the groups that hold this process, innermost first, for each version in use."""
     paths = {}
     for line in member.splitlines():
         number, _, rest = line.partition(":")
@@ -127,7 +126,7 @@ def _groups(member: str, mountinfo: str) -> Iterator[tuple[str, _Names]]:
 
 
 def _upwards(mountpoint: str, root: str, path: str) -> Iterator[str]:
-    """The directory of a group and those above it. A container may see its own part of the hierarchy only, `root`."""
+    """Yield the directory of a group and those above it. A container may see only a part of the hierarchy: `root`."""
     inside = os.path.relpath(path, root)
     parts = [] if inside.startswith("..") or inside == "." else inside.split("/")
     for depth in range(len(parts), -1, -1):
@@ -135,7 +134,7 @@ def _upwards(mountpoint: str, root: str, path: str) -> Iterator[str]:
 
 
 def _level(directory: str, names: _Names) -> _Level | None:
-    """How a group is, None if it has no limit (or is not there: the root has no files)."""
+    """Return limit, free bytes and reserve of a group; None if it has no limit (the root group has no files)."""
     limits = [int(text) for name in names.limits if (text := _read(os.path.join(directory, name)).strip()).isdecimal()]
     limit = min(limits, default=_NONE)
     used = _read(os.path.join(directory, names.used)).strip()
@@ -148,7 +147,7 @@ def _level(directory: str, names: _Names) -> _Level | None:
 
 
 def _read(path: str) -> str:
-    """A file's text, nothing where there is none: a group may go, and not every group has every file."""
+    """Return a file's text, or nothing if it is missing: a group may go, and not every group has every file."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             return file.read()
@@ -157,5 +156,5 @@ def _read(path: str) -> str:
 
 
 def _plain(path: str) -> str:
-    """A path of mountinfo, whose odd characters are octal."""
+    """Decode a path of mountinfo, which has odd characters in octal."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)

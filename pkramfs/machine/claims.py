@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who is busy with which name: claims that end with whoever holds them.
+"""Claims on node names by saves and loads in progress; a claim ends with its holder.
 
     claims/save-<hash of the name>    exclusive: a node of this name is being saved
     claims/load-<hash of the name>    shared by all that read it
 
-A claim is a lock on a file (or, within one process, an entry of a table), never a record in RAM: so
-a save or a load that dies leaves nothing busy, and nothing crosses a kexec. Files are made when they
-are needed and removed by the last who lets go; one that a dead process left is locked by nobody, and
-`clear_away` removes it.
+A claim is a lock on a file (or, within one process, an entry of a table), never a record in RAM. So
+a save or a load that dies leaves nothing busy, and nothing crosses a kexec. A file is made when it is
+needed, and its last holder removes it; nobody locks a file that a dead process left, and `clear_away`
+removes it.
 
-Kernel: mm/pkram.c (PKRAM_SAVE, PKRAM_LOAD in a node's flags), which die with the kernel only
+Kernel: mm/pkram.c (PKRAM_SAVE, PKRAM_LOAD in a node's flags), which end only with the kernel
 """
 
 import contextlib
@@ -25,29 +25,29 @@ from pkramfs.machine import locks
 
 
 class Claim:
-    """A claim that is held. It ends with `release`, or when nobody refers to it any more."""
+    """A claim that is held, until `release` or until nothing refers to it any more."""
 
     def __init__(self, shared: bool, end: Callable[..., None] = lambda: None, *args: object) -> None:
         self.shared, self._end = shared, weakref.finalize(self, end, *args)
 
     @property
     def held(self) -> bool:
-        """Whether it was not released."""
+        """Return True until the claim is released."""
         return self._end.alive
 
     def release(self) -> None:
-        """Let go; doing it again does nothing."""
+        """End the claim; doing it again does nothing."""
         self._end()
 
 
 class Claims(Protocol):
-    """What both kinds of claims can do."""
+    """The interface of both kinds of claims."""
 
     def take(self, work: str, name: bytes, *, shared: bool = False) -> Claim | None:
-        """Claim `name` for `work`, alone or shared; None if others are in the way."""
+        """Claim `name` for `work`, alone or shared; return None if another claim is in the way."""
 
     def held(self, work: str, name: bytes) -> bool:
-        """Whether somebody has `name` for `work` alone."""
+        """Return True if `name` is claimed for `work`, and not shared."""
 
 
 class LocalClaims:
@@ -78,7 +78,7 @@ class LocalClaims:
 
 
 class FileClaims:
-    """Claims of all processes that know the same directory, which is made when it is needed."""
+    """Claims of all processes that use the same directory, which is made when it is needed."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -96,7 +96,7 @@ class FileClaims:
         return locks.is_held(self._path(work, name))
 
     def _path(self, work: str, name: bytes) -> str:
-        """A name may have 255 bytes, any but NUL; so its hash stands for it."""
+        """Return the file of a claim. A name has up to 255 bytes, any but NUL, so a hash stands for it."""
         return os.path.join(self._directory, f"{work}-{hashlib.blake2b(name, digest_size=16).hexdigest()}")
 
 
@@ -108,7 +108,7 @@ def clear_away(directory: str) -> None:
 
 
 def _release(fd: int, path: str) -> None:
-    """Let go; the last one out removes the file, while it is locked."""
+    """Unlock a claim's file; its last holder removes it first, while it is locked."""
     if locks.try_lock(fd):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)

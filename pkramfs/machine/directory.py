@@ -4,18 +4,18 @@
     machine.json  ram                         the hardware; survives a kexec
     machine.json.copy                         from which a lost machine.json is made again
     nvram.json                                firmware variables; survive too
-    cmdline pkram iomem dmesg kernel.json     what the running kernel says of itself
+    cmdline pkram iomem dmesg kernel.json     exported by the running kernel
     kexec/                                    the image loaded for the next boot
     mounts/ID.{lock,json,sock,log}            one mount daemon each, ID is its tree id
-    lock  lock.tables                         who may boot; who may change the shared tables
+    lock  lock.tables                         held to boot; held to change the shared tables
 
-This module knows names, atomic replacement and locks; what the files mean is told in the chapters
-that write them, and each declares there what it takes for its own (schema.py). JSON files are
-replaced by rename, so a reader sees the old one or the new one.
+This module knows names, atomic replacement and locks. The chapters that write the files say what
+they mean, and declare what they accept in them (schema.py). JSON files are replaced by rename, so a
+reader sees the old one or the new one.
 
-Whoever owns the directory owns the memory. /dev/shm is open to everybody, so what lies at the
-default place is looked at before use: it must be ours, and nobody else may replace parts of it. A
-place that PKRAM_ROOT names is root's own choice.
+The owner of the directory owns the memory. Everybody may write to /dev/shm, so the default place is
+checked before use: it must be ours, and nobody else may be able to replace parts of it. A place that
+PKRAM_ROOT names is root's own choice.
 
 Kernel: /proc/cmdline, /proc/iomem, /sys/kernel/pkram, /sys/firmware/memmap
 """
@@ -46,7 +46,7 @@ HARDWARE_JSON, COPY = "machine.json", "machine.json.copy"
 _MACHINE = schema.Object({"version": schema.OneOf((1,))}, others=schema.Anything())
 _ANY = schema.Object({}, others=schema.Anything())
 _SAID: set[str] = set()
-"""Machines whose log this process could not write, and has said so."""
+"""Machines whose kernel log this process could not write, and has warned about."""
 _HARDWARE_REMEDY = "remove it, and `pkramctl machine create` makes it again; the memory stays"
 _COPY_REMEDY = "remove it, and give `pkramctl machine create` the options with which the machine was made"
 
@@ -59,15 +59,15 @@ class Machine:
 
     @classmethod
     def locate(cls, name: str | None = None) -> "Machine":
-        """The machine called `name` below PKRAM_ROOT (or /dev/shm/pkram, /dev/shm/pkram-UID)."""
+        """Return the machine called `name` below PKRAM_ROOT (or /dev/shm/pkram, /dev/shm/pkram-UID)."""
         name = DEFAULT if name is None else name
         if not name or name in (".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 255:
-            raise UsageError(f"machine name {name!r} cannot be: give a plain file name")
+            raise UsageError(f"invalid machine name {name!r}: give a plain file name")
         return cls(os.path.join(os.environ.get("PKRAM_ROOT") or default_root(), name))
 
     @classmethod
     def all(cls) -> list["Machine"]:
-        """Our machines below PKRAM_ROOT, by name. What lies there of others is not believed."""
+        """Return our machines below PKRAM_ROOT, by name; those of other users are ignored."""
         root = os.environ.get("PKRAM_ROOT") or default_root()
         try:
             names = sorted(os.listdir(root))
@@ -77,22 +77,22 @@ class Machine:
         return [machine for machine in machines if machine.exists() and machine.is_ours()]
 
     def is_ours(self) -> bool:
-        """Whether the directory, and nothing that a link leads to, is ours."""
+        """Return True if the directory itself, not what a link leads to, is ours."""
         found = os.lstat(self.directory)
         return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
     def path(self, *parts: str) -> str:
-        """The path of a file of this machine; without parts, of its directory."""
+        """Return the path of a file of this machine; without parts, of its directory."""
         return os.path.join(self.directory, *parts)
 
     def exists(self) -> bool:
-        """Whether the machine was made (it has hardware)."""
+        """Return True if the machine was made (it has hardware)."""
         return self.has(HARDWARE_JSON)
 
     def create(self, hardware: FirmwareMap | None = None) -> None:
-        """Make the directory, machine.json and the RAM file; what is there already stays as it is.
+        """Make the directory, machine.json and the RAM file; what exists stays as it is.
 
-        Where RAM holds memory and only machine.json was lost, that is made again, and nothing of the memory is touched.
+        If RAM holds memory and only machine.json was lost, machine.json is made again and the memory is not touched.
         """
         self._check_owner()
         try:
@@ -107,7 +107,7 @@ class Machine:
         self._link_run()
 
     def _make(self, hardware: FirmwareMap | None) -> None:
-        """Write machine.json, last, for new RAM or for that which is there."""
+        """Write machine.json, last, for new RAM or for the RAM that exists."""
         lost = self.holds_memory()
         kept = self._read_hardware(COPY, _COPY_REMEDY) if lost else None
         made = hardware or kept or FirmwareMap.default(host_memory(), seed=secrets.randbits(63))
@@ -115,20 +115,20 @@ class Machine:
             self._check_fits(made, kept)
             self.log(f"machine.json was lost and is made again{' from its copy' if made is kept else ''}")
         else:
-            self.remove("ram")  # it is empty: whoever made it died, or was at this place before us
+            self.remove("ram")  # it is empty: its maker died, or another user made it here before us
             Ram(self.path("ram"), made.size, create=True).close()
         for name in (COPY, HARDWARE_JSON):
             self.write_json(name, {"version": 1, **made.to_json()})
 
     def holds_memory(self) -> bool:
-        """Whether there is RAM in which something is."""
+        """Return True if the RAM file has any page backed."""
         try:
             return os.stat(self.path("ram")).st_blocks > 0
         except FileNotFoundError:
             return False
 
     def _check_fits(self, made: FirmwareMap, kept: FirmwareMap | None) -> None:
-        """Refuse hardware that RAM was not made for."""
+        """Raise MachineError unless RAM was made for this hardware."""
         size = os.stat(self.path("ram")).st_size
         wrong = f"{self.path('ram')} holds memory, but machine.json is missing"
         if kept is not None and (made.entries, made.nodes) != (kept.entries, kept.nodes):
@@ -141,12 +141,12 @@ class Machine:
             )
 
     def keep_copy(self) -> None:
-        """See that machine.json has a copy, as machines of earlier versions have not."""
+        """Write the copy of machine.json if it is missing: earlier versions made none."""
         if not self.has(COPY):
             self.write_json(COPY, {"version": 1, **self.hardware().to_json()})
 
     def missing(self) -> str:
-        """Why there is no machine here, and what to do."""
+        """Return a message: why there is no machine here, and what to do."""
         if self.has("ram"):
             return (
                 f"{self.path(HARDWARE_JSON)} is missing, but its RAM is there: "
@@ -155,14 +155,14 @@ class Machine:
         return f"there is no machine in {self.directory}: a mount or `pkramctl machine create` makes it"
 
     def _check_owner(self) -> None:
-        """Refuse a directory in which somebody else could put memory of his own in the place of ours."""
+        """Raise MachineError if another user could replace our memory with memory of their own."""
         parent, mine = os.path.dirname(self.directory), os.geteuid()
-        open_to_all = parent == default_root()  # where anybody may have been before us
+        open_to_all = parent == default_root()  # anybody may have made it before us
         for place in (parent, self.directory) if open_to_all else (self.directory,):
             try:
                 found = (os.lstat(place), os.stat(place))
             except OSError:
-                continue  # not there, which whoever goes on will say or mend
+                continue  # missing: the caller reports that, or makes it
             strangers = {status.st_uid for status in found} - {mine}
             if strangers and (mine != 0 or open_to_all):
                 raise MachineError(f"{place} is user {min(strangers)}'s: set PKRAM_ROOT to a directory of yours")
@@ -170,7 +170,7 @@ class Machine:
                 raise MachineError(f"{place} can be written by others: chmod go-w it, or set PKRAM_ROOT")
 
     def _link_run(self) -> None:
-        """/run/pkram names root's default machine; whatever else stands there is left alone."""
+        """Point /run/pkram at root's default machine, unless something else has that name."""
         if os.geteuid() != 0 or self.directory != os.path.join(default_root(), DEFAULT):
             return
         try:
@@ -182,7 +182,7 @@ class Machine:
             raise MachineError(f"cannot look at {RUN_LINK}: {explain(error)}") from None
 
     def hardware(self) -> FirmwareMap:
-        """The firmware map of machine.json."""
+        """Return the firmware map of machine.json."""
         self._check_owner()
         found = self._read_hardware(HARDWARE_JSON, _HARDWARE_REMEDY)
         if found is None:
@@ -202,7 +202,7 @@ class Machine:
             raise DamagedError(self.path(name), str(error), remedy, found=str(error)) from None
 
     def ram(self) -> Ram:
-        """The machine's RAM, opened; its size must be what machine.json says."""
+        """Open the machine's RAM, whose size must be what machine.json says."""
         return Ram(self.path("ram"), self.hardware().size)
 
     def lifecycle(self, *, shared: bool, timeout: float = LIFECYCLE_TIMEOUT) -> AbstractContextManager[None]:
@@ -211,11 +211,11 @@ class Machine:
         return locks.held(self.path("lock"), shared=shared, timeout=timeout, what=f"the machine {self.directory}")
 
     def tables(self) -> AbstractContextManager[None]:
-        """Hold the lock on node list and lease table; for moments only."""
+        """Hold the lock of the node list and the lease table, for moments only."""
         return locks.held(self.path("lock.tables"), what=f"the tables of the machine {self.directory}")
 
     def read_text(self, name: str) -> str | None:
-        """A file's text, or None if it is not there."""
+        """Return a file's text, or None if it is missing."""
         try:
             data = read_file(self.path(name))
         except OSError as error:
@@ -223,15 +223,15 @@ class Machine:
         return None if data is None else data.decode("utf-8", "surrogateescape")
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace a file at once: readers see the old text or the new."""
+        """Replace a file by rename: readers see the old text or the new."""
         replace_file(self.path(name), text)
 
     def has(self, name: str) -> bool:
-        """Whether a file of this name is there, whatever it is."""
+        """Return True if anything has this name, of whatever type."""
         return os.path.lexists(self.path(name))
 
     def remove(self, name: str) -> None:
-        """Remove a file that may not be there."""
+        """Remove a file, if it exists."""
         try:
             os.unlink(self.path(name))
         except FileNotFoundError:
@@ -240,18 +240,18 @@ class Machine:
             raise MachineError(f"cannot remove {explain(error)}") from None
 
     def read_json(self, name: str, kind: schema.Kind = _ANY, remedy: str = "") -> dict[str, Any] | None:
-        """What a JSON file holds, as its owner declares it, or None if it is not there; see files.read_json."""
+        """Read a JSON file as its owner declares it; return None if it is missing. See files.read_json."""
         found: dict[str, Any] | None = read_json(self.path(name), kind, remedy)
         return found
 
     def write_json(self, name: str, data: dict[str, Any]) -> None:
-        """Replace a JSON file at once."""
+        """Replace a JSON file by rename."""
         self.write_text(name, json.dumps(data, indent=1) + "\n")
 
     def log(self, message: str, *, warn: bool = True) -> None:
-        """Append a line to the kernel log, with the seconds since boot as dmesg has them.
+        """Append a line to the kernel log, with the seconds since boot as dmesg shows them.
 
-        Logging never decides: a line that cannot be written fails nothing that it tells of.
+        A line that cannot be written never fails the work that it reports.
         """
         try:
             append_line(self.path("dmesg"), f"[{self._uptime():12.6f}] {printable(message)}")
@@ -260,17 +260,17 @@ class Machine:
                 self._no_log(error)
 
     def _no_log(self, error: MachineError) -> None:
-        """Say once that there is no log, where the messages of this process go."""
+        """Warn once, on stderr, that the kernel log cannot be used."""
         if self.path() not in _SAID:
             _SAID.add(self.path())
             stdio.say(printable(f"pkramfs: warning: no kernel log: {error}"))
 
     def _uptime(self) -> float:
-        """Seconds since the dmesg file was begun, which is when the kernel was started."""
+        """Return the seconds since the dmesg file was begun: since the kernel started."""
         try:
             fd = open_regular(self.path("dmesg"))
         except OSError:
-            return 0.0  # whoever writes the line says what is wrong
+            return 0.0  # the writer of the line reports what is wrong
         try:
             first = os.read(fd, 200).partition(b"\n")[0]
         except OSError:
@@ -284,25 +284,25 @@ class Machine:
             return 0.0
 
     def begin_log(self) -> None:
-        """Start an empty kernel log: a new kernel's clock begins now."""
+        """Begin an empty kernel log: the clock of a new kernel starts now."""
         try:
             replace_file(self.path("dmesg"), f"[{0:12.6f}] clocksource: boot clock {time.time():.6f}\n")
         except MachineError as error:
             self._no_log(error)
 
     def drop_log(self) -> None:
-        """Remove the kernel log: its kernel is no more."""
+        """Remove the kernel log: its kernel has ended."""
         try:
             self.remove("dmesg")
         except MachineError as error:
             self._no_log(error)
 
     def dmesg(self) -> str:
-        """The kernel log."""
+        """Return the kernel log."""
         return self.read_text("dmesg") or ""
 
     def last_lines(self, count: int) -> list[str]:
-        """The end of the kernel log; nothing where it cannot be read."""
+        """Return the last lines of the kernel log, none if it cannot be read."""
         try:
             return self.dmesg().splitlines()[-count:]
         except MachineError as error:
@@ -310,26 +310,26 @@ class Machine:
             return []
 
     def mounts(self) -> list[MountEntry]:
-        """The mount daemons that have an entry, dead ones included."""
+        """Return the entries of mount daemons, those of dead ones included."""
         return read_entries(self.path("mounts"))
 
     def live_ids(self) -> set[int]:
-        """Tree ids whose daemon is alive, entry or not: those whose lock is held."""
+        """Return the tree ids whose lock is held: their daemons live, with an entry or without."""
         return live_ids(self.path("mounts"))
 
     def tree_ids(self) -> set[int]:
-        """Tree ids that have a lock file, held or not: the living, and the dead that were not cleared away."""
+        """Return the tree ids that have a lock file: living daemons, and dead ones not yet cleared away."""
         return tree_ids(self.path("mounts"))
 
     def clear_away(self, keep: Container[int]) -> None:
-        """Remove what processes that died have left: mounts but those of `keep`, claims, temporary files."""
+        """Remove what dead processes left: files of mounts except those in `keep`, claims, temporary files."""
         try:
             mounts.clear_away(self.path("mounts"), keep, self.log)
             claims.clear_away(self.path("claims"))
             for directory in (self.path(), self.path("mounts"), self.path("kexec")):
                 clear_temporary(directory)
         except OSError as error:
-            self.log(f"cannot remove what the dead have left: {explain(error)}")
+            self.log(f"cannot remove files of dead processes: {explain(error)}")
 
     def claim(self, tree_id: int) -> MountLock:
         """Take the lock of a tree; MachineError if a living daemon holds it."""
@@ -337,10 +337,10 @@ class Machine:
 
 
 def default_root() -> str:
-    """Where machines live when PKRAM_ROOT does not say."""
+    """Return the directory of machines if PKRAM_ROOT is not set."""
     return "/dev/shm/pkram" if os.geteuid() == 0 else f"/dev/shm/pkram-{os.geteuid()}"
 
 
 def host_memory() -> int:
-    """Bytes of memory the host has, the default size of RAM (which is sparse)."""
+    """Return the bytes of memory of the host: the default size of RAM, which is sparse."""
     return round_down(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), PAGE_SIZE)

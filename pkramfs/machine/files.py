@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Small files that others read at any moment: replaced at once, or not at all.
+"""Small files that others may read at any moment: replaced by rename, and read with suspicion.
 
     path.PID.tmp ──write──▶ path.PID.tmp ──rename──▶ path
 
-A reader sees the old text or the new, never a part; whoever dies in between leaves the old one. A
-file system that is full is an error in words, with nothing left behind. The writer holds the lock of
-its temporary file: one whose lock is free was left by somebody who died, and `clear_temporary` removes it.
+A reader sees the old text or the new, never a part, and a writer that dies leaves the old text. On a
+full file system the writer gets an error and leaves nothing behind. A writer holds the lock of its
+temporary file; a temporary file whose lock is free was left by a dead process, and `clear_temporary`
+removes it.
 
-Whoever reads believes nothing: what lies at a path may be a FIFO, a device, a link, a directory, or
-larger than memory. `read_file` opens without waiting, takes regular files of bounded size only, and
-`read_json` holds what is in them against the schema of their owner. What a JSON file says may
-authorise to punch memory, so it can be sealed: one word more, which is a checksum of all others.
+A reader trusts nothing: a path may name a FIFO, a device, a link, a directory, or a file larger than
+memory. `read_file` opens without waiting and accepts only regular files of bounded size; `read_json`
+checks their contents against the schema of their owner. Some JSON authorises to punch memory, so an
+object can be sealed: one more field holds a checksum of all others.
 
-Kernel: rename(2); fs/kernel_read_file.c, which takes regular files within a limit only
+Kernel: rename(2); fs/kernel_read_file.c, which reads only regular files within a limit
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from pkramfs.errors import DamagedError, MachineError, explain
 from pkramfs.machine import locks
 
 LIMIT = 32 << 20
-"""Bytes that a file which this program wrote may have: a kernel.json of half a million ranges has less."""
+"""Most bytes of a file that this program wrote: a kernel.json of half a million ranges has fewer."""
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -44,9 +45,9 @@ _CHUNK = 1 << 20
 
 
 def open_regular(path: str, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
-    """A descriptor of a regular file, opened without waiting for anybody; OSError where it is none.
+    """Open a regular file without waiting for anybody; return its descriptor.
 
-    Of what is something else the error says what it is (`path: Is a directory`, `path: a FIFO, not a regular file`).
+    Raise OSError for anything else, and name what it is (`path: Is a directory`, `path: a FIFO, not a regular file`).
     """
     try:
         fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW), 0o600)
@@ -70,7 +71,7 @@ def _refuse_kind(path: str, mode: int, error: OSError | None = None) -> NoReturn
 
 
 def read_file(path: str, limit: int = LIMIT, *, follow: bool = False) -> bytes | None:
-    """The bytes of a regular file, None if it is not there; OSError where it is no such file, or beyond `limit`."""
+    """Return the bytes of a regular file, None if it is missing; OSError if it is not regular, or beyond `limit`."""
     try:
         fd = open_regular(path, follow=follow)
     except FileNotFoundError:
@@ -93,7 +94,7 @@ def read_file(path: str, limit: int = LIMIT, *, follow: bool = False) -> bytes |
 
 
 def read_json(path: str, kind: schema.Kind, remedy: str) -> Any:
-    """What a JSON file holds, as `kind` declares it, None if it is not there; DamagedError for anything else."""
+    """Read a JSON file as `kind` declares it; return None if it is missing, raise DamagedError for anything else."""
     try:
         data = read_file(path)
     except PermissionError as error:
@@ -115,20 +116,20 @@ _TEMPORARY = re.compile(r".+\.[0-9]+\.tmp")
 
 
 def sealed(data: dict[str, Any]) -> dict[str, Any]:
-    """The words of a JSON object, and their checksum."""
+    """Return a JSON object with a checksum of its fields."""
     plain = {name: value for name, value in data.items() if name != CHECKSUM}
     return plain | {CHECKSUM: _checksum(plain)}
 
 
 class Sealed(schema.Kind):
-    """An object that was sealed when it was written; `required` tells for which objects a seal must be there."""
+    """An object that was sealed when it was written; `required` returns True for objects that must have a seal."""
 
     def __init__(self, kind: schema.Kind, required: Callable[[dict[str, Any]], bool] = lambda _: False) -> None:
         self._kind, self._required = kind, required
         self.expected = kind.expected
 
     def read(self, value: Any, at: str = "") -> Any:
-        """Return the object without its seal; Invalid if the seal does not fit."""
+        """Return the object without its seal; raise Invalid if the seal does not match."""
         if isinstance(value, dict) and (CHECKSUM in value or self._required(value)):
             found = value.get(CHECKSUM)
             if found != sealed(value)[CHECKSUM]:
@@ -156,7 +157,7 @@ def replace_file(path: str, text: str) -> None:
 
 
 def locked(path: str) -> int:
-    """Return a new, empty file of our own to be written, with its lock."""
+    """Open an empty file to be written, and take its lock; return its descriptor."""
     while True:
         fd = open_regular(path, os.O_WRONLY | os.O_CREAT)
         fcntl.flock(fd, fcntl.LOCK_EX)  # another thread of ours may be writing the same
@@ -167,14 +168,14 @@ def locked(path: str) -> int:
 
 
 def clear_temporary(directory: str) -> None:
-    """Remove temporary files of writers that died."""
+    """Remove the temporary files of dead writers."""
     for name in os.listdir(directory):
         if _TEMPORARY.fullmatch(name):
             locks.remove_free(os.path.join(directory, name))
 
 
 def append_line(path: str, line: str) -> None:
-    """Add a line to a file in one write, so that lines of several processes do not mix."""
+    """Append a line to a file in one write, so that lines of several processes do not mix."""
     try:
         fd = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
@@ -186,7 +187,7 @@ def append_line(path: str, line: str) -> None:
 
 
 def _encoded(line: str) -> bytes:
-    """A line as bytes: paths as they were, and what no path can be, escaped."""
+    """Encode a line: paths byte by byte as they were, and what cannot be part of a path escaped."""
     try:
         return line.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -194,5 +195,5 @@ def _encoded(line: str) -> bytes:
 
 
 def private(path: str, flags: int) -> int:
-    """Open a file for its owner alone; never through a link that somebody planted."""
+    """Open a file that only its owner may use, and never through a symbolic link."""
     return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What memory the machine has at power-on: the firmware's map, with holes, and NUMA nodes.
+"""The memory of a machine at power-on: the firmware's map, with holes, and NUMA nodes.
 
     0      640K  1M                 3G           4G                     top
     |usable|.....|usable            |............|usable                |
@@ -53,22 +53,22 @@ class FirmwareMap:
 
     @property
     def size(self) -> int:
-        """Bytes of the RAM file: the end of the highest entry."""
+        """Return the bytes of the RAM file: the end of the highest entry."""
         return round_up(max(end for _, end, _ in self.entries), PAGE_SIZE)
 
     @property
     def usable(self) -> Spans:
-        """Pages that software may use, whole ones only, page 0 excluded."""
+        """Return the pages that software may use: whole ones only, page 0 excluded."""
         ranges = Spans((start, end) for start, end, kind in self.entries if kind == "usable")
         return ranges.inward(PAGE_SIZE) - Spans([(0, 1)])
 
     @property
     def pages(self) -> int:
-        """Number of usable pages."""
+        """Return the number of usable pages."""
         return self.usable.total
 
     def node_spans(self) -> dict[int, Spans]:
-        """Usable pages of each NUMA node; what no range names belongs to node 0."""
+        """Return the usable pages of each NUMA node; what no range names belongs to node 0."""
         usable, found = self.usable, {}
         pages = [(page_count(start), page_count(end), node) for start, end, node in self.nodes]
         named = Spans((start, end) for start, end, _ in pages)
@@ -78,7 +78,7 @@ class FirmwareMap:
         return found
 
     def node_of(self, pfns: Any) -> Any:
-        """NUMA node of each pfn of an array: a page is where it starts."""
+        """Return the NUMA node of each pfn of an array: that of the page's first byte."""
         nodes = np.zeros(len(pfns), dtype=np.int64)
         for start, end, node in self.nodes:
             nodes[(pfns >= page_count(start)) & (pfns < page_count(end))] = node
@@ -86,15 +86,17 @@ class FirmwareMap:
 
     @classmethod
     def default(cls, ram_bytes: int, nodes: int = 1, seed: int = 0) -> "FirmwareMap":
-        """A PC with `ram_bytes` of memory, spread evenly over `nodes` NUMA nodes."""
+        """Make a PC with `ram_bytes` of memory, spread evenly over `nodes` NUMA nodes."""
         if not LOWEST <= ram_bytes <= HIGHEST:
             raise MachineError(
-                f"RAM of {format_size(ram_bytes)} cannot be: give {format_size(LOWEST)} to {format_size(HIGHEST)}"
+                f"invalid RAM size {format_size(ram_bytes)}: give {format_size(LOWEST)} to {format_size(HIGHEST)}"
             )
         if not 1 <= nodes <= MAX_NODES:
-            raise MachineError(f"{nodes} NUMA nodes cannot be: give 1 to {MAX_NODES}")
+            raise MachineError(f"invalid number of NUMA nodes {nodes}: give 1 to {MAX_NODES}")
         if ram_bytes < nodes * 2 * MIB:
-            raise MachineError(f"{nodes} NUMA nodes cannot be in {format_size(ram_bytes)}: each has 2 MiB or more")
+            raise MachineError(
+                f"invalid number of NUMA nodes {nodes}: {format_size(ram_bytes)} has less than 2 MiB for each"
+            )
         ram_bytes = round_down(ram_bytes, PAGE_SIZE)
         low = min(ram_bytes, 3 * GIB)
         entries = [(0, 640 * KIB, "usable"), (640 * KIB, MIB, "reserved"), (MIB, low, "usable")]
@@ -103,7 +105,7 @@ class FirmwareMap:
         return cls(tuple(entries), _even_nodes(entries[-1][1], nodes), seed)
 
     def to_json(self) -> dict[str, Any]:
-        """The hardware as machine.json has it."""
+        """Return the hardware as machine.json has it."""
         return {
             "ram_bytes": self.size,
             "map": [{"start": s, "end": e, "kind": k} for s, e, k in self.entries],
@@ -113,7 +115,7 @@ class FirmwareMap:
 
     @classmethod
     def from_json(cls, data: Any) -> "FirmwareMap":
-        """The hardware that `to_json` gave; MachineError where it is anything else."""
+        """Read the hardware that `to_json` returned; raise MachineError for anything else."""
         if not isinstance(data, dict):
             raise MachineError("firmware map: not an object with `map`, `nodes` and `seed`, as machine.json has it")
         entries = _rows("map", data.get("map"), "kind")
@@ -126,7 +128,7 @@ class FirmwareMap:
 
 
 def _rows(name: str, rows: Any, third: str) -> list[Range]:
-    """The ranges of one list of machine.json, in order; MachineError naming the entry and the field."""
+    """Read the ranges of one list of machine.json, in order; a MachineError names the entry and the field."""
     if not isinstance(rows, list | tuple):
         raise MachineError(f"firmware map: `{name}` is not a list of {{start, end, {third}}}")
     found = []
@@ -141,7 +143,7 @@ def _rows(name: str, rows: Any, third: str) -> list[Range]:
 
 
 def _whole(value: Any) -> int:
-    """A number as JSON has it: 1.5, "1" and true are none."""
+    """Return a whole number of JSON; raise TypeError for anything else, such as 1.5, "1" and true."""
     if type(value) is not int:
         raise TypeError(f"{shown(value)} is not a whole number")
     if abs(value) >= 1 << 64:
@@ -150,7 +152,7 @@ def _whole(value: Any) -> int:
 
 
 def _even_nodes(top: int, nodes: int) -> tuple[tuple[int, int, int], ...]:
-    """Equal slices of the address space, cut at 2 MiB."""
+    """Cut the address space into equal slices, at multiples of 2 MiB."""
     cuts = [round_down(top * n // nodes, 2 * MIB) for n in range(nodes)] + [top]
     return tuple((cuts[n], cuts[n + 1], n) for n in range(nodes)) if nodes > 1 else ()
 

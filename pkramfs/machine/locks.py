@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Locks between processes: flock on files of the machine's directory.
 
-A lock lives as long as the process that took it: whoever dies lets go, so no lock is ever stale.
-Descriptors are close-on-exec and never inherited. A file that somebody may remove (a mount's lock)
-is locked first and then compared with what its path names now, so that two processes never hold
-"the same" lock on two different files.
+A lock ends with the process that took it, so no lock is ever stale. Descriptors are close-on-exec
+and never inherited. A file that its holder may remove (a mount's lock) is locked first and then
+compared with what its path names now, so that two processes never hold "the same" lock on two
+different files.
 
 Kernel: flock(2)
 """
@@ -19,15 +19,15 @@ from contextlib import contextmanager
 from pkramfs.errors import MachineError, explain
 
 HELD_SECONDS = 60.0
-"""How long is waited for a lock that others hold for moments only."""
+"""Seconds to wait for a lock that others hold only for moments."""
 _POLL = 0.01
 _FIRST_POLL = 0.0005
 _PROBE_GRACE = 0.2
-"""Seconds for which a lock may seem taken because somebody just looks whether it is (`is_held`)."""
+"""Seconds for which a lock may seem taken while another process probes it (`is_held`)."""
 
 
 def open_lock(path: str) -> int:
-    """A descriptor of the lock file at `path`, made if it is not there."""
+    """Open the lock file at `path`, making it if it is missing; return its descriptor."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
@@ -35,7 +35,7 @@ def open_lock(path: str) -> int:
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
-    """Take the lock if it is free."""
+    """Take the lock if it is free; return True if it was."""
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -66,7 +66,7 @@ def _wait(fd: int, shared: bool, timeout: float, what: str) -> None:
 
 
 def _holders(fd: int) -> str:
-    """Who holds a lock, in words, as far as the kernel tells us."""
+    """Return the pids of a lock's holders, in words, as far as the kernel tells them."""
     lock = os.fstat(fd)
     place = b"%02x:%02x:%d" % (os.major(lock.st_dev), os.minor(lock.st_dev), lock.st_ino)
     try:
@@ -79,7 +79,7 @@ def _holders(fd: int) -> str:
 
 
 def lock_removable(path: str, *, shared: bool = False) -> int | None:
-    """Lock a file that its last holder removes when done; None if somebody is in the way."""
+    """Lock a file that its last holder removes; return its descriptor, or None if another process holds it."""
     deadline = time.monotonic() + _PROBE_GRACE
     while True:
         fd = open_lock(path)
@@ -94,7 +94,7 @@ def lock_removable(path: str, *, shared: bool = False) -> int | None:
 
 
 def remove_free(path: str) -> bool:
-    """Remove a file unless somebody holds its lock; whether it is gone. Never through a link."""
+    """Remove a file unless its lock is held, never through a link; return True if it is gone."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -109,7 +109,7 @@ def remove_free(path: str) -> bool:
 
 
 def is_held(path: str) -> bool:
-    """Whether some process holds the lock at `path` (never creates it)."""
+    """Return True if any process holds the lock at `path`, which is never created."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError as error:
@@ -123,7 +123,7 @@ def is_held(path: str) -> bool:
 
 
 def still_named(fd: int, path: str) -> bool:
-    """Whether a path names the file that is open, or another by now."""
+    """Return True if a path still names the file that is open."""
     try:
         named = os.stat(path)
     except FileNotFoundError:

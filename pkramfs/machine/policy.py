@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where new memory comes from: `mpol=` of a mount, over the machine's NUMA nodes.
+"""Memory policy of a mount (`mpol=`): the NUMA nodes from which new memory comes.
 
     default, local           anywhere: a daemon runs on no node of its machine
     prefer:1                 node 1 while it has some, then any
     bind:0,2-3               these nodes only, then ENOSPC
     interleave[:LIST]        equal shares of these nodes (of all), then any
 
-A policy decides when page blocks are leased, so its unit is 2 MiB, as it is for huge pages. What is
-there already stays where it is: a preserved page keeps its node over any number of kexecs.
+A policy applies when page blocks are leased, so its unit is 2 MiB, as it is for huge pages. Memory
+that is leased already stays where it is: a preserved page keeps its node over any number of kexecs.
 
 Kernel: mm/mempolicy.c (mpol_parse_str), mm/shmem.c (shmem_get_sbmpol)
 """
@@ -22,12 +22,12 @@ Share = tuple[Spans, int]
 
 
 def node_blocks(hardware: FirmwareMap) -> dict[int, Spans]:
-    """The whole page blocks of each node."""
+    """Return the whole page blocks of each node."""
     return {node: pages.inward(BLOCK_PAGES) for node, pages in hardware.node_spans().items()}
 
 
 class Policy:
-    """One mount's wish. `nodes` are the blocks of each node that it names."""
+    """The policy of one mount; `nodes` has the blocks of each node that it names."""
 
     def __init__(self, text: str, nodes: dict[int, Spans]) -> None:
         self.text, self._nodes, self._turn = text, list(nodes.values()), 0
@@ -35,7 +35,7 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str | None, hardware: FirmwareMap) -> "Policy | None":
-        """The policy that `mpol=` asks for, None for none; UsageError for nodes that the machine has not."""
+        """Parse the value of `mpol=`; return None if it restricts nothing, raise UsageError for unknown nodes."""
         if text is None:
             return None
         mode, _, listed = text.partition(":")
@@ -57,9 +57,9 @@ class Policy:
         return cls(text, {node: there[node] for node in wanted})
 
     def shares(self, free: Spans, count: int) -> list[Share]:
-        """Where to take blocks from, and how many, each time less what was taken before.
+        """Divide `count` blocks among sets of free blocks; what one share takes is not free for the next.
 
-        The numbers are `count` in sum, or fewer if the policy allows no more.
+        The shares are `count` blocks in sum, or fewer if the policy allows no more.
         """
         size, turn = len(self._nodes), self._turn
         if self._mode in ("bind", "prefer"):
@@ -77,14 +77,14 @@ class Policy:
 
 
 def _numbers(text: str, listed: str) -> list[int]:
-    """`0,2-3` as numbers."""
+    """Parse a list of nodes, `0,2-3`."""
     found: set[int] = set()
     for part in listed.split(","):
         first, dash, last = part.partition("-")
         try:
             low, high = int(first), int(last) if dash else int(first)
         except ValueError:
-            raise UsageError(f"mount option mpol={text}: {part!r} is no node and no range of nodes") from None
+            raise UsageError(f"mount option mpol={text}: {part!r} is neither a node nor a range of nodes") from None
         if low > high or high >= MAX_NODES:
             raise UsageError(f"mount option mpol={text}: {part!r} is no range of nodes")
         found.update(range(low, high + 1))

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a process of the machine must not inherit from the shell in which somebody typed mount.
+"""Process attributes that a daemon must not inherit from the shell in which mount was typed.
 
-A mount lives for months, and with it whatever its shell had set. As a service that init starts has it:
+A mount lives for months, and so would everything that its shell had set. `shed` sets what a service of init has:
 
-    limits      root: none on file sizes, processor time, address space and data; others: what they may have
-    nice, idle  scheduling and I/O as everybody else, where it was less
-    OOM         not sooner killed than others; `oom_score_adj=` is for who wants it later, or never
-    signals     none blocked, no child's end unseen, none of those by which one ends a daemon ignored
+    limits      root: none on file size, processor time, address space and data; others: their hard limits
+    nice, idle  ordinary scheduling and I/O priority, if they were lower
+    OOM         not killed sooner than others; the mount option `oom_score_adj=` makes it later, or never
+    signals     none blocked; SIGCHLD and the signals that end a daemon not ignored
     umask       022
 
-Where a limit stays that RAM exceeds, whoever is about to use RAM refuses, because it would end in EFBIG, ENOMEM or
-SIGXCPU later, in the middle of somebody's data. What is there to narrow a service on purpose stays: the processors
-that it may use, its cgroup, a nice value below 0.
+If a limit stays that RAM exceeds, `require` refuses to use RAM: the daemon would meet EFBIG, ENOMEM or SIGXCPU later,
+in the middle of a write. Settings that narrow a service on purpose stay: its processors, its cgroup, a nice value
+below 0.
 
 Kernel: kernel/sys.c (do_prlimit), fs/proc/base.c (oom_score_adj_write), systemd.exec(5)
 """
@@ -29,11 +29,11 @@ from pkramfs.units import GIB, MIB, format_size
 log = logging.getLogger(__name__)
 
 _FREE = ("FSIZE", "CPU", "AS", "DATA")
-"""Limits that nobody who keeps memory for others can live with."""
+"""Limits that a process which keeps memory for others must not have."""
 _LEAST = {"NOFILE": 4096, "STACK": 8 * MIB, "NPROC": 4096}
 _WORDS = {"FSIZE": ("file size", "-f"), "CPU": ("processor time", "-t"), "AS": ("address space", "-v")}
 _OWN = GIB
-"""Address space beside RAM: Python, numpy, stacks of threads."""
+"""Bytes of address space beside RAM: Python, numpy, stacks of threads."""
 _THREAD_STACK = 2 * MIB
 _HEEDED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30}
@@ -41,12 +41,12 @@ _OOM = "/proc/self/oom_score_adj"
 
 
 def shed() -> None:
-    """Put off what was inherited, as far as we may."""
+    """Reset what was inherited, as far as this process may."""
     for name in _FREE:
         _raise(getattr(resource, f"RLIMIT_{name}"), resource.RLIM_INFINITY)
     for name, least in _LEAST.items():
         _raise(getattr(resource, f"RLIMIT_{name}"), least)
-    threading.stack_size(_THREAD_STACK)  # else what the limit was when we started
+    threading.stack_size(_THREAD_STACK)  # the default is the stack limit of our start
     os.umask(0o022)
     _heed_signals()
     _run_as_others()
@@ -54,13 +54,13 @@ def shed() -> None:
 
 
 def _raise(number: int, wanted: int) -> None:
-    """Raise a limit to `wanted` or, where that is not allowed, as far as it goes; never lower it."""
+    """Raise a limit to `wanted`, or as far as is allowed; never lower it."""
     soft, hard = resource.getrlimit(number)
     if _at_least(soft, wanted):
         return
     try:
         resource.setrlimit(number, (wanted, hard if _at_least(hard, wanted) else wanted))
-    except (OSError, ValueError):  # raising a hard limit is root's
+    except (OSError, ValueError):  # only root may raise a hard limit
         resource.setrlimit(number, (hard, hard))
 
 
@@ -71,7 +71,7 @@ def _at_least(limit: int, wanted: int) -> bool:
 
 
 def require(ram: int) -> None:
-    """Refuse, naming limit and remedy, where a limit that stays would end whoever uses RAM of so many bytes."""
+    """Raise MachineError, naming limit and remedy, if a limit would end a process that uses `ram` bytes of RAM."""
     for name, needed in (("FSIZE", ram), ("AS", ram + _OWN), ("CPU", resource.RLIM_INFINITY)):
         limit = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[0]
         if _at_least(limit, needed):
@@ -92,21 +92,21 @@ def _heed_signals() -> None:
 
 
 def _run_as_others() -> None:
-    """Scheduling class, nice and I/O priority of an ordinary process, where they are less. Others may not always."""
+    """Give this process ordinary scheduling, nice value and I/O priority, if they are lower; not everybody may."""
     try:
         if os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK != os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         if os.getpriority(os.PRIO_PROCESS, 0) > 0:
             os.setpriority(os.PRIO_PROCESS, 0, 0)
     except OSError as error:
-        log.info("scheduled as it was inherited: %s", explain(error))
+        log.info("scheduling stays as inherited: %s", explain(error))
     call = _IOPRIO_SET.get(os.uname().machine)
     if call is not None:
         ctypes.CDLL(None).syscall(call, 1, 0, 0)  # IOPRIO_WHO_PROCESS, ourselves, as the nice value says
 
 
 def set_oom_score_adj(wanted: int | None) -> None:
-    """Set oom_score_adj to what is wanted, UsageError if that is refused; else to 0 where it is more, if we may."""
+    """Set oom_score_adj to `wanted`, or raise UsageError; without it, lower a positive value to 0 if we may."""
     try:
         with open(_OOM, "r+", encoding="ascii") as file:
             if wanted is None and int(file.read()) <= 0:
@@ -115,5 +115,5 @@ def set_oom_score_adj(wanted: int | None) -> None:
             file.write(str(wanted or 0))
     except OSError as error:
         if wanted is not None:
-            raise UsageError(f"oom_score_adj={wanted} is refused ({explain(error)}): less than now is root's") from None
-        log.info("sooner killed than others, as it was inherited: %s", explain(error))
+            raise UsageError(f"oom_score_adj={wanted} is refused ({explain(error)}): only root may lower it") from None
+        log.info("oom_score_adj stays as inherited: %s", explain(error))

@@ -45,9 +45,9 @@ def test_a_map_comes_back_as_it_was_given(root, ctl, tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["--ram", "1K"], 2, "RAM of 1.0 KiB cannot be"),
+        (["--ram", "1K"], 2, "invalid RAM size 1.0 KiB"),
         (["--ram", "lots"], 2, "not a size"),
-        (["--nodes", "9000"], 2, "9000 NUMA nodes cannot be"),
+        (["--nodes", "9000"], 2, "invalid number of NUMA nodes 9000"),
         (["--map", "/nowhere/map"], 2, "cannot read the map: /nowhere/map: No such file or directory"),
         (["--map", "/dev/null"], 2, "/dev/null: a device, not a regular file"),
         (["--map", "/dev/null", "--ram", "1G"], 2, "leave --ram and --nodes out"),

@@ -42,14 +42,14 @@ def test_16_tib_is_a_few_ranges() -> None:
 
 @pytest.mark.parametrize("ram", [0, 64 * MIB - 1, (1 << 46) + 1])
 def test_sizes_that_cannot_be(ram: int) -> None:
-    with pytest.raises(MachineError, match="cannot be: give"):
+    with pytest.raises(MachineError, match=r"invalid RAM size .*: give"):
         FirmwareMap.default(ram)
 
 
 def test_nodes_that_cannot_be() -> None:
     assert len(FirmwareMap.default(64 * MIB, 32).node_spans()) == 32
     for nodes in (0, 33, 65):
-        with pytest.raises(MachineError, match=f"{nodes} NUMA nodes cannot be"):
+        with pytest.raises(MachineError, match=f"invalid number of NUMA nodes {nodes}"):
             FirmwareMap.default(64 * MIB, nodes)
 
 
