@@ -2,22 +2,22 @@
 """The page allocator of one owner, inside the page blocks that it leased.
 
 Free memory is a set of *runs* (first pfn, count), found by their start, by their end and by size
-class, all in dictionaries: taking or giving back a run costs a few look-ups whatever its length,
-and neighbours join at once. Nobody else allocates in an owner's blocks, so there is no lock.
+class, all in dictionaries: to take or free a run costs a few look-ups whatever its length, and
+neighbours join at once. Nobody else allocates in an owner's blocks, so there is no lock.
 
     class 0: runs of 1 page    class 1: 2-3 pages    class 2: 4-7 pages    …
 
-A request takes the smallest class that surely fits, so the answer is one run in the common case;
-several where memory is fragmented. Blocks are leased ahead in growing batches and given back when
-wholly free, but for a small stock (both in proportion to RAM: an idle mount must not starve others).
+A request takes a run of the smallest class that surely fits: usually one run, several if memory is
+fragmented. Blocks are leased ahead in growing batches and given back when wholly free, except a small
+stock (both in proportion to RAM: an idle mount must not starve others).
 
-A class is a dictionary used as a stack: `popitem` is the one cheap way to any of its members, since
-looking for the first steps over all that were deleted before it (100,000 frees, then allocations,
+A class is a dictionary used as a stack, because `popitem` is the only cheap way to a member: a search
+for the first member steps over all that were deleted before it (100,000 frees, then allocations,
 would be quadratic).
 
 A free frame reads as zeros: leased blocks arrive punched, and `free` punches what it takes.
-`hold` keeps some frames back for the owner's own save: a full RAM must not prevent preserving.
-A `policy` (mpol=) says which NUMA nodes new blocks come from.
+`hold` keeps some frames for the owner's own save: a full RAM must not prevent preserving.
+A `policy` (mpol=) names the NUMA nodes from which new blocks come.
 
 Kernel: mm/page_alloc.c (buddy lists by order), mm/folio batches; rows 35 and 36 (work in bulk)
 """
@@ -38,17 +38,17 @@ Run = tuple[int, int]
 
 _CLASSES = 40
 _AHEAD_MAX, _AHEAD_SHARE = 64, 32
-"""Most page blocks leased ahead of need, and at most this part of RAM."""
+"""Most page blocks that are leased ahead of need: a number, and a part of RAM."""
 _STOCK_MAX, _STOCK_SHARE = 16, 128
-"""Wholly free blocks that are kept instead of being given back one by one, and their part of RAM."""
+"""Most wholly free blocks that are kept instead of given back: a number, and a part of RAM."""
 _TRIES = 16
-"""Runs of one class that are looked at for an aligned place before a larger class is cut."""
+"""Runs of one class that are searched for an aligned place before a larger class is cut."""
 _FLOOR_FOR_SAVE = 0.25
-"""How much of the host's last room the frames held for a save must leave."""
+"""Part of the host's reserve that frames held for a save must leave (`Ram.room`)."""
 
 
 class FreeRuns:
-    """A set of free runs that joins neighbours. Runs never overlap; that is the caller's promise."""
+    """A set of free runs that joins neighbours. The caller never adds pages that are free already."""
 
     __slots__ = ("_classes", "_ends", "_starts", "total")
 
@@ -62,7 +62,7 @@ class FreeRuns:
         return len(self._starts)
 
     def add(self, start: int, count: int) -> None:
-        """Add a run, joined with what touches it."""
+        """Add a run, joined with its neighbours."""
         if start in self._starts:
             raise AssertionError(f"pages from pfn {start:x} are freed twice")
         self.total += count
@@ -95,7 +95,7 @@ class FreeRuns:
             self._insert(start + count, end)
 
     def take(self, count: int) -> Run | None:
-        """One run of exactly `count` pages, from the smallest class that surely has one."""
+        """Take a run of exactly `count` pages, from the smallest class that surely has one; return None without one."""
         for runs in self._classes[(count - 1).bit_length() :]:
             if runs:
                 return self._taken(_top(runs), count)
@@ -109,7 +109,7 @@ class FreeRuns:
         return run, count
 
     def take_aligned(self, count: int, align: int) -> Run | None:
-        """One run of `count` pages that starts at a multiple of `align`: a close fit if soon found, or a sure one."""
+        """Take a run of `count` pages at a multiple of `align`: a close fit if found soon, or a sure one."""
         sure = (count + align - 2).bit_length()
         for runs in self._classes[count.bit_length() - 1 : sure]:
             for run in _tops(runs):
@@ -126,7 +126,7 @@ class FreeRuns:
         return None
 
     def take_multiple(self, most: int, size: int) -> Run | None:
-        """The longest run of whole aligned frames of `size` pages among the largest free runs, at most `most` pages."""
+        """Take the longest run of aligned frames of `size` pages among the largest free runs, at most `most` pages."""
         for runs in reversed(self._classes[size.bit_length() - 1 :]):
             found: tuple[int, int, int] = (0, 0, 0)
             for run in _tops(runs):
@@ -139,7 +139,7 @@ class FreeRuns:
         return None
 
     def take_largest(self, most: int) -> Run | None:
-        """A run of the largest class, at most `most` pages of it."""
+        """Take at most `most` pages of a run of the largest class."""
         for runs in reversed(self._classes):
             if runs:
                 start = _top(runs)
@@ -147,7 +147,7 @@ class FreeRuns:
         return None
 
     def spans(self) -> Spans:
-        """All free runs as a set."""
+        """Return all free runs as a set."""
         size = len(self._starts)
         return Spans.from_arrays(
             np.fromiter(self._starts.keys(), np.uint64, size), np.fromiter(self._starts.values(), np.uint64, size)
@@ -155,21 +155,21 @@ class FreeRuns:
 
 
 def _top(runs: dict[int, None]) -> int:
-    """The member that came last."""
+    """Return the member that was added last."""
     start, _ = runs.popitem()
     runs[start] = None
     return start
 
 
 def _tops(runs: dict[int, None]) -> list[int]:
-    """The members that came last, a few of them."""
+    """Return the few members that were added last."""
     found = [runs.popitem()[0] for _ in range(min(_TRIES, len(runs)))]
     runs.update(dict.fromkeys(reversed(found)))
     return found
 
 
 class Frames:
-    """Frames of one owner (`tree_id`): allocate and free pages in bulk."""
+    """The frames of one owner (`tree_id`), allocated and freed in bulk."""
 
     def __init__(self, ram: Ram, leases: Leases, tree_id: int, policy: Policy | None = None) -> None:
         self.ram, self.leases, self.tree_id, self.policy = ram, leases, tree_id, policy
@@ -178,41 +178,41 @@ class Frames:
         self._held = 0
         self._ahead = 1
         self._freed = 0
-        """Pages freed since we last looked for blocks to give back."""
+        """Pages freed since the last search for blocks to give back."""
         self._ahead_max = _part(leases.blocks, _AHEAD_SHARE, _AHEAD_MAX)
         self._stock = _part(leases.blocks, _STOCK_SHARE, _STOCK_MAX)
 
     @property
     def free_pages(self) -> int:
-        """Pages of the leased blocks that are free now."""
+        """Return the number of free pages in leased blocks."""
         return self._free.total
 
     @property
     def used_pages(self) -> int:
-        """Pages that are allocated."""
+        """Return the number of allocated pages."""
         return self._blocks * BLOCK_PAGES - self._free.total
 
     @property
     def held_pages(self) -> int:
-        """Pages that only `allocate(held=True)` may use."""
+        """Return the number of pages that only `allocate(held=True)` may use."""
         return self._held
 
     def room(self) -> int:
-        """Pages that `allocate` could give now: free ones in RAM, as far as the host has room for them."""
+        """Return the number of pages that `allocate` could return now: free in RAM, and with room on the host."""
         free = (self.leases.blocks - self.leases.taken().total) * BLOCK_PAGES + self._free.total - self._held
         return max(0, min(free, self.ram.room() >> PAGE_SHIFT))
 
     def hold(self, pages: int) -> None:
-        """Keep `pages` free for the save; leases them now. ExhaustedError if they are not to be had."""
+        """Keep `pages` free for the save, leasing blocks now. Raise ExhaustedError if there are too few."""
         if pages > self._held:
             self._ensure(pages)
         self._held = pages
 
     def allocate(self, count: int, order: int = 0, *, held: bool = False) -> list[Run]:
-        """Runs of exactly `count` pages in all, few and large, zero-filled.
+        """Allocate runs of exactly `count` pages in all, few and large, zero-filled.
 
-        With `order`, runs start at multiples of 2**order as far as memory allows. ExhaustedError
-        (ENOSPC), and nothing taken, if RAM or the host behind it is full.
+        With `order`, runs start at multiples of 2**order as far as memory allows. Raise ExhaustedError
+        (ENOSPC), and allocate nothing, if RAM or the host behind it is full.
         """
         if count <= 0:
             return []
@@ -226,7 +226,7 @@ class Frames:
         return self._gather(count, order)
 
     def _gather(self, count: int, order: int) -> list[Run]:
-        """Aligned large runs first, then whatever is largest."""
+        """Gather aligned large runs first, then the largest of any kind."""
         runs = self._gather_aligned(count, 1 << order) if order else []
         count -= sum(size for _, size in runs)
         while count:
@@ -238,7 +238,7 @@ class Frames:
         return runs
 
     def _gather_aligned(self, count: int, size: int) -> list[Run]:
-        """As many aligned runs of `size` pages, or of multiples of it, as there are; fresh blocks if there are none."""
+        """Gather aligned runs of `size` pages, or of multiples of it; lease fresh blocks if there are none."""
         runs: list[Run] = []
         leased = size < BLOCK_PAGES
         while count >= size:
@@ -253,7 +253,7 @@ class Frames:
         return runs
 
     def _lease_aligned(self, count: int, size: int) -> bool:
-        """Lease blocks because those that are here are too fragmented; whether there were any."""
+        """Lease blocks because our own are too fragmented; return False if there are none."""
         try:
             self._lease_ahead(count // BLOCK_PAGES, align=size // BLOCK_PAGES)
         except ExhaustedError:
@@ -261,14 +261,14 @@ class Frames:
         return True
 
     def allocate_pages(self, count: int, *, held: bool = False) -> U64:
-        """The pfns of `count` pages as an array."""
+        """Allocate `count` pages; return their pfns as an array."""
         runs = self.allocate(count, held=held)
         if not runs:
             return np.empty(0, dtype=np.uint64)
         return np.concatenate([np.arange(start, start + size, dtype=np.uint64) for start, size in runs])
 
     def _ensure(self, pages: int, *, align: int = 1) -> None:
-        """See that `pages` are free, leasing blocks ahead of need while RAM has plenty."""
+        """Make sure that `pages` are free, leasing blocks ahead of need while RAM has plenty."""
         missing = pages - self._free.total
         if missing <= 0:
             return
@@ -299,7 +299,7 @@ class Frames:
         else:
             count = self._free_many(Spans.from_runs(starts, counts), int(np.sum(counts)))
         self._freed += count
-        # looking costs one pass over all runs, so it is done once for many frees
+        # a search costs one pass over all runs, so it is done once for many frees
         enough = max(self._stock * BLOCK_PAGES, len(self._free) // 8)
         if self._freed >= enough and self._free.total - self._held > 2 * self._stock * BLOCK_PAGES:
             self._freed = 0
@@ -322,6 +322,7 @@ class Frames:
         if not surplus:
             return
         self.leases.release(self.tree_id, surplus)  # first, because it can fail
+        # runs: the free run that contains each range of surplus blocks. Shape: (ranges,).
         pages = surplus.scale(BLOCK_PAGES)
         runs = free.starts[np.searchsorted(free.starts, pages.starts, side="right") - 1]
         for run, (start, end) in zip(runs.tolist(), pages, strict=True):
@@ -329,7 +330,7 @@ class Frames:
         self._blocks -= surplus.total
 
     def adopt(self, used: Spans) -> None:
-        """Take over the blocks that the tree id holds already: all of them but `used` is free."""
+        """Take over the blocks that the tree id holds already; their pages outside of `used` are free."""
         blocks = self.leases.blocks_of(self.tree_id)
         pages = blocks.scale(BLOCK_PAGES)
         if used - pages:
@@ -341,24 +342,25 @@ class Frames:
             self._free.add(start, end - start)
 
     def used(self) -> Spans:
-        """Every allocated page."""
+        """Return every allocated page."""
         return self.leases.blocks_of(self.tree_id).scale(BLOCK_PAGES) - self._free.spans()
 
     def release_all(self) -> None:
-        """Give every block back: the tree is gone."""
+        """Give every block back: the tree has ended."""
         self.leases.release(self.tree_id, self.leases.blocks_of(self.tree_id))
         self._free, self._blocks, self._held = FreeRuns(), 0, 0
 
 
 def _part(blocks: int, share: int, most: int) -> int:
-    """A part of RAM's blocks, at least one and at most `most`."""
+    """Return a part of RAM's blocks, at least one and at most `most`."""
     return max(1, min(most, blocks // share))
 
 
 def _last(blocks: Spans, count: int) -> Spans:
-    """The highest `count` numbers of a set."""
+    """Return the highest `count` numbers of a set."""
     if count <= 0:
         return Spans()
+    # The first `skip` numbers go: keep the ranges that end behind them, and cut the first of these. Shape: (ranges,).
     skip = blocks.total - count
     ends = np.cumsum(blocks.counts)
     keep = ends > skip

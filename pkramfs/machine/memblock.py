@@ -1,37 +1,36 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""memblock: who has memory, and who took it, before there is any allocator.
+"""memblock: the ranges that are memory, and those that are reserved, before there is any allocator.
 
 Early boot knows two lists of byte ranges, each sorted and without overlaps:
 
-    memory    |████████████████|....|███████████████████████████|     what is RAM (firmware)
-    reserved  |..KK......pppp..|....|.......II..pp..pp..........|     what must not be handed out
+    memory    |████████████████|....|███████████████████████████|     RAM, as the firmware says
+    reserved  |..KK......pppp..|....|.......II..pp..pp..........|     ranges that must not be allocated
 
-Free is what is memory and not reserved; it is written nowhere. Allocating is finding a free place
-and reserving it. The lists live from the first look at the firmware map until memory is handed to
-page blocks (leases); nobody asks them afterwards.
+Free is what is memory and not reserved; no list holds it. To allocate is to find a free place and
+reserve it. The lists live from the first look at the firmware map until memory is handed to page
+blocks (leases); nobody reads them afterwards.
 
-A region is (base, end, flags, node id). Two neighbours that touch become one if both flags and node
-agree; a change of a part of a region cuts it in up to three. Adding over what is there adds only
-what is missing and leaves the rest as it is; removing what is not there removes nothing. So calls
-may be repeated, and overlap, without harm.
+A region is (base, end, flags, node id). Two regions that touch become one if flags and node agree; a
+change of a part of a region cuts it in up to three. To add a range that is partly there adds only the
+missing part and leaves the rest as it is; to remove an absent range removes nothing. So calls may be
+repeated, and overlap, without harm.
 
 Flags of memory: HOTPLUG (may go away: not allocated from while `movable_node`), MIRROR (preferred
 while `mirror`), NOMAP (never allocated from). PRESERVED is a flag of reserved: the last kernel's
-pages. Such ranges stay apart from what is merely reserved beside them, are cut at the borders of
-NUMA nodes (`isolate`) and are initialised by nobody.
+pages. Such ranges are not merged with plain reserved neighbours, are cut at the borders of NUMA nodes
+(`isolate`) and are never initialised.
 
-Preserved ranges come as one sorted list, of which there may be hundreds of thousands. Reserving them
-one by one would be quadratic, and a list that has to grow half-way would be put into memory that is
-preserved and not yet reserved. So `merge_preserved` makes the new list in one linear pass and swaps
-it in, or changes nothing and names the two ranges that overlap (EBUSY); `find_beside` finds room
-that neither list has.
+Preserved ranges come as one sorted list of up to hundreds of thousands. To reserve them one by one
+would be quadratic, and a list that grows half-way could be put into memory that is preserved but not
+yet reserved. So `merge_preserved` makes the new list in one linear pass and swaps it in, or changes
+nothing and names the two ranges that overlap (EBUSY); `find_beside` finds room that neither list has.
 
 `find` searches from the top of memory down, or from the bottom up (`bottom_up`), for an aligned place
 inside [minimum, maximum) and below `limit`, on one node if asked. A place never crosses the border
 of two memory regions, so it is on one node. Page 0 is never handed out: 0 means "none".
 
 Columns are numpy arrays: an operation is a handful of array passes, whatever the number of pages,
-and nothing here knows how large RAM is.
+and its cost does not depend on the size of RAM.
 
 Kernel: mm/memblock.c, include/linux/memblock.h; arch/x86/mm/numa.c (numa_isolate_memblocks);
         patches 11, 12 and 28 to 31
@@ -56,7 +55,7 @@ ANYWHERE = 1 << 62
 
 
 class Flag(IntFlag):
-    """What is special about a region."""
+    """A property of a region."""
 
     NONE = 0
     HOTPLUG = 1
@@ -104,26 +103,26 @@ class Regions:
 
     @property
     def total(self) -> int:
-        """Bytes in the list."""
+        """Return the number of bytes in the list."""
         return int((self.ends - self.bases).sum())
 
     @property
     def spans(self) -> Spans:
-        """The bytes in the list, without flags and nodes."""
+        """Return the bytes in the list as a set, without flags and nodes."""
         return Spans.from_arrays(self.bases, self.ends)
 
     def marked(self, flag: Flag) -> Spans:
-        """The bytes that have a flag."""
+        """Return the bytes that have a flag."""
         chosen = (self.flags & flag) != 0
         return Spans.from_arrays(self.bases[chosen], self.ends[chosen])
 
     def on_node(self, nid: int, flag: Flag = Flag.NONE) -> Spans:
-        """The bytes of one node, all or those that have a flag."""
+        """Return the bytes of one node, all or those that have a flag."""
         chosen = (self.nids == nid) & ((self.flags & flag) == flag)
         return Spans.from_arrays(self.bases[chosen], self.ends[chosen])
 
     def add(self, spans: Spans, flags: Flag = Flag.NONE, nid: int = NO_NODE) -> None:
-        """Add what of `spans` is not there yet.
+        """Add those bytes of `spans` that are missing.
 
         Kernel: memblock_add_range()
         """
@@ -141,7 +140,7 @@ class Regions:
         self._set(bases[order], ends[order], flags[order], nids[order])
 
     def remove(self, base: int, end: int) -> None:
-        """Drop what of [base, end) is there, cutting the regions at its ends.
+        """Remove [base, end), cutting the regions at its ends.
 
         Kernel: memblock_remove_range()
         """
@@ -151,7 +150,7 @@ class Regions:
         self._set(self.bases[chosen], self.ends[chosen], self.flags[chosen], self.nids[chosen])
 
     def change(self, base: int, end: int, *, put: Flag = Flag.NONE, drop: Flag = Flag.NONE, nid: Any = None) -> None:
-        """Give what of [base, end) is there other flags, or another node.
+        """Change flags, or the node, of regions within [base, end).
 
         Kernel: memblock_setclr_flag(), memblock_set_node()
         """
@@ -162,7 +161,7 @@ class Regions:
         self._merge()
 
     def _isolate(self, base: int, end: int) -> npt.NDArray[np.bool_]:
-        """Cut at both ends of [base, end); which regions lie inside.
+        """Cut at both ends of [base, end); return a mask of the regions inside.
 
         Kernel: memblock_isolate_range()
         """
@@ -174,23 +173,26 @@ class Regions:
     def cut(self, addresses: Iterable[int]) -> None:
         """Make every address inside a region the border of two."""
         at = np.unique(np.array(list(addresses), dtype=np.uint64))
+        # owner: the last region that begins at or below each address; inside: the address cuts it. Shape: (addresses,).
         owner = np.searchsorted(self.bases, at, side="right") - 1
         inside = owner >= 0
         inside[inside] = (self.bases[owner[inside]] < at[inside]) & (at[inside] < self.ends[owner[inside]])
         if not inside.any():
             return
+        # Every cut is the base of a new region, which has the rest from the region that it cuts. Shape: (new regions,).
         bases = np.sort(np.concatenate((self.bases, at[inside])), kind="stable")
         owner = np.searchsorted(self.bases, bases, side="right") - 1
         following = np.concatenate((bases[1:], [np.uint64(ANYWHERE)]))
         self._set(bases, np.minimum(self.ends[owner], following), self.flags[owner], self.nids[owner])
 
     def _merge(self) -> None:
-        """Make one of neighbours that touch and are alike.
+        """Merge neighbours that touch and have the same flags and node.
 
         Kernel: memblock_merge_regions()
         """
         if len(self) < 2:
             return
+        # apart: the border after each region stays, because the next does not touch or differs. Shape: (regions - 1,).
         apart = (
             (self.bases[1:] != self.ends[:-1]) | (self.flags[1:] != self.flags[:-1]) | (self.nids[1:] != self.nids[:-1])
         )
@@ -199,7 +201,7 @@ class Regions:
         self._set(self.bases[first], self.ends[last], self.flags[first], self.nids[first])
 
     def merged_with(self, ranges: Spans, flags: Flag) -> "Regions":
-        """This list and a disjoint one, in one linear pass; neighbours stay apart. EBUSY names what overlaps."""
+        """Return this list with disjoint ranges added, in one linear pass, none merged. EBUSY names an overlap."""
         made = Regions(self.name)
         made._sorted(
             np.concatenate((self.bases, ranges.starts)),
@@ -216,7 +218,7 @@ class Regions:
 
 
 class Memblock:
-    """Memory and reserved, and the search for what is neither."""
+    """The two lists, and the search for memory that is not reserved."""
 
     def __init__(self, *, bottom_up: bool = False) -> None:
         self.memory, self.reserved = Regions("memory"), Regions("reserved")
@@ -227,7 +229,7 @@ class Memblock:
 
     @classmethod
     def of(cls, usable: Spans) -> "Memblock":
-        """The memory of a machine, given in pages; nodes are not known yet.
+        """Make the lists of a machine from its usable pages; nodes are not known yet.
 
         Kernel: e820__memblock_setup()
         """
@@ -238,39 +240,39 @@ class Memblock:
     # -- the lists ------------------------------------------------------------------------------
 
     def add(self, base: int, size: int, nid: int = NO_NODE, flags: Flag = Flag.NONE) -> None:
-        """[base, base+size) is memory."""
+        """Add [base, base+size) to memory."""
         self.memory.add(Spans([(base, base + size)]), flags, nid)
 
     def remove(self, base: int, size: int) -> None:
-        """[base, base+size) is no memory."""
+        """Remove [base, base+size) from memory."""
         self.memory.remove(base, base + size)
 
     def reserve(self, base: int, size: int, nid: int = NO_NODE, flags: Flag = Flag.NONE) -> None:
-        """[base, base+size) is taken; it need not be memory."""
+        """Reserve [base, base+size); it need not be memory."""
         self.reserved.add(Spans([(base, base + size)]), flags, nid)
 
     def reserve_pages(self, pages: Spans) -> None:
-        """`reserve` for many ranges, in pages."""
+        """Reserve many ranges, given in pages."""
         self.reserved.add(pages.scale(PAGE_SIZE))
 
     def free(self, base: int, size: int) -> None:
-        """[base, base+size) is taken no more."""
+        """Free [base, base+size)."""
         self.reserved.remove(base, base + size)
 
     def mark(self, base: int, size: int, flag: Flag) -> None:
-        """Memory of [base, base+size) is HOTPLUG, MIRROR or NOMAP."""
+        """Mark memory in [base, base+size) as HOTPLUG, MIRROR or NOMAP."""
         self.memory.change(base, base + size, put=flag)
 
     def clear(self, base: int, size: int, flag: Flag) -> None:
-        """Memory of [base, base+size) is not, any more."""
+        """Clear a flag of memory in [base, base+size)."""
         self.memory.change(base, base + size, drop=flag)
 
     def set_node(self, base: int, size: int, nid: int) -> None:
-        """Memory of [base, base+size) belongs to a NUMA node."""
+        """Set the NUMA node of memory in [base, base+size)."""
         self.memory.change(base, base + size, nid=nid)
 
     def set_nodes(self, hardware: FirmwareMap) -> None:
-        """Tell memory its nodes; what the firmware does not name is on node 0.
+        """Set the node of all memory; memory that the firmware does not name is on node 0.
 
         Kernel: numa_register_memblks()
         """
@@ -288,7 +290,7 @@ class Memblock:
         self.memory.remove(base + size, ANYWHERE)
 
     def trim(self, align: int) -> None:
-        """Make every region of memory begin and end at multiples of `align`; what has none goes.
+        """Trim every region of memory to multiples of `align`; a region without one is removed.
 
         Kernel: memblock_trim_memory()
         """
@@ -298,19 +300,19 @@ class Memblock:
             self.memory.remove(max(end, region.base), region.end)
 
     def is_memory(self, base: int, size: int = 1) -> bool:
-        """Whether all of [base, base+size) is memory."""
+        """Return True if all of [base, base+size) is memory."""
         return self.memory.spans.covers(base, base + size)
 
     def is_reserved(self, base: int, size: int = 1) -> bool:
-        """Whether all of [base, base+size) is reserved."""
+        """Return True if all of [base, base+size) is reserved."""
         return self.reserved.spans.covers(base, base + size)
 
     def is_preserved(self, base: int, size: int = 1) -> bool:
-        """Whether any of [base, base+size) holds what the last kernel preserved."""
+        """Return True if any of [base, base+size) was preserved by the last kernel."""
         return self.reserved.marked(Flag.PRESERVED).overlaps(base, base + size)
 
     def overlaps(self, base: int, size: int) -> bool:
-        """Whether any of [base, base+size) is reserved."""
+        """Return True if any of [base, base+size) is reserved."""
         return self.reserved.spans.overlaps(base, base + size)
 
     # -- preserved ranges -----------------------------------------------------------------------
@@ -323,7 +325,7 @@ class Memblock:
         self.reserved = self.reserved.merged_with(preserved, Flag.PRESERVED)
 
     def isolate(self) -> None:
-        """Cut reserved ranges at the borders of NUMA nodes and tell each part its node.
+        """Cut reserved ranges at the borders of NUMA nodes, and set the node of each part.
 
         Kernel: patches 28 and 29, numa_isolate_memblocks()
         """
@@ -332,27 +334,29 @@ class Memblock:
                 self.reserved.change(region.base, region.end, nid=region.nid)
 
     def find_beside(self, preserved: Spans, size: int, align: int = PAGE_SIZE) -> int | None:
-        """The highest free place that is not in `preserved` (bytes) either, before that list is merged."""
+        """Return the highest free place that is outside of `preserved` (bytes), too, before that is merged."""
         free = self.free_spans() - preserved
         return free.clip(PAGE_SIZE, self.limit).first_fit(size, align, top_down=True)
 
     # -- the search -----------------------------------------------------------------------------
 
     def free_spans(self, nid: int | None = None) -> Spans:
-        """The bytes that are memory and not reserved, on one node or on all; never those of NOMAP."""
+        """Return the bytes that are memory and not reserved, on one node or on all; never those of NOMAP."""
         chosen = self._allowed(nid, mirror=False)
         return Spans.from_arrays(self.memory.bases[chosen], self.memory.ends[chosen]) - self.reserved.spans
 
     def free_areas(self, nid: int | None = None, *, mirror: bool = False) -> tuple[U64, U64]:
-        """Starts and ends of what is free, cut where one region of memory ends and the next begins.
+        """Return starts and ends of free areas, cut where one region of memory ends and the next begins.
 
         Kernel: for_each_free_mem_range()
         """
+        # Gaps between reserved ranges, the first from 0, the last to ANYWHERE. Shape: (reserved ranges + 1,).
         taken = self.reserved.spans
         gap_starts = np.concatenate((np.zeros(1, np.uint64), taken.ends))
         gap_ends = np.concatenate((taken.starts, np.full(1, ANYWHERE, np.uint64)))
         starts, ends = [], []
         for at in np.flatnonzero(self._allowed(nid, mirror=mirror)).tolist():
+            # Gaps first … last-1 meet this region of memory.
             base, end = self.memory.bases[at], self.memory.ends[at]
             first = int(np.searchsorted(gap_ends, base, side="right"))
             last = int(np.searchsorted(gap_starts, end, side="left"))
@@ -362,7 +366,7 @@ class Memblock:
         return np.concatenate([empty, *starts]), np.concatenate([empty, *ends])
 
     def _allowed(self, nid: int | None, *, mirror: bool) -> npt.NDArray[np.bool_]:
-        """Which regions of memory may be allocated from.
+        """Return a mask of the regions of memory that may be allocated from.
 
         Kernel: should_skip_region()
         """
@@ -386,7 +390,7 @@ class Memblock:
         nid: int | None = None,
         bottom_up: bool | None = None,
     ) -> int | None:
-        """A free aligned place for `size` bytes in [minimum, maximum), or None.
+        """Find a free aligned place for `size` bytes in [minimum, maximum); return None without one.
 
         Kernel: memblock_find_in_range_node()
         """
@@ -410,7 +414,7 @@ class Memblock:
         exact: bool = False,
         bottom_up: bool | None = None,
     ) -> int:
-        """Find and reserve. Other nodes will do unless `exact`, then lower addresses; ExhaustedError (ENOMEM).
+        """Find and reserve. Try other nodes unless `exact`, then lower addresses; else raise ExhaustedError (ENOMEM).
 
         Kernel: memblock_alloc_range_nid(), memblock_alloc_internal()
         """
@@ -429,7 +433,7 @@ class Memblock:
         )
 
     def dump(self) -> list[str]:
-        """Both lists for people.
+        """Return both lists as lines for people.
 
         Kernel: memblock_dump_all()
         """

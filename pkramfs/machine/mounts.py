@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who is mounted: one entry for each mount daemon, named by its tree id.
+"""The entries of mount daemons, each named by its tree id.
 
-    mounts/00c0ffee….lock    held while the daemon lives; "mounted" means nothing else
+    mounts/00c0ffee….lock    held while the daemon lives: that alone means "mounted"
     mounts/00c0ffee….json    name, mount point, pid, options
-    mounts/00c0ffee….sock    where it listens
-    mounts/00c0ffee….log     what it printed
+    mounts/00c0ffee….sock    its control socket
+    mounts/00c0ffee….log     its stdout and stderr
 
-The lock is taken before the first page block is leased and removed only by its holder. What a dead
-daemon left is read as not alive; once its page blocks were swept, `clear_away` takes its lock and
-removes its files, and its last words go to the kernel log.
+The lock is taken before the first page block is leased and removed only by its holder. The entry of a
+dead daemon reads as not alive; once its page blocks are swept, `clear_away` takes its lock, writes the
+end of its log to the kernel log and removes its files.
 
-Kernel: /proc/mounts, which cannot say whose daemon lives
+Kernel: /proc/mounts, which does not tell whether a daemon lives
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from pkramfs.machine.files import open_regular, read_json, replace_file
 _SUFFIXES = ("json", "sock", "lock")
 _ANY_NAME = re.compile(r"([0-9a-f]{16})\.(?:json|sock|lock|log)")
 _LAST_LINES, _LAST_BYTES = 20, 1 << 14
-"""How much of a dead daemon's log is worth keeping: an interpreter's last words are a stack of calls."""
+"""Lines and bytes of a dead daemon's log that are kept: an interpreter that aborts prints a stack of calls."""
 _NAME = re.compile(r"[0-9a-f]{16}\.(json|lock)")
 _FATAL = re.compile(rb"^Fatal Python error: (.*)$", re.MULTILINE)
 _ENTRY = schema.Object(
@@ -51,12 +51,12 @@ _KNOWN = {"name", "mountpoint", "pid", "options", "dev", "on_dev", "on_ino"}
 """Keys that are fields of MountEntry."""
 _REMEDY = "umount and mount it again"
 _LAST = 1 << 20
-"""Bytes at the end of a log in which its last words are looked for."""
+"""Bytes at the end of a log that `last_words` searches."""
 
 
 @dataclass(frozen=True)
 class MountEntry:
-    """What is known of one mount daemon. `name` is None for a mount without pkram=."""
+    """One mount daemon; `name` is None for a mount without pkram=."""
 
     tree_id: int
     name: str | None
@@ -67,28 +67,28 @@ class MountEntry:
     alive: bool
     socket: str
     on: tuple[int, int] | None = None
-    """Device and inode number of the directory that it was mounted on."""
+    """Device and inode number of the directory under the mount."""
     extra: dict[str, Any] = field(default_factory=dict)
     damaged: str = ""
-    """Why the entry could not be read, or nothing."""
+    """Why the entry could not be read; empty if it could."""
 
 
 class MountLock:
-    """A daemon's hold on its tree id. Keep it for the life of the daemon."""
+    """The lock of a tree id, which its daemon keeps as long as it lives."""
 
     def __init__(self, directory: str, tree_id: int, fd: int) -> None:
         self.directory, self.tree_id, self._fd = directory, tree_id, fd
 
     def path(self, suffix: str) -> str:
-        """A file of this mount: `lock`, `json`, `sock`, `log`."""
+        """Return the path of a file of this mount: `lock`, `json`, `sock`, `log`."""
         return stem(self.directory, self.tree_id) + "." + suffix
 
     def write_entry(self, data: dict[str, Any]) -> None:
-        """Say what is mounted; keys as MountEntry, more are kept in `extra`."""
+        """Write the entry of this mount: keys as in MountEntry; others are kept in `extra`."""
         replace_file(self.path("json"), json.dumps(data, indent=1) + "\n")
 
     def release(self) -> None:
-        """Let go and remove the entry; the lock file goes last, still held."""
+        """Remove the entry and release the lock; the lock file goes last, still locked."""
         if self._fd < 0:
             return
         for suffix in _SUFFIXES:
@@ -99,7 +99,7 @@ class MountLock:
 
 
 def stem(directory: str, tree_id: int) -> str:
-    """Path of a mount's files without their suffix."""
+    """Return the path of a mount's files without their suffix."""
     return os.path.join(directory, f"{tree_id:016x}")
 
 
@@ -112,20 +112,20 @@ def claim(directory: str, tree_id: int) -> MountLock:
 
 
 def kill(entry: MountEntry) -> None:
-    """Kill a mount daemon, if its pid still is one (a pid may have been given to somebody else)."""
+    """Kill a mount daemon, unless its pid belongs to another program by now."""
     if entry.pid <= 0:
-        return  # a damaged entry; kill(0) would be ourselves
+        return  # a damaged entry: kill(0) would end this process
     try:
         with open(f"/proc/{entry.pid}/cmdline", "rb") as words:
             ours = b"pkramfs" in words.read()
         if ours:
             os.kill(entry.pid, signal.SIGKILL)
     except (FileNotFoundError, ProcessLookupError):
-        pass  # it is gone, which is what we want
+        pass  # it has ended already
 
 
 def last_words(directory: str, entry: MountEntry) -> tuple[str, float] | None:
-    """How a dead daemon ended, if it was an abort or a fault, and when: its interpreter's own line in its log."""
+    """Return the line of an abort or a fault from a dead daemon's log, and when it was written; None without one."""
     log = stem(directory, entry.tree_id) + ".log"
     try:
         with open(open_regular(log), "rb") as file:
@@ -133,12 +133,12 @@ def last_words(directory: str, entry: MountEntry) -> tuple[str, float] | None:
             file.seek(max(entry.extra.get("log_at") or 0, status.st_size - _LAST))
             found, ended = _FATAL.findall(file.read(_LAST)), status.st_mtime
     except OSError:
-        return None  # no log, no fault
+        return None  # no log
     return (found[-1].decode("ascii", "replace"), ended) if found and not entry.alive else None
 
 
 def clear_away(directory: str, keep: Container[int], say: Callable[[str], None]) -> None:
-    """Remove the files of daemons that have ended, but those of `keep`; `say` is told what their logs end with."""
+    """Remove the files of dead daemons, except those in `keep`; tell `say` the last lines of their logs."""
     names = (_ANY_NAME.fullmatch(name) for name in os.listdir(directory))
     living = live_ids(directory)
     for tree_id in sorted({int(name[1], 16) for name in names if name}):
@@ -146,11 +146,11 @@ def clear_away(directory: str, keep: Container[int], say: Callable[[str], None])
             continue
         fd = locks.lock_removable(stem(directory, tree_id) + ".lock")
         if fd is None:
-            continue  # somebody mounts it just now
+            continue  # another process is mounting it
         dead = MountLock(directory, tree_id, fd)
         for line in _last_lines(dead.path("log")):
             say(f"pkramfs: daemon of tree {tree_id:016x}: {line}")
-        with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # which is not ours to remove
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # a directory is not ours
             os.unlink(dead.path("log"))
         dead.release()
 
@@ -161,12 +161,12 @@ def _last_lines(path: str) -> list[str]:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_BYTES))
             lines = file.read(_LAST_BYTES).decode("utf-8", "backslashreplace").splitlines()
     except OSError:
-        return []  # no log, or something else in its place: no last words
+        return []  # no log, or something else in its place
     return [line for line in lines if line.strip()][-_LAST_LINES:]
 
 
 def read_entries(directory: str) -> list[MountEntry]:
-    """All entries of mounts/, the dead and the damaged too."""
+    """Return all entries of mounts/, those of dead daemons and damaged ones too."""
     try:
         names = sorted(name for name in os.listdir(directory) if name.endswith(".json"))
     except FileNotFoundError:
@@ -176,22 +176,22 @@ def read_entries(directory: str) -> list[MountEntry]:
 
 
 def live_ids(directory: str) -> set[int]:
-    """Tree ids whose lock is held, whether they have an entry or not."""
+    """Return the tree ids whose lock is held, with an entry or without."""
     return {tree_id for tree_id in tree_ids(directory) if locks.is_held(stem(directory, tree_id) + ".lock")}
 
 
 def tree_ids(directory: str) -> set[int]:
-    """Tree ids that have a lock file, held or not."""
+    """Return the tree ids that have a lock file, held or not."""
     try:
         names = os.listdir(directory)
-    except OSError as error:  # nobody lives? who would believe that frees the memory of those who do
+    except OSError as error:  # an empty answer would free the memory of living mounts
         raise MachineError(f"cannot tell who is mounted: {explain(error)}") from None
     found = (_tree_id(name, ".lock") for name in names)
     return {tree_id for tree_id in found if tree_id is not None}
 
 
 def _tree_id(name: str, suffix: str) -> int | None:
-    """The tree id that a file is named by; None for a file that is not ours."""
+    """Return the tree id in a file's name, None for a file that is not ours."""
     return int(name[:16], 16) if _NAME.fullmatch(name) and name.endswith(suffix) else None
 
 
@@ -201,7 +201,7 @@ def _read_entry(directory: str, name: str) -> MountEntry | None:
         return None
     data, damaged = _read_data(os.path.join(directory, name))
     if data is None:
-        return None  # it went while we were looking
+        return None  # it was removed meanwhile
     return MountEntry(
         tree_id=tree_id,
         name=data.get("name"),

@@ -84,7 +84,7 @@ def _numbers(text: str, listed: str) -> list[int]:
         try:
             low, high = int(first), int(last) if dash else int(first)
         except ValueError:
-            raise UsageError(f"mount option mpol={text}: {part!r} is neither a node nor a range of nodes") from None
+            raise UsageError(f"mount option mpol={text}: {part!r} is no node and no range of nodes") from None
         if low > high or high >= MAX_NODES:
             raise UsageError(f"mount option mpol={text}: {part!r} is no range of nodes")
         found.update(range(low, high + 1))

@@ -3,21 +3,21 @@
 
     file offset = physical address; page `pfn` is bytes pfn*4096 … pfn*4096+4095
 
-This module owns every assumption about what lies behind RAM: mapping, size, hole punching, room.
+This module owns every assumption about the file behind RAM: mapping, size, hole punching, room.
 Everything above sees pages as bytes (`page`), as little-endian words (`words`) and three verbs:
 
-* `publish(address, value)`: the one aligned 8-byte store through which a change of shared
-  structures becomes visible, after all that it points to is complete. Whoever dies before it has
-  changed nothing (pkramfs-safety(7)).
+* `publish(address, value)`: the one aligned 8-byte store that makes a change of shared structures
+  visible, after everything it points to is complete. A process that dies before it has changed
+  nothing (pkramfs-safety(7)).
 * `punch(spans)`: give memory back to the host; the pages read as zeros afterwards.
-* `check_room(size)`: refuse, before touching, what the host could not back.
+* `check_room(size)`: refuse, before memory is touched, what the host could not back.
 
-A load or a store through the mapping where the host's file system cannot provide the page is a
-SIGBUS, which would kill the daemon; reading a hole makes tmpfs allocate the page, too. Others may
-fill that file system between any check and the store. So memory is touched through the mapping only
-where the host is known to have it: after `back` (fallocate), `fill` or `copy` (pwrite), which say
-ENOSPC instead. What may be a hole is read with `peek` or `read` (pread gives zeros and allocates
-nothing), or after `data_spans` was asked.
+A load or a store through the mapping is a SIGBUS, which kills the daemon, if the host's file system
+cannot provide the page. Reading a hole through the mapping makes tmpfs allocate the page, too. Other
+processes may fill that file system between a check and a store. So memory is touched through the
+mapping only where the host has backed it: after `back` (fallocate), `fill` or `copy` (pwrite), which
+return ENOSPC instead. Pages that may be holes are read with `peek` or `read` (pread returns zeros and
+allocates nothing), or after a look at `data_spans`.
 
 Kernel: the direct map, include/linux/mm.h; fallocate(2), FALLOC_FL_PUNCH_HOLE; madvise(2), MADV_POPULATE_WRITE
 """
@@ -41,13 +41,13 @@ _ROOM_FLOOR, _ROOM_SHARE, _ROOM_MOST = 256 * MIB, 0.05, 0.25
 _KEEP_SIZE, _PUNCH_HOLE_KEEP_SIZE = 0x01, 0x03
 _MADV_POPULATE_WRITE = 23  # not named by Python
 _MANY = 16 * PAGE_SIZE
-"""Bytes from which it pays to ask for all pages of a store at once."""
+"""Bytes of a store from which it pays to populate all its pages at once."""
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
 _FULL = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT)
-"""What the host says when it has no memory left: the file system, the memory cgroup, the quota."""
+"""Errors of a host without memory: the file system, the memory cgroup or the quota is full."""
 _COPY_PAGES = 256
 _ONLY_MAPPED = (errno.EINVAL, errno.ENODEV, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What reading or writing a backing says that can only be mapped: devdax."""
+"""Errors of reading or writing a backing that can only be mapped: devdax."""
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
@@ -84,26 +84,26 @@ class Ram:
             )
 
     def close(self) -> None:
-        """Close the file. The mapping goes when the last view of it does."""
+        """Close the file. The mapping ends with the last view of it."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
     def page(self, pfn: int, count: int = 1) -> memoryview:
-        """`count` pages from `pfn` as writable bytes, without a copy."""
+        """Return `count` pages from `pfn` as writable bytes, without a copy."""
         start = pfn << PAGE_SHIFT
         return self.bytes[start : start + (count << PAGE_SHIFT)]
 
     def words(self, pfn: int, count: int = 1) -> U64:
-        """`count` pages from `pfn` as a writable array of 512 words each, without a copy."""
+        """Return `count` pages from `pfn` as a writable array of 512 words each, without a copy."""
         start = pfn << (PAGE_SHIFT - 3)
         return self.u64[start : start + (count << (PAGE_SHIFT - 3))]
 
     def peek(self, pfn: int, count: int = 1) -> bytes:
-        """A copy of `count` pages that allocates nothing where there is a hole."""
+        """Return a copy of `count` pages; a hole reads as zeros and stays a hole."""
         at, end = pfn << PAGE_SHIFT, (pfn + count) << PAGE_SHIFT
         data = os.pread(self.fd, end - at, at)
-        while len(data) < end - at:  # one call gives 2 GiB at most
+        while len(data) < end - at:  # one call reads 2 GiB at most
             more = os.pread(self.fd, end - at - len(data), at + len(data))
             if not more:
                 raise MachineError(f"{self.path} ends at {at + len(data):#x}, before the end of RAM: it was cut")
@@ -111,7 +111,7 @@ class Ram:
         return data
 
     def read(self, pfn: int, into: memoryview) -> None:
-        """Copy whole pages from pfn into a buffer, without having them mapped: for what is looked at once.
+        """Copy whole pages from pfn into a buffer without mapping them: for data that is read once.
 
         200 MiB that nobody had mapped took 24 ms to read this way and 23 ms just to map, a fault for each 64 KiB.
         """
@@ -128,14 +128,14 @@ class Ram:
             into[done:] = self.bytes[at + done : at + size]
 
     def write(self, pfn: int, data: memoryview) -> None:
-        """Copy whole pages to pfn, where nothing is yet; see `fill`."""
+        """Copy whole pages to pfn, where pages are still holes; see `fill`."""
         self.fill(pfn << PAGE_SHIFT, data)
 
     def fill(self, at: int, data: memoryview) -> None:
         """Copy bytes to address `at`, where pages are still holes.
 
-        Per MiB this took 0.49 ms where stores through the mapping took 0.82: no fault for each page, and no page is
-        cleared first only to be overwritten. ENOSPC if the host has no memory left (a store would be a SIGBUS).
+        Per MiB this took 0.49 ms, and stores through the mapping 0.82: no fault for each page, and no page is cleared
+        only to be overwritten. Raise ENOSPC if the host has no memory left (a store would be a SIGBUS).
         """
         done, size = 0, len(data)
         try:
@@ -151,8 +151,8 @@ class Ram:
     def overwrite(self, at: int, data: memoryview) -> None:
         """Copy bytes to address `at`, where pages are in use and backed.
 
-        What `fill` wrote is not in our page table yet. A fault for each page is 0.39 ms per MiB, asking for all of
-        them at once and storing 0.18 (0.09 if they were there, 0.07 without asking), another `fill` 0.23.
+        Pages that `fill` wrote are not in our page table yet. Per MiB, a fault for each page took 0.39 ms; populating
+        all pages at once and storing took 0.18 (0.09 if they were mapped, 0.07 without populating); `fill` took 0.23.
         """
         size = len(data)
         if size >= _MANY:
@@ -161,7 +161,7 @@ class Ram:
         self.bytes[at : at + size] = data
 
     def _populate(self, at: int, size: int) -> None:
-        """Have pages in the page table before they are touched; a kernel that cannot (before 5.14) faults them in."""
+        """Map pages before they are touched; kernels before 5.14 cannot, and fault them in one by one."""
         try:
             self._mapping.madvise(_MADV_POPULATE_WRITE, at, size)
         except OSError as error:
@@ -172,11 +172,11 @@ class Ram:
             self._populate = _leave  # type: ignore[method-assign]
 
     def load(self, address: int) -> int:
-        """The 8-byte word at an aligned physical address."""
+        """Return the 8-byte word at an aligned physical address."""
         return int(self.u64[address >> 3])
 
     def publish(self, address: int, value: int) -> None:
-        """Store an aligned 8-byte word: the moment at which a change becomes visible to all."""
+        """Store an aligned 8-byte word: the moment at which a change becomes visible to all processes."""
         if address & 7:
             raise AssertionError(f"publish to unaligned address {address:#x}")
         self.u64[address >> 3] = value
@@ -186,7 +186,7 @@ class Ram:
         self.words(pfn, count)[:] = 0
 
     def copy(self, source: int, target: int, count: int = 1) -> None:
-        """Copy `count` pages from pfn `source` to pfn `target`; ExhaustedError if the host has no memory for them."""
+        """Copy `count` pages from pfn `source` to pfn `target`; raise ExhaustedError if the host has no memory."""
         self.back_run(target, count)
         buffer = memoryview(bytearray(min(count, _COPY_PAGES) << PAGE_SHIFT))
         for done in range(0, count, _COPY_PAGES):
@@ -195,13 +195,15 @@ class Ram:
             self.fill((target + done) << PAGE_SHIFT, part)
 
     def back(self, spans: Spans) -> None:
-        """Have the host give memory to the pages of `spans` (in pfns) that are holes; what they hold stays."""
+        """Allocate host memory for those pages of `spans` (in pfns) that are holes; the others keep their contents."""
         for start, end in spans:
             self.back_run(start, end - start)
 
     def back_run(self, pfn: int, count: int) -> None:
-        """`back` for one run: afterwards nothing that touches it can fail. ExhaustedError, and none given, if not all
-        can be had. A new page took 0.5 µs, one that is there already 0.06."""
+        """Back one run, so that no access to it can fail. Raise ExhaustedError, and back nothing, if the host is full.
+
+        A hole took 0.5 µs a page, a page that was backed already 0.06 µs.
+        """
         while _libc.fallocate(self.fd, _KEEP_SIZE, pfn << PAGE_SHIFT, count << PAGE_SHIFT):
             code = ctypes.get_errno()
             if code == errno.EINTR:
@@ -214,12 +216,12 @@ class Ram:
             raise error
 
     def punch(self, spans: Spans) -> None:
-        """Give the pages of `spans` (in pfns) back to the host; they read as zeros from now on."""
+        """Give the pages of `spans` (in pfns) back to the host; they read as zeros afterwards."""
         for start, end in spans:
             self.punch_run(start, end - start)
 
     def punch_run(self, pfn: int, count: int) -> None:
-        """`punch` for one run."""
+        """Punch one run."""
         if _libc.fallocate(self.fd, _PUNCH_HOLE_KEEP_SIZE, pfn << PAGE_SHIFT, count << PAGE_SHIFT) == 0:
             return
         code = ctypes.get_errno()
@@ -228,12 +230,12 @@ class Ram:
         self.zero(pfn, count)  # a backing without holes, such as devdax
 
     def poison(self, spans: Spans) -> None:
-        """Fill pages with a pattern, in tests, so that what survives by accident dies."""
+        """Fill pages with a pattern, so that a test finds data that would survive only by accident."""
         for start, end in spans:
             np.frombuffer(self.page(start, end - start), dtype=np.uint8)[:] = POISON
 
     def data_spans(self, start: int = 0, end: int | None = None) -> Spans:
-        """The pfns in [start, end) that the host has backed with memory; the rest reads as zeros."""
+        """Return the pfns in [start, end) that the host has backed; the rest reads as zeros."""
         end = self.pages if end is None else end
         found, at, limit = [], start << PAGE_SHIFT, end << PAGE_SHIFT
         while at < limit:
@@ -250,14 +252,15 @@ class Ram:
 
     @property
     def backed(self) -> int:
-        """Bytes of host memory behind RAM now."""
+        """Return the bytes of host memory behind RAM."""
         return os.fstat(self.fd).st_blocks * 512
 
     def room(self, *, floor: float = 1.0) -> int:
-        """Bytes that may still be touched: what is free behind RAM less 5 % or 256 MiB, whichever is more, but of a
-        file system below 1 GiB, as containers have it, less a quarter; and what this process's memory cgroups allow.
+        """Return the bytes that may still be touched: the free bytes behind RAM, less a reserve for others.
 
-        `floor` is how much of that reserve must stay: what has to succeed may use some of it.
+        The reserve is 5 % or 256 MiB, whichever is more, but at most a quarter of the file system (containers have
+        small ones). The memory cgroups of this process may allow less. `floor` is the part of the reserve that must
+        stay: work that has to succeed may use some of it.
         """
         host = os.fstatvfs(self.fd)
         free, whole = host.f_bavail * host.f_frsize, host.f_blocks * host.f_frsize
@@ -266,20 +269,20 @@ class Ram:
 
     @property
     def most(self) -> int:
-        """Bytes that the host could ever give: the size of the file system behind RAM, or of the memory cgroup."""
+        """Return the most bytes that the host could give: the size of the file system, or the limit of the cgroup."""
         host = os.fstatvfs(self.fd)
         whole, limit = host.f_blocks * host.f_frsize, self._groups.limit()
         return whole if limit is None else min(whole, limit)
 
     def _exhausted(self, error: OSError) -> ExhaustedError:
-        """The host has refused what was within its room when it was asked: others fill the same file system."""
+        """Return the error for a host that refused memory which it had when it was asked: others use it, too."""
         return ExhaustedError(
             f"no room behind RAM ({error.strerror}): free some on the file system of {self.path}, or in the memory "
-            "cgroup, or give it a larger one"
+            "cgroup, or enlarge it"
         )
 
     def check_room(self, size: int, *, floor: float = 1.0) -> None:
-        """ExhaustedError (ENOSPC) if touching `size` more bytes could exhaust the host."""
+        """Raise ExhaustedError (ENOSPC) if touching `size` more bytes could exhaust the host."""
         room = self.room(floor=floor)
         if size > room:
             self._groups.look()
@@ -293,9 +296,9 @@ class Ram:
 
 
 def _reserve(whole: int) -> int:
-    """What of a file system of so many bytes is left to others."""
+    """Return the bytes of a file system of `whole` bytes that are left to others."""
     return int(max(min(_ROOM_FLOOR, whole * _ROOM_MOST), whole * _ROOM_SHARE))
 
 
 def _leave(at: int, size: int) -> None:
-    """Pages come as they are touched."""
+    """Do nothing: pages are mapped as they are touched."""
