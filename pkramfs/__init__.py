@@ -3,17 +3,18 @@
 
 The chapters, in reading order; imports only point to what stands above in this list:
 
-    units errors record spans    the words used everywhere,
-    stdio text schema            output, text for people, JSON
-    mounting/                    mount options, mount(2), the mount table, bind mounts
-    machine/                     RAM, firmware map, memblock, leases, frames
-    pkram/                       what survives: super block, nodes, objects, streams
-    kernel/                      one kernel dies, the next is born: image, kaslr, kexec, boot
-    fs/                          a tmpfs whose pages are physical
-    fuse/                        the kernel's door (the only importer of pyfuse3)
-    control/                     talking to a running mount daemon
-    daemon                       one mount: the place that builds everything
+    units errors text stdio      counting, errors, escaped text, standard output
+    spans record schema          sets of ranges, binary records, checked JSON
+    mounting/                    mount options, mount(2), the mount table, starting daemons
+    machine/                     a machine's directory: RAM, firmware map, memblock, leases, frames, locks
+    pkram/                       what survives a kexec: super block, nodes, objects, streams, page tables
+    kernel/                      a kernel loads, dies and boots the next: image, placement, kexec, incoming nodes
+    fs/                          a tmpfs whose pages are frames of RAM; saved to a node and restored
+    fuse/                        the kernel's requests, read and answered (the only importer of pyfuse3)
+    control/                     the control socket of a mount daemon, both ends
+    daemon                       one mount: composes all of the above
     cli/                         mount.pkramfs, pkram-kexec, pkramctl
+    __main__                     dispatches to a command, or to the daemon
 """
 
 __version__ = "0.1.0"

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`python -m pkramfs VERB …`: every command under one roof, each imported only when asked for.
+"""`python -m pkramfs VERB …`: one entry for all commands, each imported only when it is called.
 
-    mount, kexec, ctl       what mount.pkramfs, pkram-kexec and pkramctl run
-    boot DIR                the boot of a machine, in a process that was given nothing else
+    mount, kexec, ctl       the commands mount.pkramfs, pkram-kexec and pkramctl
+    boot DIR                the boot of a machine
     mount-daemon            one mount; started by mount.pkramfs
 
-The last two are started by pkramfs itself, in a fresh interpreter: what they know, they were told
-on their command line or find in RAM, and what they inherited of a shell's limits and priorities they put off first.
-
-busybox has the same door.
+pkramfs itself starts the last two, in a fresh interpreter: they know only their command line and what RAM holds, and
+first reset the limits and priorities that they inherited from a shell.
 """
 
 import sys
@@ -30,7 +28,7 @@ _SERVICES = ("boot", "mount-daemon")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run VERB with the arguments after it; its exit status."""
+    """Run VERB with the arguments after it; return its exit status."""
     stdio.hold()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in ("--version", "-V"):
@@ -46,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage(words: list[str]) -> int:
-    """How it is called: on stdout for --help, as an error otherwise."""
+    """Print the usage: on stdout for --help, as an error otherwise."""
     text = f"usage: python -m pkramfs {{{','.join(_VERBS)}}} ARGUMENTS…"
     if words[:1] in (["-h"], ["--help"]):
         return stdio.answer("pkramfs", text)

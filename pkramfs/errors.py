@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What can go wrong, as one tree; each class knows its exit status.
+"""The tree of errors; each class has its exit status.
 
     PkramfsError                  exit 1   anything below
     ├─ UsageError                      2   the command line or a mount option is wrong
-    ├─ FormatError                     3   memory is not what it claims: page, record, field, found, expected
+    ├─ FormatError                     3   a record in memory is damaged: page, record, field, found, expected
     │   ├─ VersionError                    written by another format or layout version
     │   └─ StaleError                      a super block that a later kernel has consumed
-    ├─ ExhaustedError (OSError)        4   out of pages or out of room behind RAM; errno ENOMEM or ENOSPC
+    ├─ ExhaustedError (OSError)        4   no pages left, or no room behind RAM; errno ENOMEM or ENOSPC
     ├─ ConflictError (OSError)         5   a kexec segment would overwrite preserved pages; EADDRNOTAVAIL
-    ├─ NotPreservedError               6   kexec asked for while a tree, or a node, would be lost
+    ├─ NotPreservedError               6   a kexec would lose a tree, or a node
     ├─ DaemonError                     7   a mount daemon did not answer, or died
     ├─ MachineError                    8   the machine's directory cannot be used as it is
-    │   └─ DamagedError                    a file of it is not what it should be: file, field, found, expected
-    └─ PkramError (OSError)            9   the PKRAM core's own: EEXIST, ENOENT, EBUSY, ENODEV, …
+    │   └─ DamagedError                    a file of it is damaged: file, field, found, expected
+    └─ PkramError (OSError)            9   an error of the PKRAM core: EEXIST, ENOENT, EBUSY, ENODEV, …
 
-A message is one line for people: what, where, what to do. Chapters raise these or built-in
-OSErrors; only `fuse` turns them into FUSEError and only `cli` into exit statuses.
-mount.pkramfs has mount(8)'s own statuses instead (1 usage, 2 system, 32 failure).
+A message is one line for people: what is wrong, where, and what to do. Chapters raise these or
+built-in OSErrors; only `fuse` turns them into FUSEError and only `cli` into exit statuses.
+mount.pkramfs returns the statuses of mount(8) instead (1 usage, 2 system, 32 failure).
 
 Kernel: include/uapi/asm-generic/errno-base.h
 """
@@ -26,20 +26,22 @@ import os
 
 
 class PkramfsError(Exception):
-    """Anything that pkramfs reports to its user in one line."""
+    """An error that pkramfs reports to its user in one line."""
 
     exit_status = 1
 
 
 class UsageError(PkramfsError):
+    """The command line or a mount option is wrong."""
+
     exit_status = 2
 
 
 class FormatError(PkramfsError):
-    """A record in RAM is not what it claims to be.
+    """A record in RAM is damaged.
 
-    `pfn` is the page (None where it is not one page), `record` and `field` name the place as
-    `format.py` does, `found` and `expected` are for people. Who knows a way out sets `remedy`.
+    `pfn` is the page (None if it is not one page), `record` and `field` name the place as `format.py`
+    does, `found` and `expected` are for people. A caller that knows a way out sets `remedy`.
     """
 
     exit_status = 3
@@ -58,11 +60,11 @@ class FormatError(PkramfsError):
 
 
 class VersionError(FormatError):
-    pass
+    """A record has another format or layout version."""
 
 
 class StaleError(FormatError):
-    pass
+    """A later kernel has consumed the super block."""
 
 
 class ErrnoError(PkramfsError, OSError):
@@ -78,12 +80,14 @@ class ErrnoError(PkramfsError, OSError):
 
 
 class ExhaustedError(ErrnoError):
+    """No pages are left, or the host has no room behind RAM."""
+
     exit_status = 4
     default_errno = errno.ENOSPC
 
 
 class ConflictError(ErrnoError):
-    """A kexec segment would overwrite preserved pages. `conflicts` lists what, for people."""
+    """A kexec segment would overwrite preserved pages; `conflicts` lists them for people."""
 
     exit_status = 5
     default_errno = errno.EADDRNOTAVAIL
@@ -94,19 +98,25 @@ class ConflictError(ErrnoError):
 
 
 class NotPreservedError(PkramfsError):
+    """A kexec would lose a tree, or a node."""
+
     exit_status = 6
 
 
 class DaemonError(PkramfsError):
+    """A mount daemon did not answer, or died."""
+
     exit_status = 7
 
 
 class MachineError(PkramfsError):
+    """The machine's directory cannot be used as it is."""
+
     exit_status = 8
 
 
 class DamagedError(MachineError):
-    """A file of the machine's directory is not what this program wrote; `remedy` says what to do."""
+    """A file of the machine's directory is damaged; `remedy` says what to do."""
 
     def __init__(
         self, path: str, what: str, remedy: str, *, field: str = "", found: str = "", expected: str = ""
@@ -116,13 +126,13 @@ class DamagedError(MachineError):
 
 
 class PkramError(ErrnoError):
-    """An error of the PKRAM core with the errno that the kernel's function would return."""
+    """An error of the PKRAM core, with the errno that the kernel's function would return."""
 
     exit_status = 9
 
 
 def explain(error: OSError) -> str:
-    """One line for an OSError that has no message of its own: `/mnt/x: No such file or directory`."""
+    """Return one line for an OSError without a message of its own: `/mnt/x: No such file or directory`."""
     if isinstance(error, PkramfsError):
         return str(error)
     text = error.strerror or (os.strerror(error.errno) if error.errno else str(error))

@@ -1,34 +1,35 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""JSON that was written by nobody knows whom: parsed within limits, and checked against a declaration.
+"""JSON from an unknown writer: parsed within limits, and checked against a declaration.
 
     ENTRY = Object({"name": Maybe(Text()), "pid": Whole(0, 1 << 22)}, optional={"options": MapOf(Text())})
 
-    ENTRY.read(parse(data))       the value, or Invalid: which field, what was found, what was expected
+    ENTRY.read(parse(data))       the value, or Invalid: field, found, expected
 
-A declaration stands beside its owner and is all that this owner must know about damage: a value that
-was read has the types and lies in the ranges that were declared. A list of fixed length becomes a
-tuple. Keys that an Object does not declare are left out, unless `others` says what they are, or
-`closed` forbids them.
+A declaration stands beside the owner of the data, who need not think of damage anywhere else: a value
+that was read has the declared types and lies in the declared ranges. A list of fixed length becomes a
+tuple. Keys that an Object does not declare are left out, unless `others` declares them or `closed`
+forbids them.
 
-`parse` takes what JSON is, and less than Python's reader: no NaN, no Infinity, no key twice, no more
-than DEPTH levels. Text may hold bytes that are no UTF-8, as file names do (surrogateescape).
+`parse` accepts JSON only, less than Python's reader: no NaN, no Infinity, no key twice, no more than
+DEPTH levels. Text may hold bytes that are not UTF-8, as file names do (surrogateescape).
 """
 
 import json
 import math
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from pkramfs.text import literal
+
 DEPTH = 32
-"""Levels of lists and objects that one text may have."""
+"""Most levels of lists and objects in one text."""
 _WIDEST = (1 << 63) - 1
 _LONGEST = 1 << 20
 
 
 class Invalid(ValueError):
-    """A value is not what was declared. `field` names the place (`segments[2].pfn`), empty for the whole text."""
+    """A value does not match its declaration. `field` names the place (`segments[2].pfn`), empty for the whole text."""
 
     def __init__(self, field: str, found: str, expected: str) -> None:
         self.field, self.found, self.expected = field, found, expected
@@ -36,7 +37,7 @@ class Invalid(ValueError):
 
 
 def parse(data: bytes | str) -> Any:
-    """The value of a JSON text; Invalid where it is none, or more than anybody writes."""
+    """Parse a JSON text; raise Invalid if it is not JSON, or nested too deeply."""
     text = data.decode("utf-8", "surrogateescape") if isinstance(data, bytes) else data
     try:
         value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
@@ -55,7 +56,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise Invalid(shown(twice), "there twice", "each key once")
+        raise Invalid(literal(twice), "there twice", "each key once")
     return found
 
 
@@ -64,7 +65,7 @@ def _no_constant(word: str) -> NoReturn:
 
 
 def _check_depth(value: Any) -> None:
-    """Invalid if anything lies deeper than DEPTH; one level at a time, so that no depth is too much for this."""
+    """Raise Invalid if anything lies deeper than DEPTH; go level by level, so that no depth exhausts the stack."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(DEPTH):
         if not level:
@@ -79,27 +80,23 @@ def _too_deep() -> NoReturn:
     raise Invalid("", f"nested more than {DEPTH} levels deep", f"at most {DEPTH} levels")
 
 
-def shown(value: Any) -> str:
-    """A value in an error: short, one line, ASCII."""
-    return reprlib.repr(value).encode("ascii", "backslashreplace").decode()
-
-
 class Kind:
-    """What a value has to be. `expected` says it in words."""
+    """A declaration of a value; `expected` describes it in words."""
 
     expected = "something else"
 
     def read(self, value: Any, at: str = "") -> Any:
-        """The value as declared; Invalid, naming the place `at`, if it is something else."""
+        """Return the value as declared; raise Invalid, naming the place `at`, if it does not match."""
         raise NotImplementedError
 
     def refuse(self, value: Any, at: str) -> NoReturn:
-        raise Invalid(at, shown(value), self.expected)
+        """Raise Invalid for a value that does not match."""
+        raise Invalid(at, literal(value), self.expected)
 
 
 @dataclass(frozen=True)
 class Whole(Kind):
-    """A whole number; 1.0 and true are none."""
+    """A whole number, not 1.0 and not true."""
 
     low: int = 0
     high: int = _WIDEST
@@ -133,6 +130,8 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class Flag(Kind):
+    """True or false."""
+
     expected = "true or false"
 
     def read(self, value: Any, at: str = "") -> bool:
@@ -143,12 +142,12 @@ class Flag(Kind):
 
 @dataclass(frozen=True)
 class Text(Kind):
-    """Text that can be a name or a path: no NUL, and no surrogates but those of bytes that are no UTF-8."""
+    """Text that can be a name or a path: without NUL, and with surrogates only for bytes that are not UTF-8."""
 
     most: int = _LONGEST
     nul: bool = False
     matches: Any = None
-    """A compiled expression that all of it has to match."""
+    """A compiled expression that the whole text must match."""
     meaning: str = "text"
 
     @property
@@ -175,7 +174,7 @@ class OneOf(Kind):
 
     @property
     def expected(self) -> str:  # type: ignore[override]
-        return " or ".join(c.expected if isinstance(c, Kind) else shown(c) for c in self.choices)
+        return " or ".join(c.expected if isinstance(c, Kind) else literal(c) for c in self.choices)
 
     def read(self, value: Any, at: str = "") -> Any:
         for choice in self.choices:
@@ -205,6 +204,8 @@ class Maybe(Kind):
 
 @dataclass(frozen=True)
 class ListOf(Kind):
+    """A list whose items are of one kind."""
+
     kind: Kind
     expected = "a list"
 
@@ -216,7 +217,7 @@ class ListOf(Kind):
 
 @dataclass(frozen=True)
 class Row(Kind):
-    """A list of fixed length, as a tuple."""
+    """A list of fixed length, read as a tuple."""
 
     kinds: tuple[Kind, ...]
 
@@ -234,7 +235,7 @@ class Row(Kind):
 
 @dataclass(frozen=True)
 class Range(Kind):
-    """[start, end), both within 0 … `limit`, as a tuple."""
+    """A range [start, end) within 0 … `limit`, read as a tuple."""
 
     limit: int
     unit: str = "pages"
@@ -271,7 +272,7 @@ class MapOf(Kind):
 
 @dataclass(frozen=True)
 class Object(Kind):
-    """An object with these fields; `optional` ones may be missing."""
+    """An object with these fields, of which `optional` ones may be missing."""
 
     fields: Mapping[str, Kind]
     optional: Mapping[str, Kind] = field(default_factory=dict)
@@ -283,7 +284,7 @@ class Object(Kind):
         if not isinstance(value, dict):
             if at:
                 self.refuse(value, at)
-            raise Invalid("", f"not a JSON object but {shown(value)}", "a JSON object")
+            raise Invalid("", f"not a JSON object but {literal(value)}", "a JSON object")
         found = {}
         for name, kind in self.fields.items():
             if name not in value:
@@ -302,6 +303,8 @@ class Object(Kind):
 
 @dataclass(frozen=True)
 class Empty(Kind):
+    """An object without fields."""
+
     expected = "an empty object"
 
     def read(self, value: Any, at: str = "") -> dict[str, Any]:
@@ -312,7 +315,7 @@ class Empty(Kind):
 
 @dataclass(frozen=True)
 class Anything(Kind):
-    """Whatever another version wrote; it is kept as it is."""
+    """Any value, kept as it is: another version may have written it."""
 
     expected = "anything"
 
@@ -321,5 +324,5 @@ class Anything(Kind):
 
 
 def _below(at: str, name: str) -> str:
-    name = name if name.isidentifier() and name.isascii() else shown(name)
+    name = name if name.isidentifier() and name.isascii() else literal(name)
     return f"{at}.{name}" if at else name

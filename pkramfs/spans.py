@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 U64 = npt.NDArray[np.uint64]
 _FEW = 64
-"""Ranges that are not worth looking for those that matter."""
+"""Ranges of a set that are cheaper to combine whole than to search."""
 
 
 class Spans:
@@ -71,6 +71,7 @@ class Spans:
     def from_mask(cls, mask: Any, start: int = 0) -> "Spans":
         """Return the runs of True in a boolean array whose first element is number `start`."""
         mask = np.asarray(mask, dtype=bool)
+        # inner: where the mask changes; with a start and an end that touch the border, edges alternate start, end.
         inner = np.flatnonzero(mask[1:] != mask[:-1]) + 1
         first, last = [0] * bool(mask[:1].any()), [len(mask)] * bool(mask[-1:].any())
         edges = np.concatenate((first, inner, last)).astype(np.uint64) + np.uint64(start)
@@ -155,12 +156,13 @@ class Spans:
         mine, theirs = self._edges(here), other._edges(other._meeting(self))
         cuts = np.concatenate((mine, theirs))
         cuts.sort(kind="stable")  # two arrays that are in order: one merge
-        left = cuts[:-1]  # where two edges meet there is a piece of nothing, which is dropped
+        # Pieces [cuts[n], cuts[n+1]), empty where two edges meet; chosen: a mask of those to keep. Shape: (cuts - 1,).
+        left = cuts[:-1]
         chosen = keep(_between(mine, left), _between(theirs, left))
         return Spans.from_arrays(left[chosen], cuts[1:][chosen])
 
     def _edges(self, which: slice) -> U64:
-        """Return the places where ranges start or end, by turns."""
+        """Return starts and ends of ranges in order. Shape: (2 * ranges,)."""
         edges = np.empty(2 * (which.stop - which.start), dtype=np.uint64)
         edges[::2], edges[1::2] = self.starts[which], self.ends[which]
         return edges
@@ -212,13 +214,14 @@ def first_place(starts: U64, ends: U64, count: int, align: int = 1, *, top_down:
 
 
 def _between(edges: U64, numbers: U64) -> npt.NDArray[np.bool_]:
-    """Return a mask of the numbers that are behind a start and before the end that follows."""
+    """Return a mask of the numbers that lie at or behind a start and before its end: an odd count of edges passed."""
     found: npt.NDArray[np.bool_] = (np.searchsorted(edges, numbers, side="right") & 1).astype(bool)
     return found
 
 
 def _merge(starts: U64, ends: U64) -> tuple[U64, U64]:
-    """Sort ranges and join those that overlap or touch; most come in order, and only touch. Always new arrays."""
+    """Sort ranges and join those that overlap or touch; return new arrays. Most come in order, and only touch."""
+    # fresh: a mask of the ranges that begin a joined one; each ends where the range before the next fresh one ends.
     if (starts[1:] >= ends[:-1]).all():
         fresh = np.ones(len(starts), dtype=bool)
         np.not_equal(starts[1:], ends[:-1], out=fresh[1:])

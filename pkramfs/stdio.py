@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The three standard descriptors, which whoever starts a program may have closed, filled or broken.
+"""The three standard descriptors, which may be closed, full or broken when a program starts.
 
-    hold()     first thing in every program: /dev/null for those that are closed
-    tell()     a line of news on stdout while something is done
-    say()      a line on stderr
-    answer()   a line on stdout that is what was asked for
-    finish()   last thing in every program: has all of stdout been written?
+    hold()     first call of every program: open /dev/null for each closed descriptor
+    tell()     print a line of news on stdout while work goes on
+    say()      print a line on stderr
+    answer()   print the result of a command on stdout
+    finish()   last call of every program: write what stdout still holds, and check that it was written
 
-A descriptor below 3 that is closed would be given to the next file that is opened: a lock, RAM, a
-pipe; and what is meant for stderr would be written there. And news never decide: a line that cannot
-be printed stops nothing that was begun, and fails nothing that was done.
+The next file that is opened gets the number of a closed descriptor: a lock, RAM or a pipe would
+receive what is meant for stderr. And printing never decides: a line that cannot be printed neither
+stops work that has begun nor fails work that is done.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ _NAMES = ((0, "stdin", os.O_RDONLY, "r"), (1, "stdout", os.O_WRONLY, "w"), (2, "
 
 
 class PrintError(OSError):
-    """Stdout cannot be written."""
+    """A write to stdout failed."""
 
 
 class _Watched:
-    """A stream whose failures can be told from those of files."""
+    """A stream whose errors differ from those of files."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -51,7 +51,7 @@ class _Watched:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Inside the block a failure of stdout is a PrintError."""
+    """Make failures of stdout PrintErrors inside the block."""
     stdout = sys.stdout
     sys.stdout = _Watched(stdout)
     try:
@@ -69,7 +69,7 @@ def hold() -> None:
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
-        fd = os.open(os.devnull, flags)  # the lowest that is free: those below are open by now
+        fd = os.open(os.devnull, flags)  # the lowest free number: those below are open by now
         if fd != number:
             os.dup2(fd, number)
             os.close(fd)
@@ -80,17 +80,17 @@ def hold() -> None:
 
 
 def tell(line: str) -> None:
-    """Print a line of news now. If it cannot be printed, that is a warning, once, and the work goes on."""
+    """Print a line of news at once. If that fails, warn on stderr, once, and go on."""
     try:
         print(line, flush=True)
     except (OSError, ValueError) as error:
         discard(sys.stdout)
-        if getattr(error, "errno", None) != errno.EPIPE:  # a reader that had enough knows
+        if getattr(error, "errno", None) != errno.EPIPE:  # the reader has closed the pipe on purpose
             say(f"pkramfs: warning: cannot print what was done: {reason(error)}")
 
 
 def answer(program: str, line: str) -> int:
-    """Print what was asked for; the exit status."""
+    """Print the result of a command; return the exit status."""
     try:
         print(line)
     except (OSError, ValueError) as error:
@@ -99,7 +99,7 @@ def answer(program: str, line: str) -> int:
 
 
 def finish(program: str, status: int) -> int:
-    """Write what stdout still holds; `status`, or that of a failure of this."""
+    """Write what stdout still holds; return `status`, or the exit status of a failure to write."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as error:
@@ -108,7 +108,7 @@ def finish(program: str, status: int) -> int:
 
 
 def broken(program: str, error: Exception) -> int:
-    """The exit status of a stdout that cannot be written, and one line unless its reader just had enough."""
+    """Report a stdout that cannot be written, unless its reader closed the pipe; return the exit status."""
     discard(sys.stdout)
     if getattr(error, "errno", None) == errno.EPIPE:
         return BROKEN_PIPE
@@ -117,7 +117,7 @@ def broken(program: str, error: Exception) -> int:
 
 
 def say(line: str) -> None:
-    """Print a line on stderr, if anybody can have it."""
+    """Print a line on stderr, if that is possible."""
     try:
         print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
@@ -126,7 +126,7 @@ def say(line: str) -> None:
 
 def discard(stream: TextIO) -> None:
     """Point a stream that cannot be written at /dev/null, so that the interpreter's last flush does not fail."""
-    # what a test has put in the place of the stream has no descriptor of its own, and nothing to fail
+    # a stream that a test has replaced has no descriptor of its own
     with contextlib.suppress(OSError, ValueError):
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, stream.fileno())
@@ -135,5 +135,5 @@ def discard(stream: TextIO) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The system's words for an error of a stream."""
+    """Return the system's message for an error of a stream."""
     return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)

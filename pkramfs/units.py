@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The words every chapter counts in: pages, page frame numbers, orders, blocks and sizes.
+"""The units of every chapter: pages, page frame numbers, orders, blocks and sizes.
 
 A page is 4 KiB and a page frame number (pfn) is a physical address divided by it. A frame of
 order k is 2**k pages, naturally aligned. A page block, the unit in which memory is leased, is one
@@ -31,7 +31,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 def pages(size: int) -> int:
-    """Number of pages that hold `size` bytes."""
+    """Return the number of pages that hold `size` bytes."""
     return -(-size >> PAGE_SHIFT) if size < 0 else (size + PAGE_SIZE - 1) >> PAGE_SHIFT
 
 

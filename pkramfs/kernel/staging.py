@@ -32,7 +32,7 @@ from pkramfs.kernel.segments import Segment, from_json, page_count
 from pkramfs.kernel.segments import declared as segments_declared
 from pkramfs.machine.files import open_regular
 from pkramfs.machine.ram import Ram
-from pkramfs.text import printable
+from pkramfs.text import literal, printable
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class _Segments(schema.Kind):
         found: list[dict[str, Any]] = self._list.read(value, at)
         names = [segment["name"] for segment in found]
         if len(set(names)) != len(names) or not set(_ALWAYS) <= set(names):
-            raise schema.Invalid(at, ", ".join(map(schema.shown, names)) or "empty", self.expected)
+            raise schema.Invalid(at, ", ".join(map(literal, names)) or "empty", self.expected)
         return found
 
 

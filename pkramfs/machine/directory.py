@@ -36,7 +36,7 @@ from pkramfs.machine.files import append_line, clear_temporary, open_regular, re
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.machine.mounts import MountEntry, MountLock, claim, live_ids, read_entries, tree_ids
 from pkramfs.machine.ram import Ram
-from pkramfs.text import printable
+from pkramfs.text import literal, printable
 from pkramfs.units import GIB, PAGE_SIZE, round_down
 
 DEFAULT = "default"
@@ -196,7 +196,7 @@ class Machine:
         try:
             found = FirmwareMap.from_json(data)
             if data.get("ram_bytes", found.size) != found.size:
-                raise MachineError(f"ram_bytes is {schema.shown(data['ram_bytes'])}, but its map ends at {found.size}")
+                raise MachineError(f"ram_bytes is {literal(data['ram_bytes'])}, but its map ends at {found.size}")
             return found
         except MachineError as error:
             raise DamagedError(self.path(name), str(error), remedy, found=str(error)) from None

@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 from pkramfs import schema
 from pkramfs.errors import DamagedError, MachineError, explain
 from pkramfs.machine import locks
+from pkramfs.text import literal
 
 LIMIT = 32 << 20
 """Most bytes of a file that this program wrote: a kernel.json of half a million ranges has fewer."""
@@ -133,7 +134,7 @@ class Sealed(schema.Kind):
         if isinstance(value, dict) and (CHECKSUM in value or self._required(value)):
             found = value.get(CHECKSUM)
             if found != sealed(value)[CHECKSUM]:
-                raise schema.Invalid(CHECKSUM, schema.shown(found), "the checksum of all other fields")
+                raise schema.Invalid(CHECKSUM, literal(found), "the checksum of all other fields")
             value = {name: field for name, field in value.items() if name != CHECKSUM}
         return self._kind.read(value, at)
 

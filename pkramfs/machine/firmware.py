@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from pkramfs.errors import MachineError
-from pkramfs.schema import shown
 from pkramfs.spans import Spans
+from pkramfs.text import literal
 from pkramfs.units import GIB, KIB, MIB, PAGE_SIZE, format_size, round_down, round_up
 from pkramfs.units import pages as page_count
 
@@ -43,7 +43,7 @@ class FirmwareMap:
         for start, end, kind in self.entries:
             if kind not in KINDS:
                 raise MachineError(
-                    f"firmware map: {start:#x}-{end:#x} is {shown(kind)}, expected one of {', '.join(KINDS)}"
+                    f"firmware map: {start:#x}-{end:#x} is {literal(kind)}, expected one of {', '.join(KINDS)}"
                 )
         for start, end, node in self.nodes:
             if not 0 <= node < MAX_NODES:
@@ -145,9 +145,9 @@ def _rows(name: str, rows: Any, third: str) -> list[Range]:
 def _whole(value: Any) -> int:
     """Return a whole number of JSON; raise TypeError for anything else, such as 1.5, "1" and true."""
     if type(value) is not int:
-        raise TypeError(f"{shown(value)} is not a whole number")
+        raise TypeError(f"{literal(value)} is not a whole number")
     if abs(value) >= 1 << 64:
-        raise TypeError(f"{shown(value)} has more than 64 bits")
+        raise TypeError(f"{literal(value)} has more than 64 bits")
     return value
 
 
