@@ -47,6 +47,17 @@ _FLOOR_FOR_SAVE = 0.25
 """Part of the host's reserve that frames held for a save must leave (`Ram.room`)."""
 
 
+def pfns_of(runs: list[Run]) -> U64:
+    """Return the pfns of runs, one by one, in their order."""
+    empty = np.empty(0, dtype=np.uint64)
+    return np.concatenate([empty, *(np.arange(start, start + count, dtype=np.uint64) for start, count in runs)])
+
+
+def spans_of(runs: list[Run]) -> Spans:
+    """Return the pages of runs as a set."""
+    return Spans((start, start + count) for start, count in runs)
+
+
 class FreeRuns:
     """A set of free runs that joins neighbours. The caller never adds pages that are free already."""
 
@@ -262,10 +273,7 @@ class Frames:
 
     def allocate_pages(self, count: int, *, held: bool = False) -> U64:
         """Allocate `count` pages; return their pfns as an array."""
-        runs = self.allocate(count, held=held)
-        if not runs:
-            return np.empty(0, dtype=np.uint64)
-        return np.concatenate([np.arange(start, start + size, dtype=np.uint64) for start, size in runs])
+        return pfns_of(self.allocate(count, held=held))
 
     def _ensure(self, pages: int, *, align: int = 1) -> None:
         """Make sure that `pages` are free, leasing blocks ahead of need while RAM has plenty."""

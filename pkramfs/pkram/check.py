@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Validators that trust nothing: all that would cross a kexec, and whether it agrees with itself.
+"""Validators that trust nothing: they read everything that would cross a kexec, and compare it with itself.
 
     super block ── magic, checksum, version; a page of memory, in no node
     node list ──── every node reached, none twice; a name once; not from the future
@@ -7,11 +7,11 @@
     nodes ──────── no frame belongs to two; all are memory, and in their owner's page blocks
     region list ── where there is one: every node, the super block and the list itself are in it
 
-Ordinary readers stop at the first thing that is wrong. `check` goes on as far as what it finds allows:
-a damaged node does not hide the next, because the word that leads there has a check of its own.
-Every problem is one line for people.
+Ordinary readers stop at the first problem. `check` goes on as long as it can: a damaged node does not
+hide the next, because the word that leads there has a check of its own. Every problem is one line for
+people.
 
-PKRAM itself finds out when it loads (D15).
+PKRAM itself finds damage only when it loads (D15).
 """
 
 from collections import Counter
@@ -37,7 +37,7 @@ Owned = Callable[[int], Spans]
 
 @dataclass
 class Report:
-    """What was found: problems, the nodes whose page could be read, and all frames that they name."""
+    """Result of a check: problems, the nodes whose page could be read, and all frames that they name."""
 
     problems: list[str] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -57,9 +57,9 @@ def check(
 ) -> Report:
     """Check everything below a super block, or only the nodes of these names.
 
-    `usable` are the pages that are memory, `owned(tree_id)` those of an owner's page blocks. `visit`
-    looks into a node that is sound and says what is wrong there. Without `handed_over` nobody is on the
-    way to the next kernel, so that a region list is a remainder which says nothing.
+    `usable` are the pages that are memory; `owned(tree_id)` returns those of an owner's page blocks.
+    `visit` looks into a sound node and returns the problems there. Without `handed_over` no kexec is under
+    way, and a region list is a meaningless remainder that is not checked.
     """
     report = Report()
     try:
@@ -72,7 +72,8 @@ def check(
         if names is None or node.name in names:
             _check_node(ram, node, report, usable, owned, visit)
         if node.generation > found.generation:
-            report.problems.append(f"{shown(node.name)}: saved by generation {node.generation}, which has not been yet")
+            later = f"generation {node.generation} is later than the super block's ({found.generation})"
+            report.problems.append(f"{shown(node.name)}: {later}")
     _check_names(report)
     _check_shared(report)
     if super_pfn in report.preserved:
@@ -83,7 +84,7 @@ def check(
 
 
 def _nodes(ram: Ram, super_pfn: int, report: Report) -> Iterator[Node]:
-    """Every node that can be reached; what is in the way is reported."""
+    """Yield every node that can be reached; report damage on the way."""
     record, at, seen = "Super", super_pfn, set[int]()
     while True:
         try:
@@ -124,7 +125,7 @@ def _check_node(
 
 
 def _misplaced(node: Node, pages: Spans, usable: Spans | None, owned: Owned | None) -> Iterator[str]:
-    """Pages of a node that are nobody's RAM, or in page blocks of another owner."""
+    """Yield problems with pages of a node that are not RAM, or lie in page blocks of another owner."""
     for what, wrong in (
         ("not usable RAM", pages - usable if usable is not None else Spans()),
         ("in page blocks that are not this tree's", pages - owned(node.tree_id) if owned else Spans()),
@@ -138,7 +139,7 @@ def _misused(pages: Spans, what: str) -> str:
 
 
 def _check_shared(report: Report) -> None:
-    """Pages that two nodes have: looked for node by node only if there are any, which one pass over all tells."""
+    """Report pages of two nodes. One pass over all tells if there are any; only then are nodes compared."""
     report.preserved = Spans.union(spans for _, spans in report.frames)
     if report.preserved.total == sum(spans.total for _, spans in report.frames):
         return
@@ -150,7 +151,7 @@ def _check_shared(report: Report) -> None:
 
 
 def _check_names(report: Report) -> None:
-    """Names that two nodes have. A tree id may occur again: an owner can save more than one node."""
+    """Report names of two nodes. A tree id may occur twice: an owner can save more than one node."""
     for name, times in Counter(node.name for node in report.nodes).items():
         if times > 1:
             report.problems.append(f"node name {shown(name)} occurs {times} times")
@@ -159,7 +160,7 @@ def _check_names(report: Report) -> None:
 def _check_regions(
     ram: Ram, super_pfn: int, head: int, report: Report, usable: Spans | None, *, complete: bool
 ) -> None:
-    """The region list must be sound, and hold all that it has to."""
+    """Check that the region list is sound, and lists everything that it must."""
     try:
         listed, own = regions.read(ram, head, usable), regions.pages_of(ram, head)
     except FormatError as error:

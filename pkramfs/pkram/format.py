@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The contract: every record that crosses a kexec. Printed as pkramfs-format(5).
+"""The contract, first half: every record of PKRAM that crosses a kexec. Printed as pkramfs-format(5).
 
     super block ──► node ──► node ──► …                    by published words
                      │  └──► page table                    which frames are the node's
@@ -8,21 +8,23 @@
                                └──► link ──► link          byte stream: frames of bytes
     super block ──► regions ──► regions                    all preserved ranges, for early boot
 
-This interface is a contract: a change of any record here needs a new FORMAT_VERSION (readers of
-every older version stay, and a RAM image of each is kept in the tests), an addition that old
-readers may ignore needs a feature bit. Everything is little-endian and of fixed width; a pointer is
-a pfn, 0 is none; what is not named is zero.
+All that crosses a kexec in RAM is declared in two modules: here, what a node is; in `treeformat`, what a file
+tree writes into the byte stream of its node. Nothing here knows of files, and nothing there of frames:
+other users of the library save byte streams of their own.
+
+A change of any record here needs a new FORMAT_VERSION (readers of every older version stay, and a RAM
+image of each is kept in the tests); an addition that old readers may ignore needs a feature bit.
+Everything is little-endian and of fixed width; a pointer is a pfn, 0 is none; all other bytes are zero.
 
 Every metadata page but those of the page table begins with the same 40 bytes (PAGE). The checksum
 is XXH3-64 over bytes 32 to 4095 with the page's own pfn as seed, so a page that was copied
 elsewhere does not pass. The two words at 16 and 24 stand outside of it, because they change by one
-8-byte store while the page lives: they are *published words*, pfn in the low 40 bits and above it
-24 bits of check over pfn and the word's own address (`seal`). A zeroed word is damage, not the end
-of a list. Page table pages are 512 plain entries; one checksum in the node covers them all.
+8-byte store while the page lives: they are *published words*, with the pfn in the low 40 bits and above
+it 24 bits of check over the pfn and the word's own address (`page.seal`). A zeroed word is damage, not
+the end of a list. Page table pages are 512 plain entries; one checksum in the node covers them all.
 
-Entries of link pages are PKRAM's own: order in bits 0-4, flags in 5-11, frame above. Where PKRAM
-saves one entry a page, we write the largest naturally aligned blocks of a physical run, which is
-the same encoding taken at its word.
+Entries of link pages are PKRAM's own: order in bits 0-4, flags in 5-11, frame above. PKRAM saves one
+entry a page; we use the same encoding for the largest naturally aligned blocks of a physical run.
 
 Kernel: mm/pkram.c (struct pkram_super_block, pkram_node, pkram_obj, pkram_link, pkram_region)
 """
@@ -46,7 +48,7 @@ SUPER_MAGIC = _magic(b"PKRAMsb1")
 CONSUMED_MAGIC = _magic(b"PKRAMgon")
 NODE_MAGIC = _magic(b"PKRAMnd1")
 WITHDRAWN_MAGIC = _magic(b"PKRAMnd0")
-"""What is left of a node that was taken out of the list on purpose: no search takes it for one that was lost."""
+"""Magic of a node that was withdrawn from the list: a search for lost nodes passes over it."""
 OBJECT_MAGIC = _magic(b"PKRAMob1")
 LINK_MAGIC = _magic(b"PKRAMln1")
 REGIONS_MAGIC = _magic(b"PKRAMrl1")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The set of frames that a save or a load has named so far, each at most once.
 
-A frame in two places would be two files' page (D19: the original panics). Runs come in any order and
-any number, from any thread, so there are three ways of keeping them, by what they cost:
+A frame in two places would be a page of two files (D19: the original panics). Runs come in any order
+and number, from any thread, so they are kept in the cheapest of three ways:
 
     few, long        a set of spans
-    few, short       bits in an array, looked at before they are set
-    many, short      the same bits, set blindly; the count at the end tells whether one was set twice
+    few, short       bits in an array, tested before they are set
+    many, short      the same bits, set without a test; the count at the end tells if one was set twice
 
 The array is one byte for each page of RAM, backed only where it was touched.
 
@@ -31,7 +31,7 @@ _SLICE = 1 << 15
 
 
 class Extent(NamedTuple):
-    """Of counts of pages: the least, the most, and their sum."""
+    """The least, the most and the sum of counts of pages."""
 
     least: int
     most: int
@@ -44,9 +44,9 @@ class Extent(NamedTuple):
 
 
 class FrameSet:
-    """A set of frames of a RAM of `pages` pages; what is not in it is refused.
+    """A set of frames of a RAM of `pages` pages; frames outside of it are refused.
 
-    `refused` says that it was refused half-way, and that the set is of no use any more.
+    `refused` means that a call was refused half-way, and that the set is useless.
     """
 
     def __init__(self, pages: int) -> None:
@@ -56,9 +56,10 @@ class FrameSet:
         self._lock = threading.Lock()
 
     def add(self, pfn: U64, count: U64, extent: Extent | None = None) -> int:
-        """Name runs of frames, whose counts have that extent if it is known; returns how many frames those are.
+        """Add runs of frames, whose counts have this extent if it is known; return the number of frames.
 
-        PkramError: EINVAL for what is no memory, EEXIST if a frame is known to be named; the rest `spans` finds.
+        Raise PkramError: EINVAL for frames that are not memory, EEXIST if one is known to be in the set already.
+        `spans` finds all others that were added twice.
         """
         if not len(pfn):
             return 0
@@ -74,7 +75,7 @@ class FrameSet:
         try:
             low, high = self._mark(pfn, count, extent)
         except PkramError:
-            self.refused = True  # and some were marked: nothing can be said of this set any more
+            self.refused = True  # some are marked: the set is useless
             raise
         with self._lock:
             self._account(low, high, total)
@@ -88,7 +89,7 @@ class FrameSet:
             raise outside()
 
     def _add_spans(self, spans: Spans, total: int, *, short: bool) -> None:
-        """Add a set of spans; PkramError (EEXIST) if any of it is known."""
+        """Add a set of spans; raise PkramError (EEXIST) if any of it is known."""
         if spans.total != total or (len(spans) <= _FEW and self._known(spans)):
             raise twice()
         if not short:
@@ -116,11 +117,12 @@ class FrameSet:
         self._marked += total
 
     def _mark(self, pfn: U64, count: U64, extent: Extent) -> tuple[int, int]:
-        """Set the bits of many short runs; returns between which pages they are."""
+        """Set the bits of many short runs; return the range of pages in which they lie."""
 
         def work(number: int) -> tuple[int, int]:
             part = slice(number * _SLICE, (number + 1) * _SLICE)
             where = pfn[part].view(np.int64)  # an index of another type would be converted first
+            # where becomes one element for each page, not for each run: the run's start plus the place in it.
             if extent.most > 1 or not extent.least:
                 self.expect_memory(pfn[part], count[part], extent)
                 each = count[part].view(np.int64)
@@ -136,13 +138,13 @@ class FrameSet:
         return min(low for low, _ in edges), max(high for _, high in edges)
 
     def spans(self) -> Spans:
-        """Return every frame that was named; PkramError: EEXIST if one was named twice, EINVAL if one was refused."""
+        """Return all frames; raise PkramError: EEXIST if one was added twice, EINVAL if one was refused."""
         if self.refused:
             raise outside()
         if not len(self._bits):
             return self._long
         bits = self._bits[self._low : self._high]
-        whole = int(np.count_nonzero(bits)) == len(bits)  # eight times as fast as looking for edges
+        whole = int(np.count_nonzero(bits)) == len(bits)  # eight times as fast as a search for edges
         together = (Spans([(self._low, self._high)]) if whole else Spans.from_mask(bits, self._low)) | self._long
         if together.total != self._marked + self._long.total:
             raise twice()
@@ -161,10 +163,10 @@ def extent_of(count: U64) -> Extent:
 
 
 def outside() -> PkramError:
-    """Return the error for a frame that is no memory."""
+    """Return the error for a frame that is not memory."""
     return PkramError("pages to preserve are not memory", errno.EINVAL)
 
 
 def twice() -> PkramError:
-    """Return the error for a frame that two places name."""
+    """Return the error for a frame that was added twice."""
     return PkramError("a frame was saved twice", errno.EEXIST)

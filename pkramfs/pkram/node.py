@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A node as it is read: its page, its page table, its objects, each trusted as far as it was checked.
+"""Reading a node: its page, its page table, its objects, each checked before it is used.
 
     node page ─► magic, checksum, flags, name
-    page table ─► the frames that are the node's; nothing outside of them is looked at
+    page table ─► the frames of the node; nothing outside of them is read
     objects ───► as many as the node says, none twice
     all frames ─► used once, and in the page table
 
@@ -46,7 +46,7 @@ class Node:
 
 
 def read_node(ram: Ram, pfn: int) -> Node:
-    """A checked node page."""
+    """Read and check a node page."""
     page = read_page(ram, pfn, NODE, NODE_MAGIC)
     if not 0 < page.name_length <= NAME_MAX:
         raise FormatError("Node", "name_length", pfn=pfn, found=page.name_length, expected=f"1 to {NAME_MAX}")
@@ -72,7 +72,7 @@ def read_node(ram: Ram, pfn: int) -> Node:
 
 
 def read_table(ram: Ram, node: Node) -> Walk:
-    """A node's page table, agreeing with what the node says of it."""
+    """Read a node's page table, and check that the node page agrees with it."""
     check_pfn(ram, node.table_pfn, "Node", "table", node.pfn)
     table = pagetable.walk(ram, node.table_pfn)
     for field, found, expected in (
@@ -85,7 +85,7 @@ def read_table(ram: Ram, node: Node) -> Walk:
 
 
 def read_objects(ram: Ram, node: Node, allowed: Spans) -> list[ObjectReader]:
-    """All objects of a node, in the order of saving, each checked; `allowed` are the node's frames."""
+    """Read all objects of a node, in the order of saving, each checked; `allowed` are the node's frames."""
     readers: list[ObjectReader] = []
     seen, pfn, holder = set[int](), node.object_pfn, ("Node", node.pfn)
     while pfn:
@@ -106,7 +106,7 @@ def read_objects(ram: Ram, node: Node, allowed: Spans) -> list[ObjectReader]:
 
 
 def check_frames(node: Node, table: Walk, readers: list[ObjectReader]) -> Spans:
-    """FormatError unless every use of a frame is the only one, and in the page table; returns all uses."""
+    """Check that no frame has two uses and that the page table has every used frame; return these frames."""
     sets = [Spans([(node.pfn, node.pfn + 1)]), Spans.from_runs(table.pages, np.ones_like(table.pages))]
     uses = 1 + len(table.pages) + sum(reader.uses() for reader in readers)
     sets += [spans for reader in readers for spans in (reader.metadata(), reader.data)]
@@ -125,5 +125,5 @@ def check_frames(node: Node, table: Walk, readers: list[ObjectReader]) -> Spans:
 
 
 def shown(name: bytes | int) -> str:
-    """A node's name, or its tree id, for people."""
+    """Return a node's name, or its tree id, for people."""
     return f"of tree {name:016x}" if isinstance(name, int) else exact(name)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Metadata pages: sealing what is written, checking what is read.
 
-Writers fill a page, set its checksum with `seal_page`, and make it reachable last. Readers come
-through `read_page`, which trusts nothing: the pfn must be memory, the magic and the checksum right.
+Writers fill a page, set its checksum with `seal_page`, and make it reachable last. Readers use
+`read_page`, which trusts nothing: the pfn must be memory, the magic and the checksum right. The words
+that lead from page to page are written with `write_word` and read with `read_word`, check included.
 
 PRAM, the ancestor of 2013, had checksums; PKRAM has none (defect D15).
 """

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """All CPUs on one object: positions that workers take one by one, and the first error that stops them.
 
-numpy lets go of the interpreter while it works on memory, so threads are enough (a checksum of one page
-does not: see chain). The caller is one of the workers, hence there is always at least one (D16: the
-original starts none where there is one CPU, and waits for it). All state is local to a call (D23), and
-after an error no worker begins anything new (D24).
+numpy releases the interpreter lock while it works on memory, so threads are enough (a checksum of one
+page does not release it: see streams/linkreader). The caller is one of the workers, so there is always
+at least one (D16: with one CPU the original starts none, and waits for it). All state is local to a call
+(D23), and after an error no worker begins anything new (D24).
 
     positions  0 1 2 3 4 5 6 …      worker A takes 0, B takes 1, A is done first and takes 2, …
 
@@ -41,10 +41,10 @@ def chunks(start: int, end: int, size: int = CHUNK_PAGES) -> Iterator[tuple[int,
 
 
 class Workbenches(Generic[T]):
-    """Buffers that a thread works with, as many as threads work at once; they are freed with this.
+    """Buffers for threads, as many as work at once; they are freed with this object.
 
-    Fresh memory for each step can cost more than the work: the allocator gives it back after each, and the kernel
-    clears it again.
+    Fresh memory for each step can cost more than the work: the allocator returns it after each step, and the
+    kernel clears it again.
     """
 
     def __init__(self, make: Callable[[], T]) -> None:

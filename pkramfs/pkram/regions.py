@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The region list: every preserved range, for a kernel that has no allocator yet.
 
-Built at the end of the old kernel from all nodes' page tables, the super block and its own pages;
-read by early boot with nothing but array views; freed once boot is done. A chain of single pages,
-because one large block may not be free in fragmented memory. The first page's `previous` names the
-last, so that a walk from the top of memory can begin there.
+The old kernel builds it at its end, from all nodes' page tables, the super block and the list's own
+pages; early boot reads it with nothing but array views and frees it once boot is done. It is a chain of
+single pages, because fragmented memory may not have one large block. The first page's `previous` names
+the last, so that a walk from the top of memory can begin there.
 
-Its own pages are part of what it lists, and listing them can need another page: `build` goes on
-until both agree, where PKRAM estimates once and may lose the tail (D8).
+The list contains its own pages, and to list these can need another page: `build` allocates until both
+agree, where PKRAM estimates once and may lose the tail (D8).
 
 Kernel: mm/pkram.c (struct pkram_region_list), patches 10, 12 and 13
 """
@@ -33,10 +33,10 @@ def pages_needed(ranges: int) -> int:
 
 
 def build(ram: Ram, spans: Spans, allocate: Callable[[int], U64], *, generation: int = 0) -> int:
-    """Write the list of `spans` (pages) and of its own pages; returns the first page's pfn.
+    """Write the list of `spans` (pages) and of its own pages; return the first page's pfn.
 
-    `allocate(n)` gives pfns of n more pages, outside of `spans`; raises if there are none. ExhaustedError, and nothing
-    written, if the host has no memory for them.
+    `allocate(n)` returns the pfns of n more pages outside of `spans`, or raises. Raise ExhaustedError, and write
+    nothing, if the host has no memory for them.
     """
     pages = np.empty(0, dtype=np.uint64)
     while True:
@@ -69,16 +69,17 @@ def _write(ram: Ram, spans: Spans, pages: list[int], generation: int) -> None:
             regions=len(spans),
             pages=spans.total,
         )
+        # Regions are pairs of words: byte address and byte size. Shape: (2 * regions,).
         words = ram.words(pfn)[_HEAD_WORDS : _HEAD_WORDS + 2 * len(starts)]
         words[0::2], words[1::2] = starts << np.uint64(PAGE_SHIFT), counts << np.uint64(PAGE_SHIFT)
         seal_page(ram, pfn)
 
 
 def read(ram: Ram, head: int, usable: Spans | None = None) -> Spans:
-    """Return the pages that the list names; FormatError for anything invalid."""
+    """Return the pages that the list contains; raise FormatError for anything invalid."""
     base, size = [], []
     found = list(_walk(ram, head))
-    for pfn, page in found:
+    for pfn, page in found:  # a column of addresses and one of sizes from each page
         words = ram.words(pfn)[_HEAD_WORDS : _HEAD_WORDS + 2 * page.count]
         base.append(words[0::2].copy())
         size.append(words[1::2].copy())
@@ -129,6 +130,7 @@ def _check_previous(ram: Ram, filled: list[int], pages: list[int]) -> None:
 
 def _ranges(ram: Ram, base: U64, size: U64, head: int) -> Spans:
     """Check order, alignment and bounds of byte ranges; return them as pages."""
+    # One element for each region of the whole list; `ends < base` catches a sum that wrapped around.
     ends = base + size
     mask = np.uint64(PAGE_SIZE - 1)
     if ((base | size) & mask).any() or not size.all() or (ends < base).any():

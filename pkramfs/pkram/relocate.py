@@ -3,8 +3,8 @@
 
 A kexec image that is loaded already has fixed destinations; what the kernel reserved early and the
 crash kernel's window are out of bounds as well. Pages that a save finds there are copied to frames
-elsewhere and the copies are what is preserved. The original stays the file's; the caller keeps the
-tree frozen until the node is withdrawn, so the copy cannot become stale (D7).
+elsewhere, and the copies are preserved. The file keeps the original; the caller keeps the tree frozen
+until the node is withdrawn, so the copy cannot become stale (D7).
 
     run   [----------====-----]        ==== banned
     kept  [----------]    [---]
@@ -31,13 +31,13 @@ I64 = npt.NDArray[np.int64]
 Runs = tuple[U64, U64, U64]
 """Columns: index in the stream, first pfn, count."""
 _LONG = 16
-"""Pages of a run that is worth a copy of its own."""
+"""Pages of a run from which it is copied by a call of its own."""
 _TOGETHER = 64
-"""Pages that are copied in one step where runs are short: what fits the L2 cache."""
+"""Pages of short runs that are copied in one step: they fit the L2 cache."""
 
 
 class Allocator(Protocol):
-    """What a save needs of a frame allocator: see `machine.frames.Frames`."""
+    """The part of a frame allocator that a save needs: see `machine.frames.Frames`."""
 
     def allocate(self, count: int, order: int = 0, *, held: bool = False) -> list[Run]: ...
 
@@ -48,6 +48,7 @@ def touched(banned: Spans, pfn: U64, count: U64) -> npt.NDArray[np.bool_]:
     """Return a mask of the runs of which any page is banned."""
     if not banned:
         return np.zeros(len(pfn), dtype=bool)
+    # at: the first banned span that ends behind each run's start; first: where it starts. Shape: (runs,).
     at = np.searchsorted(banned.ends, pfn, side="right")
     first = np.append(banned.starts, ~np.uint64(0))[at]
     hit: npt.NDArray[np.bool_] = first < pfn + count
@@ -72,14 +73,15 @@ def allocate_outside(frames: Allocator, count: int, banned: Spans, order: int = 
                 good += fine
                 count -= sum(size for _, size in fine)
     except BaseException:
-        _free(frames, good)
+        free_runs(frames, good)
         raise
     finally:
-        _free(frames, parked)
+        free_runs(frames, parked)
     return good
 
 
-def _free(frames: Allocator, runs: list[Run]) -> None:
+def free_runs(frames: Allocator, runs: list[Run]) -> None:
+    """Give runs back to their allocator."""
     if runs:
         frames.free([start for start, _ in runs], [count for _, count in runs])
 
@@ -91,10 +93,11 @@ def relocate_banned(
     hit = touched(banned, pfn, count)
     if not hit.any():
         return index, pfn, count, []
+    # edges: starts and ends of banned spans in order; start, size: pieces of the runs that touch any. Shape: (pieces,).
     edges = np.column_stack((banned.starts, banned.ends)).reshape(-1)
     row, start, size = _cut(pfn[hit], count[hit], edges)
     first = index[hit][row] + start - pfn[hit][row]
-    inside = np.searchsorted(edges, start, side="right") % 2 == 1
+    inside = np.searchsorted(edges, start, side="right") % 2 == 1  # an odd number of edges passed: banned
     relocated, copies = _copy_elsewhere(ram, frames, (first[inside], start[inside], size[inside]), banned)
     unhit = (index[~hit], pfn[~hit], count[~hit])
     parts = (unhit, (first[~inside], start[~inside], size[~inside]), relocated)
@@ -112,7 +115,7 @@ def _cut(start: U64, count: U64, edges: U64) -> tuple[I64, U64, U64]:
     # row: the run of each piece; within: its number in the run. Shape: (all pieces,).
     row = np.repeat(np.arange(len(start)), pieces)
     within = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    guarded = np.concatenate((edges, edges[:1]))  # what is read behind the last edge is not used
+    guarded = np.concatenate((edges, edges[:1]))  # the element behind the last edge is read, but not used
     # A piece begins at its run's start or at the edge before it, and ends at the next edge or at its run's end.
     before = guarded[np.maximum(low[row] + within - 1, 0)]
     begin = np.where(within == 0, start[row], before)
@@ -139,7 +142,7 @@ def _copy_elsewhere(ram: Ram, frames: Allocator, rows: Runs, banned: Spans) -> t
         target = starts[which] + at - (borders - counts)[which]
         _copy(ram, source[piece] + offset, target, length, banned)
     except BaseException:
-        _free(frames, copies)
+        free_runs(frames, copies)
         raise
     return (index[piece] + offset, target, length), copies
 
@@ -147,7 +150,7 @@ def _copy_elsewhere(ram: Ram, frames: Allocator, rows: Runs, banned: Spans) -> t
 def _copy(ram: Ram, source: U64, target: U64, count: U64, within_banned: Spans) -> None:
     """Copy runs of pages: long ones one by one, the pages of all short ones many at a time.
 
-    What the host has no memory for is zeros, as the copy is already, and must not be read through the mapping.
+    Holes are zeros, as the copies are already, and must not be read through the mapping.
     """
     long = count >= _LONG
     for row in zip(source[long].tolist(), target[long].tolist(), count[long].tolist(), strict=True):

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Nodes that the list does not lead to any more, found by their own pages.
+"""Search for nodes that a damaged list does not lead to any more, by their own pages.
 
     Super ──► a ──► b ──✗       c ──► d        one word was damaged: c and d are whole, but out of reach
 
 A node page has a checksum of its own, seeded with its pfn, and lies in a page block that its own tree
-has leased. So whoever looks at the first word of every page of the trees finds the nodes again, list
-or no list, and what only looks like a node page (a file's contents) is not taken for one. A node that
-was withdrawn on purpose is not found: its magic is gone.
+has leased. So a search over the first word of every page of the trees finds the nodes without the list,
+and does not take other pages (a file's contents) for nodes. A node that was withdrawn on purpose is not
+found: its magic is gone.
 
-`survey` changes nothing. It says what the list still leads to, what was found beside it, and what is
-damaged, so that all of that can be named before anything is given up (Store.mend).
+A survey changes nothing. It names the nodes that the list still leads to, those that the search found,
+and all damage, so that everything can be reported before anything is given up (`Store.mend`).
 
-Kernel: no counterpart; PKRAM loses what its lists lose
+PKRAM itself loses every node that its list loses.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,14 +28,14 @@ from pkramfs.units import PAGE_SIZE
 
 _PAGE_WORDS = PAGE_SIZE // 8
 _STEP = 1 << 18
-"""Pages whose first words are looked at in one step: 1 GiB."""
+"""Pages whose first words are read in one step: 1 GiB."""
 
 
 @dataclass
 class Survey:
-    """What the list still leads to, and what it does not.
+    """The nodes that the list leads to (`listed`), those found elsewhere (`found`), and the damage.
 
-    `broken` are words of the list that cannot be read, `damaged` node pages, and why each cannot be.
+    `broken` has an error for each word of the list that cannot be read, `damaged` one for each node page.
     """
 
     listed: list[Node] = field(default_factory=list)
@@ -43,23 +43,23 @@ class Survey:
     broken: list[FormatError] = field(default_factory=list)
     damaged: list[FormatError] = field(default_factory=list)
     problems: list[FormatError] = field(default_factory=list)
-    """Both, in the order of the list."""
+    """Both kinds of errors, in the order of the list."""
 
     @property
     def nodes(self) -> list[Node]:
-        """All that can be read, as a list should name it."""
+        """Return all nodes that can be read, in the order for a new list."""
         return self.listed + self.found
 
     def note(self, error: FormatError, *, page: bool) -> None:
-        """Add what is wrong with a node page, or with a word of the list."""
+        """Add an error of a node page, or of a word of the list."""
         self.problems.append(error)
         (self.damaged if page else self.broken).append(error)
 
 
 def search(ram: Ram, pages: Spans, owner: Callable[[int], int], busy: Callable[[bytes], bool], survey: Survey) -> None:
-    """Find nodes in `pages` that the list does not lead to, the newest of each name.
+    """Find nodes in `pages` that the list does not lead to: of each name, the newest.
 
-    `owner` is whose page block a page lies in; a name that is `busy` is being saved by somebody.
+    `owner(pfn)` returns the tree id of a page's block; `busy(name)` returns True while a save claims the name.
     """
     known = {node.pfn for node in survey.listed} | {error.pfn for error in survey.damaged}
     found: list[Node] = []
@@ -86,15 +86,16 @@ def search(ram: Ram, pages: Spans, owner: Callable[[int], int], busy: Callable[[
 
 
 def candidates(ram: Ram, pages: Spans) -> Iterator[int]:
-    """Pages whose first word is a node's magic; holes are not touched."""
+    """Yield the pages whose first word is a node's magic; holes are not touched."""
     for start, end in ram.data_spans() & pages:
         for low in range(start, end, _STEP):
+            # The first word of each page of one step. Shape: (pages,).
             words = ram.words(low, min(_STEP, end - low))[::_PAGE_WORDS]
             yield from (np.flatnonzero(words == np.uint64(NODE_MAGIC)) + low).tolist()
 
 
 def _holds_itself(ram: Ram, node: Node) -> bool:
-    """Whether a node's page table names the node's page; one that cannot be read is the node's own trouble."""
+    """Return True if a node's page table has the node's page, or cannot be read: that is found when it is loaded."""
     try:
         return node.pfn in read_table(ram, node).spans
     except FormatError:

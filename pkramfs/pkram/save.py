@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A node being saved: objects one after the other, then published whole, or given up without a trace.
+"""A node being saved: objects one after the other, then published whole, or discarded without a trace.
 
     SAVING ──finish──► PUBLISHED       by one store, after everything else is in memory
        └────discard──► DISCARDED       also on an exception, or on leaving without finish
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from pkramfs.errors import PkramError
 from pkramfs.machine.claims import Claim
-from pkramfs.machine.frames import Run
+from pkramfs.machine.frames import Run, spans_of
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.format import NEXT, NODE, NODE_MAGIC, OTHER
 from pkramfs.pkram.frameset import FrameSet
@@ -37,7 +37,7 @@ from pkramfs.spans import Spans
 
 
 class State(enum.Enum):
-    """What became of a save."""
+    """The state of a save."""
 
     SAVING = enum.auto()
     PUBLISHED = enum.auto()
@@ -125,7 +125,7 @@ class Save:
         node_pfn, objects = places[0], places[1:]
         for writer, pfn, following in zip(self._writers, objects, [*objects, 0][1:], strict=True):
             writer.write_record(pfn, following)
-        relocated = Spans((start, start + count) for start, count in self.relocated)
+        relocated = spans_of(self.relocated)
         if data & self._frames.spans() - relocated:
             raise PkramError("a frame to preserve is in use by the save itself", errno.EINVAL)
         table = TableWriter(self._ram, self._frames.pages)
@@ -160,7 +160,7 @@ class Save:
         )
 
     def discard(self) -> None:
-        """Give everything back; nobody saw it. A node that was published after all stays.
+        """Give back everything that the save has taken. A node that was published after all stays.
 
         Kernel: pkram_discard_save()
         """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The frames that a save takes for itself: metadata, byte pages, copies of banned pages.
 
-All of them lie outside of banned memory, all are given back if the save is discarded, and all become
-part of the node if it is published. Any number of threads may take. The host has memory for
-what `take` gives: a save on a host that is full ends with an error, and the tree stays as it is.
+All of them lie outside of banned memory; all are given back if the save is discarded, and become part
+of the node if it is published. Any number of threads may take frames. The host backs what `take`
+returns: on a full host a save ends with an error, and the tree stays as it is.
 
 Kernel: mm/pkram.c (pkram_alloc_page), patch 15
 """
@@ -14,14 +14,14 @@ from collections.abc import Callable
 import numpy as np
 
 from pkramfs.errors import PkramError
-from pkramfs.machine.frames import Run
+from pkramfs.machine.frames import Run, pfns_of, spans_of
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram.relocate import Allocator, allocate_outside, relocate_banned
+from pkramfs.pkram.relocate import Allocator, allocate_outside, free_runs, relocate_banned
 from pkramfs.spans import U64, Spans
 
 
 class SaveFrames:
-    """Frames of one save. `no_memory` makes the error to raise (ENOMEM) of the allocator's, or of the host's."""
+    """Frames of one save. `no_memory` makes the error to raise (ENOMEM) from the allocator's, or the host's."""
 
     def __init__(self, ram: Ram, frames: Allocator, banned: Spans, no_memory: Callable[[OSError], PkramError]) -> None:
         self.ram, self.frames, self.banned = ram, frames, banned
@@ -43,7 +43,7 @@ class SaveFrames:
         return runs
 
     def _back(self, runs: list[Run]) -> None:
-        """Have the host give frames memory: most of them are stored to through the mapping."""
+        """Back frames with host memory: most of them are written through the mapping."""
         try:
             for start, count in runs:
                 self.ram.back_run(start, count)
@@ -52,10 +52,7 @@ class SaveFrames:
 
     def pages(self, count: int) -> U64:
         """Take `count` zeroed frames; return their pfns."""
-        runs = self.take(count)
-        if not runs:
-            return np.empty(0, dtype=np.uint64)
-        return np.concatenate([np.arange(start, start + size, dtype=np.uint64) for start, size in runs])
+        return pfns_of(self.take(count))
 
     def relocate(self, index: U64, pfn: U64, count: U64) -> tuple[U64, U64, U64, list[Run]]:
         """Copy the banned parts of runs elsewhere; return the new runs and where the copies are."""
@@ -77,14 +74,13 @@ class SaveFrames:
     def release(self) -> None:
         """Give everything back."""
         runs, self._runs = self._runs, []
-        if runs:
-            self.frames.free([start for start, _ in runs], [count for _, count in runs])
+        free_runs(self.frames, runs)
 
     def spans(self) -> Spans:
         """Return every frame that was taken."""
-        return Spans((start, start + count) for start, count in self._runs)
+        return spans_of(self._runs)
 
     def unlisted(self) -> Spans:
         """Return the frames taken since the last call."""
         fresh, self._listed = self._runs[self._listed :], len(self._runs)
-        return Spans((start, start + count) for start, count in fresh)
+        return spans_of(fresh)

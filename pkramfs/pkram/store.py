@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The front door: nodes by name. Save one, load one, list, withdraw.
+"""Nodes by name: save one, load one, list them, withdraw one.
 
     prepare_save ─► objects … ─► finish      the node appears, whole, by one store
                               └► discard     everything is freed, nothing was visible
     prepare_load ─► objects … ─► finish      nothing is consumed (unless asked for)
     withdraw                                 the node disappears, by one store
-    mend                                     a list that was damaged is whole again, of all that can be found
+    mend                                     a damaged list is made whole, from all nodes that can be found
 
-Nodes hang in a list off the super block and are published newest first. The list is changed only
-under the machine's table lock and read without: every step of a reader is checked, so a reader that
-meets a node on its way out sees an error and looks again.
+The super block leads to a list of nodes, newest first. The list is changed only under the machine's
+table lock, and read without it: every step of a reader is checked, so a reader that meets a node
+which is being withdrawn gets an error and reads again.
 
-A save lives in the page blocks of its owner (`tree_id`), metadata too: so withdrawing a node, or
-sweeping a dead owner, needs no walk over its pages. A save or a load in progress claims the name
-(`claims`: for this process, or for all processes of a machine), and the claim ends with its holder.
+A save, its metadata included, lies in the page blocks of its owner (`tree_id`). So to withdraw a node,
+or to sweep a dead owner, needs no walk over its pages. A save or a load in progress claims the name
+(`claims`: within this process, or among all processes of a machine), and the claim ends with its holder.
 
     in progress     prepare_save    prepare_load    withdraw, free
     a save          EEXIST          EBUSY           EBUSY
@@ -44,16 +44,16 @@ from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, pages
 
 _SAVE, _LOAD = "save", "load"
-"""What a name may be claimed for."""
+"""Kinds of work that claim a name."""
 _LOOKS = 3
-"""How often the list is read before damage is believed: a node may be withdrawn under our eyes."""
+"""How often the list is read before damage is reported: another process may be withdrawing a node."""
 
 
 class Store:
-    """All nodes below one super block. `lock` gives the context manager of the table lock.
+    """All nodes below one super block; `lock` returns the context manager of the table lock.
 
-    `super_pfn` None is PKRAM switched off: everything answers ENODEV and nothing is touched. Where
-    several processes use the same RAM, `claims` must be common to them.
+    With `super_pfn` None, PKRAM is switched off: every call raises ENODEV and touches nothing. If
+    several processes use the same RAM, they must share `claims`.
     """
 
     def __init__(
@@ -67,15 +67,15 @@ class Store:
         self._claims = LocalClaims() if claims is None else claims
 
     def root(self) -> int:
-        """The super block's pfn; PkramError (ENODEV) if PKRAM is off."""
+        """Return the super block's pfn; raise PkramError (ENODEV) if PKRAM is off."""
         if self.super_pfn is None:
             raise PkramError("no such device: PKRAM is switched off in this kernel", errno.ENODEV)
         return self.super_pfn
 
-    # -- what is there ---------------------------------------------------------------------------
+    # -- listing ---------------------------------------------------------------------------
 
     def nodes(self) -> list[Node]:
-        """Every published node, newest first; FormatError if the list is damaged."""
+        """Return every published node, newest first; raise FormatError if the list is damaged."""
         for _ in range(_LOOKS - 1):
             try:
                 return list(self._walk())
@@ -84,7 +84,7 @@ class Store:
         return list(self._walk())
 
     def _walk(self) -> Iterator[Node]:
-        """Each node; FormatError at the first that cannot be read, for its name may be the one looked for."""
+        """Yield each node; raise FormatError at the first that cannot be read, which may be the one that is sought."""
         at, seen = self.root(), set[int]()
         try:
             while pfn := self._following(at, seen):
@@ -95,7 +95,7 @@ class Store:
             raise
 
     def _following(self, at: int, seen: set[int]) -> int:
-        """The node behind a node (or the super block), 0 at the end; FormatError where the list is broken."""
+        """Return the node behind a node (or the super block), 0 at the end; raise FormatError if the list is broken."""
         record, field = ("Super", "node") if at == self.super_pfn else ("Node", "next")
         pfn = read_word(self.ram, at, NEXT, record, field)
         if pfn in seen:
@@ -104,15 +104,15 @@ class Store:
         return pfn
 
     def find(self, name: bytes) -> Node | None:
-        """The node of this name, if there is one."""
+        """Return the node of this name, None without one."""
         return next((node for node in self.nodes() if node.name == name), None)
 
     def preserved_ids(self) -> set[int]:
-        """Tree ids that published nodes name."""
+        """Return the tree ids of published nodes."""
         return {node.tree_id for node in self.nodes()}
 
     def pages_of(self, node: Node) -> Spans:
-        """Every frame of a node, from its page table."""
+        """Return every frame of a node, from its page table."""
         return read_table(self.ram, node).spans
 
     def preserved(self) -> Spans:
@@ -120,7 +120,7 @@ class Store:
         return Spans.union(self.pages_of(node) for node in self.nodes())
 
     def metadata_pages(self, name: bytes) -> Spans:
-        """The frames that a node uses for itself, so that its owner can free them after a withdrawal."""
+        """Return the frames that a node uses for itself, which its owner can free after a withdrawal."""
         node = self._named(name)
         spans = self.pages_of(node)
         for reader in read_objects(self.ram, node, spans):
@@ -145,7 +145,7 @@ class Store:
         strict: bool = False,
         align: bool = False,
     ) -> Save:
-        """Begin a node. Use it in a `with`: leaving without `finish` discards it.
+        """Begin a node, to be used in a `with`: leaving it without `finish` discards the node.
 
         Errors: ENODEV (off), ENAMETOOLONG, EINVAL (empty), EEXIST (also while being saved).
         """
@@ -183,10 +183,10 @@ class Store:
     # -- loading ---------------------------------------------------------------------------------
 
     def prepare_load(self, name: bytes, *, consume: bool = False) -> "Load":
-        """Open a node. All of it has been checked when this returns; FormatError says what is wrong.
+        """Open a node after checking all of it; a FormatError says what is wrong.
 
-        With `consume`, PKRAM's own contract: the node is withdrawn at once and what is not used of
-        it is the caller's to free. Errors: ENODEV, ENOENT, EBUSY (being saved).
+        `consume` is PKRAM's own contract: the node is withdrawn at once, and the caller frees the
+        frames that it does not use. Errors: ENODEV, ENOENT, EBUSY (being saved).
         """
         self.root()
         claim = self._claim_load(name, shared=True)
@@ -204,7 +204,7 @@ class Store:
             raise
 
     def _claim_load(self, name: bytes, *, shared: bool) -> Claim:
-        """Keep a node from being freed (shared), or from being loaded; EBUSY also while it is being saved."""
+        """Claim a node against being freed (shared), or against being loaded; EBUSY also while it is being saved."""
         if self._claims.held(_SAVE, name):
             raise PkramError(f"node {shown(name)} is being saved", errno.EBUSY)
         claim = self._claims.take(_LOAD, name, shared=shared)
@@ -215,7 +215,7 @@ class Store:
     # -- freeing ---------------------------------------------------------------------------------
 
     def withdraw(self, which: bytes | int) -> Node:
-        """Take a node (by name or tree id) out of the list by one store; its frames are its owner's again.
+        """Withdraw a node (by name or tree id) from the list by one store; its frames return to its owner.
 
         Errors: ENODEV, ENOENT, EBUSY while it is being saved or loaded.
         """
@@ -245,16 +245,16 @@ class Store:
         raise PkramError(f"there is no node {shown(name)}", errno.ENOENT)
 
     def withdraw_damaged(self) -> list[FormatError]:
-        """Take every node that cannot be read out of the list; what was wrong with each.
+        """Remove every node that cannot be read from the list; return what was wrong with each.
 
-        A broken list ends where it breaks: what is behind is out of reach, unless `mend` looks for it.
+        A broken list ends where it breaks: nodes behind that are lost unless `mend` searches for them.
         """
         return self.mend().problems
 
     def survey(self, pages: Spans | None = None, owner: Callable[[int], int] = lambda _: 0) -> Survey:
-        """What can be read and what not. In a list that is damaged, nodes are searched for in `pages`, too.
+        """Read the whole list and note what is damaged. If anything is, search for nodes in `pages`, too.
 
-        `owner(pfn)` is the tree id that has leased the page block of a page.
+        `owner(pfn)` returns the tree id that has leased the page block of a page.
         """
         found, at, seen = Survey(), self.root(), set[int]()
         while at < self.ram.pages:
@@ -282,10 +282,10 @@ class Store:
         generation: int | None = None,
         before: Callable[[Survey], None] = lambda _: None,
     ) -> Survey:
-        """Make the list whole again, of all nodes that can be read; `survey` has what was found, and what was not.
+        """Rebuild the list from all nodes that can be read; return the survey.
 
-        `before` is told everything before anything is changed. The stores go from the end of the list to its
-        head, so that whoever dies between two leaves a list that is broken where it was. With `generation`, a
+        `before` gets the survey before anything is changed. The stores go from the end of the list to its head,
+        so that a process which dies in between leaves the list broken at the same place. With `generation`, a
         super block that cannot be read is made anew.
         """
         root = self.root()
@@ -301,7 +301,7 @@ class Store:
         return found
 
     def _name(self, at: int, following: int) -> None:
-        """Publish what is behind a node (or the super block), unless the list says so already."""
+        """Name the node that follows a node (or the super block), unless it is named already."""
         address = (at << PAGE_SHIFT) + NEXT
         if self.ram.load(address) != seal(following, address):
             write_word(self.ram, at, NEXT, following)
@@ -347,24 +347,24 @@ class Load:
         return iter(self._readers)
 
     def metadata(self) -> Spans:
-        """The frames that the node uses for itself: all but those of its page streams."""
+        """Return the frames that the node uses for itself: all but those of its page streams."""
         spans = self._frames
         for reader in self._readers:
             spans = spans - reader.data
         return spans
 
     def finish(self) -> None:
-        """Done with the node; it stays published."""
+        """End the load and its claim; the node stays published."""
         if self._open:
             self._open = False
             self._claim.release()
 
 
 def estimate(runs: int, stream_bytes: int, page_count: int = 0) -> int:
-    """Frames that saving so many runs and bytes may need for itself, relocations aside.
+    """Return the frames that a save of so many runs and bytes may need for itself, relocated pages aside.
 
-    A run becomes up to two blocks of each order that is smaller than it. Where `page_count`, the
-    pages in all runs, is not known, runs of the length that they mostly have are assumed.
+    A run becomes up to two blocks of each order that is smaller than it. Without `page_count`, the
+    number of pages in all runs, the usual length of runs is assumed.
     """
     each = 2 * (page_count // max(runs, 1)).bit_length() if page_count else 4
     blocks = runs * min(each, 40) + (page_count >> 18) + 64

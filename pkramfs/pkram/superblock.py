@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The super block: the one page whose pfn a kernel tells the next (`pkram=`).
 
-A kernel makes its own at boot and names the nodes in it all its life, so nothing has to be linked
-in the last moment. At kexec the region list is hung in. The next kernel reads it, takes the nodes
-over into a super block of its own, and only then *consumes* the old one: its magic is replaced, so
-that the same number given to a later boot restores nothing old (D31).
+A kernel makes its own super block at boot and keeps its node list there, so nothing has to be linked
+at the last moment. Kexec adds the region list. The next kernel reads both, takes the nodes over into a
+super block of its own, and only then *consumes* the old one: it replaces the magic, so that a later
+boot with the same number restores nothing old (D31).
 
 Kernel: mm/pkram.c (struct pkram_super_block, pkram_reserve), patches 8 and 14
 """
@@ -77,7 +77,7 @@ def check(ram: Ram, pfn: int, usable: Spans | None = None) -> Super:
 
 
 def damage(ram: Ram, pfn: int) -> FormatError | None:
-    """What is wrong with a super block; None if nothing is."""
+    """Check a super block; return the error, None if it is sound."""
     try:
         check(ram, pfn)
     except FormatError as error:
@@ -86,18 +86,18 @@ def damage(ram: Ram, pfn: int) -> FormatError | None:
 
 
 def set_regions(ram: Ram, pfn: int, head: int) -> None:
-    """Hang the region list in (0: take it out)."""
+    """Name the first page of the region list (0: none)."""
     write_word(ram, pfn, OTHER, head)
 
 
 def has_regions(ram: Ram, pfn: int) -> bool:
-    """Whether a live super block names a region list, or something that is not even that."""
+    """Return True if a live super block names a region list, or its word for one is damaged."""
     at = pfn << PAGE_SHIFT
     return int.from_bytes(ram.peek(pfn)[:8], "little") == SUPER_MAGIC and ram.load(at + OTHER) != seal(0, at + OTHER)
 
 
 def consume(ram: Ram, pfn: int) -> None:
-    """Make the super block stale, by one store. Doing it again changes nothing, and so does a page that is freed."""
+    """Make the super block stale by one store. A page that is consumed already, or freed, is left alone."""
     found = int.from_bytes(ram.peek(pfn)[:8], "little")
     if found not in (SUPER_MAGIC, CONSUMED_MAGIC, 0):
         raise FormatError("Super", "magic", pfn=pfn, found=letters(found), expected="a super block to be consumed")

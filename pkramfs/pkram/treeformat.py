@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a file tree looks like in a byte stream: a header, then columns, then blobs.
+"""The contract, second half: a file tree as a byte stream of a header, columns and blobs.
 
-This is a contract between kernels, as `format.py` is; TREE_VERSION tells its versions apart.
-The node of a tree has two objects, in this order:
+All that crosses a kexec in RAM is declared in two modules: in `format`, what a node is, under FORMAT_VERSION;
+here, what a file tree writes into its node, under TREE_VERSION. `fs` fills and verifies the columns, and
+declares no layout of its own. The node of a tree has two objects, in this order:
 
     object 0   byte stream    this module
     object 1   page stream    the pages of all files, one after the other, without gaps
@@ -19,8 +20,8 @@ and a microsecond each. Rows name inodes by their *position* in the inode column
     inodes    in rising order of inode number, the root first. The n-th inode's extents, target and
               xattrs follow those of the inodes before it.
     entries   all names: of the directory at position `parent`, oldest first
-    extents   where a file's pages belong: `count` pages of the page stream, from where the extent
-              before ended, are the file's pages from `first` on. Between extents are holes.
+    extents   places of a file's pages: the next `count` pages of the page stream are the file's pages
+              from `first` on. Between extents are holes.
     xattrs    name and value, one behind the other in the blob
     unwritten pages of extents that read as zeros, and that are holes to who looks for data
 
@@ -79,6 +80,7 @@ class Column(NamedTuple):
 
     @property
     def dtype(self) -> "np.dtype[Any]":
+        """Return the column's type in memory."""
         return np.dtype(f"<{self.code}")
 
 
@@ -152,7 +154,7 @@ Columns = dict[str, Array]
 
 
 def padding(size: int) -> int:
-    """Zero bytes after a column or blob of `size` bytes."""
+    """Return the number of zero bytes after a column or blob of `size` bytes."""
     return -size % 8
 
 

@@ -151,8 +151,7 @@ def gather(ram: Ram, pages: U64, units: U64) -> U64:
 
 
 def _fetch(ram: Ram, pages: U64) -> U64:
-    """Whole table pages, a row for each, read past the mapping: a damaged entry may lead to a page that the host never
-    backed."""
+    """Read whole table pages, one a row, not through the mapping: a damaged entry may lead to a hole."""
     words = np.empty((len(pages), ENTRIES), dtype=np.uint64)
     target = memoryview(words).cast("B")  # type: ignore[arg-type]
     edges = [0, *(np.flatnonzero(pages[1:] != pages[:-1] + np.uint64(1)) + 1).tolist(), len(pages)]
