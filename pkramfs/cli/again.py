@@ -27,11 +27,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pkramfs.cli.mounts import Seen, Warn
+from pkramfs.cli.daemons import Seen
 from pkramfs.errors import MachineError, PkramfsError, explain
 from pkramfs.mounting import options, syscalls
 from pkramfs.mounting.helper import PROGRAM, AnsweredError
 from pkramfs.mounting.mountpoints import prepare
+from pkramfs.mounting.names import node_name
 from pkramfs.mounting.starting import Expected, PrestartedDaemons
 from pkramfs.mounting.syscalls import Mounted, Table
 from pkramfs.units import plural
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from pkramfs.machine.mounts import MountEntry
 
 Json = dict[str, Any]
+Warn = Callable[[str], None]
 _NAMED = 3
 """How many places in other mount namespaces are named for a tree."""
 
@@ -233,6 +235,26 @@ def _inode(one: Mounted) -> int | None:
 
 
 # -- after the boot -------------------------------------------------------------------------------
+
+
+def still_there(machine: "Machine", mounts: Sequence[Json], warn: Warn) -> list[Json]:
+    """Those of `mounts` whose tree crossed: an empty mount in the place of a lost tree would look like one."""
+    if not mounts:
+        return []
+    from pkramfs.kernel.running import look
+
+    kernel = look(machine)
+    crossed = {node.name for node in kernel.store.nodes()} if kernel.info.pkram else set()
+    crossed |= {node_name(entry.name) for entry in machine.mounts() if entry.alive and entry.name}
+    for mount in mounts:
+        if _node(mount) not in crossed:
+            warn(f"{mount.get('name')} is not mounted again on {mount['mountpoint']}: its tree was lost")
+    return [mount for mount in mounts if _node(mount) in crossed]
+
+
+def _node(mount: Json) -> bytes:
+    """Return the name of the node that an entry of nvram.json's list is preserved in."""
+    return node_name(str(mount.get("name")))
 
 
 class _Step(NamedTuple):

@@ -31,14 +31,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, mounts, render, report, signals
+from pkramfs.cli import arguments, daemons, render, report, signals
 from pkramfs.cli.arguments import complain, need
+from pkramfs.cli.freezer import Freezer
 from pkramfs.errors import MachineError, NotPreservedError, PkramfsError
 from pkramfs.units import format_size, plural
 
 if TYPE_CHECKING:
     from pkramfs.cli import again
-    from pkramfs.cli.mounts import Mounts, Seen
+    from pkramfs.cli.daemons import Seen
+    from pkramfs.control.replies import Status
     from pkramfs.kernel.staging import Loaded
     from pkramfs.kernel.steps import Operation, Plan
     from pkramfs.machine.directory import Machine
@@ -261,7 +263,7 @@ def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
     """Print what -e would do; its status is the one that -e would leave with, as far as can be known."""
     from pkramfs.kernel import kexec
 
-    seen = mounts.look(machine) if machine.exists() else []
+    seen = daemons.look(machine) if machine.exists() else []
     reports = [one.report for one in seen]
     back = _to_remount(args, seen)
     plan = kexec.plan(machine, reports, force=args.force, poison=args.poison, remount=back.mounts, notes=back.notes)
@@ -275,23 +277,30 @@ def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
 
 def _noticed(seen: "Sequence[Seen]") -> list[str]:
     """What cannot survive, and who will find that a mount went away under them."""
-    from pkramfs.control.protocol import unnamed
+    from pkramfs.cli.users import users as users_of
 
     found = []
     for one in seen:
         place = one.entry.mountpoint
-        status = one.status or {}
-        found += [f"{place}: {path} is open for writing" for path in status.get("writers", [])]
-        if more := unnamed(status, "writers"):
-            found.append(f"{place}: {plural(more, 'more file')} open for writing")
-        found += [f"{place}: {path} will be lost" for path in status.get("open_deleted", [])]
-        if more := unnamed(status, "open_deleted"):
-            found.append(f"{place}: {plural(more, 'more deleted file')} will be lost")
-        users = {user.pid: (at, user) for at in one.places or (place,) for user in mounts.users(at)}
+        found += _not_surviving(place, one.status) if one.status else []
+        users = {user.pid: (at, user) for at in one.places or (place,) for user in users_of(at)}
         for at, user in list(users.values())[:_NAMED]:
             found.append(f"{at}: {user.name} (pid {user.pid}) uses it and will get ENOTCONN")
         if (more := len(users) - _NAMED) > 0:
             found.append(f"{place}: {plural(more, 'more program')} that {'uses' if more == 1 else 'use'} it")
+    return found
+
+
+def _not_surviving(place: str, status: "Status") -> list[str]:
+    """Return a line for each file that is open for writing or deleted."""
+    from pkramfs.control.replies import unnamed
+
+    found = [f"{place}: {path} is open for writing" for path in status["writers"]]
+    if more := unnamed(status, "writers"):
+        found.append(f"{place}: {plural(more, 'more file')} open for writing")
+    found += [f"{place}: {path} will be lost" for path in status["open_deleted"]]
+    if more := unnamed(status, "open_deleted"):
+        found.append(f"{place}: {plural(more, 'more deleted file')} will be lost")
     return found
 
 
@@ -316,7 +325,7 @@ def _execute_with(
     from pkramfs.cli import again
     from pkramfs.kernel import kexec, nvram, running
 
-    going = mounts.Mounts(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
+    going = Freezer(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
     remount: list[dict[str, Any]] = []
     back: list[dict[str, Any]] = []
     try:
@@ -387,7 +396,7 @@ def _before(waiting: signals.Deferral, verbose: bool, step: "Operation") -> None
         render.tell(line)
 
 
-def _undo(machine: "Machine", going: "Mounts", back: list[dict[str, Any]], prestarted: "PrestartedDaemons") -> None:
+def _undo(machine: "Machine", going: Freezer, back: list[dict[str, Any]], prestarted: "PrestartedDaemons") -> None:
     """After a failure: while the old kernel lives, every mount is as it was."""
     from pkramfs.cli import again
     from pkramfs.kernel import kernelrecord
@@ -411,7 +420,7 @@ def _mount_again(
 
     info = running.look(machine).info
     warn = partial(arguments.warn, PROGRAM)
-    remount = mounts.still_there(machine, remount, warn)
+    remount = again.still_there(machine, remount, warn)
     failed = again.restart(machine, remount, warn, prestarted or PrestartedDaemons())
     if not failed:
         with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
@@ -442,7 +451,7 @@ def _cold(args: argparse.Namespace, machine: "Machine") -> int:
     from pkramfs.cli import nodes
     from pkramfs.kernel import running
 
-    going = mounts.Mounts(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
+    going = Freezer(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
     with arguments.existing(args).lifecycle(shared=False, timeout=LOCK_SECONDS):
         if not args.force:
             nodes.refuse_loss(machine)
@@ -466,6 +475,6 @@ def _panic(args: argparse.Namespace, machine: "Machine") -> int:
             render.say("kill the mounts and boot the crash kernel, with PKRAM off")
             return 0
         with signals.deferred():
-            mounts.Mounts(machine, force=True).kill()
+            Freezer(machine, force=True).kill()
             crash.panic(machine)
     return _mount_again(machine, [], "with PKRAM off; pkram-kexec --cold leaves it")

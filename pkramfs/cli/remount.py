@@ -11,33 +11,34 @@
     size= nr_inodes= huge= mpol=           the daemon takes them on, before anything else
 
 mount(8) merges the current options, or those of fstab, with what was said, in any order, and leaves out what
-cancels out: noexec and exec become nothing. So what it passes on is the *result*, as for mount(2). From
-others it is a change: flags that are not named stay. Without root the kernel's flag stays as it is and the
+cancels out: noexec and exec become nothing. So its options are the *result*, as for mount(2). Options from
+anybody else are a change: flags that are not named stay. Without root the kernel's flag stays as it is and the
 daemon's freeze alone makes the tree read-only.
 
 The daemon is found by the device number of what is mounted there, so a bind mount will do as well, in whichever
-machine of PKRAM_ROOT it is. The mount is known by its id: what the daemon does takes time, in which the path may be
-made to lead elsewhere. Whether a mount is read-only is told to the daemon, too, for preserve makes it so and a
-kexec undoes that.
+machine of PKRAM_ROOT it is. The mount is known by its id: the daemon's work takes time, and meanwhile the path may
+be made to lead elsewhere. The daemon is also told whether the mount is read-only of itself, because preserve makes
+it read-only and a kexec undoes that.
 
 Kernel: fs/namespace.c (do_remount), mm/shmem.c (shmem_reconfigure), patch 24
 """
 
 import errno
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from pkramfs.cli import render, signals
+from pkramfs.cli import daemons, render, signals
 from pkramfs.cli.arguments import warn
-from pkramfs.control.client import call, call_long
-from pkramfs.control.protocol import unnamed
 from pkramfs.errors import DaemonError, PkramfsError, UsageError
 from pkramfs.mounting.helper import PROGRAM, MountError
 from pkramfs.mounting.options import MS_RDONLY, MS_REMOUNT, Options
+from pkramfs.mounting.patience import ANSWER_SECONDS, within
 from pkramfs.mounting.syscalls import FSTYPE, Mounted, holding, is_dead, mount, mount_id, mounts
 from pkramfs.units import PAGE_SHIFT, format_size, plural
 
 if TYPE_CHECKING:
+    from pkramfs.control.commands import Commands
+    from pkramfs.control.replies import Status
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.mounts import MountEntry
 
@@ -50,29 +51,31 @@ _NAMED = 5
 
 
 def remount(directory: str, options: Options, verbose: bool = False) -> int:
-    """Do what the options ask for; PkramfsError with the reason if that is refused."""
+    """Do what the options ask for; raise PkramfsError with the reason if that is refused."""
     with holding(directory) as held:
         found = mount_id(held)
     mounted = next((one for one in mounts() if one.id == found), None)
     if mounted is None or mounted.mountpoint != directory or mounted.fstype != FSTYPE:
         raise MountError(f"{directory} is not a pkramfs mount")
-    _remount(Target(directory, mounted), options, verbose)
+    machine, entry, daemon = _found(directory, mounted.dev, options)
+    _remount(Target(directory, mounted, machine, entry, daemon), options, verbose)
     return 0
 
 
 class Target(NamedTuple):
-    """A mount, and the directory by which it was found."""
+    """A mount, the directory by which it was found, and its daemon."""
 
     directory: str
     mounted: Mounted
+    machine: "Machine"
+    entry: "MountEntry"
+    daemon: "Commands"
 
     def set_flags(self, before: int, flags: int) -> None:
         """Have the kernel change the flags; without root they stay as they are.
 
-        Held only meanwhile: nobody could unmount what is held.
+        The mount is held only meanwhile: nobody could unmount it while it is held.
         """
-        from pkramfs.mounting.patience import within
-
         if os.geteuid() != 0 or flags == before:
             return
         with holding(self.directory) as held:
@@ -86,8 +89,7 @@ class Target(NamedTuple):
 
 
 def _remount(target: Target, options: Options, verbose: bool) -> None:
-    directory, before = target.directory, target.mounted.flags
-    machine, entry = _found(directory, target.mounted.dev, options)
+    directory, before, entry = target.directory, target.mounted.flags, target.entry
     if options.name not in (None, entry.name):
         raise UsageError(
             f"{directory} is mounted as {entry.name or 'a tree without a name'}: pkram= cannot be changed by a remount"
@@ -97,26 +99,21 @@ def _remount(target: Target, options: Options, verbose: bool) -> None:
     if options.preserve and not read_only:
         how = "mount" if os.geteuid() == 0 else f"{PROGRAM} none"
         raise UsageError(f"preserve needs a read-only mount: {how} {directory} -o remount,preserve,ro")
-    _reconfigure(machine, entry, options)
+    _reconfigure(target, options)
     if options.preserve:
-        answer = _preserve(entry, target, flags, options)
-        for path in answer["open_deleted"]:
-            warn(PROGRAM, f"{directory}: {path} is not preserved")
-        if more := unnamed(answer, "open_deleted"):
-            warn(PROGRAM, f"{directory}: {plural(more, 'more open file')} not preserved")
-        _tell(verbose, f"{entry.name} preserved: {_figures(answer)}")
+        _say_preserved(target, _preserve(target, flags, options), verbose)
         return
     if read_only and options.preserve is None:
-        _make_read_only(entry, target, flags)
+        _make_read_only(target, flags)
     else:
-        if options.preserve is False or call(entry.socket, "status")["frozen"]:
-            call(entry.socket, "unpreserve")
+        if options.preserve is False or target.daemon.status()["frozen"]:
+            target.daemon.unpreserve()
         target.set_flags(before, flags)
-    _note(entry, flags)
+    _note(target, flags)
 
 
 def _is_result(options: Options) -> bool:
-    """Whether mount(8) speaks: it passes on the kernel's own words, or it is who started us."""
+    """Return True if mount(8) speaks: it passes on the kernel's own words, or it is our parent."""
     if any(word.startswith("user_id=") for word in options.words):
         return True
     try:
@@ -126,28 +123,27 @@ def _is_result(options: Options) -> bool:
         return False  # it is gone; mount(8) would have waited
 
 
-def _found(directory: str, dev: int, options: Options) -> "tuple[Machine, MountEntry]":
+def _found(directory: str, dev: int, options: Options) -> "tuple[Machine, MountEntry, Commands]":
     """Return the machine and the daemon of the mount, which answers; of all machines, unless one is named."""
+    from pkramfs.control.commands import Commands
     from pkramfs.machine.directory import Machine, default_root
 
-    machines = [Machine.locate(options.machine), *([] if options.machine else Machine.all())]
-    for machine in machines:
-        for entry in machine.mounts():
-            if entry.dev == dev and entry.alive:
-                _expect_answer(directory, entry)
-                return machine, entry
+    if (found := daemons.owner(dev, options.machine)) is not None:
+        machine, entry = found
+        daemon = Commands(entry.socket)
+        _expect_answer(directory, entry, daemon)
+        return machine, entry, daemon
     if is_dead(directory):
         raise MountError(f"the daemon of {directory} has died, its tree is lost: umount {directory}")
-    where = f"the machine {machines[0].path()}" if options.machine else os.environ.get("PKRAM_ROOT") or default_root()
+    root = os.environ.get("PKRAM_ROOT") or default_root()
+    where = f"the machine {Machine.locate(options.machine).path()}" if options.machine else root
     raise MountError(f"{directory} belongs to no mount daemon of {where}: set PKRAM_ROOT to where its machine is")
 
 
-def _expect_answer(directory: str, entry: "MountEntry") -> None:
+def _expect_answer(directory: str, entry: "MountEntry", daemon: "Commands") -> None:
     """Ask the daemon before the kernel waits for it, which would wait for ever."""
-    from pkramfs.mounting.patience import ANSWER_SECONDS
-
     try:
-        call(entry.socket, "status", timeout=ANSWER_SECONDS)
+        daemon.status(timeout=ANSWER_SECONDS)
     except DaemonError as error:
         raise MountError(
             f"the daemon of {directory} (pid {entry.pid}) does not answer ({error}): look at it, or kill {entry.pid}, "
@@ -155,36 +151,35 @@ def _expect_answer(directory: str, entry: "MountEntry") -> None:
         ) from None
 
 
-def _reconfigure(machine: "Machine", entry: "MountEntry", options: Options) -> None:
+def _reconfigure(target: Target, options: Options) -> None:
     words = {key: value for key, value in options.lasting().items() if key in _OURS}
     if not words:
         return
-    pages, inodes = options.limits(machine.hardware().pages << PAGE_SHIFT)
-    wanted: dict[str, Any] = {"words": words}
-    if options.size is not None:
-        wanted["pages"] = pages
-    if options.nr_inodes is not None:
-        wanted["inodes"] = inodes
-    call(entry.socket, "reconfigure", **wanted)
+    pages, inodes = options.limits(target.machine.hardware().pages << PAGE_SHIFT)
+    target.daemon.reconfigure(
+        words,
+        pages=None if options.size is None else pages,
+        inodes=None if options.nr_inodes is None else inodes,
+    )
 
 
-def _preserve(entry: "MountEntry", target: Target, flags: int, options: Options) -> dict[str, Any]:
-    """Kernel first, so that no new writer comes; back to rw if the daemon refuses, or a signal ends us."""
-    before = target.mounted.flags
-    if not call(entry.socket, "status")["frozen"]:  # else it is read-only because it is preserved
-        _note(entry, before)
+def _preserve(target: Target, flags: int, options: Options) -> "Status":
+    """Make the mount read-only first, so that no new writer comes; go back to rw if the daemon refuses, or a signal
+    ends us."""
+    before, daemon = target.mounted.flags, target.daemon
+    if not daemon.status()["frozen"]:  # else it is read-only because it is preserved
+        _note(target, before)
     try:
-        _make_read_only(entry, target, flags)
+        _make_read_only(target, flags)
     except KeyboardInterrupt:
         _make_writable(target, flags, before)
         raise
-    lossy = {"lossy": True} if options.lossy else {}  # which a daemon of an older version does not know
     try:
-        return call_long(entry.socket, "preserve", strict=options.strict, **lossy)
+        return daemon.preserve(strict=options.strict, lossy=options.lossy)
     except KeyboardInterrupt:
         if not before & MS_RDONLY:
             with signals.deferred():
-                call_long(entry.socket, "unpreserve")  # waits until a save that is under way is over
+                daemon.unpreserve(patient=True)
         _make_writable(target, flags, before)
         raise
     except PkramfsError:
@@ -192,42 +187,48 @@ def _preserve(entry: "MountEntry", target: Target, flags: int, options: Options)
         raise
 
 
+def _say_preserved(target: Target, status: "Status", verbose: bool) -> None:
+    """Warn of what is not preserved, and if asked for, say what is."""
+    from pkramfs.control.replies import unnamed
+
+    for path in status["open_deleted"]:
+        warn(PROGRAM, f"{target.directory}: {path} is not preserved")
+    if more := unnamed(status, "open_deleted"):
+        warn(PROGRAM, f"{target.directory}: {plural(more, 'more open file')} not preserved")
+    if verbose:
+        figures = f"{plural(status['files'], 'file')}, {format_size(status['pages'] << PAGE_SHIFT)}"
+        render.tell(f"{PROGRAM}: {target.entry.name} preserved: {figures}")
+
+
 def _make_writable(target: Target, flags: int, before: int) -> None:
-    """Take back what `_make_read_only` did, if it was not read-only before."""
+    """Take back what `_make_read_only` did, if the mount was not read-only before."""
     if not before & MS_RDONLY:
         with signals.deferred():
             target.set_flags(flags, before)
 
 
-def _note(entry: "MountEntry", flags: int) -> None:
+def _note(target: Target, flags: int) -> None:
     """Tell the daemon whether the mount is read-only of itself, not because it is preserved."""
     if os.geteuid() == 0:
-        call(entry.socket, "reconfigure", words={"ro" if flags & MS_RDONLY else "rw": True})
+        target.daemon.reconfigure({"ro" if flags & MS_RDONLY else "rw": True})
 
 
-def _make_read_only(entry: "MountEntry", target: Target, flags: int) -> None:
+def _make_read_only(target: Target, flags: int) -> None:
     try:
         target.set_flags(target.mounted.flags, flags)
     except OSError as error:
         if error.errno != errno.EBUSY:
             raise
-        raise MountError(f"{target.directory} is busy: {_users(entry)}") from None
+        raise MountError(f"{target.directory} is busy: {_users(target.daemon)}") from None
 
 
-def _users(entry: "MountEntry") -> str:
-    """Who keeps a mount from becoming read-only, as the daemon knows."""
-    status = call(entry.socket, "status")
-    reasons = [f"{path} is open for writing" for path in status.get("writers", [])]
-    reasons += [f"{path} is still open" for path in status.get("open_deleted", [])]
+def _users(daemon: "Commands") -> str:
+    """Name the files that keep a mount from becoming read-only, as the daemon knows them."""
+    from pkramfs.control.replies import unnamed
+
+    status = daemon.status()
+    reasons = [f"{path} is open for writing" for path in status["writers"]]
+    reasons += [f"{path} is still open" for path in status["open_deleted"]]
     more = len(reasons[_NAMED:]) + unnamed(status, "writers") + unnamed(status, "open_deleted")
     shown = ", ".join(reasons[:_NAMED]) + (f" and {more:,} more" if more else "")
     return (shown or "a file is open for writing") + "; close it and try again"
-
-
-def _figures(answer: dict[str, Any]) -> str:
-    return f"{plural(answer['files'], 'file')}, {format_size(answer['pages'] << PAGE_SHIFT)}"
-
-
-def _tell(verbose: bool, message: str) -> None:
-    if verbose:
-        render.tell(f"{PROGRAM}: {message}")

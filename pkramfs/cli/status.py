@@ -23,7 +23,7 @@ Kernel: /proc/meminfo, /sys/kernel/pkram, /sys/kernel/kexec_loaded
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, mounts, nodes, render
+from pkramfs.cli import arguments, daemons, nodes, render
 from pkramfs.cli.render import Column
 from pkramfs.errors import PkramfsError
 from pkramfs.units import BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size
@@ -124,14 +124,14 @@ def _numa(machine: "Machine") -> dict[str, dict[str, int]] | None:
 
 
 def _mounts(machine: "Machine") -> list[dict[str, Any]]:
-    return [_mount(seen) for seen in mounts.look(machine)]
+    return [_mount(seen) for seen in daemons.look(machine)]
 
 
-def _mount(seen: mounts.Seen) -> dict[str, Any]:
+def _mount(seen: daemons.Seen) -> dict[str, Any]:
     known = {"mountpoint": seen.entry.mountpoint, "name": seen.entry.name, "pid": seen.entry.pid}
     if seen.status is None:
         return known | {"state": "silent", "problem": seen.silence}
-    lost = mounts.lost(seen.status)
+    lost = daemons.lost(seen.status)
     problem = {"problem": f"{seen.entry.mountpoint}: {lost}"} if lost else {}
     return seen.status | known | {"places": list(seen.places)} | problem
 

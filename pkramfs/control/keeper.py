@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
+from pkramfs.control.replies import Done, Frozen, Status
 from pkramfs.errors import ErrnoError, FormatError, PkramfsError, explain
 from pkramfs.fs.save import save, withdraw
 from pkramfs.mounting.names import node_name
@@ -147,7 +148,8 @@ class Keeper:
 
     # -- verbs ----------------------------------------------------------------------------------
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self) -> Status:
+        """Return the state and the figures of the tree."""
         if not self._lock.locked():
             self._notice_loss()
         tree, counts = self.tree, self.tree.counts()
@@ -172,7 +174,7 @@ class Keeper:
             "pid": os.getpid(),
         }
 
-    async def preserve(self, strict: bool = False, lossy: bool = False) -> dict[str, Any]:
+    async def preserve(self, strict: bool = False, lossy: bool = False) -> Status:
         """Freeze the tree and publish its node; nothing happens where that is done already."""
         try:
             async with self._lock:
@@ -181,7 +183,7 @@ class Keeper:
             self._say(f"pkramfs: {self.mountpoint} was not preserved: {_reason(error)}")
             raise
 
-    async def _preserve(self, strict: bool, lossy: bool) -> dict[str, Any]:
+    async def _preserve(self, strict: bool, lossy: bool) -> Status:
         if self.name is None:
             raise ErrnoError(
                 f"{self.mountpoint} was mounted without pkram=NAME, so it cannot be preserved: mount it with a name",
@@ -194,13 +196,14 @@ class Keeper:
         await self._freeze()
         try:
             self._refuse_loss(lossy)
-            report = {} if self.tree.preserved else await self._save(strict)
+            if not self.tree.preserved:
+                await self._save(strict)
         except BaseException:
             self.tree.thaw()
             raise
         self._kept = True
         self._forget_loss()
-        return await self.status() | report
+        return await self.status()
 
     def _refuse_loss(self, lossy: bool) -> None:
         """LostError if files lack data that were written to them."""
@@ -220,7 +223,8 @@ class Keeper:
             )
         self.tree.losses.files.clear()
 
-    async def _save(self, strict: bool) -> dict[str, Any]:
+    async def _save(self, strict: bool) -> None:
+        """Publish the node, and tell the log what it holds and what it lacks."""
         report = await drive(save(self.tree, self.store, self.node_name, strict=strict, banned=self._banned()))
         self.tree.on_first_change = self._withdraw
         moved = f", {plural(report.moved, 'page')} relocated" if report.moved else ""
@@ -232,9 +236,8 @@ class Keeper:
             self._say(f"pkramfs: {self.name}: {path} is not preserved")
         if more := report.deleted_count - len(report.deleted):
             self._say(f"pkramfs: {self.name}: nor {'is' if more == 1 else 'are'} {plural(more, 'other open file')}")
-        return {"report": report._asdict()}
 
-    async def unpreserve(self) -> dict[str, Any]:
+    async def unpreserve(self) -> Status:
         """Give the tree back to its writers; the node goes."""
         async with self._lock:
             self._refuse_held()
@@ -243,7 +246,7 @@ class Keeper:
             self._thaw()
             return await self.status()
 
-    async def freeze(self) -> dict[str, Any]:
+    async def freeze(self) -> Frozen:
         """No change from now on, if the tree is preserved. A live one goes on: freezing would save nothing of it,
         and what the kernel has not sent yet would be lost if the kexec is refused."""
         async with self._lock:
@@ -252,26 +255,26 @@ class Keeper:
             self._holders += self.tree.preserved
             return {"preserved": self.tree.preserved}
 
-    async def release(self, answer: dict[str, Any]) -> None:
+    async def release(self, answer: Frozen) -> None:
         """Take back the freeze that was answered so: its connection has ended, in whatever way."""
         async with self._lock:
             self._holders -= answer["preserved"]
             if not self._holders and not self._kept and not self.stopping.is_set():
                 self._thaw()
 
-    async def reconfigure(self, words: "Words", pages: int | None = None, inodes: int | None = None) -> dict[str, Any]:
+    async def reconfigure(self, words: "Words", pages: int | None = None, inodes: int | None = None) -> Done:
         """remount,size= and the like."""
         self._settings.reconfigure(words, pages, inodes)
         return {}
 
-    async def thaw(self) -> dict[str, Any]:
+    async def thaw(self) -> Frozen:
         """Take a freeze back; a preserved tree lets go of its node only when it is changed."""
         async with self._lock:
             self._refuse_held()
             self._thaw()
             return {"preserved": self.tree.preserved}
 
-    async def stop(self) -> dict[str, Any]:
+    async def stop(self) -> Done:
         """End the daemon once this is answered."""
         self.stopping.set()
         return {}

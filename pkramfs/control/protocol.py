@@ -88,15 +88,9 @@ def result(answer: dict[str, Any]) -> dict[str, Any]:
         try:
             refused = _REFUSAL.read(answer)
         except schema.Invalid as error:
-            raise DaemonError(f"it answered something else than this version understands: {error}") from None
+            raise DaemonError(f"unexpected reply from the daemon (version mismatch?): {error}") from None
         raise RefusedError(refused["error"], refused.get("status") or 1, refused.get("errno"))
     found = answer.get("ok")
     if not isinstance(found, dict):
-        raise DaemonError("it answered something else than this version understands")
+        raise DaemonError("unexpected reply from the daemon (version mismatch?): neither ok nor error")
     return found
-
-
-def unnamed(answer: dict[str, Any], what: str) -> int:
-    """How many there are of which an answer names but the first few."""
-    named = len(answer.get(what, ()))
-    return max(int(answer.get(f"{what}_count", named)) - named, 0)

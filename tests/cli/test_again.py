@@ -8,7 +8,8 @@ import types
 import pytest
 
 from pkramfs.cli import again
-from pkramfs.cli.mounts import Seen
+from pkramfs.cli.daemons import Seen
+from pkramfs.control.replies import Status, read
 from pkramfs.errors import MachineError
 from pkramfs.machine.mounts import MountEntry
 from pkramfs.mounting import options as o
@@ -22,8 +23,14 @@ ROOT = Mounted(1, "/", "ext4", 0, id=1)
 def tree(name, dev, at=None, *, preserved=True, options=None, on=None):
     """A daemon that has answered, or (preserved is None) has not."""
     entry = MountEntry(dev, name, at or f"/{name}", 0, options or {"pkram": name}, dev, True, "", on)
-    status = None if preserved is None else {"state": "preserved" if preserved else "live"}
-    return Seen(entry, status, "")
+    said = {
+        "name": name,
+        "mountpoint": entry.mountpoint,
+        "state": "preserved" if preserved else "live",
+        "frozen": False,
+    }
+    figures = {"files": 0, "dirs": 0, "pages": 0, "bytes": 0, "pid": 1}
+    return Seen(entry, None if preserved is None else read(Status, said | figures), "")
 
 
 def at(number, parent, place, dev, flags=o.MS_RELATIME, own=None, **more):

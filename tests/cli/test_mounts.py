@@ -3,13 +3,13 @@
 
 import errno
 import os
-import sys
-import types
 
 import pytest
 
-from pkramfs.cli import mounts
-from pkramfs.cli.mounts import Mounts
+from pkramfs.cli import daemons, freezer
+from pkramfs.cli.freezer import Freezer
+from pkramfs.cli.users import users
+from pkramfs.control import commands
 from pkramfs.errors import DaemonError
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.mounts import MountEntry
@@ -36,8 +36,14 @@ class Daemon:
             self.alive = self.deaf
         if verb == "freeze":
             self.holders += 1
+        if verb == "stop":
+            return {}
+        if verb == "freeze":
+            return {"preserved": self.preserved}
         state = "preserved" if self.preserved else "live"
-        return {"state": state, "frozen": self.frozen, "files": 3, "bytes": 4096, "refused": self.refused}
+        figures = {"files": 3, "dirs": 1, "pages": 1, "bytes": 4096, "refused": self.refused}
+        known = {"name": self.name, "mountpoint": self.entry.mountpoint, "pid": 1}
+        return {"state": state, "frozen": self.frozen, **figures, **known}
 
 
 class FakeHeld:
@@ -72,16 +78,14 @@ def machine(monkeypatch):
     def find(socket):
         return next(d for d in made.daemons if d.entry.socket == socket)
 
-    client = types.ModuleType("pkramfs.control.client")
-    client.call = lambda socket, verb, timeout=None: find(socket).answer(verb)  # type: ignore[attr-defined]
-    client.Held = lambda socket, verb, undo, timeout: FakeHeld(find(socket), verb)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pkramfs.control.client", client)
+    monkeypatch.setattr(commands, "call", lambda socket, verb, timeout=None: find(socket).answer(verb))
+    monkeypatch.setattr(commands, "Held", lambda socket, verb, undo, timeout: FakeHeld(find(socket), verb))
     return made
 
 
 def test_looking_freezes_nothing_and_reports_a_silent_daemon(machine):
     machine.daemons = [Daemon("a"), Daemon("b", silent=True), Daemon("c", preserved=False)]
-    a, b, c = mounts.look(machine)
+    a, b, c = daemons.look(machine)
     assert (a.report.preserved, a.report.files, a.report.reason) == (True, 3, "")
     assert b.report.preserved is False
     assert "does not answer" in b.report.reason and "/nowhere/b" in b.report.reason
@@ -93,12 +97,12 @@ def test_a_mount_without_a_name_cannot_be_preserved(machine):
     daemon = Daemon("x", preserved=False)
     daemon.entry = MountEntry(**{**vars(daemon.entry), "name": None})
     machine.daemons = [daemon]
-    assert "without pkram=NAME" in mounts.look(machine)[0].report.reason
+    assert "without pkram=NAME" in daemons.look(machine)[0].report.reason
 
 
 def test_thaw_takes_back_what_freeze_did_and_no_more(machine):
     machine.daemons = [Daemon("a", preserved=False), Daemon("b", frozen=True)]
-    going = Mounts(machine)
+    going = Freezer(machine)
     assert [seen.report.preserved for seen in going.freeze()] == [False, True]
     assert all(d.frozen for d in machine.daemons)
     going.thaw()
@@ -108,14 +112,14 @@ def test_thaw_takes_back_what_freeze_did_and_no_more(machine):
 def test_a_silent_daemon_stops_the_freeze_and_thaws_the_others(machine):
     machine.daemons = [Daemon("a"), Daemon("b", silent=True)]
     with pytest.raises(DaemonError, match=r"/nowhere/b.*pid.*--force"):
-        Mounts(machine).freeze()
+        Freezer(machine).freeze()
     assert not machine.daemons[0].frozen
 
 
 def test_forced_a_silent_daemon_is_a_warning(machine):
     machine.daemons = [Daemon("a"), Daemon("b", silent=True)]
     said = []
-    seen = Mounts(machine, force=True, warn=said.append).freeze()
+    seen = Freezer(machine, force=True, warn=said.append).freeze()
     assert [s.report.preserved for s in seen] == [True, False]
     assert "does not answer" in said[0]
 
@@ -124,17 +128,17 @@ def failing(monkeypatch, error):
     def sync(entry):
         raise error
 
-    monkeypatch.setattr(mounts, "_sync", sync)
+    monkeypatch.setattr(freezer, "_sync", sync)
 
 
 def test_what_the_kernel_could_not_write_back_stops_the_freeze(machine, monkeypatch):
     machine.daemons = [Daemon("good"), Daemon("odd")]
     failing(monkeypatch, OSError(errno.EIO, os.strerror(errno.EIO)))
     with pytest.raises(DaemonError, match="data that were written may be lost: the kernel could not write back: Input"):
-        Mounts(machine).freeze()
+        Freezer(machine).freeze()
     assert not any(d.frozen for d in machine.daemons)
     said = []
-    assert len(Mounts(machine, force=True, warn=said.append).freeze()) == 2
+    assert len(Freezer(machine, force=True, warn=said.append).freeze()) == 2
     assert [line.partition(": ")[0] for line in said] == ["/nowhere/good", "/nowhere/odd"]
 
 
@@ -142,24 +146,24 @@ def test_an_error_that_the_daemon_caused_is_its_own_to_tell(machine, monkeypatch
     machine.daemons = [Daemon("full")]
     machine.daemons[0].refused = 3
     failing(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    assert [seen.report.preserved for seen in Mounts(machine).freeze()] == [True]
+    assert [seen.report.preserved for seen in Freezer(machine).freeze()] == [True]
 
 
 def test_stop_waits_until_all_are_gone(machine):
     machine.daemons = [Daemon("a"), Daemon("b")]
-    going = Mounts(machine)
+    going = Freezer(machine)
     going.stop()
     assert machine.live_ids() == set()
     assert going.stopped
 
 
 def test_stop_names_a_daemon_that_stays(machine, monkeypatch):
-    monkeypatch.setattr(mounts, "STOP_SECONDS", 0.05)
+    monkeypatch.setattr(freezer, "STOP_SECONDS", 0.05)
     daemon = Daemon("a")
     daemon.deaf = True
     machine.daemons = [daemon]
     with pytest.raises(DaemonError, match=r"/nowhere/a .* does not end"):
-        Mounts(machine).stop()
+        Freezer(machine).stop()
 
 
 def test_a_lock_without_an_entry_is_an_error(machine):
@@ -167,14 +171,14 @@ def test_a_lock_without_an_entry_is_an_error(machine):
     machine.daemons = [daemon]
     machine.mounts = list
     with pytest.raises(DaemonError, match="hold a tree but say nothing"):
-        mounts.alive(machine)
+        daemons.alive(machine)
 
 
 def test_kill_never_touches_a_process_that_is_no_daemon(machine, monkeypatch):
     killed = []
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(pid))
     for pid in (0, -1, 1, 1 << 30):
-        mounts.kill(MountEntry(**{**vars(Daemon("a").entry), "pid": pid}))
+        daemons.kill(MountEntry(**{**vars(Daemon("a").entry), "pid": pid}))
     assert killed == []
 
 
@@ -188,8 +192,8 @@ def test_users_of_a_directory_are_found_without_touching_it(tmp_path):
         os._exit(0)
     try:
         os.waitpid(child, os.WUNTRACED)
-        assert [user.pid for user in mounts.users(str(tmp_path))] == [child]
-        assert mounts.users(str(tmp_path) + "x") == []
+        assert [user.pid for user in users(str(tmp_path))] == [child]
+        assert users(str(tmp_path) + "x") == []
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
@@ -200,7 +204,7 @@ def test_waiting_for_many_looks_at_their_locks_once_a_round(machine, monkeypatch
     looked = []
     live_ids = machine.live_ids
     monkeypatch.setattr(machine, "live_ids", lambda: looked.append(1) or live_ids())
-    Mounts(machine).stop()
+    Freezer(machine).stop()
     assert len(looked) <= 3
 
 
@@ -211,8 +215,8 @@ def test_a_mount_that_was_moved_is_where_the_table_has_it(machine, monkeypatch):
     at = MountEntry(**{**vars(entry), "dev": 40, "mountpoint": "/old"})
     table = [syscalls.Mounted(40, "/b", "x", 0, root="/sub"), syscalls.Mounted(40, "/new", "x", 0)]
     monkeypatch.setattr(syscalls, "mounts", lambda: table)
-    assert [one.mountpoint for one in mounts.located([at, entry])] == ["/new", "/nowhere/a"]
+    assert [one.mountpoint for one in daemons.located([at, entry])] == ["/new", "/nowhere/a"]
     monkeypatch.setattr(syscalls, "mounts", lambda: [*table, syscalls.Mounted(40, "/old", "x", 0)])
-    assert [one.mountpoint for one in mounts.located([at])] == ["/old"]
+    assert [one.mountpoint for one in daemons.located([at])] == ["/old"]
     monkeypatch.setattr(syscalls, "mounts", list)
-    assert [one.mountpoint for one in mounts.located([at])] == ["/old"]
+    assert [one.mountpoint for one in daemons.located([at])] == ["/old"]

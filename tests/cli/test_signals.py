@@ -229,11 +229,11 @@ def test_a_boot_does_not_hear_signals(root, ctl):
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_preserve_that_is_ended_is_taken_back(machine, place, mount, monkeypatch, number, when):
     from pkramfs.cli import mount as helper
-    from pkramfs.cli import remount
+    from pkramfs.control import commands
 
     mnt = place()
     mount(mnt, "pkram=one")
-    ask = remount.call_long
+    ask = commands.call_long
 
     def interrupted(socket, verb, **words):
         if verb == "preserve" and when == "before":
@@ -243,7 +243,7 @@ def test_a_preserve_that_is_ended_is_taken_back(machine, place, mount, monkeypat
             send(number)
         return answer
 
-    monkeypatch.setattr(remount, "call_long", interrupted)
+    monkeypatch.setattr(commands, "call_long", interrupted)
     assert helper.main(["none", mnt, "-o", "remount,preserve,ro"]) == 128 + number
     with open(f"{mnt}/file", "w") as file:
         file.write("writable")

@@ -188,9 +188,9 @@ def test_files_open_for_writing_refuse_and_are_named(machine, place, ctl, kexec)
 
 
 def test_a_stopped_daemon_is_named_and_killed_only_when_forced(machine, place, ctl, kexec, monkeypatch):
-    from pkramfs.cli import mounts
+    from pkramfs.cli import daemons
 
-    monkeypatch.setattr(mounts, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(daemons, "ANSWER_SECONDS", 0.5)
     mnt = place()
     mount(mnt, "pkram=one")
     (entry,) = machine.mounts()

@@ -12,6 +12,7 @@ import trio.testing
 
 from pkramfs.control import keeper as module
 from pkramfs.control.keeper import Keeper
+from pkramfs.control.replies import Done, Frozen, Status, read
 from pkramfs.control.settings import Settings
 from pkramfs.errors import ErrnoError, FormatError, PkramError
 from pkramfs.fs.limits import Limits
@@ -262,6 +263,12 @@ def test_two_at_once_save_once(keeper: Keeper, said: list[str]) -> None:
 
 def test_verbs_name_themselves(keeper: Keeper) -> None:
     assert set(keeper.verbs()) == {"status", "preserve", "unpreserve", "freeze", "thaw", "reconfigure", "stop"}
+
+
+def test_what_is_said_is_what_commands_read(keeper: Keeper) -> None:
+    said: dict[Any, Any] = {Status: ask(keeper.status), Frozen: ask(keeper.thaw), Done: ask(keeper.stop)}
+    assert {kind: read(kind, reply) for kind, reply in said.items()} == said
+    assert said[Status].keys() == Status.__annotations__.keys()
 
 
 def lose(keeper: Keeper, *names: bytes) -> None:

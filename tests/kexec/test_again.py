@@ -357,11 +357,11 @@ def test_three_trees_on_one_mount_point_keep_their_order(user):
 
 def interrupted(user):
     """A kexec that mounts nothing again: what it would have mounted is listed, for --resume."""
-    from pkramfs.cli import again, mounts
+    from pkramfs.cli import again, daemons
 
     user.load()
     machine = Machine.locate()
-    wanted = again.plan(mounts.look(machine)).mounts
+    wanted = again.plan(daemons.look(machine)).mounts
     user.ok("pkram-kexec", "-e", "--no-remount")
     machine.write_json("nvram.json", nvram.read(machine) | {"mounts": wanted})
 

@@ -52,12 +52,12 @@ def test_what_others_mounted_is_in_nobodys_way(lab: Any) -> None:
 
 def test_a_user_of_a_mount_with_a_strange_name_is_no_error() -> None:
     """/proc/PID/comm is what a program calls itself."""
-    from pkramfs.cli import mounts
+    from pkramfs.cli import users
 
     comm = Path("/proc/self/comm")
     before = comm.read_bytes()
     try:
         comm.write_bytes(b"\xff\x80")
-        assert mounts._name(str(os.getpid())) == "\udcff\udc80"
+        assert users._name(str(os.getpid())) == "\udcff\udc80"
     finally:
         comm.write_bytes(before.strip())

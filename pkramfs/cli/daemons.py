@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The mount daemons of a machine: which live, where their mounts are, and how they are.
+
+    alive()      the entries of living daemons, each with the mount point of now
+    owner()      the daemon of a file system that is mounted, and its machine
+    look()       ask every daemon for its status; changes nothing
+
+A mount is what its daemon says, never what /proc/mounts says: a lazily detached mount, or one in another mount
+namespace, is a mount as long as its daemon's lock is held. Only where it is, the mount table knows, because a mount
+may have been moved. A daemon that does not answer is named, with its pid and the remedy.
+
+Kernel: /proc/self/mountinfo, which cannot say whose daemon lives
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+from pkramfs.errors import DaemonError
+from pkramfs.mounting import syscalls
+from pkramfs.units import plural
+
+if TYPE_CHECKING:
+    from pkramfs.control.replies import Status
+    from pkramfs.kernel.kexec import MountReport
+    from pkramfs.machine.directory import Machine
+    from pkramfs.machine.mounts import MountEntry
+
+ANSWER_SECONDS = 5.0
+"""How long a daemon may take to say how it is; it answers between two steps of its longest work."""
+_NAMED = 5
+"""How many files with lost data are named."""
+
+
+class Seen(NamedTuple):
+    """One mount: its entry and what its daemon said, or why it said nothing."""
+
+    entry: "MountEntry"
+    status: "Status | None"
+    silence: str
+    places: tuple[str, ...] = ()
+    """Where it is seen in our mount namespace: its mount and its bind mounts."""
+
+    @property
+    def report(self) -> "MountReport":
+        """What the planner of a kexec needs to know."""
+        from pkramfs.kernel.kexec import MountReport
+
+        status = self.status
+        preserved = status is not None and status["state"] == "preserved"
+        return MountReport(
+            mountpoint=self.entry.mountpoint,
+            name=self.entry.name,
+            preserved=preserved,
+            files=status["files"] if status else 0,
+            reason="" if preserved else self.silence or _why_not(self),
+            tree_id=self.entry.tree_id,
+            lost=lost(status) if status else "",
+        )
+
+
+def lost(status: "Status") -> str:
+    """Return a sentence about data that were written and are lost, or nothing if there are none."""
+    count, named = status["lost_count"], status["lost"][:_NAMED]
+    if not count:
+        return ""
+    more = f" and {count - len(named)} more" if count > len(named) else ""
+    return f"data written to {', '.join(named)}{more} are lost: write them again, or truncate or delete the files"
+
+
+def _why_not(seen: Seen) -> str:
+    """Why a mount that answered is not preserved, in words."""
+    if not seen.entry.name:
+        return "mounted without pkram=NAME, so it cannot be preserved"
+    return f"not preserved: mount -o remount,preserve,ro {seen.entry.mountpoint}"
+
+
+def alive(machine: "Machine") -> list["MountEntry"]:
+    """The mounts whose daemons live, by mount point: where they are by now."""
+    living = located(e for e in machine.mounts() if e.alive)
+    found = sorted(living, key=lambda e: (e.mountpoint, e.tree_id))
+    unknown = machine.live_ids() - {e.tree_id for e in found}
+    if unknown:
+        raise DaemonError(
+            f"{plural(len(unknown), 'process', 'processes')} hold a tree but say nothing of themselves: "
+            f"see who has {machine.path('mounts', f'{min(unknown):016x}.lock')} open (fuser), and end it"
+        )
+    return found
+
+
+def located(entries: Iterable["MountEntry"]) -> list["MountEntry"]:
+    """Return entries with the mount points that the mount table has: a mount, or a directory above it, may be moved."""
+    from dataclasses import replace
+
+    places: dict[int | None, list[str]] = {}
+    for one in syscalls.mounts():
+        if one.root == "/":
+            places.setdefault(one.dev, []).append(one.mountpoint)
+    return [
+        entry
+        if entry.dev is None or entry.mountpoint in places.get(entry.dev, [entry.mountpoint])
+        else replace(entry, mountpoint=places[entry.dev][0])
+        for entry in entries
+    ]
+
+
+def owner(dev: int, name: str | None) -> "tuple[Machine, MountEntry] | None":
+    """Return the living daemon that serves a device, with its machine: the one that is named, or any."""
+    from pkramfs.machine.directory import Machine
+
+    for machine in [Machine.locate(name), *([] if name else Machine.all())]:
+        for entry in machine.mounts():
+            if entry.dev == dev and entry.alive:
+                return machine, entry
+    return None
+
+
+def look(machine: "Machine") -> list[Seen]:
+    """Ask every daemon how it is. Changes nothing, raises nothing for a silent daemon."""
+    entries, table = alive(machine), syscalls.mounts()
+    found = [ask(entry) for entry in entries]
+    return [
+        one._replace(places=tuple(m.mountpoint for m in table if m.dev == one.entry.dev is not None)) for one in found
+    ]
+
+
+def ask(entry: "MountEntry") -> Seen:
+    """Ask one daemon for its status."""
+    from pkramfs.control.commands import Commands
+
+    try:
+        return Seen(entry, Commands(entry.socket).status(timeout=ANSWER_SECONDS), "")
+    except DaemonError as error:
+        return Seen(entry, None, silent(entry, error))
+
+
+def silent(entry: "MountEntry", error: Exception) -> str:
+    """A daemon that does not answer, in words: who it is and what to do."""
+    return (
+        f"the daemon of {entry.mountpoint} (pid {entry.pid}) does not answer ({error}): "
+        f"look at it, or kill {entry.pid} and umount {entry.mountpoint}, or use --force and lose its tree"
+    )
+
+
+def kill(entry: "MountEntry") -> None:
+    """Kill a mount daemon, if its pid still is one."""
+    from pkramfs.machine import mounts
+
+    mounts.kill(entry)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The programs that use a mount and will get ENOTCONN when it goes, as far as /proc shows them.
+
+Kernel: fs/proc/fd.c; fuser(1) of psmisc does the same
+"""
+
+import os
+from typing import NamedTuple
+
+from pkramfs.mounting.syscalls import inside
+
+
+class User(NamedTuple):
+    """A program that has files open in a mount, or stands in it."""
+
+    pid: int
+    name: str
+    places: int
+
+
+def users(mountpoint: str) -> list[User]:
+    """Programs that will get ENOTCONN, as far as /proc shows them to us. Never touches the mount itself."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        places = sum(inside(link, mountpoint) for link in _links(pid))
+        if places and int(pid) != os.getpid():
+            found.append(User(int(pid), _name(pid), places))
+    return sorted(found)
+
+
+def _links(pid: str) -> list[str]:
+    """Where a process's descriptors, working directory and root point."""
+    links = []
+    try:
+        names = [f"fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
+    except OSError:
+        names = []  # not ours to look at, or gone
+    for name in ["cwd", "root", *names]:
+        try:
+            links.append(os.readlink(f"/proc/{pid}/{name}"))
+        except OSError:
+            continue  # closed meanwhile
+    return links
+
+
+def _name(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="surrogateescape") as comm:
+            return comm.read().strip()
+    except OSError:
+        return "?"

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Command a mount daemon: one method for each verb, with its typed reply.
+
+    commands = Commands(entry.socket)
+    commands.status(timeout=5)["frozen"]
+    commands.preserve(strict=True)               waits as long as the daemon answers `status` meanwhile
+    held = commands.freeze()                     in force until held.release(), or until we die
+
+Each raises DaemonError if there is no answer, or an unexpected one, and RefusedError with the daemon's own words if
+it refuses. Standard library only.
+"""
+
+from pkramfs.control.client import TIMEOUT, Held, call, call_long
+from pkramfs.control.replies import Done, Frozen, Status, read
+
+
+class Commands:
+    """The verbs of the daemon that listens at `socket`."""
+
+    def __init__(self, socket: str) -> None:
+        self.socket = socket
+
+    def status(self, *, timeout: float = TIMEOUT) -> Status:
+        """Ask for the state of the tree and its figures."""
+        return read(Status, call(self.socket, "status", timeout=timeout))
+
+    def preserve(self, *, strict: bool = False, lossy: bool = False) -> Status:
+        """Freeze the tree and publish its node; with `lossy` also without data that a refused write-back lost."""
+        more = {"lossy": True} if lossy else {}  # which a daemon of an older version does not know
+        return read(Status, call_long(self.socket, "preserve", strict=strict, **more))
+
+    def unpreserve(self, *, patient: bool = False) -> Status:
+        """Withdraw the node and thaw the tree; if `patient`, wait for a save that is under way."""
+        return read(Status, (call_long if patient else call)(self.socket, "unpreserve"))
+
+    def freeze(self, *, undo: bool = True, timeout: float = TIMEOUT) -> Held:
+        """Freeze the tree while the connection lasts.
+
+        `undo` says that a daemon of an older version, which does not remember who froze it, is to be thawed at the end.
+        """
+        held = Held(self.socket, "freeze", undo="thaw" if undo else "", timeout=timeout)
+        try:
+            read(Frozen, held.answer)
+        except BaseException:
+            held.close()
+            raise
+        return held
+
+    def reconfigure(self, words: dict[str, str | bool], pages: int | None = None, inodes: int | None = None) -> None:
+        """Tell the daemon what a remount said; `pages` and `inodes` are what its size= and nr_inodes= mean."""
+        limits = {"pages": pages, "inodes": inodes}
+        read(
+            Done,
+            call(
+                self.socket,
+                "reconfigure",
+                words=words,
+                **{key: value for key, value in limits.items() if value is not None},
+            ),
+        )
+
+    def stop(self, *, timeout: float = TIMEOUT) -> None:
+        """End the daemon."""
+        read(Done, call(self.socket, "stop", timeout=timeout))

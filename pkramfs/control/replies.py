@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a daemon replies to each verb: declared once, written by the keeper, checked where a command reads it.
+
+    status preserve unpreserve    Status
+    freeze thaw                   Frozen
+    reconfigure stop              Done
+
+A reply of another version may have fields that this version does not know, which are left out, or lack those of
+ADDED, which get the value that they had before they were told of. Anything else that is missing or of another type
+makes the reply unexpected: `read` raises a DaemonError that names the field. Standard library only.
+"""
+
+from typing import Any, NotRequired, TypedDict, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from pkramfs.errors import DaemonError
+from pkramfs.schema import Flag, Invalid, Kind, ListOf, Maybe, Object, Text, Whole
+
+
+class Status(TypedDict):
+    """The state of a tree and its figures. Of a long list only the first few paths are named (`unnamed`)."""
+
+    name: str | None
+    mountpoint: str
+    state: str
+    """`live` or `preserved`."""
+    frozen: bool
+    files: int
+    dirs: int
+    pages: int
+    bytes: int
+    writers: list[str]
+    writers_count: int
+    open_deleted: list[str]
+    open_deleted_count: int
+    lost: list[str]
+    lost_count: int
+    refused: int
+    """Write-backs that the daemon has refused so far."""
+    busy: bool
+    """Whether a verb is changing the state."""
+    options: str
+    pid: int
+
+
+class Frozen(TypedDict):
+    """Whether the tree is preserved; `held` says that a freeze ends with its connection."""
+
+    preserved: bool
+    held: NotRequired[bool]
+
+
+class Done(TypedDict):
+    """A reply without content."""
+
+
+Reply = Status | Frozen | Done
+LISTS = ("writers", "open_deleted", "lost")
+ADDED = frozenset((*LISTS, *(f"{name}_count" for name in LISTS), "refused", "busy", "options", "held"))
+"""Fields that replies of older versions lack."""
+
+_KINDS: dict[Any, Kind] = {
+    bool: Flag(),
+    int: Whole(),
+    str: Text(),
+    str | None: Maybe(Text()),
+    list[str]: ListOf(Text()),
+}
+
+R = TypeVar("R", Status, Frozen, Done)
+
+
+def read(kind: type[R], reply: dict[str, Any]) -> R:
+    """Return a reply as its kind, complete; raise DaemonError if it is something else."""
+    try:
+        found = _DECLARED[kind].read(reply)
+    except Invalid as error:
+        raise DaemonError(f"unexpected reply from the daemon (version mismatch?): {error}") from None
+    if kind is Status:
+        for name in LISTS:
+            found.setdefault(name, [])
+            found.setdefault(f"{name}_count", len(found[name]))
+        found = {"refused": 0, "busy": False, "options": ""} | found
+    return cast(R, found)
+
+
+def _declared(kind: type[Any]) -> Object:
+    """Return the declaration of a reply, made from its annotations."""
+    fields = {name: _KINDS[_plain(hint)] for name, hint in get_type_hints(kind).items()}
+    return Object(
+        {name: field for name, field in fields.items() if name not in ADDED},
+        optional={name: field for name, field in fields.items() if name in ADDED},
+    )
+
+
+def _plain(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is NotRequired else hint
+
+
+_DECLARED: dict[object, Object] = {kind: _declared(kind) for kind in (Status, Frozen, Done)}
+
+
+def unnamed(status: Status, what: str) -> int:
+    """Return how many more there are of which a status names the first few; `what` is one of LISTS."""
+    counted = cast(dict[str, Any], status)
+    return max(int(counted[f"{what}_count"]) - len(counted[what]), 0)
