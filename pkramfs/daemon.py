@@ -3,7 +3,7 @@
 
     mount.pkramfs ──starts──▶ python -m pkramfs mount-daemon FD DIR OPTIONS [GO]
 
-    import all this, wait for GO ◀── "go"              started ahead of need, it has looked at nothing
+    import all this, wait for GO ◀── "go"              until then it looks at nothing: it may be prestarted
     attach the machine (first use boots it)            nobody may kexec until we serve
     claim the NAME and a tree id                       the id of its node, or a new one
     restore the tree from its node, or make a new one
@@ -11,8 +11,8 @@
     … until umount, stop or SIGTERM
     a preserved tree keeps its node and its memory; a live one is freed, as tmpfs does
 
-A save that runs when the last user leaves is completed first. A NAME whose daemon is still going
-is waited for. Whatever this process prints goes to mounts/ID.log.
+A save that runs when the last user leaves is completed first. A mount waits for a daemon of the same NAME that
+is about to end. The output of this process goes to mounts/ID.log.
 
 Kernel: fs/super.c (get_tree_nodev), fs/namespace.c, mm/shmem.c (shmem_fill_super, shmem_put_super)
 """
@@ -63,7 +63,7 @@ from pkramfs.units import PAGE_SHIFT, PAGE_SIZE, format_size, plural
 log = logging.getLogger("pkramfs")
 
 GOING_SECONDS = 30.0
-"""How long a NAME is waited for whose daemon is unmounted but not gone."""
+"""How long a mount waits for a daemon of the same NAME that is unmounted but has not ended."""
 READY_SECONDS = 30.0
 LINGER_SECONDS = 2.0
 """How long SIGTERM waits, after unmounting, for a mount that has users elsewhere."""
@@ -71,11 +71,11 @@ _POLL_SECONDS = 0.02
 
 
 class AlreadyMounted(Exception):
-    """The same NAME is mounted on the same directory: nothing to do."""
+    """The same NAME is mounted on the same directory already."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the daemon of one mount: FD of the status pipe, mount point, options, FD that says when to begin."""
+    """Run the daemon of one mount: FD for the answer, mount point, options, FD to read GO from."""
     stdio.hold()
     fd, mountpoint, text, *go = sys.argv[1:] if argv is None else argv
     expected = wait_for_go(int(go[0])) if go else ANYTHING
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(options: str, message: str) -> None:
-    """A line in the kernel log, if there is a machine to have one."""
+    """Write a line to the kernel log, if the options name a machine."""
     try:
         Machine.locate(parse(options).machine).log(message)
     except PkramfsError as error:
@@ -109,7 +109,7 @@ def _say(options: str, message: str) -> None:
 
 
 class _OneLine(logging.Formatter):
-    """What a record says is one line, and nothing below it looks like another record."""
+    """A formatter that makes a record one line, below which nothing looks like another record."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
@@ -119,7 +119,7 @@ class _OneLine(logging.Formatter):
 
 
 def _begin_log() -> None:
-    """Log to stderr, which is soon a file."""
+    """Log to stderr, which `_log_to` later makes a file."""
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine("%(asctime)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -175,7 +175,7 @@ class Daemon:
     # -- the start ------------------------------------------------------------------------------
 
     def _attach(self) -> Running:
-        """The running kernel, which stays ours until the mount serves; waits for a NAME that is going."""
+        """Attach to the running kernel until the mount serves; wait for a daemon of the same NAME that is ending."""
         deadline = time.monotonic() + GOING_SECONDS
         while True:
             kernel = self._starting.enter_context(shared(self.machine))
@@ -192,13 +192,13 @@ class Daemon:
             time.sleep(_POLL_SECONDS)
 
     def _holder(self) -> MountEntry | None:
-        """The living mount that has our NAME."""
+        """Return the living mount that has our NAME."""
         if self.options.name is None:
             return None
         return next((e for e in self.machine.mounts() if e.alive and e.name == self.options.name), None)
 
     def _refuse_mounted(self, holder: MountEntry) -> None:
-        """A NAME belongs to one mount at a time."""
+        """Raise MachineError if the NAME is mounted elsewhere, AlreadyMounted if it is mounted just here."""
         places, whose = _places(holder)
         if not places:
             return  # unmounted, or about to be mounted
@@ -218,7 +218,7 @@ class Daemon:
             node = self.kernel.store.find(self.node_name) if wanted else None
             self._restored = node is not None
             if self.expected.tree is not None and (node is None or node.tree_id != self.expected.tree):
-                raise MachineError(f"{self.options.name} is not preserved any more, or another tree has that name")
+                raise MachineError(f"{self.options.name} is no longer preserved, or another tree has that name")
             lock = self.machine.claim(new_tree_id() if node is None else node.tree_id)
             self._log_at = _size(lock.path("log"))
             lock.write_entry(self._entry(None))
@@ -226,7 +226,7 @@ class Daemon:
 
     @property
     def node_name(self) -> bytes:
-        """The node that holds the tree while it is preserved."""
+        """Return the node that holds the tree while it is preserved."""
         return node_name(self.options.name or "")
 
     def _entry(self, dev: int | None) -> dict[str, Any]:
@@ -319,7 +319,7 @@ class Daemon:
             session.close()
 
     async def _announce(self) -> None:
-        """Say that we serve, once the kernel has shaken hands."""
+        """Report that the mount is served, once the kernel has answered."""
         with trio.move_on_after(READY_SECONDS) as waiting:
             await self.session.ready.wait()
         if waiting.cancelled_caught:
@@ -332,7 +332,7 @@ class Daemon:
         self.reporter.serving("\n".join(f"{self.options.name or self.mountpoint}: {line}" for line in said))
 
     def _reconfigured(self, said: Words) -> None:
-        """A remount changed our options: whoever mounts us again must know. A full host does not undo what is done."""
+        """Write changed options to the entry, from which the tree is mounted again; a full host does not undo them."""
         try:
             self.lock.write_entry(self._entry(self.session.dev))
         except MachineError as error:
@@ -344,12 +344,12 @@ class Daemon:
             self.session.operations.drop_attributes()  # st_blksize is another
 
     def _expect_room(self) -> None:
-        """ExhaustedError where nothing could be written. A tree that is there already can be read at least."""
+        """Raise ExhaustedError if nothing could be written; a restored tree can at least be read."""
         if not self._restored:
             self.kernel.ram.check_room(PAGE_SIZE)
 
     def _scarce(self) -> str:
-        """What must be told where size= is more than could ever be had."""
+        """Return a notice if size= is more than the host can ever back."""
         size, most = self.tree.limits.max_pages << PAGE_SHIFT, self.kernel.ram.most
         if size <= most:
             return ""
@@ -359,7 +359,7 @@ class Daemon:
         )
 
     def _off(self) -> str:
-        """What who asked for pkram=NAME must be told where a plain tmpfs is all that there can be."""
+        """Return the notice for a `pkram=NAME` mount when PKRAM is off and only a plain tmpfs is possible."""
         if not self.options.name or self.kernel.info.pkram:
             return ""
         kind = "this is a crash kernel" if self.kernel.info.crash else "pkram=off"
@@ -383,10 +383,10 @@ class Daemon:
                 return
 
     async def _unmount(self) -> None:
-        """Flush and unmount; what is still in use is detached and gets ENOTCONN."""
+        """Flush and unmount; detach what is still in use, which then gets ENOTCONN."""
         try:
             await _in_thread(partial(syscalls.detach_all, self.session.dev, lazy=False))
-            # Now the session ends, and this task with it, unless somebody has the mount where we cannot see it.
+            # Now the session ends, and this task with it, unless the mount is used in another mount namespace.
             await trio.sleep(LINGER_SECONDS)
         except OSError as error:
             log.info("%s", explain(error))
@@ -407,7 +407,7 @@ class Daemon:
         await self._leave()
 
     async def _leave(self) -> None:
-        """Detach now, whoever is still inside."""
+        """Detach now, even if the mount is in use."""
         try:
             await _in_thread(partial(syscalls.detach_all, self.session.dev))
         except OSError as error:
@@ -417,7 +417,7 @@ class Daemon:
 
 
 def _generation(tree_id: int) -> int:
-    """What tells file handles of one tree from those of another: 32 bits that stay the same over a kexec."""
+    """Return 32 bits that tell file handles of one tree from those of another, and stay the same over a kexec."""
     return (tree_id ^ tree_id >> 32) & 0xFFFF_FFFF
 
 
@@ -434,12 +434,12 @@ def _places(holder: MountEntry) -> tuple[list[str], str]:
 
 
 async def _in_thread(work: Callable[[], None]) -> None:
-    """Do what may ask our own mount and wait for it: in a thread, so that we can answer."""
+    """Run a call that may wait for our own mount in a thread, so that we can answer meanwhile."""
     await trio.to_thread.run_sync(work, abandon_on_cancel=True)
 
 
 def _run(function: Callable[[], Awaitable[None]]) -> None:
-    """Run under trio; of several exceptions the first is what went wrong, the others follow from it."""
+    """Run under trio; of several exceptions raise the first, from which the others follow."""
     try:
         trio.run(function)
     except BaseExceptionGroup as group:
@@ -450,7 +450,7 @@ def _run(function: Callable[[], Awaitable[None]]) -> None:
 
 
 def _log_to(path: str) -> None:
-    """From now on what this process prints goes to a file, and nowhere where there can be none."""
+    """Send the output of this process to a file, or nowhere if the file cannot be opened."""
     try:
         fd = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     except OSError as error:
@@ -462,7 +462,7 @@ def _log_to(path: str) -> None:
 
 
 def _size(path: str) -> int:
-    """How long a log is already: a tree id may have had a daemon before."""
+    """Return the size of a log, which a former daemon of the tree id may have begun."""
     try:
         return os.stat(path, follow_symlinks=False).st_size
     except OSError:
@@ -470,7 +470,7 @@ def _size(path: str) -> int:
 
 
 def _drop_empty(path: str) -> None:
-    """A log in which nothing stands is no news."""
+    """Remove an empty log."""
     with contextlib.suppress(OSError):
         if os.path.isfile(path) and os.path.getsize(path) == 0:
             os.unlink(path)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Chapter 7: the commands, where people meet the machine.
+"""The commands, where people meet the machine.
 
-Three commands and no decisions of their own: each one reads its arguments, composes what the
-chapters below offer, and prints what they answer.
+Three commands and no decisions of their own: each one reads its arguments, calls the chapters below,
+and prints their answers.
 
     mount.pkramfs     as mount(8) calls it: mount, remount,preserve,ro, remount,rw        mount.py, remount.py
     pkram-kexec       with kexec(8)'s spelling: load an image, die, be born again         kexec.py
     pkramctl          a window into the machine, its kernel, its nodes and its memory     ctl.py
-    python -m pkramfs boot DIR      what pkram-kexec starts: a fresh process that knows nothing   boot.py
+    python -m pkramfs boot DIR      a fresh process that knows nothing, started by pkram-kexec    boot.py
 
 Composition happens here because nobody below may: `kernel` plans a kexec but does not know that
 mounts are served by daemons, `control` talks to daemons but does not know what a kexec is. So
@@ -17,12 +17,17 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     arguments   shared options, exit statuses, errors as one line
     signals     what a signal does to a command, and where it has to wait
     render      tables for people, the same as JSON for programs
-    mounts      all mounts of a machine at once: ask, freeze, thaw, stop, start again
-    nodes       what is preserved: list and free               ┐
+    daemons     the mount daemons of a machine: find them, ask them
+    freezer     all mounts of a machine on the way through a kexec: freeze, thaw, stop
+    again       plan which mounts come back after a kexec, and mount them
+    users       the programs that use a mount
+    nodes       list and free preserved nodes                  ┐
     status      everything at a glance                         │
-    inspect     a record in memory, field by field             ├ pkramctl's subjects
-    verify      all that would cross a kexec, checked          │
-    hardware    machines made, shown, removed                  ┘
+    inspect     a record in memory, field by field             │
+    verify      check all that would cross a kexec             ├ pkramctl's subjects
+    report      the last boot                                  │
+    files       holes in files on a mount                      │
+    hardware    make, show and remove machines                 ┘
 
 Promises of every command:
 
@@ -30,9 +35,9 @@ Promises of every command:
   the class of the error knows (errors.py). A traceback is only for --debug.
 * SIGINT, SIGTERM and SIGHUP take back what was begun, or wait where that cannot be done; the status is 128 and the
   signal's number. A closed pipe is silent.
-* `--help` costs no more than Python and argparse: at the top of these modules stand only the
-  standard library and the prelude; numpy, trio and rich are imported where they are used.
-* What looks changes nothing: `pkramctl status`, `--dry-run` and `--status` neither boot nor freeze.
+* `--help` costs no more than Python and argparse: at the top of these modules stand only the standard
+  library, the prelude and mounting/; numpy, trio and rich are imported where they are used.
+* Looking changes nothing: `pkramctl status`, `--dry-run` and `--status` neither boot nor freeze.
 
 Kernel: util-linux sys-utils/mount.c and kexec-tools kexec/kexec.c stand where this chapter does
 """

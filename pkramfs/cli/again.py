@@ -2,7 +2,7 @@
 """Mount again after a kexec what is mounted now, as it is mounted now.
 
     plan()      from the mount table, when all is frozen: every place of every preserved tree, its flags,
-                what it lies on, and in which order; and in words what cannot be mounted again, and why
+                what it lies on, and in which order; and a note on what cannot be mounted again, and why
     restart()   after the boot: each place after those that it lies on, several at once
 
     nvram.json, an entry of `mounts`
@@ -13,11 +13,11 @@
                                    number will be another; a number that is not known is missing
       binds                        bind mounts: mountpoint, order, on, options; root (what of the tree), inode
 
-Lists of before have only the first three; their order is that of the list.
+Lists of older versions have only the first three keys; their order is that of the list.
 
-Only what lies in our own mount namespace, at a path that leads to it, can be mounted again by a path. The
-rest stays preserved (a tree that is mounted in a container, or was unmounted and is in use), or goes (a file
-system that is mounted inside a tree, a container's copy of a mount): `plan` says which.
+Only a mount in our own mount namespace, at a path that leads to it, can be mounted again by its path. A tree
+that is mounted in a container, or was unmounted and is in use, stays preserved. A file system that is mounted
+inside a tree, or a container's copy of a mount, is lost. `plan` says which.
 
 Kernel: fs/namespace.c, fs/pnode.c
 """
@@ -48,14 +48,14 @@ _NAMED = 3
 
 
 class Plan(NamedTuple):
-    """What nvram.json will carry, and what is said of the rest."""
+    """The entries for nvram.json, and a note on each mount that has none."""
 
     mounts: list[Json]
     notes: list[str]
 
 
 def plan(seen: Sequence[Seen]) -> Plan:
-    """Look at the mount table, now. Of daemons that do not answer nothing is asked."""
+    """Plan from the mount table of now. Daemons that do not answer are asked nothing."""
     return _Planner(seen, Table(syscalls.mounts())).plan()
 
 
@@ -134,7 +134,7 @@ class _Planner:
         }
 
     def _unreachable(self, one: Mounted) -> str:
-        """Say why a mount cannot be mounted again at its path, or nothing."""
+        """Return why a mount cannot be mounted again at its path, or nothing."""
         if one.id in self.circular:
             return f"{one.mountpoint} lies on a bind mount of itself"
         cover = self.table.cover(one)
@@ -153,7 +153,7 @@ class _Planner:
         return ""
 
     def _on(self, one: Mounted, entry: "MountEntry | None") -> Json:
-        """Say what a mount lies on, as far as can be known."""
+        """Return what a mount lies on, as far as can be known."""
         from pkramfs.mounting.binds import covered
 
         upper = self.table.by_id.get(one.parent)
@@ -167,13 +167,13 @@ class _Planner:
         return {} if found is None else {"dev": found[0], "ino": found[1]}
 
     def _lost_inside(self) -> None:
-        """Name what others have mounted inside of trees: it goes when they do."""
+        """Note what others have mounted inside of trees: it goes when the trees go."""
         for one in self.table.mounts:
             if one.dev not in self.ours and any(upper.dev in self.kept for upper in self.table.above(one)):
                 self.notes.append(f"{one.mountpoint} ({one.fstype}) is mounted inside a tree and is not mounted again")
 
     def _elsewhere(self) -> None:
-        """Name what other mount namespaces have of our trees: there it ends. What follows our mounts is none of it."""
+        """Note the mounts of our trees in other mount namespaces, which end there, unless they follow our mounts."""
         groups = {one.mountpoint: one.groups for one in self.table.mounts if one.dev in self.kept}
         found: dict[int, list[str]] = {}
         for pid, mounts in namespaces():
@@ -199,7 +199,7 @@ def _part(one: Mounted, entry: "MountEntry") -> str:
 
 
 def _absent(entry: "MountEntry", places: Sequence[Mounted]) -> str:
-    """Say why a tree whose daemon lives cannot be mounted again."""
+    """Return why a tree whose daemon lives cannot be mounted again."""
     if places:
         one = places[0]
         return f"only {one.root} of it is mounted, on {one.mountpoint}, so it is not mounted again"
@@ -238,7 +238,7 @@ def _inode(one: Mounted) -> int | None:
 
 
 def still_there(machine: "Machine", mounts: Sequence[Json], warn: Warn) -> list[Json]:
-    """Those of `mounts` whose tree crossed: an empty mount in the place of a lost tree would look like one."""
+    """Return the mounts whose tree crossed; an empty mount in the place of a lost tree would look like that tree."""
     if not mounts:
         return []
     from pkramfs.kernel.running import look
@@ -270,7 +270,7 @@ class _Step(NamedTuple):
 
 
 class _Missing(PkramfsError):
-    """What this lies on was not mounted again."""
+    """The mount that this one lies on was not mounted again."""
 
 
 def places(mount: Json) -> list[str]:
@@ -279,7 +279,7 @@ def places(mount: Json) -> list[str]:
 
 
 def restart(machine: "Machine", mounts: Sequence[Json], warn: Warn, prestarted: PrestartedDaemons) -> int:
-    """Mount again what was preserved; how many trees could not be. Each failure is a warning with its reason."""
+    """Mount again what was preserved; warn of each failure, and return how many there are."""
     from pkramfs.cli import arguments
 
     with ExitStack() as held:
@@ -291,12 +291,13 @@ def restart(machine: "Machine", mounts: Sequence[Json], warn: Warn, prestarted: 
             arguments.note(machine, f"{PROGRAM}: {step.place}: {reason}")
     failed = sum(step.bind is None for step, _ in failures)
     if failed:
-        warn(f"{plural(failed, 'tree')} stay preserved; mount by hand when the reason is gone")
+        stay = "stays" if failed == 1 else "stay"
+        warn(f"{plural(failed, 'tree')} {stay} preserved: mount by hand when the reason is gone")
     return len(failures)
 
 
 def _steps(mounts: Sequence[Json]) -> list[_Step]:
-    """Return what there is to do, in the order in which it was mounted."""
+    """Return the steps in the order in which the mounts were made."""
     steps = []
     for number, mount in enumerate(mounts):
         steps.append(_Step(mount, None, (int(mount.get("order", -1)), number)))
@@ -314,7 +315,7 @@ def _needs(step: _Step, before: Sequence[_Step]) -> list[int]:
 
 
 def _run(steps: Sequence[_Step], work: Callable[[_Step], None]) -> list[tuple[_Step, Exception]]:
-    """Do all steps, several at once, each after those that it needs; the failures, in order."""
+    """Do all steps, several at once, each after those that it needs; return the failures in order."""
     from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
     waiting = {number: set(_needs(step, steps[:number])) for number, step in enumerate(steps)}
@@ -342,7 +343,7 @@ def _run(steps: Sequence[_Step], work: Callable[[_Step], None]) -> list[tuple[_S
 
 
 def _is_bound(held: int, root: int, bind: Json) -> bool:
-    """Say whether a bind mount is there already, as after a kexec of which a part had to be done again."""
+    """Return True if a bind mount is there already, as after a kexec of which a part had to be done again."""
     found = {one.id: one for one in syscalls.mounts()}
     there, tree = found.get(syscalls.mount_id(held)), found.get(syscalls.mount_id(root))
     return (
@@ -353,7 +354,7 @@ def _is_bound(held: int, root: int, bind: Json) -> bool:
 
 
 class _Work:
-    """What is done for a step. `held` keeps the roots of trees until all bind mounts are made."""
+    """The work of a step. `held` keeps the roots of trees until all bind mounts are made."""
 
     def __init__(self, machine: "Machine", prestarted: PrestartedDaemons, held: ExitStack) -> None:
         self.machine, self._prestarted, self._held = machine, prestarted, held

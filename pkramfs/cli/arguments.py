@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What all commands share: options, exit statuses, and errors as one line.
+"""Options, exit statuses and one-line errors, which all commands share.
 
     def main(argv=None) -> int:
         return run(_parser(), _act, argv)
@@ -10,7 +10,7 @@
     OSError                `path: reason`, status 1
     a signal               128 and its number (Ctrl-C: 130), as a shell shows a command that died of it
     BrokenPipeError        141, silently: the reader (`| head`) has had enough
-    stdout cannot be written   `write error: reason`, status 1; news of what was done stop nothing (stdio.py)
+    stdout cannot be written   `write error: reason`, status 1; progress that cannot be printed stops nothing (stdio.py)
     anything else          one line that asks for a report, status 70; with --debug the traceback
 
 An argument that is wrong is status 2 and one line, not a page of usage.
@@ -47,7 +47,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _columns() -> int:
-    """How wide the terminal is: what COLUMNS says, what the terminal says, or 80."""
+    """Return the width of the terminal: COLUMNS, else the terminal's own, else 80."""
     said = os.environ.get("COLUMNS", "")
     if said.isdecimal() and int(said):
         return int(said)
@@ -91,7 +91,7 @@ class _Version(argparse.Action):
 
 
 def add_common(parser: argparse.ArgumentParser, *, debug: Sequence[str] = ("--debug",)) -> None:
-    """Options that every command and subcommand takes, before or after the subcommand's name.
+    """Add the options that every command and subcommand takes, before or after the subcommand's name.
 
     They have no default, so that a subcommand that was not given one does not undo the command's.
     """
@@ -104,7 +104,7 @@ def add_common(parser: argparse.ArgumentParser, *, debug: Sequence[str] = ("--de
 
 
 def machine(args: argparse.Namespace) -> "Machine":
-    """The machine that --root and --machine name. Touches nothing."""
+    """Return the machine that --root and --machine name. Touches nothing."""
     from pkramfs.machine.directory import Machine
 
     if root := getattr(args, "root", None):
@@ -114,7 +114,7 @@ def machine(args: argparse.Namespace) -> "Machine":
 
 
 def existing(args: argparse.Namespace) -> "Machine":
-    """The machine, which must be there: looking at it does not make it."""
+    """Return the machine, which must be there: looking at it does not make it."""
     found = machine(args)
     if not found.exists():
         raise MachineError(found.missing())
@@ -122,57 +122,57 @@ def existing(args: argparse.Namespace) -> "Machine":
 
 
 def wants_json(args: argparse.Namespace) -> bool:
-    """Whether --json was given, to the command or to its subcommand."""
+    """Return True if --json was given, to the command or to its subcommand."""
     return bool(getattr(args, "json", False))
 
 
 def size(text: str) -> int:
-    """An argument that is a size or an address: `64G`, `0x1000000`."""
+    """Parse a size or an address: `64G`, `0x1000000`."""
     try:
         value = parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if value >= _TOO_FAR:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than a file or RAM can have")
+        raise argparse.ArgumentTypeError(f"{text!r} is larger than any file or RAM")
     return value
 
 
 def number(text: str) -> int:
-    """An argument that is a whole number above zero."""
+    """Parse a whole number above zero."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"not a whole number above zero: {text!r}")
+        raise argparse.ArgumentTypeError(f"invalid number {text!r}: give a whole number above zero")
     return int(text)
 
 
 def pfn(text: str) -> int:
-    """An argument that is a page frame number, in hexadecimal as all messages print it."""
+    """Parse a page frame number, in hexadecimal as all messages print it."""
     try:
         value = int(text, 16)
     except ValueError:
         value = -1
     if value < 0:
-        raise argparse.ArgumentTypeError(f"not a pfn: {text!r} (write it in hexadecimal)")
+        raise argparse.ArgumentTypeError(f"invalid pfn {text!r}: write it in hexadecimal")
     return value
 
 
 def complain(program: str, message: str) -> None:
-    """Print one line on stderr, whatever names of files it tells."""
+    """Print one line on stderr; names of files in it are escaped."""
     render.say(f"{program}: {message}", error=True)
 
 
 def warn(program: str, message: str) -> None:
-    """One line on stderr about something that does not stop the command."""
+    """Print a warning on stderr; the command goes on."""
     complain(program, f"warning: {message}")
 
 
 def note(found: "Machine", message: str) -> None:
-    """A refusal is a line in the machine's kernel log, too, where there is a machine to write to."""
+    """Write a refusal to the machine's kernel log as well, if the machine exists."""
     if found.exists():
         found.log(message, warn=False)  # the message itself reaches the user in any case
 
 
 def run(parser: argparse.ArgumentParser, act: Action, argv: Sequence[str] | None) -> int:
-    """Parse, act, and turn whatever goes wrong into one line and an exit status."""
+    """Parse, act, and turn any failure into one line and an exit status."""
     stdio.hold()
     words = list(sys.argv[1:] if argv is None else argv)
     render.settle()
@@ -214,11 +214,11 @@ def _report(program: str, error: Exception, *, debug: bool) -> int:
 
 
 def _details(error: PkramfsError) -> list[str]:
-    """What an error lists: the conflicts of a ConflictError, each on its own line."""
+    """Return the list that an error carries: the conflicts of a ConflictError, one a line."""
     return [f"  {line}" for line in getattr(error, "conflicts", [])]
 
 
 def need(condition: object, message: str) -> None:
-    """UsageError unless `condition` holds."""
+    """Raise UsageError unless `condition` holds."""
     if not condition:
         raise UsageError(message)

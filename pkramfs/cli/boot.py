@@ -4,8 +4,8 @@
 Started by pkram-kexec and by the first mount with `--parent PID`, while that process holds the
 machine lock. It holds a lock of its own, so that a boot whose parent was killed is waited for, and
 gives up if its parent was gone before it began. Signals that end commands do not end it: there is no kernel to go
-back to. Typed by hand (no --parent), it takes the machine
-lock itself; that is how to go on with `--force` after a boot that stopped at damaged metadata.
+back to. A user who types it (no --parent) has it take the machine lock itself, for instance to go on with `--force`
+after a boot that stopped at damaged metadata.
 
 Kernel: what the bootloader calls; arch/x86/boot/compressed/head_64.S
 """
@@ -22,11 +22,11 @@ from pkramfs.text import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Boot the machine in DIR; 0 when kernel.json is written."""
+    """Boot the machine in DIR; return 0 when kernel.json is written."""
     stdio.hold()
     parser = ArgumentParser(prog="boot", description="Boot the machine in a directory.")
     parser.add_argument("directory", metavar="DIR", help="the machine's directory")
-    parser.add_argument("--parent", type=int, metavar="PID", help="who holds the machine lock for us")
+    parser.add_argument("--parent", type=int, metavar="PID", help="the process that holds the machine lock for us")
     parser.add_argument("--force", action="store_true", help="give up preserved memory that cannot be read")
     args = parser.parse_args(argv)
     try:

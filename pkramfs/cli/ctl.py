@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """pkramctl: a window into the machine, its kernel, its nodes and its memory.
 
-    status nodes                 who is there, in what state, how large
-    verify inspect               is it what it claims to be; field by field
-    dmesg iomem report           what the kernel said and decided
+    status nodes                 mounts and nodes, their state and size
+    verify inspect               check what would cross a kexec; show a record field by field
+    dmesg iomem report           the kernel's log, its resource map, the report of the last boot
     free                         give preserved memory back            ┐
-    punch allocate sparsify      holes in files on a mount (extents    │ the only ones
-                                 lists what is none)                   │ that change anything
+    punch allocate sparsify      make and fill holes in files on a     │ the only ones
+                                 mount (extents lists the rest)        │ that change anything
     machine create|destroy       make and remove machines              ┘
 
 Looking never boots: a machine without a running kernel says so. Everything works where FUSE is
@@ -36,21 +36,21 @@ Act = Callable[[argparse.Namespace], int | None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status."""
+    """Run the command and return its exit status."""
     return arguments.run(parser(), lambda args: args.act(args), argv)
 
 
 def parser() -> arguments.Parser:
-    """The command line: common options, then a command with its own."""
+    """Build the parser: common options, then a command with its own."""
     made = arguments.Parser(prog=PROGRAM, description=_DESCRIPTION)
     _add_shared(made)
     commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _command(commands, "status", status.act, "the machine, its kernel, mounts and nodes")
-    _command(commands, "nodes", nodes.act_nodes, "what is preserved, by name")
+    _command(commands, "nodes", nodes.act_nodes, "the preserved nodes, by name")
     free = _command(commands, "free", nodes.act_free, "give the memory of preserved nodes back")
     free.add_argument("names", nargs="*", metavar="NAME", help="a mount's NAME, or a node's name")
     free.add_argument("--all", action="store_true", help="every node that no mount is using")
-    free.add_argument("--damaged", action="store_true", help="every node that cannot be read, which hides the others")
+    free.add_argument("--damaged", action="store_true", help="give up unreadable nodes, which hide the others")
     check = _command(commands, "verify", verify.act, "check all that would cross a kexec")
     check.add_argument("names", nargs="*", metavar="NAME", help="only these nodes")
     _add_files(commands)
@@ -71,7 +71,7 @@ def _add_shared(made: argparse.ArgumentParser) -> None:
 
 
 def _command(commands: Any, name: str, act: Act | None, text: str) -> argparse.ArgumentParser:
-    """A subcommand with the shared options; `act` does its work."""
+    """Add a subcommand with the shared options; `act` does its work."""
     made: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     _add_shared(made)
     if act is not None:
@@ -80,7 +80,7 @@ def _command(commands: Any, name: str, act: Act | None, text: str) -> argparse.A
 
 
 def _add_files(commands: Any) -> None:
-    """What is done to files on a mount."""
+    """Add the commands for files on a mount."""
     for name, act, text in (
         ("punch", files.act_punch, "make a range of a file a hole, and give its memory back"),
         ("allocate", files.act_allocate, "give a range of a file its memory now"),
@@ -90,23 +90,25 @@ def _add_files(commands: Any) -> None:
         made.add_argument("offset", type=arguments.size, metavar="OFFSET", help="where the range begins")
         made.add_argument("length", type=arguments.size, metavar="LENGTH", help="its bytes")
         if name == "allocate":
-            made.add_argument("--keep-size", action="store_true", help="although it reaches beyond the end of the file")
+            made.add_argument(
+                "--keep-size", action="store_true", help="do not extend the file where the range goes beyond its end"
+            )
     made = _command(commands, "sparsify", files.act_sparsify, "make holes of pages that are all zeros")
     made.add_argument("paths", nargs="+", metavar="PATH", help="files, or directories with all that is below")
-    made = _command(commands, "extents", files.act_extents, "the parts of a file that are no hole")
+    made = _command(commands, "extents", files.act_extents, "list the parts of a file that are not holes")
     made.add_argument("file", metavar="FILE", help="on a pkramfs mount")
 
 
 def _add_machine(made: argparse.ArgumentParser) -> None:
     verbs = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
     create = _command(verbs, "create", hardware.create, "make a machine")
-    create.add_argument("--ram", type=arguments.size, metavar="SIZE", help="how much RAM (default: the host's)")
+    create.add_argument("--ram", type=arguments.size, metavar="SIZE", help="amount of RAM (default: the host's)")
     create.add_argument("--nodes", type=arguments.number, metavar="N", help="NUMA nodes (default: 1)")
     create.add_argument("--map", metavar="FILE", help="a firmware map in JSON, as machine.json has it")
-    create.add_argument("--seed", type=int, metavar="N", help="what all random choices come from")
-    _command(verbs, "show", hardware.show, "the hardware")
+    create.add_argument("--seed", type=int, metavar="N", help="seed of all random choices")
+    _command(verbs, "show", hardware.show, "show the hardware")
     destroy = _command(verbs, "destroy", hardware.destroy, "remove a machine and all its memory")
-    destroy.add_argument("--force", action="store_true", help="although trees are preserved in it")
+    destroy.add_argument("--force", action="store_true", help="even if trees are preserved in it")
 
 
 def _dmesg(args: argparse.Namespace) -> None:
@@ -128,21 +130,21 @@ def _iomem(args: argparse.Namespace) -> None:
 
 
 def _resources(machine: "Machine") -> str:
-    """The map of now; what boot found, with a word about it, where the nodes cannot be read."""
+    """Return the resource map of now; if the nodes cannot be read, warn and return the map of the boot."""
     as_booted = machine.read_text("iomem")
     if as_booted is None:
-        raise MachineError("no kernel is running, so there is no resource map: mount something, or boot")
+        raise MachineError("no kernel is running, so there is no resource map: mount a tree first")
     from pkramfs.kernel import iomem, running
 
     try:
         return iomem.current(running.look(machine, any_layout=True))
     except FormatError as error:
-        arguments.warn(PROGRAM, f"this is the map as booted, the nodes of now cannot be read: {error}")
+        arguments.warn(PROGRAM, f"the nodes cannot be read, so this is the map as booted: {error}")
         return as_booted
 
 
 def _resource(line: str) -> dict[str, Any]:
-    """One line of iomem as data: `  00100000-bfffffff : System RAM`."""
+    """Parse a line of iomem: `  00100000-bfffffff : System RAM`."""
     addresses, _, name = line.strip().partition(" : ")
     start, _, end = addresses.partition("-")
     depth = (len(line) - len(line.lstrip())) // 2

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The mount daemons of a machine: which live, where their mounts are, and how they are.
+"""The mount daemons of a machine: which live, where their mounts are, and in what state.
 
     alive()      the entries of living daemons, each with the mount point of now
     owner()      the daemon of a file system that is mounted, and its machine
     look()       ask every daemon for its status; changes nothing
 
-A mount is what its daemon says, never what /proc/mounts says: a lazily detached mount, or one in another mount
-namespace, is a mount as long as its daemon's lock is held. Only where it is, the mount table knows, because a mount
-may have been moved. A daemon that does not answer is named, with its pid and the remedy.
+The daemon's lock says that a mount lives, never /proc/mounts: a lazily detached mount, or one in another mount
+namespace, lives as long as that lock is held. The mount table says only where it is, because a mount may have been
+moved. A daemon that does not answer is named, with its pid and the remedy.
 
 Kernel: /proc/self/mountinfo, which cannot say whose daemon lives
 """
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from pkramfs.machine.mounts import MountEntry
 
 ANSWER_SECONDS = 5.0
-"""How long a daemon may take to say how it is; it answers between two steps of its longest work."""
+"""How long a daemon may take to answer `status`; it does so between two steps of its longest work."""
 _NAMED = 5
 """How many files with lost data are named."""
 
 
 class Seen(NamedTuple):
-    """One mount: its entry and what its daemon said, or why it said nothing."""
+    """One mount: its entry and its daemon's status, or why there is none."""
 
     entry: "MountEntry"
     status: "Status | None"
@@ -42,7 +42,7 @@ class Seen(NamedTuple):
 
     @property
     def report(self) -> "MountReport":
-        """What the planner of a kexec needs to know."""
+        """Return what the planner of a kexec needs to know."""
         from pkramfs.kernel.kexec import MountReport
 
         status = self.status
@@ -68,21 +68,21 @@ def lost(status: "Status") -> str:
 
 
 def _why_not(seen: Seen) -> str:
-    """Why a mount that answered is not preserved, in words."""
+    """Return why a mount that answered is not preserved, in words."""
     if not seen.entry.name:
         return "mounted without pkram=NAME, so it cannot be preserved"
     return f"not preserved: mount -o remount,preserve,ro {seen.entry.mountpoint}"
 
 
 def alive(machine: "Machine") -> list["MountEntry"]:
-    """The mounts whose daemons live, by mount point: where they are by now."""
+    """Return the mounts whose daemons live, by mount point: where they are by now."""
     living = located(e for e in machine.mounts() if e.alive)
     found = sorted(living, key=lambda e: (e.mountpoint, e.tree_id))
     unknown = machine.live_ids() - {e.tree_id for e in found}
     if unknown:
         raise DaemonError(
-            f"{plural(len(unknown), 'process', 'processes')} hold a tree but say nothing of themselves: "
-            f"see who has {machine.path('mounts', f'{min(unknown):016x}.lock')} open (fuser), and end it"
+            f"{plural(len(unknown), 'process', 'processes')} hold a tree but have no entry: "
+            f"find the process that has {machine.path('mounts', f'{min(unknown):016x}.lock')} open (fuser), and end it"
         )
     return found
 
@@ -115,7 +115,7 @@ def owner(dev: int, name: str | None) -> "tuple[Machine, MountEntry] | None":
 
 
 def look(machine: "Machine") -> list[Seen]:
-    """Ask every daemon how it is. Changes nothing, raises nothing for a silent daemon."""
+    """Ask every daemon for its status. Changes nothing, raises nothing for a silent daemon."""
     entries, table = alive(machine), syscalls.mounts()
     found = [ask(entry) for entry in entries]
     return [
@@ -134,7 +134,7 @@ def ask(entry: "MountEntry") -> Seen:
 
 
 def silent(entry: "MountEntry", error: Exception) -> str:
-    """A daemon that does not answer, in words: who it is and what to do."""
+    """Return a daemon that does not answer, in words: who it is and what to do."""
     return (
         f"the daemon of {entry.mountpoint} (pid {entry.pid}) does not answer ({error}): "
         f"look at it, or kill {entry.pid} and umount {entry.mountpoint}, or use --force and lose its tree"

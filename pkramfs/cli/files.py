@@ -20,15 +20,15 @@ from pkramfs.cli.render import Column
 from pkramfs.errors import ErrnoError, UsageError
 from pkramfs.units import format_size, plural
 
-_DOOR = b"user.pkramfs."
-_NO_DOOR = (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS)
+_PREFIX = b"user.pkramfs."
+_NOT_OURS = (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS)
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _BLOCK = 512
 """Bytes that st_blocks counts by."""
 
 
 def act_punch(args: argparse.Namespace) -> None:
-    """pkramctl punch FILE OFFSET LENGTH."""
+    """Run `pkramctl punch FILE OFFSET LENGTH`."""
     fd = _open(args.file, os.O_RDWR)
     try:
         os.fsync(fd)  # so that the daemon need not wait for the kernel's writing back
@@ -42,7 +42,7 @@ def act_punch(args: argparse.Namespace) -> None:
 
 
 def act_allocate(args: argparse.Namespace) -> None:
-    """pkramctl allocate FILE OFFSET LENGTH [--keep-size]."""
+    """Run `pkramctl allocate FILE OFFSET LENGTH [--keep-size]`."""
     fd = _open(args.file, os.O_RDWR)
     try:
         before = os.fstat(fd)
@@ -58,13 +58,13 @@ def act_allocate(args: argparse.Namespace) -> None:
 
 
 def act_sparsify(args: argparse.Namespace) -> None:
-    """pkramctl sparsify PATH…"""
+    """Run `pkramctl sparsify PATH…`."""
     files = blocks = 0
     for path in args.paths:
         for file in _files(path):
             fd = _open(file, os.O_RDWR)
             try:
-                os.fsync(fd)  # what is not written back yet is not looked at
+                os.fsync(fd)  # the daemon sees only what is written back
                 before = os.fstat(fd).st_blocks
                 _order(fd, file, b"sparsify", b"")
                 files, blocks = files + 1, blocks + before - os.fstat(fd).st_blocks
@@ -74,7 +74,7 @@ def act_sparsify(args: argparse.Namespace) -> None:
 
 
 def act_extents(args: argparse.Namespace) -> None:
-    """pkramctl extents FILE."""
+    """Run `pkramctl extents FILE`."""
     fd = _open(args.file, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -90,16 +90,16 @@ def act_extents(args: argparse.Namespace) -> None:
 
 
 def _open(path: str, flags: int) -> int:
-    """A descriptor of a regular file on a pkramfs mount; an error in words for anything else."""
+    """Open a regular file on a pkramfs mount; raise UsageError for anything else."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise UsageError(f"{path} is no regular file")
+        raise UsageError(f"{path} is not a regular file")
     fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        os.getxattr(fd, _DOOR + b"extents")
+        os.getxattr(fd, _PREFIX + b"extents")
     except OSError as error:
         os.close(fd)
-        if error.errno in _NO_DOOR:
-            raise UsageError(f"{path} is on no pkramfs mount: fallocate(1) is for others") from None
+        if error.errno in _NOT_OURS:
+            raise UsageError(f"{path} is not on a pkramfs mount: use fallocate(1)") from None
         raise
     return fd
 
@@ -119,21 +119,21 @@ def _allocated(fd: int, path: str, mode: int, args: argparse.Namespace) -> bool:
 
 def _order(fd: int, path: str, what: bytes, value: bytes) -> None:
     try:
-        os.setxattr(fd, _DOOR + what, value)
+        os.setxattr(fd, _PREFIX + what, value)
     except OSError as error:
         raise ErrnoError(f"{path}: {os.strerror(error.errno or 0)}", error.errno) from None
 
 
 def _touch(fd: int) -> None:
-    """The file was modified. The kernel owns the times of a file that it caches, so they are set through it."""
+    """Set the times of a modified file, through the kernel, which owns the times of a file that it caches."""
     try:
         os.utime(fd, ns=(os.fstat(fd).st_atime_ns, time.time_ns()))
     except PermissionError:
-        os.utime(fd)  # who may write, but is not the owner, may set both to now
+        os.utime(fd)  # a user who may write, but is not the owner, may set both to now
 
 
 def _files(path: str) -> Iterator[str]:
-    """A file, or all regular files below a directory on the same mount."""
+    """Yield a file, or all regular files below a directory on the same mount."""
     if not os.path.isdir(path):
         yield path
         return
@@ -151,10 +151,10 @@ def _raise(error: OSError) -> None:
 
 
 def _extents(fd: int) -> Iterator[tuple[int, int]]:
-    """All extents; an attribute holds some thousands at a time."""
+    """Yield all extents; an attribute holds some thousands at a time."""
     start = 0
     while True:
-        lines = os.getxattr(fd, _DOOR + b"extents.%d" % start).split()
+        lines = os.getxattr(fd, _PREFIX + b"extents.%d" % start).split()
         for line in lines:
             offset, _, length = line.partition(b":")
             yield int(offset), int(length)

@@ -6,7 +6,7 @@
     show                            the map
     destroy [--force]               the directory and all that is in its memory
 
-A machine that is used before it was made gets the host's size; this is for those who want another.
+A machine that is used before it was made gets the host's size; `create` is for another size.
 Destroying refuses while daemons live, and while trees are preserved unless forced: their only copy
 is in the RAM file that would go.
 
@@ -34,24 +34,24 @@ def create(args: argparse.Namespace) -> None:
     """Make a machine of the hardware that the options describe."""
     machine = arguments.machine(args)
     if machine.exists():
-        raise MachineError(f"{machine.path()} is there already: `pkramctl machine destroy` removes it")
+        raise MachineError(f"{machine.path()} exists already: `pkramctl machine destroy` removes it")
     try:
         hardware = _hardware(args)
-    except MachineError as error:  # it is the options that cannot be
+    except MachineError as error:  # the options are wrong
         raise UsageError(f"{args.map}: {error}" if args.map else str(error)) from None
     machine.create(hardware)
     _show_machine(args, machine)
 
 
 def _hardware(args: argparse.Namespace) -> "FirmwareMap | None":
-    """The hardware that the options describe; None lets the machine take the host's size."""
+    """Return the hardware that the options describe, or None for the host's size."""
     import secrets
 
     from pkramfs.machine.directory import host_memory
     from pkramfs.machine.firmware import FirmwareMap
 
     if args.map:
-        need(args.ram is None and args.nodes is None, "--map says all about RAM: leave --ram and --nodes out")
+        need(args.ram is None and args.nodes is None, "--map describes all of RAM: leave --ram and --nodes out")
         data = _read_map(args.map)
         return FirmwareMap.from_json(data if args.seed is None else data | {"seed": args.seed})
     if args.ram is None and args.nodes is None and args.seed is None:
@@ -83,7 +83,7 @@ def show(args: argparse.Namespace) -> None:
 
 
 def _show_machine(args: argparse.Namespace, machine: "Machine") -> None:
-    """The map, and where there are several NUMA nodes, theirs."""
+    """Print the firmware map, and the NUMA nodes if there are several."""
     hardware = machine.hardware()
     if arguments.wants_json(args):
         render.emit_json({"directory": machine.path(), **hardware.to_json()})
@@ -118,7 +118,7 @@ def _usable_in(hardware: "FirmwareMap", start: int, end: int) -> str:
 
 
 def destroy(args: argparse.Namespace) -> None:
-    """Remove the machine, unless something that lives or is preserved would go with it."""
+    """Remove the machine, unless a living mount or a preserved tree would go with it."""
     import shutil
 
     machine = arguments.existing(args)
@@ -133,7 +133,7 @@ def destroy(args: argparse.Namespace) -> None:
 
 
 def _refuse_live(machine: "Machine") -> None:
-    """A daemon maps the RAM that would go: never, forced or not."""
+    """Raise MachineError while a daemon maps the RAM that would go, forced or not."""
     living = [entry for entry in machine.mounts() if entry.alive]
     if living:
         places = ", ".join(entry.mountpoint for entry in living)

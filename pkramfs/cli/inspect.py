@@ -6,9 +6,9 @@
          0   magic      PKRAMnd1             which record this page holds …
         16   next       0 (check right)      published: next node
 
-Trusts nothing and follows as little as it can: without a PFN it goes from the super block by the
-fields that this very command shows. What is wrong (magic, checksum, the check of a published word,
-a pfn outside of RAM) is said below the fields, and the status is FormatError's. A page that was
+It trusts nothing and follows as little as it can: without a PFN it goes from the super block by the
+fields that this very command shows. Problems (magic, checksum, the check of a published word, a pfn
+outside of RAM) are listed below the fields, and the status is FormatError's. A page that was
 never written is read as zeros without being allocated.
 
 `pkramctl format` prints the same declarations as pkramfs-format(5) has them.
@@ -35,7 +35,7 @@ KINDS = ("superblock", "node", "object", "link", "pagetable", "regions")
 
 
 def act(args: argparse.Namespace) -> int:
-    """pkramctl inspect WHAT [PFN]."""
+    """Run `pkramctl inspect WHAT [PFN]`."""
     machine = arguments.existing(args)
     ram = machine.ram()
     pfn = args.pfn if args.pfn is not None else _first(machine, ram, args.what)
@@ -50,7 +50,7 @@ def act(args: argparse.Namespace) -> int:
 
 
 def _records() -> "dict[str, tuple[Record, int]]":
-    """Each kind's record and magic."""
+    """Return each kind's record and magic."""
     from pkramfs.pkram import format as layout
 
     return {
@@ -63,7 +63,7 @@ def _records() -> "dict[str, tuple[Record, int]]":
 
 
 def _first(machine: "Machine", ram: "Ram", what: str) -> int:
-    """The first page of a kind that the super block leads to."""
+    """Return the first page of a kind that the super block leads to."""
     pfn = _super_pfn(machine)
     for step, field in _way(what):
         record, _ = _records()[step]
@@ -75,7 +75,7 @@ def _first(machine: "Machine", ram: "Ram", what: str) -> int:
 
 
 def _way(what: str) -> list[tuple[str, str]]:
-    """The fields that lead from the super block to a kind of page."""
+    """Return the fields that lead from the super block to a kind of page."""
     node = [("superblock", "node")]
     return {
         "superblock": [],
@@ -88,12 +88,12 @@ def _way(what: str) -> list[tuple[str, str]]:
 
 
 def _pfn_in(word: int) -> int:
-    """The pfn of a word, published (with a check above it) or plain."""
+    """Return the pfn of a word, published (with a check above it) or plain."""
     return word & ((1 << 40) - 1)
 
 
 def _super_pfn(machine: "Machine") -> int:
-    """The running kernel's; in a crash kernel the dead one's; or what a boot that is not finished was told."""
+    """Return the pfn of the super block: the running kernel's, a dead kernel's, or that of an unfinished boot."""
     from pkramfs.kernel import cmdline, nvram
 
     running = nodes.attached(machine)
@@ -103,12 +103,12 @@ def _super_pfn(machine: "Machine") -> int:
     pending = nvram.pending(machine)
     pfn = cmdline.pkram_pfn(pending.cmdline) if pending else None
     if pfn is None:
-        raise MachineError("no kernel is running, so nobody knows where the super block is: give a PFN")
+        raise MachineError("no kernel is running, so the super block cannot be found: give a PFN")
     return pfn
 
 
 def _record(ram: "Ram", pfn: int, what: str) -> dict[str, Any]:
-    """A metadata page as plain data: fields, entries, problems."""
+    """Return a metadata page as plain data: fields, entries, problems."""
     record, magic = _records()[what]
     page = ram.peek(pfn)
     values = record.read(page)
@@ -133,7 +133,7 @@ def _checksum_problem(ram: "Ram", pfn: int, found: int) -> list[str]:
 
 
 def _value(pfn: int, offset: int, name: str, value: Any, meaning: str) -> tuple[Any, str]:
-    """A field for people, and what is wrong with it."""
+    """Return a field's value for people, and its problem, if any."""
     if name == "magic":
         return _letters(value), ""
     if isinstance(value, bytes):
@@ -151,7 +151,7 @@ def _published(pfn: int, offset: int, name: str, word: int) -> tuple[str, str]:
     try:
         return f"pfn {format_pfn(unseal(word, (pfn << PAGE_SHIFT) + offset, '', name))}", ""
     except FormatError:
-        return f"{word:#018x}", f"{name} is {word:#018x}, whose check does not fit"
+        return f"{word:#018x}", f"{name} is {word:#018x}, whose check is wrong"
 
 
 def _letters(magic: int) -> str:
@@ -160,7 +160,7 @@ def _letters(magic: int) -> str:
 
 
 def _entries(what: str, page: bytes, values: Any) -> list[dict[str, Any]]:
-    """What follows the header of a link or of a page of regions."""
+    """Return what follows the header of a link or of a page of regions."""
     if what == "link":
         return list(_link_entries(page, values))
     if what == "regions":
@@ -190,7 +190,7 @@ def _region_entries(page: bytes, values: Any) -> Iterator[dict[str, Any]]:
 
 
 def _page_table(ram: "Ram", pfn: int) -> dict[str, Any]:
-    """One page of a page table: its entries that are not empty. It has no header of its own."""
+    """Return the entries of a page of a page table that are not empty. Such a page has no header."""
     from pkramfs.pkram import format as layout
 
     page = ram.peek(pfn)
@@ -229,7 +229,7 @@ def _figure(name: str, value: Any) -> str:
 
 
 def act_format(args: argparse.Namespace) -> None:
-    """pkramctl format."""
+    """Run `pkramctl format`."""
     if arguments.wants_json(args):
         render.emit_json([{"record": r.name, "size": r.size, "fields": r.table()} for r in _declared()])
     else:
@@ -245,7 +245,7 @@ def _declared() -> "list[Record]":
 
 
 def format_tables() -> str:
-    """The records of pkramfs-format(5), in Markdown."""
+    """Return the records of pkramfs-format(5), in Markdown."""
     from pkramfs.pkram.treeformat import BLOBS, SECTIONS
 
     parts = []

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 PROGRAM = "pkram-kexec"
 LOCK_SECONDS = 30.0
 _NAMED = 10
-"""How many programs that use a mount are named."""
+"""How many of the programs that use a mount are named."""
 _DESCRIPTION = "Load a kernel and let a pkramfs machine die and be born again; see pkram-kexec(8)."
 _EPILOG = """examples:
   pkram-kexec -s -l /boot/vmlinuz --initrd=/boot/initrd.img --append="root=/dev/sda1 pkram=$(cat /run/pkram/pkram)"
@@ -59,12 +59,12 @@ _EPILOG = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status."""
+    """Run the command and return its exit status."""
     return arguments.run(parser(), _noted, argv)
 
 
 def _noted(args: argparse.Namespace) -> int:
-    """Act; what is refused is a line in the kernel log, too."""
+    """Act, and write a refusal to the kernel log as well."""
     try:
         return _act(args)
     except PkramfsError as error:
@@ -73,7 +73,7 @@ def _noted(args: argparse.Namespace) -> int:
 
 
 def parser() -> arguments.Parser:
-    """The command line, as kexec(8) has it."""
+    """Build the parser of kexec(8)'s command line."""
     usage = "%(prog)s [-l|-p|-u|-e|-S|--panic|--resume|--cold] [OPTIONS] [IMAGE]"
     made = arguments.Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG, usage=usage)
     made.add_argument("image", nargs="?", metavar="IMAGE", help="a bzImage, an ELF kernel, builtin or builtin:SIZE")
@@ -128,30 +128,30 @@ def _add_executing(made: argparse.ArgumentParser) -> None:
 
 
 def segment(text: str) -> tuple[str, int]:
-    """`FILE@ADDRESS` as its two parts."""
+    """Parse `FILE@ADDRESS`."""
     path, at, address = text.rpartition("@")
     if not at or not path:
-        raise argparse.ArgumentTypeError(f"not FILE@ADDRESS: {text!r}")
+        raise argparse.ArgumentTypeError(f"invalid segment {text!r}: write FILE@ADDRESS")
     return path, arguments.size(address)
 
 
 def check(args: argparse.Namespace) -> None:
-    """UsageError for what cannot be meant."""
+    """Raise UsageError for options that contradict each other."""
     loads = args.load or args.load_panic
     ways = [name for name in ("exec", "panic", "resume", "cold") if getattr(args, name)]
     acts = loads or args.unload or ways or args.status
     need(acts, "nothing to do: give -l IMAGE, -p IMAGE, -u, -e, --panic, --resume, --cold or --status")
-    need(not (args.load and args.load_panic), "-l and -p load different kernels: give one of them")
-    need(len(ways) < 2, f"--{' and --'.join(ways)} are different ways to go: give one of them")
-    need(not args.status or not (loads or args.unload or ways), "--status stands alone")
+    need(not (args.load and args.load_panic), "-l and -p exclude each other: give one of them")
+    need(len(ways) < 2, f"--{' and --'.join(ways)} exclude each other: give one of them")
+    need(not args.status or not (loads or args.unload or ways), "--status goes with no other action")
     wants_image = args.load or (args.load_panic and not args.unload)
     need(args.image or not wants_image, "no IMAGE given: a bzImage, an ELF kernel, or builtin")
-    need(not args.image or loads, f"what to do with {args.image}? -l loads it, -p loads it as crash kernel")
+    need(not args.image or loads, f"no action given for {args.image}: -l loads it, -p loads it as crash kernel")
     need(args.syscall != "file" or not args.segment, "--segment chooses an address: use -c, not -s")
 
 
 def _act(args: argparse.Namespace) -> int:
-    """Do what was asked for, in order; the first that fails ends it."""
+    """Do the actions in order; the first that fails ends it."""
     check(args)
     machine = arguments.machine(args)
     if args.status:
@@ -174,7 +174,7 @@ def _act(args: argparse.Namespace) -> int:
 
 
 def _put_off_limits(machine: "Machine") -> None:
-    """A kexec must not end half-way because of what a shell had set."""
+    """Put off the limits and priorities of the shell, so that they cannot end a kexec half-way."""
     from pkramfs.machine import process
 
     process.shed()
@@ -183,17 +183,17 @@ def _put_off_limits(machine: "Machine") -> None:
 
 
 def _notice_oops(args: argparse.Namespace, machine: "Machine") -> None:
-    """With panic_on_oops a daemon that has aborted took its kernel with it; leaving is all that can be done then."""
+    """Raise MachineError if panic_on_oops is set and a daemon has aborted: its kernel died with it."""
     if args.dry_run or args.panic or args.cold:
         return
     from pkramfs.kernel import crash
 
     if crash.notice(machine) is not None:
-        raise MachineError("panic_on_oops: a mount daemon had aborted, the crash kernel runs now: pkramctl report")
+        raise MachineError("panic_on_oops: a mount daemon aborted, the crash kernel is running: see pkramctl report")
 
 
 def _status(machine: "Machine") -> int:
-    """Say what is loaded."""
+    """Print what is loaded."""
     from pkramfs.kernel import staging
 
     for title, loaded in (
@@ -217,7 +217,7 @@ def _line(loaded: "Loaded") -> str:
 
 
 def _unload(args: argparse.Namespace, machine: "Machine") -> None:
-    """Unload; that nothing was loaded is no error, as with kexec(8)."""
+    """Unload. As with kexec(8) it is not an error if nothing was loaded."""
     from pkramfs.kernel import loading
 
     if args.dry_run:
@@ -227,7 +227,7 @@ def _unload(args: argparse.Namespace, machine: "Machine") -> None:
 
 
 def _load(args: argparse.Namespace, machine: "Machine") -> None:
-    """Load IMAGE and say what its user should know."""
+    """Load IMAGE and print its warnings."""
     from pkramfs.kernel import loading
     from pkramfs.kernel.image import load_image
 
@@ -260,7 +260,7 @@ def _request(args: argparse.Namespace) -> Any:
 
 
 def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
-    """Print what -e would do; its status is the one that -e would leave with, as far as can be known."""
+    """Print what -e would do, and return the exit status that it would have, as far as can be known."""
     from pkramfs.kernel import kexec
 
     seen = daemons.look(machine) if machine.exists() else []
@@ -276,7 +276,7 @@ def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
 
 
 def _noticed(seen: "Sequence[Seen]") -> list[str]:
-    """What cannot survive, and who will find that a mount went away under them."""
+    """Return a line for each file that cannot survive, and for each program that will lose a mount."""
     from pkramfs.cli.users import users as users_of
 
     found = []
@@ -305,7 +305,7 @@ def _not_surviving(place: str, status: "Status") -> list[str]:
 
 
 def _to_remount(args: argparse.Namespace, seen: "Sequence[Seen]") -> "again.Plan":
-    """Return what nvram.json will carry, the mounts that come back as they are now, and what is said of the rest."""
+    """Plan which mounts come back after the kexec; none if --no-remount is given."""
     from pkramfs.cli import again
 
     return again.Plan([], []) if args.no_remount else again.plan(seen)
@@ -361,7 +361,7 @@ def _execute_with(
 
 
 def _need_loaded(machine: "Machine") -> None:
-    """Find out before any mount is frozen."""
+    """Raise MachineError if no kernel is loaded, before any mount is frozen."""
     from pkramfs.kernel import staging
 
     if staging.read(machine) is None:
@@ -369,12 +369,12 @@ def _need_loaded(machine: "Machine") -> None:
 
 
 def _refuse(machine: "Machine", plan: "Plan") -> int:
-    """Say every reason not to go, one line each."""
+    """Print every reason not to go, one line each, and return the exit status."""
     for problem in plan.problems:
         complain(PROGRAM, str(problem))
         arguments.note(machine, f"kexec: refused: {problem}")
     if any(isinstance(problem, NotPreservedError) for problem in plan.problems):
-        complain(PROGRAM, "nothing was changed; --force goes on and loses what is named above")
+        complain(PROGRAM, "nothing was changed: --force goes on and loses what is named above")
     return plan.problems[0].exit_status
 
 
@@ -387,7 +387,7 @@ def _perform(args: argparse.Namespace, plan: "Plan", waiting: signals.Deferral) 
 
 
 def _before(waiting: signals.Deferral, verbose: bool, step: "Operation") -> None:
-    """A step is about to be done."""
+    """Print a step before it is done; from the point of no return on, let signals wait."""
     from pkramfs.kernel.kexec import PointOfNoReturn
 
     if isinstance(step, PointOfNoReturn):
@@ -397,7 +397,7 @@ def _before(waiting: signals.Deferral, verbose: bool, step: "Operation") -> None
 
 
 def _undo(machine: "Machine", going: Freezer, back: list[dict[str, Any]], prestarted: "PrestartedDaemons") -> None:
-    """After a failure: while the old kernel lives, every mount is as it was."""
+    """Take back after a failure: while the old kernel lives, put every mount back as it was."""
     from pkramfs.cli import again
     from pkramfs.kernel import kernelrecord
 
@@ -413,7 +413,7 @@ def _undo(machine: "Machine", going: Freezer, back: list[dict[str, Any]], presta
 def _mount_again(
     machine: "Machine", remount: Sequence[dict[str, Any]], how: str, prestarted: "PrestartedDaemons | None" = None
 ) -> int:
-    """Mount what was preserved, and say that the new kernel is up."""
+    """Mount again what was preserved, and report that the new kernel is up."""
     from pkramfs.cli import again
     from pkramfs.kernel import nvram, running
     from pkramfs.mounting.starting import PrestartedDaemons
@@ -447,7 +447,7 @@ def _resume(args: argparse.Namespace, machine: "Machine") -> int:
 
 
 def _cold(args: argparse.Namespace, machine: "Machine") -> int:
-    """Power off and on: whatever is in memory is gone. Works on a damaged machine, too, when forced."""
+    """Power off and on: memory is lost. With --force this also works on a damaged machine."""
     from pkramfs.cli import nodes
     from pkramfs.kernel import running
 
@@ -465,7 +465,7 @@ def _cold(args: argparse.Namespace, machine: "Machine") -> int:
 
 
 def _panic(args: argparse.Namespace, machine: "Machine") -> int:
-    """Crash: no mount is asked, nothing is saved."""
+    """Crash: ask no mount, save nothing."""
     from pkramfs.kernel import crash, staging
 
     with arguments.existing(args).lifecycle(shared=False, timeout=LOCK_SECONDS):

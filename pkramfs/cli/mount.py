@@ -42,15 +42,15 @@ class _Parser(arguments.Parser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the helper; its exit status."""
+    """Run the helper and return its exit status."""
     return arguments.run(parser(), _act, argv)
 
 
 def parser() -> arguments.Parser:
-    """The command line that mount(8) uses."""
+    """Build the parser of the command line that mount(8) uses."""
     made = _Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG)
-    made.add_argument("source", metavar="SOURCE", help="a name of your own for the mount table, by custom `none`")
-    made.add_argument("directory", metavar="DIR", help="where to mount, or what to remount")
+    made.add_argument("source", metavar="SOURCE", help="the source shown in the mount table, usually `none`")
+    made.add_argument("directory", metavar="DIR", help="the mount point, or the mount to change")
     made.add_argument("-o", dest="options", metavar="OPTIONS", action="append", default=[], help="mount options")
     made.add_argument("-t", dest="type", metavar="TYPE", help="pkramfs or fuse.pkramfs")
     made.add_argument("-f", dest="fake", action="store_true", help="check the options, do nothing")
@@ -59,7 +59,7 @@ def parser() -> arguments.Parser:
     made.add_argument("-N", dest="namespace", metavar="NS", help=argparse.SUPPRESS)
     made.add_argument("-r", "--read-only", dest="read_only", action="store_true", help="as -o ro")
     made.add_argument("-w", "--rw", dest="read_write", action="store_true", help=argparse.SUPPRESS)
-    made.add_argument("-v", "--verbose", dest="verbose", action="store_true", help="say what is done")
+    made.add_argument("-v", "--verbose", dest="verbose", action="store_true", help="print what is done")
     arguments.add_common(made)
     return made
 
@@ -77,7 +77,7 @@ def _act(args: argparse.Namespace) -> int:
 
 
 def _log(args: argparse.Namespace, message: str) -> None:
-    """A refusal is a line in the kernel log, too, if the machine is there. (The daemon writes its own.)"""
+    """Write a refusal to the kernel log as well, if the machine exists. (The daemon writes its own.)"""
     from pkramfs.machine.directory import Machine
 
     words = [word for word in ",".join(args.options).split(",") if word.startswith("machine=")]
@@ -118,7 +118,7 @@ def _mount(args: argparse.Namespace) -> int:
 
 
 def _source_words(args: argparse.Namespace) -> list[str]:
-    """What is mounted, as an option, so that it stays with the mount over a kexec; fsname= in -o comes after it."""
+    """Return the source as an option, so that a kexec keeps it; fsname= in -o comes after it."""
     from pkramfs.mounting.options import NO_SOURCE, source_word
 
     return [] if args.source in ("", NO_SOURCE) else [source_word(args.source)]
@@ -130,7 +130,7 @@ def _machine_words(args: argparse.Namespace) -> list[str]:
 
 
 def _check_first(options: "Options") -> None:
-    """What only a remount can ask for."""
+    """Raise UsageError for options of a remount."""
     if options.preserve is not None:
         word = "preserve" if options.preserve else "nopreserve"
         raise UsageError(f"{word} is for a mounted tree: mount first, then mount -o remount,preserve,ro DIR")

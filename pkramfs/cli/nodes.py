@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pkramctl nodes and free: what is preserved, by name.
+"""pkramctl nodes and free: the preserved nodes, by name.
 
     NODE            STATE          SIZE      PAGES   RELOCATED   PFN
     shmem-mytmpfs   mounted     2.0 GiB    524,288           0   3f8
@@ -35,7 +35,7 @@ LOCK_SECONDS = 30.0
 
 
 def attached(machine: "Machine") -> "Running | None":
-    """The running kernel, looked at without booting one; None where there is none."""
+    """Return the running kernel, or None; never boot one."""
     from pkramfs.kernel import kernelrecord
 
     if kernelrecord.read(machine, any_layout=True) is None:
@@ -46,7 +46,7 @@ def attached(machine: "Machine") -> "Running | None":
 
 
 def listing(machine: "Machine") -> list[dict[str, Any]]:
-    """Every node, as plain data, in the order of the node list."""
+    """Return every node, as plain data, in the order of the node list."""
     running = attached(machine)
     if running is None or not running.info.pkram:
         return []
@@ -68,23 +68,25 @@ def _describe(node: "Node", *, mounted: bool) -> dict[str, Any]:
 
 
 def refuse_loss(machine: "Machine") -> None:
-    """NotPreservedError if emptying the memory would lose a tree: one that is mounted, or preserved."""
+    """Raise NotPreservedError if emptying the memory would lose a mounted or preserved tree."""
     living = [entry.mountpoint for entry in machine.mounts() if entry.alive]
     if living:
         raise NotPreservedError(f"{plural(len(living), 'mount')} would be lost: umount {', '.join(living)} first")
     try:
         found, unfinished = listing(machine), _unfinished(machine)
     except PkramfsError as error:
-        raise MachineError(f"cannot tell what is preserved ({error}): only --force goes on") from None
+        raise MachineError(f"the preserved nodes cannot be read ({error}): only --force goes on") from None
     if unfinished:
-        raise NotPreservedError("a kexec is not finished, and what it hands over would be lost: pkram-kexec --resume")
+        raise NotPreservedError(
+            "a kexec is not finished, and the nodes that it hands over would be lost: pkram-kexec --resume"
+        )
     if found:
         size = format_size(sum(node["bytes"] for node in found))
         raise NotPreservedError(f"{plural(len(found), 'node')}, {size}, would be lost: free them, or use --force")
 
 
 def _unfinished(machine: "Machine") -> bool:
-    """Whether the old kernel is gone and the new one not up, so that nobody knows the nodes."""
+    """Return True if the old kernel is gone and the new one not up, so that nobody knows the nodes."""
     from pkramfs.kernel import kernelrecord, nvram
 
     pending = nvram.pending(machine)
@@ -93,11 +95,11 @@ def _unfinished(machine: "Machine") -> bool:
 
 
 def act_nodes(args: argparse.Namespace) -> None:
-    """pkramctl nodes."""
+    """Run `pkramctl nodes`."""
     machine = arguments.existing(args)
     running = attached(machine)
     if running is not None:
-        running.store.root()  # ENODEV in words where PKRAM is off: no list is not an empty list
+        running.store.root()  # where PKRAM is off this raises ENODEV: no list is not an empty list
     found = listing(machine)
     if arguments.wants_json(args):
         render.emit_json(found)
@@ -126,7 +128,7 @@ def show(found: list[dict[str, Any]]) -> None:
 
 
 def act_free(args: argparse.Namespace) -> int:
-    """pkramctl free NAME… | --all | --damaged."""
+    """Run `pkramctl free NAME… | --all | --damaged`."""
     need(bool(args.names) + args.all + args.damaged == 1, "give the NAMEs to free, or --all, or --damaged")
     machine = arguments.existing(args)
     if args.damaged:
@@ -150,13 +152,13 @@ def act_free(args: argparse.Namespace) -> int:
 
 
 def _free_damaged(args: argparse.Namespace, machine: "Machine") -> int:
-    """Find again what can be found, and give up what cannot be read, so that the others are of use again."""
+    """Find again the nodes that can be found, and give up those that cannot be read and hide others."""
     from pkramfs.kernel.running import look
 
     said: dict[str, list[str]] = {"given_up": [], "found": [], "mended": []}
 
     def say(kind: str, line: str) -> None:
-        """Tell of a change before it is made."""
+        """Report a change before it is made."""
         said[kind].append(line)
         machine.log(f"pkram: {'gave up a node' if kind == 'given_up' else kind}: {line}")
         if not arguments.wants_json(args):
@@ -205,7 +207,7 @@ def _node_names(running: "Running") -> list[bytes]:
 
 
 def resolve(running: "Running", name: str) -> bytes:
-    """The node that NAME means: a mount's NAME, or the node's own name."""
+    """Return the node that NAME means: a mount's NAME, or the node's own name."""
     raw, of_mount = os.fsencode(name), node_name(name)
     if running.store.find(of_mount) is not None:
         return of_mount
@@ -213,7 +215,7 @@ def resolve(running: "Running", name: str) -> bytes:
 
 
 def _free(machine: "Machine", running: "Running", name: bytes) -> int:
-    """Withdraw one node; the pages it preserved."""
+    """Withdraw one node and return the number of pages that it preserved."""
     node = running.store.find(name)
     if node is None:
         raise PkramError(f"no node {exact(name)} is preserved")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How answers look: tables on a terminal, columns in a pipe, JSON for programs.
+"""Render answers: tables on a terminal, columns in a pipe, JSON for programs.
 
     NAME      MOUNTED ON   STATE       FILES   SIZE
     mytmpfs   /mnt         preserved       1   2.0 GiB
@@ -7,7 +7,7 @@
 A command gathers plain data first (dicts, lists, numbers, text) and renders last, so that --json
 is the same data without a second way of finding it. rich is imported only for a terminal: it costs
 50 ms and a pipe has no use for colours. Text that came from RAM or from file names may hold
-anything; so nothing is printed but by this module, which makes it lines that cannot talk to the terminal (text.py).
+anything; so only this module prints, and it escapes whatever could talk to the terminal (text.py).
 
 JSON is ASCII, whatever the locale. Text in it is exact: a byte that is not UTF-8 is a lone surrogate \\udc80 to
 \\udcff, so that os.fsencode() gives the name of a file again.
@@ -38,7 +38,7 @@ def emit_json(data: Any) -> None:
 
 
 def settle() -> None:
-    """Let no locale keep a message from being printed: what it has no letters for is escaped."""
+    """Escape characters that the locale does not have, so that every message can be printed."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -53,12 +53,12 @@ def say(line: Any = "", *, error: bool = False) -> None:
 
 
 def tell(line: Any) -> None:
-    """Print one line of news now: what is being done. If it cannot be printed, the work goes on."""
+    """Print one line of progress now. If it cannot be printed, the work goes on."""
     stdio.tell(printable(line))
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know, in terms of what it knows."""
+    """Return a value that JSON does not know, as one that it knows."""
     if isinstance(value, bytes | bytearray):
         return exact(bytes(value))
     if isinstance(value, set | frozenset):
@@ -81,7 +81,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def plain_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table in plain text, padded to the widest cell, no trailing blanks."""
+    """Return the lines of a table in plain text, padded to the widest cell, no trailing blanks."""
     titles = [column.title for column in columns]
     widths = [max(len(line[i]) for line in [titles, *rows]) for i in range(len(columns))]
     return [_line(columns, widths, cells) for cells in [titles, *rows]]
@@ -114,7 +114,7 @@ def heading(text: str) -> None:
 
 
 def _fancy() -> bool:
-    """Whether stdout is a terminal that wants more than text."""
+    """Return True if stdout is a terminal that shows colours."""
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and "NO_COLOR" not in os.environ
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pkramctl report: what the last boot found, reserved, relocated and lost, and where its time went.
+"""pkramctl report: what the last boot found, reserved, relocated and lost, and how long each phase took.
 
     kernel     generation 2, kexec boot of builtin
     found      2 nodes, 110 MiB in 3 ranges
@@ -41,7 +41,7 @@ def show(args: argparse.Namespace) -> None:
     machine = arguments.existing(args)
     info = kernelrecord.read(machine, any_layout=True)
     if info is None:
-        raise MachineError("no kernel is running, so there is no boot to report")
+        raise MachineError("no kernel is running, so there is no report: mount a tree first")
     costs = _costs_now(machine)
     if arguments.wants_json(args):
         render.emit_json(info.report | {"ways": costs.to_json() if costs else None})
@@ -59,7 +59,7 @@ def show(args: argparse.Namespace) -> None:
 
 
 def costs(machine: "Machine") -> "Costs | None":
-    """What the loaded kernel costs with bans and with scratch; None where none is loaded or PKRAM is off."""
+    """Return the costs of the loaded kernel with bans and with scratch; None if none is loaded or PKRAM is off."""
     from pkramfs.kernel import running, staging
     from pkramfs.kernel.costs import compare
 
@@ -70,11 +70,11 @@ def costs(machine: "Machine") -> "Costs | None":
 
 
 def _costs_now(machine: "Machine") -> "Costs | None":
-    """The same, for people who came for the report of the last boot: damage of now must not hide that."""
+    """Return the same, or None with a warning: damage of now must not hide the report of the last boot."""
     try:
         return costs(machine)
     except PkramfsError as error:
-        arguments.warn("pkramctl", f"what the loaded kernel costs cannot be told: {error}")
+        arguments.warn("pkramctl", f"the costs of the loaded kernel are unknown: {error}")
         return None
 
 
@@ -100,7 +100,7 @@ def _lost_size(count: int) -> str:
 
 
 def _dead(dead: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What a crash kernel knows about the one whose memory it finds."""
+    """Return the lines about the dead kernel, in a crash kernel."""
     if not dead:
         return []
     where = f"super block at pfn {format_pfn(dead['super_pfn'])}" if dead["super_pfn"] else "PKRAM was off"

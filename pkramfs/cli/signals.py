@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What SIGINT, SIGTERM and SIGHUP mean to a command: take back what was begun, and leave; but not half-way.
+"""Handle SIGINT, SIGTERM and SIGHUP in a command: take back what was begun and leave, but never half-way.
 
     with heard():                        a signal is an Ended exception, wherever the command is
         with Deferral() as waiting:
@@ -7,8 +7,8 @@
             waiting.begin()
             …                            what cannot: a signal waits until the block is over
 
-Only the first signal counts: what comes after it would interrupt the taking back. Whoever started us with a
-signal ignored (nohup) wants it ignored.
+Only the first signal counts: a second one would interrupt the taking back. A signal that was ignored when we
+started (nohup) stays ignored.
 
 Kernel: signal(7); include/linux/sched/signal.h (what a system call does that may not be interrupted)
 """
@@ -31,7 +31,7 @@ class Ended(KeyboardInterrupt):
 
 
 class _State:
-    """What there is of one process: how many blocks defer, what came meanwhile, and whether we are leaving."""
+    """The state of the process: how many blocks defer, which signal came meanwhile, and whether we are leaving."""
 
     def __init__(self) -> None:
         self.deferring = 0
@@ -75,7 +75,7 @@ class Deferral:
         self._begun = False
 
     def begin(self) -> None:
-        """What follows must not be interrupted."""
+        """Let signals wait from here on."""
         if not self._begun:
             self._begun = True
             _state.deferring += 1
@@ -96,7 +96,7 @@ class Deferral:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """A block that must not be interrupted."""
+    """Let signals wait until the block is over."""
     with Deferral() as waiting:
         waiting.begin()
         yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What `pkramctl status` shows: the machine, its kernel, its mounts and its nodes.
+"""pkramctl status: the machine, its kernel, its mounts and its nodes.
 
     machine      /dev/shm/pkram/default, 64 GiB of RAM, 2.1 GiB of it backed by the host
     kernel       generation 2, builtin, up since 12:00:01, super block at pfn 34f
@@ -13,9 +13,9 @@
     NODE            STATE              SIZE      PAGES
     shmem-mytmpfs   held by a mount    2.0 GiB   524,288
 
-`gather` finds it as plain data (what --json prints); `show` prints it. A part that cannot be read
-(a damaged super block, a silent daemon) is shown as its error and hides none of the others: this is
-the command one runs when something is wrong.
+`gather` collects plain data, which --json prints; `show` prints it for people. A part that cannot be read
+(a damaged super block, a silent daemon) is shown as its error and hides none of the others, because users run this
+command when something is wrong.
 
 Kernel: /proc/meminfo, /sys/kernel/pkram, /sys/kernel/kexec_loaded
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def act(args: argparse.Namespace) -> None:
-    """pkramctl status."""
+    """Run `pkramctl status`."""
     found = gather(arguments.existing(args))
     if arguments.wants_json(args):
         render.emit_json(found)
@@ -42,7 +42,7 @@ def act(args: argparse.Namespace) -> None:
 
 
 def gather(machine: "Machine") -> dict[str, Any]:
-    """Everything that there is to say, as plain data."""
+    """Return all parts of the answer as plain data."""
     found: dict[str, Any] = {"machine": _machine(machine)}
     parts = {"kernel": _kernel, "next": _next, "memory": _memory, "numa": _numa, "mounts": _mounts}
     parts |= {"nodes": nodes.listing}
@@ -86,7 +86,7 @@ def _kernel(machine: "Machine") -> dict[str, Any] | None:
 
 
 def _next(machine: "Machine") -> dict[str, Any]:
-    """What is loaded, and a boot that waits to be finished."""
+    """Return the loaded kernels, and the boot that waits to be finished."""
     from pkramfs.kernel import kernelrecord, nvram, staging
 
     pending = nvram.pending(machine)
@@ -102,7 +102,7 @@ def _next(machine: "Machine") -> dict[str, Any]:
 
 
 def _memory(machine: "Machine") -> dict[str, int] | None:
-    """Bytes by the state of their page block."""
+    """Return the bytes in page blocks of each state."""
     running = nodes.attached(machine)
     if running is None:
         return None
@@ -110,7 +110,7 @@ def _memory(machine: "Machine") -> dict[str, int] | None:
 
 
 def _numa(machine: "Machine") -> dict[str, dict[str, int]] | None:
-    """Bytes of each NUMA node by who has them, where there are several nodes."""
+    """Return the bytes of each NUMA node by owner, if there are several nodes."""
     running = nodes.attached(machine)
     if running is None:
         return None
@@ -211,9 +211,9 @@ def show_mounts(found: list[dict[str, Any]]) -> None:
 
 
 def _places(mount: dict[str, Any]) -> str:
-    """Every place of a mount; where it was, if it is not in our mount namespace or was unmounted while in use."""
+    """Return every place of a mount, or where it was if it is not in our mount namespace, or unmounted but in use."""
     found = mount.get("places", [mount["mountpoint"]])
-    return ", ".join(found) or f"{mount['mountpoint']} (not any more, or in another mount namespace)"
+    return ", ".join(found) or f"{mount['mountpoint']} (no longer, or in another mount namespace)"
 
 
 def _mount_row(mount: dict[str, Any]) -> list[Any]:

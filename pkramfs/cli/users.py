@@ -19,7 +19,7 @@ class User(NamedTuple):
 
 
 def users(mountpoint: str) -> list[User]:
-    """Programs that will get ENOTCONN, as far as /proc shows them to us. Never touches the mount itself."""
+    """Return the programs that will get ENOTCONN, as far as /proc shows them to us. Never touches the mount itself."""
     found = []
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         places = sum(inside(link, mountpoint) for link in _links(pid))
@@ -29,7 +29,7 @@ def users(mountpoint: str) -> list[User]:
 
 
 def _links(pid: str) -> list[str]:
-    """Where a process's descriptors, working directory and root point."""
+    """Return where a process's descriptors, working directory and root point."""
     links = []
     try:
         names = [f"fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pkramctl verify: all that would cross a kexec, checked as the next kernel and the next mount would.
+"""pkramctl verify: check all that would cross a kexec, as the next kernel and the next mount would.
 
     super block ── its magic, checksum, version
     node list ──── sound, no cycle
     each node ──── page table, objects, links, bytes; its pages are RAM and lie in its own page blocks
     nodes ──────── no page belongs to two
-    lease table ── says of each page block what nodes, locks and the kernel say
+    lease table ── agrees on each page block with nodes, locks and the kernel
     each tree ──── names, links, extents agree (a node of pkramfs's own: shmem-NAME)
 
-Every problem is one line and hides none of the others, as far as what is found allows to go on.
-
-PKRAM itself finds out when it loads.
+Every problem is one line. The check goes on after a problem as far as it can. PKRAM itself finds out when it loads.
 """
 
 import argparse
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def act(args: argparse.Namespace) -> int:
-    """pkramctl verify [NAME…]."""
+    """Run `pkramctl verify [NAME…]`."""
     machine = arguments.existing(args)
     from pkramfs.kernel.running import look
 
@@ -50,7 +48,7 @@ def act(args: argparse.Namespace) -> int:
 
 
 def check(running: "Running", names: list[bytes]) -> tuple[int, list[str]]:
-    """How many nodes were checked (all, if none is named), and what is wrong."""
+    """Check the named nodes, or all; return how many were checked, and the problems."""
     from pkramfs.pkram.check import check as check_store
     from pkramfs.units import BLOCK_PAGES
 
@@ -73,7 +71,7 @@ def check(running: "Running", names: list[bytes]) -> tuple[int, list[str]]:
 
 
 def _out_of_reach(running: "Running") -> str:
-    """The nodes that a damaged list does not lead to, though they are whole; nothing if there are none."""
+    """Return a clause that names the whole nodes which a damaged list does not lead to, or nothing."""
     from pkramfs.pkram.node import shown
 
     found = ", ".join(shown(node.name) for node in running.survey().found)
@@ -81,7 +79,7 @@ def _out_of_reach(running: "Running") -> str:
 
 
 def doubts(running: "Running") -> list[str]:
-    """Page blocks of which the lease table says what is not so; those of nodes were checked with their nodes."""
+    """Return where the lease table is wrong about page blocks; those of nodes were checked with their nodes."""
     with running.machine.tables():
         try:
             found = running.ownership.disagreements(running.machine.live_ids(), of_nodes=False)
@@ -91,7 +89,7 @@ def doubts(running: "Running") -> list[str]:
 
 
 def _visit(node: "Node", objects: list["ObjectReader"], pages: "Spans") -> Iterator[str]:
-    """What is wrong with the tree in a node of ours, if anything."""
+    """Yield the problem with the tree in a node of ours, if there is one."""
     if mount_name(node.name) is not None:
         try:
             _read_tree(objects, pages)

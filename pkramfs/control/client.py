@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Ask a mount daemon, and wait for its answer.
+"""Exchange one request and one answer with a mount daemon.
 
-    call(entry.socket, "status")                 → dict
-    call(entry.socket, "preserve", strict=True)
-    held = Held(entry.socket, "freeze")          → held.answer; in force until held.release(), or until we die
+    call(path, verb, **args)                     → the answer, a JSON object
+    call_long(path, verb, **args)                the same, for a verb that may take long
+    held = Held(path, verb, undo="")             → held.answer; in force until held.release(), or until we die
 
-DaemonError means that there was no answer: nobody listens, the daemon died, or it took too long. A
-refusal is protocol.RefusedError, with the daemon's words. Standard library only.
+This knows no verbs: commands.py has them, with typed replies. DaemonError means that there was no answer: nobody
+listens, the daemon died, or it took too long. A refusal is protocol.RefusedError, with the daemon's words. Standard
+library only.
 
-A daemon that works on something answers `status` all the same. So whoever waits long (`call_long`) asks that now
-and then, and gives up where it is not answered.
+A daemon that works on a verb answers `status` all the same. So `call_long` asks for it now and then, and gives up
+if there is no answer.
 
 Kernel: net/unix/af_unix.c
 """
@@ -25,26 +26,26 @@ from pkramfs.errors import DaemonError, PkramfsError, explain
 
 TIMEOUT = 120.0
 LONG_SECONDS, ASK_SECONDS = 3600.0, 30.0
-"""How long the longest work may take, and a daemon that works on it may say nothing at all."""
+"""How long the longest work may take, and how long a daemon at work may leave `status` unanswered."""
 _POLL = 0.02
 
 
 def call(path: str, verb: str, /, *, timeout: float = TIMEOUT, **args: Any) -> dict[str, Any]:
-    """The answer to one verb of the daemon that listens at `path`."""
+    """Send one verb to the daemon that listens at `path`, and return its answer."""
     with contextlib.closing(_Connection(path, verb, timeout)) as peer:
         return peer.ask(args)
 
 
 def call_long(path: str, verb: str, /, **args: Any) -> dict[str, Any]:
-    """The answer to a verb that may take long, from a daemon that answers `status` meanwhile."""
+    """Send a verb that may take long, and return its answer, while the daemon answers `status` meanwhile."""
     with contextlib.closing(_Connection(path, verb, LONG_SECONDS)) as peer:
         return peer.ask(args, meanwhile=lambda: call(path, "status", timeout=ASK_SECONDS))
 
 
 class Held:
-    """A verb that is in force as long as its connection; `answer` is what the daemon said to it.
+    """A verb that is in force as long as its connection; `answer` is the daemon's answer.
 
-    `undo` is what takes it back from a daemon of an older version, which does not answer `held`; nothing if empty.
+    `undo` is the verb that takes it back from a daemon of an older version, which does not answer `held`; empty: none.
     """
 
     def __init__(self, path: str, verb: str, /, *, undo: str, timeout: float = TIMEOUT, **args: Any) -> None:
@@ -71,7 +72,7 @@ class Held:
 
 
 class _Connection:
-    """One exchange with a daemon; whatever goes wrong is a DaemonError that says what was asked for."""
+    """One exchange with a daemon; every failure is a DaemonError that names the verb."""
 
     def __init__(self, path: str, verb: str, timeout: float) -> None:
         self._verb, self._timeout, self._deadline = verb, timeout, time.monotonic() + timeout
@@ -87,7 +88,7 @@ class _Connection:
         self._socket.close()
 
     def ask(self, args: dict[str, Any], meanwhile: Callable[[], object] | None = None) -> dict[str, Any]:
-        """The answer. `meanwhile` is called now and then while it is waited for, and may raise."""
+        """Send the request and return the answer; call `meanwhile`, which may raise, now and then while waiting."""
         with self._trouble():
             self._socket.settimeout(self._left())
             self._socket.sendall(protocol.encode({"verb": self._verb, "args": args}))
@@ -95,7 +96,7 @@ class _Connection:
         try:
             answer = protocol.decode(line)
         except ValueError:
-            raise DaemonError(f"it ended while it was asked to {self._verb}") from None
+            raise DaemonError(f"the daemon ended before it answered {self._verb}") from None
         return protocol.result(answer)
 
     def finish(self, timeout: float) -> None:
@@ -136,7 +137,7 @@ class _Connection:
             parts.append(part)
             size += len(part)
         if size > protocol.LINE_MAX:
-            raise DaemonError(f"its answer to {self._verb} is longer than {protocol.LINE_MAX:,} bytes")
+            raise DaemonError(f"the answer to {self._verb} is longer than {protocol.LINE_MAX:,} bytes")
         return b"".join(parts)
 
     def _left(self) -> float:
@@ -151,4 +152,4 @@ class _Connection:
         except TimeoutError:
             raise DaemonError(f"no answer to {self._verb} within {self._timeout:g} s") from None
         except OSError as error:
-            raise DaemonError(f"cannot ask it to {self._verb}: {explain(error)}") from None
+            raise DaemonError(f"cannot send {self._verb} to the daemon: {explain(error)}") from None

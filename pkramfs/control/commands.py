@@ -47,7 +47,7 @@ class Commands:
         return held
 
     def reconfigure(self, words: dict[str, str | bool], pages: int | None = None, inodes: int | None = None) -> None:
-        """Tell the daemon what a remount said; `pages` and `inodes` are what its size= and nr_inodes= mean."""
+        """Pass on the options of a remount; `pages` and `inodes` are its size= and nr_inodes= as numbers."""
         limits = {"pages": pages, "inodes": inodes}
         read(
             Done,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a daemon does for the verbs: keep one tree, and say in which state it is.
+"""The daemon's side of the verbs: keep one tree, and report its state.
 
     preserve     writers gone? ─▶ freeze ─▶ save ─▶ published          else thaw, and say why
     unpreserve   node withdrawn by one store ─▶ thaw
@@ -16,12 +16,12 @@ that and `freeze` nothing is awaited, so no open can slip in.
 A freeze belongs to a kexec, which may be killed: so it ends with the connection that asked for it. While it holds
 nobody else can thaw the tree. Once `stop` was asked for nothing is thawed: what was preserved stays so.
 
-Data that a refused write-back lost (fs/lost) would be zeros in what is preserved. So `preserve` refuses and names
-the files, until they are mended; `lossy` goes on, the log names them, and what is lost is forgotten. `watch_losses`
-says of each such file once, some time after it began, that it is one.
+Data that a refused write-back lost (fs/lost) would be zeros in the preserved tree. So `preserve` refuses and names
+the files, until they are mended; with `lossy` it goes on, the log names the files, and the losses are forgotten.
+`watch_losses` has the log name each such file once, some time after its first loss.
 
-The lock lets one verb at a time change the state. Looking (`status`) needs no lock: it runs between
-two steps of a save.
+The lock lets one verb at a time change the state. `status` needs no lock: it runs between two steps
+of a save.
 
 After the node was withdrawn its own pages (super structures, not files) go back to the frames.
 
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 WRITERS_SECONDS = 3.0
 """How long preserve waits for files that are open for writing to be closed."""
 LOSS_SECONDS = 0.5
-"""How long what was lost may still come, and how often the log hears of other files."""
+"""How long losses are collected before the log names the files."""
 _NAMED = 5
 """How many files a refusal names."""
 
@@ -68,13 +68,13 @@ class BusyError(ErrnoError):
 
 
 class LostError(ErrnoError):
-    """Data that were written are lost; the message names the files."""
+    """Written data are lost; the message names the files."""
 
     default_errno = errno.EIO
 
 
 class Keeper:
-    """One tree with its node. `say` writes to the kernel log, `banned` tells what may not be preserved in place."""
+    """One tree with its node. `say` writes to the kernel log, `banned` returns the pages that cannot stay in place."""
 
     def __init__(
         self,
@@ -102,11 +102,11 @@ class Keeper:
 
     @property
     def node_name(self) -> bytes:
-        """The node that holds this tree when it is preserved."""
+        """Return the node that holds this tree when it is preserved."""
         return node_name(self.name or "")
 
     def verbs(self) -> dict[str, Any]:
-        """What `server` answers."""
+        """Return the verbs by name."""
         return {
             "status": self.status,
             "preserve": self.preserve,
@@ -118,15 +118,15 @@ class Keeper:
         }
 
     def undo(self) -> dict[str, Any]:
-        """What takes a verb back when its connection ends, for those that hold as long."""
+        """Return the functions that take a verb back when its connection ends."""
         return {"freeze": self.release}
 
     def writer_gone(self) -> None:
-        """A file that was open for writing was closed."""
+        """Note that a file that was open for writing was closed."""
         self._writer_gone.set()
 
     def data_lost(self) -> None:
-        """A write-back was refused."""
+        """Note that a write-back was refused."""
         self._data_lost.set()
 
     async def watch_losses(self) -> None:
@@ -175,7 +175,7 @@ class Keeper:
         }
 
     async def preserve(self, strict: bool = False, lossy: bool = False) -> Status:
-        """Freeze the tree and publish its node; nothing happens where that is done already."""
+        """Freeze the tree and publish its node, unless that is done already."""
         try:
             async with self._lock:
                 return await self._preserve(strict or self.strict, lossy)
@@ -206,7 +206,7 @@ class Keeper:
         return await self.status()
 
     def _refuse_loss(self, lossy: bool) -> None:
-        """LostError if files lack data that were written to them."""
+        """Raise LostError if files lack data that were written to them, unless `lossy`."""
         count = self.tree.lost_count
         if count and not lossy:
             raise LostError(
@@ -215,7 +215,7 @@ class Keeper:
             )
 
     def _forget_loss(self) -> None:
-        """What is preserved is what there is from now on; the log names the files that lack something."""
+        """Forget the losses, since the tree is preserved without them; the log names the files."""
         count = self.tree.lost_count
         if count:
             self._say(
@@ -238,7 +238,7 @@ class Keeper:
             self._say(f"pkramfs: {self.name}: nor {'is' if more == 1 else 'are'} {plural(more, 'other open file')}")
 
     async def unpreserve(self) -> Status:
-        """Give the tree back to its writers; the node goes."""
+        """Withdraw the node and give the tree back to its writers."""
         async with self._lock:
             self._refuse_held()
             if self.tree.preserved:
@@ -247,8 +247,11 @@ class Keeper:
             return await self.status()
 
     async def freeze(self) -> Frozen:
-        """No change from now on, if the tree is preserved. A live one goes on: freezing would save nothing of it,
-        and what the kernel has not sent yet would be lost if the kexec is refused."""
+        """Freeze the tree if it is preserved.
+
+        A live tree goes on: freezing would save nothing of it, and dirty pages in the kernel would be lost if the
+        kexec is refused.
+        """
         async with self._lock:
             if self.tree.preserved and not self.tree.frozen:
                 await self._freeze()
@@ -256,19 +259,19 @@ class Keeper:
             return {"preserved": self.tree.preserved}
 
     async def release(self, answer: Frozen) -> None:
-        """Take back the freeze that was answered so: its connection has ended, in whatever way."""
+        """Take back the freeze that had this answer: its connection has ended."""
         async with self._lock:
             self._holders -= answer["preserved"]
             if not self._holders and not self._kept and not self.stopping.is_set():
                 self._thaw()
 
     async def reconfigure(self, words: "Words", pages: int | None = None, inodes: int | None = None) -> Done:
-        """remount,size= and the like."""
+        """Change the options that a remount may change."""
         self._settings.reconfigure(words, pages, inodes)
         return {}
 
     async def thaw(self) -> Frozen:
-        """Take a freeze back; a preserved tree lets go of its node only when it is changed."""
+        """Take a freeze back; a preserved tree keeps its node until it is changed."""
         async with self._lock:
             self._refuse_held()
             self._thaw()
@@ -287,7 +290,7 @@ class Keeper:
     # -- how ------------------------------------------------------------------------------------
 
     async def _freeze(self) -> None:
-        """Freeze when nobody can have unsent changes; BusyError naming the files if that does not come."""
+        """Freeze once no file is open for writing; raise BusyError with their names if that takes too long."""
         with trio.move_on_after(WRITERS_SECONDS):
             while self.tree.writer_count:
                 self._writer_gone = trio.Event()
@@ -306,18 +309,18 @@ class Keeper:
             raise BusyError(f"a kexec has frozen {self.mountpoint}: wait until it is over")
 
     def _notice_loss(self) -> None:
-        """A node that was given up because it was damaged preserves nothing: the tree is live again, and says so."""
+        """Make the tree live if its node was given up because it was damaged."""
         if not self.tree.preserved:
             return
         try:
             lost = self.store.find(self.node_name) is None
         except FormatError:
-            return  # it may be there; whoever needs the list is told what is wrong with it
+            return  # it may be there; the next reader of the list reports the damage
         if lost:
             self._withdraw()
 
     def _withdraw(self) -> None:
-        """The node goes by one store; then its pages, copies of moved ones too, are ordinary free memory."""
+        """Withdraw the node by one store; then its own pages and its copies of moved pages are free memory."""
         withdraw(self.tree, self.store, self.node_name)
         self.tree.on_first_change = None
         self._say(f"pkramfs: {self.name} is no longer preserved: it is changed again")

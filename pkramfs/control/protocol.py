@@ -4,9 +4,10 @@
     {"verb": "preserve", "args": {"strict": false}}
     {"ok": {"files": 3, …}}    or    {"error": "one line for people", "status": 1, "errno": 16}
 
-`status` is the exit status of the error's class, `errno` the system's number where there is one. What was asked
-for with an answer that says `"held": true` is in force until the connection ends. A line is at most LINE_MAX
-bytes, so that no peer can make the other collect without end; a message longer than MESSAGE_MAX is cut.
+`status` is the exit status of the error's class, `errno` the system's number where there is one. A verb whose answer
+says `"held": true` is in force until the connection ends. A line has at most LINE_MAX bytes, so that no peer
+can make the other collect without end; a message longer than MESSAGE_MAX is cut. replies.py declares the content of
+`ok` for each verb.
 
 A socket's path may be longer than the 108 bytes that the kernel takes, so both sides name it as
 /proc/self/fd/N/NAME, N being its directory.
@@ -36,7 +37,7 @@ _REFUSAL = schema.Object(
 
 @contextmanager
 def short_path(path: str) -> Iterator[str]:
-    """Another, short path of the same file; valid inside the block."""
+    """Yield a short path of the same file, valid inside the block."""
     directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{directory}/{os.path.basename(path)}"
@@ -45,7 +46,7 @@ def short_path(path: str) -> Iterator[str]:
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """A message as its line. Paths that are no UTF-8 travel as surrogates."""
+    """Encode a message as its line. Paths that are not UTF-8 travel as surrogates."""
     line = json.dumps(message).encode() + b"\n"
     if len(line) > LINE_MAX:
         raise DaemonError(f"a message of {len(line):,} bytes is too long: {LINE_MAX:,} is the most")
@@ -53,7 +54,7 @@ def encode(message: dict[str, Any]) -> bytes:
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """The message of a line; ValueError if it is none."""
+    """Decode the message of a line; raise ValueError if it is none."""
     message = schema.parse(line)
     if not isinstance(message, dict):
         raise ValueError("not an object")
@@ -61,7 +62,7 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 def failure(error: Exception) -> dict[str, Any]:
-    """The answer that says what went wrong."""
+    """Return the answer for an error."""
     if isinstance(error, PkramfsError):
         return {"error": _cut(str(error)), "status": error.exit_status, "errno": getattr(error, "errno", None)}
     if isinstance(error, OSError):
@@ -75,7 +76,7 @@ def _cut(message: str) -> str:
 
 
 class RefusedError(PkramfsError):
-    """The daemon answered, and the answer was no. Carries its words, exit status and errno."""
+    """The daemon refused. Carries its words, exit status and errno."""
 
     def __init__(self, message: str, status: int, code: int | None) -> None:
         super().__init__(message)
@@ -83,7 +84,7 @@ class RefusedError(PkramfsError):
 
 
 def result(answer: dict[str, Any]) -> dict[str, Any]:
-    """What a daemon answered, or its refusal as an exception."""
+    """Return the content of an answer; raise RefusedError if it is a refusal."""
     if "error" in answer:
         try:
             refused = _REFUSAL.read(answer)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The daemon's ear: a unix socket, one verb a connection.
+"""The server of a daemon: a unix socket, one verb a connection.
 
-`Server` knows no verbs: it is given functions by name. Whatever they raise becomes an answer, and what
-nobody foresaw is logged with its traceback: a command can never end the mount.
+`Server` knows no verbs: it is given functions by name. An exception that they raise becomes an answer. An unforeseen
+one is logged with its traceback as well: a command can never end the mount.
 
-A verb may be given a function that takes it back (`undo`). Then it holds as long as its connection: the commander
-keeps that open, and when it closes it, or dies, that function gets the answer, and then our end is closed.
+A verb may have a function that takes it back (`undo`). Then it holds as long as its connection. When the command
+closes the connection, or dies, that function gets the answer, and then our end is closed.
 
-Only root and the daemon's own user are heard (SO_PEERCRED); the machine's directory lets nobody
-else reach the socket, this is the second door.
+Only root and the daemon's own user are heard (SO_PEERCRED). The machine's directory lets nobody else reach the
+socket; this is the second check.
 
 Kernel: net/unix/af_unix.c, include/linux/socket.h (struct ucred)
 """
@@ -34,7 +34,7 @@ Undo = Callable[[dict[str, Any]], Awaitable[None]]
 _READ_SECONDS = 5.0
 _REQUEST_MAX = 1 << 16
 _BACKLOG = 1024
-"""Commands that may wait to be heard while we are busy; the kernel takes no more than net.core.somaxconn."""
+"""Commands that may wait while we are busy; the kernel takes no more than net.core.somaxconn."""
 _UCRED = struct.Struct("3i")
 
 
@@ -74,7 +74,7 @@ class Server:
                 await _hold(stream if heard else None, undo)
 
     async def _ask(self, stream: trio.SocketStream) -> tuple[dict[str, Any], Callable[[], Awaitable[None]] | None]:
-        """The answer to one request, and what takes back what was done, if it holds as long as the connection."""
+        """Do one request; return the answer, and the function that takes it back if it holds with the connection."""
         try:
             _check_peer(stream)
             request = await _request(stream)
@@ -91,7 +91,7 @@ class Server:
     async def _call(self, request: dict[str, Any]) -> dict[str, Any]:
         verb = self._verbs.get(str(request.get("verb")))
         if verb is None:
-            raise UsageError(f"the daemon knows no verb {request.get('verb')!r}")
+            raise UsageError(f"unknown verb {request.get('verb')!r}")
         args = request.get("args") or {}
         try:
             return await verb(**args)
@@ -102,7 +102,7 @@ class Server:
 
 
 async def _send(stream: trio.SocketStream, answer: dict[str, Any]) -> bool:
-    """Whether the peer took the answer, which it has to do at once."""
+    """Send the answer; return False if the peer did not take it at once."""
     try:
         line = protocol.encode(answer)
     except PkramfsError as error:
@@ -117,12 +117,12 @@ async def _send(stream: trio.SocketStream, answer: dict[str, Any]) -> bool:
 
 
 async def _hold(stream: trio.SocketStream | None, undo: Callable[[], Awaitable[None]]) -> None:
-    """Wait until the peer closes its end (it has done so already, if there is no stream), then take back."""
+    """Wait until the peer closes its end (without a stream it has done so already), then take the verb back."""
     try:
         if stream is not None:
             await stream.receive_some(1)
     except trio.BrokenResourceError:
-        pass  # it died, which is what we wait for, too
+        pass  # it died, which ends its hold as well
     try:
         await undo()
     except (PkramfsError, OSError):
@@ -158,4 +158,4 @@ async def _request(stream: trio.SocketStream) -> dict[str, Any]:
     try:
         return protocol.decode(line)
     except ValueError:
-        raise UsageError("not a request: one line of JSON is expected") from None
+        raise UsageError("invalid request: expected one line of JSON") from None

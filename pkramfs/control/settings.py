@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a remount may change of a mounted tree, and how its options are shown.
+"""The options of a mounted tree: what a remount may change, and how they are shown.
 
     size=  nr_blocks=  nr_inodes=    limits, with tmpfs's refusals
     huge=  mpol=                     where the pages of later writes come from; those that are there stay
-    ro  rw                           noted only: the kernel sees to it, preserve makes it ro besides
+    ro  rw                           noted only: the kernel enforces them, and preserve makes the mount ro besides
 
-A remount changes all that it asks for, or nothing. What it has changed belongs to the mount from then
-on: pkram-kexec -e mounts the tree again with it. mode=, uid= and gid= were for the root of a new tree,
-so a remount ignores them.
+A remount changes all that it asks for, or nothing. The new options belong to the mount from then on:
+pkram-kexec -e mounts the tree again with them. mode=, uid= and gid= were for the root of a new tree, so a
+remount ignores them.
 
 Kernel: mm/shmem.c (shmem_reconfigure, shmem_show_options)
 """
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from pkramfs.machine.policy import Policy
 
 Words = dict[str, str | bool]
-"""Mount options as they were said: `{"size": "1G", "ro": True}`."""
+"""Mount options as they were given: `{"size": "1G", "ro": True}`."""
 
 _SAME = {"size": "nr_blocks", "nr_blocks": "size", "ro": "rw", "rw": "ro"}
 _SHOWN = ("mode", "uid", "gid", "huge", "mpol", "noswap", "pkram_strict")
 
 
 class Settings:
-    """The options of one mount. `words` are kept up to date; `changed` is called after a change, with what was said."""
+    """The options of one mount. `words` are kept up to date; `changed` is called after a change, with the new words."""
 
     def __init__(
         self,
@@ -44,15 +44,15 @@ class Settings:
         self._tree, self.words, self._policy, self._changed = tree, words, policy, changed
 
     def reconfigure(self, words: Words, pages: int | None = None, inodes: int | None = None) -> None:
-        """Take on what a remount said; `pages` and `inodes` are what its size= and nr_inodes= mean.
+        """Apply the options of a remount; `pages` and `inodes` are its size= and nr_inodes= as numbers.
 
-        EINVAL where tmpfs refuses, UsageError for a node that the machine has not.
+        Raise EINVAL where tmpfs refuses, UsageError for a NUMA node that the machine does not have.
         """
         huge, mpol = words.get("huge"), words.get("mpol")
         if huge is not None and huge not in HUGE:
-            raise ErrnoError(f"huge={huge} is none of {', '.join(HUGE)}", errno.EINVAL)
+            raise ErrnoError(f"invalid huge={huge}: write one of {', '.join(HUGE)}", errno.EINVAL)
         if "noswap" in words and "noswap" not in self.words:
-            raise ErrnoError("noswap is for the first mount: it cannot be said by a remount", errno.EINVAL)
+            raise ErrnoError("noswap is only for the first mount, not for a remount", errno.EINVAL)
         policy = None if mpol is None else self._policy(str(mpol))
         self._tree.limits.resize(pages, inodes)
         if mpol is not None:
@@ -66,7 +66,7 @@ class Settings:
         self._changed(words)
 
     def shown(self) -> str:
-        """The options that are not tmpfs's defaults, as /proc/mounts shows them of a tmpfs."""
+        """Return the options that are not tmpfs's defaults, as /proc/mounts shows those of a tmpfs."""
         limits, shown = self._tree.limits, []
         if self.words.keys() & {"size", "nr_blocks"}:
             shown.append(f"size={limits.max_pages << 2}k")

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What `-o` means: tmpfs's options, ours, and the words that mount(8) and the kernel add.
+"""Mount options (`-o`): tmpfs's, ours, and the words that mount(8) and the kernel add.
 
     size=2G  nr_inodes=1m  mode=1777 …      tmpfs's own
     pkram=NAME  preserve  nopreserve        the announcement's
     pkram_strict  lossy  machine=NAME  oom_score_adj=N  fuse=PATH    ours
     ro  nosuid  noatime …                   mount flags: a bit that is set or cleared
     fsname=SOURCE                           FUSE's own: what the mount table shows as source
-    user_id=0  max_read=…  x-systemd.…      said by others for others: known and ignored
+    user_id=0  max_read=…  x-systemd.…      words of other programs: known and ignored
 
-Any other word is a UsageError that names it. A remount through mount(8) arrives merged with the
-mount's current options and reordered, so order says nothing and kernel words must pass.
+Any other word is a UsageError that names it. A remount through mount(8) arrives merged with the mount's current
+options and reordered, so the order means nothing and the kernel's words must pass.
 
 Only the standard library is imported: the commands read options before they import anything.
 
@@ -92,13 +92,13 @@ class Amount:
     percent: bool = False
 
     def bytes_of(self, ram: int) -> int:
-        """Bytes, given how large RAM is; a share is rounded up to a page, as tmpfs does."""
+        """Return the bytes for a given size of RAM."""
         return ram * self.value // 100 if self.percent else self.value
 
 
 @dataclass
 class Options:
-    """One -o string, understood. None means: not said."""
+    """One -o string, parsed. None means: not given."""
 
     words: list[str] = field(default_factory=list)
     name: str | None = None
@@ -122,7 +122,7 @@ class Options:
 
     @property
     def read_only(self) -> bool | None:
-        """Whether ro was asked for; None if neither ro nor rw was."""
+        """True if ro was given, False if rw was, None if neither."""
         if self.set_flags & MS_RDONLY:
             return True
         return False if self.clear_flags & MS_RDONLY else None
@@ -134,13 +134,13 @@ class Options:
         return current & ~self.clear_flags | self.set_flags
 
     def limits(self, ram: int) -> tuple[int, int]:
-        """(pages, inodes) that the mount may use; tmpfs's default is half of RAM, 0 means no limit."""
+        """Return (pages, inodes) that the mount may use; tmpfs's default is half of RAM, 0 means no limit."""
         half = (ram >> PAGE_SHIFT) // 2
         pages = half if self.size is None else -(-self.size.bytes_of(ram) // PAGE_SIZE)
         return pages, half if self.nr_inodes is None else self.nr_inodes
 
     def lasting(self) -> dict[str, str | bool]:
-        """What to give to mount again to get the same mount: `{"pkram": "x", "ro": True}`."""
+        """Return the options that give the same mount again: `{"pkram": "x", "ro": True}`."""
         found: dict[str, str | bool] = {}
         for word in self.words:
             key, equals, value = word.partition("=")
@@ -157,16 +157,16 @@ def words_of(flags: int) -> list[str]:
 
 
 def with_flags(said: dict[str, str | bool], flags: int) -> dict[str, str | bool]:
-    """Return options that were said (`lasting`), with the flags that the mount has by now.
+    """Return options that were given (`lasting`), with the flags that the mount has by now.
 
-    What preserving does to a mount is not meant to stay: it is ro where that was said, and is so still.
+    The ro that preserving brings does not last: the result is ro only if ro was given and still holds.
     """
     found = {key: value for key, value in said.items() if key not in _SET and key not in _CLEAR}
     return found | {word: True for word in words_of(flags) if word != "ro" or said.get("ro")}
 
 
 def parse(text: str) -> Options:
-    """Understand an -o string; UsageError for what is unknown or malformed."""
+    """Parse an -o string; raise UsageError for a word that is unknown or malformed."""
     found = Options()
     for word in split(text):
         found.words.append(word)
@@ -177,7 +177,7 @@ def parse(text: str) -> Options:
 
 
 def split(text: str) -> list[str]:
-    """The words of an -o string.
+    """Split an -o string into its words.
 
     As in tmpfs a comma before a digit goes on with a list of nodes (mpol=); as in fusermount3 one behind a
     backslash belongs to fsname=.
@@ -186,7 +186,7 @@ def split(text: str) -> list[str]:
 
 
 def source_word(source: str) -> str:
-    """The word that says what is mounted, whatever is in its name."""
+    """Return the source as an option, with special characters escaped."""
     return "fsname=" + re.sub(r"([\\,])", r"\\\1", source)
 
 
@@ -207,7 +207,7 @@ def _take(found: Options, word: str) -> None:
 
 
 def _is_foreign(key: str) -> bool:
-    """Options for programs of user space."""
+    """Return True for an option of programs of user space."""
     return key.startswith(("x-", "X-"))
 
 
@@ -217,7 +217,7 @@ def _no_value(word: str, equals: str) -> None:
 
 
 def _take_flag(found: Options, key: str) -> None:
-    """The last of two that contradict each other counts."""
+    """Set or clear the bit of a flag: the last of two that contradict each other counts."""
     if key in _SET:
         bit = _SET[key]
         found.set_flags, found.clear_flags = found.set_flags | bit, found.clear_flags & ~bit
@@ -249,7 +249,7 @@ def _inodes(found: Options, value: str) -> None:
 
 
 def _number(key: str, value: str, text: str, most: int = _LONG_MAX) -> int:
-    """A number as the kernel reads it: decimal, 0x… or 0…, with k to e. Too large ones are refused, not cut.
+    """Parse a number as the kernel reads it: decimal, 0x… or 0…, with k to e. Too large ones are refused, not cut.
 
     Kernel: memparse()
     """
@@ -259,12 +259,12 @@ def _number(key: str, value: str, text: str, most: int = _LONG_MAX) -> int:
         raise UsageError(f"mount option {key}={value}: write a number, perhaps with k, m, g or t{percent}")
     number = _integer(match[1]) << _SHIFTS[match[2].lower()]
     if number > most:
-        raise UsageError(f"mount option {key}={value}: more than {most}")
+        raise UsageError(f"mount option {key}={value}: {most} is the most")
     return number
 
 
 def _integer(text: str) -> int:
-    """Digits in the base that they say: 0x10, 010, 10."""
+    """Convert digits in the base of their prefix: 0x10, 010, 10."""
     if text[:2].lower() == "0x":
         return int(text, 16)
     return int(text, 8 if text.startswith("0") else 10)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""System calls that a stopped daemon would hold for ever, made by a child process and waited for so long.
+"""Bounded waiting for system calls that a stopped daemon would hold for ever: a child process makes them.
 
     within(lambda: os.statvfs(directory).f_bsize, 10, f"{directory} to answer")
 
-What a file system is asked for is answered by its daemon, which may be stopped, or wait for somebody itself. Whoever
-asks cannot be woken by a signal then, and a process with a thread that waits so does not end: so another process
-asks. It is killed when its time is over, and what was asked for may still be done when the daemon goes on.
+A FUSE file system is answered for by its daemon, which may be stopped, or be waiting itself. Then no signal wakes
+the process that asks, and a process with such a thread does not end. So a child process asks. It is killed when its
+time is over; the call may still be completed when the daemon goes on.
 
 Kernel: fs/fuse/dev.c (request_wait_answer), fs/namespace.c (do_umount, do_remount: both write back what is dirty)
 """
@@ -29,13 +29,13 @@ T = TypeVar("T")
 
 
 class StuckError(ErrnoError):
-    """Something did not answer in time; the message says what was waited for."""
+    """There was no answer in time; the message says to what."""
 
     default_errno = errno.ETIMEDOUT
 
 
 def within(work: Callable[[], T], seconds: float, what: str) -> T:
-    """What `work` returns (numbers, text, tuples of them), or the OSError that it raises; StuckError if it is late."""
+    """Return what `work` returns (numbers, text, tuples of them), or raise its OSError; StuckError if it is late."""
     ours, theirs = os.pipe()
     child = os.fork()
     if not child:
@@ -45,14 +45,14 @@ def within(work: Callable[[], T], seconds: float, what: str) -> T:
         answer = _read(ours, time.monotonic() + seconds)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)  # it has said all, or nobody wants to know any more
+            os.kill(child, signal.SIGKILL)  # it has sent all, or its time is over
         os.close(ours)
     with contextlib.suppress(ChildProcessError):  # who started us may have us ignore SIGCHLD: it is gone already
         os.waitpid(child, os.WNOHANG if answer is None else 0)  # it may be a while until it ends
     if answer is None:
         raise StuckError(f"waited {seconds:g} s for {what}, in vain")
     if not answer:
-        raise ErrnoError(f"who waited for {what} was killed", errno.EINTR)
+        raise ErrnoError(f"the process that waited for {what} was killed", errno.EINTR)
     done, value = marshal.loads(answer)
     if not done:
         raise OSError(*value)
@@ -61,7 +61,7 @@ def within(work: Callable[[], T], seconds: float, what: str) -> T:
 
 
 def _work(work: Callable[[], Any], pipe: int) -> None:
-    """Be the child: do it, tell, end without any of the parent's clean-up."""
+    """Run in the child: do the work, send its result, and end without any of the parent's clean-up."""
     try:
         try:
             told = (True, work())
@@ -73,7 +73,7 @@ def _work(work: Callable[[], Any], pipe: int) -> None:
 
 
 def _read(pipe: int, deadline: float) -> bytes | None:
-    """All that comes until the other end is closed; None if that does not come in time."""
+    """Read until the other end is closed; return None if that takes too long."""
     parts: list[bytes] = []
     ready = select.poll()
     ready.register(pipe, select.POLLIN)

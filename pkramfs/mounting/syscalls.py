@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """mount(2), umount2(2), and what is mounted: the system calls that Python's library lacks.
 
-Standard library only: the mount helper uses this without importing the daemon's chapters.
-
 What is mounted is read from /proc/self/mountinfo, never by stat of the mount point: that would be
 a request to a daemon that may be dead, or be ourselves.
 
-A path that was read earlier may lead elsewhere by now, where another user may change a directory on the
-way. So the directory is held first, by a descriptor, with no symbolic link on the way; it is compared with
-what was noted; and what is done is done to the descriptor.
+A path that was read earlier may lead elsewhere by now, if another user may change a directory on the way. So the
+directory is held first, by a descriptor, with no symbolic link on the way; its identity is compared with the one
+that was noted; and the system call is given the descriptor.
 
 Kernel: fs/namespace.c (path_mount, path_umount), fs/proc_namespace.c (show_mountinfo), fs/namei.c
 """
@@ -30,9 +28,9 @@ FSTYPE = "fuse.pkramfs"
 MOUNTINFO = "/proc/self/mountinfo"
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _PR_SET_IO_FLUSHER = 57
-ANOTHER = "it is not the one any more that was mounted on; look at it, and mount by hand"
-"""What is said of a directory that has another identity than it had."""
-_LINK = "is a symbolic link by now"
+ANOTHER = "it is another directory than the one that was mounted on: look at it, and mount by hand"
+"""The reason not to mount on a directory whose identity has changed."""
+_LINK = "is now a symbolic link"
 
 _DETACH_SECONDS = 600.0
 """How long fusermount3 may take, which has the kernel write back what is dirty."""
@@ -70,7 +68,7 @@ class Mounted(NamedTuple):
 
 
 def mount(source: str, target: str, fstype: str, flags: int, data: str, *, held: int | None = None) -> None:
-    """mount(2) on what `held` is a descriptor of; `target` is its name for errors, or without it the place."""
+    """Call mount(2) on the directory that `held` is a descriptor of; `target` names it in errors, or is the place."""
     place = target if held is None else held_path(held)
     _check(
         _libc.mount(
@@ -82,7 +80,7 @@ def mount(source: str, target: str, fstype: str, flags: int, data: str, *, held:
 
 def serve_writers() -> bool:
     """Tell the kernel that dirty pages are written through this process, so that it never waits for such pages when it
-    needs memory itself; whether that is allowed (CAP_SYS_RESOURCE) and known (Linux 5.6).
+    needs memory itself. Return False if that is not allowed (CAP_SYS_RESOURCE) or not known (before Linux 5.6).
 
     Kernel: prctl(2), PR_SET_IO_FLUSHER
     """
@@ -90,7 +88,7 @@ def serve_writers() -> bool:
 
 
 def umount(target: str, *, lazy: bool = False) -> None:
-    """umount2(2): at once, or detached now and gone when the last user is.
+    """Call umount2(2): at once, or detached now and gone with the last user.
 
     The directory above is held, not the mount itself: that would be a user of it. No one can rename a mount point.
     """
@@ -157,7 +155,7 @@ def identity(held: int) -> tuple[int, int]:
 
 
 def same(found: tuple[int, int], expected: tuple[int, int | None]) -> bool:
-    """Say whether something has the identity that is expected; without an inode number, only the device."""
+    """Return True if an identity is the one that is expected; without an inode number only the device counts."""
     return found[0] == expected[0] and expected[1] in (None, found[1])
 
 
@@ -173,7 +171,7 @@ def mount_id(held: int) -> int:
 
 
 def detach(target: str, *, lazy: bool = True) -> None:
-    """Unmount as who we are: umount2(2) for root, fusermount3 for others."""
+    """Unmount by umount2(2) as root, by fusermount3 as another user."""
     if os.geteuid() == 0:
         umount(target, lazy=lazy)
         return
@@ -201,7 +199,7 @@ def mounts(pid: int | None = None) -> list[Mounted]:
 
 
 def places_of(dev: int) -> list[Mounted]:
-    """The mounts of one file system, in order; only their lines are taken apart."""
+    """Return the mounts of one file system, in order; only their lines are taken apart."""
     number = b" %d:%d " % (os.major(dev), os.minor(dev))
     with open(MOUNTINFO, "rb") as file:
         found = [_line(line) for line in file if number in line]
@@ -239,12 +237,12 @@ def _path(text: bytes) -> str:
 
 
 def inside(path: str, directory: str) -> bool:
-    """Say whether an absolute path is that of a directory or of something in it."""
+    """Return True if an absolute path is that of a directory or of something in it."""
     return path == directory or path.startswith(directory.rstrip("/") + "/")
 
 
 def mounted_at(directory: str) -> Mounted | None:
-    """What is mounted on exactly this directory: the topmost, or None."""
+    """Return the topmost mount on exactly this directory, or None."""
     found = [mounted for mounted in mounts() if mounted.mountpoint == directory]
     return found[-1] if found else None
 
@@ -294,20 +292,20 @@ class Table:
 
 
 def places(dev: int | None) -> list[str]:
-    """Where this file system lies on top: its mount, if nothing covers it, and its bind mounts."""
+    """Return the places of a file system that nothing covers or hides."""
     table = Table(mounts())
     return [one.mountpoint for one in table.of(dev) if table.cover(one) is None and table.hidden(one) is None]
 
 
 def detach_all(dev: int | None, *, lazy: bool = True) -> None:
-    """Unmount a file system wherever it is on top. What somebody mounted over it is not ours to unmount."""
+    """Unmount a file system wherever it is on top; mounts of others over it stay."""
     while found := places(dev):
         for path in reversed(found):
             detach(path, lazy=lazy)
 
 
 def is_dead(directory: str) -> bool:
-    """Whether a mount of ours is there whose daemon is gone. StuckError if the daemon neither answers nor is gone.
+    """Return True if a mount of ours is there whose daemon is gone; raise StuckError if the daemon does not answer.
 
     Asked with statfs, which always is a request: stat may be answered from the kernel's endless cache.
     """
