@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Reading a node: its page, its page table, its objects, each checked before it is used.
 
+    super block ─► list of nodes, each met once
     node page ─► magic, checksum, flags, name
     page table ─► the frames of the node; nothing outside of them is read
     objects ───► as many as the node says, none twice
@@ -9,14 +10,15 @@
 Kernel: mm/pkram.c (struct pkram_node, pkram_prepare_load_obj), patches 2 and 3
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from pkramfs.errors import FormatError
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram.format import NAME_MAX, NODE, NODE_MAGIC, OTHER
-from pkramfs.pkram.page import check_pfn, expect_flags, expect_unused, read_page
+from pkramfs.pkram.format import NAME_MAX, NEXT, NODE, NODE_MAGIC, OTHER
+from pkramfs.pkram.page import check_pfn, expect_flags, expect_unused, read_page, read_word
 from pkramfs.pkram.streams.reader import ObjectReader
 from pkramfs.pkram.table import reader as pagetable
 from pkramfs.pkram.table.reader import Walk
@@ -24,6 +26,8 @@ from pkramfs.spans import Spans
 from pkramfs.text import exact
 
 STRICT = 1
+_LOOKS = 3
+"""How often the list is read before damage is believed: a node may be withdrawn under our eyes."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,38 @@ def read_node(ram: Ram, pfn: int) -> Node:
         object_pfn=page.object,
         relocated=page.moved,
     )
+
+
+def list_nodes(ram: Ram, super_pfn: int) -> list[Node]:
+    """Return every node below a super block, newest first; FormatError if the list is damaged."""
+    for _ in range(_LOOKS - 1):
+        try:
+            return list(walk_nodes(ram, super_pfn))
+        except FormatError:
+            continue
+    return list(walk_nodes(ram, super_pfn))
+
+
+def walk_nodes(ram: Ram, super_pfn: int) -> Iterator[Node]:
+    """Yield each node; FormatError at the first that cannot be read, for its name may be the one looked for."""
+    at, seen = super_pfn, set[int]()
+    try:
+        while pfn := following(ram, super_pfn, at, seen):
+            yield read_node(ram, pfn)
+            at = pfn
+    except FormatError as error:
+        error.remedy = "`pkramctl free --damaged` gives up what cannot be read"
+        raise
+
+
+def following(ram: Ram, super_pfn: int, at: int, seen: set[int]) -> int:
+    """Return the node behind a node (or the super block), 0 at the end; FormatError where the list is broken."""
+    record, field = ("Super", "node") if at == super_pfn else ("Node", "next")
+    pfn = read_word(ram, at, NEXT, record, field)
+    if pfn in seen:
+        raise FormatError(record, field, pfn=at, found="a node met before", expected="the end of the list")
+    seen.add(pfn)
+    return pfn
 
 
 def read_table(ram: Ram, node: Node) -> Walk:

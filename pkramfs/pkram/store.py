@@ -34,7 +34,17 @@ from pkramfs.machine.claims import Claim, Claims, LocalClaims
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram import superblock
 from pkramfs.pkram.format import LINK_CAPACITY, NAME_MAX, NEXT, WITHDRAWN_MAGIC
-from pkramfs.pkram.node import Node, check_frames, read_node, read_objects, read_table, shown
+from pkramfs.pkram.node import (
+    Node,
+    check_frames,
+    following,
+    list_nodes,
+    read_node,
+    read_objects,
+    read_table,
+    shown,
+    walk_nodes,
+)
 from pkramfs.pkram.page import read_word, seal, write_word
 from pkramfs.pkram.relocate import Allocator
 from pkramfs.pkram.rescue import Survey, search
@@ -45,8 +55,6 @@ from pkramfs.units import PAGE_SHIFT, pages
 
 _SAVE, _LOAD = "save", "load"
 """Kinds of work that claim a name."""
-_LOOKS = 3
-"""How often the list is read before damage is reported: another process may be withdrawing a node."""
 
 
 class Store:
@@ -76,32 +84,7 @@ class Store:
 
     def nodes(self) -> list[Node]:
         """Return every published node, newest first; raise FormatError if the list is damaged."""
-        for _ in range(_LOOKS - 1):
-            try:
-                return list(self._walk())
-            except FormatError:
-                continue
-        return list(self._walk())
-
-    def _walk(self) -> Iterator[Node]:
-        """Yield each node; raise FormatError at the first that cannot be read, which may be the one that is sought."""
-        at, seen = self.root(), set[int]()
-        try:
-            while pfn := self._following(at, seen):
-                yield read_node(self.ram, pfn)
-                at = pfn
-        except FormatError as error:
-            error.remedy = "`pkramctl free --damaged` gives up what cannot be read"
-            raise
-
-    def _following(self, at: int, seen: set[int]) -> int:
-        """Return the node behind a node (or the super block), 0 at the end; raise FormatError if the list is broken."""
-        record, field = ("Super", "node") if at == self.super_pfn else ("Node", "next")
-        pfn = read_word(self.ram, at, NEXT, record, field)
-        if pfn in seen:
-            raise FormatError(record, field, pfn=at, found="a node met before", expected="the end of the list")
-        seen.add(pfn)
-        return pfn
+        return list_nodes(self.ram, self.root())
 
     def find(self, name: bytes) -> Node | None:
         """Return the node of this name, None without one."""
@@ -236,7 +219,7 @@ class Store:
     def _withdraw(self, name: bytes) -> Node:
         before = self.root()
         with self._lock():
-            for node in self._walk():
+            for node in walk_nodes(self.ram, before):
                 if node.name == name:
                     write_word(self.ram, before, NEXT, read_word(self.ram, node.pfn, NEXT, "Node", "next"))
                     self.ram.publish(node.pfn << PAGE_SHIFT, WITHDRAWN_MAGIC)  # a search must not find it
@@ -259,7 +242,7 @@ class Store:
         found, at, seen = Survey(), self.root(), set[int]()
         while at < self.ram.pages:
             try:
-                pfn = self._following(at, seen)
+                pfn = following(self.ram, self.root(), at, seen)
             except FormatError as error:
                 found.note(error, page=False)
                 break
