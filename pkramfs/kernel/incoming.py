@@ -11,13 +11,12 @@ list that is short would let boot punch somebody's data, so that is an error, no
 Kernel: mm/pkram.c (pkram_reserve, pkram_init), patches 10 to 14
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 from pkramfs.errors import FormatError
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram import regions, superblock
-from pkramfs.pkram.store import Store
+from pkramfs.pkram.node import list_nodes, read_table
 from pkramfs.spans import Spans
 from pkramfs.text import exact
 from pkramfs.units import BLOCK_PAGES
@@ -61,8 +60,8 @@ def examine(ram: Ram, super_pfn: int, usable: Spans) -> Incoming:
     if not found.node_pfn and not found.region_pfn:
         return Incoming(super_pfn, found.generation, 0, Spans(), ())
     preserved = regions.read(ram, found.region_pfn, usable) if found.region_pfn else Spans()
-    nodes = node_list(Store(ram, super_pfn, nullcontext))
-    missing = (union(node.spans for node in nodes) | Spans([(super_pfn, super_pfn + 1)])) - preserved
+    found_nodes = nodes(ram, super_pfn)
+    missing = (union(node.spans for node in found_nodes) | Spans([(super_pfn, super_pfn + 1)])) - preserved
     if missing:
         raise FormatError(
             "Regions",
@@ -71,8 +70,8 @@ def examine(ram: Ram, super_pfn: int, usable: Spans) -> Incoming:
             found=f"{missing.total} pages short",
             expected="every node's pages",
         )
-    _check_blocks(nodes)
-    return Incoming(super_pfn, found.generation, found.node_pfn, preserved, tuple(nodes))
+    _check_blocks(found_nodes)
+    return Incoming(super_pfn, found.generation, found.node_pfn, preserved, tuple(found_nodes))
 
 
 def _check_blocks(nodes: list[IncomingNode]) -> None:
@@ -90,9 +89,9 @@ def _check_blocks(nodes: list[IncomingNode]) -> None:
             raise FormatError("Node", "pages", pfn=node.pfn, found=found, expected="blocks of its own")
 
 
-def node_list(store: Store) -> list[IncomingNode]:
-    """The published nodes with their pages, read from their page tables."""
+def nodes(ram: Ram, super_pfn: int) -> list[IncomingNode]:
+    """Return the nodes below a super block with their pages, read from their page tables."""
     return [
-        IncomingNode(exact(node.name), node.tree_id, node.pfn, store.pages_of(node), node.relocated)
-        for node in store.nodes()
+        IncomingNode(exact(node.name), node.tree_id, node.pfn, read_table(ram, node).spans, node.relocated)
+        for node in list_nodes(ram, super_pfn)
     ]

@@ -14,7 +14,7 @@ Kernel: kernel/resource.c, arch/x86/kernel/e820.c (e820__reserve_resources)
 
 from collections.abc import Iterable
 
-from pkramfs.kernel.incoming import node_list
+from pkramfs.kernel import incoming
 from pkramfs.kernel.running import Running
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.spans import Spans
@@ -30,7 +30,7 @@ def current(kernel: Running) -> str:
     """The map of a running kernel: its record, and the nodes that are published now."""
     owners = [(name, Spans([part])) for name, part in kernel.info.reserved.items()]
     if kernel.info.pkram:
-        owners += [(node.name, node.spans) for node in node_list(kernel.store)]
+        owners += [(node.name, node.spans) for node in incoming.nodes(kernel.ram, kernel.info.super_pfn)]
     return render(kernel.machine.hardware(), owners)
 
 

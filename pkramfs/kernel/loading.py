@@ -160,7 +160,7 @@ def _place_in(room: Spans, segments: list[Segment]) -> list[Segment]:
 
 def preserved_nodes(kernel: Running) -> list[IncomingNode]:
     """What is preserved: nothing where PKRAM was switched off."""
-    return incoming.node_list(kernel.store) if kernel.info.pkram else []
+    return incoming.nodes(kernel.ram, kernel.info.super_pfn) if kernel.info.pkram else []
 
 
 def owners(kernel: Running, nodes: list[IncomingNode]) -> dict[str, Spans]:
