@@ -31,7 +31,8 @@ from pkramfs.fs.limits import Limits
 from pkramfs.fs.restore import restore
 from pkramfs.fs.save import save, withdraw
 from pkramfs.fs.tree import Tree
-from pkramfs.kernel import boot, kexec, running
+from pkramfs.kernel import boot, kexec, loading, running, succession
+from pkramfs.kernel.loading import Request
 from pkramfs.kernel.running import Running
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.firmware import FirmwareMap
@@ -166,7 +167,7 @@ class Soak:
         ram, nodes = self.chance.randrange(160, 640) * MIB, self.chance.choice([1, 1, 2, 4])
         self.hardware = FirmwareMap.default(ram, nodes, seed=self.chance.randrange(1 << 30))
         self.machine.create(self.hardware)
-        running.start_boot = self._boot
+        succession.start_boot = self._boot
 
     def _boot(self, machine: Machine, *, force: bool = False) -> None:
         boot.boot(machine, force=force, after_step=self._after)
@@ -227,7 +228,8 @@ class Soak:
         append = f"{self.chance.choice(OPTIONS)} pkram={format_pfn(kernel.info.super_pfn)}"
         for option in (append, f"ro pkram={format_pfn(kernel.info.super_pfn)}"):
             try:
-                kexec.load(self.machine, f"builtin:{self.chance.randrange(1, 16)}M", append=option)
+                request = Request(f"builtin:{self.chance.randrange(1, 16)}M", append=option)
+                loading.load(self.machine, request)
                 return
             except ExhaustedError:
                 continue  # too little room for this kernel: a smaller one

@@ -51,7 +51,7 @@ def _check_limits(directory: str) -> None:
 
 def _boot_for(parent: int, directory: str, force: bool) -> None:
     from pkramfs.kernel.boot import boot
-    from pkramfs.kernel.running import BOOT_LOCK, BOOT_SECONDS
+    from pkramfs.kernel.succession import BOOT_LOCK, BOOT_SECONDS
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.locks import held
 
@@ -65,7 +65,8 @@ def _boot_for(parent: int, directory: str, force: bool) -> None:
 
 
 def _boot_by_hand(directory: str, force: bool) -> None:
-    from pkramfs.kernel.running import LOCK_SECONDS, bring_up
+    from pkramfs.kernel.running import LOCK_SECONDS
+    from pkramfs.kernel.succession import bring_up
     from pkramfs.machine.directory import Machine
 
     machine = Machine(directory)

@@ -433,7 +433,7 @@ def _mount_again(
 
 def _resume(args: argparse.Namespace, machine: "Machine") -> int:
     """Finish a boot that was interrupted, and what comes after it."""
-    from pkramfs.kernel import nvram, running
+    from pkramfs.kernel import nvram, succession
 
     if not machine.exists() or (nvram.pending(machine) is None and not nvram.mounts(machine)):
         render.say("nothing to resume")
@@ -441,7 +441,7 @@ def _resume(args: argparse.Namespace, machine: "Machine") -> int:
     with signals.Deferral() as waiting:
         with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
             waiting.begin()
-            running.bring_up(machine, force=args.force)
+            succession.bring_up(machine, force=args.force)
             back = nvram.mounts(machine)
         return _mount_again(machine, [] if args.no_remount else back, "again")
 
@@ -449,7 +449,7 @@ def _resume(args: argparse.Namespace, machine: "Machine") -> int:
 def _cold(args: argparse.Namespace, machine: "Machine") -> int:
     """Power off and on: memory is lost. With --force this also works on a damaged machine."""
     from pkramfs.cli import nodes
-    from pkramfs.kernel import running
+    from pkramfs.kernel import succession
 
     going = Freezer(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
     with arguments.existing(args).lifecycle(shared=False, timeout=LOCK_SECONDS):
@@ -460,7 +460,7 @@ def _cold(args: argparse.Namespace, machine: "Machine") -> int:
             return 0
         with signals.deferred():
             going.stop()
-            running.power_cycle(machine)
+            succession.power_cycle(machine)
     return _mount_again(machine, [], "with empty memory")
 
 

@@ -24,7 +24,7 @@ import time
 
 from pkramfs.errors import MachineError
 from pkramfs.kernel import cmdline as words
-from pkramfs.kernel import kernelrecord, nvram, running, staging
+from pkramfs.kernel import kernelrecord, nvram, running, staging, succession
 from pkramfs.kernel.nvram import Pending
 from pkramfs.kernel.running import Running
 from pkramfs.machine.directory import Machine
@@ -103,5 +103,5 @@ def panic(machine: Machine, reason: str = "sysrq triggered crash") -> Running:
         dead=dead,
     )
     nvram.set_pending(machine, boot, [])
-    running.retire(machine)
-    return running.bring_up(machine)
+    succession.retire(machine)
+    return Running(machine, succession.bring_up(machine))

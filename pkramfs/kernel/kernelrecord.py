@@ -101,6 +101,11 @@ def read(machine: "Machine", *, any_layout: bool = False) -> KernelInfo | None:
     return info
 
 
+def cmdline(machine: "Machine") -> str:
+    """Return the running kernel's command line, as boot wrote it beside kernel.json."""
+    return (machine.read_text("cmdline") or "").rstrip("\n")
+
+
 def _is_ours(data: dict[str, Any]) -> bool:
     """Return True if this version wrote the object; then it is sealed."""
     return data.get("layout") == LAYOUT

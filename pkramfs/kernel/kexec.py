@@ -44,7 +44,7 @@ import numpy as np
 
 from pkramfs.errors import ExhaustedError, FormatError, MachineError, NotPreservedError, PkramfsError
 from pkramfs.kernel import cmdline as words
-from pkramfs.kernel import incoming, loading, nvram, placement, running, staging
+from pkramfs.kernel import incoming, loading, nvram, placement, running, staging, succession
 from pkramfs.kernel.incoming import IncomingNode
 from pkramfs.kernel.kernelrecord import LAYOUT
 from pkramfs.kernel.nvram import NodePages, Pending
@@ -118,16 +118,6 @@ class Transition:
             tuple(self.lost),
             scratch,
         )
-
-
-def load(machine: Machine, image: str, *, panic: bool = False, **words: Any) -> loading.Report:
-    """Load a kernel for the next -e; `words` are the other fields of loading.Request. Takes the machine lock."""
-    return loading.load(machine, loading.Request(image, **words), panic=panic)
-
-
-def unload(machine: Machine, *, panic: bool = False) -> bool:
-    """Forget the loaded kernel; whether there was one. Takes the machine lock."""
-    return loading.unload(machine, panic=panic)
 
 
 def plan(
@@ -357,9 +347,9 @@ class WriteRegions(Operation):
 
     def undo(self) -> None:
         """Take the list back: it would be short of what is preserved later."""
-        info = self.going.kernel.info
-        running.take_back_regions(self.going.kernel)
-        self.going.kernel.ram.punch(info.reserve_pages - Spans([(info.super_pfn, info.super_pfn + 1)]))
+        kernel, info = self.going.kernel, self.going.kernel.info
+        succession.take_back_regions(kernel.ram, info)
+        kernel.ram.punch(info.reserve_pages - Spans([(info.super_pfn, info.super_pfn + 1)]))
 
 
 class _Reserve:
@@ -458,7 +448,7 @@ class PointOfNoReturn(Operation):
         return f"end kernel {info.generation} ({pkram}): the point of no return"
 
     def execute(self) -> None:
-        running.retire(self.going.machine)
+        succession.retire(self.going.machine)
 
 
 @dataclass
@@ -474,7 +464,7 @@ class Boot(Operation):
         return [segment.describe() for segment in self.going.loaded.segments]
 
     def execute(self) -> None:
-        running.resume(self.going.machine)
+        succession.resume(self.going.machine)
 
 
 @dataclass
@@ -487,4 +477,4 @@ class TakeOver(Operation):
         return "take over: consume the old super block, free what only boot needed"
 
     def execute(self) -> None:
-        running.bring_up(self.going.machine)
+        succession.bring_up(self.going.machine)

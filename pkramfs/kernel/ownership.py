@@ -11,27 +11,22 @@ A word of the table lets a sweep punch a block, and a zero lets anybody lease it
 `disagreements` asks the others, and what they know is `guarded` from the other. Where witnesses
 disagree nothing is destroyed: the command that would have done it refuses and names the block. A
 kexec makes the table anew, from the nodes; `mend` does what it can while the kernel lives.
-
-Kernel: no counterpart; struct page has no second opinion
 """
-
-from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pkramfs.errors import FormatError
 from pkramfs.kernel import cmdline as words
-from pkramfs.kernel import incoming
-from pkramfs.machine.leases import FIRST_TREE_ID, FREE, HOLE, KERNEL, RESERVE, STATES, is_tree_id
+from pkramfs.kernel import incoming, kernelrecord
+from pkramfs.kernel.kernelrecord import KernelInfo
+from pkramfs.machine.directory import Machine
+from pkramfs.machine.leases import FIRST_TREE_ID, FREE, HOLE, KERNEL, RESERVE, STATES, Leases, is_tree_id
 from pkramfs.pkram.node import Node, shown
+from pkramfs.pkram.store import Store
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT
-
-if TYPE_CHECKING:
-    from pkramfs.kernel.running import Running
 
 REMEDY = (
     "nothing was freed: preserve what is mounted, and pkram-kexec makes the table anew from what is preserved, "
@@ -53,17 +48,18 @@ class _Doubt:
 
 
 class Ownership:
-    """What a running kernel knows of its page blocks without looking into the lease table."""
+    """The lease table of a running kernel, and what the kernel knows of its page blocks without the table."""
 
-    def __init__(self, kernel: Running) -> None:
-        self._kernel = kernel
-        self._fixed = _fixed(kernel)
+    def __init__(self, machine: Machine, info: KernelInfo, store: Store) -> None:
+        self._machine, self._info, self._store = machine, info, store
+        self.leases = Leases(store.ram, info.lease_table_pfn, info.blocks, machine.tables, self.guarded)
+        self._fixed = _fixed(machine, info)
         self._known: dict[tuple[int, int], Spans] = {}
         """Blocks of nodes that were read before, by page and checksum of the page table."""
 
     def guarded(self) -> Spans:
         """Blocks that must not be leased, whatever the table says: the kernel's, holes, what nodes name."""
-        if self._kernel.info.pkram:
+        if self._info.pkram:
             with contextlib.suppress(FormatError):  # of the list: who needs it says so, and what was read stays guarded
                 self._nodes()
         return incoming.union([*self._fixed.values(), *self._known.values()])
@@ -71,7 +67,7 @@ class Ownership:
     def _nodes(self) -> list[tuple[Node, Spans]]:
         """Every node and its blocks."""
         known = self._known
-        nodes = self._kernel.store.nodes() if self._kernel.info.pkram else []
+        nodes = self._store.nodes() if self._info.pkram else []
         keys = [(node.table_pfn, node.table_checksum) for node in nodes]
         self._known = {
             key: known[key] if key in known else self._blocks_of(node) for key, node in zip(keys, nodes, strict=True)
@@ -81,14 +77,14 @@ class Ownership:
     def _blocks_of(self, node: Node) -> Spans:
         """The blocks of a node's pages; the table's word for it where the page table cannot be read."""
         try:
-            return self._kernel.store.pages_of(node).outward(BLOCK_PAGES)
+            return self._store.pages_of(node).outward(BLOCK_PAGES)
         except FormatError:
-            return self._kernel.leases.blocks_of(node.tree_id)
+            return self.leases.blocks_of(node.tree_id)
 
     def kept(self) -> set[int]:
         """Tree ids whose blocks must stay; FormatError, naming the block, if anything speaks against the table."""
         self._known = {}  # read again what authorises to punch all else
-        live = self._kernel.machine.live_ids()
+        live = self._machine.live_ids()
         for error in self.disagreements(live):
             error.remedy = REMEDY
             raise error
@@ -105,19 +101,19 @@ class Ownership:
 
         `say` is told of each before. What two claim, and what may be a living mount's, is left as it is.
         """
-        live = self._kernel.machine.live_ids()
+        live = self._machine.live_ids()
         claimed = live | {node.tree_id for node, _ in self._nodes()}
         for doubt in list(self._doubts(live)):
             blocks = doubt.blocks
             for other in claimed - {doubt.right}:
-                blocks = blocks - self._kernel.leases.blocks_of(other)
+                blocks = blocks - self.leases.blocks_of(other)
             if not blocks or (doubt.right == FREE and live):
                 continue
             say("given_up" if doubt.right == FREE else "mended", str(self._error(doubt)))
-            self._kernel.leases.correct(blocks, doubt.right)
+            self.leases.correct(blocks, doubt.right)
 
     def _doubts(self, live: set[int]) -> Iterator[_Doubt]:
-        leases, nodes = self._kernel.leases, self._nodes()
+        leases, nodes = self.leases, self._nodes()
         named = incoming.union(blocks for _, blocks in nodes)
         for node, blocks in nodes:
             if leases.others_in(blocks, node.tree_id):
@@ -126,10 +122,10 @@ class Ownership:
         for state, blocks in self._fixed.items():
             if leases.others_in(blocks, state):
                 yield _Doubt(blocks - leases.blocks_of(state), state, STATES[state])
-            if not self._kernel.info.crash and (more := leases.blocks_of(state) - blocks - named):
+            if not self._info.crash and (more := leases.blocks_of(state) - blocks - named):
                 yield _Doubt(more, FREE, _NOBODY)
         fixed = incoming.union(self._fixed.values())
-        known = live | {node.tree_id for node, _ in nodes} | self._kernel.machine.tree_ids()
+        known = live | {node.tree_id for node, _ in nodes} | self._machine.tree_ids()
         for word in leases.words():
             unknown = word not in STATES if word < FIRST_TREE_ID else word not in known and not is_tree_id(word)
             if unknown and (blocks := leases.blocks_of(word) - named - fixed):
@@ -137,20 +133,20 @@ class Ownership:
 
     def _error(self, doubt: _Doubt) -> FormatError:
         block = int(doubt.blocks.starts[0])
-        leases = self._kernel.leases
+        leases = self.leases
         word = int(leases.ids[block])
         found = STATES.get(word, f"{word:016x}")
         field, page = f"owner of page block {block:x}", leases.page_of(block)
         return FormatError("Lease table", field, pfn=page, found=found, expected=doubt.expected)
 
 
-def _fixed(kernel: Running) -> dict[int, Spans]:
-    """Blocks whose state follows from the machine and the boot, by state."""
-    info, whole = kernel.info, Spans([(0, kernel.info.blocks)])
+def _fixed(machine: Machine, info: KernelInfo) -> dict[int, Spans]:
+    """Return the blocks whose state follows from the machine and the boot, by state."""
+    whole = Spans([(0, info.blocks)])
     reserve = Spans((block, block + 1) for block in info.reserve_blocks)
     if info.crash:  # the dead kernel's memory is as if it were not there
         return {KERNEL: info.own_pages.inward(BLOCK_PAGES)}
-    usable, limit = kernel.machine.hardware().usable, words.memory_limit(kernel.cmdline)
+    usable, limit = machine.hardware().usable, words.memory_limit(kernelrecord.cmdline(machine))
     if limit is not None:
         usable = usable.clip(0, limit >> PAGE_SHIFT)
     holes = whole - usable.inward(BLOCK_PAGES)

@@ -1,60 +1,40 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The running kernel, as everybody who works under it finds it.
+"""Find the running kernel, as everybody who works under it does.
 
     attach(machine)        the kernel, booted on first use; a pending boot is resumed
     look(machine)          the kernel if one is up; changes nothing                          (pkramctl)
     shared(machine)        the kernel, and no kexec while the block lasts       (starting a mount)
     exclusively(machine)   the kernel, and nobody else                          (loading, -e)
 
-These four take the machine lock themselves: never call them while holding it. `bring_up` and
-`look` are for callers who hold it.
+All but `look` take the machine lock themselves: never call them while holding it. Callers who hold it
+call `look`, or succession.bring_up.
 
-`bring_up` reads two files and knows how far things are (the table in nvram.py): it cancels a kexec
-that died early, resumes one that died late, boots an untouched machine, and finishes a take-over.
-Taking over is the kernel's first act and may be repeated: consume the old super block, so that its
-pfn restores nothing twice; give back what was needed to boot only; clear the pending boot. Nothing
-is leased before it is done, because nobody gets a Running earlier.
-
-RAM with data but no kernel and no pending boot is refused: it was damaged, or is not ours.
-
-Kernel: init/main.c (kernel_init, free_initmem), mm/pkram.c (pkram_cleanup, patches 13 and 14)
+Kernel: the symbols of the running kernel, which everything in it simply uses
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
-from pkramfs.errors import FormatError, MachineError
+from pkramfs.errors import MachineError
 from pkramfs.kernel import cmdline as words
-from pkramfs.kernel import kernelrecord, leasetable, nvram, staging
-from pkramfs.kernel.image import BUILTIN, load_image
+from pkramfs.kernel import kernelrecord, nvram, staging
 from pkramfs.kernel.kernelrecord import KernelInfo
-from pkramfs.kernel.nvram import ImageInfo, Pending
 from pkramfs.kernel.ownership import Ownership
 from pkramfs.kernel.segments import destinations
+from pkramfs.kernel.succession import bring_up, take_back_regions
 from pkramfs.machine.claims import FileClaims
 from pkramfs.machine.directory import Machine
-from pkramfs.machine.leases import FREE, KERNEL, Leases
-from pkramfs.machine.locks import held
+from pkramfs.machine.leases import Leases
 from pkramfs.machine.mounts import last_words
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram import superblock
 from pkramfs.pkram.rescue import Survey
 from pkramfs.pkram.store import Store
 from pkramfs.spans import Spans
-from pkramfs.units import BLOCK_PAGES, format_pfn, format_size, plural
+from pkramfs.units import BLOCK_PAGES
 
-COLD_CMDLINE = "BOOT_IMAGE=builtin ro"
 LOCK_SECONDS = 30.0
-BOOT_SECONDS = 600.0
-"""How long a boot may take: copying and summing what was loaded are most of it."""
-BOOT_LOCK = "lock.boot"
-"""Held by a boot process as long as it lives: it may outlive the one that started it."""
-_OF_ONE_KERNEL = ("cmdline", "pkram", "iomem")
 
 
 @dataclass
@@ -68,14 +48,13 @@ class Running:
     def ram(self) -> Ram:
         return self.machine.ram()
 
-    @cached_property
+    @property
     def leases(self) -> Leases:
-        table, guarded = self.info.lease_table_pfn, self.ownership.guarded
-        return Leases(self.ram, table, self.info.blocks, self.machine.tables, guarded)
+        return self.ownership.leases
 
     @cached_property
     def ownership(self) -> Ownership:
-        return Ownership(self)
+        return Ownership(self.machine, self.info, self.store)
 
     @cached_property
     def store(self) -> Store:
@@ -88,7 +67,7 @@ class Running:
 
     @property
     def cmdline(self) -> str:
-        return (self.machine.read_text("cmdline") or "").rstrip("\n")
+        return kernelrecord.cmdline(self.machine)
 
     def sweep(self) -> int:
         """Give back what dead daemons had leased; how many blocks. FormatError if it is not sure whose they were.
@@ -163,7 +142,7 @@ def shared(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Running]
             info = kernelrecord.read(machine)
             if info is not None and nvram.pending(machine) is None:
                 kernel = Running(machine, info)
-                take_back_regions(kernel)
+                take_back_regions(kernel.ram, info)
                 yield kernel
                 return
         with exclusively(machine, timeout):
@@ -179,140 +158,4 @@ def exclusively(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Run
     if not machine.exists():
         machine.create()
     with machine.lifecycle(shared=False, timeout=timeout):
-        yield bring_up(machine)
-
-
-def bring_up(machine: Machine, *, force: bool = False) -> Running:
-    """Whatever is undone between power-on and a running kernel. The caller holds the lock exclusively."""
-    with held(machine.path(BOOT_LOCK), timeout=BOOT_SECONDS, what=f"{machine.path()}, which boots,"):
-        pass  # a boot whose parent was killed has ended
-    info, pending = kernelrecord.read(machine, any_layout=True), nvram.pending(machine)
-    if info is None:
-        if pending is None:
-            _refuse_data(machine)
-            decide_cold(machine)
-        resume(machine, force=force)
-        info = kernelrecord.read(machine)
-        if info is None:
-            raise MachineError("boot said that it succeeded but wrote no kernel.json")
-        pending = nvram.pending(machine)
-    kernel = Running(machine, info)
-    if pending is not None and pending.generation == info.generation:
-        take_over(kernel)
-    elif pending is not None:
-        machine.log("kexec: died before the point of no return; this kernel goes on")
-        nvram.cancel(machine)
-    take_back_regions(kernel)
-    return kernel
-
-
-def take_back_regions(kernel: Running) -> None:
-    """A region list is for the next kernel: one that a kexec published which then failed, or died, says nothing.
-
-    The caller holds the machine lock, so no kexec is on its way.
-    """
-    if kernel.info.pkram and superblock.has_regions(kernel.ram, kernel.info.super_pfn):
-        superblock.set_regions(kernel.ram, kernel.info.super_pfn, 0)
-
-
-def _refuse_data(machine: Machine) -> None:
-    """A machine that never booted has no data in RAM."""
-    data = machine.ram().data_spans()
-    if data:
-        raise MachineError(
-            f"{machine.path()} is damaged: no kernel.json and no pending boot, but "
-            f"{format_size(data.total * 4096)} of data in RAM; to start empty, remove the machine "
-            "(pkramctl machine destroy --force)"
-        )
-
-
-def decide_cold(machine: Machine, cmdline: str = COLD_CMDLINE) -> None:
-    """Make a boot that finds nothing the pending one."""
-    words.validate(cmdline)
-    image = ImageInfo.of(load_image(BUILTIN))
-    nvram.set_pending(machine, Pending(nvram.COLD, nvram.next_generation(machine), cmdline, image))
-
-
-def power_cycle(machine: Machine, cmdline: str = COLD_CMDLINE) -> Running:
-    """Forget all memory and boot cold. The caller holds the lock exclusively and has stopped the mounts."""
-    decide_cold(machine, cmdline)
-    retire(machine)
-    return bring_up(machine)
-
-
-def retire(machine: Machine) -> None:
-    """The point of no return: the running kernel is no more. Repeating it is harmless."""
-    for name in (kernelrecord.NAME, *_OF_ONE_KERNEL):
-        machine.remove(name)
-    machine.drop_log()
-
-
-def resume(machine: Machine, *, force: bool = False) -> None:
-    """From the point of no return to kernel.json, from wherever it was interrupted."""
-    pending = nvram.pending(machine)
-    if pending is None:
-        raise MachineError("no boot is pending")
-    retire(machine)
-    staging.remove(machine, staging.CRASH_JSON)
-    if staging.read(machine) is not None:
-        if pending.kind == nvram.KEXEC:
-            staging.copy_into_ram(machine, machine.ram(), pending.segments)
-        staging.remove(machine)
-    start_boot(machine, force=force)
-
-
-def start_boot(machine: Machine, *, force: bool = False) -> None:
-    """Run the boot in a process that is given nothing but the machine's directory, and wait for it."""
-    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    words = [sys.executable, "-P", "-m", "pkramfs", "boot", machine.path(), "--parent", str(os.getpid())]
-    try:
-        done = subprocess.run(
-            [*words, *(["--force"] * force)],
-            env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": package},
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="surrogateescape",
-            check=False,
-            start_new_session=True,  # Ctrl-C and a terminal that goes are not for a kernel that boots
-            timeout=BOOT_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise MachineError(f"boot did not end within {BOOT_SECONDS:g} s: pkram-kexec --resume tries again") from None
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
-        remedy = ""
-        if done.returncode == FormatError.exit_status:
-            remedy = "; nothing was freed: pkram-kexec --resume --force goes on and loses what is preserved"
-        raise MachineError(f"boot failed: {reason.removeprefix('boot: ')}{remedy}")
-
-
-def take_over(kernel: Running) -> None:
-    """The first act of a kernel that is up: consume, give back, and only then count as booted."""
-    info, ram = kernel.info, kernel.ram
-    kernel.machine.keep_copy()
-    unneeded = Spans(info.stale) | Spans(info.initmem)
-    _refuse_needed(kernel, unneeded)
-    if info.old_super_pfn:
-        superblock.consume(ram, info.old_super_pfn)
-    ram.punch(unneeded)
-    freed = unneeded.outward(BLOCK_PAGES) - info.own_pages.outward(BLOCK_PAGES)
-    if info.layout == kernelrecord.LAYOUT:  # else its table is not for us: the blocks stay taken until the next kexec
-        with kernel.machine.tables():
-            view = leasetable.lease_view(ram, info.lease_table_pfn, info.blocks)
-            for start, end in freed:
-                view[start:end][view[start:end] == KERNEL] = FREE
-    if unneeded:
-        kernel.machine.log(f"Freeing {plural(unneeded.total, 'page')} that only boot needed")
-    if info.old_super_pfn:
-        kernel.machine.log(f"pkram: super block at pfn {format_pfn(info.old_super_pfn)} consumed")
-    nvram.finished(kernel.machine, info.generation)
-
-
-def _refuse_needed(kernel: Running, unneeded: Spans) -> None:
-    """FormatError if what is about to be punched is preserved, or this kernel's own."""
-    preserved = kernel.store.preserved() if kernel.info.pkram else Spans()
-    if needed := unneeded & (preserved | kernel.info.own_pages):
-        pages = f"pfn {format_pfn(int(needed.starts[0]))}, which is in use"
-        raise FormatError("kernel.json", "stale", found=pages, expected="pages that only boot needed")
+        yield Running(machine, bring_up(machine))

@@ -241,13 +241,13 @@ def test_verify_of_a_name_that_is_not_there(machine, ctl):
 
 def test_a_cold_boot_that_died_hands_nothing_over(machine, ctl, kexec, monkeypatch):
     from pkramfs.errors import MachineError
-    from pkramfs.kernel import running
+    from pkramfs.kernel import succession
 
     def die(*_, **__):
         raise MachineError("the lights went out")
 
     with monkeypatch.context() as patched:
-        patched.setattr(running, "start_boot", die)
+        patched.setattr(succession, "start_boot", die)
         assert kexec("-l", "builtin")[0] == 8
     assert "the boot of generation 1 is not finished" in ctl("status")[1]
     assert ctl("machine", "destroy")[0] == 0

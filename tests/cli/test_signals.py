@@ -163,17 +163,17 @@ def test_a_signal_before_the_point_of_no_return_mounts_again(
 @pytest.mark.mount
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda n: signal.Signals(n).name)
 def test_a_signal_past_the_point_of_no_return_waits(machine, place, mount, kexec, ctl, monkeypatch, number):
-    from pkramfs.kernel import running
+    from pkramfs.kernel import succession
 
     mnt = place()
     restored(mount, machine, mnt, "one")
-    start_boot = running.start_boot
+    start_boot = succession.start_boot
 
     def boot(*args, **words):
         send(number)
         start_boot(*args, **words)
 
-    monkeypatch.setattr(running, "start_boot", boot)
+    monkeypatch.setattr(succession, "start_boot", boot)
     status, out, _ = kexec("-le", "builtin:2M", "--reuse-cmdline")
     assert status == 128 + number
     assert f"mounted again: {mnt}" in out
@@ -214,11 +214,11 @@ def test_a_boot_does_not_hear_signals(root, ctl):
         "sys.exit(boot.main([sys.argv[1], '--parent', str(os.getppid())]))"
     )
     assert ctl("machine", "create", "--ram", "256M", "--seed", "5")[0] == 0
-    from pkramfs.kernel import running
+    from pkramfs.kernel import succession
     from pkramfs.machine.directory import Machine
 
     machine = Machine.locate()
-    running.decide_cold(machine)
+    succession.decide_cold(machine)
     assert subprocess.run([sys.executable, "-c", program, machine.path()], check=False).returncode == 0
     assert machine.read_text("kernel.json") is not None
 

@@ -14,9 +14,9 @@ TOOL = Path(__file__).parents[2] / "tools" / "soaking.py"
 @pytest.fixture
 def soaking(monkeypatch):
     """The module behind the tool; what it patches is put back."""
-    from pkramfs.kernel import running
+    from pkramfs.kernel import succession
 
-    monkeypatch.setattr(running, "start_boot", running.start_boot)
+    monkeypatch.setattr(succession, "start_boot", succession.start_boot)
     spec = importlib.util.spec_from_file_location("soaking", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -147,7 +147,7 @@ def test_a_failure_before_the_point_of_no_return_mounts_again(machine, place, ct
 
 def test_a_boot_that_died_is_resumed_and_mounted_again(machine, place, ctl, kexec, monkeypatch):
     from pkramfs.errors import MachineError
-    from pkramfs.kernel import running
+    from pkramfs.kernel import succession
 
     mnt = place()
     mount(mnt, "pkram=one")
@@ -159,7 +159,7 @@ def test_a_boot_that_died_is_resumed_and_mounted_again(machine, place, ctl, kexe
         raise MachineError("the lights went out")
 
     with monkeypatch.context() as patched:
-        patched.setattr(running, "start_boot", die)
+        patched.setattr(succession, "start_boot", die)
         status, _, err = kexec("-le", "builtin:2M", "--reuse-cmdline")
     assert status == 8
     assert "pkram-kexec --resume goes on from there" in err

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pkramfs.kernel import boot, kernelrecord, kexec, nvram, running
+from pkramfs.kernel import boot, kernelrecord, kexec, loading, nvram, running, succession
 from pkramfs.kernel.image import EHDR, PHDR, SETUP
 from pkramfs.kernel.running import Running
 from pkramfs.machine.directory import Machine
@@ -58,7 +58,7 @@ class Lab:
         """Load a kernel with the right pkram= (or the one in `append`)."""
         if "pkram=" not in append:
             append += f" pkram={format_pfn(self.up().info.super_pfn)}"
-        return kexec.load(self.machine, image, append=append, **words)
+        return loading.load(self.machine, loading.Request(image, append=append, **words))
 
     def execute(self, **how: Any) -> Running:
         """What pkram-kexec -e does, with nothing mounted."""
@@ -149,7 +149,7 @@ def make_lab(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Lab]:
         machine = Machine.locate(name)
         machine.create(FirmwareMap.default(ram, nodes, seed=seed))
         lab = Lab(machine)
-        monkeypatch.setattr(running, "start_boot", lab.start_boot)
+        monkeypatch.setattr(succession, "start_boot", lab.start_boot)
         return lab
 
     return make

@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 
 from pkramfs.errors import ExhaustedError, MachineError, PkramError
-from pkramfs.kernel import boot, crash, kexec, nvram, running, staging
+from pkramfs.kernel import boot, crash, loading, nvram, staging, succession
+from pkramfs.kernel.loading import Request
+from pkramfs.kernel.running import Running
 from pkramfs.spans import Spans
 
 
 def ready(lab: Any) -> None:
     """A kernel with a crash kernel loaded."""
     lab.cycle(append="ro crashkernel=32M")
-    kexec.load(lab.machine, "builtin:8M", append="irqpoll maxcpus=1", panic=True)
+    loading.load(lab.machine, Request("builtin:8M", append="irqpoll maxcpus=1"), panic=True)
 
 
 def panic(lab: Any) -> Any:
@@ -60,7 +62,7 @@ def test_leaving_is_a_cold_boot(lab: Any) -> None:
     lab.preserve("a", 100)
     panic(lab)
     with lab.machine.lifecycle(shared=False):
-        kernel = running.power_cycle(lab.machine)
+        kernel = Running(lab.machine, succession.power_cycle(lab.machine))
     assert kernel.info.pkram
     assert kernel.store.nodes() == []
 
@@ -84,10 +86,10 @@ def test_a_crash_boot_that_dies_is_resumed(lab: Any, step: str) -> None:
 
 def test_what_cannot_be_loaded(lab: Any) -> None:
     with pytest.raises(MachineError, match="boot with crashkernel=SIZE"):
-        kexec.load(lab.machine, "builtin:8M", panic=True)
+        loading.load(lab.machine, Request("builtin:8M"), panic=True)
     lab.cycle(append="ro crashkernel=32M")
     with pytest.raises(ExhaustedError, match=r"no place for the kernel: .*; boot with a larger crashkernel="):
-        kexec.load(lab.machine, "builtin:64M", panic=True)
+        loading.load(lab.machine, Request("builtin:64M"), panic=True)
     with pytest.raises(MachineError, match="no crash kernel is loaded"):
         panic(lab)
 
@@ -95,8 +97,8 @@ def test_what_cannot_be_loaded(lab: Any) -> None:
 def test_unloading(lab: Any) -> None:
     ready(lab)
     assert staging.read(lab.machine, staging.CRASH_JSON) is not None
-    assert kexec.unload(lab.machine, panic=True)
-    assert not kexec.unload(lab.machine, panic=True)
+    assert loading.unload(lab.machine, panic=True)
+    assert not loading.unload(lab.machine, panic=True)
 
 
 def test_a_kexec_unloads_the_crash_kernel(lab: Any) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pkramfs.errors import ConflictError, PkramError, StaleError
-from pkramfs.kernel import crash, kexec, nvram, placement
+from pkramfs.kernel import crash, loading, nvram, placement
+from pkramfs.kernel.loading import Request
 from pkramfs.kernel.nvram import ImageInfo, Pending
 from pkramfs.kernel.segments import destinations
 from pkramfs.machine.firmware import FirmwareMap
@@ -180,7 +181,7 @@ def test_what_one_object_fails_at_ends_the_whole_save(lab: Any) -> None:
 
 def test_d26_a_crash_kernel_does_not_say_that_it_preserved(lab: Any) -> None:
     lab.cycle(append="ro crashkernel=32M")
-    kexec.load(lab.machine, "builtin:8M", panic=True)
+    loading.load(lab.machine, Request("builtin:8M"), panic=True)
     with lab.machine.lifecycle(shared=False):
         dead = crash.panic(lab.machine)
     frames = Frames(dead.ram, dead.leases, new_tree_id())

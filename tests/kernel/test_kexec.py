@@ -9,9 +9,11 @@ import pytest
 
 from pkramfs.cli import verify
 from pkramfs.errors import ConflictError, ExhaustedError, FormatError, MachineError, NotPreservedError, UsageError
-from pkramfs.kernel import boot, kernelrecord, kexec, nvram, running, staging
+from pkramfs.kernel import boot, kernelrecord, kexec, loading, nvram, running, staging, succession
 from pkramfs.kernel.image import load_image
 from pkramfs.kernel.kexec import MountReport
+from pkramfs.kernel.loading import Request
+from pkramfs.kernel.running import Running
 from pkramfs.kernel.segments import destinations
 from pkramfs.pkram import superblock
 from pkramfs.spans import Spans
@@ -130,7 +132,7 @@ def test_dying_before_the_point_of_no_return_cancels(lab: Any, monkeypatch: pyte
     def dies(_: Any) -> None:
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(running, "retire", dies)
+    monkeypatch.setattr(succession, "retire", dies)
     with pytest.raises(RuntimeError):
         lab.execute()
     assert nvram.pending(lab.machine) is not None
@@ -293,8 +295,8 @@ def test_nothing_loaded(lab: Any) -> None:
     with pytest.raises(MachineError, match="no kernel is loaded"):
         lab.execute()
     lab.load()
-    assert kexec.unload(lab.machine) is True
-    assert kexec.unload(lab.machine) is False
+    assert loading.unload(lab.machine) is True
+    assert loading.unload(lab.machine) is False
     with pytest.raises(MachineError, match="no kernel is loaded"):
         lab.execute()
 
@@ -329,7 +331,7 @@ def test_a_boot_that_stopped_at_damage_says_how_to_go_on(lab: Any, monkeypatch: 
     with pytest.raises(MachineError, match=r"boot failed: Node at pfn .*pkram-kexec --resume --force goes on"):
         lab.up()
     with lab.machine.lifecycle(shared=False):
-        assert running.bring_up(lab.machine, force=True).store.nodes() == []
+        assert Running(lab.machine, succession.bring_up(lab.machine, force=True)).store.nodes() == []
 
 
 def test_damaged_metadata_are_given_up_by_force(lab: Any) -> None:
@@ -340,7 +342,7 @@ def test_damaged_metadata_are_given_up_by_force(lab: Any) -> None:
         lab.execute()
     lab.machine.ram().page(node.pfn)[100:104] = b"oops"
     with lab.machine.lifecycle(shared=False):
-        kernel = running.bring_up(lab.machine, force=True)
+        kernel = Running(lab.machine, succession.bring_up(lab.machine, force=True))
     assert kernel.store.nodes() == []
     assert "node a is lost (" in lab.machine.dmesg()
 
@@ -468,7 +470,7 @@ def test_an_elf_kernel_runs_at_its_address_only(lab: Any, elf: Any, tmp_path: An
 def test_a_kernel_that_cannot_move_is_refused_as_crash_kernel(lab: Any, elf: Any, tmp_path: Any) -> None:
     lab.cycle(append="ro crashkernel=32M")
     with pytest.raises(ConflictError, match="must be relocatable"):
-        kexec.load(lab.machine, elf(tmp_path / "k", [(64 * MIB, b"text", MIB)]), panic=True)
+        loading.load(lab.machine, Request(elf(tmp_path / "k", [(64 * MIB, b"text", MIB)])), panic=True)
 
 
 def test_pages_preserved_after_loading_are_relocated(lab: Any) -> None:
@@ -486,20 +488,20 @@ def test_pages_preserved_after_loading_are_relocated(lab: Any) -> None:
 def test_init_s_words_are_left_and_what_is_added_goes_before_them(lab: Any) -> None:
     pfn = lab.up().info.super_pfn
     lab.preserve("kept", 3)
-    report = kexec.load(lab.machine, "builtin:4M", append=f"ro pkram={pfn:x} -- single pkram=99")
+    report = loading.load(lab.machine, Request("builtin:4M", append=f"ro pkram={pfn:x} -- single pkram=99"))
     assert report.warnings == []
     lab.execute()
     assert lab.intact("kept") and lab.up().cmdline.endswith("-- single pkram=99")
     pfn = lab.up().info.super_pfn
-    kexec.load(lab.machine, "builtin:4M", reuse_cmdline=True, append="quiet -- two")
+    loading.load(lab.machine, Request("builtin:4M", reuse_cmdline=True, append="quiet -- two"))
     assert staging.read(lab.machine).cmdline == f"ro pkram={pfn:x} quiet -- single pkram=99 two"
-    report = kexec.load(lab.machine, "builtin:4M", append=f"ro -- pkram={pfn:x}")
+    report = loading.load(lab.machine, Request("builtin:4M", append=f"ro -- pkram={pfn:x}"))
     assert len(report.warnings) == 1 and "would be lost" in report.warnings[0]
 
 
 def test_reuse_cmdline_makes_pkram_current(lab: Any) -> None:
     lab.cycle()
-    kexec.load(lab.machine, "builtin:4M", reuse_cmdline=True, append="quiet")
+    loading.load(lab.machine, Request("builtin:4M", reuse_cmdline=True, append="quiet"))
     pfn = lab.up().info.super_pfn
     assert staging.read(lab.machine).cmdline == f"ro pkram={pfn:x} quiet"
 
@@ -557,12 +559,13 @@ def test_what_is_no_file_is_refused_before_anybody_waits(lab: Any, tmp_path: Any
     elif what == "loop":
         path.symlink_to(path)
     words = {"initrd": {"initrd": str(path)}, "segment": {"segments": [(str(path), 0x2000000)], "syscall": "load"}}
+    image = str(path) if how == "image" else "builtin:4M"
     lab.up()
     with (
         lab.machine.lifecycle(shared=False, timeout=5),  # it does not come to the lock
         pytest.raises(UsageError, match=r"cannot load (a kernel|the initrd|the segment) from"),
     ):
-        kexec.load(lab.machine, str(path) if how == "image" else "builtin:4M", append="ro", **words.get(how, {}))
+        loading.load(lab.machine, Request(image, append="ro", **words.get(how, {})))
     assert os.listdir(lab.machine.path("kexec")) == []
 
 

@@ -11,8 +11,7 @@ import pytest
 
 from pkramfs.cli import verify
 from pkramfs.errors import FormatError, MachineError, PkramfsError
-from pkramfs.kernel import kernelrecord, nvram, running, staging
-from pkramfs.kernel.running import Running
+from pkramfs.kernel import kernelrecord, nvram, running, staging, succession
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import FREE, HOLE, KERNEL, RESERVE, is_tree_id, new_tree_id
 from pkramfs.spans import Spans
@@ -188,11 +187,11 @@ def test_taking_over_punches_nothing_that_is_preserved(lab: Any) -> None:
     info = kernelrecord.read(lab.machine)
     object.__setattr__(info, "stale", ((node.pfn, node.pfn + 1),))
     with pytest.raises(FormatError, match="in use, expected pages that only boot needed"):
-        running.take_over(Running(lab.machine, info))
+        succession.take_over(lab.machine, info)
     object.__setattr__(info, "stale", ())
     object.__setattr__(info, "old_super_pfn", node.pfn)
     with pytest.raises(FormatError, match="expected a super block to be consumed"):
-        running.take_over(Running(lab.machine, info))
+        succession.take_over(lab.machine, info)
     assert lab.intact("a")
 
 

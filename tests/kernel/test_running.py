@@ -14,7 +14,8 @@ import pytest
 
 from pkramfs.cli import boot as cli_boot
 from pkramfs.errors import MachineError
-from pkramfs.kernel import boot, kernelrecord, nvram, running
+from pkramfs.kernel import boot, kernelrecord, nvram, running, succession
+from pkramfs.kernel.running import Running
 from pkramfs.machine import locks
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.files import sealed
@@ -100,7 +101,7 @@ def test_the_lease_table_covers_every_block(lab: Any) -> None:
 def test_power_cycle_forgets_everything(lab: Any) -> None:
     lab.preserve("a", 100)
     with lab.machine.lifecycle(shared=False):
-        kernel = running.power_cycle(lab.machine)
+        kernel = Running(lab.machine, succession.power_cycle(lab.machine))
     assert kernel.store.nodes() == []
     assert kernel.generation == 2
     assert kernel.leases.counts()["tree"] == 0
@@ -176,10 +177,10 @@ def test_a_boot_whose_parent_is_gone_does_nothing(lab: Any) -> None:
 
 
 def test_a_boot_that_outlived_its_parent_is_waited_for(lab: Any) -> None:
-    running.decide_cold(lab.machine)
+    succession.decide_cold(lab.machine)
     orphan = threading.Thread(target=lambda: (held.wait(), boot.boot(lab.machine), lock.close()))
     held, lock = threading.Event(), contextlib.ExitStack()
-    lock.enter_context(locks.held(lab.machine.path(running.BOOT_LOCK)))
+    lock.enter_context(locks.held(lab.machine.path(succession.BOOT_LOCK)))
     orphan.start()
     held.set()
     assert lab.up().generation == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.mounts import Lab, lab
 from benchmarks.table import Table, milliseconds
-from pkramfs.kernel import running
+from pkramfs.kernel import succession
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.units import GIB, MIB, PAGE_SIZE, format_size
@@ -106,7 +106,7 @@ def _boot(table: Table, size: int) -> None:
             machine = Machine(os.path.join(directory, "machine"))
             machine.create(FirmwareMap.default(size, seed=1))
             with machine.lifecycle(shared=False):
-                processes.append(milliseconds(lambda: running.power_cycle(machine)))  # noqa: B023
+                processes.append(milliseconds(lambda: succession.power_cycle(machine)))  # noqa: B023
             report = json.loads(Path(machine.path("kernel.json")).read_text())["report"]
             times.append(sum(report["phases"].values()) * 1000)
             reserved.append(sum(report["reserved_bytes"].values()) / MIB)

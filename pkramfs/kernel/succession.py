@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How one kernel ends and the next one begins: decide, end, resume, boot, take over.
+
+    decide_cold ─▶ retire ─▶ resume ─▶ start_boot ─▶ take_over
+    nvram.json     the point  segments  a fresh       consume the old super block,
+    says what      of no      into RAM  process       free what only boot needed,
+    comes          return               (boot.py)     clear the pending boot
+
+`bring_up` reads two files and knows how far things are (the table in nvram.py): it cancels a kexec
+that died early, resumes one that died late, boots an untouched machine, and finishes a take-over.
+Taking over is the kernel's first act and may be repeated. The old super block is consumed so that
+its pfn restores nothing twice. Nothing is leased before it is done: there is a Running (running.py)
+only when `bring_up` has returned.
+
+RAM with data but no kernel and no pending boot is refused: it was damaged, or is not ours.
+
+The caller of everything here holds the machine lock exclusively.
+
+Kernel: init/main.c (kernel_init, free_initmem), mm/pkram.c (pkram_cleanup, patches 13 and 14)
+"""
+
+import os
+import subprocess
+import sys
+
+from pkramfs.errors import FormatError, MachineError
+from pkramfs.kernel import cmdline as words
+from pkramfs.kernel import incoming, kernelrecord, leasetable, nvram, staging
+from pkramfs.kernel.image import BUILTIN, load_image
+from pkramfs.kernel.kernelrecord import KernelInfo
+from pkramfs.kernel.nvram import ImageInfo, Pending
+from pkramfs.machine.directory import Machine
+from pkramfs.machine.leases import FREE, KERNEL
+from pkramfs.machine.locks import held
+from pkramfs.machine.ram import Ram
+from pkramfs.pkram import superblock
+from pkramfs.spans import Spans
+from pkramfs.units import BLOCK_PAGES, PAGE_SIZE, format_pfn, format_size, plural
+
+COLD_CMDLINE = "BOOT_IMAGE=builtin ro"
+BOOT_SECONDS = 600.0
+"""How long a boot may take: copying and summing what was loaded are most of it."""
+BOOT_LOCK = "lock.boot"
+"""Held by a boot process as long as it lives: it may outlive the one that started it."""
+_OF_ONE_KERNEL = ("cmdline", "pkram", "iomem")
+
+
+def bring_up(machine: Machine, *, force: bool = False) -> KernelInfo:
+    """Do whatever is undone between power-on and a running kernel, and return its record."""
+    with held(machine.path(BOOT_LOCK), timeout=BOOT_SECONDS, what=f"{machine.path()}, which boots,"):
+        pass  # a boot whose parent was killed has ended
+    info, pending = kernelrecord.read(machine, any_layout=True), nvram.pending(machine)
+    if info is None:
+        if pending is None:
+            _refuse_data(machine)
+            decide_cold(machine)
+        resume(machine, force=force)
+        info = kernelrecord.read(machine)
+        if info is None:
+            raise MachineError("boot said that it succeeded but wrote no kernel.json")
+        pending = nvram.pending(machine)
+    if pending is not None and pending.generation == info.generation:
+        take_over(machine, info)
+    elif pending is not None:
+        machine.log("kexec: died before the point of no return; this kernel goes on")
+        nvram.cancel(machine)
+    take_back_regions(machine.ram(), info)
+    return info
+
+
+def take_back_regions(ram: Ram, info: KernelInfo) -> None:
+    """Forget the region list of a kexec that failed or died: it would be short of what is preserved later.
+
+    The machine lock may be held shared here: no kexec is on its way.
+    """
+    if info.pkram and superblock.has_regions(ram, info.super_pfn):
+        superblock.set_regions(ram, info.super_pfn, 0)
+
+
+def _refuse_data(machine: Machine) -> None:
+    """Raise MachineError if there are data in RAM: a machine that never booted has none."""
+    data = machine.ram().data_spans()
+    if data:
+        raise MachineError(
+            f"{machine.path()} is damaged: no kernel.json and no pending boot, but "
+            f"{format_size(data.total * PAGE_SIZE)} of data in RAM; to start empty, remove the machine "
+            "(pkramctl machine destroy --force)"
+        )
+
+
+def decide_cold(machine: Machine, cmdline: str = COLD_CMDLINE) -> None:
+    """Make a boot that finds nothing the pending one."""
+    words.validate(cmdline)
+    image = ImageInfo.of(load_image(BUILTIN))
+    nvram.set_pending(machine, Pending(nvram.COLD, nvram.next_generation(machine), cmdline, image))
+
+
+def power_cycle(machine: Machine, cmdline: str = COLD_CMDLINE) -> KernelInfo:
+    """Forget all memory and boot cold. The caller has stopped the mounts."""
+    decide_cold(machine, cmdline)
+    retire(machine)
+    return bring_up(machine)
+
+
+def retire(machine: Machine) -> None:
+    """End the running kernel: the point of no return. May be repeated."""
+    for name in (kernelrecord.NAME, *_OF_ONE_KERNEL):
+        machine.remove(name)
+    machine.drop_log()
+
+
+def resume(machine: Machine, *, force: bool = False) -> None:
+    """Go from the point of no return to kernel.json, from wherever this was interrupted."""
+    pending = nvram.pending(machine)
+    if pending is None:
+        raise MachineError("no boot is pending")
+    retire(machine)
+    staging.remove(machine, staging.CRASH_JSON)
+    if staging.read(machine) is not None:
+        if pending.kind == nvram.KEXEC:
+            staging.copy_into_ram(machine, machine.ram(), pending.segments)
+        staging.remove(machine)
+    start_boot(machine, force=force)
+
+
+def start_boot(machine: Machine, *, force: bool = False) -> None:
+    """Run the boot in a process that is given nothing but the machine's directory, and wait for it."""
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    command = [sys.executable, "-P", "-m", "pkramfs", "boot", machine.path(), "--parent", str(os.getpid())]
+    try:
+        done = subprocess.run(
+            [*command, *(["--force"] * force)],
+            env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": package},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            check=False,
+            start_new_session=True,  # Ctrl-C and a terminal that goes are not for a kernel that boots
+            timeout=BOOT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise MachineError(f"boot did not end within {BOOT_SECONDS:g} s: pkram-kexec --resume tries again") from None
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+        remedy = ""
+        if done.returncode == FormatError.exit_status:
+            remedy = "; nothing was freed: pkram-kexec --resume --force goes on and loses what is preserved"
+        raise MachineError(f"boot failed: {reason.removeprefix('boot: ')}{remedy}")
+
+
+def take_over(machine: Machine, info: KernelInfo) -> None:
+    """Consume the old super block, free what only boot needed, and only then count the kernel as booted."""
+    ram = machine.ram()
+    machine.keep_copy()
+    unneeded = Spans(info.stale) | Spans(info.initmem)
+    _refuse_needed(ram, info, unneeded)
+    if info.old_super_pfn:
+        superblock.consume(ram, info.old_super_pfn)
+    ram.punch(unneeded)
+    if info.layout == kernelrecord.LAYOUT:  # else its table is not for us: the blocks stay taken until the next kexec
+        _free_blocks(machine, ram, info, unneeded.outward(BLOCK_PAGES) - info.own_pages.outward(BLOCK_PAGES))
+    if unneeded:
+        machine.log(f"Freeing {plural(unneeded.total, 'page')} that only boot needed")
+    if info.old_super_pfn:
+        machine.log(f"pkram: super block at pfn {format_pfn(info.old_super_pfn)} consumed")
+    nvram.finished(machine, info.generation)
+
+
+def _free_blocks(machine: Machine, ram: Ram, info: KernelInfo, blocks: Spans) -> None:
+    """Free those of `blocks` that are the kernel's; a block that holds a tree's pages, too, stays the tree's."""
+    with machine.tables():
+        view = leasetable.lease_view(ram, info.lease_table_pfn, info.blocks)
+        for start, end in blocks:
+            view[start:end][view[start:end] == KERNEL] = FREE
+
+
+def _refuse_needed(ram: Ram, info: KernelInfo, unneeded: Spans) -> None:
+    """Raise FormatError if what is about to be punched is preserved, or this kernel's own."""
+    nodes = incoming.nodes(ram, info.super_pfn) if info.pkram else []
+    if needed := unneeded & (incoming.union(node.spans for node in nodes) | info.own_pages):
+        pages = f"pfn {format_pfn(int(needed.starts[0]))}, which is in use"
+        raise FormatError("kernel.json", "stale", found=pages, expected="pages that only boot needed")
