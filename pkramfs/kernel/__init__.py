@@ -17,36 +17,41 @@ line, `pkram=`.
 
 What this chapter promises upwards:
 
-* A page that a published node names is the same before and after, whatever dies in between: until
-  the next kernel is up, nothing that was handed over is overwritten or freed, and every step may
-  be done again. Whoever finds a half-done boot finishes it.
-* A page that was not reserved is not there any more: punched, or poisoned where a test asks for it.
+* A page that a listed node names is the same before and after, whatever dies in between. Until the
+  next kernel is up, nothing that was handed over is overwritten or freed, and every step may be
+  repeated. Whoever finds a half-done boot finishes it.
+* A page that was not reserved is gone: punched, or poisoned where a test asks for it.
 * What cannot work (no room, damaged metadata, a wrong pkram=) is refused while the old kernel lives.
 
-What it needs from below: RAM and a firmware map, memory leased in blocks of one owner (machine/),
-and records that can be checked without being trusted (pkram/). It knows neither files nor mounts:
-the commands tell it what is mounted, and give it the means to stop that.
+The chapter needs RAM and a firmware map, memory leased in blocks of one owner (machine/), and records
+that can be checked without being trusted (pkram/). It knows neither files nor mounts: the commands
+say what is mounted, and how to stop it.
 
 Read in this order:
 
-    cmdline      words, and the options boot understands
-    image        what a kernel file says about the memory it wants
-    segments     the next kernel's pieces and their destinations
-    nvram        what is decided and not finished
-    staging      where a loaded kernel waits
-    kernelrecord kernel.json
-    kaslr        which places there are, and the choice of one
-    placement    where everything goes; asked by the planner and by boot
-    incoming     what the last kernel left, checked
-    leasetable   the lease table, from holes, kernel and nodes
-    iomem        the resource map
-    boot         the steps from power-on to kernel.json
-    running      attach: boot, resume, take over, or just look
-    loading      -l: destinations that overwrite nothing that is preserved
-    steps        what is described before it is done, and undone if a later step fails
-    kexec        the plan of -e, and the order of all of it
-    costs        what bans and relocation cost, and what scratch would
-    crash        a kernel to look at the dead one with
+    cmdline       words, and the options boot understands
+    image         what a kernel file says about the memory it wants
+    segments      the next kernel's pieces and their destinations
+    nvram         the boot that is decided and not finished
+    staging       where a loaded kernel waits
+    kernelrecord  kernel.json
+    kaslr         the places for a kernel, and the choice of one
+    placement     where everything goes; asked by the planner and by boot
+    incoming      what the last kernel left, checked
+    leasetable    the lease table, from holes, kernel and nodes
+    boot          the steps from power-on to kernel.json
+    succession    one kernel ends, the next one boots and takes over
+    ownership     whose a page block is, from all that says so
+    running       find the running kernel; bring it up first if need be
+    iomem         the resource map
+    loading       -l: destinations that overwrite nothing that is preserved
+    steps         operations that are described first, done in order, and undone if a later one fails
+    kexec         the plan of -e, and the order of all of it
+    costs         what bans and relocation cost, and what scratch would
+    crash         a kernel to look at the dead one with
+
+Four words mean one thing each in this chapter: a *Pending* is a boot that was decided, a *Boot* one
+that is under way, a *Plan* is what `-e` will do, and to *publish* a kernel is to rename kernel.json.
 
 Kernel: kernel/kexec*.c, arch/x86/boot/compressed, arch/x86/kernel/setup.c, init/main.c
 """

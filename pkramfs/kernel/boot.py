@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Boot: from RAM, a firmware map and a command line to a running kernel, in the order of a real one.
+"""Boot: from RAM, a firmware map and a command line to a running kernel, in the order of a real boot.
 
     purgatory    are the loaded segments what was loaded?                      ┐
     params       command line out of RAM                                       │ reads only
@@ -13,13 +13,13 @@
     publish      kernel.json, by rename: the kernel is up
 
 Boot runs in a fresh process which is given RAM, machine.json, nvram.json and the command line, and
-nothing else. It may die after any step and be started again: what it finds is the same, what it
-decides comes from the machine's seed and the boot's number, and what it writes it writes again.
-Taking over (consuming the old super block, freeing what is stale) is the running kernel's first
-act, in running.py, because only then is there a kernel that could do it twice.
+nothing else. It may die after any step and be started again: it finds the same, its decisions come
+from the machine's seed and the generation, and it writes everything again. Taking over (consuming
+the old super block, freeing what is stale) is the running kernel's first act, in succession.py:
+only a kernel that is up can repeat it.
 
-Metadata that cannot be read stop the boot at `find`, before anything was punched. Forced, they are
-given up, one line in the log for each node that is lost.
+Unreadable metadata stop the boot at `find`, before anything is punched. A forced boot gives them up
+and logs one line for each lost node.
 
 Kernel: arch/x86/boot/compressed, arch/x86/kernel/setup.c (setup_arch), init/main.c (start_kernel)
 """
@@ -50,7 +50,7 @@ AfterStep = Callable[[str], None]
 
 
 def nothing(_step: str) -> None:
-    """Between two steps of a boot nothing happens, unless a test says so."""
+    """Do nothing between two steps of a boot; tests do something else."""
 
 
 def boot(machine: Machine, *, force: bool = False, after_step: AfterStep = nothing) -> KernelInfo:
@@ -74,7 +74,7 @@ def boot(machine: Machine, *, force: bool = False, after_step: AfterStep = nothi
 
 @dataclass
 class Boot:
-    """What a boot knows so far; each step adds to it."""
+    """A boot under way: what it knows so far. Each step adds to it."""
 
     machine: Machine
     hardware: FirmwareMap
@@ -103,7 +103,7 @@ class Boot:
 
 
 def purgatory(boot: Boot) -> None:
-    """Check that what is in RAM is what was loaded."""
+    """Check that the segments in RAM are the loaded ones."""
     image = boot.pending.image
     staging.verify_in_ram(boot.ram, boot.pending.segments)
     version = f" {image.version}" if image.version else ""
@@ -111,7 +111,7 @@ def purgatory(boot: Boot) -> None:
 
 
 def params(boot: Boot) -> None:
-    """Read the command line as boot parameters say where it is; a cold boot has nvram.json's."""
+    """Read the command line from where boot parameters say; a cold boot takes nvram.json's."""
     segments = {s.name: s for s in boot.pending.segments}
     boot.cmdline = boot.pending.cmdline
     if "params" in segments:
@@ -155,7 +155,7 @@ def _expect_nodes(boot: Boot, found: int) -> None:
 
 
 def _expect_nothing(boot: Boot, reason: str) -> None:
-    """Going on without what was preserved is only done when there was nothing, or by force."""
+    """Go on without preserved nodes if there were none or the boot is forced; raise FormatError otherwise."""
     expected = boot.pending.nodes
     if expected and not boot.force:
         raise FormatError("Command line", "pkram", found=reason, expected=plural(len(expected), "preserved node"))
@@ -186,7 +186,7 @@ def place(boot: Boot) -> None:
 
 
 def release(boot: Boot) -> None:
-    """Give back every page that nobody reserved, whatever the last kernel had there."""
+    """Punch every page that nobody reserved, whatever the last kernel had there."""
     if boot.pending.crash:
         return  # the dead kernel's memory stays as it is, to be looked at
     kept = boot.early.reserved.spans.outward(PAGE_SIZE)
@@ -206,7 +206,7 @@ def _log_memory(boot: Boot) -> None:
 
 
 def move(boot: Boot) -> None:
-    """Bring the loaded kernel to its place, unless it runs where it was loaded."""
+    """Copy the loaded kernel to its place, unless it runs where it was loaded."""
     start, end = boot.placed.kernel
     source = next((s for s in boot.pending.segments if s.name == "kernel"), None)
     if source is not None and source.pfn != start:
@@ -220,7 +220,7 @@ def build_tables(boot: Boot) -> None:
     handed_over = destinations(boot.pending.segments) | (boot.found.stale if boot.found else Spans())
     reserve = Spans([boot.placed.reserve]) if boot.placed.reserve else Spans()
     nodes = boot.found.nodes if boot.found else ()
-    trees = incoming.union(node.spans for node in nodes)
+    trees = Spans.union(node.spans for node in nodes)
     kernel = boot.placed.spans | (handed_over - placement.blocks_of(trees))
     blocks = placement.block_count(boot.hardware)
     leasetable.write(boot.ram, boot.placed.table, blocks, boot.usable, kernel, reserve, nodes)
@@ -243,7 +243,7 @@ def super_block(boot: Boot) -> None:
 
 
 def files(boot: Boot) -> None:
-    """Write what /proc and /sys would show."""
+    """Write the files that /proc and /sys would show."""
     boot.machine.write_text("cmdline", boot.cmdline + "\n")
     if boot.super_pfn:
         boot.machine.write_text("pkram", format_pfn(boot.super_pfn) + "\n")
@@ -254,7 +254,7 @@ def files(boot: Boot) -> None:
 
 
 def publish(boot: Boot) -> None:
-    """Write kernel.json: from now on this is the running kernel."""
+    """Rename kernel.json into place: from now on this is the running kernel."""
     placed, found = boot.placed, boot.found
     reserve = placed.reserve or (0, 0)
     initmem = Spans() if boot.pending.crash else destinations(boot.pending.segments) - placed.spans
@@ -277,7 +277,7 @@ def publish(boot: Boot) -> None:
 
 
 def _report(boot: Boot) -> dict[str, Any]:
-    """What `pkramctl report` shows: found, reserved, lost, and where the time went."""
+    """Return what `pkramctl report` shows: nodes found and lost, pages reserved, and the time of each step."""
     nodes = boot.found.nodes if boot.found else ()
     return {
         "cmdline": boot.cmdline,
@@ -297,7 +297,7 @@ def _report(boot: Boot) -> dict[str, Any]:
 
 
 def _numa(boot: Boot) -> dict[str, dict[str, int]]:
-    """Pages of each NUMA node: all, and preserved."""
+    """Count the pages of each NUMA node: all, and preserved."""
     memory, reserved = boot.early.memory, boot.early.reserved
     return {
         str(node): {

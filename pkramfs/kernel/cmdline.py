@@ -4,10 +4,10 @@
     BOOT_IMAGE=builtin ro quiet pkram=34f nokaslr crashkernel=64M@1G scratch=128M
 
 A word may hold spaces inside double quotes; quotes around a word, or around its value, are no part
-of it. The word `--` ends what is the kernel's: all that follows is init's, and is neither understood
-nor changed here; what is added goes before it. An option given twice means its last value, as the
-kernel's own parser has it, except that two different `pkram=` are an error: the announcement's
-`sed` strips the old one, and a forgotten one would make the next kernel restore nothing.
+of it. The word `--` ends the kernel's words: all that follows is init's, and is neither understood
+nor changed here; words are added before it. An option given twice means its last value, as in the
+kernel's own parser, except that two different `pkram=` are an error: the announcement's `sed` strips
+the old one, and a forgotten one would make the next kernel restore nothing.
 
     pkram=PFN               hexadecimal pfn of the super block; 0 or absent: restore nothing
     pkram=off               no PKRAM in this kernel: nothing is restored, nothing can be preserved
@@ -29,7 +29,7 @@ from pkramfs.units import PAGE_SIZE, parse_size, round_up
 
 _BLANK = " \t\n\v\f\r"
 INIT = "--"
-"""What ends the kernel's words."""
+"""The word that ends the kernel's words."""
 _HIGHEST = 1 << 62
 _PFN = re.compile(r"(?:0[xX])?[0-9a-fA-F]{1,16}")
 PKRAM_OFF = "off"
@@ -47,7 +47,7 @@ class Reservation:
 
 
 class _Word(NamedTuple):
-    """A word of a command line: where it is, and what it says without quotes."""
+    """A word of a command line: its place, and its name and value without quotes."""
 
     start: int
     end: int
@@ -56,7 +56,7 @@ class _Word(NamedTuple):
 
 
 def _parse(cmdline: str) -> Iterator[_Word]:
-    """Every word, init's too, cut and unquoted as next_arg() does."""
+    """Yield every word, init's too, cut and unquoted as next_arg() does."""
     at = 0
     while True:
         while at < len(cmdline) and cmdline[at] in _BLANK:
@@ -85,7 +85,7 @@ def _unquoted(text: str) -> tuple[str, str | None]:
 
 
 def _ours(cmdline: str) -> Iterator[_Word]:
-    """The words before `--`."""
+    """Yield the words before `--`."""
     for word in _parse(cmdline):
         if word.value is None and word.name == INIT:
             return
@@ -93,12 +93,12 @@ def _ours(cmdline: str) -> Iterator[_Word]:
 
 
 def _is(word: _Word, name: str) -> bool:
-    """Whether a word is the option `name`; the kernel takes - and _ for the same."""
+    """Return True if a word is the option `name`; the kernel takes - and _ for the same."""
     return word.name.replace("-", "_") == name.replace("-", "_")
 
 
 def split(cmdline: str) -> tuple[str, str]:
-    """What is the kernel's, and what is init's: empty, or from `--` on."""
+    """Split a command line into the kernel's words and init's, which are empty or begin with `--`."""
     for word in _parse(cmdline):
         if word.value is None and word.name == INIT:
             return cmdline[: word.start].strip(_BLANK), f"{INIT} {cmdline[word.end :].strip(_BLANK)}".strip()
@@ -106,7 +106,7 @@ def split(cmdline: str) -> tuple[str, str]:
 
 
 def join(cmdline: str, more: str) -> str:
-    """Two command lines as one: the kernel's words of both, then init's of both."""
+    """Join two command lines: the kernel's words of both, then init's of both."""
     (ours, init), (also, also_init) = split(cmdline), split(more)
     if init:
         also_init = also_init.removeprefix(INIT).strip()
@@ -114,50 +114,50 @@ def join(cmdline: str, more: str) -> str:
 
 
 def words(cmdline: str) -> list[str]:
-    """The kernel's words of a command line, as they were written."""
+    """Return the kernel's words of a command line, as they were written."""
     return [cmdline[word.start : word.end] for word in _ours(cmdline)]
 
 
 def values(cmdline: str, name: str) -> list[str]:
-    """Every value of `name=value`, in order, without quotes around it."""
+    """Return every value of `name=value`, in order, without quotes around it."""
     return [word.value for word in _ours(cmdline) if word.value is not None and _is(word, name)]
 
 
 def get(cmdline: str, name: str) -> str | None:
-    """The value of an option (the last one given), or None."""
+    """Return the value of an option (the last one given), or None."""
     found = values(cmdline, name)
     return found[-1] if found else None
 
 
 def has(cmdline: str, flag: str) -> bool:
-    """Whether a word without a value is there."""
+    """Return True if a word without a value is there."""
     return any(word.value is None and _is(word, flag) for word in _ours(cmdline))
 
 
 def panics_on_oops(cmdline: str) -> bool:
-    """Whether a mount daemon that faults is to end the kernel."""
+    """Return True if a mount daemon that faults ends the kernel."""
     value = get(cmdline, PANIC_ON_OOPS)
     return has(cmdline.strip(), PANIC_ON_OOPS) if value is None else value != "0"
 
 
 def remove(cmdline: str, name: str) -> str:
-    """The command line without any `name` or `name=value` of the kernel's; init's words stay."""
+    """Return the command line without any `name` or `name=value` of the kernel's; init's words stay."""
     kept = " ".join(cmdline[word.start : word.end] for word in _ours(cmdline) if not _is(word, name))
     return " ".join(part for part in (kept, split(cmdline)[1]) if part)
 
 
 def put(cmdline: str, name: str, value: str) -> str:
-    """The command line with `name=value` after the kernel's words, and no other value for it."""
+    """Return the command line with `name=value` after the kernel's words, and no other value for it."""
     return join(remove(cmdline, name), f"{name}={value}")
 
 
 def pkram_off(cmdline: str) -> bool:
-    """Whether the command line switches PKRAM off, as leaving it out of the kernel's configuration would."""
+    """Return True if the command line switches PKRAM off, as a kernel configured without it would be."""
     return get(cmdline, "pkram") == PKRAM_OFF
 
 
 def pkram_pfn(cmdline: str) -> int | None:
-    """The super block's pfn that `pkram=` names; None where it is absent, empty, 0 or off."""
+    """Return the super block's pfn that `pkram=` names; None where it is absent, empty, 0 or off."""
     found = {value for value in values(cmdline, "pkram") if value}
     if len(found) > 1:
         shown = " and ".join(f"pkram={value}" for value in values(cmdline, "pkram"))
@@ -165,14 +165,14 @@ def pkram_pfn(cmdline: str) -> int | None:
     for value in found - {PKRAM_OFF}:
         if not _PFN.fullmatch(value):
             raise UsageError(
-                f"pkram={value}: not a page frame number: write it in hexadecimal, as in `pkram=34f`, or off"
+                f"invalid pkram={value}: give a page frame number in hexadecimal, as in `pkram=34f`, or off"
             )
         return int(value, 16) or None
     return None
 
 
 def reservation(cmdline: str, name: str) -> Reservation | None:
-    """What `crashkernel=` or `scratch=` asks for: SIZE or SIZE@ADDRESS."""
+    """Return the reservation that `crashkernel=` or `scratch=` asks for: SIZE or SIZE@ADDRESS."""
     text = get(cmdline, name)
     if text is None:
         return None
@@ -184,14 +184,14 @@ def reservation(cmdline: str, name: str) -> Reservation | None:
     if size == 0:
         return None
     if size + (start or 0) > _HIGHEST:
-        raise UsageError(f"{name}={text}: that is beyond physical memory")
+        raise UsageError(f"{name}={text}: the range ends beyond physical memory")
     if start is not None and start % PAGE_SIZE:
         raise UsageError(f"{name}={text}: the address is not a multiple of {PAGE_SIZE}")
     return Reservation(round_up(size, PAGE_SIZE), start)
 
 
 def memory_limit(cmdline: str) -> int | None:
-    """The highest address that `mem=` lets the kernel use, or None."""
+    """Return the highest address that `mem=` lets the kernel use, or None."""
     text = get(cmdline, "mem")
     if text is None:
         return None
@@ -202,7 +202,7 @@ def memory_limit(cmdline: str) -> int | None:
 
 
 def validate(cmdline: str) -> None:
-    """UsageError unless boot will understand every option that it looks at."""
+    """Raise UsageError unless boot will understand every option that it looks at."""
     if "\n" in cmdline or "\0" in cmdline:
         raise UsageError("the command line has a line break or a NUL in it")
     length = len(cmdline.encode("utf-8", "surrogateescape"))

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a kexec costs in each of two ways: PKRAM's bans and relocation, or KHO's scratch.
+"""Costs of a kexec in each of two ways: PKRAM's bans and relocation, or KHO's scratch.
 
-    bans       a loaded kernel's destinations are banned: what is preserved later and lies there is
-               copied first, and what is preserved already makes the kernel be loaded elsewhere.
-               Nothing is set aside; but preserved ranges take KASLR's slots away
-    scratch    a slice that never holds preserved pages: nothing ever conflicts, and those pages are
-               not there for trees, at any time
+    bans       a loaded kernel's destinations are banned: pages there are copied when they are
+               preserved later; pages preserved already make the kernel be loaded elsewhere.
+               Nothing is set aside, but preserved ranges take KASLR slots away
+    scratch    a slice that never holds preserved pages: nothing ever conflicts, but trees can
+               never use those pages
 
-The comparison is of now: the loaded kernel, what is preserved, and what trees hold that may yet be.
+The figures are of this moment: the loaded kernel, the preserved pages, and those that trees hold.
 
 Kernel: patches 15, 16 and 21; kernel/liveupdate/kexec_handover.c (scratch areas)
 """
@@ -41,11 +41,11 @@ class Costs:
 
     @property
     def copies(self) -> int:
-        """Pages that bans would have copied at most: scratch copies none."""
+        """Return how many pages bans would have copied at most; scratch copies none."""
         return self.conflicting + self.at_risk
 
     def to_json(self) -> dict[str, Any]:
-        """For programs: the figures, and what each way withholds and copies, in pages and bytes."""
+        """Return for programs the figures, and what each way withholds and copies, in pages and bytes."""
         bans = {"pages": self.banned, "bytes": self.banned * PAGE_SIZE}
         scratch = {"pages": self.aside, "bytes": self.aside * PAGE_SIZE}
         return {
@@ -55,7 +55,7 @@ class Costs:
         }
 
     def describe(self) -> list[str]:
-        """Both ways for people."""
+        """Describe both ways for people."""
         gone = self.slots_without - self.slots
         now = f" (set aside now: {_size(self.aside_now)})" if self.aside_now else ""
         return [
@@ -68,7 +68,7 @@ class Costs:
 
 
 def compare(kernel: Running, loaded: Loaded, preserved: Spans) -> Costs:
-    """What the loaded kernel costs in either way, on this machine now."""
+    """Compare what the loaded kernel costs in either way, on this machine now."""
     banned = destinations(loaded.segments)
     scratch = kernel.info.reserved.get("Scratch", (0, 0))
     return Costs(
@@ -77,27 +77,27 @@ def compare(kernel: Running, loaded: Loaded, preserved: Spans) -> Costs:
         at_risk=_at_risk(kernel, banned - preserved),
         slots=_slots(kernel, loaded, preserved),
         slots_without=_slots(kernel, loaded, Spans()),
-        aside=placement.scratch_pages(_boot(kernel, loaded), kernel.info.blocks),
+        aside=placement.scratch_pages(_pending(kernel, loaded), kernel.info.blocks),
         aside_now=scratch[1] - scratch[0],
     )
 
 
 def _at_risk(kernel: Running, banned: Spans) -> int:
-    """Pages of trees' blocks in destinations, at most: a block need not be full."""
+    """Count the pages of trees' blocks in destinations: an upper bound, because a block need not be full."""
     if kernel.info.layout != LAYOUT:
         return 0
     return (kernel.leases.trees().scale(BLOCK_PAGES) & banned).total
 
 
-def _boot(kernel: Running, loaded: Loaded) -> Pending:
-    """The boot of the loaded kernel as it would be without scratch."""
+def _pending(kernel: Running, loaded: Loaded) -> Pending:
+    """Return the pending boot of the loaded kernel as it would be without scratch."""
     cmdline = words.remove(loaded.cmdline, "scratch")
     return Pending(nvram.KEXEC, kernel.generation + 1, cmdline, loaded.image, loaded.segments)
 
 
 def _slots(kernel: Running, loaded: Loaded, preserved: Spans) -> int:
     try:
-        return placement.place(kernel.machine.hardware(), _boot(kernel, loaded), preserved).slots
+        return placement.place(kernel.machine.hardware(), _pending(kernel, loaded), preserved).slots
     except ExhaustedError:
         return 0
 

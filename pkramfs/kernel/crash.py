@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Crash kernels: booted where they were loaded, with PKRAM off, so that a dead kernel can be looked at.
+"""Crash kernels: booted where they were loaded, with PKRAM off, to look at a dead kernel.
 
     |…… memory of the dead kernel, untouched ……[crash kernel, its table]……|
                                                 └── crashkernel= ───────┘
 
 Nothing is saved, frozen or handed over: a panic leaves no time for that. The crash kernel reserves
-all but its own window, so nothing of the dead one is overwritten; what is known about that one (its
-super block, its last log lines) is in the boot report. Leaving a crash kernel is a cold boot.
+all but its own window, so nothing of the dead kernel is overwritten. The boot report has the dead
+kernel's super block and last log lines. Leaving a crash kernel is a cold boot.
 
 A mount daemon that aborts or faults (SIGABRT, SIGSEGV, SIGBUS, …) is this kernel's oops: its
-interpreter writes how it ended into the daemon's log. With `panic_on_oops` on the command line the
-oops is a panic. There is no process that is the kernel and could see it happen; so whoever comes
-next (the next mount, the next pkram-kexec) finds the dead daemon's entry and panics before doing
-anything else (`notice`). A daemon that was killed with SIGKILL is no oops: somebody wanted that.
-Without a crash kernel the log says so and life goes on, because all that a panic could do is lose
-every other tree.
+interpreter writes into the daemon's log how it ended. With `panic_on_oops` on the command line the
+oops is a panic. No process is the kernel and could see it happen; so the next mount or pkram-kexec
+finds the dead daemon's entry and panics before doing anything else (`notice`). A daemon killed with
+SIGKILL is no oops: somebody wanted that. Without a crash kernel the log says so and the kernel goes
+on, because a panic could only lose every other tree.
 
 Kernel: kernel/crash_core.c, kernel/panic.c (panic_on_oops), include/linux/crash_dump.h (is_kdump_kernel),
         patch 20
@@ -42,7 +41,7 @@ def notice(machine: Machine) -> Running | None:
     with machine.lifecycle(shared=False):
         oops = _oops(machine)
         if oops is None:
-            return None  # somebody else noticed
+            return None  # somebody else noticed it first
         entry, how = oops
         reason = f"Fatal exception: {how} in the daemon of {entry.mountpoint} (pid {entry.pid})"
         if staging.read(machine, staging.CRASH_JSON) is None:
@@ -54,7 +53,7 @@ def notice(machine: Machine) -> Running | None:
 
 
 def _oops(machine: Machine) -> tuple[MountEntry, str] | None:
-    """A daemon that oopsed under the running kernel, and how, if that matters to it."""
+    """Return a daemon that oopsed under the running kernel, and how; None unless that is a panic."""
     info = kernelrecord.read(machine, any_layout=True)
     if info is None or not info.pkram or not words.panics_on_oops(machine.read_text("cmdline") or ""):
         return None
@@ -66,14 +65,14 @@ def _oops(machine: Machine) -> tuple[MountEntry, str] | None:
 
 
 def _kill_all(machine: Machine) -> None:
-    """A panic asks nobody: every other daemon ends where it is."""
+    """Kill every other daemon and wait for its end: a panic asks nobody."""
     for entry in machine.mounts():
         if entry.alive:
             kill(entry)
     deadline = time.monotonic() + _GONE_SECONDS
     while machine.live_ids():
         if time.monotonic() > deadline:
-            raise MachineError("a mount daemon does not end: kill it, then pkram-kexec --panic")
+            raise MachineError("a mount daemon does not end: kill it, then run pkram-kexec --panic")
         time.sleep(_POLL_SECONDS)
 
 
@@ -93,7 +92,7 @@ def panic(machine: Machine, reason: str = "sysrq triggered crash") -> Running:
         "cmdline": kernel.cmdline,
         "dmesg": machine.last_lines(_LAST_LINES),
     }
-    boot = Pending(
+    pending = Pending(
         nvram.CRASH,
         kernel.generation + 1,
         loaded.cmdline,
@@ -102,6 +101,6 @@ def panic(machine: Machine, reason: str = "sysrq triggered crash") -> Running:
         crash=window,
         dead=dead,
     )
-    nvram.set_pending(machine, boot, [])
+    nvram.set_pending(machine, pending, [])
     succession.retire(machine)
     return Running(machine, succession.bring_up(machine))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Kernel images: what a file says about the memory that its kernel wants.
+"""Kernel images: the memory that a kernel wants, as its file says.
 
     bzImage   real-mode setup | protected-mode kernel     header: version, alignment, preferred
               0 … (sects+1)*512                           address, init size, relocatable
@@ -111,7 +111,7 @@ class Image:
     """The setup header of a bzImage, from 0x1f1, as boot parameters hand it on."""
 
     def payload(self) -> Iterator[tuple[int, bytes]]:
-        """(offset in the image, bytes) of everything that is to be loaded."""
+        """Yield everything to be loaded as (offset in the image, bytes)."""
         if self.path is None:
             yield 0, f"pkramfs {self.version}: a kernel of {format_size(self.init_size)}\n".encode()
             return
@@ -124,7 +124,7 @@ class Image:
 
 
 def load_image(spec: str) -> Image:
-    """The kernel that `builtin`, `builtin:SIZE` or a path names; UsageError with the reason otherwise."""
+    """Return the kernel that `builtin`, `builtin:SIZE` or a path names; raise UsageError with the reason otherwise."""
     if spec == BUILTIN or spec.startswith(BUILTIN + ":"):
         return _builtin(spec)
     try:
@@ -135,7 +135,7 @@ def load_image(spec: str) -> Image:
 
 
 def _regular(path: str, flags: int) -> int:
-    """Open what is a regular file now: nobody is waited for, and nothing without end is read."""
+    """Open a regular file only: a FIFO would block, and a device might never end."""
     return open_regular(path, flags, follow=True)
 
 
@@ -222,7 +222,7 @@ def _read_elf(path: str, file: BinaryIO, size: int, start: bytes) -> Image:
 
 
 def _program_headers(path: str, file: BinaryIO, size: int, head: Any) -> list[Any]:
-    """The PT_LOAD entries, each checked to lie inside the file and to overlap no other."""
+    """Return the PT_LOAD entries; refuse one that leaves the file or overlaps another."""
     phoff, phnum, phentsize = head.phoff, head.phnum, head.phentsize
     if phentsize != PHDR.size or phnum == 0 or phoff + phnum * PHDR.size > size:
         _refuse(path, f"cut off: {phnum} program headers of {phentsize} bytes at {phoff} in {size} bytes")
@@ -254,7 +254,7 @@ def _check_shape(path: str, align: int, preferred: int, init_size: int) -> None:
 
 
 def _kernel_version(file: BinaryIO, offset: int) -> str:
-    """The version string that the header points to; empty where there is none."""
+    """Read the version string that the header points to; empty where there is none."""
     if not offset:
         return ""
     file.seek(offset + 0x200)
@@ -281,7 +281,7 @@ def _refuse(path: str, reason: str) -> NoReturn:
 
 
 def setup_header(image: Image) -> bytes:
-    """The setup header that boot parameters carry: the image's own, or one that says the same."""
+    """Return the setup header that boot parameters carry: the image's own, or one that says the same."""
     if image.header:
         return image.header
     return SETUP.pack(

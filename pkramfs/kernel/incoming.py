@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the last kernel left for this one: found through one number, believed only after checking.
+"""Memory handed over by the last kernel: found through one number, believed only after checking.
 
-    pkram=34f ─→ super block ─→ region list          which pages must not be touched
-                     └────────→ nodes ─→ page tables whose they are
+    pkram=34f ─→ super block ─→ region list           the pages that must not be touched
+                     └────────→ nodes ─→ page tables  their owners
 
-Reading changes nothing and needs no allocator, so the planner uses it on the living kernel, too,
-and boot before it has decided anything. The region list must hold every page of every node; a
-list that is short would let boot punch somebody's data, so that is an error, not a warning.
+Reading changes nothing and needs no allocator, so the planner uses it on the living kernel, and boot
+before it has decided anything. The region list must hold every page of every node; a short list
+would let boot punch somebody's data, so it is an error, not a warning.
 
 Kernel: mm/pkram.c (pkram_reserve, pkram_init), patches 10 to 14
 """
@@ -31,7 +31,7 @@ class IncomingNode:
     pfn: int
     spans: Spans
     relocated: int = 0
-    """Pages that were relocated when the tree was saved."""
+    """How many of the pages were relocated when the tree was saved."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,22 @@ class Incoming:
 
     @property
     def stale(self) -> Spans:
-        """Super block and region list, of no use after the take-over: pages in no node's page blocks."""
-        trees = union(node.spans for node in self.nodes)
+        """Return the pages of super block and region list that share no page block with a node.
+
+        They are of no use after the take-over.
+        """
+        trees = Spans.union(node.spans for node in self.nodes)
         return self.preserved - trees.outward(BLOCK_PAGES).scale(BLOCK_PAGES)
 
 
-union = Spans.union
-
-
 def examine(ram: Ram, super_pfn: int, usable: Spans) -> Incoming:
-    """Find and check what `pkram=` names; FormatError or StaleError says what is wrong with it."""
+    """Find and check what `pkram=` names; raise FormatError or StaleError if it is damaged or was consumed."""
     found = superblock.check(ram, super_pfn, usable)
     if not found.node_pfn and not found.region_pfn:
         return Incoming(super_pfn, found.generation, 0, Spans(), ())
     preserved = regions.read(ram, found.region_pfn, usable) if found.region_pfn else Spans()
     found_nodes = nodes(ram, super_pfn)
-    missing = (union(node.spans for node in found_nodes) | Spans([(super_pfn, super_pfn + 1)])) - preserved
+    missing = (Spans.union(node.spans for node in found_nodes) | Spans([(super_pfn, super_pfn + 1)])) - preserved
     if missing:
         raise FormatError(
             "Regions",
@@ -75,15 +75,15 @@ def examine(ram: Ram, super_pfn: int, usable: Spans) -> Incoming:
 
 
 def _check_blocks(nodes: list[IncomingNode]) -> None:
-    """FormatError where two trees have pages in one page block: the next kernel could not say whose it is."""
+    """Raise FormatError if two trees have pages in one page block: the next kernel could not tell the owner."""
     trees: dict[int, list[Spans]] = {}
     for node in nodes:
         trees.setdefault(node.tree_id, []).append(node.spans.outward(BLOCK_PAGES))
-    blocks = {tree_id: union(parts) for tree_id, parts in trees.items()}
-    if union(blocks.values()).total == sum(one.total for one in blocks.values()):
+    blocks = {tree_id: Spans.union(parts) for tree_id, parts in trees.items()}
+    if Spans.union(blocks.values()).total == sum(one.total for one in blocks.values()):
         return
     for node in nodes:
-        others = union(one for tree_id, one in blocks.items() if tree_id != node.tree_id)
+        others = Spans.union(one for tree_id, one in blocks.items() if tree_id != node.tree_id)
         if clash := blocks[node.tree_id] & others:
             found = f"page block {int(clash.starts[0]):x}, another tree's"
             raise FormatError("Node", "pages", pfn=node.pfn, found=found, expected="blocks of its own")

@@ -6,8 +6,8 @@
       02000000-021fffff : shmem-mytmpfs
     c0000000-ffffffff : Reserved
 
-Boot writes the map as it finds it into the file `iomem`; `current` is the map of now, with the trees
-that were saved or withdrawn since.
+Boot writes the map as it finds it into the file `iomem`; `current` also has the trees that were saved
+since, and not those that were withdrawn.
 
 Kernel: kernel/resource.c, arch/x86/kernel/e820.c (e820__reserve_resources)
 """
@@ -27,7 +27,7 @@ _MOST_LINES = 512
 
 
 def current(kernel: Running) -> str:
-    """The map of a running kernel: its record, and the nodes that are published now."""
+    """Return the map of a running kernel: its record, and the nodes that are listed now."""
     owners = [(name, Spans([part])) for name, part in kernel.info.reserved.items()]
     if kernel.info.pkram:
         owners += [(node.name, node.spans) for node in incoming.nodes(kernel.ram, kernel.info.super_pfn)]
@@ -35,7 +35,7 @@ def current(kernel: Running) -> str:
 
 
 def render(hardware: FirmwareMap, owners: Iterable[tuple[str, Spans]]) -> str:
-    """The map: firmware ranges, and inside RAM what `owners` hold (spans in pages)."""
+    """Draw the map: firmware ranges, and inside RAM what `owners` hold (spans in pages)."""
     width = max(8, len(f"{hardware.size - 1:x}"))
     inner = sorted(line for owner, spans in owners for line in _pieces(owner, spans))
     lines, at = [], 0

@@ -5,10 +5,10 @@
     slots    ^          ^ ^ ^                 a kernel of 3 fits, aligned to 2, above the minimum
 
 A slot is an aligned start from which the whole kernel lies in free memory. The set of slots is
-exact: it is computed per free span with array operations, one (first, count) pair each, and tests
-compare it with trying every address. The choice is uniform over slots, not over spans, and comes
-from the machine's seed and the boot's number, so that a boot that is repeated lands in the same
-place. The original walks the preserved list once per candidate; here the list is subtracted once.
+exact: array operations compute one (first, count) pair for each free span, and tests compare it with
+trying every address. The choice is uniform over slots, not over spans. It comes from the machine's
+seed and the generation, so a repeated boot lands in the same place. The original walks the preserved
+list once per candidate; here the list is subtracted once.
 
 Kernel: arch/x86/boot/compressed/kaslr.c (process_mem_region, slots_fetch_random), patch 21
 """
@@ -35,7 +35,7 @@ class Slots:
         return int(self.counts.sum())
 
     def __getitem__(self, index: int) -> int:
-        """The slot of that number, in ascending order."""
+        """Return slot number `index`, in ascending order."""
         ends = np.cumsum(self.counts)
         at = int(np.searchsorted(ends, np.uint64(index), side="right"))
         before = int(ends[at - 1]) if at else 0
@@ -43,8 +43,9 @@ class Slots:
 
 
 def find_slots(free: Spans, size: int, align: int, *, minimum: int = 0) -> Slots:
-    """The slots for `size` pages in `free`, starting at multiples of `align` at or above `minimum`."""
+    """Find the slots for `size` pages in `free`, starting at multiples of `align` at or above `minimum`."""
     step = np.uint64(align)
+    # one element for each free span: its first slot, then only the spans that hold a kernel, then their slots
     low = np.maximum(free.starts, np.uint64(minimum))
     firsts = (low + step - np.uint64(1)) // step * step
     fits = firsts + np.uint64(size) <= free.ends
@@ -52,9 +53,9 @@ def find_slots(free: Spans, size: int, align: int, *, minimum: int = 0) -> Slots
     return Slots(firsts, (room - firsts) // step + np.uint64(1), align)
 
 
-def choose(slots: Slots, seed: int, boot: int) -> int | None:
-    """One slot, uniformly from the machine's seed for this boot; None where there is none."""
+def choose(slots: Slots, seed: int, generation: int) -> int | None:
+    """Choose one slot, uniformly, from the machine's seed and the generation; None where there is none."""
     if slots.total == 0:
         return None
-    entropy = hashlib.sha256(f"{seed}:{boot}".encode()).digest()
+    entropy = hashlib.sha256(f"{seed}:{generation}".encode()).digest()
     return slots[random.Random(entropy).randrange(slots.total)]

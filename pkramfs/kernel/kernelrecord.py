@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""kernel.json: what one boot decided, for everybody who works under this kernel.
+"""kernel.json: the decisions of one boot, for everybody who works under this kernel.
 
-The kernel is no process; it is this record and the tables in RAM that it points to. It is written
-last, by rename: that is the moment at which the kernel is up. `layout` names the version of the
-private tables (lease table, reserve blocks); another version's commands refuse to touch them, and
-kexec is the upgrade, because what crosses it is declared in pkram/format.py alone. What it says
-authorises to punch memory, so it carries a checksum: a kernel.json that was damaged is refused.
+The kernel is no process; it is this record and the tables in RAM that it points to. Boot writes the
+record last, by rename: that is the moment at which the kernel is up. `layout` is the version of the
+private tables (lease table, reserve blocks). Commands of another version refuse to touch them, and
+kexec is the upgrade, because pkram/format.py alone declares what crosses it. The record authorises
+punching memory, so it carries a checksum: a damaged kernel.json is refused.
 
     super_pfn, reserve_blocks    the super block and the blocks held back for its region list
     lease_table_pfn, blocks      who owns which page block
     reserved                     named page ranges that are the kernel's: image, tables, scratch …
-    old_super_pfn, stale         what the last kernel handed over: consumed, then freed (running.py)
-    initmem                      what was needed to boot only: the loaded segments
+    old_super_pfn, stale         what the last kernel handed over: consumed, then freed (succession.py)
+    initmem                      what only boot needed: the loaded segments
 
 Kernel: boot_params, /sys/kernel/pkram, the symbols _text … _end
 """
@@ -60,22 +60,22 @@ class KernelInfo:
 
     @property
     def pkram(self) -> bool:
-        """Whether PKRAM is on: a crash kernel has no super block, nor has one with pkram=off."""
+        """Return True if PKRAM is on: a crash kernel has no super block, nor has a kernel with pkram=off."""
         return self.super_pfn != 0
 
     @property
     def crash(self) -> bool:
-        """Whether this is a crash kernel."""
+        """Return True if this is a crash kernel."""
         return self.kind == nvram.CRASH
 
     @property
     def reserve_pages(self) -> Spans:
-        """The pages held back for the super block and the region list."""
+        """Return the pages held back for the super block and the region list."""
         return Spans((b * BLOCK_PAGES, (b + 1) * BLOCK_PAGES) for b in self.reserve_blocks)
 
     @property
     def own_pages(self) -> Spans:
-        """Everything that this kernel reserved for itself."""
+        """Return everything that this kernel reserved for itself."""
         return Spans(self.reserved.values())
 
     def to_json(self) -> dict[str, Any]:
@@ -88,13 +88,16 @@ def write(machine: "Machine", info: KernelInfo) -> None:
 
 
 def read(machine: "Machine", *, any_layout: bool = False) -> KernelInfo | None:
-    """The running kernel, or None. MachineError if it is another version's, unless `any_layout`."""
+    """Read the running kernel's record; None if no kernel runs.
+
+    Raise MachineError if the kernel is another version's, unless `any_layout`.
+    """
     if not machine.has(NAME):
         return None
     hardware = machine.hardware()
     data = machine.read_json(NAME, Sealed(declared(hardware), _is_ours), _REMEDY)
     if data is None:
-        return None  # it went while we were looking
+        return None  # removed since has() saw it
     info = KernelInfo(**data)
     if not any_layout:
         check_layout(info)
@@ -112,7 +115,7 @@ def _is_ours(data: dict[str, Any]) -> bool:
 
 
 def declared(hardware: "FirmwareMap") -> schema.Object:
-    """What kernel.json is, for this RAM."""
+    """Declare kernel.json for this RAM."""
     frames = hardware.size >> PAGE_SHIFT
     blocks = -(-frames // BLOCK_PAGES)
     pfn, part = schema.Whole(0, frames - 1), schema.Range(frames)
@@ -140,7 +143,7 @@ def declared(hardware: "FirmwareMap") -> schema.Object:
 
 
 class _Tuple(schema.ListOf):
-    """A list that stays as it is."""
+    """A list that is read as a tuple."""
 
     def read(self, value: Any, at: str = "") -> Any:
         return tuple(super().read(value, at))
@@ -170,7 +173,7 @@ _REPORT = schema.Object(
 
 
 def check_layout(info: KernelInfo) -> None:
-    """MachineError if the running kernel's private tables are another version's."""
+    """Raise MachineError if another version wrote the running kernel's private tables."""
     if info.layout != LAYOUT:
         raise MachineError(
             f"this kernel runs pkramfs {info.version}, this is {__version__}: pkram-kexec is the upgrade"

@@ -1,35 +1,34 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""kexec: load the next kernel, plan its birth, let the running one die.
+"""kexec: plan the end of the running kernel and the birth of the loaded one.
 
-Loading (`load`) stages the next kernel's segments in kexec/ and decides their destinations; until
-`-e` nothing in RAM changes. What is preserved later must keep out of the destinations (`banned`);
-if it does not, a kernel loaded with -s is simply loaded elsewhere when it is executed, and one
-loaded with -c is refused.
+A loaded kernel (loading.py) waits in kexec/ with its destinations decided; until `-e` nothing in RAM
+changes. Pages that are preserved later must keep out of the destinations (`banned`). If they do not,
+a kernel loaded with -s is loaded elsewhere when it is executed, and one loaded with -c is refused.
 
-A Plan is a list of operations, each with describe(), details() and execute(), and what there is to
-know before: refusals, losses, pages that were or will be relocated and whose. What a dry run prints
-is the object that `-e` executes. The order of a kexec:
+A Plan is a list of operations, each with describe(), details() and execute(), and all there is to know
+before: refusals, losses, and the pages that were or will be relocated, with their owners. A dry run
+prints the same object that `-e` executes. The order of a kexec:
 
      caller   lock the machine exclusively; freeze every mount, flushed; ask what each has preserved
      plan     refuse: mounts not preserved, nodes that pkram= would lose, no room for the next kernel
      1        load again elsewhere, if preserved pages have come to lie in a destination
-     2        have the host give memory to the destinations: what is checked only, others may take
-     3        write the region list into the reserve, and publish it in the super block
+     2        have the host give memory to the destinations: others could take what is only checked
+     3        write the region list into the reserve, and name it in the super block
      4        read all of it back as boot will, and place the next kernel
      5        nvram.json: the pending boot, and what to mount again
      6        stop the mounts: their daemons detach and end
-     7        see that the nodes are still those that were planned with: the last chance to refuse
+     7        see that the planned nodes are still there: the last chance to refuse
      ──────── remove kernel.json: the point of no return (and cmdline, pkram, iomem, dmesg) ─────────
      8        copy the segments into RAM, remove the staging directory's files
      9        boot in a fresh process; it publishes kernel.json
      10       take over: consume the old super block, free stale memory, clear the pending boot
      caller   unlock; mount again
 
-What fails before the line is undone, so that everything is as it was; all that a full host can prevent
-comes before the mounts are stopped. Dying before the line leaves a kernel that goes on: the next command
-takes back the region list and the pending boot, and the mounts have to be mounted again. Dying after it
-leaves a boot that the next command resumes.
-Forced, a kexec goes on without what would be lost, and the new kernel's log names it.
+A step that fails before the line is undone with all before it, so that everything is as it was. All
+that a full host can prevent comes before the mounts are stopped. Dying before the line leaves a kernel
+that goes on: the next command takes back the region list and the pending boot, and the mounts have to
+be mounted again. Dying after it leaves a boot that the next command resumes. A forced kexec goes on
+without what would be lost, and the new kernel's log names it.
 
 Kernel: kernel/kexec_core.c (kernel_kexec), kernel/kexec_file.c, kernel/kexec.c, mm/pkram.c
         (pkram_reboot), patches 7, 10 and 15 to 18
@@ -66,7 +65,7 @@ summed a second. Measured: 0.51 s, and 1.1 s for 419 MB; later kexecs go by the 
 
 @dataclass(frozen=True)
 class MountReport:
-    """What a mount would lose: from its daemon, by way of the command that composes the kexec."""
+    """A mount's account of what it would lose, by way of the command that composes the kexec."""
 
     mountpoint: str
     name: str | None
@@ -74,14 +73,14 @@ class MountReport:
     files: int
     reason: str = ""
     tree_id: int = 0
-    """Whose page blocks hold its pages; 0 where nobody knows."""
+    """The owner of the page blocks that hold its pages; 0 where nobody knows."""
     lost: str = ""
-    """Which data were written and are not in what is preserved, in words."""
+    """The data that were written and are not preserved, in words."""
 
 
 @dataclass
 class Transition:
-    """What the operations of one plan share: the dying kernel, the loaded one, and what crosses."""
+    """The facts that the operations of one plan share: the dying kernel, the loaded one, and what crosses."""
 
     kernel: Running
     loaded: Loaded
@@ -98,10 +97,10 @@ class Transition:
 
     @property
     def preserved(self) -> Spans:
-        """Pages that must cross: of all nodes, and of the reserve that will hold the region list."""
+        """Return the pages that must cross: those of all nodes, and the reserve that will hold the region list."""
         if not self.keeps:
             return Spans()
-        return incoming.union(node.spans for node in self.nodes) | self.kernel.info.reserve_pages
+        return Spans.union(node.spans for node in self.nodes) | self.kernel.info.reserve_pages
 
     @property
     def pending(self) -> Pending:
@@ -130,10 +129,10 @@ def plan(
     remount: Sequence[dict[str, Any]] = (),
     notes: Sequence[str] = (),
 ) -> Plan:
-    """Everything that `-e` will do, decided now and changing nothing.
+    """Decide everything that `-e` will do, and change nothing.
 
-    The caller holds the machine lock exclusively (for a dry run, not even shared). `stop` ends all
-    mount daemons; `remount` is what nvram.json's list of mounts will be, `notes` what else is said of them.
+    The caller holds the machine lock exclusively; a dry run needs no lock. `stop` ends all mount
+    daemons; `remount` becomes nvram.json's list of mounts; `notes` are further warnings about them.
     """
     kernel = running.look(machine, any_layout=True)
     loading.refuse_crash(kernel)
@@ -165,11 +164,11 @@ def _operations(going: Transition, mounts: Sequence[MountReport], stop: Callable
     found += [Verify(going), DecideBoot(going)]
     if mounts:
         found += [StopMounts(mounts, stop), LastLook(going)]
-    return [*found, PointOfNoReturn(going), Boot(going), TakeOver(going)]
+    return [*found, PointOfNoReturn(going), CopyAndBoot(going), TakeOver(going)]
 
 
 def _losses(going: Transition, mounts: Sequence[MountReport]) -> list[PkramfsError]:
-    """What would be lost, as the errors that refuse it; fills in what crosses and what does not."""
+    """Return an error for each loss, and note in `going` what crosses and what does not."""
     found: list[PkramfsError] = []
     for mount in mounts:
         if not mount.preserved:
@@ -192,7 +191,7 @@ def _losses(going: Transition, mounts: Sequence[MountReport]) -> list[PkramfsErr
 
 
 def _lost_nodes(going: Transition, mounts: Sequence[MountReport]) -> list[NotPreservedError]:
-    """Mounts that think that they are preserved, but whose node nobody can find."""
+    """Return an error for each mount that says that it is preserved but whose node is not in the list."""
     there = {node.tree_id for node in going.nodes}
     return [
         NotPreservedError(
@@ -209,7 +208,7 @@ def _names_current(going: Transition) -> bool:
 
 
 def _relocations(going: Transition, mounts: Sequence[MountReport]) -> list[str]:
-    """Whose pages lie in a destination: copied when they were preserved, or to be copied when they are."""
+    """Name the owners of pages in a destination: relocated when they were preserved, or when they will be."""
     found = [
         f"relocated when it was preserved: {plural(node.relocated, 'page')} of node {node.name}"
         for node in going.nodes
@@ -230,8 +229,10 @@ def _relocations(going: Transition, mounts: Sequence[MountReport]) -> list[str]:
 
 
 def _impossible(going: Transition) -> list[PkramfsError]:
-    """What force cannot help: destinations that would destroy what crosses, no room for the next kernel, in RAM or
-    behind it."""
+    """Return the problems that force does not solve.
+
+    Those are destinations that would destroy what crosses, and no room for the next kernel in RAM or behind it.
+    """
     blocking = loading.blocking(going.loaded, going.preserved)
     if blocking and going.loaded.mode != FILE_MODE:
         return [loading.conflict(conflicts(going.loaded.segments, loading.owners(going.kernel, going.nodes)))]
@@ -246,7 +247,10 @@ def _impossible(going: Transition) -> list[PkramfsError]:
 
 
 def _room(going: Transition) -> int:
-    """Bytes that the host must have: for the kernel where it is loaded and where it runs, the region list, tables."""
+    """Return how many bytes the host must have.
+
+    They are for the kernel where it is loaded and where it runs, the region list, and the tables.
+    """
     segments = 2 * sum(segment.size for segment in going.loaded.segments)
     table = placement.block_count(going.machine.hardware()) * 8
     ranges = sum(len(node.spans) for node in going.nodes) if going.keeps else 0
@@ -269,7 +273,7 @@ class StopMounts(Operation):
 
 @dataclass
 class LoadElsewhere(Operation):
-    """1: pages were preserved where the kernel was to be copied; -s leaves the place to us."""
+    """1: find other destinations, because pages are preserved there now; -s leaves the choice to us."""
 
     going: Transition
 
@@ -286,13 +290,13 @@ class LoadElsewhere(Operation):
         going = self.going
         for line in [self.describe(), *self.details()]:
             going.machine.log(f"kexec: {line}")
-        moved = loading.elsewhere(going.kernel, going.loaded, going.preserved)
-        going.loaded = loading.restage(going.machine, moved)
+        elsewhere = loading.elsewhere(going.kernel, going.loaded, going.preserved)
+        going.loaded = loading.restage(going.machine, elsewhere)
 
 
 @dataclass
 class TakeRoom(Operation):
-    """2: others fill the host, too; what it has given to us they cannot take between now and the boot."""
+    """2: take the host's memory now, because others could take it between now and the boot."""
 
     going: Transition
     _given: Spans = field(default_factory=Spans)
@@ -306,11 +310,11 @@ class TakeRoom(Operation):
 
     def execute(self) -> None:
         ram = self.going.kernel.ram
-        self._given = self._pages - incoming.union(ram.data_spans(*span) for span in self._pages)
+        self._given = self._pages - Spans.union(ram.data_spans(*span) for span in self._pages)
         ram.back(self._given)
 
     def undo(self) -> None:
-        """Give it back, but for what lies in somebody's page blocks, who may have begun to use it."""
+        """Give the memory back, except in leased page blocks: their owners may have begun to use it."""
         kernel = self.going.kernel
         if kernel.info.layout == LAYOUT:
             with kernel.machine.tables():
@@ -338,22 +342,22 @@ class WriteRegions(Operation):
     def execute(self) -> None:
         going, info, ram = self.going, self.going.kernel.info, self.going.kernel.ram
         superblock.set_regions(ram, info.super_pfn, 0)
-        spans = incoming.union(n.spans for n in going.nodes) | Spans([(info.super_pfn, info.super_pfn + 1)])
+        spans = Spans.union(n.spans for n in going.nodes) | Spans([(info.super_pfn, info.super_pfn + 1)])
         reserve = info.reserve_pages - Spans([(info.super_pfn, info.super_pfn + 1)])
         if regions.pages_needed(len(spans) + 2 * len(reserve)) > reserve.total:
-            spans = placement.blocks_of(spans)  # coarser, so shorter: whole page blocks belong to one owner
+            spans = placement.blocks_of(spans)  # a shorter list: a whole page block belongs to one owner
         head = regions.build(ram, spans, _Reserve(reserve).take, generation=info.generation)
         superblock.set_regions(ram, info.super_pfn, head)
 
     def undo(self) -> None:
-        """Take the list back: it would be short of what is preserved later."""
+        """Forget the list: it would be short of what is preserved later."""
         kernel, info = self.going.kernel, self.going.kernel.info
         succession.take_back_regions(kernel.ram, info)
         kernel.ram.punch(info.reserve_pages - Spans([(info.super_pfn, info.super_pfn + 1)]))
 
 
 class _Reserve:
-    """Pages for the region list, in order. Nothing else uses them, so a list is simply written again."""
+    """Pages for the region list, in order. Nothing else uses them, so a new list overwrites an old one."""
 
     def __init__(self, pages: Spans) -> None:
         self._free = (pfn for start, end in pages for pfn in range(start, end))
@@ -367,7 +371,7 @@ class _Reserve:
 
 @dataclass
 class Verify(Operation):
-    """4: read what crosses as boot will, and find a place for the next kernel, before anything is stopped."""
+    """4: read what crosses as boot will, and place the next kernel, before anything is stopped."""
 
     going: Transition
 
@@ -399,7 +403,7 @@ class DecideBoot(Operation):
         return [line for mount in self.going.remount for line in _again(mount)] if self.going.keeps else []
 
     def execute(self) -> None:
-        remount = list(self.going.remount) if self.going.keeps else []  # no empty mount in the place of a lost tree
+        remount = list(self.going.remount) if self.going.keeps else []  # not an empty mount for a lost tree
         self._before = nvram.mounts(self.going.machine)
         nvram.set_pending(self.going.machine, self.going.pending, remount)
 
@@ -410,7 +414,7 @@ class DecideBoot(Operation):
 
 @dataclass
 class LastLook(Operation):
-    """7: until its daemon had ended, a tree could have been changed again, and its node be gone."""
+    """7: look again, because a tree may have been changed, and its node withdrawn, until its daemon ended."""
 
     going: Transition
 
@@ -426,7 +430,7 @@ class LastLook(Operation):
 
 
 def _again(mount: dict[str, Any]) -> list[str]:
-    """What of a tree is mounted again, one line for each place."""
+    """Describe how a tree is mounted again, one line for each place."""
     said = [word if value is True else f"{word}={value}" for word, value in mount["options"].items() if value]
     binds = [(bind["mountpoint"], bind["root"], bind["options"]) for bind in mount.get("binds", ())]
     return [
@@ -437,7 +441,7 @@ def _again(mount: dict[str, Any]) -> list[str]:
 
 @dataclass
 class PointOfNoReturn(Operation):
-    """The running kernel is no more."""
+    """End the running kernel."""
 
     going: Transition
     final = True
@@ -452,8 +456,8 @@ class PointOfNoReturn(Operation):
 
 
 @dataclass
-class Boot(Operation):
-    """8 and 9: segments into RAM, then a process that knows nothing else."""
+class CopyAndBoot(Operation):
+    """8 and 9: copy the segments into RAM, then boot in a process that knows nothing else."""
 
     going: Transition
 

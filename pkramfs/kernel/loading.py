@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Loading a kernel: from files to segments with destinations that no preserved page is in.
+"""Loading a kernel: from files to segments with destinations that hold no preserved page.
 
-    -s  kexec_file_load   we choose: holes of preserved memory, off the running kernel, from the top
+    -s  kexec_file_load   we choose: between preserved ranges, off the running kernel, from the top
                           down; free page blocks first, so that nothing need be relocated later
     -c  kexec_load        you choose (--mem-min, --mem-max, --segment FILE@ADDR); a conflict is
                           EADDRNOTAVAIL and lists the ranges and whose they are
     -p  crash kernel      into crashkernel=, copied at once, because a crash leaves no time
 
-Loading twice replaces; unloading removes. A loaded kernel whose command line would lose what is
-preserved is a warning here and a refusal at -e, because the tree may be preserved only afterwards.
+Loading again replaces; unloading removes. A command line that would lose preserved nodes is a warning
+here and a refusal at -e, because a tree may be preserved after loading.
 
 Kernel: kernel/kexec_file.c (kexec_locate_mem_hole), kernel/kexec.c (do_kexec_load), patches 16 to 18
 """
@@ -40,7 +40,7 @@ _MOST_NAMED = 10
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line of pkram-kexec asks to be loaded. Addresses in bytes."""
+    """A kernel to be loaded, as pkram-kexec's command line describes it. Addresses in bytes."""
 
     image: str
     initrd: str | None = None
@@ -53,14 +53,14 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What was loaded, and what its user should know."""
+class LoadResult:
+    """The loaded kernel, and warnings for its user."""
 
     loaded: Loaded
     warnings: list[str] = field(default_factory=list)
 
 
-def load(machine: Machine, request: Request, *, panic: bool = False) -> Report:
+def load(machine: Machine, request: Request, *, panic: bool = False) -> LoadResult:
     """Load a kernel for the next -e, or as crash kernel. Takes the machine lock."""
     image = load_image(request.image)
     _check_files(request)
@@ -75,25 +75,25 @@ def load(machine: Machine, request: Request, *, panic: bool = False) -> Report:
         loaded = Loaded(mode, ImageInfo.of(image), cmdline, stage.seal(placed, setup_header(image)))
         if panic:
             _load_crash(kernel, loaded)
-            return Report(loaded)
+            return LoadResult(loaded)
         staging.write(machine, loaded)
-        return Report(loaded, _warnings(kernel, loaded, nodes))
+        return LoadResult(loaded, _warnings(kernel, loaded, nodes))
 
 
 def refuse_crash(kernel: Running) -> None:
-    """MachineError in a crash kernel: it is there to look at the dead one, and kexecs nothing."""
+    """Raise MachineError in a crash kernel: it looks at the dead one and kexecs nothing."""
     if kernel.info.crash:
         raise MachineError("a crash kernel is running: leave it with pkram-kexec --cold")
 
 
 def unload(machine: Machine, *, panic: bool = False) -> bool:
-    """Forget the loaded kernel; whether there was one. Takes the machine lock."""
+    """Forget the loaded kernel, and return True if there was one. Takes the machine lock."""
     with running.exclusively(machine):
         return staging.remove(machine, CRASH_JSON if panic else staging.KEXEC_JSON)
 
 
 def compose_cmdline(kernel: Running, request: Request) -> str:
-    """The next kernel's command line: the running one's with pkram= made current, and what is appended."""
+    """Compose the next kernel's command line: the running one's with the current pkram=, then what is appended."""
     cmdline = ""
     if request.reuse_cmdline:
         pfn = format_pfn(kernel.info.super_pfn)
@@ -105,7 +105,7 @@ def compose_cmdline(kernel: Running, request: Request) -> str:
 
 
 def _stage(stage: Stage, image: Image, request: Request, cmdline: str) -> list[Segment]:
-    """Every segment's bytes in the staging directory; those that the user placed have their pfn."""
+    """Stage every segment's bytes; those that the user placed have their pfn."""
     stage.check_room(image.size + sum(_file_size(path) for path in (request.initrd, *dict(request.segments)) if path))
     segments = [stage.kernel(image)]
     if request.initrd:
@@ -119,7 +119,7 @@ def _stage(stage: Stage, image: Image, request: Request, cmdline: str) -> list[S
 
 
 def _check_files(request: Request) -> None:
-    """UsageError unless every file can be read, before anybody has to wait for us."""
+    """Raise UsageError unless every file can be read; asked before we take the machine lock."""
     files = [("initrd", request.initrd)] if request.initrd else []
     for name, path in [*files, *(("segment", path) for path, _ in request.segments)]:
         try:
@@ -132,7 +132,7 @@ def _file_size(path: str) -> int:
     try:
         return os.stat(path).st_size
     except OSError:
-        return 0  # opening it will say what is wrong
+        return 0  # opening the file reports the error
 
 
 def _place(kernel: Running, segments: list[Segment], nodes: list[IncomingNode], request: Request) -> list[Segment]:
@@ -144,7 +144,7 @@ def _place(kernel: Running, segments: list[Segment], nodes: list[IncomingNode], 
         remedy = f"{request.image} cannot run anywhere else"
         placed = place_all(segments, [room & limits for room in _rooms(kernel, owned)], remedy=_remedy(kernel))
     else:
-        # userspace knows the running kernel from /proc/iomem, and nothing of what is preserved
+        # userspace knows the running kernel from /proc/iomem, but no preserved pages
         wider = "widen --mem-min and --mem-max, or load less"
         placed = place_all(segments, [limits - kernel.info.own_pages], top_down=False, remedy=wider)
     check_destinations(placed, usable, owned, remedy)
@@ -152,29 +152,29 @@ def _place(kernel: Running, segments: list[Segment], nodes: list[IncomingNode], 
 
 
 def _place_in(room: Spans, segments: list[Segment]) -> list[Segment]:
-    """Inside the crash kernel's window, which is copied to at once: nothing may lie outside of it."""
+    """Place segments in the crash kernel's window and nowhere else: they are copied there at once."""
     placed = place_all(segments, [room], remedy="boot with a larger crashkernel=, or load less")
     check_destinations(placed, room, {}, "a crash kernel must be relocatable, or crashkernel= be where it runs")
     return placed
 
 
 def preserved_nodes(kernel: Running) -> list[IncomingNode]:
-    """What is preserved: nothing where PKRAM was switched off."""
+    """Return the preserved nodes; none where PKRAM is switched off."""
     return incoming.nodes(kernel.ram, kernel.info.super_pfn) if kernel.info.pkram else []
 
 
 def owners(kernel: Running, nodes: list[IncomingNode]) -> dict[str, Spans]:
-    """Whose pages must not be a destination, by what people call them."""
+    """Return the pages that must not be a destination, by the name of their owner."""
     found = {f"node {node.name}": node.spans for node in nodes}
     return found | {"the super block and region list": kernel.info.reserve_pages}
 
 
 def _rooms(kernel: Running, owned: dict[str, Spans]) -> list[Spans]:
-    """Where segments may go, best first: blocks that nobody has, then all that is not preserved."""
+    """Return the room for segments, best first: blocks that nobody has, then all that is not preserved."""
     info, usable = kernel.info, kernel.machine.hardware().usable
     if scratch := info.reserved.get("Scratch"):
         return [Spans([scratch]) - Spans(part for name, part in info.reserved.items() if name != "Scratch")]
-    preserved = placement.blocks_of(incoming.union(owned.values()))
+    preserved = placement.blocks_of(Spans.union(owned.values()))
     rest = usable - info.own_pages - preserved
     if info.layout != LAYOUT:
         return [rest]
@@ -182,7 +182,7 @@ def _rooms(kernel: Running, owned: dict[str, Spans]) -> list[Spans]:
 
 
 def _remedy(kernel: Running) -> str:
-    """What to do when there is no place that we could choose."""
+    """Return the remedy for when no place is left to choose."""
     if "Scratch" in kernel.info.reserved:
         return "boot with a larger scratch=, or load less"
     return "free preserved memory (pkramctl free), or load less"
@@ -196,7 +196,7 @@ def _crash_range(kernel: Running) -> Spans:
 
 
 def _load_crash(kernel: Running, loaded: Loaded) -> None:
-    """A crash kernel is copied at once, and its files are not needed any more."""
+    """Copy a crash kernel into RAM at once, and drop its staged files."""
     staging.copy_into_ram(kernel.machine, kernel.ram, loaded.segments)
     in_ram = replace(loaded, segments=tuple(replace(s, file="") for s in loaded.segments))
     staging.write(kernel.machine, in_ram, CRASH_JSON)
@@ -213,7 +213,7 @@ def _warnings(kernel: Running, loaded: Loaded, nodes: list[IncomingNode]) -> lis
 
 
 def _wrong_pfn(kernel: Running, loaded: Loaded) -> str:
-    """What the command line says instead of the super block's pfn, in words; nothing if it says that."""
+    """Return in words what the command line says instead of the super block's pfn; empty if it names that pfn."""
     if words.pkram_pfn(loaded.cmdline) == kernel.info.super_pfn:
         return ""
     said = words.get(loaded.cmdline, "pkram")
@@ -221,7 +221,7 @@ def _wrong_pfn(kernel: Running, loaded: Loaded) -> str:
 
 
 def loss(nodes: list[IncomingNode], cmdline: str, super_pfn: int) -> str:
-    """What a wrong command line would cost, and the remedy."""
+    """Describe the loss that a wrong command line would cause, and the remedy."""
     names = ", ".join([n.name for n in nodes[:_MOST_NAMED]] + ["…"] * (len(nodes) > _MOST_NAMED))
     size = format_size(sum(n.spans.total for n in nodes) * PAGE_SIZE)
     said = words.get(cmdline, "pkram")
@@ -230,12 +230,12 @@ def loss(nodes: list[IncomingNode], cmdline: str, super_pfn: int) -> str:
 
 
 def blocking(loaded: Loaded, preserved: Spans) -> Spans:
-    """Pages to be preserved that lie where the kernel will be copied."""
+    """Return the preserved pages that lie where the kernel will be copied."""
     return destinations(loaded.segments) & preserved
 
 
 def conflict(lines: list[str]) -> ConflictError:
-    """The refusal of a kernel whose destinations hold preserved pages."""
+    """Return the error for a kernel whose destinations hold preserved pages."""
     return ConflictError(
         f"cannot assign requested address: the loaded kernel would overwrite preserved pages; {lines[0]}; "
         "load it elsewhere, or with -s",
@@ -244,7 +244,7 @@ def conflict(lines: list[str]) -> ConflictError:
 
 
 def elsewhere(kernel: Running, loaded: Loaded, preserved: Spans) -> Loaded:
-    """The same kernel with new destinations, clear of what is preserved now; ExhaustedError without room."""
+    """Return the same kernel with destinations clear of `preserved`; raise ExhaustedError if there is no room."""
     fixed = 0 if loaded.image.relocatable else loaded.image.preferred >> PAGE_SHIFT
     unplaced = [replace(s, pfn=fixed if s.name == "kernel" else 0) for s in loaded.segments]
     placed = place_all(unplaced, _rooms(kernel, {"": preserved}), remedy=_remedy(kernel))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""nvram.json: what crosses a kexec beside RAM, as firmware variables would.
+"""nvram.json: the few facts that cross a kexec beside RAM, as firmware variables would.
 
     boot_count   how many kernels this machine has had; the next kernel's generation is one more
     pending      the boot that was decided and is not finished: whoever finds it goes on with it
     mounts       what to mount again after the boot (the machine's /etc/fstab)
-    pause        seconds that the last kexec took beside copying: what the next one is expected to take
+    pause        seconds that the last kexec took beside copying, as a prediction of the next
 
 The pending boot is written before the point of no return and cleared when the new kernel has
 taken over. Next to kernel.json it says where a kexec died:
@@ -49,7 +49,7 @@ COLD, KEXEC, CRASH = "cold", "kexec", "crash"
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What boot must know about its kernel image; the bytes are in the kernel segment. Sizes in bytes."""
+    """A kernel image as boot must know it; the bytes are in the kernel segment. Sizes in bytes."""
 
     kind: str
     name: str
@@ -66,7 +66,7 @@ class ImageInfo:
 
 @dataclass(frozen=True)
 class Pending:
-    """A boot that was decided. `nodes` must be found, `lost` are given up and only named in the log."""
+    """A boot that was decided. Boot must find `nodes`; `lost` are given up, and only named in its log."""
 
     kind: str
     generation: int
@@ -82,7 +82,7 @@ class Pending:
     crash: tuple[int, int] | None = None
     """Pages in which a crash kernel has to live; it touches no other."""
     dead: dict[str, Any] = field(default_factory=dict)
-    """What a crash kernel may know about the kernel whose memory it finds."""
+    """The last facts about the dead kernel, for the crash kernel that finds its memory."""
 
     def to_json(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -93,7 +93,7 @@ class Pending:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Pending":
-        """The boot that `to_json` gave, as it was read."""
+        """Return the boot that `to_json` gave, as it was read."""
         rows = {name: tuple(data[name]) for name in ("nodes", "lost")}
         parts = {"image": ImageInfo(**data["image"]), "segments": tuple(from_json(data["segments"]))}
         return cls(**data | rows | parts)
@@ -109,7 +109,7 @@ DEAD = schema.Object(
     },
     others=schema.Anything(),
 )
-"""What a crash kernel knows about the dead one."""
+"""The last facts about the dead kernel."""
 IMAGE = schema.Object(
     {
         "kind": schema.Text(),
@@ -135,7 +135,7 @@ _REMEDY = (
 
 
 def _declared(machine: "Machine") -> schema.Object:
-    """What nvram.json is, on this machine."""
+    """Declare nvram.json for this machine."""
     frames = machine.hardware().size >> PAGE_SHIFT
     part = schema.Maybe(schema.Range(frames))
     nodes = schema.ListOf(schema.Row((schema.Text(), schema.Whole())))
@@ -171,13 +171,13 @@ def _declared(machine: "Machine") -> schema.Object:
 
 
 def read(machine: "Machine") -> dict[str, Any]:
-    """All of nvram.json; what was never written reads as an unbooted machine's."""
+    """Read all of nvram.json; fields that were never written are those of a machine that never booted."""
     data = (machine.read_json(NAME, Sealed(_declared(machine)), _REMEDY) or {}) if machine.has(NAME) else {}
     return {"boot_count": 0, "pending": None, "mounts": []} | data
 
 
 def _write(machine: "Machine", data: dict[str, Any]) -> None:
-    """Replace nvram.json, sealed; never by what could not be read again."""
+    """Replace nvram.json, sealed; raise MachineError rather than write what could not be read again."""
     try:
         _declared(machine).read(data)
     except schema.Invalid as error:
@@ -186,14 +186,14 @@ def _write(machine: "Machine", data: dict[str, Any]) -> None:
 
 
 def pending(machine: "Machine") -> Pending | None:
-    """The boot that waits to be finished, if there is one."""
+    """Return the pending boot, or None."""
     data = read(machine)["pending"]
     return Pending.from_json(data) if data else None
 
 
-def set_pending(machine: "Machine", boot: Pending, mounts: Sequence[dict[str, Any]] | None = None) -> None:
-    """Decide a boot. `mounts` replaces the list of what to mount again."""
-    data = read(machine) | {"pending": boot.to_json()}
+def set_pending(machine: "Machine", pending: Pending, mounts: Sequence[dict[str, Any]] | None = None) -> None:
+    """Decide a boot. `mounts`, if given, replaces the list of what to mount again."""
+    data = read(machine) | {"pending": pending.to_json()}
     if mounts is not None:
         data["mounts"] = list(mounts)
     _write(machine, data)
@@ -209,18 +209,18 @@ def cancel(machine: "Machine", mounts: Sequence[dict[str, Any]] | None = None) -
 
 
 def finished(machine: "Machine", generation: int) -> None:
-    """The kernel of this generation has taken over."""
+    """Note that the kernel of this generation has taken over: no boot is pending."""
     _write(machine, read(machine) | {"pending": None, "boot_count": generation})
 
 
 def pause(machine: "Machine") -> float | None:
-    """Seconds that the last kexec of this machine took beside copying, as measured; None before the first."""
+    """Return the seconds that the last kexec of this machine took beside copying; None before the first."""
     found = read(machine).get("pause")
     return float(found) if isinstance(found, int | float) else None
 
 
 def set_pause(machine: "Machine", seconds: float) -> None:
-    """Note what a kexec took beside copying."""
+    """Note the seconds that a kexec took beside copying."""
     _write(machine, read(machine) | {"pause": round(max(0.0, seconds), 3)})
 
 
@@ -234,7 +234,10 @@ def set_mounts(machine: "Machine", mounts: Sequence[dict[str, Any]]) -> None:
 
 
 def mounts(machine: "Machine") -> list[dict[str, Any]]:
-    """What to mount again after the boot (cli/again.py). Lists of before have name, mountpoint and options only."""
+    """Return the mounts to be mounted again after the boot (cli/again.py).
+
+    Entries that older releases wrote have only name, mountpoint and options.
+    """
     found = read(machine)["mounts"]
     wrong = "mounts is no list" if not isinstance(found, list) else next(filter(None, map(_wrong_mount, found)), "")
     if wrong:
@@ -243,7 +246,7 @@ def mounts(machine: "Machine") -> list[dict[str, Any]]:
 
 
 def _wrong_mount(data: Any) -> str:
-    """Why this is no entry of the list of mounts, or nothing."""
+    """Return what is wrong with an entry of the list of mounts; empty if it is sound."""
     wrong = _wrong_place(data, _MOUNT, ("mountpoint",))
     if wrong:
         return wrong
@@ -260,7 +263,7 @@ def _wrong_mount(data: Any) -> str:
 
 
 def _wrong_place(data: Any, fields: dict[str, Any], needed: tuple[str, ...]) -> str:
-    """Why this is no place to mount on, or nothing."""
+    """Return what is wrong with the place of an entry; empty if it is sound."""
     if not isinstance(data, dict):
         return f"mounts: {data!r}"
     for part, known in ((data, fields), (data.get("on", {}), _ON)):
@@ -275,7 +278,7 @@ def _wrong_place(data: Any, fields: dict[str, Any], needed: tuple[str, ...]) -> 
 
 
 def clear_mounts(machine: "Machine") -> None:
-    """The mounts were started again, or it was decided not to."""
+    """Clear the list of mounts: they were mounted again, or are not wanted."""
     data = read(machine)
     if data["mounts"]:
         _write(machine, data | {"mounts": []})

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whose a page block is, from all that says so: the lease table is one witness of several.
+"""Owners of page blocks, from all that names them: the lease table is one witness of several.
 
-    holes, kernel, reserve    the firmware map and kernel.json say which blocks these are
-    a preserved tree          its node, checksummed, names its pages
+    holes, kernel, reserve    the firmware map and kernel.json name these blocks
+    a preserved tree          its checksummed node names its pages
     a live tree               its lock is held
-    a dead tree               an id with a check of its own, or one whose lock file lies there, free
-    anything else             nobody knows: a word that was damaged, and maybe somebody's memory
+    a dead tree               an id with a check of its own, or one whose lock file is there and free
+    anything else             nobody knows: a damaged word, and maybe somebody's memory
 
-A word of the table lets a sweep punch a block, and a zero lets anybody lease it. So before the one,
-`disagreements` asks the others, and what they know is `guarded` from the other. Where witnesses
-disagree nothing is destroyed: the command that would have done it refuses and names the block. A
-kexec makes the table anew, from the nodes; `mend` does what it can while the kernel lives.
+A word of the table lets a sweep punch a block, and a zero lets anybody lease it. So a sweep first asks
+the other witnesses (`disagreements`), and a lease never takes a block that they name (`guarded`).
+Where witnesses disagree nothing is destroyed: the command refuses and names the block. A kexec makes
+the table anew, from the nodes; `mend` does what it can while the kernel lives.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from pkramfs.errors import FormatError
 from pkramfs.kernel import cmdline as words
-from pkramfs.kernel import incoming, kernelrecord
+from pkramfs.kernel import kernelrecord
 from pkramfs.kernel.kernelrecord import KernelInfo
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.leases import FIRST_TREE_ID, FREE, HOLE, KERNEL, RESERVE, STATES, Leases, is_tree_id
@@ -39,7 +39,7 @@ _NOBODY = "nobody's block, or the id of a tree"
 
 @dataclass(frozen=True)
 class _Doubt:
-    """Blocks of which the table says what others deny, what they say instead, and that for people."""
+    """Blocks whose word in the table other witnesses deny; the word that is right, and its name for people."""
 
     blocks: Spans
     right: int
@@ -58,14 +58,14 @@ class Ownership:
         """Blocks of nodes that were read before, by page and checksum of the page table."""
 
     def guarded(self) -> Spans:
-        """Blocks that must not be leased, whatever the table says: the kernel's, holes, what nodes name."""
+        """Return the blocks never to be leased, whatever the table says: the kernel's, holes, and those of nodes."""
         if self._info.pkram:
-            with contextlib.suppress(FormatError):  # of the list: who needs it says so, and what was read stays guarded
+            with contextlib.suppress(FormatError):  # readers of the list report it; nodes read before stay guarded
                 self._nodes()
-        return incoming.union([*self._fixed.values(), *self._known.values()])
+        return Spans.union([*self._fixed.values(), *self._known.values()])
 
     def _nodes(self) -> list[tuple[Node, Spans]]:
-        """Every node and its blocks."""
+        """Return every node and its blocks."""
         known = self._known
         nodes = self._store.nodes() if self._info.pkram else []
         keys = [(node.table_pfn, node.table_checksum) for node in nodes]
@@ -75,15 +75,15 @@ class Ownership:
         return [(node, self._known[key]) for key, node in zip(keys, nodes, strict=True)]
 
     def _blocks_of(self, node: Node) -> Spans:
-        """The blocks of a node's pages; the table's word for it where the page table cannot be read."""
+        """Return the blocks of a node's pages; where its page table is damaged, those that the lease table names."""
         try:
             return self._store.pages_of(node).outward(BLOCK_PAGES)
         except FormatError:
             return self.leases.blocks_of(node.tree_id)
 
     def kept(self) -> set[int]:
-        """Tree ids whose blocks must stay; FormatError, naming the block, if anything speaks against the table."""
-        self._known = {}  # read again what authorises to punch all else
+        """Return the tree ids whose blocks must stay; raise FormatError, naming the block, on any disagreement."""
+        self._known = {}  # read all nodes again: what they do not name will be punched
         live = self._machine.live_ids()
         for error in self.disagreements(live):
             error.remedy = REMEDY
@@ -91,15 +91,15 @@ class Ownership:
         return live | {node.tree_id for node, _ in self._nodes()}
 
     def disagreements(self, live: set[int], *, of_nodes: bool = True) -> Iterator[FormatError]:
-        """What the table says and others deny, one error for the blocks of each node, state and word."""
+        """Yield an error for the blocks of each node, state and word where the table and others disagree."""
         for doubt in self._doubts(live):
             if of_nodes or not doubt.node:
                 yield self._error(doubt)
 
     def mend(self, say: Callable[[str, str], None]) -> None:
-        """Write words anew that others know, and free blocks that nobody has. The caller holds the table lock.
+        """Write words that other witnesses know, and free blocks that nobody has. The caller holds the table lock.
 
-        `say` is told of each before. What two claim, and what may be a living mount's, is left as it is.
+        `say` is told of each before. Blocks that two claim, or that may be a living mount's, are left alone.
         """
         live = self._machine.live_ids()
         claimed = live | {node.tree_id for node, _ in self._nodes()}
@@ -114,7 +114,7 @@ class Ownership:
 
     def _doubts(self, live: set[int]) -> Iterator[_Doubt]:
         leases, nodes = self.leases, self._nodes()
-        named = incoming.union(blocks for _, blocks in nodes)
+        named = Spans.union(blocks for _, blocks in nodes)
         for node, blocks in nodes:
             if leases.others_in(blocks, node.tree_id):
                 who = f"{node.tree_id:016x}, the tree of node {shown(node.name)}"
@@ -124,7 +124,7 @@ class Ownership:
                 yield _Doubt(blocks - leases.blocks_of(state), state, STATES[state])
             if not self._info.crash and (more := leases.blocks_of(state) - blocks - named):
                 yield _Doubt(more, FREE, _NOBODY)
-        fixed = incoming.union(self._fixed.values())
+        fixed = Spans.union(self._fixed.values())
         known = live | {node.tree_id for node, _ in nodes} | self._machine.tree_ids()
         for word in leases.words():
             unknown = word not in STATES if word < FIRST_TREE_ID else word not in known and not is_tree_id(word)
@@ -144,7 +144,7 @@ def _fixed(machine: Machine, info: KernelInfo) -> dict[int, Spans]:
     """Return the blocks whose state follows from the machine and the boot, by state."""
     whole = Spans([(0, info.blocks)])
     reserve = Spans((block, block + 1) for block in info.reserve_blocks)
-    if info.crash:  # the dead kernel's memory is as if it were not there
+    if info.crash:  # a crash kernel has only its window; all else is the dead kernel's
         return {KERNEL: info.own_pages.inward(BLOCK_PAGES)}
     usable, limit = machine.hardware().usable, words.memory_limit(kernelrecord.cmdline(machine))
     if limit is not None:

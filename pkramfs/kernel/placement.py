@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where the parts of a new kernel go: one pure function, asked before the old one dies and again in boot.
+"""Places for the parts of a new kernel: one pure function, asked before the old one dies and again in boot.
 
     |..pp..[initrd]..[kernel].....pp....[reserve][scratch]|
        ^       ^         ^              top down, whole page blocks
@@ -7,9 +7,9 @@
        |       where kexec loaded it; freed when boot is done
        preserved: the new kernel must not even share a page block with it
 
-Everything that a kernel keeps lies in page blocks that hold no preserved page, because a block
-belongs to one owner. The lease table alone prefers the odd pages beside a hole (the second half of
-the first MiB block), which could not be leased to anybody.
+Everything that a kernel keeps lies in page blocks without preserved pages, because a block belongs to
+one owner. Only the lease table prefers the odd pages beside a hole (the second half of the first MiB
+block), which could not be leased to anybody.
 
 Two steps, each over a memblock of its own:
 
@@ -17,9 +17,9 @@ Two steps, each over a memblock of its own:
     reserve    what early boot holds in the end: kernel, tables, loaded segments, and the preserved
                ranges merged in one pass, cut at NUMA borders. An overlap is EBUSY and names both
 
-The kexec planner asks for both (`arrange`) with what is preserved now; boot with what it finds. Same
-arguments, same answer: so a lack of room is found while the old kernel can still refuse, and a boot
-that is repeated puts everything in the same places.
+The kexec planner asks for both (`arrange`) with what is preserved now; boot with what it finds. The
+same arguments give the same answer: a lack of room is found while the old kernel can still refuse,
+and a repeated boot puts everything in the same places.
 
 Kernel: arch/x86/boot/compressed/kaslr.c, setup_arch() up to initmem_init(); KHO's scratch areas;
         mm/pkram.c (pkram_reserve), patches 11, 12 and 28 to 30
@@ -58,7 +58,7 @@ class Placement:
 
     @property
     def named(self) -> dict[str, Range]:
-        """What stays reserved while the kernel lives."""
+        """Return the ranges that stay reserved while the kernel lives, by name."""
         found = {"Kernel image": self.kernel, "Lease table": self.table}
         later = {"PKRAM reserve": self.reserve, "Crash kernel": self.crash, "Scratch": self.scratch}
         return found | {name: part for name, part in later.items() if part}
@@ -68,75 +68,75 @@ class Placement:
         return Spans(self.named.values())
 
 
-def usable_memory(hardware: FirmwareMap, boot: Pending) -> Spans:
-    """The pages that a kernel may use: what mem= says, and a crash kernel its own reservation only."""
-    if boot.crash:
-        return Spans([boot.crash])
-    usable, limit = hardware.usable, words.memory_limit(boot.cmdline)
+def usable_memory(hardware: FirmwareMap, pending: Pending) -> Spans:
+    """Return the pages that a kernel may use: up to mem=, or for a crash kernel its own window."""
+    if pending.crash:
+        return Spans([pending.crash])
+    usable, limit = hardware.usable, words.memory_limit(pending.cmdline)
     return usable if limit is None else usable.clip(0, limit >> PAGE_SHIFT)
 
 
 def block_count(hardware: FirmwareMap) -> int:
-    """Page blocks from address 0 to the end of RAM, holes included."""
+    """Count the page blocks from address 0 to the end of RAM, holes included."""
     return -(-hardware.size // (BLOCK_PAGES * PAGE_SIZE))
 
 
 def blocks_of(spans: Spans) -> Spans:
-    """The pages of every page block that `spans` touch."""
+    """Return the pages of every page block that `spans` touch."""
     return spans.outward(BLOCK_PAGES).scale(BLOCK_PAGES)
 
 
-def arrange(hardware: FirmwareMap, boot: Pending, preserved: Spans) -> tuple[Placement, Memblock]:
-    """`place`, then `reserve`: all that can be refused before anything is changed."""
-    placed = place(hardware, boot, preserved)
-    return placed, reserve(hardware, boot, placed, preserved)
+def arrange(hardware: FirmwareMap, pending: Pending, preserved: Spans) -> tuple[Placement, Memblock]:
+    """Do `place`, then `reserve`: all that can be refused before anything is changed."""
+    placed = place(hardware, pending, preserved)
+    return placed, reserve(hardware, pending, placed, preserved)
 
 
-def reserve(hardware: FirmwareMap, boot: Pending, placed: Placement, preserved: Spans) -> Memblock:
-    """Early boot's lists once everything has its place: what is not in them is free for all."""
-    early = Memblock.of(usable_memory(hardware, boot))
-    early.reserve_pages(placed.spans | destinations(boot.segments))
+def reserve(hardware: FirmwareMap, pending: Pending, placed: Placement, preserved: Spans) -> Memblock:
+    """Return early boot's memory with everything in its place reserved; all else is free."""
+    early = Memblock.of(usable_memory(hardware, pending))
+    early.reserve_pages(placed.spans | destinations(pending.segments))
     early.merge_preserved(preserved.scale(PAGE_SIZE))
     early.set_nodes(hardware)
     early.isolate()
     return early
 
 
-def place(hardware: FirmwareMap, boot: Pending, preserved: Spans) -> Placement:
-    """Find room for every part of the kernel that `boot` starts; ExhaustedError says what has none."""
-    usable = usable_memory(hardware, boot)
-    if boot.crash:
-        return _place_crash(block_count(hardware), boot, usable)
+def place(hardware: FirmwareMap, pending: Pending, preserved: Spans) -> Placement:
+    """Find room for every part of the kernel that `pending` starts; ExhaustedError names a part without room."""
+    usable = usable_memory(hardware, pending)
+    if pending.crash:
+        return _place_crash(block_count(hardware), pending, usable)
     if lost := preserved - usable:
         raise ExhaustedError(f"{plural(lost.total, 'preserved page')} lie outside of the memory that mem= allows")
     outside = Memblock.of(usable)
     outside.merge_preserved(blocks_of(preserved).scale(PAGE_SIZE))
     outside.reserve(0, LOWEST_PFN * PAGE_SIZE)
-    # scratch may hold what is loaded: it is where kernels are loaded to
-    scratch = _reserve(outside, boot, "scratch", boot.scratch)
-    outside.reserve_pages(destinations(boot.segments))
-    crash = _reserve(outside, boot, "crashkernel", None)
-    inside = _inside(scratch, boot) if scratch else outside
-    enough = scratch_pages(boot, block_count(hardware)) if scratch else 0
-    kernel, slots = _place_kernel(boot, inside, preserved, hardware.seed, enough)
+    # scratch comes first: the loaded segments may lie in it
+    scratch = _reserve(outside, pending, "scratch", pending.scratch)
+    outside.reserve_pages(destinations(pending.segments))
+    crash = _reserve(outside, pending, "crashkernel", None)
+    inside = _inside(scratch, pending) if scratch else outside
+    enough = scratch_pages(pending, block_count(hardware)) if scratch else 0
+    kernel, slots = _place_kernel(pending, inside, preserved, hardware.seed, enough)
     for room in (inside, outside):
         room.reserve_pages(Spans([kernel]))
     table = _place_table(block_count(hardware), usable, inside, outside)
     outside.reserve_pages(Spans([table]))
-    off = words.pkram_off(boot.cmdline)
+    off = words.pkram_off(pending.cmdline)
     reserved = None if off else _place_reserve(block_count(hardware), outside)
     return Placement(kernel, slots, table, reserved, crash, scratch)
 
 
-def _inside(scratch: Range, boot: Pending) -> Memblock:
-    """Scratch as a memory of its own, less what is loaded in it."""
+def _inside(scratch: Range, pending: Pending) -> Memblock:
+    """Return scratch as a memory of its own, less the segments loaded in it."""
     room = Memblock.of(Spans([scratch]))
-    room.reserve_pages(destinations(boot.segments))
+    room.reserve_pages(destinations(pending.segments))
     return room
 
 
 def _find(room: Memblock, count: int, align: int = 1, *, low: int = 0, bottom_up: bool = False) -> Range | None:
-    """Room for `count` pages; everything here counts pages, memblock bytes."""
+    """Find room for `count` pages; this module counts pages, memblock bytes."""
     at = room.find(count * PAGE_SIZE, align * PAGE_SIZE, minimum=low * PAGE_SIZE, bottom_up=bottom_up)
     return None if at is None else (at // PAGE_SIZE, at // PAGE_SIZE + count)
 
@@ -145,70 +145,70 @@ def _free(room: Memblock) -> Spans:
     return room.free_spans().inward(PAGE_SIZE)
 
 
-def _place_crash(blocks: int, boot: Pending, room: Spans) -> Placement:
-    """A crash kernel runs where it was loaded, and has its table there, too."""
-    kernel = next((s for s in boot.segments if s.name == "kernel"), None)
-    at = (room - destinations(boot.segments)).first_fit(pages(blocks * 8))
+def _place_crash(blocks: int, pending: Pending, room: Spans) -> Placement:
+    """Place a crash kernel where it was loaded, and its lease table beside it."""
+    kernel = next((s for s in pending.segments if s.name == "kernel"), None)
+    at = (room - destinations(pending.segments)).first_fit(pages(blocks * 8))
     if kernel is None or at is None:
         raise ExhaustedError("no room for a crash kernel and its lease table: boot with a larger crashkernel=")
     return Placement((kernel.pfn, kernel.end), 0, (at, at + pages(blocks * 8)), None, None, None)
 
 
-def _reserve(room: Memblock, boot: Pending, name: str, kept: Range | None) -> Range | None:
-    """Set aside what `crashkernel=` or `scratch=` asks for: where it says, where it was, or as high as possible."""
-    wanted = words.reservation(boot.cmdline, name)
+def _reserve(room: Memblock, pending: Pending, name: str, kept: Range | None) -> Range | None:
+    """Set aside what `crashkernel=` or `scratch=` asks for: at its address, where it was, or as high as possible."""
+    wanted = words.reservation(pending.cmdline, name)
     if wanted is None:
         return None
     found: Range | None
     count = round_up(pages(wanted.size), BLOCK_PAGES)
     if wanted.start is not None:
         if not room.is_memory(wanted.start, count * PAGE_SIZE) or room.overlaps(wanted.start, count * PAGE_SIZE):
-            raise ExhaustedError(f"{name}={words.get(boot.cmdline, name)}: that memory is not RAM or is in use")
+            raise ExhaustedError(f"{name}={words.get(pending.cmdline, name)}: that memory is not RAM or is in use")
         found = wanted.start >> PAGE_SHIFT, (wanted.start >> PAGE_SHIFT) + count
     elif kept and kept[1] - kept[0] == count:
-        found = kept  # the loaded segments lie in it, and nothing preserved does
+        found = kept  # the loaded segments lie in it, and no preserved pages
     else:
         found = _find(room, count, BLOCK_PAGES)
     if found is None:
-        raise ExhaustedError(f"{name}={words.get(boot.cmdline, name)}: no free range of {format_size(wanted.size)}")
+        raise ExhaustedError(f"{name}={words.get(pending.cmdline, name)}: no free range of {format_size(wanted.size)}")
     room.reserve_pages(Spans([found]))
     return found
 
 
-def scratch_pages(boot: Pending, blocks: int) -> int:
-    """The scratch in which this kernel always has room: where it is loaded, where it runs, and its table."""
-    align = max(BLOCK_PAGES, boot.image.align // PAGE_SIZE)
-    runs = round_up(pages(boot.image.init_size), align)
-    lies = sum(round_up(s.pages, max(BLOCK_PAGES, s.align)) for s in boot.segments)
+def scratch_pages(pending: Pending, blocks: int) -> int:
+    """Return how much scratch gives this kernel room to be loaded, to run, and to have its table."""
+    align = max(BLOCK_PAGES, pending.image.align // PAGE_SIZE)
+    runs = round_up(pages(pending.image.init_size), align)
+    lies = sum(round_up(s.pages, max(BLOCK_PAGES, s.align)) for s in pending.segments)
     return runs + lies + round_up(pages(blocks * 8), BLOCK_PAGES)
 
 
-def _place_kernel(boot: Pending, room: Memblock, preserved: Spans, seed: int, scratch: int) -> tuple[Range, int]:
-    """The kernel's place: in place or preferred without KASLR, else a random slot.
+def _place_kernel(pending: Pending, room: Memblock, preserved: Spans, seed: int, scratch: int) -> tuple[Range, int]:
+    """Place the kernel: without KASLR where it is loaded or prefers to be, else in a random slot.
 
-    `scratch` is how many pages of scratch would be enough, where that is where it goes.
+    `scratch` is how many pages of scratch would be enough, if `room` is scratch; else 0.
     """
-    image, size = boot.image, pages(boot.image.init_size)
-    if not image.relocatable or words.has(boot.cmdline, "nokaslr"):
-        return _place_fixed(boot.segments, image, room, preserved), 0
+    image, size = pending.image, pages(pending.image.init_size)
+    if not image.relocatable or words.has(pending.cmdline, "nokaslr"):
+        return _place_fixed(pending.segments, image, room, preserved), 0
     # a block belongs to one owner, so a kernel starts and ends at block borders
     align = max(BLOCK_PAGES, image.align >> PAGE_SHIFT)
     low = min(image.preferred, _KASLR_CEILING) >> PAGE_SHIFT
     free = _free(room)
     slots = kaslr.find_slots(free, round_up(size, BLOCK_PAGES), align, minimum=low)
-    at = kaslr.choose(slots, seed, boot.generation)
+    at = kaslr.choose(slots, seed, pending.generation)
     if at is None:
         what = f"KASLR: no slot for a kernel of {format_size(size * PAGE_SIZE)} in "
         if scratch:
-            said, enough = words.get(boot.cmdline, "scratch"), scratch * PAGE_SIZE // MIB
+            said, enough = words.get(pending.cmdline, "scratch"), scratch * PAGE_SIZE // MIB
             raise ExhaustedError(f"{what}scratch={said}: scratch={enough}M is enough")
-        where = "; append nokaslr to run it where it is loaded" if boot.segments else ""
+        where = "; append nokaslr to run it where it is loaded" if pending.segments else ""
         raise ExhaustedError(f"{what}{plural(len(free), 'free range')}{where}")
     return (at, at + size), slots.total
 
 
 def _place_fixed(segments: Sequence[Segment], image: ImageInfo, room: Memblock, preserved: Spans) -> Range:
-    """Where kexec loaded it, or for a cold boot at the preferred address or the first place above."""
+    """Place the kernel where kexec loaded it, or for a cold boot at or above the preferred address."""
     size = pages(image.init_size)
     for segment in segments:
         if segment.name == "kernel":
@@ -225,7 +225,7 @@ def _place_fixed(segments: Sequence[Segment], image: ImageInfo, room: Memblock, 
 
 
 def _place_table(blocks: int, usable: Spans, inside: Memblock, outside: Memblock) -> Range:
-    """The lease table: in pages that no lease could use if there are enough, else high in free memory."""
+    """Place the lease table: in pages that no lease could use if there are enough, else high in free memory."""
     count = pages(blocks * 8)
     odd = (_free(outside) - usable.inward(BLOCK_PAGES).scale(BLOCK_PAGES)).first_fit(count)
     if odd is not None:
@@ -237,7 +237,7 @@ def _place_table(blocks: int, usable: Spans, inside: Memblock, outside: Memblock
 
 
 def _place_reserve(blocks: int, room: Memblock) -> Range:
-    """Whole page blocks for the super block and, when this kernel dies, its region list."""
+    """Place whole page blocks for the super block and, when this kernel dies, its region list."""
     count = (1 + blocks // _RESERVE_SHARE) * BLOCK_PAGES
     found = _find(room, count, BLOCK_PAGES)
     if found is None:

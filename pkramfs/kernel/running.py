@@ -8,8 +8,6 @@
 
 All but `look` take the machine lock themselves: never call them while holding it. Callers who hold it
 call `look`, or succession.bring_up.
-
-Kernel: the symbols of the running kernel, which everything in it simply uses
 """
 
 from collections.abc import Callable, Iterator
@@ -70,10 +68,10 @@ class Running:
         return kernelrecord.cmdline(self.machine)
 
     def sweep(self) -> int:
-        """Give back what dead daemons had leased; how many blocks. FormatError if it is not sure whose they were.
+        """Free the blocks that dead daemons had leased; return how many. FormatError if an owner is in doubt.
 
-        Their files go, too, but of those whose blocks were not swept yet, and of one that oopsed under a kernel
-        which is to panic then: whoever comes next has to find it (crash.py).
+        Their files go, too, except those of daemons whose blocks are not swept yet, and those of an oopsed
+        daemon if the kernel panics on oops: the next command has to find them (crash.py).
         """
         swept = self.leases.sweep(self.ownership.kept)
         preserved = self.store.preserved_ids() if self.info.pkram else set[int]()
@@ -87,31 +85,31 @@ class Running:
         return {entry.tree_id for entry in self.machine.mounts() if last_words(directory, entry) is not None}
 
     def refuse_doubt(self) -> None:
-        """FormatError, naming the block, if it is not sure whose page blocks are: before anything is given up."""
+        """Raise FormatError, naming the block, if an owner is in doubt: asked before anything is given up."""
         with self.machine.tables():
             self.ownership.kept()
 
     def survey(self) -> Survey:
-        """What the list of nodes leads to and what it should; changes nothing."""
+        """Look for nodes, those in the list and those that should be in it; change nothing."""
         return self.store.survey(self.leases.trees().scale(BLOCK_PAGES), self.owner)
 
     def mend(self, before: Callable[[Survey], None]) -> Survey:
-        """Make the list of nodes whole again, and the super block; `before` is told what was found, and what not."""
+        """Make the list of nodes and the super block whole again; `before` gets the survey first."""
         pages, generation = self.leases.trees().scale(BLOCK_PAGES), self.generation
         return self.store.mend(pages, self.owner, generation=generation, before=before)
 
     def owner(self, pfn: int) -> int:
-        """The lease word of the page block that a page lies in."""
+        """Return the lease word of a page's block."""
         return int(self.leases.ids[pfn // BLOCK_PAGES])
 
     def banned(self) -> Spans:
-        """Pages that must not hold preserved data: a loaded kernel will be copied there."""
+        """Return the pages that must not hold preserved data, because a loaded kernel will be copied there."""
         loaded = staging.read(self.machine)
         return destinations(loaded.segments) if loaded else Spans()
 
 
 def attach(machine: Machine, *, boot: bool = True, timeout: float = LOCK_SECONDS) -> Running:
-    """The running kernel. With `boot`, a machine that is not up is brought up first."""
+    """Return the running kernel; with `boot`, bring the machine up first if need be."""
     if not boot:
         return look(machine)
     with shared(machine, timeout) as kernel:
@@ -119,7 +117,7 @@ def attach(machine: Machine, *, boot: bool = True, timeout: float = LOCK_SECONDS
 
 
 def look(machine: Machine, *, any_layout: bool = False) -> Running:
-    """The running kernel, without changing anything; MachineError where there is none."""
+    """Return the running kernel and change nothing; raise MachineError if there is none."""
     if not machine.exists():
         raise MachineError(machine.missing())
     info = kernelrecord.read(machine, any_layout=any_layout)
@@ -134,7 +132,7 @@ def look(machine: Machine, *, any_layout: bool = False) -> Running:
 
 @contextmanager
 def shared(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Running]:
-    """The running kernel, brought up if need be; no kexec happens while the block lasts."""
+    """Give the running kernel, brought up if need be; no kexec happens while the block lasts."""
     if not machine.exists():
         machine.create()
     while True:
@@ -146,14 +144,14 @@ def shared(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Running]
                 yield kernel
                 return
         with exclusively(machine, timeout):
-            pass  # brought up; somebody may kexec before we have the lock again, so look again
+            pass  # brought up, but somebody may kexec before we have the lock again: look again
 
 
 @contextmanager
 def exclusively(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Running]:
-    """The running kernel, brought up if need be, with nobody else starting anything.
+    """Give the running kernel, brought up if need be; nobody else starts anything while the block lasts.
 
-    It may be another version's (then its lease table is not for us): kexec is the upgrade.
+    It may be another version's, whose lease table is not for us: kexec is the upgrade.
     """
     if not machine.exists():
         machine.create()

@@ -8,9 +8,9 @@
     purgatory   a list of all others with their SHA-256: checked before the kernel is entered
 
 A segment has `size` bytes to copy and `pages` pages that are its own (the rest is zero). With -s
-the destinations are found here, in holes of what must not be touched, from the top of memory down.
-With -c the user's limits and addresses count, and nobody but the check afterwards looks at what is
-preserved: that is kexec_load, and the refusal lists whose pages are in the way.
+the destinations are found here, between pages that must not be touched, from the top of memory down.
+With -c, as with kexec_load, the user's limits and addresses count. Only the check afterwards looks at
+preserved pages, and its refusal lists the owners of those in the way.
 
 Kernel: include/linux/kexec.h (struct kexec_segment), kernel/kexec_file.c (locate_mem_hole_top_down),
         kernel/kexec_core.c (sanity_check_segment_list), patches 16 and 18
@@ -28,7 +28,7 @@ from pkramfs.spans import Spans
 from pkramfs.units import MIB, PAGE_SHIFT, PAGE_SIZE, format_size, pages, plural
 
 LOWEST_PFN = MIB >> PAGE_SHIFT
-"""Nothing is placed in the first MiB, which firmware and old hardware think is theirs."""
+"""Nothing is placed in the first MiB: firmware and old hardware use it."""
 
 _FILE = re.compile(r"(?!\.)[^/]*")
 _SHA256 = re.compile("[0-9a-f]{0,64}")
@@ -48,7 +48,7 @@ class Segment:
     pfn: int = 0
     sha256: str = ""
     source: str = ""
-    """What the user called it: a path, `builtin`; empty for what is made while loading."""
+    """A path or `builtin`, as the user said; empty for a segment that the loader makes."""
 
     @property
     def end(self) -> int:
@@ -64,17 +64,17 @@ class Segment:
 
 
 def declared(frames: int) -> schema.Kind:
-    """What a list of segments is in JSON, for RAM of so many frames."""
+    """Declare a list of segments in JSON, for RAM of so many frames."""
     return schema.ListOf(_Declared(frames))
 
 
 def from_json(items: Iterable[dict[str, Any]]) -> list[Segment]:
-    """The segments that `to_json` gave."""
+    """Make segments again of what `to_json` gave."""
     return [Segment(**item) for item in items]
 
 
 class _Declared(schema.Kind):
-    """One segment: what `Segment.to_json` gave, and within RAM."""
+    """One segment as `Segment.to_json` gives it, within RAM."""
 
     expected = "a segment"
 
@@ -107,7 +107,7 @@ class _Declared(schema.Kind):
 
 
 def destinations(segments: Iterable[Segment]) -> Spans:
-    """The pages that segments will be copied to."""
+    """Return the pages that segments will be copied to."""
     return Spans((s.pfn, s.end) for s in segments if s.pfn)
 
 
@@ -118,10 +118,10 @@ def place_all(
     top_down: bool = True,
     remedy: str = "load less",
 ) -> list[Segment]:
-    """A destination for every segment that has none, in the first of `rooms` that has a place for all.
+    """Give every segment without a destination one, in the first of `rooms` that has a place for all.
 
     Rooms go from best to barely acceptable; a kernel that wants a fixed address has it already.
-    ExhaustedError says what has no place, and the remedy.
+    ExhaustedError names the segment without a place, and the remedy.
     """
     failure: ExhaustedError | None = None
     for room in rooms:
@@ -133,7 +133,7 @@ def place_all(
 
 
 def _place(segments: Sequence[Segment], room: Spans, top_down: bool) -> list[Segment]:
-    """Places in one room. The largest first, so that small ones do not break the only big hole."""
+    """Place segments in one room, the largest first: small ones could break the only big hole."""
     room = room.clip(LOWEST_PFN, 1 << 62) - destinations(segments)
     placed: dict[str, Segment] = {}
     for segment in sorted(segments, key=lambda s: -s.pages):
@@ -157,7 +157,7 @@ def _no_hole(segment: Segment, room: Spans) -> str:
 
 
 def check_destinations(segments: Sequence[Segment], usable: Spans, owners: dict[str, Spans], remedy: str) -> None:
-    """ConflictError unless every segment lies in RAM, apart from the others and from what `owners` own."""
+    """Raise ConflictError unless every segment lies in RAM, apart from the others and from what `owners` own."""
     foreign = [s for s in segments if not usable.covers(s.pfn, s.end)]
     pairs = pairwise(sorted(segments, key=lambda s: s.pfn))
     problems = [f"{s.describe()}: not all of it is usable RAM" for s in foreign]
@@ -172,7 +172,7 @@ def check_destinations(segments: Sequence[Segment], usable: Spans, owners: dict[
 
 
 def conflicts(segments: Iterable[Segment], owners: dict[str, Spans]) -> list[str]:
-    """One line for every range of somebody's pages that lies in a destination, the first of many."""
+    """Return a line for every range of an owner's pages in a destination; of many ranges only the first."""
     found = []
     for segment in segments:
         for owner, spans in owners.items():
@@ -190,5 +190,5 @@ def conflicts(segments: Iterable[Segment], owners: dict[str, Spans]) -> list[str
 
 
 def page_count(size: int) -> int:
-    """Pages of a segment of `size` bytes; an empty file still has one, so that it has an address."""
+    """Return how many pages a segment of `size` bytes has; an empty file has one, so that it has an address."""
     return max(1, pages(size))

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The staging directory kexec/: what is loaded for the next boot, until it is copied into RAM.
+"""The staging directory kexec/: the kernel loaded for the next boot, until it is copied into RAM.
 
     kexec/kexec.json        the loaded kernel: image, command line, segments, mode
     kexec/kernel.1a2b …     the segments' bytes; kexec.json names them
     kexec/crash.json        the crash kernel, whose bytes are in RAM already
 
-Loading writes new files first, then renames kexec.json, then removes what nothing names any more:
-loading twice replaces, and a load that dies leaves the earlier one. That the directory has a
-kexec.json means, after the point of no return, that copying is not finished.
+Loading writes new files first, then renames kexec.json, then removes files that nothing names any
+more: loading again replaces, and a load that dies leaves the earlier one. After the point of no return,
+a kexec.json in the directory means that copying is not finished.
 
-Boot parameters and purgatory depend on the destinations of the others, so they are written by
-`seal`, again whenever a destination changes.
+Boot parameters and purgatory depend on the destinations of the others, so `seal` writes them, again
+whenever a destination changes.
 
 Kernel: struct kimage; arch/x86/kernel/kexec-bzimage64.c (bzImage64_load), arch/x86/purgatory
 """
@@ -43,7 +43,7 @@ FILE_MODE, LOAD_MODE, CRASH_MODE = "kexec_file_load", "kexec_load", "crash"
 _ALWAYS = ("kernel", "cmdline", "params", "purgatory")
 _CHUNK = 1 << 20
 
-# boot parameters (the "zero page"): where the loader writes addresses; low and high halves
+# offsets in boot parameters (the "zero page") where the loader writes addresses: low and high halves
 _LOADER, _INITRD, _INITRD_SIZE, _CMDLINE = 0x210, (0x218, 0x0C0), (0x21C, 0x0C4), (0x228, 0x0C8)
 _KEXEC_LOADER = 0xD0
 _PURGATORY_LINE = 160
@@ -51,7 +51,7 @@ _PURGATORY_LINE = 160
 
 @dataclass(frozen=True)
 class Loaded:
-    """What kexec.json says: a kernel that is ready to be executed."""
+    """A kernel that is ready to be executed, as kexec.json has it."""
 
     mode: str
     image: ImageInfo
@@ -71,13 +71,13 @@ class Loaded:
 
 
 def read(machine: "Machine", name: str = KEXEC_JSON) -> Loaded | None:
-    """What is loaded, or None."""
+    """Read the loaded kernel; None if there is none."""
     if not machine.has(name):
         return None
     declared = _declared(machine.hardware().size >> PAGE_SHIFT)
     data = machine.read_json(name, declared, "remove it and load the kernel again")
     if data is None:
-        return None  # it went while we were looking
+        return None  # removed since has() saw it
     return Loaded(data["mode"], ImageInfo(**data["image"]), data["cmdline"], tuple(from_json(data["segments"])))
 
 
@@ -98,7 +98,7 @@ class _Segments(schema.Kind):
 
 
 def _declared(frames: int) -> schema.Object:
-    """What kexec.json and crash.json are, for RAM of so many frames."""
+    """Declare kexec.json and crash.json, for RAM of so many frames."""
     return schema.Object(
         {
             "mode": schema.OneOf((FILE_MODE, LOAD_MODE, CRASH_MODE)),
@@ -110,13 +110,13 @@ def _declared(frames: int) -> schema.Object:
 
 
 def write(machine: "Machine", loaded: Loaded, name: str = KEXEC_JSON) -> None:
-    """Make `loaded` what the next kexec boots, and drop the files of what it replaces."""
+    """Make `loaded` the kernel that the next kexec boots, and drop the files of the one it replaces."""
     machine.write_json(name, loaded.to_json())
     sweep(machine)
 
 
 def remove(machine: "Machine", name: str = KEXEC_JSON) -> bool:
-    """Forget what is loaded; whether anything was."""
+    """Forget the loaded kernel, and return True if there was one."""
     if not machine.has(name):
         return False
     machine.remove(name)
@@ -125,13 +125,13 @@ def remove(machine: "Machine", name: str = KEXEC_JSON) -> bool:
 
 
 def sweep(machine: "Machine") -> None:
-    """Remove staged files that no loaded kernel names; none while it cannot be read which are named."""
+    """Remove staged files that no loaded kernel names; remove none if a record is damaged."""
     named = {os.path.basename(KEXEC_JSON), os.path.basename(CRASH_JSON)}
     for name in (KEXEC_JSON, CRASH_JSON):
         try:
             loaded = read(machine, name)
         except DamagedError:
-            return  # who wants that kernel is told; loading it again sweeps
+            return  # whoever wants that kernel gets the error; loading it again sweeps
         named |= {s.file for s in loaded.segments} if loaded else set()
     with os.scandir(machine.path(DIRECTORY)) as entries:
         for entry in entries:
@@ -140,7 +140,7 @@ def sweep(machine: "Machine") -> None:
 
 
 class Stage:
-    """Files of one load, removed again unless `keep` was called."""
+    """Files of one load, removed again if the load fails."""
 
     def __init__(self, machine: "Machine") -> None:
         self._machine = machine
@@ -157,13 +157,13 @@ class Stage:
                 os.unlink(os.path.join(self._directory, name))
 
     def check_room(self, size: int) -> None:
-        """ExhaustedError if the machine's file system has no room for `size` bytes more."""
+        """Raise ExhaustedError if the machine's file system has no room for `size` more bytes."""
         ram = self._machine.ram()
         ram.check_room(size)
         ram.close()
 
     def kernel(self, image: Image) -> Segment:
-        """The image's payload, flattened; it wants room for all that the kernel needs to start."""
+        """Write the image's payload, flattened; the segment has room for all that the kernel needs to start."""
         file = self._new("kernel")
         with open(os.path.join(self._directory, file), "wb") as out:
             for offset, data in image.payload():
@@ -175,7 +175,7 @@ class Stage:
         return self._segment("kernel", file, page_count(image.init_size), align, pfn, source)
 
     def copy(self, name: str, path: str, pfn: int = 0) -> Segment:
-        """A file of the user's, as it is: as long as it was when it was opened, and never waited for."""
+        """Copy a regular file of the user's, as long as it was when it was opened."""
         file = self._new(name)
         try:
             with (
@@ -191,7 +191,7 @@ class Stage:
         return self._segment(name, file, 0, 1, pfn, path)
 
     def data(self, name: str, data: bytes, pages: int = 0) -> Segment:
-        """Bytes that we made."""
+        """Write bytes that the loader made."""
         file = self._new(name)
         with open(os.path.join(self._directory, file), "wb") as out:
             out.write(data)
@@ -210,7 +210,7 @@ class Stage:
         return Segment(name, file, size, max(pages, page_count(size)), align, pfn, digest, source)
 
     def reserve(self, others: int) -> list[Segment]:
-        """Segments for boot parameters and purgatory, to be placed now and filled by `seal`."""
+        """Make segments for boot parameters and purgatory, to be placed now and filled by `seal`."""
         return [self.data("params", b"", 1), self.data("purgatory", b"", page_count(others * _PURGATORY_LINE))]
 
     def seal(self, segments: Sequence[Segment], header: bytes) -> tuple[Segment, ...]:
@@ -224,7 +224,7 @@ class Stage:
 
 
 def _parameters(segments: dict[str, Segment], header: bytes) -> bytes:
-    """The zero page: the image's setup header and where the loader has put things."""
+    """Return the zero page: the image's setup header and the addresses of the other segments."""
     page = bytearray(PAGE_SIZE)
     page[HEADER_AT : HEADER_AT + len(header)] = header
     page[_LOADER] = _KEXEC_LOADER
@@ -248,7 +248,7 @@ def _purgatory(segments: dict[str, Segment], _header: bytes) -> bytes:
 
 
 def header_of(machine: "Machine", loaded: Loaded) -> bytes:
-    """The setup header inside the staged boot parameters."""
+    """Read the setup header from the staged boot parameters."""
     params = loaded.segment("params")
     if params is None:
         raise MachineError("the loaded kernel has no boot parameters: load it again")
@@ -262,7 +262,7 @@ def header_of(machine: "Machine", loaded: Loaded) -> bytes:
 
 
 def _staged(machine: "Machine", segment: Segment) -> FileIO:
-    """The staged bytes of a segment, to be read."""
+    """Open the staged bytes of a segment."""
     try:
         return FileIO(open_regular(machine.path(DIRECTORY, segment.file)))
     except OSError as error:
@@ -270,13 +270,13 @@ def _staged(machine: "Machine", segment: Segment) -> FileIO:
 
 
 def cmdline_address(params: bytes) -> int:
-    """Where boot parameters say that the command line is."""
+    """Read the command line's address from boot parameters."""
     low, high = (struct.unpack_from("<I", params, at)[0] for at in _CMDLINE)
     return int(high << 32 | low)
 
 
 def copy_into_ram(machine: "Machine", ram: Ram, segments: Sequence[Segment]) -> None:
-    """Put every segment at its destination; may be repeated."""
+    """Copy every segment to its destination; may be repeated."""
     ram.check_room(sum(s.size for s in segments))
     for segment in segments:
         with _staged(machine, segment) as file:
@@ -288,7 +288,7 @@ def copy_into_ram(machine: "Machine", ram: Ram, segments: Sequence[Segment]) -> 
 def _copy(file: FileIO, ram: Ram, segment: Segment) -> int:
     """Copy a staged file to its destination, and zeros to the end of the last page; return its size.
 
-    What is there already is overwritten, not given back first: somebody else might take it.
+    Pages that are there already are overwritten, not punched first: others could take the host's memory.
     """
     buffer, done, at = bytearray(_CHUNK), 0, segment.pfn << PAGE_SHIFT
     ram.back_run(segment.pfn, page_count(segment.size))
@@ -304,7 +304,7 @@ def _copy(file: FileIO, ram: Ram, segment: Segment) -> int:
 
 
 def _read_into(file: FileIO, target: memoryview) -> int:
-    """Fill `target` from a file; return how much there was, less only at the end."""
+    """Fill `target` from a file; return the number of bytes, fewer only at the end of the file."""
     done = 0
     while done < len(target) and (count := file.readinto(target[done:])):
         done += count
@@ -312,7 +312,7 @@ def _read_into(file: FileIO, target: memoryview) -> int:
 
 
 def verify_in_ram(ram: Ram, segments: Sequence[Segment]) -> None:
-    """MachineError unless every segment is in RAM as it was loaded: what purgatory checks."""
+    """Raise MachineError unless every segment is in RAM as it was loaded; purgatory's check."""
     for segment in segments:
         found = _digest(ram, segment)
         if found != segment.sha256:
@@ -323,7 +323,7 @@ def verify_in_ram(ram: Ram, segments: Sequence[Segment]) -> None:
 
 
 def _digest(ram: Ram, segment: Segment) -> str:
-    """What a segment in RAM sums up to, read past the mapping: damage may have made holes of it."""
+    """Sum up a segment in RAM. Read the file, not the mapping: damage may have punched holes."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
     for done in range(0, segment.size, _CHUNK):
         size = min(_CHUNK, segment.size - done)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A plan: steps that are described before they are done, and undone if a later one fails in time.
+"""A plan: operations that are described first, then done in order, and undone if a later one fails in time.
 
-    describe()    every step, for people          what a dry run prints
-    execute()     one after the other ─── one fails before the final step ──▶ undo(), the last one first
+    describe()    every operation, for people     what a dry run prints
+    execute()     one after the other ─── one fails before the final one ──▶ undo(), the last one first
 
-Kernel: no counterpart; kernel_kexec() unwinds with gotos
+Kernel: kernel/kexec_core.c (kernel_kexec), which unwinds with gotos
 """
 
 import logging
@@ -21,36 +21,36 @@ class Operation(ABC):
     """One step of a plan."""
 
     final = False
-    """Whether nothing can be undone once it has begun."""
+    """True if nothing can be undone once this has begun."""
 
     @abstractmethod
     def describe(self) -> str:
-        """The step in one line."""
+        """Describe the step in one line."""
 
     def details(self) -> list[str]:
-        """What belongs to the step: one line for each piece."""
+        """Describe the parts of the step, one line for each."""
         return []
 
     def lines(self) -> list[str]:
-        """The step for people, what belongs to it indented."""
+        """Return the step for people, its details indented."""
         return [self.describe(), *(f"  {detail}" for detail in self.details())]
 
     @abstractmethod
     def execute(self) -> None:
-        """Do it. Whoever dies here leaves what the table above says."""
+        """Do the step."""
 
-    def undo(self) -> None:  # noqa: B027 - most steps leave nothing to be undone
-        """Take back what `execute` did, or has begun: a later step failed before the point of no return."""
+    def undo(self) -> None:  # noqa: B027 - most steps leave nothing to undo
+        """Take back what `execute` did or began, after a later step failed before the point of no return."""
 
 
 @dataclass
 class Plan:
-    """What `-e` will do. `problems` are the reasons not to; `execute` raises the first of them."""
+    """All that `-e` will do. `problems` are the reasons not to; `execute` raises the first of them."""
 
     problems: list[PkramfsError]
     warnings: list[str]
     relocations: list[str]
-    """Pages that lie, or lay, where the loaded kernel will be copied, and whose."""
+    """Pages that lie, or lay, where the loaded kernel will be copied, and their owners."""
     operations: list[Operation]
     pause: float
     """Predicted seconds from the first freeze to the running kernel."""
@@ -58,7 +58,7 @@ class Plan:
     """Of these, for copying segments into RAM and summing them."""
 
     def describe(self) -> list[str]:
-        """The plan for people, one line each."""
+        """Describe the plan for people, one line for each fact."""
         return [
             *(f"refused: {problem}" for problem in self.problems),
             *(f"warning: {warning}" for warning in self.warnings),
@@ -68,8 +68,10 @@ class Plan:
         ]
 
     def execute(self, before: Callable[[Operation], None] = lambda _: None) -> None:
-        """Do it, telling `before` each operation; undo it, if one fails in time. The caller holds the machine lock
-        exclusively."""
+        """Execute all operations, telling `before` each; undo them if one fails in time.
+
+        The caller holds the machine lock exclusively.
+        """
         if self.problems:
             raise self.problems[0]
         begun: list[Operation] = []
@@ -85,9 +87,9 @@ class Plan:
 
 
 def _undo(begun: list[Operation]) -> None:
-    """Undo steps, the last one first; one that cannot be undone is no reason to leave the others."""
+    """Undo operations, the last one first; go on with the others if one cannot be undone."""
     for operation in reversed(begun):
         try:
             operation.undo()
         except (PkramfsError, OSError):
-            log.exception("cannot be undone: %s", operation.describe())
+            log.exception("cannot undo: %s", operation.describe())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How one kernel ends and the next one begins: decide, end, resume, boot, take over.
+"""The end of one kernel and the beginning of the next: decide, end, resume, boot, take over.
 
     decide_cold ─▶ retire ─▶ resume ─▶ start_boot ─▶ take_over
     nvram.json     the point  segments  a fresh       consume the old super block,
@@ -14,7 +14,7 @@ only when `bring_up` has returned.
 
 RAM with data but no kernel and no pending boot is refused: it was damaged, or is not ours.
 
-The caller of everything here holds the machine lock exclusively.
+Callers hold the machine lock exclusively.
 
 Kernel: init/main.c (kernel_init, free_initmem), mm/pkram.c (pkram_cleanup, patches 13 and 14)
 """
@@ -137,7 +137,7 @@ def start_boot(machine: Machine, *, force: bool = False) -> None:
             text=True,
             errors="surrogateescape",
             check=False,
-            start_new_session=True,  # Ctrl-C and a terminal that goes are not for a kernel that boots
+            start_new_session=True,  # neither Ctrl-C nor a closed terminal ends a booting kernel
             timeout=BOOT_SECONDS,
         )
     except subprocess.TimeoutExpired:
@@ -159,7 +159,7 @@ def take_over(machine: Machine, info: KernelInfo) -> None:
     if info.old_super_pfn:
         superblock.consume(ram, info.old_super_pfn)
     ram.punch(unneeded)
-    if info.layout == kernelrecord.LAYOUT:  # else its table is not for us: the blocks stay taken until the next kexec
+    if info.layout == kernelrecord.LAYOUT:  # else the table is not for us, and the blocks stay taken until a kexec
         _free_blocks(machine, ram, info, unneeded.outward(BLOCK_PAGES) - info.own_pages.outward(BLOCK_PAGES))
     if unneeded:
         machine.log(f"Freeing {plural(unneeded.total, 'page')} that only boot needed")
@@ -179,6 +179,6 @@ def _free_blocks(machine: Machine, ram: Ram, info: KernelInfo, blocks: Spans) ->
 def _refuse_needed(ram: Ram, info: KernelInfo, unneeded: Spans) -> None:
     """Raise FormatError if what is about to be punched is preserved, or this kernel's own."""
     nodes = incoming.nodes(ram, info.super_pfn) if info.pkram else []
-    if needed := unneeded & (incoming.union(node.spans for node in nodes) | info.own_pages):
+    if needed := unneeded & (Spans.union(node.spans for node in nodes) | info.own_pages):
         pages = f"pfn {format_pfn(int(needed.starts[0]))}, which is in use"
         raise FormatError("kernel.json", "stale", found=pages, expected="pages that only boot needed")
