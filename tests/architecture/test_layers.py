@@ -80,7 +80,7 @@ def test_imports_point_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cli").glob("*.py")), ids=relative)
 def test_commands_start_light(path: Path) -> None:
-    """Chapters are imported inside functions, so that --help does not pay for them."""
+    """Require that chapters are imported inside functions, so that --help does not pay for them."""
     tree = ast.parse(path.read_text())
     for node in tree.body:
         if is_type_checking(node):

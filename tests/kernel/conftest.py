@@ -47,7 +47,7 @@ class Lab:
             raise Died(step)
 
     def dies(self, step: str) -> AbstractContextManager[Any]:
-        """The block ends with the machine killed after this step."""
+        """Expect the block to end with the machine killed after this step."""
         self.die_after = step
         return pytest.raises(Died)
 
@@ -61,7 +61,7 @@ class Lab:
         return loading.load(self.machine, loading.Request(image, append=append, **words))
 
     def execute(self, **how: Any) -> Running:
-        """What pkram-kexec -e does, with nothing mounted."""
+        """Do what pkram-kexec -e does, with nothing mounted."""
         with self.machine.lifecycle(shared=False, timeout=5):
             kexec.plan(self.machine, [], **how).execute()
         return running.look(self.machine)
@@ -71,7 +71,7 @@ class Lab:
         return self.execute(**how)
 
     def fill(self, runs: Runs, seed: int) -> int:
-        """Write pages that no other seed writes; their checksum."""
+        """Write pages that no other seed writes; return their checksum."""
         ram, total = self.up().ram, 0
         for start, count in runs:
             words = ram.words(start, count)
@@ -80,7 +80,7 @@ class Lab:
         return total
 
     def grow(self, pages: int, seed: int = 1) -> tuple[Frames, Runs, int]:
-        """A tree of `pages` pages that is not preserved: its frames, runs and checksum."""
+        """Make a tree of `pages` pages that is not preserved; return its frames, runs and checksum."""
         kernel = self.up()
         frames = Frames(kernel.ram, kernel.leases, new_tree_id())
         runs = frames.allocate(pages)
@@ -102,7 +102,7 @@ class Lab:
             save.finish()
 
     def intact(self, name: str) -> bool:
-        """Whether a node's pages are as they were when it was saved."""
+        """Return True if a node's pages are as they were when it was saved."""
         kernel, total = self.up(), 0
         with kernel.store.prepare_load(name.encode()) as load:
             (stream,) = list(load)
@@ -114,7 +114,7 @@ class Lab:
         return total == expected
 
     def facts(self) -> dict[str, Any]:
-        """What must be the same however often a boot was interrupted."""
+        """Return all that must be the same however often a boot was interrupted."""
         kernel = self.up()
         info = kernelrecord.read(self.machine)
         assert info is not None
@@ -130,20 +130,20 @@ class Lab:
         }
 
     def reserved(self) -> Spans:
-        """Every page that means anything: the kernel's own and the nodes'."""
+        """Return every page that holds something: the kernel's own and the nodes'."""
         kernel = self.up()
         return kernel.info.own_pages | kernel.store.preserved()
 
 
 @pytest.fixture
 def root(pkram_root: Path) -> Path:
-    """A PKRAM_ROOT on tmpfs, sound and gone afterwards."""
+    """Give a PKRAM_ROOT on tmpfs that is checked and removed afterwards."""
     return pkram_root
 
 
 @pytest.fixture
 def make_lab(root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Lab]:
-    """Machines whose boots run in this process (boot knows no difference, and may be killed)."""
+    """Make machines whose boots run in this process: a boot sees no difference, and may be killed."""
 
     def make(ram: int = 256 * MIB, *, nodes: int = 1, seed: int = 7, name: str = "default") -> Lab:
         machine = Machine.locate(name)
@@ -176,7 +176,7 @@ BZ = {
 
 
 def write_bzimage(path: Path, *, payload: bytes = b"k" * 10000, **changes: object) -> str:
-    """A file with a setup header as a real kernel has it."""
+    """Write a file with a setup header like a real kernel's."""
     fields = BZ | {"syssize": (len(payload) + 15) // 16} | changes
     setup = bytearray((int(str(fields["setup_sects"])) + 1) * 512)
     setup[: SETUP.size] = SETUP.pack(**fields)
@@ -186,7 +186,7 @@ def write_bzimage(path: Path, *, payload: bytes = b"k" * 10000, **changes: objec
 
 
 def write_elf(path: Path, loads: list[tuple[int, bytes, int]], **changes: object) -> str:
-    """An ELF file with one PT_LOAD per (paddr, bytes, memsz)."""
+    """Write an ELF file with one PT_LOAD per (paddr, bytes, memsz)."""
     fields = {"ident": b"\x7fELF\x02\x01\x01", "type": 2, "machine": 62, "phoff": 64, "phentsize": 56}
     at = 64 + 56 * len(loads)
     table, body = b"", b""
@@ -199,11 +199,11 @@ def write_elf(path: Path, loads: list[tuple[int, bytes, int]], **changes: object
 
 @pytest.fixture
 def bzimage() -> Callable[..., str]:
-    """Writes a bzImage and gives its path."""
+    """Write a bzImage and return its path."""
     return write_bzimage
 
 
 @pytest.fixture
 def elf() -> Callable[..., str]:
-    """Writes an ELF kernel and gives its path."""
+    """Write an ELF kernel and return its path."""
     return write_elf

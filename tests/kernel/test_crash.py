@@ -14,7 +14,7 @@ from pkramfs.spans import Spans
 
 
 def ready(lab: Any) -> None:
-    """A kernel with a crash kernel loaded."""
+    """Return a kernel with a crash kernel loaded."""
     lab.cycle(append="ro crashkernel=32M")
     loading.load(lab.machine, Request("builtin:8M", append="irqpoll maxcpus=1"), panic=True)
 

@@ -29,12 +29,12 @@ PIECES = 40_000
 
 @pytest.fixture
 def many_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A save of PIECES gives every worker several slices."""
+    """Give every worker several slices of a save of PIECES."""
     monkeypatch.setattr(pagewriter, "_SLICE", 1000)
 
 
 def scattered(lab: Any) -> tuple[Frames, tuple[U64, U64, U64]]:
-    """A tree of PIECES runs: its frames, and the columns that a save takes."""
+    """Make a tree of PIECES runs; return its frames, and the columns that a save takes."""
     kernel = lab.up()
     frames = Frames(kernel.ram, kernel.leases, new_tree_id())
     runs = frames.allocate(2 * PIECES)
@@ -56,7 +56,7 @@ def loaded_columns(lab: Any, name: bytes) -> list[list[int]]:
 
 
 def load_half(lab: Any, name: bytes) -> None:
-    """A load whose user fails to insert the first batch of pages that it took."""
+    """Load a node, and fail to insert the first batch of its pages."""
     with pytest.raises(RuntimeError), lab.up().store.prepare_load(name) as load:
         for stream in load:
             index, _, _ = next(stream.batches())
@@ -75,7 +75,7 @@ def test_d11_pages_of_a_batch_that_could_not_be_inserted_are_not_lost(make_lab: 
 
 
 def test_d12_no_number_of_bans_is_too_many(lab: Any, tmp_path: Path) -> None:
-    """The original's table has 34 entries on one node; then bans are dropped with a line in the log."""
+    """Ban more than 34 ranges: the original's table is full then, and drops bans with a line in the log."""
     piece = tmp_path / "piece"
     piece.write_bytes(b"x" * 4096)
     start, step = 60 * MIB, 64 * 4096
@@ -118,7 +118,7 @@ def test_d14_early_boot_takes_no_preserved_page() -> None:
 
 @pytest.mark.usefixtures("many_slices")
 def test_d16_the_number_of_cpus_changes_nothing(make_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Facts 10.7: where there is one CPU the original starts no worker, and waits for it."""
+    """Save with one CPU: the original starts no worker then, and waits for it."""
     lab, found = make_lab(GIB, name="cpus"), []
     frames, columns = scattered(lab)
     for cpus in (1, 2, 3, 4, 16, 17, 64):
@@ -149,7 +149,7 @@ def test_d20_a_failed_load_leaks_nothing(make_lab: Any) -> None:
 
 @pytest.mark.usefixtures("many_slices")
 def test_d23_two_saves_at_once_do_not_mix(make_lab: Any) -> None:
-    """Each of them has several workers; the original's wait for one completion that both share."""
+    """Run two saves with several workers each; the original's wait for one completion that both share."""
     lab = make_lab(GIB, name="two")
     trees = {name: scattered(lab) for name in (b"a", b"b")}
     threads = [threading.Thread(target=save_columns, args=(lab, name, *tree)) for name, tree in trees.items()]

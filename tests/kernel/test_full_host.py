@@ -18,19 +18,19 @@ MOUNTS = [MountReport("/mnt", "a", True, 1)]
 
 @pytest.fixture
 def root(host: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Machines live on the small host."""
+    """Put machines on the small host."""
     monkeypatch.setenv("PKRAM_ROOT", str(host.directory / "root"))
     return host.directory / "root"
 
 
 @pytest.fixture
 def no_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was looked at as room is gone when it is used."""
+    """Let a check for room succeed although the room is gone when it is used."""
     monkeypatch.setattr(Ram, "check_room", lambda *_args, **_words: None)
 
 
 def scatter(lab: Any, name: str, ranges: int) -> None:
-    """A node in so many ranges: every second page of its tree."""
+    """Preserve a node in so many ranges: every second page of its tree."""
     frames, runs, _ = lab.grow(2 * ranges)
     starts = [pfn for start, count in runs for pfn in range(start, start + count)][1::2]
     frames.free(starts, [1] * len(starts))
@@ -66,7 +66,7 @@ def test_room_is_part_of_the_plan(lab: Any, host: Any, ranges: int) -> None:
 @pytest.mark.usefixtures("no_reserve")
 @pytest.mark.parametrize("left", range(7))
 def test_a_host_that_fills_up_under_the_plan(lab: Any, host: Any, left: int) -> None:
-    """After whichever page: nothing is stopped, all is as it was, and another try goes on."""
+    """Fill the host after each page in turn: no mount is stopped, all is as it was, and another try succeeds."""
     scatter(lab, "a", 2000)
     lab.load()
     before, backed = everything(lab), lab.up().ram.backed
@@ -108,7 +108,7 @@ def test_a_tree_that_was_changed_until_its_daemon_ended_is_not_lost(lab: Any) ->
 @pytest.mark.usefixtures("no_reserve")
 @pytest.mark.parametrize("left", [0, 1, 2, 3, 4])
 def test_a_boot_that_finds_the_host_full_is_resumed(lab: Any, host: Any, left: int) -> None:
-    """Behind the point of no return nothing is lost, and an error says what is missing."""
+    """Fill the host behind the point of no return: nothing is lost, and the error says what is missing."""
     lab.preserve("a", 300)
     lab.load()
     with lab.dies("release"):
@@ -122,7 +122,7 @@ def test_a_boot_that_finds_the_host_full_is_resumed(lab: Any, host: Any, left: i
 
 @pytest.mark.usefixtures("no_reserve")
 def test_a_take_over_is_repeated_on_a_full_host(lab: Any, host: Any) -> None:
-    """The old super block was given back already: that it is consumed takes no memory."""
+    """Repeat a take-over whose old super block was punched already: consuming it must take no memory."""
     lab.preserve("a", 300)
     lab.load()
     old = lab.up()

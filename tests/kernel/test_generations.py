@@ -13,7 +13,7 @@ OPTIONS = ["ro", "ro quiet", "nokaslr", "ro crashkernel=8M", "ro scratch=80M"]
 
 
 def live(lab: Any, generations: int, seed: int) -> None:
-    """Each kernel frees some trees, makes some, and dies; each boot may be killed once."""
+    """Live through kernels that free some trees, make some, and die; each boot may be killed once."""
     chance = random.Random(seed)
     names: set[str] = set()
     for generation in range(generations):
@@ -45,7 +45,7 @@ def _next(lab: Any, chance: random.Random) -> None:
 
 
 def assert_nothing_leaked(lab: Any) -> None:
-    """Every block is free, or has an owner who needs it."""
+    """Assert that every block is free, or has an owner who needs it."""
     kernel = lab.up()
     counts = kernel.leases.counts()
     trees = kernel.store.preserved().outward(512).total

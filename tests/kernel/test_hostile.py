@@ -56,14 +56,14 @@ TEXTS = [
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of everything in a value."""
+    """Yield the paths of everything in a value."""
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield (*at, key)
         yield from places(inner, (*at, key))
 
 
 def damaged(sound: dict[str, Any], rng: random.Random) -> bytes:
-    """One text that is nearly `sound`."""
+    """Return one text that is nearly `sound`."""
     value = copy.deepcopy(sound)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         known = list(places(value))
@@ -98,7 +98,7 @@ def damaged(sound: dict[str, Any], rng: random.Random) -> bytes:
 
 @pytest.fixture
 def machine(lab: Any, tmp_path: Path) -> Machine:
-    """A machine with every file that it can have: a node, kernels loaded, one mount, a boot that is pending."""
+    """Make a machine with every file that it can have: a node, loaded kernels, one mount, a pending boot."""
     running = lab.up()
     lab.preserve("kept", 5)
     loading.load(lab.machine, loading.Request("builtin:1M", append=f"ro pkram={running.info.super_pfn:x}"))
@@ -116,7 +116,7 @@ def machine(lab: Any, tmp_path: Path) -> Machine:
 
 
 def look(machine: Machine) -> None:
-    """Everything that anybody reads from these files, and what is done with it first."""
+    """Read all that anybody reads from these files, and use it as its first reader does."""
     frames = machine.hardware().size // PAGE_SIZE
     assert machine.hardware().node_spans()
     info = kernelrecord.read(machine, any_layout=True)
@@ -240,7 +240,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(machine: Machine, name: s
 
 
 def refusal(machine: Machine, name: str) -> str:
-    """What is said about a damaged file."""
+    """Return the refusal of a damaged file."""
     if name.startswith("mounts"):
         (entry,) = machine.mounts()
         return entry.damaged

@@ -100,13 +100,13 @@ def test_an_elf_that_cannot_be_is_refused(
 
 
 def test_a_program_is_no_kernel() -> None:
-    """Its ELF header alone would do: 64-bit x86, something to load."""
+    """Refuse a program, although its ELF header alone would do: 64-bit x86, something to load."""
     with pytest.raises(UsageError, match="linked dynamically: a program or a library"):
         image.load_image(shutil.which("sh") or "/bin/sh")
 
 
 def kernels(tmp_path: Path) -> list[Path]:
-    """Real kernels: those of this host, else Debian's if apt can bring it."""
+    """Find real kernels: those of this host, else Debian's if apt can bring it."""
     found = [path for path in Path("/boot").glob("vmlinuz*") if os.access(path, os.R_OK)]
     if not found and shutil.which("apt-get") and shutil.which("dpkg-deb"):
         depends = subprocess.run(

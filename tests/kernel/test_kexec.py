@@ -62,7 +62,7 @@ def test_many_generations_lose_and_leak_nothing(lab: Any, poison: bool) -> None:
 
 
 def test_nodes_that_nobody_mounted_survive_a_second_kexec(lab: Any) -> None:
-    """D3 of the facts: the original forgets them."""
+    """Keep nodes that nobody mounted over a second kexec; the original forgets them (D3)."""
     lab.preserve("a", 1000)
     for _ in range(3):
         lab.cycle(poison=True)
@@ -178,7 +178,7 @@ def _files(machine: Any) -> list[str]:
 
 
 def test_nothing_preserved_is_empty_not_invalid(lab: Any) -> None:
-    """D32 of the facts."""
+    """Boot with nothing preserved: that is no error (D32)."""
     lab.cycle()
     log = lab.machine.dmesg()
     assert "is empty" in log
@@ -210,7 +210,7 @@ def test_numa_counts_are_reported(make_lab: Any) -> None:
 
 
 def test_a_tree_in_more_pieces_than_the_reserve_can_list(make_lab: Any) -> None:
-    """D8 of the facts: the original drops the tail; here the list becomes coarser."""
+    """Make the list coarser where it is too long; the original drops its tail (D8)."""
     lab = make_lab(16 << 30, name="large")
     frames, runs, _ = lab.grow(1)
     kernel = lab.up()
@@ -263,7 +263,7 @@ def test_a_command_line_that_will_lose_what_is_preserved_later_is_a_warning(lab:
 
 
 def test_a_stale_pkram_restores_nothing(lab: Any) -> None:
-    """D31 of the facts: booting twice with the same pfn, while all that it named is still there."""
+    """Boot twice with the same pfn, while all that it named is still there (D31)."""
     lab.preserve("a", 256)
     pfn = lab.up().info.super_pfn
     lab.cycle()
@@ -408,7 +408,7 @@ def test_the_kernel_chooses_destinations_clear_of_preserved_pages(lab: Any) -> N
 
 
 def test_without_a_free_block_only_pages_that_are_not_preserved_are_chosen(lab: Any) -> None:
-    """Row 18, the second best: a tree that is not preserved may be moved out, one that is may not."""
+    """Choose blocks of a tree that is not preserved, which may be relocated, before any that are (row 18)."""
     kernel = lab.up()
     lab.preserve("a", (kernel.leases.counts()["free"] - 9) * BLOCK_PAGES)
     lab.grow(kernel.leases.counts()["free"] * BLOCK_PAGES, seed=2)
@@ -474,7 +474,7 @@ def test_a_kernel_that_cannot_move_is_refused_as_crash_kernel(lab: Any, elf: Any
 
 
 def test_pages_preserved_after_loading_are_relocated(lab: Any) -> None:
-    """Row 15: the tree lies where the kernel will be copied; the save copies it elsewhere."""
+    """Save a tree that lies where the kernel will be copied: the save relocates it (row 15)."""
     frames, runs, total = lab.grow(1000)
     lab.load(syscall="load", mem_min=runs[0][0] << PAGE_SHIFT)
     banned = lab.up().banned()
@@ -570,7 +570,7 @@ def test_what_is_no_file_is_refused_before_anybody_waits(lab: Any, tmp_path: Any
 
 
 def test_a_file_is_loaded_as_long_as_it_was(lab: Any, tmp_path: Any) -> None:
-    """Files of /proc say that they are empty and may have no end."""
+    """Load no more than a file's size: files of /proc say that they are empty, and may have no end."""
     lab.load(initrd="/proc/self/maps")
     assert staging.read(lab.machine).segment("initrd").size == 0
     (tmp_path / "initrd").write_bytes(b"i" * 5000)

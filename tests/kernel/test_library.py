@@ -14,7 +14,7 @@ PACKAGE = Path(pkramfs.__file__).parent
 
 
 def run(name: str) -> str:
-    """Type one of the manual's examples into a Python of its own."""
+    """Run one of the manual's examples in a Python of its own."""
     page = (PACKAGE / "resources" / "man" / "pkramfs-library.3.md").read_text()
     program = textwrap.dedent(page.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- /{name} -->")[0])
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}

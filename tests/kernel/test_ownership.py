@@ -28,7 +28,7 @@ def test_a_flipped_bit_leaves_no_tree_id() -> None:
 
 
 def block_of(lab: Any, which: str) -> int:
-    """A block of preserved node a, of a living tree, of the kernel, …"""
+    """Return a block of preserved node a, of a living tree, of the kernel, …"""
     kernel = lab.up()
     if which == "node":
         return int(lab.up().store.find(b"a").pfn // BLOCK_PAGES)
@@ -62,7 +62,7 @@ def test_every_bit_of_a_word_of_the_lease_table(lab: Any, which: str) -> None:
 @pytest.mark.parametrize("word", [FREE, new_tree_id()], ids=["free", "dead"])
 @pytest.mark.parametrize("which", ["node", "hole", "kernel", "reserve"])
 def test_a_block_that_others_vouch_for_is_never_leased_nor_swept(lab: Any, which: str, word: int) -> None:
-    """Zeroed words, and ids that would pass for a dead owner's."""
+    """Damage words to zeros, and to ids that would pass for a dead owner's."""
     lab.preserve("a", 700)
     lab.preserve("b", 300, seed=2)
     kernel, block = running.look(lab.machine), block_of(lab, which)
@@ -110,7 +110,7 @@ def test_a_kexec_makes_the_table_anew(lab: Any) -> None:
 
 
 def test_ids_of_older_releases_are_swept_when_their_lock_file_is_there(lab: Any) -> None:
-    """Before ids had a check, a dead daemon's lock file says that its word is no damage."""
+    """Sweep ids without a check: a dead daemon's lock file says that its word is no damage."""
     kernel, old = lab.up(), 0x1234567890ABCDEF
     assert not is_tree_id(old)
     Frames(kernel.ram, kernel.leases, old).allocate(10)
@@ -122,7 +122,7 @@ def test_ids_of_older_releases_are_swept_when_their_lock_file_is_there(lab: Any)
 
 
 def changed(data: Any) -> Iterator[Any]:
-    """JSON data with one value changed, for each value, by type."""
+    """Yield JSON data with one value changed, for each value, by type."""
     if isinstance(data, dict):
         for key, value in data.items():
             yield from (data | {key: other} for other in changed(value))
@@ -196,7 +196,7 @@ def test_taking_over_punches_nothing_that_is_preserved(lab: Any) -> None:
 
 
 def test_the_next_kernel_is_not_put_where_a_node_is(lab: Any) -> None:
-    """The table may call the block free: destinations are chosen outside of what nodes name."""
+    """Choose destinations outside of what nodes name, although the table calls the block free."""
     lab.preserve("a", 700)
     kernel = lab.up()
     nodes = kernel.ownership.guarded()

@@ -49,7 +49,7 @@ def test_a_kernel_loaded_with_s_goes_elsewhere_if_pages_came_to_lie_there(
 
 
 def test_data_that_are_lost_already_are_named_before_they_are_given_up(lab: Any) -> None:
-    """A tree is preserved, but what a refused write-back lost is not in it."""
+    """Preserve a tree without the data that a refused write-back lost."""
     lab.preserve("a", 10)
     lab.load()
     lost = MountReport("/mnt", "a", True, 1, lost="data written to /f are lost")
@@ -168,7 +168,7 @@ OPERATIONS += ["PointOfNoReturn", "Boot", "TakeOver"]
 
 @pytest.mark.parametrize("after", OPERATIONS)
 def test_dying_between_any_two_steps_and_going_on_ends_in_the_same_state(make_lab: Any, after: str) -> None:
-    """What the kexec had not finished is finished by whoever comes next, or begun again with the same command line."""
+    """Die after each step in turn; then finish the kexec, or begin it again with the same command line."""
     facts = []
     for name in ("straight", "killed"):
         lab = make_lab(name=name)

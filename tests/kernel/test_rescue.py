@@ -39,7 +39,7 @@ def three(lab: Any) -> Any:
 
 
 def mend(lab: Any) -> tuple[Survey, dict[str, list[str]]]:
-    """What `pkramctl free --damaged` does; what was found, and what was said before a store was made."""
+    """Do what `pkramctl free --damaged` does; return the survey, and the messages before the first store."""
     kernel, said, seen = running.look(lab.machine), dict[str, list[str]](), []
     kernel.mend(seen.append)
     with lab.machine.tables():
@@ -49,7 +49,7 @@ def mend(lab: Any) -> tuple[Survey, dict[str, list[str]]]:
 
 
 def bits(record: Any, rest: int, request: pytest.FixtureRequest) -> list[int]:
-    """Every bit of a record's fields and a few of the rest; of each byte one bit but in the long form."""
+    """Yield every bit of a record's fields and a few of the rest; in the short form one bit of each byte."""
     whole = range(record.size * 8)
     some = whole if request.config.getoption("--long") else range(0, record.size * 8, 9)
     return [*some, *range(NEXT * 8, NEXT * 8 + 64), rest * 8 + 3, PAGE_SIZE * 8 - 1]
@@ -126,7 +126,7 @@ def test_a_node_that_was_withdrawn_is_not_found_again(three: Any) -> None:
 
 @pytest.mark.usefixtures("damaged")
 def test_contents_that_look_like_a_node_are_not_taken_for_one(three: Any) -> None:
-    """A file of another tree that holds what a node page would, checksum and all."""
+    """Put a copy of a node page, checksum and all, into a file of another tree."""
     frames, runs, _ = three.grow(3, seed=9)
     claim = three.machine.claim(frames.tree_id)
     kernel, forged = three.up(), runs[0][0]

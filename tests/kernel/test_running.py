@@ -121,7 +121,7 @@ def test_booting_16_tib_touches_no_more_than_4_gib(make_lab: Any) -> None:
 
 @contextlib.contextmanager
 def calls_made() -> Iterator[collections.Counter[str]]:
-    """Calls of functions, Python's and C's, while the block runs."""
+    """Count the calls of functions, Python's and C's, while the block runs."""
     counted = collections.Counter[str]()
     sys.setprofile(lambda _frame, event, _: counted.update([event]))
     try:
@@ -132,7 +132,7 @@ def calls_made() -> Iterator[collections.Counter[str]]:
 
 @contextlib.contextmanager
 def most_memory() -> Iterator[list[int]]:
-    """The most bytes that Python and numpy had at once while the block ran."""
+    """Measure the most bytes that Python and numpy have at once while the block runs."""
     found: list[int] = []
     tracemalloc.start()
     try:
@@ -143,7 +143,7 @@ def most_memory() -> Iterator[list[int]]:
 
 
 def test_booting_16_tib_takes_less_than_twice_the_steps_of_4_gib(make_lab: Any) -> None:
-    """Steps and memory of a whole kexec do not grow with RAM, of which the lease table alone has 64 MiB."""
+    """Compare steps and memory of a whole kexec: they must not grow with RAM, whose lease table has 64 MiB."""
     calls, memory = [], []
     for size in (4 * GIB, 16 * TIB):
         lab = make_lab(size, name=f"m{size}")

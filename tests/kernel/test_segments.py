@@ -99,7 +99,7 @@ def test_json_gives_the_same_segments() -> None:
 def test_d25_a_hole_is_where_trying_every_address_finds_it(
     free: list[bool], pages: int, align: int, top_down: bool
 ) -> None:
-    """In both directions, as the kernel's own search from below has never heard of preserved pages."""
+    """Search in both directions; the kernel's own search from below knows nothing of preserved pages."""
     places = [
         LOWEST_PFN + at
         for at in range(len(free) - pages + 1)
@@ -116,7 +116,7 @@ def test_d25_a_hole_is_where_trying_every_address_finds_it(
 
 @given(st.lists(st.booleans(), min_size=1, max_size=14), st.lists(st.integers(1, 4), min_size=1, max_size=3))
 def test_what_is_refused_does_not_fit_largest_first(free: list[bool], wanted: list[int]) -> None:
-    """A refusal is checked against the same rule done by hand, one page at a time."""
+    """Check a refusal against the same rule applied one page at a time."""
     room, taken = list(free), []
     for pages in sorted(wanted, reverse=True):
         places = [at for at in range(len(room) - pages + 1) if all(room[at : at + pages])]
