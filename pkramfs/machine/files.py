@@ -30,7 +30,6 @@ from typing import Any, NoReturn
 from pkramfs import schema
 from pkramfs.errors import DamagedError, MachineError, explain
 from pkramfs.machine import locks
-from pkramfs.text import literal
 
 LIMIT = 32 << 20
 """Most bytes of a file that this program wrote: a kernel.json of half a million ranges has fewer."""
@@ -130,13 +129,17 @@ class Sealed(schema.Kind):
         self.expected = kind.expected
 
     def read(self, value: Any, at: str = "") -> Any:
-        """Return the object without its seal; raise Invalid if the seal does not match."""
-        if isinstance(value, dict) and (CHECKSUM in value or self._required(value)):
-            found = value.get(CHECKSUM)
-            if found != sealed(value)[CHECKSUM]:
-                raise schema.Invalid(CHECKSUM, literal(found), "the checksum of all other fields")
-            value = {name: field for name, field in value.items() if name != CHECKSUM}
-        return self._kind.read(value, at)
+        """Return the object without its seal; raise Invalid if a field is wrong or the seal does not match.
+
+        Fields come first: an error that names one says more than a checksum does.
+        """
+        if not isinstance(value, dict):
+            return self._kind.read(value, at)
+        plain = {name: field for name, field in value.items() if name != CHECKSUM}
+        data = self._kind.read(plain, at)
+        if (CHECKSUM in value or self._required(value)) and value.get(CHECKSUM) != _checksum(plain):
+            raise schema.Invalid("", "its checksum does not fit", "the checksum of all other fields")
+        return data
 
 
 def _checksum(data: dict[str, Any]) -> str:

@@ -91,7 +91,7 @@ def test_a_mount_that_does_not_end_leaves_everything_as_it_was(lab: Any) -> None
     lab.load()
     before = everything(lab)
     with lab.machine.lifecycle(shared=False), pytest.raises(MachineError, match="does not end"):
-        kexec.plan(lab.machine, MOUNTS, stop=stop, remount=[{"name": "a"}]).execute()
+        kexec.plan(lab.machine, MOUNTS, stop=stop, remount=[{"name": "a", "mountpoint": "/a"}]).execute()
     assert everything(lab) == before
 
 

@@ -92,7 +92,7 @@ BIND = {"mountpoint": "/b", "root": "/r", "inode": None, "options": [], "order":
         ({"name": 5}, "name is 5"),
         ({"mountpoint": "relative"}, "mountpoint is 'relative'"),
         ({"options": []}, r"options is \[\]"),
-        ({"options": {"ro": 1}}, "options is"),
+        ({"options": {"ro": 1}}, r"options\.ro is 1"),
         ({"tree": "../x"}, r"tree is '\.\./x'"),
         ({"tree": 7}, "tree is 7"),
         ({"order": True}, "order is True"),
@@ -110,7 +110,7 @@ BIND = {"mountpoint": "/b", "root": "/r", "inode": None, "options": [], "order":
 def test_a_damaged_list_of_mounts_is_named(lab: Any, damage: dict[str, Any], named: str) -> None:
     whole = {"name": "a", "mountpoint": "/m", "options": {}}
     lab.machine.write_json(nvram.NAME, {"mounts": [whole, whole | damage]})
-    with pytest.raises(MachineError, match=rf"nvram\.json is damaged: mounts: .*{named}"):
+    with pytest.raises(MachineError, match=rf"nvram\.json is damaged: mounts.*{named}"):
         nvram.mounts(lab.machine)
 
 

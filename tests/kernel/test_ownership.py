@@ -147,7 +147,7 @@ def test_no_value_of_kernel_json_is_believed_alone(lab: Any) -> None:
     good = json.loads(lab.machine.read_text(kernelrecord.NAME) or "")
     for data in changed({key: value for key, value in good.items() if key not in ("report", "layout")}):
         lab.machine.write_json(kernelrecord.NAME, good | data)
-        with pytest.raises(MachineError, match=r"kernel\.json is damaged: its checksum|cannot be read"):
+        with pytest.raises(MachineError, match=r"kernel\.json is damaged|cannot be read"):
             running.look(lab.machine)
     lab.machine.write_json(kernelrecord.NAME, {key: value for key, value in good.items() if key != "checksum"})
     with pytest.raises(MachineError, match=r"kernel\.json is damaged: its checksum"):
