@@ -92,13 +92,16 @@ class Boot:
 
     @property
     def usable(self) -> Spans:
+        """Return the pages that the new kernel may use."""
         return placement.usable_memory(self.hardware, self.pending)
 
     @property
     def preserved(self) -> Spans:
+        """Return the pages that the last kernel handed over."""
         return self.found.preserved if self.found else Spans()
 
     def log(self, message: str) -> None:
+        """Append a line to the machine's log."""
         self.machine.log(message)
 
 

@@ -32,6 +32,7 @@ class Slots:
 
     @property
     def total(self) -> int:
+        """Return the number of slots."""
         return int(self.counts.sum())
 
     def __getitem__(self, index: int) -> int:

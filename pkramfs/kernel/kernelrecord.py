@@ -79,6 +79,7 @@ class KernelInfo:
         return Spans(self.reserved.values())
 
     def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON data."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
@@ -146,6 +147,7 @@ class _Tuple(schema.ListOf):
     """A list that is read as a tuple."""
 
     def read(self, value: Any, at: str = "") -> Any:
+        """Return the list as a tuple."""
         return tuple(super().read(value, at))
 
 

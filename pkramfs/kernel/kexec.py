@@ -93,6 +93,7 @@ class Transition:
 
     @property
     def machine(self) -> Machine:
+        """Return the machine that both kernels run on."""
         return self.kernel.machine
 
     @property
@@ -104,6 +105,7 @@ class Transition:
 
     @property
     def pending(self) -> Pending:
+        """Return the boot as nvram.json will have it."""
         scratch = self.kernel.info.reserved.get("Scratch")
         return Pending(
             nvram.KEXEC,
@@ -363,6 +365,7 @@ class _Reserve:
         self._free = (pfn for start, end in pages for pfn in range(start, end))
 
     def take(self, count: int) -> U64:
+        """Take `count` pages; raise ExhaustedError if there are fewer."""
         found = list(islice(self._free, count))
         if len(found) < count:
             raise ExhaustedError(f"PKRAM's reserve is {count - len(found)} pages short of what the region list needs")

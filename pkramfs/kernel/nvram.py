@@ -61,6 +61,7 @@ class ImageInfo:
 
     @classmethod
     def of(cls, image: "Image") -> "ImageInfo":
+        """Return what boot must know of an image."""
         return cls(**{name: getattr(image, name) for name in cls.__dataclass_fields__})
 
 
@@ -85,6 +86,7 @@ class Pending:
     """The last facts about the dead kernel, for the crash kernel that finds its memory."""
 
     def to_json(self) -> dict[str, Any]:
+        """Return the boot as JSON data."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return plain | {
             "image": dict(vars(self.image)),
@@ -225,6 +227,7 @@ def set_pause(machine: "Machine", seconds: float) -> None:
 
 
 def next_generation(machine: "Machine") -> int:
+    """Return the generation of the next kernel."""
     return int(read(machine)["boot_count"]) + 1
 
 

@@ -65,6 +65,7 @@ class Placement:
 
     @property
     def spans(self) -> Spans:
+        """Return all pages that stay reserved while the kernel lives."""
         return Spans(self.named.values())
 
 

@@ -44,27 +44,33 @@ class Running:
 
     @cached_property
     def ram(self) -> Ram:
+        """Return the machine's RAM, opened once."""
         return self.machine.ram()
 
     @property
     def leases(self) -> Leases:
+        """Return the lease table."""
         return self.ownership.leases
 
     @cached_property
     def ownership(self) -> Ownership:
+        """Return the witnesses for the owners of page blocks."""
         return Ownership(self.machine, self.info, self.store)
 
     @cached_property
     def store(self) -> Store:
+        """Return the nodes below the super block."""
         claims = FileClaims(self.machine.path("claims"))
         return Store(self.ram, self.info.super_pfn or None, self.machine.tables, claims)
 
     @property
     def generation(self) -> int:
+        """Return how many kernels this machine has had, this one included."""
         return self.info.generation
 
     @property
     def cmdline(self) -> str:
+        """Return the kernel's command line."""
         return kernelrecord.cmdline(self.machine)
 
     def sweep(self) -> int:

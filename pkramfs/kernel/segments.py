@@ -52,14 +52,17 @@ class Segment:
 
     @property
     def end(self) -> int:
+        """Return the page after the last one."""
         return self.pfn + self.pages
 
     def describe(self) -> str:
+        """Describe the segment in one line: its source, size and destination."""
         what = f"{self.name} ({self.source or 'made by the loader'}): {format_size(self.size)}"
         where = f"{self.pfn << PAGE_SHIFT:#x}-{(self.end << PAGE_SHIFT) - 1:#x}"
         return f"{what} to {where} (pfn {self.pfn:x}, {plural(self.pages, 'page')})"
 
     def to_json(self) -> dict[str, Any]:
+        """Return the segment as JSON data."""
         return asdict(self)
 
 
@@ -97,6 +100,7 @@ class _Declared(schema.Kind):
         self._frames = frames
 
     def read(self, value: Any, at: str = "") -> dict[str, Any]:
+        """Return the segment; raise Invalid if it is not within RAM."""
         data = self._object.read(value, at)
         found = Segment(**data)
         if found.end > self._frames:

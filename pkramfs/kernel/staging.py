@@ -59,9 +59,11 @@ class Loaded:
     segments: tuple[Segment, ...]
 
     def segment(self, name: str) -> Segment | None:
+        """Return the segment of this name, or None."""
         return next((s for s in self.segments if s.name == name), None)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the loaded kernel as JSON data."""
         return {
             "mode": self.mode,
             "image": dict(vars(self.image)),
@@ -90,6 +92,7 @@ class _Segments(schema.Kind):
         self._list = segments_declared(frames)
 
     def read(self, value: Any, at: str = "") -> list[dict[str, Any]]:
+        """Return the segments; raise Invalid if one is there twice or missing."""
         found: list[dict[str, Any]] = self._list.read(value, at)
         names = [segment["name"] for segment in found]
         if len(set(names)) != len(names) or not set(_ALWAYS) <= set(names):
