@@ -50,8 +50,9 @@ Read in this order:
     costs         what bans and relocation cost, and what scratch would
     crash         a kernel to look at the dead one with
 
-Four words mean one thing each in this chapter: a *Pending* is a boot that was decided, a *Boot* one
-that is under way, a *Plan* is what `-e` will do, and to *publish* a kernel is to rename kernel.json.
+Some words mean one thing each in this chapter: a *Pending* is a boot that was decided, a *BootProgress*
+one that is under way; a *Plan* is what `-e` will do, and *Boot* is one of its operations; to *publish* a
+kernel is to rename kernel.json.
 
 Kernel: kernel/kexec*.c, arch/x86/boot/compressed, arch/x86/kernel/setup.c, init/main.c
 """

@@ -58,7 +58,7 @@ def boot(machine: Machine, *, force: bool = False, after_step: AfterStep = nothi
     pending = nvram.pending(machine)
     if pending is None:
         raise MachineError(f"{machine.path(nvram.NAME)}: no boot is pending")
-    started = Boot(machine, machine.hardware(), machine.ram(), pending, force or pending.force)
+    started = BootProgress(machine, machine.hardware(), machine.ram(), pending, force or pending.force)
     machine.begin_log()
     for step in STEPS:
         begun = time.perf_counter()
@@ -73,7 +73,7 @@ def boot(machine: Machine, *, force: bool = False, after_step: AfterStep = nothi
 
 
 @dataclass
-class Boot:
+class BootProgress:
     """A boot under way: what it knows so far. Each step adds to it."""
 
     machine: Machine
@@ -105,7 +105,7 @@ class Boot:
         self.machine.log(message)
 
 
-def purgatory(boot: Boot) -> None:
+def purgatory(boot: BootProgress) -> None:
     """Check that the segments in RAM are the loaded ones."""
     image = boot.pending.image
     staging.verify_in_ram(boot.ram, boot.pending.segments)
@@ -113,7 +113,7 @@ def purgatory(boot: Boot) -> None:
     boot.log(f"pkramfs {__version__} boots {image.name}{version} ({image.kind}), generation {boot.pending.generation}")
 
 
-def params(boot: Boot) -> None:
+def params(boot: BootProgress) -> None:
     """Read the command line from where boot parameters say; a cold boot takes nvram.json's."""
     segments = {s.name: s for s in boot.pending.segments}
     boot.cmdline = boot.pending.cmdline
@@ -128,7 +128,7 @@ def params(boot: Boot) -> None:
         boot.log(f"firmware: [mem {start:#018x}-{end - 1:#018x}] {kind}")
 
 
-def find(boot: Boot) -> None:
+def find(boot: BootProgress) -> None:
     """Find what the last kernel left, or decide that nothing is expected."""
     for name, count in boot.pending.lost:
         _lose(boot, name, count, "given up by a forced kexec")
@@ -152,12 +152,12 @@ def find(boot: Boot) -> None:
         _expect_nothing(boot, "metadata cannot be read")
 
 
-def _expect_nodes(boot: Boot, found: int) -> None:
+def _expect_nodes(boot: BootProgress, found: int) -> None:
     if found < len(boot.pending.nodes):
         raise FormatError("SuperBlock", "nodes", found=found, expected=len(boot.pending.nodes))
 
 
-def _expect_nothing(boot: Boot, reason: str) -> None:
+def _expect_nothing(boot: BootProgress, reason: str) -> None:
     """Go on without preserved nodes if there were none or the boot is forced; raise FormatError otherwise."""
     expected = boot.pending.nodes
     if expected and not boot.force:
@@ -166,13 +166,13 @@ def _expect_nothing(boot: Boot, reason: str) -> None:
         _lose(boot, f"node {name}", count, reason)
 
 
-def _lose(boot: Boot, name: str, count: int, reason: str) -> None:
+def _lose(boot: BootProgress, name: str, count: int, reason: str) -> None:
     boot.lost.append((name, count))
     size = f" ({plural(count, 'page')})" if count else ""
     boot.log(f"pkram: {name} is lost{size}: {reason}")
 
 
-def place(boot: Boot) -> None:
+def place(boot: BootProgress) -> None:
     """Find room for everything, before anything is changed."""
     boot.placed, boot.early = placement.arrange(boot.hardware, boot.pending, boot.preserved)
     start, end = boot.placed.kernel
@@ -188,7 +188,7 @@ def place(boot: Boot) -> None:
         )
 
 
-def release(boot: Boot) -> None:
+def release(boot: BootProgress) -> None:
     """Punch every page that nobody reserved, whatever the last kernel had there."""
     if boot.pending.crash:
         return  # the dead kernel's memory stays as it is, to be looked at
@@ -200,7 +200,7 @@ def release(boot: Boot) -> None:
     _log_memory(boot)
 
 
-def _log_memory(boot: Boot) -> None:
+def _log_memory(boot: BootProgress) -> None:
     whole, reserved = boot.usable.total, (boot.placed.spans | boot.preserved).total
     boot.log(
         f"Memory: {(whole - reserved) * 4}K/{whole * 4}K available "
@@ -208,7 +208,7 @@ def _log_memory(boot: Boot) -> None:
     )
 
 
-def move(boot: Boot) -> None:
+def move(boot: BootProgress) -> None:
     """Copy the loaded kernel to its place, unless it runs where it was loaded."""
     start, end = boot.placed.kernel
     source = next((s for s in boot.pending.segments if s.name == "kernel"), None)
@@ -218,7 +218,7 @@ def move(boot: Boot) -> None:
         boot.log(f"Kernel moved from pfn {format_pfn(source.pfn)} to pfn {format_pfn(start)}")
 
 
-def build_tables(boot: Boot) -> None:
+def build_tables(boot: BootProgress) -> None:
     """Write the lease table: holes, the kernel's own, what was handed over, preserved trees."""
     handed_over = destinations(boot.pending.segments) | (boot.found.stale if boot.found else Spans())
     reserve = Spans([boot.placed.reserve]) if boot.placed.reserve else Spans()
@@ -233,7 +233,7 @@ def build_tables(boot: Boot) -> None:
         boot.log(f"pkram: node {node.name}: {plural(node.spans.total, 'page')} in {ranges}{relocated}")
 
 
-def super_block(boot: Boot) -> None:
+def super_block(boot: BootProgress) -> None:
     """Make this kernel's super block, naming the nodes that were found, unless PKRAM is off here."""
     if boot.placed.reserve is None:
         boot.log(f"pkram: disabled {'in a crash kernel' if boot.pending.crash else 'on the command line'}")
@@ -245,7 +245,7 @@ def super_block(boot: Boot) -> None:
     boot.log(f"pkram: super block at pfn {format_pfn(boot.super_pfn)}")
 
 
-def files(boot: Boot) -> None:
+def files(boot: BootProgress) -> None:
     """Write the files that /proc and /sys would show."""
     boot.machine.write_text("cmdline", boot.cmdline + "\n")
     if boot.super_pfn:
@@ -256,7 +256,7 @@ def files(boot: Boot) -> None:
     boot.machine.write_text("iomem", iomem.render(boot.hardware, owners))
 
 
-def publish(boot: Boot) -> None:
+def publish(boot: BootProgress) -> None:
     """Rename kernel.json into place: from now on this is the running kernel."""
     placed, found = boot.placed, boot.found
     reserve = placed.reserve or (0, 0)
@@ -279,7 +279,7 @@ def publish(boot: Boot) -> None:
     kernelrecord.write(boot.machine, boot.info)
 
 
-def _report(boot: Boot) -> dict[str, Any]:
+def _report(boot: BootProgress) -> dict[str, Any]:
     """Return what `pkramctl report` shows: nodes found and lost, pages reserved, and the time of each step."""
     nodes = boot.found.nodes if boot.found else ()
     return {
@@ -299,7 +299,7 @@ def _report(boot: Boot) -> dict[str, Any]:
     }
 
 
-def _numa(boot: Boot) -> dict[str, dict[str, int]]:
+def _numa(boot: BootProgress) -> dict[str, dict[str, int]]:
     """Count the pages of each NUMA node: all, and preserved."""
     memory, reserved = boot.early.memory, boot.early.reserved
     return {

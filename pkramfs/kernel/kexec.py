@@ -166,7 +166,7 @@ def _operations(going: Transition, mounts: Sequence[MountReport], stop: Callable
     found += [Verify(going), DecideBoot(going)]
     if mounts:
         found += [StopMounts(mounts, stop), LastLook(going)]
-    return [*found, PointOfNoReturn(going), CopyAndBoot(going), TakeOver(going)]
+    return [*found, PointOfNoReturn(going), Boot(going), TakeOver(going)]
 
 
 def _losses(going: Transition, mounts: Sequence[MountReport]) -> list[PkramfsError]:
@@ -459,7 +459,7 @@ class PointOfNoReturn(Operation):
 
 
 @dataclass
-class CopyAndBoot(Operation):
+class Boot(Operation):
     """8 and 9: copy the segments into RAM, then boot in a process that knows nothing else."""
 
     going: Transition
