@@ -22,6 +22,9 @@ ORDER = (
 )
 """Lowest chapter first, so that the lowest broken one reports first."""
 ROOTS_USED: list[str] = []
+PLACE = pytest.StashKey[Path]()
+"""A directory of this run's own: two runs share no name, whoever starts them."""
+FAILED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +32,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="seed of the random tests (printed)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest takes basetemp
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        keep_apart(config)
     seed = config.getoption("--seed")
     hypothesis.settings.register_profile(
         "default",
@@ -45,8 +51,32 @@ def pytest_configure(config: pytest.Config) -> None:
         hypothesis.core.global_force_seed = seed
 
 
+def keep_apart(config: pytest.Config) -> None:
+    """Give this run directories that no other run takes, opens, closes or clears.
+
+    By default all runs of a user share /tmp/pytest-of-USER: each sets its mode back to 0700, which shuts out the other
+    users that a test of another run has let in, and removes the directories of all but the three newest runs.
+    """
+    place = config.stash[PLACE] = Path(tempfile.mkdtemp(prefix="pkram-run-"))
+    if config.option.basetemp is None:
+        config.option.basetemp = str(place / "tmp")
+    os.environ["PKRAM_ROOT"] = str(place / "machines")  # of a test that asks for none: never the user's own
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[FAILED] = exitstatus == pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave this run's files only where a test failed."""
+    place = config.stash.get(PLACE, None)
+    if place is not None and not config.stash.get(FAILED, False):
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"seed: {config.getoption('--seed')} (--seed N for another)"
+    place = config.option.basetemp or config.stash[PLACE]
+    return f"seed: {config.getoption('--seed')} (--seed N for another), files: {place} (kept if a test fails)"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
