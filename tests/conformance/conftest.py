@@ -26,10 +26,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-from conformance.differences import judge
-from conformance.record import Record, picture
+from tests.conformance.differences import judge
+from tests.conformance.record import Record, picture
 
 ROOT = os.geteuid() == 0
 REPOSITORY = Path(__file__).parents[2]

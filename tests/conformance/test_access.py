@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance import system
 
 from pkramfs.mounting.options import (
     MS_NOATIME,
@@ -20,6 +19,7 @@ from pkramfs.mounting.options import (
     MS_REMOUNT,
     MS_STRICTATIME,
 )
+from tests.conformance import system
 
 pytestmark = [
     pytest.mark.mount,

@@ -7,8 +7,9 @@ import resource
 from typing import Any
 
 import pytest
-from conformance import system
-from conformance.kinds import write
+
+from tests.conformance import system
+from tests.conformance.kinds import write
 
 pytestmark = pytest.mark.mount
 

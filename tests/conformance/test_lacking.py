@@ -8,9 +8,10 @@ import os
 from typing import Any
 
 import pytest
-from conformance import system
-from conformance.kinds import make, write
-from conformance.system import COLLAPSE, INSERT, KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate
+
+from tests.conformance import system
+from tests.conformance.kinds import make, write
+from tests.conformance.system import COLLAPSE, INSERT, KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate
 
 pytestmark = pytest.mark.mount
 FIONREAD, FS_IOC_GETFLAGS, FS_IOC_GETVERSION, TCGETS = 0x541B, 0x80086601, 0x80087601, 0x5401

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance.conftest import Lab, compare
-from conformance.kinds import write
-from conformance.record import TICK
-from conformance.system import acl
+
+from tests.conformance.conftest import Lab, compare
+from tests.conformance.kinds import write
+from tests.conformance.record import TICK
+from tests.conformance.system import acl
 
 pytestmark = [pytest.mark.mount, pytest.mark.skipif(os.geteuid() != 0, reason="needs a tmpfs of its own")]
 PAGES, INODES = 64, 40

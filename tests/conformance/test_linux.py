@@ -15,10 +15,11 @@ import time
 from typing import Any
 
 import pytest
-from conformance import system
-from conformance.kinds import KINDS, make, write
-from conformance.record import Record
-from conformance.system import NOREPLACE, renameat2
+
+from tests.conformance import system
+from tests.conformance.kinds import KINDS, make, write
+from tests.conformance.record import Record
+from tests.conformance.system import NOREPLACE, renameat2
 
 pytestmark = pytest.mark.mount
 ROOT = os.geteuid() == 0

@@ -6,8 +6,9 @@ import os
 from typing import Any
 
 import pytest
-from conformance.kinds import make, write
-from conformance.system import EXCHANGE, DirStream, getdents, renameat2
+
+from tests.conformance.kinds import make, write
+from tests.conformance.system import EXCHANGE, DirStream, getdents, renameat2
 
 pytestmark = pytest.mark.mount
 

@@ -9,7 +9,8 @@ import struct
 from typing import Any
 
 import pytest
-from conformance.kinds import make, write
+
+from tests.conformance.kinds import make, write
 
 pytestmark = pytest.mark.mount
 

@@ -7,8 +7,9 @@ import stat
 from typing import Any
 
 import pytest
-from conformance import system
-from conformance.kinds import DEVICES, KINDS, make, write
+
+from tests.conformance import system
+from tests.conformance.kinds import DEVICES, KINDS, make, write
 
 pytestmark = pytest.mark.mount
 

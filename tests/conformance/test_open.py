@@ -5,7 +5,8 @@ import os
 from typing import Any
 
 import pytest
-from conformance.kinds import DEVICES, KINDS, make, write
+
+from tests.conformance.kinds import DEVICES, KINDS, make, write
 
 pytestmark = pytest.mark.mount
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conformance import system
-from conformance.conftest import Lab
 
 from pkramfs.cli import mount as helper
 from pkramfs.errors import UsageError
@@ -23,6 +21,8 @@ from pkramfs.machine.firmware import FirmwareMap
 from pkramfs.machine.policy import Policy
 from pkramfs.mounting.options import MS_REMOUNT, parse
 from pkramfs.units import GIB, PAGE_SHIFT
+from tests.conformance import system
+from tests.conformance.conftest import Lab
 
 pytestmark = [pytest.mark.mount, pytest.mark.skipif(os.geteuid() != 0, reason="needs a tmpfs of its own")]
 

@@ -7,9 +7,10 @@ import struct
 from typing import Any
 
 import pytest
-from conformance import system
-from conformance.kinds import make, write
-from conformance.system import acl
+
+from tests.conformance import system
+from tests.conformance.kinds import make, write
+from tests.conformance.system import acl
 
 pytestmark = [pytest.mark.mount, pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance.conftest import inside
-from conformance.differences import judge
-from conformance.record import Record, picture
-from conformance.system import renameat2
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from tests.conformance.conftest import inside
+from tests.conformance.differences import judge
+from tests.conformance.record import Record, picture
+from tests.conformance.system import renameat2
 
 pytestmark = pytest.mark.mount
 SECONDS = 20.0

@@ -6,9 +6,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
-from conformance.differences import DIFFERENCES
 
 import pkramfs
+from tests.conformance.differences import DIFFERENCES
 
 ROWS = {
     "test_truncate*": "truncate(2) to the size",

@@ -5,9 +5,10 @@ import os
 from typing import Any
 
 import pytest
-from conformance import system
-from conformance.kinds import DEVICES, make, write
-from conformance.system import EXCHANGE, NOREPLACE, WHITEOUT, renameat2
+
+from tests.conformance import system
+from tests.conformance.kinds import DEVICES, make, write
+from tests.conformance.system import EXCHANGE, NOREPLACE, WHITEOUT, renameat2
 
 pytestmark = pytest.mark.mount
 KINDS = ("none", "file", "dir", "full", "link", "fifo", "socket", *DEVICES[:1])

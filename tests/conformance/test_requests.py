@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conformance import system
-from conformance.kinds import make, write
-from conformance.system import KEEP_SIZE, PUNCH_HOLE, fallocate
+
+from tests.conformance import system
+from tests.conformance.kinds import make, write
+from tests.conformance.system import KEEP_SIZE, PUNCH_HOLE, fallocate
 
 pytestmark = pytest.mark.mount
 ROOT = os.geteuid() == 0

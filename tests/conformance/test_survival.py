@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 
 import pytest
-from conformance.conftest import ROOT, Lab
-from conformance.record import picture
 
 from pkramfs.mounting import syscalls
+from tests.conformance.conftest import ROOT, Lab
+from tests.conformance.record import picture
 
 pytestmark = pytest.mark.mount
 

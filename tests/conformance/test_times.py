@@ -8,10 +8,11 @@ import time
 from typing import Any
 
 import pytest
-from conformance import system
-from conformance.kinds import make, write
-from conformance.record import TICK
-from conformance.system import UTIME_NOW, UTIME_OMIT, utimensat
+
+from tests.conformance import system
+from tests.conformance.kinds import make, write
+from tests.conformance.record import TICK
+from tests.conformance.system import UTIME_NOW, UTIME_OMIT, utimensat
 
 pytestmark = pytest.mark.mount
 

@@ -7,8 +7,9 @@ import subprocess
 from typing import Any
 
 import pytest
-from conformance.kinds import DEVICES, KINDS, make, write
-from conformance.system import acl
+
+from tests.conformance.kinds import DEVICES, KINDS, make, write
+from tests.conformance.system import acl
 
 pytestmark = pytest.mark.mount
 ROOT = os.geteuid() == 0

@@ -8,21 +8,15 @@ import random
 import select
 import socket
 import struct
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-sys.path.append(str(Path(__file__).parents[1]))
-
 pyfuse3 = pytest.importorskip("pyfuse3")
-
-from fs.conftest import SmallFrames, audit, small_ram  # noqa: E402
 
 from pkramfs.fs.limits import Limits  # noqa: E402
 from pkramfs.fs.tree import Tree  # noqa: E402
@@ -32,6 +26,7 @@ from pkramfs.fuse.filter import Filter  # noqa: E402
 from pkramfs.fuse.operations import Operations  # noqa: E402
 from pkramfs.fuse.requests import Requests  # noqa: E402
 from pkramfs.fuse.wire import HEADER, REPLY, Op  # noqa: E402
+from tests.fs.conftest import SmallFrames, audit, small_ram  # noqa: E402
 
 
 class Kernel:

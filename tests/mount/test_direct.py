@@ -4,7 +4,6 @@
 import mmap
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,11 +12,8 @@ from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-from conformance.system import Aio
-
 from pkramfs.fuse.handshake import MAX_BACKGROUND, MAX_WRITE
+from tests.conformance.system import Aio
 
 pytestmark = pytest.mark.mount
 

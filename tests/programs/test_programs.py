@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-from conformance.conftest import Lab
-from conformance.record import picture
+from tests.conformance.conftest import Lab
+from tests.conformance.record import picture
 
 pytestmark = pytest.mark.mount
 
