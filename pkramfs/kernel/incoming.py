@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pkramfs.errors import FormatError
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram import regions, superblock
-from pkramfs.pkram.node import list_nodes, read_table
+from pkramfs.pkram.node import Node, list_nodes, read_table
 from pkramfs.spans import Spans
 from pkramfs.text import exact
 from pkramfs.units import BLOCK_PAGES
@@ -91,7 +91,9 @@ def _check_blocks(nodes: list[IncomingNode]) -> None:
 
 def nodes(ram: Ram, super_pfn: int) -> list[IncomingNode]:
     """Return the nodes below a super block with their pages, read from their page tables."""
-    return [
-        IncomingNode(exact(node.name), node.tree_id, node.pfn, read_table(ram, node).spans, node.relocated)
-        for node in list_nodes(ram, super_pfn)
-    ]
+    return [described(ram, node) for node in list_nodes(ram, super_pfn)]
+
+
+def described(ram: Ram, node: Node) -> IncomingNode:
+    """Return a node with its pages; raise FormatError if its page table cannot be read."""
+    return IncomingNode(exact(node.name), node.tree_id, node.pfn, read_table(ram, node).spans, node.relocated)

@@ -48,6 +48,7 @@ from pkramfs.kernel.incoming import IncomingNode
 from pkramfs.kernel.kernelrecord import LAYOUT
 from pkramfs.kernel.nvram import NodePages, Pending
 from pkramfs.kernel.running import Running
+from pkramfs.kernel.salvage import MendList, look
 from pkramfs.kernel.segments import conflicts, destinations, page_count
 from pkramfs.kernel.staging import FILE_MODE, Loaded
 from pkramfs.kernel.steps import Operation, Plan
@@ -90,6 +91,7 @@ class Transition:
     keeps: bool = True
     nodes: list[IncomingNode] = field(default_factory=list)
     lost: list[NodePages] = field(default_factory=list)
+    mends: bool = False
 
     @property
     def machine(self) -> Machine:
@@ -157,7 +159,7 @@ def plan(
 
 
 def _operations(going: Transition, mounts: Sequence[MountReport], stop: Callable[[], None]) -> list[Operation]:
-    found: list[Operation] = []
+    found: list[Operation] = [MendList(going.kernel, going.nodes)] if going.mends and going.keeps else []
     if going.keeps and loading.blocking(going.loaded, going.preserved):
         found.append(LoadElsewhere(going))
     found.append(TakeRoom(going))
@@ -182,8 +184,12 @@ def _losses(going: Transition, mounts: Sequence[MountReport]) -> list[PkramfsErr
     try:
         going.nodes = loading.preserved_nodes(going.kernel)
     except FormatError as error:
-        going.keeps = False
-        return [*found, error]
+        if not going.force or going.kernel.info.layout != LAYOUT:
+            going.keeps = False
+            return [*found, error]
+        going.mends, salvage = True, look(going.kernel)
+        going.nodes, going.lost = salvage.nodes, going.lost + salvage.lost
+        found += salvage.problems
     found += _lost_nodes(going, mounts)
     if going.nodes and not _names_current(going):
         going.keeps = False
@@ -243,7 +249,8 @@ def _impossible(going: Transition) -> list[PkramfsError]:
         hardware = going.machine.hardware()
         placement.arrange(hardware, replace(going.pending, segments=loaded.segments), going.preserved)
         going.kernel.ram.check_room(_room(going))
-    except ExhaustedError as error:
+        succession.refuse_planted(going.machine)
+    except (ExhaustedError, MachineError) as error:
         return [error]
     return []
 

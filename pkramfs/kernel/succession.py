@@ -104,9 +104,18 @@ def power_cycle(machine: Machine, cmdline: str = COLD_CMDLINE) -> KernelInfo:
 
 def retire(machine: Machine) -> None:
     """End the running kernel: the point of no return. May be repeated."""
+    refuse_planted(machine)
     for name in (kernelrecord.NAME, *_OF_ONE_KERNEL):
         machine.remove(name)
     machine.drop_log()
+
+
+def refuse_planted(machine: Machine) -> None:
+    """Raise MachineError if a directory lies where a kernel writes a file: it cannot be removed, nor renamed over."""
+    for name in (kernelrecord.NAME, *_OF_ONE_KERNEL):
+        path = machine.path(name)
+        if os.path.isdir(path) and not os.path.islink(path):
+            raise MachineError(f"{path} is a directory, and the next kernel writes a file there: remove it")
 
 
 def resume(machine: Machine, *, force: bool = False) -> None:
