@@ -277,13 +277,15 @@ def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
 
 def _noticed(seen: "Sequence[Seen]") -> list[str]:
     """Return a line for each file that cannot survive, and for each program that will lose a mount."""
+    from pkramfs.cli.users import processes
     from pkramfs.cli.users import users as users_of
 
     found = []
+    programs = processes() if seen else {}
     for one in seen:
         place = one.entry.mountpoint
         found += _not_surviving(place, one.status) if one.status else []
-        users = {user.pid: (at, user) for at in one.places or (place,) for user in users_of(at)}
+        users = {user.pid: (at, user) for at in one.places or (place,) for user in users_of(at, programs)}
         for at, user in list(users.values())[:_NAMED]:
             found.append(f"{at}: {user.name} (pid {user.pid}) uses it and will get ENOTCONN")
         if (more := len(users) - _NAMED) > 0:

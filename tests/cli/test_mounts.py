@@ -8,7 +8,7 @@ import pytest
 
 from pkramfs.cli import daemons, freezer
 from pkramfs.cli.freezer import Freezer
-from pkramfs.cli.users import users
+from pkramfs.cli.users import processes, users
 from pkramfs.control import commands
 from pkramfs.errors import DaemonError
 from pkramfs.machine.directory import Machine
@@ -192,8 +192,8 @@ def test_users_of_a_directory_are_found_without_touching_it(tmp_path):
         os._exit(0)
     try:
         os.waitpid(child, os.WUNTRACED)
-        assert [user.pid for user in users(str(tmp_path))] == [child]
-        assert users(str(tmp_path) + "x") == []
+        assert [user.pid for user in users(str(tmp_path), processes())] == [child]
+        assert users(str(tmp_path) + "x", processes()) == []
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
