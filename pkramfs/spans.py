@@ -58,6 +58,12 @@ class Spans:
         return cls.from_arrays(starts, starts + np.asarray(counts, dtype=np.uint64))
 
     @classmethod
+    def from_numbers(cls, numbers: Any) -> "Spans":
+        """Return the set of an array of numbers, in any order."""
+        numbers = np.asarray(numbers, dtype=np.uint64)
+        return cls.from_arrays(numbers, numbers + np.uint64(1))
+
+    @classmethod
     def union(cls, sets: Iterable["Spans"]) -> "Spans":
         """Return the union of many sets, in one pass."""
         all_sets = list(sets)

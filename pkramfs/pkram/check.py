@@ -18,8 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from pkramfs.errors import FormatError, PkramfsError
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram import regions, superblock
@@ -166,7 +164,7 @@ def _check_regions(
     except FormatError as error:
         report.problems.append(str(error))
         return
-    needed = Spans([(super_pfn, super_pfn + 1)]) | Spans.from_runs(own, np.ones_like(own))
+    needed = Spans([(super_pfn, super_pfn + 1)]) | Spans.from_numbers(own)
     if complete:
         needed = needed | report.preserved
     if missing := needed - listed:

@@ -13,8 +13,6 @@ Kernel: mm/pkram.c (struct pkram_node, pkram_prepare_load_obj), patches 2 and 3
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from pkramfs.errors import FormatError
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.format import NAME_MAX, NEXT, NODE, NODE_MAGIC, OTHER
@@ -143,7 +141,7 @@ def read_objects(ram: Ram, node: Node, allowed: Spans) -> list[ObjectReader]:
 
 def check_frames(node: Node, table: Walk, readers: list[ObjectReader]) -> Spans:
     """Check that no frame has two uses and that the page table has every used frame; return these frames."""
-    sets = [Spans([(node.pfn, node.pfn + 1)]), Spans.from_runs(table.pages, np.ones_like(table.pages))]
+    sets = [Spans([(node.pfn, node.pfn + 1)]), Spans.from_numbers(table.pages)]
     uses = 1 + len(table.pages) + sum(reader.uses() for reader in readers)
     sets += [spans for reader in readers for spans in (reader.metadata(), reader.data)]
     together = Spans.union(sets)

@@ -40,12 +40,12 @@ def build(ram: Ram, spans: Spans, allocate: Callable[[int], U64], *, generation:
     """
     pages = np.empty(0, dtype=np.uint64)
     while True:
-        whole = spans | Spans.from_runs(pages, np.ones_like(pages))
+        whole = spans | Spans.from_numbers(pages)
         missing = pages_needed(len(whole)) - len(pages)
         if missing <= 0:
             break
         pages = np.concatenate((pages, np.asarray(allocate(missing), dtype=np.uint64)))
-    ram.back(Spans.from_runs(pages, np.ones_like(pages)))
+    ram.back(Spans.from_numbers(pages))
     _write(ram, whole, pages.tolist(), generation)
     return int(pages[0])
 

@@ -11,8 +11,6 @@ Kernel: mm/pkram.c (pkram_alloc_page), patch 15
 import threading
 from collections.abc import Callable
 
-import numpy as np
-
 from pkramfs.errors import PkramError
 from pkramfs.machine.frames import Run, pfns_of, spans_of
 from pkramfs.machine.ram import Ram
@@ -67,7 +65,7 @@ class SaveFrames:
     def give_back(self, pages: U64) -> None:
         """Return frames that were taken and not used."""
         if len(pages):
-            gone = Spans.from_runs(pages, np.ones_like(pages))
+            gone = Spans.from_numbers(pages)
             self._runs = [(start, end - start) for start, end in self.spans() - gone]
             self.frames.free(gone.starts.tolist(), gone.counts.tolist())
 

@@ -3,10 +3,11 @@
 
 from unittest.mock import patch
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkramfs.spans import Spans
+from pkramfs.spans import Spans, first_place
 
 TOP = 48
 RANGES = st.lists(st.tuples(st.integers(0, TOP), st.integers(0, 8)).map(lambda r: (r[0], r[0] + r[1])), max_size=8)
@@ -27,6 +28,23 @@ def test_set_operations(a, b, few):
         assert left - right == Spans((n, n + 1) for n in numbers(a) - numbers(b))
         assert left.total == len(numbers(a))
         assert (left == right) == (numbers(a) == numbers(b))
+
+
+@given(st.lists(RANGES, max_size=4))
+def test_many_sets_are_joined_as_one_by_one(parts):
+    assert numbers(Spans.union(map(Spans, parts))) == set().union(*map(numbers, parts))
+
+
+@given(st.lists(st.integers(0, TOP)))
+def test_a_set_of_numbers_in_any_order(found):
+    assert numbers(Spans.from_numbers(found)) == set(found)
+
+
+def test_a_place_lies_in_one_of_ranges_that_touch():
+    starts, ends = np.array([[2, 5, 9], [5, 9, 10]], dtype=np.uint64)
+    assert first_place(starts, ends, 4) == first_place(starts, ends, 4, top_down=True) == 5
+    assert first_place(starts, ends, 5) is None
+    assert first_place(starts, ends, 1, 4) == 4 and first_place(starts, ends, 1, 4, top_down=True) == 8
 
 
 @given(RANGES)

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from pkramfs.errors import FormatError, PkramError
+from pkramfs.machine.frames import Run, spans_of
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.format import NEXT, OBJECT, OBJECT_MAGIC, OTHER
 from pkramfs.pkram.frameset import FrameSet
@@ -67,7 +68,7 @@ class ObjectReader:
     def _wrong(self, field: str, found: object, expected: object) -> FormatError:
         return FormatError("Object", field, pfn=self.pfn, found=found, expected=expected)
 
-    def _check_bytes(self) -> list[tuple[int, int]]:
+    def _check_bytes(self) -> list[Run]:
         """Compare the byte stream's length and checksum; return its runs of frames."""
         index, pfn, count = all_runs(self._bytes)
         self._inside(pfn, count, "bytes")
@@ -100,7 +101,7 @@ class ObjectReader:
         if outside := Spans.from_runs(pfn, count) - self._allowed:
             raise self._wrong(field, f"pfn {int(outside.starts[0]):x}", "a page of the node's page table")
 
-    def _views(self, runs: list[tuple[int, int]]) -> Iterator[memoryview]:
+    def _views(self, runs: list[Run]) -> Iterator[memoryview]:
         """Yield the byte stream in pieces, read past the mapping: damaged memory may have holes of the host."""
         left = self.length
         for start, count in runs:
@@ -112,13 +113,13 @@ class ObjectReader:
     @cached_property
     def byte_frames(self) -> Spans:
         """Return the frames that hold the byte stream."""
-        return Spans((start, start + count) for start, count in self._byte_runs)
+        return spans_of(self._byte_runs)
 
     @cached_property
     def links(self) -> Spans:
         """Return the link pages of both streams."""
         singles = np.concatenate((self._bytes.pages, self._pages.pages))
-        return Spans.from_runs(singles, np.ones_like(singles))
+        return Spans.from_numbers(singles)
 
     def metadata(self) -> Spans:
         """Return the object's own frames: its page, its links, the byte stream."""

@@ -235,7 +235,7 @@ def build(ram: Ram, spans: Spans, allocate: Callable[[int], U64]) -> tuple[int, 
     def unlisted() -> Spans:
         pages = np.concatenate([_NONE, *fresh])
         fresh.clear()
-        return Spans.from_runs(pages, np.ones_like(pages))
+        return Spans.from_numbers(pages)
 
     table = TableWriter(ram, take)
     table.add(spans)
