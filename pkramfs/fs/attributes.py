@@ -90,10 +90,11 @@ class Attributes(Core):
         `touch` says that the access time is now's, which who may append may set.
         """
         inode = self.inode(number)
-        if _same_times(inode, atime, mtime, ctime):
-            return inode
-        if inode.flags:
+        same = _same_times(inode, atime, mtime, ctime)
+        if inode.flags and not (same and atime is None):
             refuse_times(inode, given=atime is not None and not touch, written=atime is None and inode.writers > 0)
+        if same:
+            return inode
         self._change("setattr", ino=inode.ino, atime=atime, mtime=mtime, ctime=ctime)
         if atime is not None:
             inode.atime = clock.clamp(atime)
