@@ -338,15 +338,30 @@ class Data(Filling):
         inode.unwritten = there if there.count else None
 
     def _mark_written(self, inode: Inode, first: int, last: int) -> None:
-        """Take that note of [first, last) away: the pages are written, or gone."""
+        """Take that note of [first, last) away: the pages are written, or gone.
+
+        That may split a run in two, which a save has to tell. Where it has no room for more, the file loses its notes:
+        its pages count as data, which is all they are for.
+        """
         there = inode.unwritten
         if there is None:
             return
         before = there.runs
         there.remove(first, last)
         self._stream_bytes += UNWRITTEN.width * (there.runs - before)
+        if there.runs > before and not self._has_room_to_grow():
+            self._stream_bytes -= UNWRITTEN.width * there.runs
+            inode.unwritten = None
         if not there.count:
             inode.unwritten = None
+
+    def _has_room_to_grow(self) -> bool:
+        """Hold more frames for the save if it needs them; whether there are any."""
+        try:
+            self._grow()
+        except OSError:
+            return False
+        return True
 
     def sparsify(self, number: int, first: int = 0, last: int = END) -> int:
         """Give back those of the pages [first, last) of a file that are all zeros, which changes nothing to be seen;

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Pages that were allocated and never written: zeros that count as a hole, and stay so over a kexec."""
 
+import errno
 import os
 
 import numpy as np
@@ -177,3 +178,12 @@ def test_random_allocations_agree_with_a_model(tree, sh) -> None:
             found[at : at + size] = "u" * size
         assert "".join(found) == "".join(model)
         assert tree.inode(ino).blocks == 8 * (64 - model.count("."))
+
+
+def test_notes_give_way_where_a_save_would_have_no_room(tree, file, monkeypatch) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "no frames to hold")
+
+    monkeypatch.setattr(tree, "_grow", full)
+    assert tree.write(file, 5 * PAGE, b"z") == 1
+    assert marks(tree, file) == [] and data(tree, file) == [(0, 12)]
