@@ -70,7 +70,17 @@ class Replies:
     def plus_into(self, reply: bytearray, at: int, inode: Inode, node: int, cookie: int, length: int) -> None:
         """Put into a listing what `entry` says of an inode, and where it goes on; a `node` of 0 names nothing."""
         atime, mtime, ctime, ino, mode = inode.atime, inode.mtime, inode.ctime, inode.ino, inode.mode
-        valid, nanoseconds = (0, _HALF) if inode.writers else (_FOREVER, 0)
+        valid, nanoseconds, pages = _FOREVER, 0, inode.pages
+        if inode.writers:
+            valid, nanoseconds = 0, _HALF
+        if pages is not None and pages.count:
+            blocks = pages.count * BLOCKS_PER_PAGE
+        else:
+            blocks = self._blocks(inode) if inode.writers or inode.target is not None else 0
+        seconds = changed = ctime // _SECOND
+        rest = changed_rest = ctime % _SECOND
+        if mtime != ctime:
+            changed, changed_rest = mtime // _SECOND, mtime % _SECOND
         _pack_listing(
             reply,
             at,
@@ -82,13 +92,13 @@ class Replies:
             nanoseconds,
             ino,
             inode.size,
-            self._blocks(inode),
+            blocks,
             atime // _SECOND,
-            mtime // _SECOND,
-            ctime // _SECOND,
+            changed,
+            seconds,
             atime % _SECOND,
-            mtime % _SECOND,
-            ctime % _SECOND,
+            changed_rest,
+            rest,
             mode,
             inode.nlink,
             inode.uid,
