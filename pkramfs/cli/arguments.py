@@ -140,7 +140,7 @@ def size(text: str) -> int:
 def number(text: str) -> int:
     """Parse a whole number above zero."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"invalid number {text!r}: give a whole number above zero")
+        raise argparse.ArgumentTypeError(f"not a whole number above zero: {text!r}")
     return int(text)
 
 

@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkramfs.errors import DaemonError
-from pkramfs.mounting import syscalls
 from pkramfs.units import plural
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Seen(NamedTuple):
 
     @property
     def report(self) -> "MountReport":
-        """Return what the planner of a kexec needs to know."""
+        """Return the report of this mount for the planner of a kexec."""
         from pkramfs.kernel.kexec import MountReport
 
         status = self.status
@@ -68,20 +67,20 @@ def lost(status: "Status") -> str:
 
 
 def _why_not(seen: Seen) -> str:
-    """Return why a mount that answered is not preserved, in words."""
+    """Return why a mount whose daemon answered is not preserved."""
     if not seen.entry.name:
         return "mounted without pkram=NAME, so it cannot be preserved"
     return f"not preserved: mount -o remount,preserve,ro {seen.entry.mountpoint}"
 
 
 def alive(machine: "Machine") -> list["MountEntry"]:
-    """Return the mounts whose daemons live, by mount point: where they are by now."""
+    """Return the entries of living daemons by mount point, with the mount points of now."""
     living = located(e for e in machine.mounts() if e.alive)
     found = sorted(living, key=lambda e: (e.mountpoint, e.tree_id))
     unknown = machine.live_ids() - {e.tree_id for e in found}
     if unknown:
         raise DaemonError(
-            f"{plural(len(unknown), 'process', 'processes')} hold a tree but have no entry: "
+            f"{plural(len(unknown), 'process holds', 'processes hold')} a tree but without an entry: "
             f"find the process that has {machine.path('mounts', f'{min(unknown):016x}.lock')} open (fuser), and end it"
         )
     return found
@@ -90,6 +89,8 @@ def alive(machine: "Machine") -> list["MountEntry"]:
 def located(entries: Iterable["MountEntry"]) -> list["MountEntry"]:
     """Return entries with the mount points that the mount table has: a mount, or a directory above it, may be moved."""
     from dataclasses import replace
+
+    from pkramfs.mounting import syscalls
 
     places: dict[int | None, list[str]] = {}
     for one in syscalls.mounts():
@@ -116,6 +117,8 @@ def owner(dev: int, name: str | None) -> "tuple[Machine, MountEntry] | None":
 
 def look(machine: "Machine") -> list[Seen]:
     """Ask every daemon for its status. Changes nothing, raises nothing for a silent daemon."""
+    from pkramfs.mounting import syscalls
+
     entries, table = alive(machine), syscalls.mounts()
     found = [ask(entry) for entry in entries]
     return [
@@ -134,7 +137,7 @@ def ask(entry: "MountEntry") -> Seen:
 
 
 def silent(entry: "MountEntry", error: Exception) -> str:
-    """Return a daemon that does not answer, in words: who it is and what to do."""
+    """Return the message about a daemon that does not answer: which it is, and what to do."""
     return (
         f"the daemon of {entry.mountpoint} (pid {entry.pid}) does not answer ({error}): "
         f"look at it, or kill {entry.pid} and umount {entry.mountpoint}, or use --force and lose its tree"

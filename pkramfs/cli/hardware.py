@@ -34,7 +34,7 @@ def create(args: argparse.Namespace) -> None:
     """Make a machine of the hardware that the options describe."""
     machine = arguments.machine(args)
     if machine.exists():
-        raise MachineError(f"{machine.path()} exists already: `pkramctl machine destroy` removes it")
+        raise MachineError(f"{machine.path()} is there already: `pkramctl machine destroy` removes it")
     try:
         hardware = _hardware(args)
     except MachineError as error:  # the options are wrong

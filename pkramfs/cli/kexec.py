@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _noted(args: argparse.Namespace) -> int:
-    """Act, and write a refusal to the kernel log as well."""
+    """Run the actions, and write a refusal to the kernel log as well."""
     try:
         return _act(args)
     except PkramfsError as error:
@@ -143,10 +143,10 @@ def check(args: argparse.Namespace) -> None:
     need(acts, "nothing to do: give -l IMAGE, -p IMAGE, -u, -e, --panic, --resume, --cold or --status")
     need(not (args.load and args.load_panic), "-l and -p exclude each other: give one of them")
     need(len(ways) < 2, f"--{' and --'.join(ways)} exclude each other: give one of them")
-    need(not args.status or not (loads or args.unload or ways), "--status goes with no other action")
+    need(not args.status or not (loads or args.unload or ways), "--status stands alone")
     wants_image = args.load or (args.load_panic and not args.unload)
     need(args.image or not wants_image, "no IMAGE given: a bzImage, an ELF kernel, or builtin")
-    need(not args.image or loads, f"no action given for {args.image}: -l loads it, -p loads it as crash kernel")
+    need(not args.image or loads, f"what to do with {args.image}? -l loads it, -p loads it as crash kernel")
     need(args.syscall != "file" or not args.segment, "--segment chooses an address: use -c, not -s")
 
 
@@ -189,7 +189,7 @@ def _notice_oops(args: argparse.Namespace, machine: "Machine") -> None:
     from pkramfs.kernel import crash
 
     if crash.notice(machine) is not None:
-        raise MachineError("panic_on_oops: a mount daemon aborted, the crash kernel is running: see pkramctl report")
+        raise MachineError("panic_on_oops: a mount daemon had aborted, the crash kernel runs now: pkramctl report")
 
 
 def _status(machine: "Machine") -> int:
@@ -467,7 +467,7 @@ def _cold(args: argparse.Namespace, machine: "Machine") -> int:
 
 
 def _panic(args: argparse.Namespace, machine: "Machine") -> int:
-    """Crash: ask no mount, save nothing."""
+    """Let the kernel crash: ask no mount, save nothing."""
     from pkramfs.kernel import crash, staging
 
     with arguments.existing(args).lifecycle(shared=False, timeout=LOCK_SECONDS):

@@ -49,7 +49,7 @@ class FirmwareMap:
             if not 0 <= node < MAX_NODES:
                 raise MachineError(f"NUMA nodes: {start:#x}-{end:#x} is node {node}, expected 0 to {MAX_NODES - 1}")
         if not self.usable:
-            raise MachineError("firmware map: it has no usable memory")
+            raise MachineError("firmware map: there is no usable memory in it")
 
     @property
     def size(self) -> int:

@@ -45,7 +45,7 @@ class Policy:
         there = node_blocks(hardware)
         wanted = _numbers(text, listed) if listed else sorted(there)
         if mode == "bind" and not listed:
-            raise UsageError("mount option mpol=bind: no nodes given: write mpol=bind:LIST")
+            raise UsageError("mount option mpol=bind: which nodes? write mpol=bind:LIST")
         if mode == "prefer" and len(wanted) > 1:
             raise UsageError(f"mount option mpol={text}: prefer names one node")
         for node in wanted:
@@ -84,8 +84,8 @@ def _numbers(text: str, listed: str) -> list[int]:
         try:
             low, high = int(first), int(last) if dash else int(first)
         except ValueError:
-            raise UsageError(f"mount option mpol={text}: {part!r} is neither a node nor a range of nodes") from None
+            raise UsageError(f"mount option mpol={text}: {part!r} is no node and no range of nodes") from None
         if low > high or high >= MAX_NODES:
-            raise UsageError(f"mount option mpol={text}: {part!r} is not a range of nodes")
+            raise UsageError(f"mount option mpol={text}: {part!r} is no range of nodes")
         found.update(range(low, high + 1))
     return sorted(found)

@@ -122,13 +122,13 @@ class Options:
 
     @property
     def read_only(self) -> bool | None:
-        """True if ro was given, False if rw was, None if neither."""
+        """Return True if ro was given, False if rw was, None if neither."""
         if self.set_flags & MS_RDONLY:
             return True
         return False if self.clear_flags & MS_RDONLY else None
 
     def flags(self, current: int = 0) -> int:
-        """Mount flags after these options, from the `current` ones."""
+        """Return the mount flags after these options, from the `current` ones."""
         if self.set_flags & _ATIME:
             current &= ~_ATIME
         return current & ~self.clear_flags | self.set_flags

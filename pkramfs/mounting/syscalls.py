@@ -30,7 +30,7 @@ MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _PR_SET_IO_FLUSHER = 57
 ANOTHER = "it is another directory than the one that was mounted on: look at it, and mount by hand"
 """The reason not to mount on a directory whose identity has changed."""
-_LINK = "is now a symbolic link"
+_LINK = "is a symbolic link by now"
 
 _DETACH_SECONDS = 600.0
 """How long fusermount3 may take, which has the kernel write back what is dirty."""
@@ -248,7 +248,7 @@ def mounted_at(directory: str) -> Mounted | None:
 
 
 def mounted_since(before: set[int], directory: str) -> Mounted | None:
-    """Return the mount of ours that was made since these ids were all, if there are several that on a directory."""
+    """Return the mount of ours that is not among these ids; of several, the one on a directory."""
     found = [one for one in mounts() if one.id not in before and one.fstype == FSTYPE]
     return next((one for one in reversed(found) if one.mountpoint == directory), found[-1] if found else None)
 

@@ -117,7 +117,7 @@ def test_what_is_refused(lab: Any, tmp_path: Path) -> None:
     os.mkfifo(mnt / "fifo")
     os.mknod(mnt / "socket", 0o140644)
     for words, reason in (
-        (("punch", str(tmp_path / "elsewhere"), "0", "1"), "is on no pkramfs mount: fallocate(1) is for others"),
+        (("punch", str(tmp_path / "elsewhere"), "0", "1"), "is not on a pkramfs mount: use fallocate(1)"),
         (("punch", str(mnt), "0", "1"), "is no regular file"),
         (("allocate", str(mnt / "fifo"), "0", "1"), "is no regular file"),
         (("sparsify", str(mnt / "socket")), "is no regular file"),

@@ -34,7 +34,7 @@ def test_what_is_late_is_named_and_killed():
 
 
 def test_a_child_that_is_killed():
-    with pytest.raises(ErrnoError, match="who waited for it was killed"):
+    with pytest.raises(ErrnoError, match="the process that waited for it was killed"):
         within(lambda: os.kill(os.getpid(), signal.SIGKILL), 10, "it")
 
 
