@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pkramfs.errors import FormatError, MachineError
-from pkramfs.kernel import kexec, running
+from pkramfs.kernel import kexec, succession
 from pkramfs.pkram.format import NEXT
 
 
@@ -75,7 +75,7 @@ def test_a_directory_in_the_place_of_an_exported_file_refuses_in_time(three: Any
         (refusal,) = kexec.plan(three.machine, []).problems
         assert str(refusal).startswith(f"{path} is a directory")
         with pytest.raises(MachineError, match="is a directory"):
-            running.retire(three.machine)
+            succession.retire(three.machine)
     assert three.up().generation == 1
     path.rmdir()
     three.machine.write_text(name, text)
