@@ -38,6 +38,7 @@ Read in this order:
     kaslr         the places for a kernel, and the choice of one
     placement     where everything goes; asked by the planner and by boot
     incoming      what the last kernel left, checked
+    salvage       whole nodes of a damaged list, for a forced kexec
     leasetable    the lease table, from holes, kernel and nodes
     boot          the steps from power-on to kernel.json
     succession    one kernel ends, the next one boots and takes over
