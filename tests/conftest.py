@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Options, order and clean-up of the whole suite."""
 
-import contextlib
-import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+from tests.support.places import memory_directory, mounted, take_down
 
 ORDER = (
     *("prelude", "architecture", "machine", "pkram", "kernel", "fs", "fuse", "control", "cli"),
@@ -134,8 +132,7 @@ def pkram_root(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
 
     What is preserved there must be sound by then, unless the test asked for `damaged`.
     """
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    root = Path(tempfile.mkdtemp(prefix="pkram-test-", dir=base))
+    root = memory_directory()
     monkeypatch.setenv("PKRAM_ROOT", str(root))
     ROOTS_USED.append(f"{root}/")
     try:
@@ -144,57 +141,6 @@ def pkram_root(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
             assert unsound(root) == []
     finally:
         take_down(root)
-
-
-def take_down(root: Path) -> None:
-    """Unmount, end the daemons by pid, remove the files; lazily and forcibly only where needed."""
-    for entry in sorted(root.glob("*/mounts/*.json")):
-        with contextlib.suppress(OSError, ValueError):
-            _take_down_mount(json.loads(entry.read_text()))
-    for mountpoint in mounts_below(root):
-        subprocess.run(["umount", "-l", mountpoint], check=False, capture_output=True)
-    shutil.rmtree(root, ignore_errors=True)
-
-
-def _take_down_mount(entry: dict[str, object]) -> None:
-    mountpoint, pid = str(entry.get("mountpoint", "")), int(str(entry.get("pid", 0)))
-    for command in (["umount", mountpoint], ["fusermount3", "-u", mountpoint], ["umount", "-l", mountpoint]):
-        if mountpoint not in mounted():
-            break
-        subprocess.run(command, check=False, capture_output=True)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if wait_gone(pid, 5.0):
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def wait_gone(pid: int, seconds: float) -> bool:
-    """Wait, with a deadline, until a process has ended."""
-    deadline = time.monotonic() + seconds
-    while _is_ours(pid):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def _is_ours(pid: int) -> bool:
-    try:
-        return pid > 0 and b"pkramfs" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
-def mounted() -> list[str]:
-    """Mount points of every pkramfs mount."""
-    from pkramfs.mounting import syscalls
-
-    return [one.mountpoint for one in syscalls.mounts() if one.fstype == syscalls.FSTYPE]
-
-
-def mounts_below(root: Path) -> list[str]:
-    return [point for point in mounted() if point.startswith(f"{root}/")]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from tests.support.trees import snapshot
+
 pytestmark = [
     pytest.mark.mount,
     pytest.mark.skipif(not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="/dev/fuse cannot be opened"),
@@ -36,22 +38,6 @@ def fill(directory: str, seed: int = 1) -> None:
     os.link(f"{directory}/one", f"{directory}/dir/again")
 
 
-def looks(directory: str) -> dict[str, tuple[object, ...]]:
-    """All that can be seen of a tree."""
-    found = {}
-    for path, names, files in os.walk(directory):
-        for name in names + files:
-            full = f"{path}/{name}"
-            status = os.lstat(full)
-            data: object = os.readlink(full) if os.path.islink(full) else None
-            if os.path.isfile(full) and status.st_size < 1 << 30:
-                with open(full, "rb") as file:
-                    data = hashlib.md5(file.read()).hexdigest()
-            kind = (status.st_mode, status.st_size, status.st_nlink, status.st_mtime_ns)
-            found[full.removeprefix(directory)] = (*kind, data)
-    return found
-
-
 def state(ctl) -> dict[str, str]:
     """The state of each mount, by mount point."""
     return {m["mountpoint"]: m["state"] for m in json.loads(ctl("--json", "status")[1])["mounts"]}
@@ -61,14 +47,14 @@ def test_a_tree_survives_two_kexecs_with_nothing_in_between(machine, place, ctl,
     mnt = place()
     mount(mnt, "pkram=one,size=64M")
     fill(mnt)
-    before = looks(mnt)
+    before = snapshot(mnt)
     mount(mnt, "remount,preserve,ro")
     for generation in (2, 3):
         status, out, err = kexec("-le", "builtin:2M", "--reuse-cmdline", "--poison")
         assert (status, err) == (0, "")
         assert out.startswith(f"kernel {generation} (builtin:2M) is up in ")
         assert out.endswith(f"; mounted again: {mnt}\n")
-        assert looks(mnt) == before
+        assert snapshot(mnt) == before
         assert 0 < json.loads(machine.read_text("nvram.json"))["pause"] < 100
     assert state(ctl) == {mnt: "preserved"}
     assert json.loads(ctl("--json", "status")[1])["next"]["remount"] == []
@@ -78,14 +64,14 @@ def test_without_remount_the_node_waits(machine, place, ctl, kexec):
     mnt = place()
     mount(mnt, "pkram=one")
     fill(mnt)
-    before = looks(mnt)
+    before = snapshot(mnt)
     mount(mnt, "remount,preserve,ro")
     status, out, _ = kexec("-le", "builtin:2M", "--reuse-cmdline", "--no-remount")
     assert status == 0 and "mounted" not in out
     assert state(ctl) == {}
     assert os.listdir(mnt) == []
     mount(mnt, "pkram=one")
-    assert looks(mnt) == before
+    assert snapshot(mnt) == before
 
 
 def test_a_refused_kexec_names_what_would_be_lost_and_leaves_all_as_it_was(machine, place, ctl, kexec):
@@ -114,13 +100,13 @@ def test_forced_only_what_was_preserved_comes_back(machine, place, ctl, kexec):
     mount(two, "pkram=two")
     fill(one)
     fill(two)
-    before = looks(one)
+    before = snapshot(one)
     mount(one, "remount,preserve,ro")
     status, out, err = kexec("-le", "builtin:2M", "--reuse-cmdline", "--force")
     assert status == 0
     assert f"{two}: " in err
     assert out.endswith(f"mounted again: {one}\n")
-    assert looks(one) == before
+    assert snapshot(one) == before
     assert os.listdir(two) == []
     assert two in ctl("dmesg")[1]
 
@@ -132,7 +118,7 @@ def test_a_failure_before_the_point_of_no_return_mounts_again(machine, place, ct
     mnt = place()
     mount(mnt, "pkram=one")
     fill(mnt)
-    before = looks(mnt)
+    before = snapshot(mnt)
     mount(mnt, "remount,preserve,ro")
 
     def fail(_):
@@ -142,7 +128,7 @@ def test_a_failure_before_the_point_of_no_return_mounts_again(machine, place, ct
     status, _, err = kexec("-le", "builtin:2M", "--reuse-cmdline")
     assert (status, err) == (4, "pkram-kexec: no place\n")
     assert state(ctl) == {mnt: "preserved"}
-    assert looks(mnt) == before
+    assert snapshot(mnt) == before
 
 
 def test_a_boot_that_died_is_resumed_and_mounted_again(machine, place, ctl, kexec, monkeypatch):
@@ -152,7 +138,7 @@ def test_a_boot_that_died_is_resumed_and_mounted_again(machine, place, ctl, kexe
     mnt = place()
     mount(mnt, "pkram=one")
     fill(mnt)
-    before = looks(mnt)
+    before = snapshot(mnt)
     mount(mnt, "remount,preserve,ro")
 
     def die(*_, **__):
@@ -167,7 +153,7 @@ def test_a_boot_that_died_is_resumed_and_mounted_again(machine, place, ctl, kexe
     status, out, _ = kexec("--resume")
     assert status == 0
     assert out == f"kernel 2 (builtin:2M) is up again; mounted again: {mnt}\n"
-    assert looks(mnt) == before
+    assert snapshot(mnt) == before
     assert kexec("--resume")[1] == "nothing to resume\n"
 
 

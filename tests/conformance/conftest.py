@@ -16,11 +16,6 @@ import gc
 import itertools
 import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,12 +23,10 @@ import pytest
 
 from tests.conformance.differences import judge
 from tests.conformance.record import Record, picture
+from tests.support.lab import FUSE_PATH, Pairs
 
 ROOT = os.geteuid() == 0
-REPOSITORY = Path(__file__).parents[2]
 OPTIONS = "size=2G,nr_inodes=1m,mode=777"
-PATH = os.environ.get("PKRAM_TEST_FUSE", "filter")
-"""Who answers requests: see mount.pkramfs(8), fuse="""
 Case = Callable[[Record], object]
 
 _numbers = itertools.count()
@@ -42,61 +35,14 @@ _ODD = re.compile(r"[^\w=+-]+", re.ASCII)
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The survival of what the cases leave comes after them. pyfuse3 does not know what test_requests is about."""
-    if PATH == "pyfuse3":
+    if FUSE_PATH == "pyfuse3":
         items[:] = [item for item in items if item.path.name not in ("test_requests.py", "test_pyfuse3.py")]
     items.sort(key=lambda item: item.path == Path(__file__).with_name("test_survival.py"))
 
 
-class Lab:
-    """A machine of its own, with pairs of mounts that have the same options."""
-
-    def __init__(self) -> None:
-        shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        self.root = Path(tempfile.mkdtemp(prefix="pkram-test-", dir=shm))
-        self._places = Path(tempfile.mkdtemp(prefix="pkram-test-", dir=shm))
-        self._mounted: list[Path] = []
-        self.environment = {**os.environ, "PKRAM_ROOT": str(self.root), "PYTHONPATH": str(REPOSITORY)}
-
-    def run(self, *words: str) -> str:
-        """A pkramfs command that must succeed."""
-        done = subprocess.run(
-            [sys.executable, "-m", "pkramfs", *words],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == 0, done
-        return done.stdout
-
-    def pair(self, name: str, options: str) -> tuple[Path, Path]:
-        """(tmpfs, pkramfs)"""
-        theirs, ours = self._places / f"{name}-theirs", self._places / f"{name}-ours"
-        theirs.mkdir()
-        ours.mkdir()
-        if ROOT:
-            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", theirs], check=True)
-            self._mounted.append(theirs)
-        self.run("mount", "none", str(ours), "-o", f"pkram={name},fuse={PATH},{options}")
-        self._mounted.append(ours)
-        return theirs, ours
-
-    def close(self) -> None:
-        for place in self._mounted:
-            for words in (["umount"], ["umount", "-l"]) if ROOT else (["fusermount3", "-u"], ["fusermount3", "-uz"]):
-                if subprocess.run([*words, str(place)], check=False, capture_output=True).returncode == 0:
-                    break
-        deadline = time.monotonic() + 20
-        while any(self.root.glob("*/mounts/*.lock")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        shutil.rmtree(self._places, ignore_errors=True)
-        shutil.rmtree(self.root, ignore_errors=True)
-
-
 @pytest.fixture(scope="session")
-def laboratory() -> Iterator[Lab]:
-    lab = Lab()
+def laboratory() -> Iterator[Pairs]:
+    lab = Pairs()
     try:
         yield lab
         for log in lab.root.glob("*/mounts/*.log"):
@@ -106,7 +52,7 @@ def laboratory() -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="session")
-def pair(laboratory: Lab) -> tuple[Path, Path]:
+def pair(laboratory: Pairs) -> tuple[Path, Path]:
     return laboratory.pair("conformance", OPTIONS)
 
 

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 
-from tests.conformance.conftest import Lab, compare
+from tests.conformance.conftest import compare
 from tests.conformance.kinds import write
 from tests.conformance.record import TICK
 from tests.conformance.system import acl
+from tests.support.lab import Pairs
 
 pytestmark = [pytest.mark.mount, pytest.mark.skipif(os.geteuid() != 0, reason="needs a tmpfs of its own")]
 PAGES, INODES = 64, 40
 
 
 @pytest.fixture(scope="module")
-def small(laboratory: Lab) -> tuple[Path, Path]:
+def small(laboratory: Pairs) -> tuple[Path, Path]:
     return laboratory.pair("small", f"nr_blocks={PAGES},nr_inodes={INODES},mode=777")
 
 

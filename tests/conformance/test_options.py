@@ -22,7 +22,7 @@ from pkramfs.machine.policy import Policy
 from pkramfs.mounting.options import MS_REMOUNT, parse
 from pkramfs.units import GIB, PAGE_SHIFT
 from tests.conformance import system
-from tests.conformance.conftest import Lab
+from tests.support.lab import Pairs
 
 pytestmark = [pytest.mark.mount, pytest.mark.skipif(os.geteuid() != 0, reason="needs a tmpfs of its own")]
 
@@ -146,7 +146,7 @@ FIGURES = {
 
 
 @pytest.mark.parametrize("options", FIGURES)
-def test_figures_and_flags(laboratory: Lab, options: str) -> None:
+def test_figures_and_flags(laboratory: Pairs, options: str) -> None:
     pair = laboratory.pair(f"figures-{list(FIGURES).index(options)}", options)
     for side in pair:
         if FIGURES[options]:
@@ -187,7 +187,7 @@ REMOUNTS = [
 
 
 @pytest.fixture(scope="module")
-def in_use(laboratory: Lab) -> Iterator[tuple[Path, Path]]:
+def in_use(laboratory: Pairs) -> Iterator[tuple[Path, Path]]:
     """A pair with 10 pages and 5 inodes in use."""
     pair = laboratory.pair("remounted", "size=4m,nr_inodes=20,mode=755")
     with pytest.MonkeyPatch.context() as patch:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pkramfs.mounting import syscalls
-from tests.conformance.conftest import ROOT, Lab
 from tests.conformance.record import picture
+from tests.support.lab import Pairs
+from tests.support.places import ROOT, mounts_below
 
 pytestmark = pytest.mark.mount
 
@@ -44,17 +44,15 @@ def _assert_same(before: list[str], after: list[str]) -> None:
     assert not differing, "\n".join(differing)
 
 
-def test_cold_caches_and_kexec(pair: tuple[Path, Path], laboratory: Lab) -> None:
+def test_cold_caches_and_kexec(pair: tuple[Path, Path], laboratory: Pairs) -> None:
     top = pair[1]
     before = _everything(top)
     if ROOT:  # nobody else may have the kernel drop its caches
         _cold()
         _assert_same(before, _everything(top))
-    ours = [one.mountpoint for one in syscalls.mounts() if one.fstype == syscalls.FSTYPE]
-    for place in (side for side in ours if side.startswith(str(top.parent))):
-        laboratory.run("mount", "none", place, "-o", "remount,preserve,ro")
-    pfn = (laboratory.root / "default" / "pkram").read_text().strip()
-    laboratory.run("kexec", "-s", "-l", "builtin", f"--append=ro pkram={pfn}")
-    laboratory.run("kexec", "-e", "--poison")
+    for place in mounts_below(laboratory.places):
+        laboratory.ok("mount", "none", place, "-o", "remount,preserve,ro")
+    laboratory.ok("kexec", "-s", "-l", "builtin", f"--append=ro pkram={laboratory.pfn()}")
+    laboratory.ok("kexec", "-e", "--poison")
     assert os.path.ismount(top)
     _assert_same(before, _everything(top))

@@ -22,7 +22,9 @@ def policy(text: str | None) -> Any:
     return text
 
 
-class Lab:
+class Remounted:
+    """A mount's settings over its tree, and what the daemon was told of each remount."""
+
     def __init__(self, words: Words, limits: Limits) -> None:
         self.told: list[Words] = []
         self.tree = Tree(None, Frames(), limits)  # type: ignore[arg-type]
@@ -34,11 +36,11 @@ class Lab:
 
 
 @pytest.fixture
-def lab() -> Lab:
-    return Lab({"pkram": "x", "nr_blocks": "512", "nr_inodes": "10", "rw": True}, Limits(512, 10))
+def lab() -> Remounted:
+    return Remounted({"pkram": "x", "nr_blocks": "512", "nr_inodes": "10", "rw": True}, Limits(512, 10))
 
 
-def test_all_at_once(lab: Lab) -> None:
+def test_all_at_once(lab: Remounted) -> None:
     said: Words = {"size": "4M", "huge": "always", "mpol": "bind:1"}
     lab.settings.reconfigure(said, pages=1024)
     words = {"pkram": "x", "nr_inodes": "10", "rw": True, **said}  # size= takes the place of nr_blocks=
@@ -57,7 +59,7 @@ def test_all_at_once(lab: Lab) -> None:
         ({"nr_inodes": "1"}, {"inodes": 1}),
     ],
 )
-def test_or_nothing(lab: Lab, said: Words, limits: dict[str, int]) -> None:
+def test_or_nothing(lab: Remounted, said: Words, limits: dict[str, int]) -> None:
     lab.tree.limits.pages, lab.tree.limits.inode_space = 2, 2048
     before = lab.state()
     with pytest.raises((ErrnoError, OSError, UsageError)) as caught:
@@ -67,7 +69,7 @@ def test_or_nothing(lab: Lab, said: Words, limits: dict[str, int]) -> None:
     assert lab.told == []
 
 
-def test_no_limit_and_back_is_refused(lab: Lab) -> None:
+def test_no_limit_and_back_is_refused(lab: Remounted) -> None:
     lab.settings.reconfigure({"size": "0", "nr_inodes": "0"}, pages=0, inodes=0)
     assert lab.settings.shown() == "size=0k,nr_inodes=0"
     for limits in ({"pages": 5}, {"inodes": 5}):
@@ -76,13 +78,13 @@ def test_no_limit_and_back_is_refused(lab: Lab) -> None:
 
 
 def test_only_what_was_said_is_shown() -> None:
-    assert Lab({"pkram": "x", "rw": True}, Limits(1, 1)).settings.shown() == ""
+    assert Remounted({"pkram": "x", "rw": True}, Limits(1, 1)).settings.shown() == ""
     words: Words = {"pkram_strict": True, "mode": "700", "gid": "0", "noswap": True, "noatime": True}
-    assert Lab(words, Limits(1, 1)).settings.shown() == "mode=700,gid=0,noswap,pkram_strict"
+    assert Remounted(words, Limits(1, 1)).settings.shown() == "mode=700,gid=0,noswap,pkram_strict"
 
 
 @pytest.mark.parametrize(("said", "kept"), [("ro", {"ro": True}), ("rw", {"rw": True})])
-def test_read_only_is_noted_in_the_place_of_its_opposite(lab: Lab, said: str, kept: dict[str, bool]) -> None:
+def test_read_only_is_noted_in_the_place_of_its_opposite(lab: Remounted, said: str, kept: dict[str, bool]) -> None:
     for words in ({"ro": True}, {"rw": True}, {said: True}):
         lab.settings.reconfigure(words)
     assert {key: value for key, value in lab.settings.words.items() if key in ("ro", "rw")} == kept

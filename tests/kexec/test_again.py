@@ -47,7 +47,7 @@ def names(user):
     """The names of the trees at their places, the topmost last."""
     devs = {
         entry["dev"]: entry["name"]
-        for entry in map(json.loads, (f.read_text() for f in user.machine.glob("mounts/*.json")))
+        for entry in map(json.loads, (f.read_text() for f in user.files.glob("mounts/*.json")))
     }
     return [(one.mountpoint, devs[one.dev]) for one in below(user)]
 
@@ -419,9 +419,9 @@ def test_a_directory_of_the_old_list_is_not_followed_either(user):
     user.preserve(path)
     user.load()
     user.ok("pkram-kexec", "-e", "--no-remount")
-    data = json.loads((user.machine / "nvram.json").read_text())
+    data = json.loads((user.files / "nvram.json").read_text())
     data["mounts"] = [{"name": "one", "mountpoint": str(path), "options": {"pkram": "one"}}]
-    (user.machine / "nvram.json").write_text(json.dumps(data))
+    (user.files / "nvram.json").write_text(json.dumps(data))
     path.rmdir()
     path.symlink_to(user.directory("target"))
     assert "symbolic link" in user.run("pkram-kexec", "--resume").stderr
@@ -437,10 +437,10 @@ def test_resume_of_what_is_mounted_in_part_does_not_bind_twice(user):
     user.ok("mount", "--bind", path, place)
     user.preserve(path)
     interrupted(user)
-    wanted = (user.machine / "nvram.json").read_text()
+    wanted = (user.files / "nvram.json").read_text()
     user.ok("pkram-kexec", "--resume")
     before = table(user)
-    (user.machine / "nvram.json").write_text(wanted)
+    (user.files / "nvram.json").write_text(wanted)
     user.ok("pkram-kexec", "--resume")
     assert table(user) == before and len(before) == 2
 
@@ -454,4 +454,4 @@ def test_many_mounts_come_back(user):
         user.preserve(path)
     user.kexec()
     assert [(path / "file").read_bytes() for path in paths] == [b"%d" % number for number in range(8)]
-    assert json.loads((user.machine / "nvram.json").read_text())["mounts"] == []
+    assert json.loads((user.files / "nvram.json").read_text())["mounts"] == []

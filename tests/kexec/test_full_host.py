@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from .conftest import User, fill, snapshot
+from tests.support.lab import User
+from tests.support.trees import fill, snapshot
 
 pytestmark = pytest.mark.mount
 

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from .conftest import fill, snapshot
+from tests.support.trees import fill, snapshot
 
 pytestmark = pytest.mark.mount
 
@@ -77,7 +77,7 @@ def test_unmounted_without_preserve_all_is_given_back(user):
     user.unmount(path)
     user.mount("one")
     assert list(path.iterdir()) == []
-    assert (user.machine / "ram").stat().st_blocks * 512 < 1 << 23
+    assert (user.files / "ram").stat().st_blocks * 512 < 1 << 23
 
 
 def test_a_change_after_the_restore_withdraws_the_node(user):
@@ -177,7 +177,7 @@ def test_reuse_cmdline_replaces_the_pfn(user):
     for _ in range(2):
         user.ok("pkram-kexec", "-s", "-l", "builtin", "--reuse-cmdline")
         user.ok("pkram-kexec", "-e")
-        assert (user.machine / "cmdline").read_text().count("pkram=") == 1
+        assert (user.files / "cmdline").read_text().count("pkram=") == 1
     assert (path / "file").read_bytes() == b"data"
 
 
@@ -185,7 +185,7 @@ def test_what_follows_two_dashes_is_init_s(user):
     path = user.mount("one")
     (path / "file").write_bytes(b"data")
     user.preserve(path)
-    pfn = (user.machine / "pkram").read_text().strip()
+    pfn = (user.files / "pkram").read_text().strip()
     user.ok("pkram-kexec", "-l", "builtin", f"--append=ro -- pkram={pfn}")
     assert "would be lost" in user.run("pkram-kexec", "-e").stderr
     user.ok("pkram-kexec", "-l", "builtin", f"--append=ro pkram={pfn} -- pkram=99 single")
@@ -193,7 +193,7 @@ def test_what_follows_two_dashes_is_init_s(user):
         user.ok("pkram-kexec", "-e")
         assert (path / "file").read_bytes() == b"data"
         user.ok("pkram-kexec", "-l", "builtin", "--reuse-cmdline")
-    assert (user.machine / "cmdline").read_text().endswith(" -- pkram=99 single\n")
+    assert (user.files / "cmdline").read_text().endswith(" -- pkram=99 single\n")
 
 
 def test_the_dry_run_changes_nothing(user):
@@ -212,7 +212,7 @@ def test_damaged_ram_is_refused_not_restored(user, damage):
     (path / "file").write_bytes(os.urandom(1 << 20))
     user.preserve(path)
     user.unmount(path)
-    ram = user.machine / "ram"
+    ram = user.files / "ram"
     if damage == "cut":
         os.truncate(ram, ram.stat().st_size // 2)
     else:

@@ -4,31 +4,16 @@
 import errno
 import os
 import random
-import stat
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.trees import snapshot
+
 pytestmark = pytest.mark.mount
 ROOT = os.geteuid() == 0
-
-
-def _picture(root: Path) -> dict[str, tuple[Any, ...]]:
-    """Everything that stat and read say of a tree."""
-    found = {}
-    for directory, names, files in os.walk(root):
-        for name in [".", *names, *files]:
-            path = Path(directory) / name
-            s = path.lstat()
-            content: Any = None
-            if stat.S_ISREG(s.st_mode):
-                content = path.read_bytes()
-            elif stat.S_ISLNK(s.st_mode):
-                content = os.readlink(path)
-            found[str(path)] = (s.st_mode, s.st_ino, s.st_nlink, s.st_uid, s.st_gid, s.st_size, s.st_mtime_ns, content)
-    return found
 
 
 def _fill(root: Path) -> None:
@@ -49,13 +34,13 @@ def _fill(root: Path) -> None:
 def test_preserve_umount_mount_restores_everything(lab: Any) -> None:
     mnt = lab.mount("one")
     _fill(mnt)
-    before = _picture(mnt)
+    before = snapshot(mnt)
     lab.remount(mnt, "preserve,ro")
     assert lab.nodes() == ["shmem-one"]
-    assert _picture(mnt) == before  # readable while preserved
+    assert snapshot(mnt) == before  # readable while preserved
     lab.umount(mnt)
     mnt = lab.mount("one")
-    assert _picture(mnt) == before
+    assert snapshot(mnt) == before
     assert "restored 20 files" in lab.dmesg()
 
 

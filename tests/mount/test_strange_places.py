@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pkramfs.mounting import syscalls
-from tests.conftest import mounted
+from tests.support.places import mounted
 
 pytestmark = pytest.mark.mount
 ROOT = os.geteuid() == 0

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.trees import snapshot
+
 pytestmark = pytest.mark.mount
 ROOT = os.geteuid() == 0
 TIMES = (1_234_567_890_123_456_789, 987_654_321_987_654_321)
@@ -85,51 +87,18 @@ def _walk(top: bytes) -> Iterator[bytes]:
         yield path
 
 
-def picture(top: bytes) -> dict[bytes, tuple[Any, ...]]:
-    """Everything there is to know. Attributes first: reading changes access times."""
-    found: dict[bytes, tuple[Any, ...]] = {}
-    left = [top]
-    while left:
-        path = left.pop()
-        s = os.lstat(path)
-        if stat.S_ISDIR(s.st_mode):
-            left += [os.path.join(path, name) for name in os.listdir(path)]
-        times = (s.st_atime_ns, s.st_mtime_ns, s.st_ctime_ns)
-        owner = (s.st_mode, s.st_uid, s.st_gid, s.st_nlink)
-        found[path] = (*owner, s.st_ino, s.st_rdev, s.st_size, s.st_blocks, *times, _xattrs(path))
-    return {path: (*row, _content(path, row[0])) for path, row in found.items()}
-
-
-def _xattrs(path: bytes) -> dict[str, bytes]:
-    names = os.listxattr(path, follow_symlinks=False)
-    return {name: os.getxattr(path, name, follow_symlinks=False) for name in names}
-
-
-def _content(path: bytes, mode: int) -> Any:
-    if stat.S_ISLNK(mode):
-        return os.readlink(path)
-    if stat.S_ISDIR(mode):
-        return os.listdir(path)
-    if not stat.S_ISREG(mode):
-        return None
-    extents = os.getxattr(path, "user.pkramfs.extents")
-    with open(path, "rb") as file:
-        pieces = [tuple(map(int, line.split(b":"))) for line in extents.splitlines()]
-        return [(offset, os.pread(file.fileno(), length, offset)) for offset, length in pieces]
-
-
 def test_everything_survives(lab: Any) -> None:
     mnt = os.fsencode(lab.mount("one"))
     build(mnt)
     lab.remount(os.fsdecode(mnt), "preserve,ro")
-    before = picture(mnt)
-    by_kind = {stat.S_IFMT(row[0]) for row in before.values()}
+    before = snapshot(os.fsdecode(mnt), atime=True)
+    by_kind = {stat.S_IFMT(row.mode) for row in before.values()}
     assert len(by_kind) == (7 if ROOT else 5)
-    assert before[mnt + b"/plain"][4] == before[mnt + b"/deep/hard link"][4] == before[mnt + b"/second"][4]
-    assert [offset for offset, _ in before[mnt + b"/sparse"][-1]] == [0, 5 << 12, 1 << 40]
+    assert before[b"plain"].ino == before[b"deep/hard link"].ino == before[b"second"].ino
+    assert [offset for offset, _ in before[b"sparse"].content] == [0, 5 << 12, 1 << 40]
     done = lab.run("kexec", "-le", "builtin", "--reuse-cmdline", "--poison")
     assert done.returncode == 0, done.stderr
-    after = picture(mnt)
+    after = snapshot(os.fsdecode(mnt), atime=True)
     assert after.keys() == before.keys()
     assert [path for path in before if before[path] != after[path]] == []
 

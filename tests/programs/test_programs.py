@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.conftest import Lab
 from tests.conformance.record import picture
+from tests.support.lab import Pairs
 
 pytestmark = pytest.mark.mount
 
@@ -26,7 +26,7 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def mount() -> Iterator[Path]:
-    lab = Lab()
+    lab = Pairs()
     try:
         yield lab.pair("programs", "size=2G,mode=777")[1]
     finally:
