@@ -3,6 +3,7 @@
 
 from itertools import islice
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -133,10 +134,11 @@ def test_a_cookie_is_a_place_for_good() -> None:
     assert next(directory.after(place))[0] == b"40"
 
 
-def test_a_million_entries() -> None:
+def test_a_million_entries(request: pytest.FixtureRequest) -> None:
+    """A million with --long, a quarter of it else."""
     directory = Directory(inode(1))
     one = inode(2)
-    total = 1_000_000
+    total = 1_000_000 if request.config.getoption("--long") else 250_000
     names = [b"%d" % number for number in range(total)]
     directory.fill(names, [one] * total, list(range(3, total + 3)))
     half = total // 2

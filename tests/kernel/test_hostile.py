@@ -157,7 +157,7 @@ def test_whatever_is_in_a_file_is_as_declared_or_refused(
 ) -> None:
     path = Path(machine.path(name))
     sound, refused = json.loads(path.read_text()), 0
-    count = 5000 if request.config.getoption("--long") else 400
+    count = 5000 if request.config.getoption("--long") else 100
     rng = random.Random(f"{seed} {name}")
     look(machine)
     for text in [

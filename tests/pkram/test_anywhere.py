@@ -94,10 +94,18 @@ def scene(ram, store, frames):
     return run
 
 
-def test_between_any_two_lines_of_a_save(ram, scene):
+@pytest.fixture
+def step(request: pytest.FixtureRequest) -> int:
+    """How many lines are passed over between two that are looked at: none with --long."""
+    return 1 if request.config.getoption("--long") else 5
+
+
+def test_between_any_two_lines_of_a_save(ram, scene, step):
     old, seen = state(ram), []
 
-    def look(_line):
+    def look(line):
+        if line % step:
+            return
         now = state(ram)
         if not seen or now != seen[-1]:
             seen.append(now)
@@ -120,8 +128,10 @@ def test_between_any_two_lines_of_a_withdrawal(ram, store, scene):
         assert name not in new
 
 
-def test_an_interrupt_at_any_line_of_a_save_harms_nothing(ram, store, frames, scene):
-    """Ctrl-C at every seventh line: published whole, or given up, and the next save of the name works.
+def test_an_interrupt_at_any_line_of_a_save_harms_nothing(ram, store, frames, scene, step):
+    """Ctrl-C at every fourth line (without --long, at every twentieth): published whole, or given up.
+
+    Then the next save of the name works.
 
     Frames on their way from the allocator to the save's own list are the only ones that may stay
     taken; they come back when the tree's page blocks are adopted again.
@@ -144,7 +154,7 @@ def test_an_interrupt_at_any_line_of_a_save_harms_nothing(ram, store, frames, sc
                 used = frames.used_pages
             else:
                 done = True
-        line += 7
+        line += 4 * step
     assert set(state(ram)) == {b"first", b"second"}
     assert line > 500
     frames.adopt(store.preserved())
