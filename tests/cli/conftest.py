@@ -5,8 +5,12 @@ import os
 import signal
 import subprocess
 import tempfile
+from collections.abc import Callable
 
 import pytest
+
+Command = Callable[[list[str]], int]
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -15,30 +19,31 @@ def root(pkram_root):
     return str(pkram_root)
 
 
+def in_this_process(main: Command, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return what runs a command here and tells (status, stdout, stderr)."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        status = main(list(words))
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
 @pytest.fixture
-def ctl(capsys):
+def ctl(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run pkramctl in this process: (status, stdout, stderr)."""
     from pkramfs.cli.ctl import main
 
-    def run(*words):
-        status = main(list(words))
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
+    return in_this_process(main, capsys)
 
 
 @pytest.fixture
-def kexec(capsys):
+def kexec(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run pkram-kexec in this process: (status, stdout, stderr)."""
     from pkramfs.cli.kexec import main
 
-    def run(*words):
-        status = main(list(words))
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
+    return in_this_process(main, capsys)
 
 
 @pytest.fixture

@@ -8,16 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.damage import FILES, places
+
 pytestmark = pytest.mark.usefixtures("damaged")
 
-FILES = [
-    "machine.json",
-    "kernel.json",
-    "nvram.json",
-    "kexec/kexec.json",
-    "kexec/crash.json",
-    "mounts/00000000000000ff.json",
-]
 LOOKS = [
     *(("ctl", *words.split()) for words in ("status", "--json status", "nodes", "verify", "report", "iomem", "dmesg")),
     *(("ctl", *words.split()) for words in ("inspect superblock", "machine show", "free nothing")),
@@ -56,12 +50,6 @@ def machine(root, ctl, kexec, tmp_path):
     made.write_json("mounts/00000000000000ff.json", entry | {"dev": 5, "log_at": 0})
     nvram.set_pending(made, nvram.Pending(nvram.KEXEC, 2, "ro", loaded.image, loaded.segments), [entry])
     return made
-
-
-def places(value, at=()):
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield (*at, key)
-        yield from places(inner, (*at, key))
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pkramfs.kernel import kernelrecord, loading, nvram, staging
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.files import LIMIT
 from pkramfs.units import BLOCK_PAGES, PAGE_SIZE
+from tests.support.damage import FILES, places
 
 pytestmark = pytest.mark.usefixtures("damaged")
 
@@ -53,13 +53,6 @@ TEXTS = [
         "{" + " " * 100_000,
     ),
 ]
-
-
-def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the paths of everything in a value."""
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield (*at, key)
-        yield from places(inner, (*at, key))
 
 
 def damaged(sound: dict[str, Any], rng: random.Random) -> bytes:
@@ -139,16 +132,6 @@ def look(machine: Machine) -> None:
     for entry in machine.mounts():
         assert os.fsencode(entry.mountpoint) and entry.pid >= 0 and isinstance(entry.options, dict)
         assert not entry.damaged or "\n" not in entry.damaged
-
-
-FILES = [
-    "machine.json",
-    "kernel.json",
-    "nvram.json",
-    "kexec/kexec.json",
-    "kexec/crash.json",
-    "mounts/00000000000000ff.json",
-]
 
 
 @pytest.mark.parametrize("name", FILES)

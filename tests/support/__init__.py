@@ -8,4 +8,5 @@ lab       Lab: the commands that are typed at one machine. Each chapter lays a l
             User (tests/kexec)          the installed programs, as a user types them
 trees     fill() makes an awkward tree, snapshot() tells all that must survive of one
 places    what is mounted, waiting for the end of a process, taking both down
+    damage    the JSON files of a machine, and where each may be damaged
 """
