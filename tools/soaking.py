@@ -29,7 +29,7 @@ from typing import Any
 from pkramfs.errors import ExhaustedError
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.restore import restore
-from pkramfs.fs.save import save, withdraw
+from pkramfs.fs.save import save
 from pkramfs.fs.tree import Tree
 from pkramfs.kernel import boot, kexec, loading, running, succession
 from pkramfs.kernel.loading import Request
@@ -70,7 +70,6 @@ class Mounted:
         self.frames = Frames(kernel.ram, kernel.leases, self.lock.tree_id, policy)
         if node:
             self.tree = exhaust(restore(kernel.store, name, kernel.ram, self.frames, Limits()))
-            self.tree.on_first_change = lambda: withdraw(self.tree, kernel.store, name)
         else:
             self.tree = Tree(kernel.ram, self.frames, Limits())
 
@@ -83,7 +82,7 @@ class Mounted:
     def drop(self) -> None:
         """Umount a tree that nobody preserves."""
         if self.tree.preserved:
-            withdraw(self.tree, self.kernel.store, self.name)
+            self.tree.preservation.withdraw()
         self.frames.release_all()
         self.lock.release()
 

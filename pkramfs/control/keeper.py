@@ -23,7 +23,7 @@ the files, until they are mended; with `lossy` it goes on, the log names the fil
 The lock lets one verb at a time change the state. `status` needs no lock: it runs between two steps
 of a save.
 
-After the node was withdrawn its own pages (super structures, not files) go back to the frames.
+What state follows which event, and what becomes of the node, is decided in fs/preservation.
 
 Kernel: fs/super.c (freeze_super), mm/shmem_pkram.c (shmem_save_pkram), patch 24
 """
@@ -38,7 +38,7 @@ import trio
 
 from pkramfs.control.replies import Done, Frozen, Status
 from pkramfs.errors import ErrnoError, FormatError, PkramfsError, explain
-from pkramfs.fs.save import save, withdraw
+from pkramfs.fs.save import save
 from pkramfs.mounting.names import node_name
 from pkramfs.spans import Spans
 from pkramfs.text import exact
@@ -97,8 +97,7 @@ class Keeper:
         self._data_lost = trio.Event()
         self._said: set[int] = set()  # whose loss the log has
         self.stopping = trio.Event()
-        if tree.preserved:
-            tree.on_first_change = self._withdraw
+        tree.preservation.on_withdrawn = self._say_withdrawn
 
     @property
     def node_name(self) -> bytes:
@@ -226,7 +225,6 @@ class Keeper:
     async def _save(self, strict: bool) -> None:
         """Publish the node, and tell the log what it holds and what it lacks."""
         report = await drive(save(self.tree, self.store, self.node_name, strict=strict, banned=self._banned()))
-        self.tree.on_first_change = self._withdraw
         moved = f", {plural(report.moved, 'page')} relocated" if report.moved else ""
         self._say(
             f"pkramfs: {self.name} preserved: {plural(report.files, 'file')}, "
@@ -242,7 +240,7 @@ class Keeper:
         async with self._lock:
             self._refuse_held()
             if self.tree.preserved:
-                self._withdraw()
+                self.tree.preservation.withdraw()
             self._thaw()
             return await self.status()
 
@@ -317,12 +315,10 @@ class Keeper:
         except FormatError:
             return  # it may be there; the next reader of the list reports the damage
         if lost:
-            self._withdraw()
+            self.tree.preservation.lose()
 
-    def _withdraw(self) -> None:
-        """Withdraw the node by one store; then its own pages and its copies of moved pages are free memory."""
-        withdraw(self.tree, self.store, self.node_name)
-        self.tree.on_first_change = None
+    def _say_withdrawn(self) -> None:
+        """Tell the kernel log that the tree has let go of its node."""
         self._say(f"pkramfs: {self.name} is no longer preserved: it is changed again")
 
 

@@ -25,11 +25,12 @@ import errno
 import stat
 
 from pkramfs.fs import acl, clock
-from pkramfs.fs.core import WRITING, Core
+from pkramfs.fs.core import WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import ROOT, Caller, Inode, in_group
 from pkramfs.fs.limits import xattr_space
 from pkramfs.fs.protection import KNOWN, refuse_change, refuse_size, refuse_times
+from pkramfs.fs.truncation import Truncation
 
 MAX_SIZE = (1 << 63) - 1
 XATTR_CREATE, XATTR_REPLACE = 1, 2
@@ -40,7 +41,7 @@ _NAMESPACES = (b"user.", b"trusted.", b"security.")
 _ACLS = (acl.ACCESS, acl.DEFAULT)
 
 
-class Attributes(Core):
+class Attributes(Truncation):
     """The operations on attributes; the argument is an inode number or handle."""
 
     def setattr(
@@ -133,9 +134,6 @@ class Attributes(Core):
         if size > MAX_SIZE:
             raise fail(errno.EFBIG)
 
-    def _resize(self, inode: Inode, size: int) -> None:
-        raise NotImplementedError
-
     # -- flags ----------------------------------------------------------------------------------
 
     def set_flags(self, number: int, flags: int, *, stamp: bool = True) -> None:
@@ -185,8 +183,7 @@ class Attributes(Core):
             raise fail(errno.ENODATA)
         if old is not None and flags & XATTR_CREATE:
             raise fail(errno.EEXIST)
-        self.limits.require_space(xattr_space(name, value))
-        self._grow()
+        self.ledger.require_space(xattr_space(name, value))
         self._change("setxattr", ino=inode.ino, name=name, value=value)
         self._put_xattr(inode, name, bytes(value))
         inode.ctime = clock.now()

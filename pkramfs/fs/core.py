@@ -30,7 +30,6 @@ Kernel: mm/shmem.c (shmem_get_inode, shmem_evict_inode), fs/super.c (freeze_supe
 from __future__ import annotations
 
 import errno
-import math
 import stat
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -43,12 +42,12 @@ from pkramfs.fs.asleep import Asleep, SleepingDirectory
 from pkramfs.fs.directory import Directory
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import EMPTY_DIRECTORY_SIZE, Inode
-from pkramfs.fs.limits import INODE_SPACE, Limits, StatFs, xattr_space
+from pkramfs.fs.ledger import Figures, Ledger
+from pkramfs.fs.limits import Limits, StatFs
 from pkramfs.fs.lost import Losses
 from pkramfs.fs.pagecache import END, PageMap
+from pkramfs.fs.preservation import Preservation
 from pkramfs.fs.protection import NOATIME
-from pkramfs.pkram.store import estimate
-from pkramfs.pkram.treeformat import EXTENTS, INODES, TREE, UNWRITTEN, XATTRS
 from pkramfs.spans import Spans
 
 if TYPE_CHECKING:
@@ -64,15 +63,11 @@ DIRECT = 1 << 60
 """Set in the handle of a file that was opened with O_DIRECT."""
 INO_MASK = DIRECT - 1
 
-RUN_WEIGHT = 1152
-"""Bytes that a run of frames costs a save at worst: an extent, entries, a share of the page table."""
-
 NAMED = 10
 """How many files an answer names; it counts the others."""
 PATH_MAX = 4096
 _SEARCH = 1 << 16
 """Entries that are looked at for the other name of a file with several."""
-_HOLD_AHEAD = 1 << 20
 _DAY = 86_400 * 10**9
 
 
@@ -92,11 +87,12 @@ class Core:
         self, ram: Ram, frames: Frames, limits: Limits, *, root_mode: int = 0o1777, uid: int = 0, gid: int = 0
     ) -> None:
         self.ram, self.frames, self.limits = ram, frames, limits
+        self.preservation = Preservation(self._node_gone)
+        self.ledger = Ledger(limits, frames, self.preservation)
         self.inodes: dict[int, Inode] = {}
         self.writing: dict[int, Inode] = {}  # those that are open for writing
         self.asleep: Asleep | None = None
         self.next_ino = ROOT_INO
-        self.on_first_change: Callable[[], None] | None = None
         self.journal: Callable[[str, dict[str, Any]], None] | None = None
         self.access: Callable[[], Access] = relatime
         self._access, self._asked = RELATIME, 0
@@ -104,55 +100,46 @@ class Core:
         self.tails: set[int] = set()  # see filling
         self.losses = Losses()
         self.unnamed: set[int] = set()  # orphans that never had a name, and may get one
-        self.node_pages = Spans()
-        self._frozen = self._preserved = self._guarded = False
-        self._directories = 0
-        self._bytes = 0
-        self._stream_bytes = TREE.size
-        self._runs = 0
-        self._hold_above: float = math.inf  # weights at which to hold more or fewer frames
-        self._hold_below = -1
         self.root = self._allocate_inode(stat.S_IFDIR | root_mode & 0o7777, uid, gid)
-        self.root.lookups = 1  # the mount itself
+        self.remember(self.root)  # the mount itself
         self._make_directory(self.root, self.root)
 
     # -- the gate -------------------------------------------------------------------------------
 
     def _change(self, kind: str, **record: Any) -> None:
         """Let a change pass, or refuse it; see the module's page."""
-        if self._guarded:
-            self._pass_gate()
+        if self.preservation.guarded:
+            self.preservation.change()
         if self.journal is not None:
             self.journal(kind, record)
 
-    def _pass_gate(self) -> None:
-        if self._frozen:
-            raise fail(errno.EROFS)
-        if self.on_first_change is not None:
-            self.on_first_change()
-        self.preserved = False
-
     @property
     def frozen(self) -> bool:
-        return self._frozen
-
-    def freeze(self) -> None:
-        """From now on every change is EROFS."""
-        self._frozen = self._guarded = True
-
-    def thaw(self) -> None:
-        """Changes are allowed again."""
-        self._frozen, self._guarded = False, self._preserved
+        """Return True if every change is refused."""
+        return self.preservation.frozen
 
     @property
     def preserved(self) -> bool:
-        """Whether a published node holds this very tree."""
-        return self._preserved
+        """Return True if a published node holds this very tree."""
+        return self.preservation.preserved
 
-    @preserved.setter
-    def preserved(self, value: bool) -> None:
-        self._preserved = value
-        self._guarded = value or self._frozen
+    def freeze(self) -> None:
+        """Refuse every change from now on with EROFS."""
+        self.preservation.freeze()
+
+    def thaw(self) -> None:
+        """Let changes pass again."""
+        self.preservation.thaw()
+
+    def hold_for_save(self) -> None:
+        """Keep as many frames free from now on as saving this tree needs; see ledger."""
+        self.ledger.hold_for_save()
+
+    def _node_gone(self, pages: Spans) -> None:
+        """Free the pages that only the node used; the next growth looks how much a save needs."""
+        self.ledger.hold_again()
+        if pages:
+            self.frames.free(pages.starts, pages.counts)
 
     # -- inodes ---------------------------------------------------------------------------------
 
@@ -184,25 +171,21 @@ class Core:
         inode = Inode(self.next_ino, mode, uid, gid, now, now, now, btime=now)
         self.inodes[self.next_ino] = inode
         self.next_ino += 1
-        self.limits.inode_space += INODE_SPACE
-        self._stream_bytes += INODES.width
+        self.ledger.add_inode()
         return inode
 
     def _make_directory(self, inode: Inode, parent: Inode) -> None:
         inode.entries = Directory(parent)
         inode.nlink, inode.size = 2, EMPTY_DIRECTORY_SIZE
-        self._directories += 1
+        self.ledger.add_directory()
 
-    def install(
-        self, packed: Asleep, next_ino: int, *, directories: int, size: int, stream_bytes: int, runs: int
-    ) -> None:
-        """Make this, whose root is awake, the whole tree: what a restore has built."""
+    def install(self, packed: Asleep, next_ino: int, figures: Figures) -> None:
+        """Replace the whole tree by one that a restore has built, and whose root is awake."""
         self.inodes, self.asleep = packed.inodes, packed if packed.left else None
         packed.done = self._all_awake
         self.root, self.next_ino = self.inodes[ROOT_INO], next_ino
-        self.root.lookups = 1
-        self._directories, self._bytes = directories, size
-        self._stream_bytes, self._runs = stream_bytes, runs
+        self.remember(self.root)
+        self.ledger.adopt(figures)
 
     def _all_awake(self) -> None:
         self.asleep = None
@@ -214,8 +197,13 @@ class Core:
                 if isinstance(inode.entries, SleepingDirectory):
                     inode.entries.wake()
 
+    @staticmethod
+    def remember(inode: Inode) -> None:
+        """Count a reference of the kernel: an answer names the inode."""
+        inode.lookups += 1
+
     def forget(self, number: int, count: int = 1) -> None:
-        """The kernel gives back `count` references that the door had counted in `lookups`."""
+        """Take back `count` references that `remember` had counted."""
         inode = self.inodes.get(number)
         if inode is not None:
             inode.lookups = max(inode.lookups - count, 0)
@@ -229,86 +217,35 @@ class Core:
         self.orphans.pop(inode.ino, None)
         self.unnamed.discard(inode.ino)
         self.tails.discard(inode.ino)
-        self.losses.drop(inode.ino)
+        if self.losses.files:
+            self.losses.drop(inode.ino)
         del self.inodes[inode.ino]
-        self.limits.inode_space -= INODE_SPACE
-        self._stream_bytes -= INODES.width
-        if inode.target is not None:
-            self._stream_bytes -= len(inode.target)
-            self.limits.pages -= inode.own_pages
         if inode.xattrs is not None:
             for name in list(inode.xattrs):
                 self._put_xattr(inode, name, None)
-        if inode.unwritten is not None:
-            self._stream_bytes -= UNWRITTEN.width * inode.unwritten.runs
         if inode.pages is not None:
             self._free_pages(inode.pages, 0)
-        if inode.entries is not None:
-            self._directories -= 1
-        elif inode.is_file:
-            self._bytes -= inode.size
-        if self._stream_bytes < self._hold_below and not self._guarded:
-            self.hold_for_save()
+        self.ledger.remove_inode(inode)
 
     def _free_pages(self, pages: PageMap, first: int, last: int = END) -> None:
         """Give the frames of a range of file pages back to the host."""
         before = pages.runs
         gone = pages.remove(first, last)
         if gone:
-            self._runs += pages.runs - before
             starts, counts = zip(*gone, strict=True)
-            self.limits.pages -= sum(counts)
+            self.ledger.add_pages(-sum(counts), pages.runs - before)
             self.frames.free(starts, counts)
 
     def _put_xattr(self, inode: Inode, name: bytes, value: bytes | None) -> None:
-        """Set or remove an xattr, counting inode space (ACLs take none) and what a save will need."""
+        """Set or remove (None) an xattr."""
         xattrs = inode.xattrs or {}
         old = xattrs.pop(name, None)
-        for sign, counted in ((-1, old), (1, value)):
-            if counted is not None:
-                self._stream_bytes += sign * (XATTRS.width + len(name) + len(counted))
-                if not name.startswith(b"system."):
-                    self.limits.inode_space += sign * xattr_space(name, counted)
+        if old is not None:
+            self.ledger.remove_xattr(name, old)
         if value is not None:
+            self.ledger.add_xattr(name, value)
             xattrs[name] = value
         inode.xattrs = xattrs or None
-
-    # -- room for the save ----------------------------------------------------------------------
-
-    def hold_for_save(self) -> None:
-        """From now on keep as many frames free as saving this tree needs, while it grows and shrinks.
-
-        So writers meet ENOSPC before the tree can no longer be preserved. ExhaustedError if there
-        is no room now. A preserved tree needs none before its first change, which frees its node.
-        """
-        if self._preserved:
-            self._hold_above = 0
-            return
-        self.frames.hold(self.pages_needed(_HOLD_AHEAD))
-        weight = self._weight()
-        self._hold_above, self._hold_below = weight + _HOLD_AHEAD, weight // 2 - _HOLD_AHEAD // 2
-
-    def _grow(self) -> None:
-        """Before a change that makes the tree larger: hold more frames if it has outgrown those held."""
-        if self._stream_bytes + self._runs * RUN_WEIGHT > self._hold_above and not self._guarded:  # _weight()
-            self.hold_for_save()
-
-    def pages_needed(self, growth: int = 0) -> int:
-        """Frames that a save needs for itself, if the tree grows by so many bytes of description."""
-        extents = EXTENTS.width * self._runs
-        return estimate(self._runs + growth // RUN_WEIGHT, self._stream_bytes + extents + growth)
-
-    def node_withdrawn(self) -> Spans:
-        """The tree is live again; returns the pages that only its node used, for the caller to free."""
-        self.preserved = False
-        if self._hold_above != math.inf:
-            self._hold_above = -1  # at the next growth
-        pages, self.node_pages = self.node_pages, Spans()
-        return pages
-
-    def _weight(self) -> int:
-        """How much there is to save besides pages, in bytes."""
-        return self._stream_bytes + self._runs * RUN_WEIGHT
 
     # -- handles --------------------------------------------------------------------------------
 
@@ -329,7 +266,7 @@ class Core:
 
     def _read_time(self, inode: Inode) -> None:
         """Note an access, if the mount's flags want it. They are asked for when it is due, and else once a tick."""
-        if self._frozen or inode.flags & NOATIME:
+        if self.preservation.frozen or inode.flags & NOATIME:
             return
         now = clock.now()
         due = inode.atime <= inode.mtime or inode.atime <= inode.ctime or now - inode.atime >= _DAY
@@ -347,7 +284,8 @@ class Core:
     def counts(self) -> Counts:
         """What the tree holds, without a walk."""
         inodes = len(self.inodes) + (self.asleep.count if self.asleep is not None else 0)
-        return Counts(inodes - self._directories, self._directories, self.limits.pages, self._bytes)
+        folders = self.ledger.directories
+        return Counts(inodes - folders, folders, self.limits.pages, self.ledger.bytes)
 
     # -- names for people -----------------------------------------------------------------------
 

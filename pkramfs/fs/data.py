@@ -33,7 +33,6 @@ from pkramfs.fs.filling import Filling
 from pkramfs.fs.inode import ROOT, Caller, Inode
 from pkramfs.fs.pagecache import END, PageMap, Run
 from pkramfs.fs.protection import refuse_open, refuse_space
-from pkramfs.pkram.treeformat import UNWRITTEN
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
@@ -44,6 +43,7 @@ Viewer = Callable[[int, int], Buffer]
 _ZEROS = memoryview(bytes(1 << 20))
 _IN_PAGE = PAGE_SIZE - 1
 _PIECE = 256
+_MARKS = os.O_NOATIME | os.O_DIRECT
 _LOOK_SHIFT = 10
 """log2 of the pages of a restored file that are looked at together."""
 
@@ -55,16 +55,23 @@ class Data(Filling):
 
     def open(self, number: int, flags: int = os.O_RDONLY, caller: Caller = ROOT) -> int:
         """Open a file and return its handle. O_TRUNC is honoured; the kernel has checked access."""
-        inode = self.inode(number)
+        return self.open_inode(
+            self.inodes.get(number & INO_MASK) or self._find_asleep(number & INO_MASK), flags, caller
+        )
+
+    def open_inode(self, inode: Inode, flags: int, caller: Caller) -> int:
+        """Open a file that the caller has in hand, as `open` does."""
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        if writing and self._frozen:
+        if writing and self.preservation.frozen:
             raise fail(errno.EROFS)
         if inode.flags:
             refuse_open(inode, flags)
         if flags & os.O_TRUNC and inode.is_file:
             self._truncate_on_open(inode, caller)
         inode.opens += 1
-        handle = inode.ino | (UNNOTED if flags & os.O_NOATIME else 0) | (DIRECT if flags & os.O_DIRECT else 0)
+        handle = inode.ino
+        if flags & _MARKS:
+            handle |= (UNNOTED if flags & os.O_NOATIME else 0) | (DIRECT if flags & os.O_DIRECT else 0)
         if not writing:
             return handle
         inode.writers += 1
@@ -116,11 +123,6 @@ class Data(Filling):
 
     def _view(self, start: int, stop: int) -> Buffer:
         return self.ram.bytes[start:stop]
-
-    def _peek(self, start: int, stop: int) -> Buffer:
-        """Bytes of RAM that the host may have no memory for."""
-        first, last = start >> PAGE_SHIFT, (stop + _IN_PAGE) >> PAGE_SHIFT
-        return self.ram.peek(first, last - first)[start - (first << PAGE_SHIFT) : stop - (first << PAGE_SHIFT)]
 
     def _backed(self, pages: PageMap, first: int, last: int) -> bool:
         """Whether the host has memory for all frames in [first, last) of a restored file, or gives it now."""
@@ -202,7 +204,7 @@ class Data(Filling):
         if inode.unwritten is not None:
             self._mark_written(inode, offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT)
         if end > inode.size:
-            self._bytes += end - inode.size
+            self.ledger.add_bytes(end - inode.size)
             inode.size = end
         if self.losses.files:
             self.losses.written(inode.ino, offset, end, inode.size)
@@ -244,10 +246,12 @@ class Data(Filling):
             if len(runs) == 1 and runs[0][2] == last - first:
                 self._change("write", ino=inode.ino, offset=offset, end=end)
                 return runs, self.ram.overwrite, False
-        fresh = self._fill_holes(inode, first, last, "write", offset, end, back=bool(runs))
+        made = self._fill_holes(inode, first, last, "write", offset, end, back=bool(runs))
+        store = self.ram.fill if made else self.ram.overwrite
+        if len(made) == 1 and made[0][0] == first and made[0][2] == last - first:
+            return made, store, True
         assert inode.pages is not None
-        store = self.ram.fill if fresh else self.ram.overwrite
-        return inode.pages.between(first, last), store, bool(fresh) and not runs
+        return inode.pages.between(first, last), store, bool(made) and not runs
 
     def lose(self, number: int, offset: int, end: int, error: int = errno.EIO) -> None:
         """Remember that bytes of a file, which a program believes to have written, could not be stored; see lost."""
@@ -256,33 +260,6 @@ class Data(Filling):
             self.losses.note(inode.ino, offset, end, error)
 
     # -- shrinking, growing, holes --------------------------------------------------------------
-
-    def _resize(self, inode: Inode, size: int) -> None:
-        if size < inode.size:
-            self._trim(inode, size)
-        self._bytes += size - inode.size
-        inode.size = size
-
-    def _trim(self, inode: Inode, size: int) -> None:
-        """Give back the pages beyond a size, and clear the rest of the last one that remains."""
-        if inode.pages is None:
-            return
-        self._free_pages(inode.pages, (size + _IN_PAGE) >> PAGE_SHIFT)
-        self._mark_written(inode, (size + _IN_PAGE) >> PAGE_SHIFT, END)
-        if size & _IN_PAGE:
-            self._clear(inode, size, (size | _IN_PAGE) + 1)
-        if not inode.pages.count:
-            inode.pages = None
-
-    def _clear(self, inode: Inode, start: int, end: int) -> None:
-        """Zero bytes of one page, if it is there."""
-        index, pages = start >> PAGE_SHIFT, inode.pages
-        if pages is None:
-            return
-        for _, pfn, _ in pages.between(index, index + 1):
-            base = (pfn - index) << PAGE_SHIFT
-            if pages.backed is None or any(self._peek(base + start, base + end)):
-                self.ram.bytes[base + start : base + end] = _ZEROS[: end - start]
 
     def allocate(self, number: int, offset: int, size: int, *, keep_size: bool = False, stamp: bool = True) -> None:
         """Give a range its pages now (fallocate), with memory of the host, so that no write there runs out of it;
@@ -299,8 +276,7 @@ class Data(Filling):
         if keep_size:
             self.tails.discard(inode.ino)  # what is behind the end was asked for
         if end > inode.size and not keep_size:
-            self._bytes += end - inode.size
-            inode.size = end
+            self._resize(inode, end)
         if stamp:
             inode.mtime = inode.ctime = clock.now()
 
@@ -314,54 +290,6 @@ class Data(Filling):
         self.losses.written(inode.ino, offset, end, inode.size)
         if stamp:
             inode.mtime = inode.ctime = clock.now()
-
-    def _make_hole(self, inode: Inode, start: int, end: int) -> None:
-        """Free the whole pages of a range, and clear what it has of others."""
-        if inode.pages is None:
-            return
-        first, last = (start + _IN_PAGE) >> PAGE_SHIFT, end >> PAGE_SHIFT
-        if first > last:
-            self._clear(inode, start, end)
-        else:
-            self._free_pages(inode.pages, first, last)
-            self._mark_written(inode, first, last)
-            self._clear(inode, start, first << PAGE_SHIFT)
-            self._clear(inode, last << PAGE_SHIFT, end)
-
-    def _mark_unwritten(self, inode: Inode, runs: list[tuple[int, int]]) -> None:
-        """Note pages that were allocated and never written: they read as zeros, and count as a hole."""
-        there = inode.unwritten or PageMap()
-        before = there.runs
-        for index, count in runs:
-            there.insert(index, index, count)
-        self._stream_bytes += UNWRITTEN.width * (there.runs - before)
-        inode.unwritten = there if there.count else None
-
-    def _mark_written(self, inode: Inode, first: int, last: int) -> None:
-        """Take that note of [first, last) away: the pages are written, or gone.
-
-        That may split a run in two, which a save has to tell. Where it has no room for more, the file loses its notes:
-        its pages count as data, which is all they are for.
-        """
-        there = inode.unwritten
-        if there is None:
-            return
-        before = there.runs
-        there.remove(first, last)
-        self._stream_bytes += UNWRITTEN.width * (there.runs - before)
-        if there.runs > before and not self._has_room_to_grow():
-            self._stream_bytes -= UNWRITTEN.width * there.runs
-            inode.unwritten = None
-        if not there.count:
-            inode.unwritten = None
-
-    def _has_room_to_grow(self) -> bool:
-        """Hold more frames for the save if it needs them; whether there are any."""
-        try:
-            self._grow()
-        except OSError:
-            return False
-        return True
 
     def sparsify(self, number: int, first: int = 0, last: int = END) -> int:
         """Give back those of the pages [first, last) of a file that are all zeros, which changes nothing to be seen;

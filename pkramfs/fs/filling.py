@@ -24,11 +24,12 @@ Kernel: mm/shmem.c (shmem_huge_global_enabled, shmem_alloc_and_add_folio, shmem_
 """
 
 import errno
+from collections.abc import Iterator
 
 from pkramfs.fs.attributes import Attributes
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import Inode
-from pkramfs.fs.pagecache import PageMap
+from pkramfs.fs.pagecache import PageMap, Run
 from pkramfs.units import BLOCK_ORDER, BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, pages, round_down, round_up
 
 Hole = tuple[int, int]
@@ -44,12 +45,16 @@ class Filling(Attributes):
 
     huge = "never"
 
-    def _fill_holes(self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int, *, back: bool) -> int:
-        """Give every page in [first, last) a frame of zeros, all or none; how many frames that took.
+    def _fill_holes(
+        self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int, *, back: bool
+    ) -> list[Run]:
+        """Give every page in [first, last) a frame of zeros, all or none, and return the runs that were made.
+
+        They are in order of index; huge pages may begin before `first` and end behind `last`.
 
         Without `back` the caller writes all of them at once, and takes those back that it cannot write.
         """
-        if self._frozen:
+        if self.preservation.frozen:
             raise fail(errno.EROFS)
         try:
             return self._fill(inode, first, last, kind, offset, end, back)
@@ -59,10 +64,10 @@ class Filling(Attributes):
         self._give_back_tails()
         return self._fill(inode, first, last, kind, offset, end, back)
 
-    def _fill(self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int, back: bool) -> int:
+    def _fill(self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int, back: bool) -> list[Run]:
         holes = _holes(inode.pages, first, last)
         huge = self._huge_holes(inode, first, last, end) if self.huge != "never" else []
-        self._grow()
+        self.ledger.grow()
         supply = self._take_huge(huge) if huge else []
         if supply:
             holes = _without(holes, huge)
@@ -80,7 +85,7 @@ class Filling(Attributes):
             raise
         if supply:
             self._note_tail(inode, huge, end)
-            return self._insert(inode, huge, supply) + self._insert(inode, holes, frames)
+            return sorted(self._insert(inode, huge, supply) + self._insert(inode, holes, frames))
         return self._insert(inode, holes, frames)
 
     def _take(self, holes: list[Hole], order: int = 0, beside: Frames | None = None) -> Frames:
@@ -98,20 +103,18 @@ class Filling(Attributes):
         if frames:
             self.frames.free(*zip(*frames, strict=True))
 
-    def _insert(self, inode: Inode, holes: list[Hole], frames: Frames) -> int:
-        """Put frames into holes and count them; how many they were."""
+    def _insert(self, inode: Inode, holes: list[Hole], frames: Frames) -> list[Run]:
+        """Put frames into holes, count them, and return the runs that were made."""
         if inode.pages is None:
             inode.pages = PageMap()
         there = inode.pages
         before, held = there.runs, there.count
-        if len(holes) == len(frames) == 1:
-            there.insert(holes[0][0], *frames[0])
-        else:
-            _distribute(there, holes, frames)
-        self._runs += there.runs - before
-        count = there.count - held
-        self.limits.pages += count
-        return count
+        one = len(holes) == len(frames) == 1
+        made = [(holes[0][0], *frames[0])] if one else list(_distribute(holes, frames))
+        for run in made:
+            there.insert(*run)
+        self.ledger.add_pages(there.count - held, there.runs - before)
+        return made
 
     # -- huge pages -----------------------------------------------------------------------------
 
@@ -189,8 +192,8 @@ def _without(holes: list[Hole], gone: list[Hole]) -> list[Hole]:
     return left
 
 
-def _distribute(pages: PageMap, holes: list[Hole], frames: Frames) -> None:
-    """Put runs of frames into holes, cutting whichever is longer."""
+def _distribute(holes: list[Hole], frames: Frames) -> Iterator[Run]:
+    """Yield the runs that fill holes with frames, cutting whichever is longer."""
     supply = iter(frames)
     pfn, left = 0, 0
     for start, size in holes:
@@ -199,5 +202,5 @@ def _distribute(pages: PageMap, holes: list[Hole], frames: Frames) -> None:
             if not left:
                 pfn, left = next(supply)
             count = min(left, end - index)
-            pages.insert(index, pfn, count)
+            yield index, pfn, count
             index, pfn, left = index + count, pfn + count, left - count

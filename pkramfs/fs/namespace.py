@@ -30,7 +30,6 @@ from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import ENTRY_SIZE, ROOT, Caller, Inode
 from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE, NAME_MAX
 from pkramfs.fs.protection import INHERITED, refuse_change, refuse_entry, refuse_removal
-from pkramfs.pkram.treeformat import ENTRIES
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 
@@ -135,8 +134,7 @@ class Namespace(Core):
         self._change("symlink", parent=parent, name=name, target=target, caller=caller)
         inode = self._new_inode(folder, stat.S_IFLNK | 0o777, caller)
         inode.target, inode.size = bytes(target), len(target)
-        self.limits.pages += pages
-        self._stream_bytes += len(target)
+        self.ledger.add_target(inode)
         self._enter(folder, name, inode)
         return inode
 
@@ -156,7 +154,7 @@ class Namespace(Core):
             self.unnamed.discard(inode.ino)
             del self.orphans[inode.ino]
         else:
-            self.limits.inode_space += INODE_SPACE
+            self.ledger.add_link()
         inode.ctime = clock.now()
         self._enter(folder, name, inode)
         return inode
@@ -191,11 +189,11 @@ class Namespace(Core):
     def _check_place(self, folder: Inode, space: int) -> None:
         if not folder.nlink:
             raise fail(errno.ENOENT)  # removed, but still somebody's working directory
-        if self._frozen:
+        if self.preservation.frozen:
             raise fail(errno.EROFS)  # not ENOSPC
-        refuse_entry(folder)
-        self.limits.require_space(space)
-        self._grow()
+        if folder.flags:
+            refuse_entry(folder)
+        self.ledger.require_space(space)
 
     def _new_inode(self, folder: Inode, mode: int, caller: Caller) -> Inode:
         gid = caller.gid
@@ -223,7 +221,7 @@ class Namespace(Core):
     def _put_in(self, folder: Inode, name: bytes, inode: Inode) -> None:
         self._entries(folder).add(name, inode)
         inode.folder, inode.name = folder, name
-        self._stream_bytes += ENTRIES.width + len(name)
+        self.ledger.add_entry(name)
         folder.size += ENTRY_SIZE
 
     # -- removing -------------------------------------------------------------------------------
@@ -233,7 +231,8 @@ class Namespace(Core):
         inode = self._existing(folder, name)
         if inode.entries is not None:
             raise fail(errno.EISDIR)
-        refuse_removal(folder, inode)
+        if folder.flags | inode.flags:
+            refuse_removal(folder, inode)
         self._change("unlink", parent=parent, name=name)
         self._leave(folder, name)
         self._drop_name(inode, folder, name, folder.ctime)
@@ -261,7 +260,7 @@ class Namespace(Core):
 
     def _take_out(self, folder: Inode, name: bytes) -> None:
         self._entries(folder).remove(name)
-        self._stream_bytes -= ENTRIES.width + len(name)
+        self.ledger.remove_entry(name)
         folder.size -= ENTRY_SIZE
 
     def _drop_name(self, inode: Inode, folder: Inode, name: bytes, now: int) -> None:
@@ -272,7 +271,7 @@ class Namespace(Core):
         else:
             inode.nlink -= 1
             if inode.nlink:
-                self.limits.inode_space -= INODE_SPACE
+                self.ledger.remove_link()
                 return
         if inode.lookups or inode.opens:
             self.orphans[inode.ino] = (folder, name)

@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Generator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pkramfs.errors import ExhaustedError, FormatError
 from pkramfs.fs.asleep import Asleep
+from pkramfs.fs.ledger import Figures
 from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE, Limits
 from pkramfs.fs.picture import Progress
 from pkramfs.fs.tree import Tree
@@ -58,17 +60,16 @@ def restore(
     frames.adopt(data | metadata)
     tree = Tree(ram, frames, limits)
     kinds, sizes = parts.inodes["mode"] & np.uint32(0o170000), parts.inodes["size"]
-    tree.install(
-        packed,
-        parts.header.next_ino,
+    figures = Figures(
+        pages=pages,
+        inode_space=space,
         directories=int(np.count_nonzero(kinds == stat.S_IFDIR)),
-        size=sum(sizes[kinds == stat.S_IFREG].tolist()),
-        stream_bytes=_weight(parts, len(stream)),
+        bytes=sum(sizes[kinds == stat.S_IFREG].tolist()),
         runs=len(packed.pieces),
+        stream_bytes=_weight(parts, len(stream)),
     )
-    tree.node_pages = metadata
-    limits.pages, limits.inode_space = pages, space
-    tree.preserved = True
+    tree.install(packed, parts.header.next_ino, figures)
+    tree.preservation.restore(partial(store.withdraw, node_name), metadata)
     return tree
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Generator, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -87,8 +88,7 @@ def save(
         yield Progress("publish", 0, 1)
         saving.finish()
         moved = sum(count for _, count in saving.relocated)
-    tree.node_pages = saving.taken
-    tree.preserved = True
+    tree.preservation.preserve(partial(store.withdraw, node_name), saving.taken)
     counts = tree.counts()
     return SaveReport(
         files=counts.files - len(tree.orphans),
@@ -102,22 +102,6 @@ def save(
         seconds=time.monotonic() - began,
         deleted_count=tree.deleted_count,
     )
-
-
-def withdraw(tree: Tree, store: Store, node_name: bytes) -> None:
-    """Take back a tree's node by one store and free what only the node used: metadata and relocated copies.
-
-    What a daemon does at `remount,rw`, and at the first change of a restored tree (on_first_change). A node
-    that was given up because it was damaged is gone already; what it used is free all the same.
-    """
-    try:
-        store.withdraw(node_name)
-    except PkramError as error:
-        if error.errno != errno.ENOENT:
-            raise
-    pages = tree.node_withdrawn()
-    if pages:
-        tree.frames.free(pages.starts, pages.counts)
 
 
 def _refuse_what_pkram_refuses(tree: Tree) -> None:

@@ -14,7 +14,7 @@ the count, and the rest would be lost in silence. The error reaches the program 
 asks: the kernel keeps it with the inode (errseq). For those that do not ask the tree remembers what is lost.
 
 References: an inode that is named in an answer to look-up, create, mknod, mkdir, symlink, link or
-readdir (but for `.` and `..`) gets one `lookups`; the kernel gives them back with FORGET.
+readdir (but for `.` and `..`) is remembered by the tree; the kernel gives that back with FORGET.
 
 FLUSH, FSYNC and FSYNCDIR are answered ENOSYS once, and the kernel does not ask again: it has
 written what is dirty before it asks, and RAM is as durable as this gets.
@@ -112,7 +112,7 @@ class Operations(pyfuse3.Operations):
 
     def _named(self, inode: Inode) -> EntryAttributes:
         """The answer that gives the kernel a reference."""
-        inode.lookups += 1
+        self.tree.remember(inode)
         return self.entry(inode)
 
     # -- names ----------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class Operations(pyfuse3.Operations):
             if not reply(token, name, entry(inode), place):
                 return
             if place > 2 and name != DOTDOT:  # nor for `.`
-                inode.lookups += 1
+                self.tree.remember(inode)
 
     @request
     def releasedir(self, handle: int) -> None:
@@ -345,7 +345,7 @@ class Operations(pyfuse3.Operations):
 
     def _opened_anew(self, inode: Inode, flags: int, ctx: RequestContext) -> tuple[FileInfo, EntryAttributes]:
         """Open a file that was just made; the answer names and describes it."""
-        handle = self.tree.open(inode.ino, flags & ~os.O_TRUNC, ctx)
+        handle = self.tree.open_inode(inode, flags & ~os.O_TRUNC, ctx)
         self._count_direct(handle, 1)
         opened = self._translate.opened(handle), self._named(inode)
         self._translate.guessed.discard(inode.ino)  # every close has the kernel ask for the blocks again

@@ -169,7 +169,7 @@ class Requests:
     def _readdirplus(self, header: Header, body: memoryview) -> Answer:
         """Names with what a look-up would say of each; the kernel gets a reference to all but `.` and `..`."""
         handle, start, size, *_ = wire.READ.unpack_from(body)
-        reply, at, room = self._listing, 0, min(size, MAX_READ)
+        reply, at, room, remember = self._listing, 0, min(size, MAX_READ), self.tree.remember
         for name, inode, cookie in self.tree.readdir(handle, start):
             end = at + _PLUS + len(name)
             after = end + 7 & ~7
@@ -178,7 +178,7 @@ class Requests:
             node = 0
             if cookie > 2 and name != DOTDOT:  # nor for `.`
                 node = inode.ino
-                inode.lookups += 1
+                remember(inode)
             self._replies.plus_into(reply, at, inode, node, cookie, len(name))
             reply[at + _PLUS : end] = name
             at = after

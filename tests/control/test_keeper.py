@@ -4,6 +4,7 @@
 import errno
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def keeper(said: list[str], monkeypatch: pytest.MonkeyPatch) -> Keeper:
         if store.names is None:
             raise PkramError("no memory", errno.ENOMEM)
         store.names.append(name)
-        tree.preserved, tree.node_pages = True, Spans([(10, 12)])
+        tree.preservation.preserve(partial(store.withdraw, name), Spans([(10, 12)]))
         return SaveReport(1, 1, 1, 1, 1, 1, 0, [], 0.0)
 
     monkeypatch.setattr(module, "save", save)

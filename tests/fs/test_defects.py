@@ -3,14 +3,13 @@
 
 import contextlib
 import errno
-from functools import partial
 
 import pytest
 
 from pkramfs.errors import FormatError
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.restore import restore
-from pkramfs.fs.save import save, withdraw
+from pkramfs.fs.save import save
 from pkramfs.fs.tree import Tree
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import KERNEL, Leases
@@ -38,7 +37,6 @@ class Kernel:
     def preserve(self, sh, **words) -> None:
         self.tree.freeze()
         sh.exhaust(save(self.tree, self.store, NAME, **words))
-        self.tree.on_first_change = partial(withdraw, self.tree, self.store, NAME)
 
     def saved(self) -> bytes:
         """The pages that the node names, whoever uses them now."""
@@ -71,7 +69,7 @@ def test_d5_what_is_preserved_never_changes(kernel, sh) -> None:
     assert sh.content(ino, kernel.restored(sh)) == b"before" * 5000
     tree.thaw()
     seen = []
-    tree.on_first_change = lambda: (seen.append(sh.content(ino, tree)), withdraw(tree, kernel.store, NAME))
+    tree.preservation.on_withdrawn = lambda: seen.append(sh.content(ino, tree))
     tree.write(ino, 0, b"after")
     assert seen == [b"before" * 5000], "the node is gone before the first byte is another"
     assert kernel.store.nodes() == []

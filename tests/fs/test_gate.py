@@ -7,6 +7,7 @@ import os
 import pytest
 
 from pkramfs.fs.namespace import RENAME_WHITEOUT
+from pkramfs.spans import Spans
 
 CHANGES = {
     "create": lambda t, f, d: t.create(1, b"new", 0o644),
@@ -67,8 +68,7 @@ def test_a_frozen_tree_refuses_every_change(tree, some, change) -> None:
 def test_the_first_change_of_a_preserved_tree_comes_after_the_withdrawal(tree, some, change) -> None:
     calls = []
     before = snapshot(tree)
-    tree.preserved = True
-    tree.on_first_change = lambda: calls.append(snapshot(tree) == before)
+    tree.preservation.restore(lambda: calls.append(snapshot(tree) == before), Spans())
     change(tree, *some)
     assert calls == [True]
     assert not tree.preserved
@@ -84,7 +84,7 @@ def test_where_the_withdrawal_fails_nothing_changes(tree, some, change) -> None:
         raise OSError(errno.EIO, "no")
 
     before = snapshot(tree)
-    tree.preserved, tree.on_first_change = True, fail
+    tree.preservation.restore(fail, Spans())
     with pytest.raises(OSError):
         change(tree, *some)
     assert tree.preserved
@@ -93,8 +93,7 @@ def test_where_the_withdrawal_fails_nothing_changes(tree, some, change) -> None:
 
 def test_looking_is_no_change(tree, sh, some) -> None:
     file, _ = some
-    tree.preserved = True
-    tree.on_first_change = lambda: pytest.fail("withdrawn by a look")
+    tree.preservation.restore(lambda: pytest.fail("withdrawn by a look"), Spans())
     tree.lookup(1, b"f")
     list(tree.readdir(1))
     tree.read(file, 0, 10)

@@ -21,6 +21,7 @@ from pkramfs.machine.leases import KERNEL, Leases
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram import superblock
 from pkramfs.pkram.store import Store
+from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE
 
 MIB2, PAGES = BLOCK_SIZE, BLOCK_PAGES
@@ -157,7 +158,7 @@ def test_giving_back_a_tail_passes_the_gate(make: Any) -> None:
     tree = make("always", limit=PAGES)
     write(tree, b"a", (0, b"a"))
     seen = []
-    tree.preserved, tree.on_first_change = True, lambda: seen.append(tree.limits.pages)
+    tree.preservation.restore(lambda: seen.append(tree.limits.pages), Spans())
     write(tree, b"b", (0, b"b"))
     assert seen[0] == PAGES  # nothing was freed before
 

@@ -89,7 +89,7 @@ def test_a_restored_tree_lives_on(ram, frames, sh, round_trip) -> None:
     fill(tree, type(sh)(tree))
     copy = round_trip(tree)
     calls = []
-    copy.on_first_change = lambda: calls.append(1)
+    copy.preservation.on_withdrawn = lambda: calls.append(1)
     ino = copy.create(1, b"new", 0o644).ino
     assert ino == tree.next_ino
     copy.write(ino, 0, b"fresh" * 1000)

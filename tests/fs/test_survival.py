@@ -11,7 +11,7 @@ import pytest
 from pkramfs.errors import ExhaustedError, FormatError, PkramError
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.restore import restore
-from pkramfs.fs.save import save, withdraw
+from pkramfs.fs.save import save
 from pkramfs.fs.tree import Tree
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import KERNEL, Leases
@@ -50,7 +50,6 @@ class Mount:
     def restore(self, exhaust, limits: Limits | None = None) -> Tree:
         frames = Frames(self.ram, self.leases, TREE_ID)
         self.tree = exhaust(restore(self.store, NAME, self.ram, frames, limits or Limits()))
-        self.tree.on_first_change = lambda: withdraw(self.tree, self.store, NAME)
         return self.tree
 
     def audit(self) -> None:
@@ -59,7 +58,7 @@ class Mount:
         used = [(pfn, pfn + n) for i in self.tree.inodes.values() if i.pages is not None for _, pfn, n in i.pages]
         files = Spans(used)
         assert files.total == sum(b - a for a, b in used)
-        assert files | self.tree.node_pages == self.tree.frames.used()
+        assert files | self.tree.preservation.pages == self.tree.frames.used()
         leased = self.leases.blocks_of(TREE_ID).scale(BLOCK_PAGES)
         for start, end in self.ram.data_spans() & (leased - self.tree.frames.used()):
             assert not any(self.ram.peek(start, end - start)), "a free frame is not zero"
@@ -107,7 +106,7 @@ def test_the_first_change_withdraws_the_node_and_frees_its_pages(mount, sh) -> N
     mount.preserve(sh.exhaust)
     copy = mount.restore(sh.exhaust)
     used = copy.frames.used_pages
-    assert mount.store.find(NAME) is not None and copy.node_pages
+    assert mount.store.find(NAME) is not None and copy.preservation.pages
     copy.read(ino, 0, 100)
     list(copy.readdir(1))
     assert copy.preserved
@@ -121,7 +120,7 @@ def test_taking_a_preservation_back(mount, sh) -> None:
     mount.tree.write(ino, 0, b"x" * 100_000)
     before = mount.tree.frames.used_pages
     mount.preserve(sh.exhaust)
-    withdraw(mount.tree, mount.store, NAME)
+    mount.tree.preservation.withdraw()
     mount.tree.thaw()
     assert mount.tree.frames.used_pages == before
     mount.tree.write(ino, 0, b"y")
@@ -136,7 +135,7 @@ def test_banned_pages_are_moved_and_the_copies_freed(mount, sh) -> None:
     before = mount.tree.frames.used_pages
     report = mount.preserve(sh.exhaust, banned=Spans([(first + 10, first + 30)]))
     assert report.moved == 20
-    withdraw(mount.tree, mount.store, NAME)
+    mount.tree.preservation.withdraw()
     assert mount.tree.frames.used_pages == before
     mount.tree.thaw()
     mount.preserve(sh.exhaust, banned=Spans([(first + 10, first + 30)]))
@@ -149,7 +148,6 @@ def test_banned_pages_are_moved_and_the_copies_freed(mount, sh) -> None:
 def test_a_name_that_is_taken_is_refused_and_nothing_is_left(mount, sh) -> None:
     mount.preserve(sh.exhaust)
     used = mount.tree.frames.used_pages
-    mount.tree.preserved = False
     with pytest.raises(PkramError) as caught:
         sh.exhaust(save(mount.tree, mount.store, NAME))
     assert caught.value.errno == errno.EEXIST
@@ -239,7 +237,7 @@ def test_flipped_bits_are_found(mount, sh, seed) -> None:
     for number in range(50):
         mount.tree.write(mount.tree.create(1, b"%d" % number, 0o644).ino, 0, b"x" * 5000)
     mount.preserve(sh.exhaust)
-    pages = np.concatenate([np.arange(a, b) for a, b in mount.tree.node_pages])
+    pages = np.concatenate([np.arange(a, b) for a, b in mount.tree.preservation.pages])
     rng = np.random.default_rng(seed)
     address = int(rng.choice(pages)) * 4096 + int(rng.integers(4096))
     mount.ram.bytes[address] ^= 1 << int(rng.integers(8))

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Pages that files give up: truncation, holes, and what is cleared of pages that stay.
+
+    size 5000        page 0 |================|  page 1 |===.............|   the dots are zeros
+
+Whatever shrinks a file, or punches a hole into it, frees the whole pages and clears the rest of those of which a part
+stays. So beyond the end of a file its last page is zeros, and growth is a number.
+
+Pages that fallocate gave to a file and that nobody has written are *unwritten*: they read as zeros and count as a hole
+(SEEK_HOLE). A write, or whatever frees them, ends that.
+
+Kernel: mm/truncate.c, mm/shmem.c (shmem_undo_range)
+"""
+
+from pkramfs.fs.core import Core
+from pkramfs.fs.inode import Inode
+from pkramfs.fs.pagecache import END, PageMap
+from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
+
+Buffer = bytes | memoryview
+
+_IN_PAGE = PAGE_SIZE - 1
+_ZEROS = memoryview(bytes(PAGE_SIZE))
+
+
+class Truncation(Core):
+    """See the module's page."""
+
+    def _resize(self, inode: Inode, size: int) -> None:
+        """Change the size of a file: give pages back if it shrinks, count bytes."""
+        if size < inode.size:
+            self._trim(inode, size)
+        self.ledger.add_bytes(size - inode.size)
+        inode.size = size
+
+    def _trim(self, inode: Inode, size: int) -> None:
+        """Give back the pages beyond a size, and clear the rest of the last one that remains."""
+        if inode.pages is None:
+            return
+        self._free_pages(inode.pages, (size + _IN_PAGE) >> PAGE_SHIFT)
+        self._mark_written(inode, (size + _IN_PAGE) >> PAGE_SHIFT, END)
+        if size & _IN_PAGE:
+            self._clear(inode, size, (size | _IN_PAGE) + 1)
+        if not inode.pages.count:
+            inode.pages = None
+
+    def _clear(self, inode: Inode, start: int, end: int) -> None:
+        """Zero bytes of one page, if it is there."""
+        index, pages = start >> PAGE_SHIFT, inode.pages
+        if pages is None:
+            return
+        for _, pfn, _ in pages.between(index, index + 1):
+            base = (pfn - index) << PAGE_SHIFT
+            if pages.backed is None or any(self._peek(base + start, base + end)):
+                self.ram.bytes[base + start : base + end] = _ZEROS[: end - start]
+
+    def _make_hole(self, inode: Inode, start: int, end: int) -> None:
+        """Free the whole pages of a range, and clear what it has of others."""
+        if inode.pages is None:
+            return
+        first, last = (start + _IN_PAGE) >> PAGE_SHIFT, end >> PAGE_SHIFT
+        if first > last:
+            self._clear(inode, start, end)
+        else:
+            self._free_pages(inode.pages, first, last)
+            self._mark_written(inode, first, last)
+            self._clear(inode, start, first << PAGE_SHIFT)
+            self._clear(inode, last << PAGE_SHIFT, end)
+
+    def _mark_unwritten(self, inode: Inode, runs: list[tuple[int, int]]) -> None:
+        """Note pages that were allocated and never written: they read as zeros, and count as a hole."""
+        there = inode.unwritten or PageMap()
+        before = there.runs
+        for index, count in runs:
+            there.insert(index, index, count)
+        self.ledger.add_unwritten(there.runs - before)
+        inode.unwritten = there if there.count else None
+
+    def _mark_written(self, inode: Inode, first: int, last: int) -> None:
+        """Take that note of [first, last) away: the pages are written, or gone.
+
+        That may split a run in two, which a save has to tell. Where it has no room for more, the file loses its notes:
+        its pages count as data, which is all that the notes are for.
+        """
+        there = inode.unwritten
+        if there is None:
+            return
+        before = there.runs
+        there.remove(first, last)
+        self.ledger.add_unwritten(there.runs - before)
+        if there.runs > before and not self._has_room_to_grow():
+            self.ledger.add_unwritten(-there.runs)
+            inode.unwritten = None
+        if not there.count:
+            inode.unwritten = None
+
+    def _has_room_to_grow(self) -> bool:
+        """Hold more frames for the save if it needs them; return True if there are enough."""
+        try:
+            self.ledger.grow()
+        except OSError:
+            return False
+        return True
+
+    def _peek(self, start: int, stop: int) -> Buffer:
+        """Bytes of RAM that the host may have no memory for."""
+        first, last = start >> PAGE_SHIFT, (stop + _IN_PAGE) >> PAGE_SHIFT
+        return self.ram.peek(first, last - first)[start - (first << PAGE_SHIFT) : stop - (first << PAGE_SHIFT)]
