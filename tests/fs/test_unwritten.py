@@ -184,6 +184,6 @@ def test_notes_give_way_where_a_save_would_have_no_room(tree, file, monkeypatch)
     def full() -> None:
         raise OSError(errno.ENOSPC, "no frames to hold")
 
-    monkeypatch.setattr(tree, "_grow", full)
+    monkeypatch.setattr(type(tree.ledger), "grow", lambda _: full())
     assert tree.write(file, 5 * PAGE, b"z") == 1
     assert marks(tree, file) == [] and data(tree, file) == [(0, 12)]
