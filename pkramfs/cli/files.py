@@ -105,7 +105,7 @@ def _open(path: str, flags: int) -> int:
 
 
 def _allocated(fd: int, path: str, mode: int, args: argparse.Namespace) -> bool:
-    """fallocate(2); False if the mount has none."""
+    """Call fallocate(2); return False if the mount has none."""
     from pkramfs.mounting import syscalls
 
     try:

@@ -179,7 +179,7 @@ class Freezer:
 
 
 def _sync(entry: "MountEntry") -> None:
-    """syncfs(2) on a mount, if it is mounted where its entry says; OSError if data did not arrive."""
+    """Call syncfs(2) on a mount, if it is mounted where its entry says; OSError if data did not arrive."""
     from pkramfs.mounting.syscalls import sync_held
 
     try:

@@ -88,7 +88,7 @@ class Cache:
 
 
 def parse_range(value: bytes) -> tuple[int, int]:
-    """`OFFSET:LENGTH` in bytes, with k, M, G or T; EINVAL for anything else."""
+    """Parse `OFFSET:LENGTH` into bytes, with k, M, G or T; raise EINVAL for anything else."""
     try:
         offset, colon, length = value.decode("ascii").strip().partition(":")
         if not colon:
@@ -99,7 +99,7 @@ def parse_range(value: bytes) -> tuple[int, int]:
 
 
 def parse_start(name: bytes) -> int:
-    """Where a listing of extents shall begin: the number behind the attribute's name, if there is one."""
+    """Return the start of a listing of extents: the number behind the attribute's name, if there is one."""
     tail = name.removeprefix(EXTENTS)
     if not tail:
         return 0
@@ -109,7 +109,7 @@ def parse_start(name: bytes) -> int:
 
 
 def listing(extents: Iterable[tuple[int, int]]) -> bytes:
-    """Lines of `offset:length`, as many as an attribute can hold; who wants the rest asks from there on."""
+    """Return the lines of `offset:length`, as many as an attribute can hold; the caller asks for the rest from there on."""
     found = bytearray()
     for offset, length in extents:
         found += b"%d:%d\n" % (offset, length)
@@ -119,7 +119,7 @@ def listing(extents: Iterable[tuple[int, int]]) -> bytes:
 
 
 def windows(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Page ranges [first, last) that cover all extents, with no more than WINDOW pages in each."""
+    """Yield the page ranges [first, last) that cover all extents, with no more than WINDOW pages in each."""
     first = last = count = 0
     for offset, length in extents:
         low, last = offset >> PAGE_SHIFT, pages(offset + length)

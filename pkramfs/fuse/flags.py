@@ -55,6 +55,6 @@ class MountFlags:
 
 
 def rule(flags: int) -> Access:
-    """What MS_ flags, as mountinfo shows them, say of access times."""
+    """Return what MS_ flags, as mountinfo shows them, say about access times."""
     noted = not flags & (MS_NOATIME | MS_RDONLY)
     return Access(noted, noted and not flags & MS_NODIRATIME, noted and not flags & MS_RELATIME)

@@ -76,7 +76,7 @@ class Init(NamedTuple):
 
 
 def read_init(fd: int) -> Init:
-    """The first request of a new connection."""
+    """Return the first request of a new connection."""
     request = os.read(fd, _ROOM)
     _, opcode, unique, *_ = _HEADER.unpack_from(request)
     major, minor, readahead, flags = _INIT.unpack_from(request, _HEADER.size)
@@ -91,12 +91,12 @@ def read_init(fd: int) -> Init:
 
 
 def choose(offered: int) -> int:
-    """The features that we want of those that the kernel offers."""
+    """Return the features that we want of those that the kernel offers."""
     return offered & WANTED
 
 
 def answer(init: Init, wanted: int = 0) -> bytes:
-    """Our reply to the kernel; `wanted` are features of the second word."""
+    """Return our reply to the kernel; `wanted` are features of the second word."""
     more = wanted & init.more if init.flags & INIT_EXT else 0
     body = _INIT_REPLY.pack(
         MAJOR,
@@ -116,7 +116,7 @@ def answer(init: Init, wanted: int = 0) -> bytes:
 
 
 def request(init: Init) -> bytes:
-    """An INIT for libfuse, which shall think that it is the kernel's."""
+    """Return an INIT for libfuse as the kernel would send it."""
     body = _INIT.pack(MAJOR, min(MINOR, init.minor), init.max_readahead, init.flags & ~INIT_EXT) + bytes(_INIT_REST)
     return _HEADER.pack(_HEADER.size + len(body), FUSE_INIT, 1, 0, 0, 0, 0, 0, 0) + body
 

@@ -29,7 +29,7 @@ class Spare:
         self._grown = 0
 
     def expect(self) -> None:
-        """MemoryError if there is not enough to make the tree larger and still to answer whoever asks."""
+        """Raise MemoryError if there is not enough to make the tree larger and still to answer whoever asks."""
         self._grown += 1
         if self._kept is not None and self._grown % _EACH:
             return

@@ -66,7 +66,7 @@ def request(
 def waiting(
     handler: Callable[Concatenate[H, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[H, P], Coroutine[Any, Any, T]]:
-    """The same net below a handler that waits, made of others that do not."""
+    """Make a request handler of a coroutine that is made of handlers that do not wait."""
 
     @functools.wraps(handler)
     async def answer(self: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -87,10 +87,10 @@ def waiting(
 
 
 def told(error: Exception) -> int:
-    """The errno of what a handler raised."""
+    """Return the errno of what a handler raised."""
     return errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None) or errno.EIO
 
 
 def _brief(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments for the log, without file content."""
+    """Return the arguments for the log, without file content."""
     return tuple(f"<{len(arg)} bytes>" if isinstance(arg, bytes) and len(arg) > 255 else arg for arg in args)

@@ -85,14 +85,14 @@ class Operations(pyfuse3.Operations):
         self.entry, self._attributes = self._translate.entry, self._translate.attributes
 
     def may_forget(self) -> bool:
-        """Whether deleted inodes wait for nothing but a FORGET, and it is worth waiting, too."""
+        """Return True if deleted inodes wait for nothing but a FORGET, and waiting for it is worth while."""
         orphans = self.tree.orphans
         if not orphans or self._hopeless == orphans.keys():
             return False
         return any(not inode.opens for inode, _ in orphans.values())
 
     async def wait_for_room(self) -> None:
-        """Until the kernel forgets something; if it does not, these orphans are not waited for again."""
+        """Wait until the kernel forgets something; if it does not, do not wait for these orphans again."""
         waited = set(self.tree.orphans)
         if self._forgot is None:
             self._forgot = trio.Event()
@@ -111,7 +111,7 @@ class Operations(pyfuse3.Operations):
                 self.cache.drop_attributes(inode.ino)
 
     def _named(self, inode: Inode) -> EntryAttributes:
-        """The answer that gives the kernel a reference."""
+        """Give the kernel a reference; return the answer that does."""
         self.tree.remember(inode)
         return self.entry(inode)
 
@@ -229,7 +229,7 @@ class Operations(pyfuse3.Operations):
         *,
         touch: bool = False,
     ) -> EntryAttributes:
-        """SETATTR: what is None stays. `touch`: the access time is now's, not one that somebody has chosen.
+        """Serve SETATTR: what is None stays. `touch`: the access time is now's, not one that somebody has chosen.
 
         One that sets nothing is the kernel's "somebody writes here who may not keep privileges": from root it is about
         capabilities, which the kernel removes itself, else about set-id bits.
@@ -281,7 +281,7 @@ class Operations(pyfuse3.Operations):
         self.tree.setxattr(inode, name, value, flags, Asker(ctx))
 
     async def _order(self, inode: int, name: bytes, value: bytes) -> None:
-        """An attribute that is an order."""
+        """Do what an attribute orders."""
         if name == doors.PUNCH:
             place = await self._range(inode, value)
             await self.cache.drop(inode)
@@ -380,7 +380,7 @@ class Operations(pyfuse3.Operations):
         return written
 
     def _is_cached(self, handle: int) -> bool:
-        """Whether a WRITE may be a write-back."""
+        """Return True if a WRITE may be a write-back."""
         number = handle & INO_MASK
         return not handle & DIRECT or self._direct.get(number) != self.tree.inode(number).writers
 
@@ -415,7 +415,7 @@ class Operations(pyfuse3.Operations):
 
     @waiting
     async def seek_behind_writers(self, handle: int, offset: int, whence: int) -> int:
-        """`seek` while somebody may write: the kernel has pages that we have not seen.
+        """Seek while somebody may write: the kernel has pages that we have not seen.
 
         What we have as data is data, so only a hole can be wrong, and the end. The kernel writes back where the answer
         stands on one, and then we look again.
@@ -436,7 +436,7 @@ class Operations(pyfuse3.Operations):
             step *= 4
 
     def _sought(self, handle: int, offset: int, whence: int) -> int | None:
-        """What `seek` finds, None if that is nothing."""
+        """Return what `seek` finds, or None."""
         try:
             return self.tree.seek(handle, offset, whence)
         except OSError as error:
@@ -488,4 +488,4 @@ class Operations(pyfuse3.Operations):
 
 
 def _nothing() -> None:
-    """Nobody wants to know."""
+    """Do nothing: nobody wants to know."""

@@ -39,7 +39,7 @@ class Replies:
         return blocks
 
     def entry(self, inode: Inode) -> bytes:
-        """The answer that names `inode`, and describes it."""
+        """Return the answer that names `inode`, and describes it."""
         atime, mtime, ctime = inode.atime, inode.mtime, inode.ctime
         valid, nanoseconds = (0, _HALF) if inode.writers else (_FOREVER, 0)
         return wire.ENTRY.pack(
@@ -113,7 +113,7 @@ class Replies:
         )
 
     def attributes(self, inode: Inode) -> bytes:
-        """The answer that describes `inode`."""
+        """Return the answer that describes `inode`."""
         atime, mtime, ctime = inode.atime, inode.mtime, inode.ctime
         valid, nanoseconds = (0, _HALF) if inode.writers else (_FOREVER, 0)
         return wire.ATTRIBUTES.pack(
@@ -139,7 +139,7 @@ class Replies:
         )
 
     def statx(self, inode: Inode) -> bytes:
-        """The answer that describes `inode`, with its birth if that is known."""
+        """Return the answer that describes `inode`, with its birth if that is known."""
         valid, nanoseconds = (0, _HALF) if inode.writers else (_FOREVER, 0)
         return wire.STATX.pack(
             valid,
@@ -168,15 +168,15 @@ class Replies:
         )
 
     def absent(self) -> bytes:
-        """The answer that there is no such name, which the kernel may remember."""
+        """Return the answer that there is no such name, which the kernel may remember."""
         return _ABSENT
 
     def opened(self, handle: int) -> bytes:
-        """The answer that a file is open, whose pages the kernel may keep."""
+        """Return the answer that a file is open, whose pages the kernel may keep."""
         return wire.OPENED.pack(handle, wire.KEEP_CACHE, 0)
 
     def statfs(self, found: StatFs, room: int) -> bytes:
-        """The answer to statfs(2), of which `room` pages are to be had."""
+        """Return the answer to statfs(2), of which `room` pages are to be had."""
         free, size = found.blocks_free, found.block_size
         return wire.STATFS.pack(
             found.blocks, free, min(free, room), found.files, found.files_free, size, found.name_max, size, 0
@@ -184,5 +184,5 @@ class Replies:
 
 
 def _split(time_ns: int) -> tuple[int, int, int]:
-    """Seconds, nanoseconds, and what is reserved."""
+    """Split a time into seconds, nanoseconds and the reserved field."""
     return time_ns // _SECOND, time_ns % _SECOND, 0

@@ -81,7 +81,7 @@ class Context:
 
 
 def _ids(pid: int) -> tuple[int, int]:
-    """The user and group that a process has for files."""
+    """Return the user and group that a process has for files."""
     try:
         with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
             found = {line[:4]: int(line.split()[4]) for line in file if line.startswith(("Uid:", "Gid:"))}
@@ -167,7 +167,7 @@ class Requests:
         return wire.OPENED.pack(self._do("opendir", header[3], None, wire.OPEN.unpack_from(body)[0]), 0, 0)
 
     def _readdirplus(self, header: Header, body: memoryview) -> Answer:
-        """Names with what a look-up would say of each; the kernel gets a reference to all but `.` and `..`."""
+        """List names with their attributes; the kernel gets a reference to all but `.` and `..`."""
         handle, start, size, *_ = wire.READ.unpack_from(body)
         reply, at, room, remember = self._listing, 0, min(size, MAX_READ), self.tree.remember
         for name, inode, cookie in self.tree.readdir(handle, start):
@@ -325,7 +325,7 @@ class Requests:
         return self._replies.statx(self.tree.inode(header[3]))
 
     def _ioctl(self, header: Header, body: memoryview) -> Answer:
-        """FS_IOC_GETFLAGS and its like; the kernel makes ENOTTY of ENOSYS."""
+        """Serve FS_IOC_GETFLAGS and its like; the kernel makes ENOTTY of ENOSYS."""
         _, _, command, _, _, _ = wire.IOCTL.unpack_from(body)
         argument, inode, done = body[wire.IOCTL.size :], self.tree.inode(header[3]), wire.IOCTL_DONE.pack(0, 0, 0, 0)
         if command == _GETFLAGS:
@@ -348,12 +348,12 @@ class Requests:
 
 
 def _translated(flags: int, table: dict[int, int]) -> int:
-    """Flags in other bits."""
+    """Translate flags into other bits."""
     return sum(new for old, new in table.items() if flags & old)
 
 
 def _packed(struct: Struct, waiting: Answer) -> Answer:
-    """The answer that packs a number which comes later."""
+    """Return an answer that packs a number which comes later."""
 
     async def pack() -> bytes:
         return struct.pack(await waiting)
@@ -370,7 +370,7 @@ def _is_handler(name: str) -> bool:
 
 
 def _plain(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that became a coroutine for pyfuse3's sake; what really waits stays what it is."""
+    """Return the plain function below a handler; a handler that really waits is returned as it is."""
     function = getattr(handler, "__wrapped__", None)
     if function is None or inspect.iscoroutinefunction(function):
         return handler
@@ -378,26 +378,26 @@ def _plain(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _name(body: memoryview, start: int) -> bytes:
-    """The name that begins there."""
+    """Return the name that begins there."""
     tail = bytes(body[start:])
     return tail[: tail.index(0)]
 
 
 def _names(body: memoryview, start: int) -> tuple[bytes, bytes]:
-    """Two names, one behind the other."""
+    """Return the two names, one behind the other."""
     first, second, _ = bytes(body[start:]).split(b"\0", 2)
     return first, second
 
 
 def _time(given: int, now_given: int, seconds: int, nanoseconds: int, now: int) -> int | None:
-    """A time of SETATTR in nanoseconds, None if it stays."""
+    """Return a time of SETATTR in nanoseconds, None if it stays."""
     if not given and not now_given:
         return None
     return now if now_given else seconds * _SECOND + nanoseconds
 
 
 def _sized(value: bytes, size: int) -> bytes:
-    """A value for who has room for `size` bytes; with 0 how many bytes it has."""
+    """Return a value to a caller with room for `size` bytes; to one with 0 its length."""
     if not size:
         return wire.COUNT.pack(len(value), 0)
     if len(value) > size:
@@ -406,12 +406,12 @@ def _sized(value: bytes, size: int) -> bytes:
 
 
 async def _sized_later(waiting: Any, size: int) -> bytes:
-    """`_sized` for a value that comes later."""
+    """Return `_sized` for a value that comes later."""
     return _sized(await waiting, size)
 
 
 def _empty(waiting: Answer) -> Answer:
-    """The answer that says no more than that it went well, perhaps later."""
+    """Return an empty answer, perhaps later: it went well."""
     return _emptied(waiting) if inspect.iscoroutine(waiting) else b""
 
 

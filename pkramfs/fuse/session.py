@@ -62,7 +62,7 @@ class Session:
         dirty: int | None = None,
         filtered: bool = True,
     ) -> None:
-        """`dirty` bytes, if given, may be unwritten at most; `filtered` requests are answered in front of pyfuse3."""
+        """Allow at most `dirty` unwritten bytes, if given; answer requests in front of pyfuse3 if `filtered`."""
         self.operations, self.mountpoint, self.source, self._dirty = operations, mountpoint, source, dirty
         self._turns, self._filtered = Turns(), filtered
         self.ready = trio.Event()

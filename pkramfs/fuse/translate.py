@@ -58,7 +58,7 @@ class Asker:
 
 
 def file_size_limit(pid: int) -> int:
-    """RLIMIT_FSIZE of a process; no limit if that cannot be read."""
+    """Return the RLIMIT_FSIZE of a process; no limit if that cannot be read."""
     with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/limits", encoding="ascii") as file:
         for line in file:
             if line.startswith("Max file size"):
@@ -83,7 +83,7 @@ class Translator:
         self.guessed: set[int] = set()
 
     def entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
-        """The answer that describes `inode`; valid until the next call."""
+        """Return the answer that describes `inode`; valid until the next call."""
         entry = self._entry
         entry.attr_timeout = WRITTEN if inode.writers else FOREVER
         # The kernel has made the root itself, of generation 0: with another it would be stale.
@@ -107,17 +107,17 @@ class Translator:
         return entry
 
     def absent(self) -> pyfuse3.EntryAttributes:
-        """The answer that there is no such name, which the kernel may remember."""
+        """Return the answer that there is no such name, which the kernel may remember."""
         return self._absent
 
     def opened(self, handle: int) -> pyfuse3.FileInfo:
-        """The answer that a file is open, whose pages the kernel may keep."""
+        """Return the answer that a file is open, whose pages the kernel may keep."""
         opened = self._opened
         opened.fh = handle
         return opened
 
     def statfs(self, found: StatFs, room: int) -> pyfuse3.StatvfsData:
-        """The answer to statfs(2). `room` pages are to be had: df's Avail is no more, whatever size= allows."""
+        """Return the answer to statfs(2). `room` pages are available: df's Avail is no more, whatever size= allows."""
         answer = self._statfs
         answer.f_bsize = answer.f_frsize = found.block_size
         answer.f_blocks = found.blocks

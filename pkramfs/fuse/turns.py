@@ -75,19 +75,19 @@ class Window:
         self._preempted = _preemptions()
 
     def hit(self) -> None:
-        """A request came inside the window."""
+        """Note that a request came inside the window."""
         self.seconds = WINDOW
         self._patience = 0
 
     def missed(self) -> None:
-        """None came inside."""
+        """Note that none came inside the window."""
         self.seconds /= 2
         if self.seconds < _LEAST:
             self.seconds = 0.0
             self._patience = min(2 * self._patience + 1, _PATIENCE)
 
     def slept(self, seconds: float) -> None:
-        """A request came after a sleep of so long."""
+        """Note that a request came after a sleep of so long."""
         if self.seconds or self._shut or seconds > SHORT:
             return
         self._asleep += 1
@@ -97,14 +97,14 @@ class Window:
             self._look()
 
     def turn(self) -> None:
-        """A turn begins."""
+        """Begin a turn."""
         if self._shut:
             self._shut -= 1
         if self.seconds or self._shut == 1:
             self._look()
 
     def _look(self) -> None:
-        """Shut the window if others want the processors."""
+        """Close the window if others want the processors."""
         preempted = _preemptions()
         if preempted != self._preempted or len(os.sched_getaffinity(0)) < 2:
             self._preempted = preempted
@@ -112,7 +112,7 @@ class Window:
 
 
 def _preemptions() -> int:
-    """How often this thread had to make way for another."""
+    """Return how often this thread was preempted."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
 
 

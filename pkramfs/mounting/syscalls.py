@@ -327,7 +327,7 @@ def is_dead(directory: str) -> bool:
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2)."""
+    """Call fallocate(2); raise OSError with its errno."""
     _check(_libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length)), "fallocate")
 
 

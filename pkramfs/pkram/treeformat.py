@@ -92,7 +92,7 @@ class Section:
         self.width = sum(column.dtype.itemsize for column in columns)
 
     def present(self, features: int) -> list[Column]:
-        """The columns that a stream with these features has."""
+        """Return the columns that a stream with these features has."""
         return [column for column in self.columns if column.feature & ~features == 0]
 
 
