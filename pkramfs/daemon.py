@@ -160,7 +160,7 @@ class Daemon:
             self._over()
 
     def _over(self) -> None:
-        """Nobody is served any more."""
+        """Note that nobody is served any more."""
         tree = getattr(self, "tree", None)
         kept = self._restored if tree is None else tree.preserved
         if not kept:

@@ -140,7 +140,7 @@ def explain(error: OSError) -> str:
 
 
 def of_memory(error: BaseException) -> bool:
-    """Whether memory was short, whatever else went wrong then."""
+    """Return True if memory was short, whatever else went wrong then."""
     if isinstance(error, BaseExceptionGroup):
         return any(map(of_memory, error.exceptions))
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)

@@ -109,7 +109,7 @@ def parse_start(name: bytes) -> int:
 
 
 def listing(extents: Iterable[tuple[int, int]]) -> bytes:
-    """Return the lines of `offset:length`, as many as an attribute can hold; the caller asks for the rest from there on."""
+    """Return lines of `offset:length`, as many as an attribute can hold; the caller asks again for the rest."""
     found = bytearray()
     for offset, length in extents:
         found += b"%d:%d\n" % (offset, length)

@@ -136,6 +136,6 @@ INVAL_INODE = Struct("<Qqq")
 
 
 def notification(inode: int, offset: int, length: int) -> bytes:
-    """Return the notification that has the kernel let go of a file's pages (with a negative offset: of its attributes alone)."""
+    """Return the notification by which the kernel drops a file's pages (negative offset: its attributes alone)."""
     body = INVAL_INODE.pack(inode, offset, length)
     return REPLY.pack(REPLY.size + len(body), NOTIFY_INVAL_INODE, 0) + body
