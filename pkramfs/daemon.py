@@ -160,7 +160,7 @@ class Daemon:
             self._over()
 
     def _over(self) -> None:
-        """Note that nobody is served any more."""
+        """Free the memory of a live tree, and log the end of the mount."""
         tree = getattr(self, "tree", None)
         kept = self._restored if tree is None else tree.preserved
         if not kept:
