@@ -77,6 +77,19 @@ def _date() -> str:
 
 
 def _version() -> str:
+    """Return the version, which is read, not imported: the package's requirements may not be installed."""
+    text = (TOP / "pkramfs" / "__init__.py").read_text(encoding="utf-8")
+    return text.rpartition('__version__ = "')[2].partition('"')[0]
+
+
+def _date() -> str:
+    """Return the day of the source: the same source gives the same page (reproducible-builds.org)."""
+    seconds = os.environ.get("SOURCE_DATE_EPOCH")
+    newest = int(seconds) if seconds else max(int(page.stat().st_mtime) for page in SOURCES.glob("*.md"))
+    return time.strftime("%Y-%m-%d", time.gmtime(newest))
+
+
+def _version() -> str:
     from pkramfs import __version__
 
     return __version__

@@ -4,6 +4,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,13 @@ def test_the_same_source_gives_the_same_page(building: Any, monkeypatch: pytest.
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     page = building.render(SOURCES[0])
     assert page == building.render(SOURCES[0]) and '"1970-01-02"' in page
+
+
+def test_the_backend_needs_nothing_of_the_package(building: Any) -> None:
+    """It runs where only the build requirements are installed, and finds the version all the same."""
+    import pkramfs
+
+    code = f"import sys; sys.modules['pkramfs'] = None; sys.path.insert(0, {str(TOP / 'tools')!r})\n"
+    code += "import building; print(building._version())"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, cwd="/")
+    assert done.stdout.strip() == pkramfs.__version__, done.stderr
