@@ -82,19 +82,6 @@ def _version() -> str:
     return text.rpartition('__version__ = "')[2].partition('"')[0]
 
 
-def _date() -> str:
-    """Return the day of the source: the same source gives the same page (reproducible-builds.org)."""
-    seconds = os.environ.get("SOURCE_DATE_EPOCH")
-    newest = int(seconds) if seconds else max(int(page.stat().st_mtime) for page in SOURCES.glob("*.md"))
-    return time.strftime("%Y-%m-%d", time.gmtime(newest))
-
-
-def _version() -> str:
-    from pkramfs import __version__
-
-    return __version__
-
-
 def render_all() -> None:
     """Render every page into build/man."""
     PAGES.mkdir(parents=True, exist_ok=True)
