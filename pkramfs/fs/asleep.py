@@ -35,7 +35,7 @@ from pkramfs.fs.pagecache import RUN_BYTES, PageMap
 from pkramfs.pkram.treeformat import Array, TreeStream
 
 if TYPE_CHECKING:
-    from pkramfs.fs.verify import Runs
+    from pkramfs.pkram.streams.runs import Runs
 
 LARGE = 10_000
 """Entries of a directory that is not left asleep: some 20 ms to wake."""

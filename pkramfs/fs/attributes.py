@@ -25,16 +25,14 @@ import errno
 import stat
 
 from pkramfs.fs import acl, clock
-from pkramfs.fs.core import WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import ROOT, Caller, Inode, in_group
 from pkramfs.fs.limits import xattr_space
 from pkramfs.fs.protection import KNOWN, refuse_change, refuse_size, refuse_times
+from pkramfs.fs.rules import MAX_SIZE, WRITING, XATTR_NAME_MAX, XATTR_SIZE_MAX
 from pkramfs.fs.truncation import Truncation
 
-MAX_SIZE = (1 << 63) - 1
 XATTR_CREATE, XATTR_REPLACE = 1, 2
-XATTR_NAME_MAX, XATTR_SIZE_MAX, XATTR_LIST_MAX = 255, 65536, 65536
 CAPABILITY = b"security.capability"
 
 _NAMESPACES = (b"user.", b"trusted.", b"security.")

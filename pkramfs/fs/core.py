@@ -41,27 +41,19 @@ from pkramfs.fs.access import RELATIME, Access, relatime
 from pkramfs.fs.asleep import Asleep, SleepingDirectory
 from pkramfs.fs.directory import Directory
 from pkramfs.fs.failure import fail
-from pkramfs.fs.inode import EMPTY_DIRECTORY_SIZE, Inode
+from pkramfs.fs.inode import Inode
 from pkramfs.fs.ledger import Figures, Ledger
 from pkramfs.fs.limits import Limits, StatFs
 from pkramfs.fs.lost import Losses
 from pkramfs.fs.pagecache import END, PageMap
 from pkramfs.fs.preservation import Preservation
 from pkramfs.fs.protection import NOATIME
+from pkramfs.fs.rules import EMPTY_DIRECTORY_SIZE, INO_MASK, ROOT_INO, WRITING
 from pkramfs.spans import Spans
 
 if TYPE_CHECKING:
     from pkramfs.machine.frames import Frames
     from pkramfs.machine.ram import Ram
-
-ROOT_INO = 1
-WRITING = 1 << 62
-"""Set in the handle of a file that is open for writing."""
-UNNOTED = 1 << 61
-"""Set in the handle of a file that was opened with O_NOATIME."""
-DIRECT = 1 << 60
-"""Set in the handle of a file that was opened with O_DIRECT."""
-INO_MASK = DIRECT - 1
 
 NAMED = 10
 """How many files an answer names; it counts the others."""

@@ -26,13 +26,12 @@ from typing import Any
 
 from pkramfs.errors import ExhaustedError
 from pkramfs.fs import clock
-from pkramfs.fs.attributes import MAX_SIZE
-from pkramfs.fs.core import DIRECT, INO_MASK, UNNOTED, WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.filling import Filling
 from pkramfs.fs.inode import ROOT, Caller, Inode
 from pkramfs.fs.pagecache import END, PageMap, Run
 from pkramfs.fs.protection import refuse_open, refuse_space
+from pkramfs.fs.rules import DIRECT, INO_MASK, MAX_SIZE, UNNOTED, WRITING
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 

@@ -31,11 +31,11 @@ from itertools import compress
 from typing import TYPE_CHECKING
 
 from pkramfs.fs.inode import Inode
+from pkramfs.fs.rules import FIRST_COOKIE
 
 if TYPE_CHECKING:
     from pkramfs.fs.asleep import Asleep
 
-FIRST_COOKIE = 3
 LAST = 0x7FFFFFFF
 """The place behind every listing's last entry."""
 _MOST = LAST - FIRST_COOKIE

@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from pkramfs.fs.directory import Directory
     from pkramfs.fs.pagecache import PageMap
 
-EMPTY_DIRECTORY_SIZE = 40
-ENTRY_SIZE = 20
-"""st_size of a directory: 20 bytes for each entry, `.` and `..` included, as tmpfs says."""
-
 BLOCKS_PER_PAGE = 8
 
 

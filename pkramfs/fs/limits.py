@@ -17,6 +17,7 @@ import errno
 from typing import NamedTuple
 
 from pkramfs.fs.failure import fail
+from pkramfs.fs.rules import NAME_MAX
 from pkramfs.units import PAGE_SIZE
 
 INODE_SPACE = 1024
@@ -24,8 +25,6 @@ INODE_SPACE = 1024
 
 INLINE_TARGET = 128
 """Symlink targets of this length or more (with their NUL: longer than this) take a page."""
-
-NAME_MAX = 255
 
 _XATTR_OVERHEAD = 40
 

@@ -24,17 +24,17 @@ import stat
 from collections.abc import Iterator
 
 from pkramfs.fs import acl, clock
-from pkramfs.fs.core import UNNOTED, Core
+from pkramfs.fs.core import Core
 from pkramfs.fs.directory import LAST, Directory
 from pkramfs.fs.failure import fail
-from pkramfs.fs.inode import ENTRY_SIZE, ROOT, Caller, Inode
-from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE, NAME_MAX
+from pkramfs.fs.inode import ROOT, Caller, Inode
+from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE
 from pkramfs.fs.protection import INHERITED, refuse_change, refuse_entry, refuse_removal
+from pkramfs.fs.rules import ENTRY_SIZE, NAME_MAX, TARGET_MAX, UNNOTED
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 
 DOT, DOTDOT = b".", b".."
-TARGET_MAX = 4095
 _DOTS = frozenset((DOT, DOTDOT))
 _TYPES = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
 

@@ -13,12 +13,12 @@ Kernel: mm/filemap.c (mapping_seek_hole_data), fs/read_write.c (vfs_copy_file_ra
 import errno
 import os
 
-from pkramfs.fs.attributes import MAX_SIZE
 from pkramfs.fs.data import Data, written
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.pagecache import Run
 from pkramfs.fs.protection import refuse_space
+from pkramfs.fs.rules import MAX_SIZE
 from pkramfs.units import PAGE_SHIFT, pages
 
 MOST = 64 << 20

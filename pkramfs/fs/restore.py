@@ -30,7 +30,7 @@ from pkramfs.fs.ledger import Figures
 from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE, Limits
 from pkramfs.fs.picture import Progress
 from pkramfs.fs.tree import Tree
-from pkramfs.fs.verify import Runs, verify
+from pkramfs.fs.verify import verify
 from pkramfs.pkram.treeformat import EXTENTS, INODES, TreeStream
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SIZE, format_size
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pkramfs.machine.frames import Frames
     from pkramfs.machine.ram import Ram
     from pkramfs.pkram.store import Store
+    from pkramfs.pkram.streams.runs import Runs
 
 
 def restore(

@@ -24,18 +24,22 @@ import numpy.typing as npt
 
 from pkramfs.errors import FormatError
 from pkramfs.fs import acl
-from pkramfs.fs.attributes import MAX_SIZE, XATTR_NAME_MAX, XATTR_SIZE_MAX
-from pkramfs.fs.core import INO_MASK, ROOT_INO
-from pkramfs.fs.directory import FIRST_COOKIE
-from pkramfs.fs.inode import EMPTY_DIRECTORY_SIZE, ENTRY_SIZE
-from pkramfs.fs.namespace import TARGET_MAX
 from pkramfs.fs.protection import KNOWN
+from pkramfs.fs.rules import (
+    EMPTY_DIRECTORY_SIZE,
+    ENTRY_SIZE,
+    FIRST_COOKIE,
+    INO_MASK,
+    MAX_SIZE,
+    ROOT_INO,
+    TARGET_MAX,
+    XATTR_NAME_MAX,
+    XATTR_SIZE_MAX,
+)
+from pkramfs.pkram.streams.runs import Runs
 from pkramfs.pkram.treeformat import Array, TreeStream
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT
-
-Runs = tuple[Array, Array, Array]
-"""(index in the page stream, pfn, count)"""
 
 _TYPES = [stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK]
 _DEVICES = [stat.S_IFCHR, stat.S_IFBLK]

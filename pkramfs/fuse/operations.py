@@ -33,10 +33,10 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from pkramfs.fs.attributes import without_set_id
-from pkramfs.fs.core import DIRECT, INO_MASK, WRITING
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.namespace import DOTDOT
+from pkramfs.fs.rules import DIRECT, INO_MASK, WRITING
 from pkramfs.fs.tree import Tree
 from pkramfs.fuse import doors
 from pkramfs.fuse.memory import Spare

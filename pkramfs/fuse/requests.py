@@ -27,6 +27,7 @@ from pkramfs.fs import acl, clock, protection
 from pkramfs.fs.core import INO_MASK, UNNOTED
 from pkramfs.fs.failure import fail
 from pkramfs.fs.namespace import DOTDOT
+from pkramfs.fs.rules import INO_MASK, UNNOTED
 from pkramfs.fuse import doors, wire
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.replies import Replies

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pkramfs.fs.access import NOATIME, Access
-from pkramfs.fs.attributes import MAX_SIZE
 from pkramfs.fs.inode import Credentials
 from pkramfs.fs.limits import Limits
+from pkramfs.fs.rules import MAX_SIZE
 from pkramfs.fs.tree import Tree
 
 PAGE = 4096

@@ -11,9 +11,9 @@ import trio.testing
 
 pyfuse3 = pytest.importorskip("pyfuse3")
 
-from pkramfs.fs.core import DIRECT, WRITING  # noqa: E402
 from pkramfs.fs.inode import Credentials  # noqa: E402
 from pkramfs.fs.limits import Limits  # noqa: E402
+from pkramfs.fs.rules import DIRECT, WRITING  # noqa: E402
 from pkramfs.fs.tree import Tree  # noqa: E402
 from pkramfs.fuse.operations import Operations  # noqa: E402
 
