@@ -3,7 +3,7 @@
 
 A kernel's tmpfs is an index of names over pages of memory. This chapter is the same, with the pages
 at addresses that are known: a file's pages are *runs* of frames of RAM, so a tree can be preserved
-by writing down which runs belong to what, and no page is copied.
+by writing down which runs belong to which file, and no page is copied.
 
     /                            directory    names to inodes, and a place in the listing
     ├── film      inode 17 ────▶ page map     (index 0, pfn 8200, 262144 pages)
@@ -22,11 +22,12 @@ What this chapter promises upward:
 
 What it assumes from below: a frame that is handed out reads as zeros, frames are leased under the
 tree's id, and a node appears by one store. It knows neither FUSE nor sockets nor threads, and it
-does not check permissions: whoever calls has done that (in a mount, the kernel).
+does not check permissions: the caller has done that (in a mount, the kernel).
 
-Reading order: failure, limits, inode, directory, pagecache, then the tree: core, acl, namespace,
-attributes, filling, data, tree; then what crosses a kexec: picture, save, verify, restore, asleep (what is
-saved looks like `pkram.treeformat` says); and collector, for processes that serve a large tree.
+Reading order: failure, rules, limits, inode, directory, pagecache, preservation, ledger, then the tree: core, acl,
+namespace, truncation, attributes, filling, data, ranges, tree; then what crosses a kexec: picture, save, verify,
+restore, asleep (what is saved looks like `pkram.treeformat` says); and collector, for processes that serve a large
+tree.
 
 Kernel: mm/shmem.c
 """

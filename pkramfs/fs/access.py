@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which accesses are noted as access times: what the flags of a mount ask for.
+"""The accesses that are noted as access times, as the flags of a mount ask for.
 
     relatime      the first access after a change, and after a day        the kernel's default
     strictatime   every access
     nodiratime    none of directories
     noatime, ro   none
 
-A tree knows no mounts: whoever serves it says what applies, each time that an access is due to be noted.
+A tree knows no mounts: the door that serves it says what applies, each time that an access is due to be noted.
 
 Kernel: fs/inode.c (atime_needs_update, relatime_need_update)
 """
@@ -27,5 +27,5 @@ NOATIME = Access(files=False, directories=False)
 
 
 def relatime() -> Access:
-    """The rule of a mount without other flags."""
+    """Return the rule of a mount without other flags."""
     return RELATIME

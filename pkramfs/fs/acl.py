@@ -37,7 +37,7 @@ Entry = tuple[int, int, int]
 
 
 def parse(value: bytes) -> list[Entry]:
-    """The entries of a valid ACL; EINVAL (EOPNOTSUPP for another version) otherwise. No entries: no ACL."""
+    """Return the entries of a valid ACL; EINVAL (EOPNOTSUPP for another version) otherwise. No entries: no ACL."""
     if len(value) < _HEADER.size:
         raise fail(errno.EINVAL)
     if _HEADER.unpack_from(value)[0] != _VERSION:
@@ -65,14 +65,14 @@ def _is_valid(entries: list[Entry]) -> bool:
 
 
 def to_mode(entries: list[Entry]) -> tuple[int, bool]:
-    """The nine permission bits that an access ACL stands for, and whether it says more than they do."""
+    """Return the nine permission bits that an access ACL stands for, and whether it says more than they do."""
     perms = {tag: perm for tag, perm, _ in entries}
     mode = perms[USER_OBJ] << 6 | perms.get(MASK, perms[GROUP_OBJ]) << 3 | perms[OTHER]
     return mode, any(tag in (USER, GROUP, MASK) for tag in perms)
 
 
 def with_mode(value: bytes, mode: int) -> bytes:
-    """An access ACL after chmod."""
+    """Return an access ACL after chmod."""
     entries = parse(value)
     group = MASK if any(tag == MASK for tag, _, _ in entries) else GROUP_OBJ
     new = {USER_OBJ: mode >> 6 & 7, group: mode >> 3 & 7, OTHER: mode & 7}
@@ -80,7 +80,7 @@ def with_mode(value: bytes, mode: int) -> bytes:
 
 
 def inherit(default: bytes, mode: int) -> tuple[int, dict[bytes, bytes]]:
-    """Mode and ACLs of what is created with `mode` in a directory that has this default ACL."""
+    """Return the mode and ACLs of what is created with `mode` in a directory that has this default ACL."""
     entries = parse(default)
     group = MASK if any(tag == MASK for tag, _, _ in entries) else GROUP_OBJ
     limit = {USER_OBJ: mode >> 6 & 7, group: mode >> 3 & 7, OTHER: mode & 7}

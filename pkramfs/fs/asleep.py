@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What of a restored tree nobody has asked for yet: it stays as it was read, columns and blobs.
+"""The part of a restored tree that nobody has asked for yet, as it was read: columns and blobs.
 
     columns of inodes, names, runs, xattrs  ── a directory is asked for ──▶  its names, and the inodes they name
 
 A million inodes are two seconds of Python and a gigabyte of objects, most of which no one may ever look at; as
 columns, checked and complete, they are 170 bytes each and there at once. So a mount serves a tree whose
-directories *sleep*, and each wakes when it is first touched, with all its children. What sleeps has
-not changed: every change begins with finding a name, which wakes the directory that holds it. So it
+directories *sleep*, and each wakes when it is first touched, with all its children. A sleeping part has
+not changed, for every change begins with finding a name, which wakes the directory that holds it. So it
 can be saved from the columns, without being woken (see picture).
 
     awake   its Inode is in tree.inodes; a child of an awake directory is awake
@@ -55,7 +55,7 @@ class SleepingDirectory(Directory):
         self.bed = (inode, packed)
 
     def __getattr__(self, name: str) -> Any:
-        """Reached for what a sleeping directory does not have: it wakes, and then has it."""
+        """Wake the directory, then return the attribute that it lacked while it slept."""
         if name not in Directory.__slots__:
             raise AttributeError(name)
         self.wake()
@@ -76,7 +76,7 @@ class Snapshot(NamedTuple):
 
     @property
     def sleepers(self) -> int:
-        """How many inodes had no object."""
+        """Return how many inodes had no object."""
         return int(np.count_nonzero(self.inodes))
 
 
@@ -106,11 +106,11 @@ class Asleep:
 
     @property
     def count(self) -> int:
-        """How many inodes have no object."""
+        """Return how many inodes have no object."""
         return int(np.count_nonzero(self._asleep))
 
     def snapshot(self) -> Snapshot:
-        """What sleeps now. Waking does not change a snapshot, nor what it is about."""
+        """Return what sleeps now. Waking changes neither a snapshot nor the columns that it refers to."""
         return Snapshot(self, self._asleep.copy(), self._folders.copy())
 
     # -- waking ----------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class Asleep:
             self.done()
 
     def find(self, number: int) -> Inode | None:
-        """The inode with this number if it sleeps; directories above it wake. None for one that woke, and is gone."""
+        """Wake the directories above a sleeping inode and return it; None if no inode with this number sleeps."""
         position = self._position(number)
         if position < 0 or not self._asleep[position]:
             return None
@@ -161,7 +161,7 @@ class Asleep:
             self._rouse(above)
 
     def name_asleep(self, number: int, most: int) -> tuple[Inode, bytes] | None:
-        """An awake directory, and the path below it to a name that sleeps there of the inode with this number.
+        """Return an awake directory, and the path below it to a name that sleeps there of the inode with this number.
 
         A path of more than `most` bytes is not followed up to its beginning. None where no name of the inode sleeps.
         """
@@ -179,7 +179,7 @@ class Asleep:
         return folder or self.inodes[int(self._columns["ino"][0])], b"/".join(reversed(parts))
 
     def _row(self, position: int) -> int:
-        """A row of the entries that names the inode at a position."""
+        """Return a row of the entries that names the inode at a position."""
         if self._named is None:
             children = self.parts.entries["child"]
             self._named = np.zeros(len(self._asleep), dtype=np.int64)
@@ -198,13 +198,13 @@ class Asleep:
             directory.wake()
 
     def _position(self, number: int) -> int:
-        """Where an inode number is in the columns, -1 if it is not."""
+        """Return where an inode number is in the columns, -1 if it is not."""
         numbers = self._columns["ino"]
         place = int(np.searchsorted(numbers, np.uint64(number)))
         return place if place < len(numbers) and int(numbers[place]) == number else -1
 
     def _rows(self, position: int) -> tuple[int, int]:
-        """Where a directory's entries are."""
+        """Return where a directory's entries are."""
         column = self.parts.entries["parent"]
         low, high = np.searchsorted(column, np.array([position, position + 1], dtype=column.dtype))
         return int(low), int(high)
@@ -212,7 +212,7 @@ class Asleep:
     # -- making objects --------------------------------------------------------------------------
 
     def _children(self, positions: Array, parent: Inode) -> list[Inode]:
-        """The inodes that names of `parent` stand for; some may be awake by another name, or named twice here."""
+        """Return the inodes that names of `parent` stand for; another name may have woken some already."""
         if not self._linked[positions].any():
             return self._make(positions, parent)
         fresh = np.unique(positions[self._asleep[positions]])
@@ -220,7 +220,7 @@ class Asleep:
         return [self.inodes[number] for number in self._columns["ino"][positions].tolist()]
 
     def _make(self, positions: Array, parent: Inode | None) -> list[Inode]:
-        """New inodes, which nothing names yet but the table."""
+        """Make inodes, which only the inode table names yet."""
         columns, kinds = self._columns, self._kinds[positions]
         made = list(map(Inode, *(columns[name][positions].tolist() for name in FIELDS)))
         self.inodes.update(zip(columns["ino"][positions].tolist(), made, strict=True))
@@ -270,55 +270,67 @@ class Asleep:
 
 
 def _nobody() -> None:
-    """Nobody wants to know."""
+    """Do nothing."""
 
 
 def _owned(owner: Array, positions: Array) -> Iterator[tuple[int, range]]:
-    """For those of the inodes at `positions` that own rows: which of them it is, and its rows."""
+    """Yield the place in `positions` of each inode that owns rows, and its rows."""
     low, high = (np.searchsorted(owner, positions.astype(owner.dtype), side) for side in ("left", "right"))
     for place in np.flatnonzero(high > low).tolist():
         yield place, range(int(low[place]), int(high[place]))
 
 
 def _sums(counts: Array) -> Array:
-    """0 and the running sums of counts: where each begins, and the last ends."""
+    """Return 0 and the running sums of counts: where each begins, and the last ends."""
     edges = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=edges[1:])
     return edges
 
 
 def _pieces(parts: TreeStream, runs: Runs) -> tuple[Array, Array, Array]:
-    """The page stream cut into the files' runs, at every edge of a run and of an extent; see Asleep.
+    """Cut the page stream into the files' runs, at every edge of a run and of an extent; see Asleep.
 
     Returns the pieces, the first of each inode (and the end), and how many pages each inode has. Runs are worked
     through in slices, for where every page lies somewhere else they are millions, and memory that is touched for the
     first time costs more than the arithmetic.
     """
+    # Shapes: E extents, R runs, C cuts, P = R + C pieces, I inodes.
+    # (E,): first file page and pages of each extent. (R,): place in the page stream and first frame of each run.
     first, count = (parts.extents[name].astype(np.int64) for name in ("first", "count"))
     index, pfn = (column.view(np.int64) for column in runs[:2])
-    begin = np.cumsum(count) - count  # where each extent begins in the page stream
+    # (E,): where each extent begins in the page stream, and how far ahead of that its file page is.
+    begin = np.cumsum(count) - count
     ahead = first - begin
+    # (E,): the run in which each extent begins, and whether in the middle of it.
     run = np.searchsorted(index, begin, side="right") - 1
     inside = begin > index[run]
-    cut, cuts = run[inside], begin[inside]  # the runs that an extent begins in the middle of, and where
-    place = np.append(run + np.cumsum(inside), len(index) + len(cut))  # the first piece of each extent
+    # (C,): the runs that an extent begins in the middle of, and where in the page stream they are cut.
+    cut, cuts = run[inside], begin[inside]
+    # (E + 1,): the first piece of each extent, and the number of pieces.
+    place = np.append(run + np.cumsum(inside), len(index) + len(cut))
+    # (P, 3): file page, frame and pages of each piece, filled a slice of runs at a time.
     pieces = np.empty((int(place[-1]), 3), dtype=np.int64)
     for low in range(0, len(index), _SLICE):
         high = min(low + _SLICE, len(index))
+        # The cuts cut[after:before] lie in this slice; `which` are the runs they cut, counted from `low`.
         after, before = np.searchsorted(cut, (low, high)).tolist()
         which = cut[after:before] - low
+        # (pieces of the slice,): where each begins and ends in the page stream.
         begins = np.insert(index[low:high], which + 1, cuts[after:before])
         ends = np.append(begins[1:], index[high] if high < len(index) else parts.header.pages)
+        # Each cut before a run moves its piece one row on.
         rows = slice(low + after, high + before)
         pieces[rows, 0] = begins + _spread(ahead, place, rows)
+        # (runs of the slice,): how many pieces each run becomes; all of them keep its distance of frame and place.
         times = 1 + np.bincount(which, minlength=high - low)
         pieces[rows, 1] = begins + np.repeat(pfn[low:high] - index[low:high], times)
         pieces[rows, 2] = ends - begins
+    # (I + 1,): the first extent of each inode, hence its first piece, and by difference its pages.
     extents = _sums(parts.inodes["extents"])
     return pieces, place[extents], np.diff(np.append(begin, parts.header.pages)[extents])
 
 
 def _spread(values: Array, edges: Array, rows: slice) -> Array:
-    """The value of each row in a slice, where values[k] is that of the rows from edges[k] to edges[k + 1]."""
+    """Return the value of each row in a slice, where values[k] is that of the rows from edges[k] to edges[k + 1]."""
     low, high = np.searchsorted(edges, rows.start, side="right") - 1, np.searchsorted(edges, rows.stop)
     return np.repeat(values[low:high], np.diff(np.clip(edges[low : high + 1], rows.start, rows.stop)))

@@ -84,9 +84,9 @@ class Attributes(Truncation):
     def set_times(
         self, number: int, atime: int | None, mtime: int | None, ctime: int | None, *, touch: bool = False
     ) -> Inode:
-        """`setattr` of times alone: what the kernel sends after writing and before a file goes, so it is short.
+        """Set times alone. The kernel sends this after each write-back and before each deletion, so it is short.
 
-        `touch` says that the access time is now's, which who may append may set.
+        `touch` says that the access time is the current time, which anybody who may append may set.
         """
         inode = self.inode(number)
         same = _same_times(inode, atime, mtime, ctime)
@@ -115,7 +115,7 @@ class Attributes(Truncation):
                 inode.xattrs[acl.ACCESS] = acl.with_mode(inode.xattrs[acl.ACCESS], mode)
 
     def _drop_privileges(self, inode: Inode, caller: Caller, *, keep_set_id: bool) -> None:
-        """Content or owner has changed: no set-id bits, no capabilities."""
+        """Remove set-id bits and capabilities, because content or owner has changed."""
         if inode.entries is not None:
             return
         if not keep_set_id and inode.mode & 0o6000:
@@ -147,7 +147,7 @@ class Attributes(Truncation):
     # -- extended attributes --------------------------------------------------------------------
 
     def getxattr(self, number: int, name: bytes) -> bytes:
-        """The value; ENODATA if there is none."""
+        """Return the value; ENODATA if there is none."""
         inode = self.inode(number)
         value = inode.xattrs.get(name) if inode.xattrs is not None else None
         if value is None:
@@ -156,7 +156,7 @@ class Attributes(Truncation):
         return value
 
     def listxattr(self, number: int, caller: Caller = ROOT) -> list[bytes]:
-        """Names, ACLs first and the others in falling order, as tmpfs does; `trusted.` only for root."""
+        """Return the names, ACLs first and the others in falling order, as tmpfs does; `trusted.` only for root."""
         xattrs = self.inode(number).xattrs
         if not xattrs:
             return []
@@ -218,7 +218,7 @@ class Attributes(Truncation):
 
 
 def without_set_id(inode: Inode, caller: Caller) -> int:
-    """The mode after a change by an unprivileged caller. Without group execution set-group-ID is no
+    """Return the mode after a change by an unprivileged caller. Without group execution set-group-ID is no
     program's privilege: only a stranger to the group takes it away."""
     mode = inode.mode & ~stat.S_ISUID
     if mode & stat.S_ISGID and (mode & stat.S_IXGRP or not in_group(caller, inode.gid)):
@@ -227,7 +227,7 @@ def without_set_id(inode: Inode, caller: Caller) -> int:
 
 
 def _same_times(inode: Inode, atime: int | None, mtime: int | None, ctime: int | None) -> bool:
-    """Whether setting these times changes nothing (without ctime it would be now)."""
+    """Return True if setting these times changes nothing (without ctime it would be now)."""
     if ctime != inode.ctime:
         return atime is None and mtime is None and ctime is None
     return (atime is None or atime == inode.atime) and (mtime is None or mtime == inode.mtime)

@@ -25,7 +25,7 @@ _FIRST, _LAST = -(1 << 63), (1 << 63) - 1
 
 
 def now() -> int:
-    """Nanoseconds since the epoch, not before any time that the kernel has given to a file."""
+    """Return nanoseconds since the epoch, not before any time that the kernel has given to a file."""
     pipe = _pipe()
     if pipe is None:
         return time.clock_gettime_ns(_COARSE)
@@ -35,7 +35,7 @@ def now() -> int:
 
 @functools.cache
 def _pipe() -> int | None:
-    """What the kernel stamps for us; None in a sandbox that does not let it: its kernel is another."""
+    """Return the pipe that the kernel stamps for us; None in a sandbox whose kernel does not allow that."""
     reader, writer = os.pipe()
     os.close(writer)
     try:
@@ -47,5 +47,5 @@ def _pipe() -> int | None:
 
 
 def clamp(time_ns: int) -> int:
-    """The nearest time that can be kept."""
+    """Return the nearest time that can be kept."""
     return time_ns if _FIRST <= time_ns <= _LAST else max(_FIRST, min(time_ns, _LAST))

@@ -10,7 +10,7 @@ of them each time that there are a quarter more. So a tree that is *settled* is 
 Each object is then looked at by one full collection and not by all that follow. Creating a million
 files in one tree took 11 full collections of 1.5 s together, the longest 273 ms, in which no request was
 answered; settled, 22 of 0.7 s, the longest 60 ms. What a request leaves in cycles (tracebacks) is young
-and collected as ever; of what is in no tree only that stays which falls into a cycle after it survived.
+and collected as ever; only objects that become cyclic after a full collection leak.
 
 The kernel's kmem_cache_free() frees at once; RCU, too, waits for readers only.
 """
@@ -25,7 +25,7 @@ FULL = 2
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Objects by the hundred thousand are made, none of them garbage: collecting would only cost time."""
+    """Keep the collector off while hundreds of thousands of objects are made, none of them garbage."""
     enabled = gc.isenabled()
     gc.disable()
     try:

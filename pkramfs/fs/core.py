@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What every part of the tree stands on: the inode table, the gate, and who holds an inode alive.
+"""The base of every part of the tree: the inode table, the gate, and references that keep an inode alive.
 
 **The gate.** Every change of a tree passes through `_change`, after all checks and before the
 first mutation. It is the one narrow place at which a tree can be frozen, at which a preserved
 tree lets go of its node, and where a journal can be hung in:
 
-    live ──────── freeze ──────▶ frozen     every change is EROFS, reading goes on
-      ▲ ◀──────── thaw ────────────┘
-      │
-    preserved ─── first change: on_first_change() withdraws the node, then the change is applied
+    checks ──▶ gate ──▶ mutation      EROFS while the tree is frozen; the first change of a preserved tree withdraws
+                                      its node, then it is applied
 
-`freeze` and `preserved` are independent: a saved tree is both, a restored one only preserved.
+The states and what leads from one to another are in preservation, the counters in ledger.
 Access times are no change: they are kept when nothing else happens, and skipped while frozen.
 
 **Handles.** The number of an open file is its inode number, with WRITING set when it may write, UNNOTED when it was
@@ -18,11 +16,12 @@ opened with O_NOATIME, and DIRECT when with O_DIRECT, so that a door needs no ta
 replaced can go on. All methods accept either.
 
 **Sleep.** `inodes` has the inodes that somebody asked for since the tree was restored; see asleep. Only what
-is found by a name or a number passes by there, so whoever goes through all of `inodes` sees every inode that is
-open, looked up, deleted or changed. `wake` is for those who want the others, too.
+is found by a name or a number is put there, so a walk through `inodes` sees every inode that is open, looked up,
+deleted or changed. `wake` brings in the others, too.
 
-**References.** The door adds 1 to `lookups` for every entry it replies to the kernel, and calls
-`forget`. An inode without name, reference and handle is reaped: its pages go back at once.
+**References.** Whoever serves the kernel calls `remember` for every inode that an answer names, and
+`forget` when the kernel gives references back. An inode without name, reference and handle is reaped: its pages go
+back at once.
 
 Kernel: mm/shmem.c (shmem_get_inode, shmem_evict_inode), fs/super.c (freeze_super)
 """
@@ -136,7 +135,7 @@ class Core:
     # -- inodes ---------------------------------------------------------------------------------
 
     def inode(self, number: int) -> Inode:
-        """The inode with this number or handle; ESTALE if it is gone."""
+        """Return the inode with this number or handle; raise ESTALE if it is gone."""
         inode = self.inodes.get(number & INO_MASK)
         if inode is None:
             inode = self._find_asleep(number & INO_MASK)
@@ -145,14 +144,14 @@ class Core:
     getattr = inode
 
     def _find_asleep(self, number: int) -> Inode:
-        """The inode with this number that nobody has asked for since the tree was restored; ESTALE if there is none."""
+        """Wake and return the inode with this number; raise ESTALE if none sleeps."""
         inode = self.asleep.find(number) if self.asleep is not None else None
         if inode is None:
             raise fail(errno.ESTALE)
         return inode
 
     def directory(self, number: int) -> Inode:
-        """The directory with this number; ENOTDIR if it is something else."""
+        """Return the directory with this number; raise ENOTDIR if it is something else."""
         inode = self.inode(number)
         if inode.entries is None:
             raise fail(errno.ENOTDIR)
@@ -183,7 +182,7 @@ class Core:
         self.asleep = None
 
     def wake(self) -> None:
-        """Make every inode that sleeps, for those that want to see all."""
+        """Wake every inode that sleeps, for a walk that must see all."""
         while self.asleep is not None:
             for inode in list(self.inodes.values()):
                 if isinstance(inode.entries, SleepingDirectory):
@@ -274,7 +273,7 @@ class Core:
         return self.limits.statfs()
 
     def counts(self) -> Counts:
-        """What the tree holds, without a walk."""
+        """Return how much the tree holds, without a walk."""
         inodes = len(self.inodes) + (self.asleep.count if self.asleep is not None else 0)
         folders = self.ledger.directories
         return Counts(inodes - folders, folders, self.limits.pages, self.ledger.bytes)
@@ -282,7 +281,7 @@ class Core:
     # -- names for people -----------------------------------------------------------------------
 
     def writers(self, most: int = NAMED) -> list[bytes]:
-        """Paths of the first few files that are open for writing; `writer_count` says how many there are."""
+        """Return the paths of the first few files that are open for writing; `writer_count` says how many there are."""
         return [self.path(inode) for inode in islice(self.writing.values(), most)]
 
     @property
@@ -302,7 +301,7 @@ class Core:
         return (ino for ino in self.losses.files if self.inodes[ino].nlink)
 
     def deleted(self, most: int = NAMED) -> list[bytes]:
-        """Former paths of the first few files that are deleted but still held open (directories: still a cwd)."""
+        """Return former paths of the first few files that are deleted but open (directories: still a cwd)."""
         return [self.path(inode) for inode in islice(self._deleted(), most)]
 
     @property
@@ -313,7 +312,7 @@ class Core:
         return (inode for inode in map(self.inodes.__getitem__, self.orphans) if inode.opens)
 
     def path(self, inode: Inode) -> bytes:
-        """A path of an inode from the root, for people; only the end of one that is longer than PATH_MAX.
+        """Return a path of an inode from the root, for people; only the end of one that is longer than PATH_MAX.
 
         It is found from below, by what each inode knows of its name, so that neither the size nor the depth of the
         tree matters. An inode that is deleted is named so, and by its number if nobody knows its name.
@@ -328,7 +327,7 @@ class Core:
         return b"inode %d" % inode.ino if place is None else self._join(*place)
 
     def path_of_directory(self, inode: Inode) -> bytes:
-        """The path of a directory, whether it has been deleted or not."""
+        """Return the path of a directory, whether it has been deleted or not."""
         return b"/" if inode is self.root or inode.folder is None else self._join(inode.folder, inode.name)
 
     def _join(self, folder: Inode, name: bytes) -> bytes:
@@ -341,7 +340,7 @@ class Core:
         return b"/" + b"/".join(reversed(parts))
 
     def _other_name(self, inode: Inode) -> tuple[Inode, bytes] | None:
-        """A name of an inode that has lost the one it was given last: one that sleeps, or is found in a short walk."""
+        """Find another name of an inode that has lost its last one: one that sleeps, or by a short walk."""
         if self.asleep is not None and (place := self.asleep.name_asleep(inode.ino, PATH_MAX)) is not None:
             return place
         folders, left = deque([self.root]), _SEARCH
@@ -359,5 +358,5 @@ class Core:
 
 
 def _named(folder: Inode, name: bytes, inode: Inode) -> bool:
-    """Whether a directory, which is awake, has this name for this inode."""
+    """Return True if a directory, which is awake, has this name for this inode."""
     return folder.entries is not None and folder.entries.find(name) is inode

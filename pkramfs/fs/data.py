@@ -4,8 +4,8 @@
 Two invariants make holes and growth free of cost:
 
 * A frame that `Frames` hands out reads as zeros, so a write touches only what it writes.
-* Beyond the end of a file its last page is zeros: whatever shrinks a file clears the rest of the
-  page that remains. So growth is a number, and a shrink followed by growth shows zeros.
+* Beyond the end of a file its last page is zeros (see truncation). So growth is a number, and a shrink
+  followed by growth shows zeros.
 
 A hole is read from one static block of zeros: RAM is not touched, for reading a hole of a shared
 mapping would make the host allocate the page. A range that one run covers is read as a view
@@ -80,7 +80,7 @@ class Data(Filling):
         return handle | WRITING
 
     def _truncate_on_open(self, inode: Inode, caller: Caller) -> None:
-        """Unlike truncate(2), O_TRUNC sets the times even of an empty file."""
+        """Truncate a file for O_TRUNC, which unlike truncate(2) sets the times even of an empty file."""
         self._change("setattr", ino=inode.ino, size=0)
         if inode.size:
             self._resize(inode, 0)
@@ -92,7 +92,7 @@ class Data(Filling):
     # -- reading --------------------------------------------------------------------------------
 
     def read(self, number: int, offset: int, size: int) -> Buffer:
-        """Up to `size` bytes at `offset`; fewer at the end of the file. May be a view of RAM."""
+        """Return up to `size` bytes at `offset`, fewer at the end of the file. The answer may be a view of RAM."""
         inode = self.inodes.get(number & INO_MASK) or self._find_asleep(number & INO_MASK)
         if inode.entries is not None:
             raise fail(errno.EISDIR)
@@ -124,7 +124,7 @@ class Data(Filling):
         return self.ram.bytes[start:stop]
 
     def _backed(self, pages: PageMap, first: int, last: int) -> bool:
-        """Whether the host has memory for all frames in [first, last) of a restored file, or gives it now."""
+        """Return True if the host has memory for all frames in [first, last) of a restored file, or gives it now."""
         known = pages.backed or set()
         try:
             for piece in range(first >> _LOOK_SHIFT, ((last - 1) >> _LOOK_SHIFT) + 1):
@@ -137,7 +137,7 @@ class Data(Filling):
         return True
 
     def _has_room(self, runs: list[Run]) -> bool:
-        """Whether the host has memory for these frames alone."""
+        """Return True if the host has memory for these frames alone, or gives it now."""
         try:
             self._back_runs(runs)
         except ExhaustedError:
@@ -214,7 +214,7 @@ class Data(Filling):
         return size
 
     def _take_back(self, inode: Inode, offset: int, end: int, *, into_holes: bool) -> None:
-        """The host had no memory for what was to be stored: holes are holes again, nothing stays behind the end."""
+        """Free again what a write has allocated, because the host had no memory for it."""
         if into_holes and inode.pages is not None:
             self._free_pages(inode.pages, offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT)
             inode.pages = inode.pages if inode.pages.count else None
@@ -222,7 +222,7 @@ class Data(Filling):
             self._trim(inode, inode.size)
 
     def _write_part(self, inode: Inode, offset: int, view: memoryview, cut: int, stamp: bool) -> int:
-        """Not all fits: the first `cut` bytes, and as much as goes of the rest."""
+        """Write the first `cut` bytes, and as much of the rest as fits."""
         written = self._write(inode, offset, view[:cut], stamp)
         if written < cut:
             return written
@@ -234,8 +234,10 @@ class Data(Filling):
             return written
 
     def _runs_for_writing(self, inode: Inode, offset: int, end: int) -> tuple[list[Run], Store, bool]:
-        """The runs that cover a range, holes filled, once the change has passed the gate, how to store there, and
-        whether all of it was holes, whose frames the host has not given memory yet."""
+        """Fill the holes of a range, pass the gate, and return its runs, how to store there, and True if all was holes.
+
+        The host has not given memory yet for frames that fill holes.
+        """
         first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
         pages, runs = inode.pages, list[Run]()
         if pages is not None:
@@ -291,8 +293,7 @@ class Data(Filling):
             inode.mtime = inode.ctime = clock.now()
 
     def sparsify(self, number: int, first: int = 0, last: int = END) -> int:
-        """Give back those of the pages [first, last) of a file that are all zeros, which changes nothing to be seen;
-        how many they were."""
+        """Give back the pages of a file in [first, last) that are all zeros, and return how many they were."""
         inode = self.inode(number)
         if inode.pages is None:
             return 0
@@ -309,7 +310,7 @@ class Data(Filling):
         return sum(end - start for start, end in empty)
 
     def _zeros(self, pfn: int, count: int) -> Spans:
-        """Which of `count` frames from pfn are all zeros; those that were never touched stay untouched."""
+        """Find the frames among `count` from pfn that are all zeros; those that were never touched stay so."""
         touched = self.ram.data_spans(pfn, pfn + count)
         found = touched.gaps(pfn, pfn + count)
         for start, end in touched:
@@ -318,7 +319,7 @@ class Data(Filling):
         return found
 
     def extents(self, number: int, start: int = 0, *, allocated: bool = False) -> Iterator[tuple[int, int]]:
-        """(offset, size) of the parts of a file from `start` on that are no hole: what SEEK_DATA would find, or
+        """Yield (offset, size) of the parts of a file from `start` on that are no hole: what SEEK_DATA would find, or
         whatever is `allocated`."""
         inode = self.inode(number)
         last = (inode.size + _IN_PAGE) >> PAGE_SHIFT
@@ -335,7 +336,7 @@ class Data(Filling):
             yield begin, end - begin
 
     def file_range(self, number: int, offset: int, size: int) -> Inode:
-        """The file, if it can have such a range; else as fallocate(2): EISDIR, ENODEV, EINVAL, EFBIG."""
+        """Return the file if it can have such a range; else raise as fallocate(2): EISDIR, ENODEV, EINVAL, EFBIG."""
         inode = self.inode(number)
         if inode.entries is not None:
             raise fail(errno.EISDIR)
@@ -349,7 +350,7 @@ class Data(Filling):
 
 
 def written(inode: Inode, first: int, last: int) -> list[Run]:
-    """The runs of a file in [first, last) that hold data: what was only allocated is a hole to who looks for one."""
+    """Return the runs of a file in [first, last) that hold data; what was only allocated counts as a hole."""
     if inode.pages is None:
         return []
     runs = inode.pages.between(first, last)
@@ -363,12 +364,12 @@ def written(inode: Inode, first: int, last: int) -> list[Run]:
 
 
 def zeros(size: int) -> Buffer:
-    """Bytes of a hole."""
+    """Return bytes of a hole."""
     return _ZEROS[:size] if size <= len(_ZEROS) else bytes(size)
 
 
 def _pieces(runs: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
-    """Runs in pieces that fit the processor's cache."""
+    """Yield runs in pieces that fit the processor's cache."""
     for index, pfn, count in runs:
         for at in range(0, count, _PIECE):
             yield index + at, pfn + at, min(_PIECE, count - at)

@@ -2,10 +2,10 @@
 """Names to inodes, and a place in the listing that stays right while entries come and go.
 
 Every entry has a *cookie*, a number that only rises, given when the name appears and kept for as
-long as it exists. Listing is newest first, "the entries whose cookie is less than c": whoever is in
-the middle of a listing sees each entry that was there all the time exactly once, whatever is
-created or removed meanwhile (seekdir too), and what appears meanwhile is out of reach, so that a
-program which creates a name for each one it lists comes to an end.
+long as it exists. Listing is newest first, "the entries whose cookie is less than c": a program in
+the middle of a listing sees each entry that stays exactly once, whatever is created or removed
+meanwhile (seekdir too). New entries are out of reach, so a program that creates a name for each
+one it lists comes to an end.
 
 To the outside a listing has *places* (d_off, telldir), which rise while cookies fall, so that every place before
 the end is less than the end, and fit 31 bits:
@@ -66,7 +66,7 @@ class Directory:
         return None if entry is None else entry[0]
 
     def add(self, name: bytes, inode: Inode) -> None:
-        """A name that is not there yet."""
+        """Add a name that is not there yet."""
         if self.next_cookie > _MOST:
             self._renumber()
         cookie = self.next_cookie
@@ -82,7 +82,7 @@ class Directory:
             self._squeeze()
 
     def after(self, place: int) -> Iterator[tuple[bytes, Inode, int]]:
-        """(name, inode, place behind it) of what a listing that came to `place` has still to show, newest first.
+        """Yield (name, inode, place behind it) of what a listing that came to `place` has still to show, newest first.
 
         It looks one entry ahead: behind the last one is LAST.
         """
@@ -103,12 +103,12 @@ class Directory:
             yield held[0], held[1], LAST
 
     def columns(self) -> tuple[list[bytes], tuple[Inode, ...], tuple[int, ...]]:
-        """Names, inodes and cookies, oldest first, for saving: the order in which a dict was filled."""
+        """Return the names, inodes and cookies, oldest first, for saving: the order in which a dict was filled."""
         inodes, cookies = zip(*self.entries.values(), strict=True) if self.entries else ((), ())
         return list(self.entries), inodes, cookies
 
     def fill(self, names: list[bytes], inodes: list[Inode], cookies: list[int]) -> None:
-        """All entries of a directory at once, cookies ascending."""
+        """Set all entries of a directory at once, cookies ascending."""
         if cookies and cookies[-1] > _MOST:
             cookies = list(range(FIRST_COOKIE, FIRST_COOKIE + len(names)))
         self.entries = dict(zip(names, zip(inodes, cookies, strict=True), strict=True))

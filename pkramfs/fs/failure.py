@@ -11,5 +11,5 @@ import os
 
 
 def fail(code: int) -> OSError:
-    """The exception to raise for an errno (Python picks FileExistsError and the like itself)."""
+    """Return the exception to raise for an errno (Python picks FileExistsError and the like itself)."""
     return OSError(code, os.strerror(code))

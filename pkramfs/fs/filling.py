@@ -89,7 +89,7 @@ class Filling(Attributes):
         return self._insert(inode, holes, frames)
 
     def _take(self, holes: list[Hole], order: int = 0, beside: Frames | None = None) -> Frames:
-        """Frames for these holes `beside` others that are not counted yet; ENOSPC if there is no room for both."""
+        """Take frames for holes, `beside` others that are not counted yet; raise ENOSPC if both do not fit."""
         total = _total(holes)
         self.limits.require_pages(total + _total(beside) if beside else total)
         return self.frames.allocate(total, order) if total else []
@@ -119,12 +119,12 @@ class Filling(Attributes):
     # -- huge pages -----------------------------------------------------------------------------
 
     def block_size(self, inode: Inode) -> int:
-        """st_blksize: that of a huge page, if the first 2 MiB of the file may be one."""
+        """Return st_blksize: that of a huge page, if the first 2 MiB of the file may be one."""
         wanted = self.huge == "always" or (self.huge == "within_size" and pages(inode.size) >= BLOCK_PAGES)
         return BLOCK_SIZE if wanted and inode.is_file else PAGE_SIZE
 
     def _huge_holes(self, inode: Inode, first: int, last: int, end: int) -> list[Hole]:
-        """Holes of whole huge pages that huge= wants to be filled where [first, last) is written."""
+        """Return the holes of whole huge pages that huge= wants to be filled where [first, last) is written."""
         if self.huge not in ("always", "within_size"):
             return []
         low, high = round_down(first, BLOCK_PAGES), round_up(last, BLOCK_PAGES)
@@ -138,7 +138,7 @@ class Filling(Attributes):
         return found
 
     def _take_huge(self, holes: list[Hole]) -> Frames:
-        """Huge pages for these holes, backed; none if they do not fit, or memory is in pieces."""
+        """Take huge pages for these holes, backed; none if they do not fit, or if memory is in pieces."""
         frames: Frames = []
         try:
             frames = self._take(holes, BLOCK_ORDER)
@@ -178,7 +178,7 @@ def _holes(pages: PageMap | None, first: int, last: int) -> list[Hole]:
 
 
 def _without(holes: list[Hole], gone: list[Hole]) -> list[Hole]:
-    """Holes less those in `gone`, which cover whole ones or their ends; both in order."""
+    """Return holes less those in `gone`, which cover whole ones or their ends; both in order."""
     left: list[Hole] = []
     for start, count in holes:
         stop = start + count

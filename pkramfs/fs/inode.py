@@ -2,7 +2,7 @@
 """One file of any kind: its attributes, and what holds it alive.
 
     names in directories      nlink      0: deleted
-    the kernel's references   lookups    counted by the door: += 1 for each entry it replies, see Tree.forget
+    the kernel's references   lookups    counted by Tree.remember and Tree.forget
     open handles              opens      of which `writers` may write
 
 `folder` and `name` are where it was named last, so that it can be named to people without a search; what became of
@@ -35,7 +35,7 @@ FIELDS = ("ino", "mode", "uid", "gid", "atime", "mtime", "ctime", "nlink", "size
 
 
 class Caller(Protocol):
-    """Who asks: pyfuse3's request context fits. `groups`, where present, are supplementary groups."""
+    """The user of a request; pyfuse3's request context fits. `groups`, where present, are supplementary groups."""
 
     @property
     def uid(self) -> int: ...
@@ -46,7 +46,7 @@ class Caller(Protocol):
 
 
 class Credentials(NamedTuple):
-    """A Caller for those that have no request: restores, tools, tests."""
+    """A Caller where there is no request: in restores, tools, tests."""
 
     uid: int = 0
     gid: int = 0
@@ -59,7 +59,7 @@ ROOT = Credentials()
 
 
 def in_group(caller: Caller, gid: int) -> bool:
-    """Whether the caller may keep the set-group-id bit of a file of that group."""
+    """Return True if the caller may keep the set-group-id bit of a file of that group."""
     return caller.uid == 0 or caller.gid == gid or gid in getattr(caller, "groups", ())
 
 
@@ -126,7 +126,7 @@ class Inode:
 
     @property
     def kind(self) -> int:
-        """The S_IF bits of the mode."""
+        """Return the S_IF bits of the mode."""
         return self.mode & 0o170000
 
     @property
@@ -135,12 +135,12 @@ class Inode:
 
     @property
     def blocks(self) -> int:
-        """st_blocks: units of 512 bytes."""
+        """Return st_blocks, in units of 512 bytes."""
         if self.pages is not None:
             return self.pages.count * BLOCKS_PER_PAGE
         return self.own_pages * BLOCKS_PER_PAGE
 
     @property
     def own_pages(self) -> int:
-        """Pages counted against size= though no file data are in them: a long symlink's target."""
+        """Return the pages counted against size= though no file data are in them: a long symlink's target."""
         return 1 if self.target is not None and len(self.target) >= INLINE_TARGET else 0

@@ -55,12 +55,12 @@ class Limits:
         self.inode_space = 0
 
     def require_pages(self, count: int) -> None:
-        """ENOSPC if this many more pages would pass the size limit."""
+        """Raise ENOSPC if this many more pages would pass the size limit."""
         if self.max_pages and self.pages + count > self.max_pages:
             raise fail(errno.ENOSPC)
 
     def require_space(self, size: int = INODE_SPACE) -> None:
-        """ENOSPC if this much more inode space would pass nr_inodes."""
+        """Raise ENOSPC if this much more inode space would pass nr_inodes."""
         if self.max_inodes and self.inode_space + size > self.max_inodes * INODE_SPACE:
             raise fail(errno.ENOSPC)
 
@@ -85,7 +85,7 @@ class Limits:
         self.max_inodes = self.max_inodes if max_inodes is None else max_inodes
 
     def statfs(self) -> StatFs:
-        """Figures for df and df -i; without a limit they are 0, as tmpfs shows them."""
+        """Return the figures for df and df -i; without a limit they are 0, as tmpfs shows them."""
         free_space = max(self.max_inodes * INODE_SPACE - self.inode_space, 0)
         return StatFs(
             PAGE_SIZE,
@@ -98,5 +98,5 @@ class Limits:
 
 
 def xattr_space(name: bytes, value: bytes) -> int:
-    """Inode space that one xattr takes (tmpfs fixes the 40 for all architectures)."""
+    """Return the inode space that one xattr takes (tmpfs fixes the 40 for all architectures)."""
     return _XATTR_OVERHEAD + len(name) + len(value)

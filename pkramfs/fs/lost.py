@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Data that a program has written and that did not arrive: what a refused write-back leaves behind.
+"""Data that programs wrote and that did not arrive, because a write-back was refused.
 
 write(2) into the kernel's cache and a store through a mapping succeed at once. When the kernel writes back later and
 there is no room, it tells whoever calls fsync or close next (errseq), and keeps the page as if nothing had happened.
@@ -23,7 +23,7 @@ LIMIT = 4096
 
 
 class LostPages:
-    """Which pages of one file are lost, and by which error the first of them."""
+    """The lost pages of one file, and the error of the first of them."""
 
     __slots__ = ("_blocks", "_from", "error")
 
@@ -36,7 +36,7 @@ class LostPages:
         return bool(self._blocks) or self._from is not None
 
     def add(self, first: int, last: int) -> None:
-        """The pages [first, last) are lost."""
+        """Mark the pages [first, last) as lost."""
         for block, bits in _masks(first, last):
             if self._from is not None and block >= self._from:
                 continue
@@ -46,7 +46,7 @@ class LostPages:
                 self._from = block
 
     def remove(self, first: int, last: int) -> None:
-        """The pages [first, last) are not lost any more."""
+        """Take the pages [first, last) out of those that are lost."""
         for block, bits in _masks(first, last) if last - first <= LIMIT * BLOCK_PAGES else self._among(first, last):
             left = self._blocks.get(block, 0) & ~bits
             if left:
@@ -55,14 +55,14 @@ class LostPages:
                 self._blocks.pop(block, None)
 
     def cut(self, first: int) -> None:
-        """Nobody wants the pages from `first` on."""
+        """Forget all that is lost from page `first` on."""
         if self._from is not None and first <= self._from * BLOCK_PAGES:
             self._from = None
         if self._blocks:
             self.remove(first, (max(self._blocks) + 1) * BLOCK_PAGES)
 
     def _among(self, first: int, last: int) -> list[tuple[int, int]]:
-        """`_masks` of a long range, for those 2 MiB only that have lost pages."""
+        """Return `_masks` of a long range, only for each 2 MiB that has lost pages."""
         found = []
         for block in self._blocks:
             start = block * BLOCK_PAGES
@@ -76,10 +76,10 @@ class Losses:
     def __init__(self) -> None:
         self.files: dict[int, LostPages] = {}
         self.refused = 0
-        """How often something was lost, mended or not."""
+        """The number of losses so far, mended or not."""
 
     def note(self, ino: int, offset: int, end: int, error: int) -> None:
-        """The bytes [offset, end) of a file did not arrive, because of an errno."""
+        """Note that the bytes [offset, end) of a file did not arrive, and the errno."""
         if offset < end:
             self.refused += 1
             found = self.files.get(ino)
@@ -88,22 +88,24 @@ class Losses:
             found.add(offset >> PAGE_SHIFT, pages(end))
 
     def written(self, ino: int, offset: int, end: int, size: int) -> None:
-        """The bytes [offset, end) of a file that is `size` long arrived. Of a page in which others are missing it
-        does not say enough."""
+        """Note that the bytes [offset, end) of a file that is `size` long arrived.
+
+        A page of which only a part arrived stays lost.
+        """
         found = self.files.get(ino)
         if found is not None:
             found.remove(pages(offset), pages(end) if end >= size else end >> PAGE_SHIFT)
             self._tidy(ino)
 
     def cut(self, ino: int, size: int) -> None:
-        """A file was cut."""
+        """Forget what is lost beyond the new size of a file that was cut."""
         found = self.files.get(ino)
         if found is not None:
             found.cut(pages(size))
             self._tidy(ino)
 
     def drop(self, ino: int) -> None:
-        """A file is gone."""
+        """Forget a file that is gone."""
         self.files.pop(ino, None)
 
     def _tidy(self, ino: int) -> None:
@@ -112,7 +114,7 @@ class Losses:
 
 
 def _masks(first: int, last: int) -> list[tuple[int, int]]:
-    """The pages [first, last) as bits of each 2 MiB."""
+    """Return the pages [first, last) as bits of each 2 MiB."""
     found = []
     for block in range(first // BLOCK_PAGES, -(-last // BLOCK_PAGES)) if first < last else ():
         start = block * BLOCK_PAGES

@@ -45,7 +45,7 @@ class Namespace(Core):
     # -- looking --------------------------------------------------------------------------------
 
     def lookup(self, parent: int, name: bytes) -> Inode | None:
-        """The inode of a name, or None: absent names are no exception, they are looked up all the time.
+        """Return the inode of a name, or None: absent names are looked up all the time, so they are no exception.
 
         By `.` a file is found, too: so the kernel asks for what a file handle names and it has forgotten. What is
         deleted it has forgotten for good, although its FORGET may be still on the way.
@@ -66,7 +66,7 @@ class Namespace(Core):
 
     @staticmethod
     def _linked(inode: Inode) -> Inode:
-        """The inode, if it has a name left; ESTALE if not."""
+        """Return the inode if it has a name left; raise ESTALE if not."""
         if not inode.nlink:
             raise fail(errno.ESTALE)
         return inode
@@ -77,7 +77,7 @@ class Namespace(Core):
         return ino | UNNOTED if flags & os.O_NOATIME else ino
 
     def readdir(self, number: int, place: int = 0) -> Iterator[tuple[bytes, Inode, int]]:
-        """(name, inode, place to go on from) of the entries from `place` on, `.` and `..` first."""
+        """Yield (name, inode, place to go on from) of the entries from `place` on, `.` and `..` first."""
         inode = self.directory(number)
         entries = self._entries(inode)
         if not number & UNNOTED:
@@ -98,11 +98,11 @@ class Namespace(Core):
     # -- creating -------------------------------------------------------------------------------
 
     def create(self, parent: int, name: bytes, mode: int, caller: Caller = ROOT) -> Inode:
-        """A new, empty regular file."""
+        """Make an empty regular file."""
         return self.mknod(parent, name, stat.S_IFREG | mode & 0o7777, 0, caller)
 
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int = 0, caller: Caller = ROOT) -> Inode:
-        """A new regular file, FIFO, socket or device; a mode without a type means a regular file."""
+        """Make a regular file, FIFO, socket or device; a mode without a type means a regular file."""
         kind = mode & 0o170000 or stat.S_IFREG
         if kind not in _TYPES:
             raise fail(errno.EPERM if kind == stat.S_IFDIR else errno.EINVAL)
@@ -139,7 +139,7 @@ class Namespace(Core):
         return inode
 
     def link(self, number: int, parent: int, name: bytes) -> Inode:
-        """One more name for a file that has at least one, or the first for one of `tmpfile`."""
+        """Add a name to a file that has at least one, or the first to one of `tmpfile`."""
         inode = self.inode(number)
         if inode.entries is not None:
             raise fail(errno.EPERM)
@@ -160,7 +160,7 @@ class Namespace(Core):
         return inode
 
     def tmpfile(self, parent: int, mode: int, caller: Caller = ROOT, *, linkable: bool = True) -> Inode:
-        """A new, empty regular file without a name, an orphan from birth: it needs a handle or a reference to live.
+        """Make an empty regular file without a name, which lives as long as a handle or a reference.
 
         Only a `linkable` one can be given a name later.
         """
@@ -175,7 +175,7 @@ class Namespace(Core):
         return inode
 
     def _place_for(self, parent: int, name: bytes, space: int = INODE_SPACE) -> Inode:
-        """The directory for a new name that takes so much inode space, after all checks."""
+        """Check all that a new name needs, so much inode space included, and return its directory."""
         folder = self.directory(parent)
         if len(name) > NAME_MAX:
             raise fail(errno.ENAMETOOLONG)
@@ -264,7 +264,7 @@ class Namespace(Core):
         folder.size -= ENTRY_SIZE
 
     def _drop_name(self, inode: Inode, folder: Inode, name: bytes, now: int) -> None:
-        """An inode has lost a name that is already out of the directory."""
+        """Account for a name that an inode has lost and that is out of the directory already."""
         inode.ctime = now
         if inode.entries is not None:
             inode.nlink = 0
@@ -338,7 +338,7 @@ class Namespace(Core):
             raise fail(errno.EINVAL)
 
     def _check_ancestry(self, inode: Inode, victim: Inode | None, source: Inode, target: Inode, flags: int) -> None:
-        """No directory may end up below itself, nor be replaced by what it contains."""
+        """Refuse a rename that puts a directory below itself, or replaces it by what it contains."""
         if source is target:
             return
         if inode.entries is not None and self._is_below(target, inode):

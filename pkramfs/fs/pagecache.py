@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which frames hold a file's pages: runs of consecutive pages in consecutive frames.
+"""The frames that hold a file's pages: runs of consecutive pages in consecutive frames.
 
     file page   0   1   2   3   4   5   6   7   8
                 |---run 0---|   hole    |--run 1--|
@@ -16,8 +16,8 @@ into *leaves* of at most LEAF_RUNS, so that an insertion moves one leaf and not 
 Runs never overlap and are in order of index; neighbours that continue each other are joined
 (inside a leaf). A hole is simply no run. Nothing here touches RAM or counts limits.
 
-The host has memory for every frame of a map, so that a load or a store cannot fail. Of a map that
-was restored nobody knows that (an image of RAM may have been copied with its zeros made holes):
+The host has memory for every frame of a map, so that a load or a store cannot fail. For a restored map
+that is unknown (an image of RAM may have been copied with its zeros made holes):
 `backed` names the pieces of the file that were looked at since, and is None where there is no doubt.
 
 Kernel: mm/filemap.c, include/linux/xarray.h; mm/shmem.c (shmem_insert_page, patches 23 and 36-38)
@@ -43,7 +43,7 @@ class PageMap:
     __slots__ = ("backed", "count", "firsts", "leaves", "runs")
 
     def __init__(self, raw: bytes | memoryview = b"", count: int = 0) -> None:
-        """A map of nothing, or of the runs whose bytes (as `leaves` hold them) are given: those of a restored file."""
+        """Make an empty map, or that of a restored file from the bytes of its runs (as `leaves` hold them)."""
         self.backed: set[int] | None = _NOTHING if count else None
         self.count, self.runs = count, len(raw) // RUN_BYTES
         self.firsts: list[int] | tuple[()] = ()
@@ -58,7 +58,7 @@ class PageMap:
         return iter(self.between(0, END))
 
     def between(self, first: int, last: int) -> list[Run]:
-        """The runs in [first, last), cut to it."""
+        """Return the runs in [first, last), cut to it."""
         found: list[Run] = []
         for leaf in self.leaves[bisect_right(self.firsts, first) :] if self.firsts else self.leaves:
             for at in range(_locate(leaf, first), len(leaf), 3):
@@ -73,7 +73,7 @@ class PageMap:
         return found
 
     def holes(self, first: int, last: int) -> list[tuple[int, int]]:
-        """The (index, count) of [first, last) that no run covers."""
+        """Return the (index, count) of [first, last) that no run covers."""
         found = []
         for index, _, count in self.between(first, last):
             if index > first:
@@ -147,7 +147,7 @@ class PageMap:
 
 
 def _locate(leaf: "array[int]", index: int) -> int:
-    """Where in the leaf the first run begins that ends beyond `index`; its length if none does."""
+    """Return where in the leaf the first run begins that ends beyond `index`; its length if none does."""
     high = len(leaf)
     if not high or leaf[high - 3] + leaf[high - 1] <= index:
         return high  # beyond the last run, where files grow

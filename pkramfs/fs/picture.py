@@ -64,12 +64,12 @@ class _Inodes(NamedTuple):
     rest: _Rest | None
 
     def of_kind(self, kind: int) -> tuple[Array, list[Inode]]:
-        """Places and objects of the awake inodes of a kind."""
+        """Return the places and objects of the awake inodes of a kind."""
         found = np.flatnonzero(self.kinds == kind)
         return self.places[found], [self.awake[number] for number in found.tolist()]
 
     def with_names(self) -> Iterator[tuple[int, Inode]]:
-        """Places and objects of the directories whose names are awake, or were when the picture was begun."""
+        """Return places and objects of the directories whose names were awake when the picture was begun."""
         places, folders = self.of_kind(stat.S_IFDIR)
         pairs = zip(places.tolist(), folders, strict=True)
         if self.rest is None:
@@ -79,7 +79,7 @@ class _Inodes(NamedTuple):
 
 
 class _Rest:
-    """What sleeps, and where each of the columns' inodes comes among all (meaningless for those that are gone)."""
+    """The sleeping part, and the place among all of each inode of the columns (meaningless for one that is gone)."""
 
     def __init__(self, snapshot: Snapshot, numbers: Array) -> None:
         self.packed, self.parts = snapshot.packed, snapshot.packed.parts
@@ -87,7 +87,7 @@ class _Rest:
         self.places = np.searchsorted(numbers, self.parts.inodes["ino"])
 
     def slept(self, numbers: Array) -> Array:
-        """Which directories, by inode number, had their names asleep when the picture was begun."""
+        """Return a mask of the directories (by inode number) whose names slept when the picture was begun."""
         known = self.parts.inodes["ino"]
         at = np.minimum(np.searchsorted(known, numbers), len(known) - 1)
         found: Array = (known[at] == numbers) & self.folders[at]
@@ -95,7 +95,7 @@ class _Rest:
 
 
 def take(tree: Tree) -> Generator[Progress, None, Picture]:
-    """All columns of a frozen tree, in a few steps."""
+    """Collect all columns of a frozen tree, in a few steps."""
     found = [inode for inode in tree.inodes.values() if inode.nlink]
     snapshot = tree.asleep.snapshot() if tree.asleep is not None else None
     total = len(found) + (snapshot.sleepers if snapshot is not None else 0)
@@ -140,7 +140,7 @@ def _inode_columns(found: list[Inode], snapshot: Snapshot | None) -> tuple[_Inod
 
 
 def _fields(inodes: list[Inode]) -> Array:
-    """A row for each of FIELDS."""
+    """Return a row for each of FIELDS."""
     values, read = np.empty((len(FIELDS), len(inodes)), dtype=np.int64), attrgetter(*FIELDS)
     for low in range(0, len(inodes), _STEP):
         some = inodes[low : low + _STEP]
@@ -153,7 +153,7 @@ def _fields(inodes: list[Inode]) -> Array:
 
 
 def _entry_columns(inodes: _Inodes) -> tuple[Columns, bytes]:
-    """Names of all directories, oldest first in each."""
+    """Return the names of all directories, oldest first in each."""
     asleep = _sleeping_entries(inodes.rest) if inodes.rest is not None else None
     return _merged(_awake_entries(inodes), asleep, "parent")
 
@@ -176,7 +176,7 @@ def _awake_entries(inodes: _Inodes) -> _Rows:
 
 
 def _folders(inodes: _Inodes) -> Iterator[list[tuple[int, Directory]]]:
-    """Directories with names, and their places: several at a time, with _STEP names or somewhat more."""
+    """Yield the directories with names, and their places: several at a time, with _STEP names or somewhat more."""
     some, number = list[tuple[int, Directory]](), 0
     for place, inode in inodes.with_names():
         assert inode.entries is not None
@@ -193,7 +193,7 @@ def _folders(inodes: _Inodes) -> Iterator[list[tuple[int, Directory]]]:
 def _name_columns(
     names: list[bytes], children: list[Inode], cookies: list[int], places: list[int], sizes: list[int]
 ) -> Columns:
-    """Columns of names in directories at `places`, `sizes[k]` of them in the k-th. Children are inode numbers yet."""
+    """Return columns of names in directories at `places`, `sizes[k]` in the k-th; children are inode numbers."""
     return {
         "parent": np.repeat(np.array(places, dtype=np.int64), sizes),
         "child": np.fromiter(map(attrgetter("ino"), children), np.uint64, len(children)),
@@ -216,12 +216,13 @@ def _sleeping_entries(rest: _Rest) -> _Rows:
 
 
 def _chunks(blob: bytes, edges: Array, rows: Array, places: Array) -> list[tuple[int, bytes]]:
-    """What rows have in a blob, with the place of its owner: a piece for each stretch of rows without a gap.
+    """Cut from a blob what belongs to rows, with the place of its owner: a piece for each stretch without a gap.
 
     Owners may share a stretch only if nothing comes between them, so a stretch ends where places jump, too.
     """
     if not len(rows):
         return []
+    # (stretches - 1,): the rows with which a new stretch begins; (stretches,): first and last row of each.
     fresh = np.flatnonzero((rows[1:] != rows[:-1] + 1) | (places[1:] > places[:-1] + 1)) + 1
     first, last = np.append(0, fresh), np.append(fresh - 1, len(rows) - 1)
     spans = zip(places[first].tolist(), edges[rows[first]].tolist(), edges[rows[last] + 1].tolist(), strict=True)
@@ -229,7 +230,7 @@ def _chunks(blob: bytes, edges: Array, rows: Array, places: Array) -> list[tuple
 
 
 def _merged(awake: _Rows, asleep: _Rows | None, owner: str) -> tuple[Columns, bytes]:
-    """Rows of both by the place of their owner, and the blob that belongs to them."""
+    """Merge rows of both by the place of their owner, and join the blob that belongs to them."""
     columns, chunks = awake
     if asleep is not None:
         chunks = chunks + asleep[1]
@@ -241,12 +242,12 @@ def _merged(awake: _Rows, asleep: _Rows | None, owner: str) -> tuple[Columns, by
 
 
 def _in_place(chunks: list[tuple[int, bytes]]) -> bytes:
-    """Pieces of a blob, by the place of their owner."""
+    """Join pieces of a blob, by the place of their owner."""
     return b"".join([part for _, part in sorted(chunks, key=itemgetter(0))])
 
 
 def _order(owners: Array) -> Array | None:
-    """How to sort rows by the place of their owner, those of one owner staying as they are; None if they are sorted."""
+    """Return the stable order of rows by the place of their owner; None if they are sorted."""
     return np.argsort(owners, kind="stable") if (owners[1:] < owners[:-1]).any() else None
 
 
@@ -254,7 +255,7 @@ def _order(owners: Array) -> Array | None:
 
 
 def _extent_columns(inodes: _Inodes, table: Columns) -> tuple[Columns, Array]:
-    """Where pages belong (a new extent after every hole), and all runs one after the other."""
+    """Return where pages belong (a new extent after every hole), and all runs one after the other."""
     runs, owner = _awake_runs(inodes)
     if inodes.rest is not None:
         asleep, owners = _sleeping_runs(inodes.rest)
@@ -262,9 +263,12 @@ def _extent_columns(inodes: _Inodes, table: Columns) -> tuple[Columns, Array]:
         order = _order(owner)
         if order is not None:
             runs, owner = runs[order], owner[order]
+    # (runs,): the file page behind each run, and a mask of the runs that begin an extent: of another file than the
+    # run before, or after a hole.
     ends = runs[:, 0] + runs[:, 2]
     fresh = np.ones(len(runs), dtype=bool)
     fresh[1:] = (owner[1:] != owner[:-1]) | (runs[1:, 0] != ends[:-1])
+    # (extents,): the first run of each; (inodes,): extents of each inode; (extents,): pages of each.
     starts = np.flatnonzero(fresh)
     table["extents"] = np.bincount(owner[starts], minlength=len(inodes.numbers))
     counts = np.add.reduceat(runs[:, 2], starts) if len(starts) else runs[:, 2]
@@ -272,7 +276,7 @@ def _extent_columns(inodes: _Inodes, table: Columns) -> tuple[Columns, Array]:
 
 
 def _awake_runs(inodes: _Inodes) -> tuple[Array, Array]:
-    """The runs of files that are awake, and the place of the file of each."""
+    """Return the runs of files that are awake, and the place of the file of each."""
     lengths, parts = np.zeros(len(inodes.awake), dtype=np.int64), []
     for low in range(0, len(inodes.awake), _STEP):
         maps = [inode.pages or _NO_PAGES for inode in inodes.awake[low : low + _STEP]]
@@ -288,7 +292,7 @@ def _sleeping_runs(rest: _Rest) -> tuple[Array, Array]:
 
 
 def _unwritten_columns(inodes: _Inodes) -> Columns:
-    """Which pages were allocated and never written, by inode."""
+    """Return which pages were allocated and never written, by inode."""
     awake = zip(inodes.places.tolist(), inodes.awake, strict=True)
     owners = [(place, inode.unwritten) for place, inode in awake if inode.unwritten is not None]
     raw = b"".join(chain.from_iterable(pages.leaves for _, pages in owners))
@@ -312,7 +316,7 @@ def _unwritten_columns(inodes: _Inodes) -> Columns:
 
 
 def _xattr_columns(inodes: _Inodes) -> tuple[Columns, bytes]:
-    """Names and values, by inode."""
+    """Return the names and values, by inode."""
     asleep = _sleeping_xattrs(inodes.rest) if inodes.rest is not None else None
     return _merged(_awake_xattrs(inodes), asleep, "inode")
 
@@ -343,7 +347,7 @@ def _sleeping_xattrs(rest: _Rest) -> _Rows:
 
 
 def _targets(inodes: _Inodes) -> bytes:
-    """What symbolic links say, one after the other."""
+    """Join the targets of all symbolic links."""
     places, links = inodes.of_kind(stat.S_IFLNK)
     chunks = [(place, inode.target or b"") for place, inode in zip(places.tolist(), links, strict=True)]
     if inodes.rest is not None:

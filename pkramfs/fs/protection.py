@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The flags of chattr(1): what they forbid, and who inherits them.
+"""The flags of chattr(1): what they forbid, and where they are inherited.
 
-    i  IMMUTABLE   no write but by who has it open already, no new link, no other name or attribute
+    i  IMMUTABLE   no write but through open descriptors, no new link, no other name or attribute
     a  APPEND      opened for writing only to append; never cut, removed or renamed
     A  NOATIME     no access times
     d  NODUMP      kept for dump(8), and nothing else
 
-For a directory i forbids new names and a the loss of names. Of FUSE the kernel asks nothing about them: it knows no
-flags of our inodes, so all that tmpfs leaves to the kernel is decided here.
+For a directory i forbids new names and a the loss of names. The kernel knows no flags of FUSE inodes, so all
+that it decides for tmpfs is decided here.
 
 Kernel: fs/namei.c (may_delete, may_open, vfs_link), fs/attr.c (may_setattr), fs/xattr.c (may_write_xattr),
 mm/shmem.c (shmem_fileattr_set)
@@ -27,25 +27,25 @@ _EITHER = IMMUTABLE | APPEND
 
 
 def refuse_change(inode: Inode) -> None:
-    """EPERM if attributes, times and further names are not to be changed."""
+    """Raise EPERM if attributes, times and further names are not to be changed."""
     if inode.flags & _EITHER:
         raise fail(errno.EPERM)
 
 
 def refuse_entry(folder: Inode) -> None:
-    """EPERM if a directory takes no new names."""
+    """Raise EPERM if a directory takes no new names."""
     if folder.flags & IMMUTABLE:
         raise fail(errno.EPERM)
 
 
 def refuse_removal(folder: Inode, inode: Inode) -> None:
-    """EPERM if a name is not to be taken out of a directory."""
+    """Raise EPERM if a name is not to be taken out of a directory."""
     if (folder.flags | inode.flags) & _EITHER:
         raise fail(errno.EPERM)
 
 
 def refuse_open(inode: Inode, flags: int) -> None:
-    """EPERM if a file is not to be opened like this."""
+    """Raise EPERM if a file is not to be opened like this."""
     if not inode.flags & _EITHER or inode.entries is not None:
         return
     writing = flags & os.O_ACCMODE != os.O_RDONLY
@@ -56,18 +56,18 @@ def refuse_open(inode: Inode, flags: int) -> None:
 
 
 def refuse_size(inode: Inode, *, opened: bool) -> None:
-    """EPERM if a file is not to be cut or made longer; `opened`: through a descriptor that may write."""
+    """Raise EPERM if a file is not to be cut or made longer; `opened`: through a descriptor that may write."""
     if inode.flags & APPEND or (inode.flags & IMMUTABLE and not opened):
         raise fail(errno.EPERM)
 
 
 def refuse_space(inode: Inode, *, punch: bool) -> None:
-    """EPERM if fallocate(2) is not to give pages, or take them."""
+    """Raise EPERM if fallocate(2) is not to give pages, or take them."""
     if inode.flags & IMMUTABLE or (punch and inode.flags & APPEND):
         raise fail(errno.EPERM)
 
 
 def refuse_times(inode: Inode, *, given: bool, written: bool) -> None:
-    """EPERM if times are not to be set: `given` ones, or now's; what the kernel has noted of what is `written` is."""
+    """Raise EPERM if times must not be set: `given` ones, or the current time. Of what is `written` they may."""
     if not written and inode.flags & (_EITHER if given else IMMUTABLE):
         raise fail(errno.EPERM)

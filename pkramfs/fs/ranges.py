@@ -30,7 +30,7 @@ class Ranges(Data):
     """The operations on ranges; the argument is an inode number or handle."""
 
     def seek(self, number: int, offset: int, whence: int) -> int:
-        """The first byte from `offset` on that is data (SEEK_DATA) or in a hole (SEEK_HOLE); ENXIO beyond the end."""
+        """Return the first byte from `offset` on in data (SEEK_DATA) or a hole (SEEK_HOLE), or raise ENXIO."""
         inode = self.inode(number)
         if not inode.is_file:
             raise fail(errno.EINVAL)
@@ -47,7 +47,7 @@ class Ranges(Data):
         return min(max(offset, _first_hole(inode, first, last) << PAGE_SHIFT), inode.size)
 
     def copy(self, source: int, offset: int, target: int, place: int, size: int) -> int:
-        """Copy bytes from one file to another, or within one where they do not overlap; how many it did."""
+        """Copy bytes between files, or within one where they do not overlap, and return how many."""
         giver, taker = self.inode(source), self.inode(target)
         if not (giver.is_file and taker.is_file) or offset < 0 or place < 0:
             raise fail(errno.EINVAL)
@@ -86,7 +86,7 @@ class Ranges(Data):
 
 
 def _first_run(inode: Inode, first: int, last: int) -> Run | None:
-    """The first run with data in [first, last)."""
+    """Return the first run with data in [first, last)."""
     step = _WINDOW
     while first < last:
         runs = written(inode, first, min(first + step, last))
@@ -97,7 +97,7 @@ def _first_run(inode: Inode, first: int, last: int) -> Run | None:
 
 
 def _first_hole(inode: Inode, first: int, last: int) -> int:
-    """The first page in [first, last) without data, `last` if there is none."""
+    """Return the first page in [first, last) without data, `last` if there is none."""
     step = _WINDOW
     while first < last:
         stop = min(first + step, last)

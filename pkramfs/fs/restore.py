@@ -7,7 +7,7 @@
 
 All is read and checked, but inodes are made when somebody asks for them: see asleep. Before the last step
 nothing has happened: whatever fails leaves the node as it was, published, to be tried again with other
-options. After it the node stays too: the tree is *preserved* until its first change (see core). Inode
+options. After it the node stays too: the tree is *preserved* until its first change (see preservation). Inode
 numbers, hard links, holes, times and places in listings are those of the tree that was saved.
 
 Long work: a generator that yields Progress and returns the tree.
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 def restore(
     store: Store, node_name: bytes, ram: Ram, frames: Frames, limits: Limits
 ) -> Generator[Progress, None, Tree]:
-    """The tree that node `node_name` holds; `frames` must have the node's tree id."""
+    """Restore the tree that node `node_name` holds; `frames` must have the node's tree id."""
     yield Progress("load", 0, 1)
     stream, runs, data, metadata = _load(store, node_name)
     yield Progress("verify", 0, 1)
@@ -75,7 +75,7 @@ def restore(
 
 
 def _load(store: Store, node_name: bytes) -> tuple[bytes, Runs, Spans, Spans]:
-    """Both objects of the node, read whole, the frames of the files, and those that the node uses for itself."""
+    """Read both objects of the node; return them, the frames of the files, and those of the node itself."""
     with store.prepare_load(node_name) as load:
         objects = iter(load)
         first, second = next(objects, None), None
@@ -92,7 +92,7 @@ def _load(store: Store, node_name: bytes) -> tuple[bytes, Runs, Spans, Spans]:
 
 
 def _needs(parts: TreeStream) -> tuple[int, int]:
-    """Pages and inode space that the tree takes, counted as `limits` does."""
+    """Return the pages and inode space that the tree takes, counted as `limits` does."""
     kinds, size = parts.inodes["mode"] & np.uint32(0o170000), parts.inodes["size"]
     long_targets = int(((kinds == stat.S_IFLNK) & (size >= INLINE_TARGET)).sum())
     folders = kinds == stat.S_IFDIR
@@ -107,7 +107,7 @@ def _needs(parts: TreeStream) -> tuple[int, int]:
 
 
 def _weight(parts: TreeStream, length: int) -> int:
-    """Bytes of the stream that the tree will be saved as, without extents; that of an older kernel lacks columns."""
+    """Return the bytes of the stream to be saved, without extents; an older kernel's stream lacks columns."""
     lacking = INODES.width - sum(column.dtype.itemsize for column in INODES.present(parts.header.flags))
     return length + lacking * int(parts.header.inodes) - EXTENTS.width * int(parts.header.extents)
 

@@ -46,7 +46,7 @@ _SLICE = 1 << 20
 
 
 class SaveReport(NamedTuple):
-    """What a save has preserved. `deleted` names the first few that could not be: open files without a name."""
+    """The result of a save. `deleted` names the first few that could not be: open files without a name."""
 
     files: int
     directories: int
@@ -114,18 +114,22 @@ def _refuse_what_pkram_refuses(tree: Tree) -> None:
 
 
 def _save_runs(writer: ObjectWriter, runs: Array) -> int:
-    """Save the page stream, a slice at a time; how many runs it has, joined where frames continue each other.
+    """Save the page stream, a slice at a time; return the number of runs, joined where frames continue each other.
 
     What comes last in a slice may go on in the next one, so it is held back.
     """
     total, index = 0, 0
     held = np.empty((0, 3), dtype=np.int64)
     for low in range(0, len(runs), _SLICE):
+        # (rows, 3): the run held back, and the next slice.
         part = np.concatenate((held, runs[low : low + _SLICE]))
         pfn, count = part[:, 1], part[:, 2]
+        # (joined runs,): the first row of each joined run, and its pages.
         starts = _starts(pfn, count)
         joined = np.add.reduceat(count, starts)
+        # All but the last are complete, and all of the last slice.
         keep = len(starts) - (low + _SLICE < len(runs))
+        # (joined runs,): where each begins in the page stream.
         begins = index + np.cumsum(joined) - joined
         writer.save_runs(*(column[:keep].view(np.uint64) for column in (begins, pfn[starts], joined)))
         held = np.array([(0, pfn[start], size) for start, size in zip(starts[keep:], joined[keep:], strict=True)])
@@ -134,18 +138,24 @@ def _save_runs(writer: ObjectWriter, runs: Array) -> int:
 
 
 def _save_huge(writer: ObjectWriter, runs: Array) -> int:
-    """Save the page stream, its huge pages first, an entry each; how many runs it has, as `_save_runs`.
+    """Save the page stream, its huge pages first, an entry each; return the number of runs, as `_save_runs`.
 
     A huge page is 2 MiB of a file that lie aligned in the file and in RAM.
     """
+    # Shapes: R runs, H huge pages. (R,): place in the page stream, file page, frame and pages of each run.
     index, (at, pfn, count) = np.cumsum(runs[:, 2]) - runs[:, 2], runs.T
+    # (R,): the aligned frames [low, high) inside each run, and how many huge pages they are: none if the file page
+    # is not aligned where the frame is.
     low, high = -(-pfn // BLOCK_PAGES) * BLOCK_PAGES, (pfn + count) // BLOCK_PAGES * BLOCK_PAGES
     blocks = np.where((at - pfn) % BLOCK_PAGES == 0, np.maximum(high - low, 0) // BLOCK_PAGES, 0)
-    end = np.where(blocks, low, pfn + count)  # of what comes before the first huge page of a run
+    # (R,): the end of what comes before the first huge page of a run.
+    end = np.where(blocks, low, pfn + count)
+    # (H,): the number of each huge page in its run, and how far behind the begin of the run it lies.
     number = np.arange(int(blocks.sum())) - np.repeat(np.cumsum(blocks) - blocks, blocks)
     offset = np.repeat(low - pfn, blocks) + number * BLOCK_PAGES
     order = np.full(len(offset), BLOCK_ORDER, dtype=np.uint8)
     writer.save_pages(np.repeat(index, blocks) + offset, np.repeat(pfn, blocks) + offset, order)
+    # (R,): masks of runs with pages before their huge pages (or without any), and behind them.
     head, tail = end > pfn, (blocks > 0) & (high < pfn + count)
     writer.save_runs(
         np.concatenate((index[head], (index + high - pfn)[tail])),
@@ -156,14 +166,14 @@ def _save_huge(writer: ObjectWriter, runs: Array) -> int:
 
 
 def _starts(pfn: Array, count: Array) -> Array:
-    """Where frames do not continue those of the run before."""
+    """Return where frames do not continue those of the run before."""
     fresh = np.ones(len(pfn), dtype=bool)
     np.not_equal(pfn[1:], pfn[:-1] + count[:-1], out=fresh[1:])
     return np.flatnonzero(fresh)
 
 
 def _stream(tree: Tree, picture: Picture) -> Iterator[bytes]:
-    """The bytes of object 0, in parts."""
+    """Yield the bytes of object 0, in parts."""
     header: dict[str, Any] = {
         section.name: len(picture.columns[section.name][section.columns[0].name]) for section in treeformat.SECTIONS
     }

@@ -10,8 +10,11 @@ Operations take inode numbers (or handles), raise OSError with the errno that tm
 return inodes, which a door reads its attributes from. Each operation is atomic for everyone who
 calls from one thread. The parts, one page each:
 
-    core         inode table, the gate for every change, references, figures
+    preservation live or preserved, frozen or not
+    ledger       all counters, and the room that a save needs
+    core         inode table, the gate for every change, references
     namespace    names: look-up, create, link, unlink, rename, readdir
+    truncation   what files give up: cut, holes
     attributes   setattr, xattrs, ACLs
     filling      frames for holes, one by one or as huge pages
     data         open, read, write, truncate, holes

@@ -103,6 +103,6 @@ class Truncation(Core):
         return True
 
     def _peek(self, start: int, stop: int) -> Buffer:
-        """Bytes of RAM that the host may have no memory for."""
+        """Return the bytes of RAM that the host may have no memory for."""
         first, last = start >> PAGE_SHIFT, (stop + _IN_PAGE) >> PAGE_SHIFT
         return self.ram.peek(first, last - first)[start - (first << PAGE_SHIFT) : stop - (first << PAGE_SHIFT)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Is what a node claims to be a tree really one? Every rule, before a single frame is taken.
+"""The rules of a tree, all checked on what a node holds before a single frame is taken.
 
 PKRAM trusts what it loads: a name with a slash, a directory inside itself or a frame that two files
 share would all come to life. Here a restore begins with this page. It assumes nothing but that the
@@ -49,7 +49,7 @@ _NAMESPACES = (b"user.", b"trusted.", b"security.")
 
 
 def verify(tree: TreeStream, runs: Runs, allowed: Spans, used: Spans | None = None) -> None:
-    """FormatError unless columns and page stream are a tree whose frames lie in `allowed`.
+    """Raise FormatError unless columns and page stream are a tree whose frames lie in `allowed`.
 
     `used` are the frames of the runs, if they are known: from millions of runs they take seconds to sort.
     """
@@ -66,7 +66,7 @@ def verify(tree: TreeStream, runs: Runs, allowed: Spans, used: Spans | None = No
 
 
 def _require(good: Array, record: str, field: str, values: Array, expected: str) -> None:
-    """All of `good`, or the first row that is not is named."""
+    """Raise FormatError naming the first row that is not `good`."""
     if not good.all():
         row = int(np.argmin(good))
         raise FormatError(f"Tree {record}", f"{field} of row {row}", found=values[row], expected=expected)
@@ -116,7 +116,7 @@ def _verify_names(tree: TreeStream) -> None:
 
 
 def _verify_shape(tree: TreeStream, kinds: Array) -> None:
-    """Every directory but the root has one name, and from each the way up ends at the root."""
+    """Require one name for every directory but the root, and a way up that ends at the root."""
     entries, total = tree.entries, len(kinds)
     parent, child, cookie = entries["parent"], entries["child"], entries["cookie"]
     _require(parent < total, "entries", "parent", parent, f"less than {total}")
@@ -132,6 +132,7 @@ def _verify_shape(tree: TreeStream, kinds: Array) -> None:
     expected = folder.astype(np.int64)
     expected[0] = 0
     _require(~folder | (names == expected), "inodes", "names of a directory", names, "one (the root: none)")
+    # (inodes,): the position of the directory above each directory, the root's own for the root and for all else.
     up = np.zeros(total, dtype=np.int64)
     up[child[down]] = parent[down]
     for _ in range(max(total.bit_length(), 1)):
@@ -140,8 +141,9 @@ def _verify_shape(tree: TreeStream, kinds: Array) -> None:
 
 
 def _verify_each_name_once(tree: TreeStream) -> None:
-    """No directory has a name twice: names whose hashes collide are compared, and those are few."""
+    """Require each name once in its directory: the few names whose hashes collide are compared."""
     parent = tree.entries["parent"].astype(np.uint64)
+    # (entries,): a hash of each name and its directory, their order, and where each name ends in the blob.
     key = _hashes(tree) + parent * _WEIGHTS[-1]
     order = np.argsort(key, kind="stable")
     ends = np.cumsum(tree.entries["length"], dtype=np.int64)
@@ -155,7 +157,7 @@ def _verify_each_name_once(tree: TreeStream) -> None:
 
 
 def _shared(keys: Array) -> npt.NDArray[np.bool_]:
-    """Which of sorted keys are equal to a neighbour."""
+    """Return a mask of sorted keys that are equal to a neighbour."""
     same = keys[1:] == keys[:-1]
     found = np.zeros(len(keys), dtype=bool)
     found[1:] |= same
@@ -164,11 +166,12 @@ def _shared(keys: Array) -> npt.NDArray[np.bool_]:
 
 
 def _hashes(tree: TreeStream) -> Array:
-    """A number for each name, equal for equal names: letters weighted by their place in the name."""
+    """Return a number for each name, equal for equal names: letters weighted by their place in the name."""
     length, letters = tree.entries["length"].astype(np.int64), np.frombuffer(tree.names, dtype=np.uint8)
     found, at = np.empty(len(length), dtype=np.uint64), 0
     for low in range(0, len(length), _HASHED):
         sizes = length[low : low + _HASHED]
+        # (names of the slice,): where each begins; (letters of the slice,): the place of each letter in its name.
         starts = np.cumsum(sizes) - sizes
         total = int(sizes.sum())
         place = np.arange(total) - np.repeat(starts, sizes)
@@ -211,6 +214,7 @@ def _verify_unwritten(tree: TreeStream) -> None:
     _require(first <= last - count, "unwritten", "first", first, "pages within a file")
     after = np.concatenate(([True], (owner[1:] != owner[:-1]) | (first[1:] >= first[:-1] + count[:-1])))
     _require(after, "unwritten", "first", first, "more than the end of the run before")
+    # (inodes + 1,): the first extent of each inode; (runs,): the last extent of the file that begins at or before each.
     edges = np.concatenate(([0], np.cumsum(tree.inodes["extents"], dtype=np.int64)))
     extent = _last_not_behind(tree.extents["first"], first, edges[owner], edges[owner.astype(np.int64) + 1])
     inside = extent >= edges[owner]
@@ -219,7 +223,7 @@ def _verify_unwritten(tree: TreeStream) -> None:
 
 
 def _last_not_behind(values: Array, wanted: Array, low: Array, high: Array) -> Array:
-    """For each wanted value the last place in [low, high) of rising values where one is not larger; low - 1: none."""
+    """Return for each wanted value the last place in [low, high) whose (rising) value is not larger, or low - 1."""
     low, high = low.copy(), high.copy()
     while (low < high).any():
         middle = (low + high) >> 1
@@ -230,7 +234,7 @@ def _last_not_behind(values: Array, wanted: Array, low: Array, high: Array) -> A
 
 
 def _exact_sum(counts: Array) -> int:
-    """A sum that does not wrap round: hostile counts are at most 2**51, so summing halves is safe."""
+    """Return a sum that does not wrap round: hostile counts are at most 2**51, so summing halves is safe."""
     low, high = counts & np.uint64(0xFFFFFFFF), counts >> np.uint64(32)
     return int(low.sum()) + (int(high.sum()) << 32)
 
