@@ -43,8 +43,8 @@ class StatFs(NamedTuple):
 class Limits:
     """The limits of one mount and what is used of them.
 
-    First `require_…`, then the change passes the gate, then `pages` and `inode_space` are counted:
-    what is refused has counted nothing.
+    First `require_…`, then the change passes the gate, then ledger counts `pages` and `inode_space`: a refused change
+    counts nothing.
     """
 
     __slots__ = ("inode_space", "max_inodes", "max_pages", "pages")

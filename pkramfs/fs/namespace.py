@@ -36,6 +36,7 @@ RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 
 DOT, DOTDOT = b".", b".."
 _DOTS = frozenset((DOT, DOTDOT))
+_DEVICES = (stat.S_IFCHR, stat.S_IFBLK)
 _TYPES = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
 
 
@@ -109,7 +110,7 @@ class Namespace(Core):
         folder = self._place_for(parent, name)
         self._change("mknod", parent=parent, name=name, mode=mode, rdev=rdev, caller=caller)
         inode = self._new_inode(folder, kind | mode & 0o7777, caller)
-        if kind in (stat.S_IFCHR, stat.S_IFBLK):
+        if kind in _DEVICES:
             inode.rdev = rdev
         self._enter(folder, name, inode)
         return inode
@@ -219,7 +220,8 @@ class Namespace(Core):
         folder.mtime = folder.ctime = inode.ctime
 
     def _put_in(self, folder: Inode, name: bytes, inode: Inode) -> None:
-        self._entries(folder).add(name, inode)
+        assert folder.entries is not None
+        folder.entries.add(name, inode)
         inode.folder, inode.name = folder, name
         self.ledger.add_entry(name)
         folder.size += ENTRY_SIZE
@@ -259,7 +261,8 @@ class Namespace(Core):
         folder.mtime = folder.ctime = clock.now()
 
     def _take_out(self, folder: Inode, name: bytes) -> None:
-        self._entries(folder).remove(name)
+        assert folder.entries is not None
+        folder.entries.remove(name)
         self.ledger.remove_entry(name)
         folder.size -= ENTRY_SIZE
 
