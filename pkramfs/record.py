@@ -36,10 +36,12 @@ class F(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Return the size of the field in bytes."""
         return int(self.code[:-1]) if self.code.endswith("s") else int(self.code[1:])
 
     @property
     def numpy_code(self) -> str:
+        """Return the field as a numpy type."""
         return f"S{self.size}" if self.code.endswith("s") else f"<{self.code}"
 
 

@@ -65,6 +65,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, and exit with the status of a usage error."""
         self.leave(USAGE, message)
 
     def leave(self, status: int, message: str) -> NoReturn:

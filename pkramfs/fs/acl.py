@@ -51,6 +51,7 @@ def parse(value: bytes) -> list[Entry]:
 
 
 def pack(entries: list[Entry]) -> bytes:
+    """Encode entries as the value of an extended attribute."""
     return _HEADER.pack(_VERSION) + b"".join(_ENTRY.pack(*entry) for entry in entries)
 
 

@@ -270,6 +270,7 @@ class Core:
     # -- figures --------------------------------------------------------------------------------
 
     def statfs(self) -> StatFs:
+        """Return the figures of statfs(2)."""
         return self.limits.statfs()
 
     def counts(self) -> Counts:
@@ -286,6 +287,7 @@ class Core:
 
     @property
     def writer_count(self) -> int:
+        """Return the number of files that are open for writing."""
         return len(self.writing)
 
     def lost(self, most: int = NAMED) -> list[bytes]:
@@ -294,6 +296,7 @@ class Core:
 
     @property
     def lost_count(self) -> int:
+        """Return the number of files of which data are lost."""
         return sum(1 for _ in self._lost())
 
     def _lost(self) -> Iterator[int]:
@@ -306,6 +309,7 @@ class Core:
 
     @property
     def deleted_count(self) -> int:
+        """Return the number of deleted files that are still open."""
         return sum(1 for _ in self._deleted())
 
     def _deleted(self) -> Iterator[Inode]:

@@ -62,6 +62,7 @@ class Directory:
         return len(self.entries)
 
     def find(self, name: bytes) -> Inode | None:
+        """Return the inode of a name, or None."""
         entry = self.entries.get(name)
         return None if entry is None else entry[0]
 
@@ -76,6 +77,7 @@ class Directory:
         self._names.append(name)
 
     def remove(self, name: bytes) -> None:
+        """Remove a name that is there."""
         self._names[bisect_left(self._cookies, self.entries.pop(name)[1])] = None
         self._dead += 1
         if self._dead > 32 and self._dead * 2 > len(self._names):

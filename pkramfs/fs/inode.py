@@ -131,6 +131,7 @@ class Inode:
 
     @property
     def is_file(self) -> bool:
+        """Return True for a regular file."""
         return self.mode & 0o170000 == stat.S_IFREG
 
     @property

@@ -90,6 +90,7 @@ class Namespace(Core):
         yield from entries.after(place)
 
     def readlink(self, number: int) -> bytes:
+        """Return the target of a symbolic link; raise EINVAL for anything else."""
         inode = self.inode(number)
         if inode.target is None:
             raise fail(errno.EINVAL)
@@ -116,6 +117,7 @@ class Namespace(Core):
         return inode
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller = ROOT) -> Inode:
+        """Make a directory; return its inode."""
         folder = self._place_for(parent, name)
         self._change("mkdir", parent=parent, name=name, mode=mode, caller=caller)
         inode = self._new_inode(folder, stat.S_IFDIR | mode & 0o7777, caller)
@@ -125,6 +127,7 @@ class Namespace(Core):
         return inode
 
     def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller = ROOT) -> Inode:
+        """Make a symbolic link; return its inode."""
         if not target or b"\0" in target:
             raise fail(errno.ENOENT)
         if len(target) > TARGET_MAX:
@@ -229,6 +232,7 @@ class Namespace(Core):
     # -- removing -------------------------------------------------------------------------------
 
     def unlink(self, parent: int, name: bytes) -> None:
+        """Remove a name; the inode goes with its last name, handle and reference."""
         folder = self.directory(parent)
         inode = self._existing(folder, name)
         if inode.entries is not None:
@@ -240,6 +244,7 @@ class Namespace(Core):
         self._drop_name(inode, folder, name, folder.ctime)
 
     def rmdir(self, parent: int, name: bytes) -> None:
+        """Remove an empty directory."""
         folder = self.directory(parent)
         if name == DOT:
             raise fail(errno.EINVAL)

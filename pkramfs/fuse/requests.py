@@ -24,7 +24,6 @@ from typing import Any, cast
 import pyfuse3
 
 from pkramfs.fs import acl, clock, protection
-from pkramfs.fs.core import INO_MASK, UNNOTED
 from pkramfs.fs.failure import fail
 from pkramfs.fs.namespace import DOTDOT
 from pkramfs.fs.rules import INO_MASK, UNNOTED
@@ -63,18 +62,21 @@ class Context:
 
     @property
     def uid(self) -> int:
+        """Return the user."""
         if self._uid == _UNKNOWN:
             self._uid, self._gid = _ids(self.pid)
         return self._uid
 
     @property
     def gid(self) -> int:
+        """Return the group."""
         if self._gid == _UNKNOWN:
             self._uid, self._gid = _ids(self.pid)
         return self._gid
 
     @property
     def groups(self) -> Collection[int]:
+        """Return the supplementary groups, read from /proc."""
         try:
             return cast(Collection[int], pyfuse3.get_sup_groups(self.pid))
         except (OSError, RuntimeError, ValueError):

@@ -43,14 +43,17 @@ class Asker:
 
     @property
     def uid(self) -> int:
+        """Return the user."""
         return self._context.uid
 
     @property
     def gid(self) -> int:
+        """Return the group."""
         return self._context.gid
 
     @property
     def groups(self) -> Collection[int]:
+        """Return the supplementary groups, read from /proc."""
         try:
             return cast(Collection[int], pyfuse3.get_sup_groups(self._context.pid))
         except (OSError, RuntimeError, ValueError):

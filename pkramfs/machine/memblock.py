@@ -74,6 +74,7 @@ class Region(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Return the size of the region."""
         return self.end - self.base
 
     def __str__(self) -> str:

@@ -39,6 +39,7 @@ class Extent(NamedTuple):
 
     @classmethod
     def together(cls, parts: list["Extent"]) -> "Extent":
+        """Return the extent of all parts together."""
         least, most, total = zip(*parts, strict=True)
         return cls(min(least), max(most), sum(total))
 

@@ -36,6 +36,26 @@ def test_every_module_says_what_it_is(path: Path) -> None:
     assert not re.search(r"^Kernel: (none|nothing)", docstring, re.MULTILINE), "no counterpart needs no line"
 
 
+NOUNS = {
+    *("A", "All", "An", "Each", "Every", "How", "That", "The", "Those"),
+    *("What", "Where", "Whether", "Which", "Who", "Whose"),
+}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_docstrings_begin_with_a_verb(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = (ast.get_docstring(node) or "Do").split()[0]
+            assert first not in NOUNS and first[0].isupper(), f"{node.name} begins with {first!r}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_public_functions_have_docstrings(path: Path) -> None:
+    functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    assert [node.name for node in functions if not node.name.startswith("_") and not ast.get_docstring(node)] == []
+
+
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_all_that_is_printed_goes_through_one_door(path: Path) -> None:
     """Allow print() in render.py, which escapes, and in stdio.py below it."""
