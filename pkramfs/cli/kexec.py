@@ -50,7 +50,7 @@ PROGRAM = "pkram-kexec"
 LOCK_SECONDS = 30.0
 _NAMED = 10
 """How many of the programs that use a mount are named."""
-_DESCRIPTION = "Load a kernel and let a pkramfs machine die and be born again; see pkram-kexec(8)."
+_DESCRIPTION = "Load the next kernel of a pkramfs machine, and boot it over the running one; see pkram-kexec(8)."
 _EPILOG = """examples:
   pkram-kexec -s -l /boot/vmlinuz --initrd=/boot/initrd.img --append="root=/dev/sda1 pkram=$(cat /run/pkram/pkram)"
   pkram-kexec -e
