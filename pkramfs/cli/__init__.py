@@ -5,11 +5,11 @@ Three commands and no decisions of their own: each one reads its arguments, call
 and prints their answers.
 
     mount.pkramfs     as mount(8) calls it: mount, remount,preserve,ro, remount,rw        mount.py, remount.py
-    pkram-kexec       with kexec(8)'s spelling: load an image, die, be born again         kexec.py
+    pkram-kexec       with kexec(8)'s spelling: load an image, boot it over this kernel   kexec.py
     pkramctl          a window into the machine, its kernel, its nodes and its memory     ctl.py
     python -m pkramfs boot DIR      a fresh process that knows nothing, started by pkram-kexec    boot.py
 
-Composition happens here because nobody below may: `kernel` plans a kexec but does not know that
+Composition happens here because no chapter below may do it: `kernel` plans a kexec but does not know that
 mounts are served by daemons, `control` talks to daemons but does not know what a kexec is. So
 `pkram-kexec -e` asks every daemon to freeze, hands the answers to the planner as plain
 `MountReport`s, and gives it callables that stop and thaw.
@@ -31,13 +31,13 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
 
 Promises of every command:
 
-* An error is one line on stderr, `pkram-kexec: what, where, what to do`, and an exit status that
-  the class of the error knows (errors.py). A traceback is only for --debug.
-* SIGINT, SIGTERM and SIGHUP take back what was begun, or wait where that cannot be done; the status is 128 and the
-  signal's number. A closed pipe is silent.
-* `--help` costs no more than Python and argparse: at the top of these modules stand only the standard
-  library, the prelude and mounting/; numpy, trio and rich are imported where they are used.
+* An error is one line on stderr, `pkram-kexec: what, where, what to do`, and the exit status of
+  the error's class (errors.py). A traceback is only for --debug.
+* SIGINT, SIGTERM and SIGHUP undo the command, or wait where it cannot be undone; the status is 128 plus the signal's
+  number. A closed pipe is no error.
+* `--help` costs no more than Python and argparse: these modules import at their top only the standard library,
+  mounting/ and the light modules (units, errors, text, stdio, schema); functions import numpy, trio and rich.
 * Looking changes nothing: `pkramctl status`, `--dry-run` and `--status` neither boot nor freeze.
 
-Kernel: util-linux sys-utils/mount.c and kexec-tools kexec/kexec.c stand where this chapter does
+Counterparts: util-linux sys-utils/mount.c and kexec-tools kexec/kexec.c
 """

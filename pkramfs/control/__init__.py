@@ -17,9 +17,9 @@ The daemon owns the state of its tree, whatever the kernel's ro flag says:
 EROFS. A restored tree is preserved and yet writable: its first change withdraws the node.
 
 Verbs: status, preserve, unpreserve (remount,rw), freeze, thaw (back to where freeze found it),
-reconfigure (remount,size=), stop. Each is one connection with one line there and one line back; only root
-and the owner of the daemon are heard. A verb that is given twice is done once: a second preserve waits for
-the first and agrees.
+reconfigure (remount,size=), stop. Each is one connection with one request line and one reply line; the
+daemon answers only root and its own user. A verb that is given twice is done once: a second preserve waits for
+the first and gives the same reply.
 
 In reading order: protocol (lines), replies (their content, declared for both ends), client and commands
 (blocking, standard library), server (trio), keeper, settings.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A tmpfs whose pages are physical.
 
-A kernel's tmpfs is an index of names over pages of memory. This chapter is the same, with the pages
-at addresses that are known: a file's pages are *runs* of frames of RAM, so a tree can be preserved
-by writing down which runs belong to which file, and no page is copied.
+A kernel's tmpfs is an index of names over pages of memory. This chapter is the same, but its
+pages have known addresses: a file's pages are *runs* of frames of RAM, so a save only records which
+runs belong to which file, and copies no page.
 
     /                            directory    names to inodes, and a place in the listing
     ├── film      inode 17 ────▶ page map     (index 0, pfn 8200, 262144 pages)
@@ -18,16 +18,16 @@ What this chapter promises upward:
 * Every change passes one gate, so a tree can be frozen, and nothing that a published node names is
   ever changed: the first change of a preserved tree withdraws its node before it is applied.
 * A save publishes everything or nothing; a restore verifies everything before it takes anything.
-* A hole costs nothing and is read without touching RAM; what a file gives up goes back to the host.
+* A hole costs nothing and is read without touching RAM; pages that a file gives up go back to the host.
 
 What it assumes from below: a frame that is handed out reads as zeros, frames are leased under the
 tree's id, and a node appears by one store. It knows neither FUSE nor sockets nor threads, and it
 does not check permissions: the caller has done that (in a mount, the kernel).
 
-Reading order: failure, rules, limits, inode, directory, pagecache, preservation, ledger, then the tree: core, acl,
-namespace, truncation, attributes, filling, data, ranges, tree; then what crosses a kexec: picture, save, verify,
-restore, asleep (what is saved looks like `pkram.treeformat` says); and collector, for processes that serve a large
-tree.
+Reading order: failure, rules, clock, access, limits, inode, protection, directory, pagecache, preservation, ledger,
+lost, then the tree: core, acl, namespace, truncation, attributes, filling, data, ranges, tree; then what crosses a
+kexec: picture, save, verify, restore, asleep (`pkram.treeformat` declares the saved form); and collector, for processes
+that serve a large tree.
 
 Kernel: mm/shmem.c
 """

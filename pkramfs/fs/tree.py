@@ -7,8 +7,8 @@
     tree.write(handle, 0, b"bytes"); tree.read(handle, 0, 5); tree.release(handle)
 
 Operations take inode numbers (or handles), raise OSError with the errno that tmpfs would give, and
-return inodes, which a door reads its attributes from. Each operation is atomic for everyone who
-calls from one thread. The parts, one page each:
+return inodes, from which a door reads attributes. Each operation is atomic among callers in one
+thread. The parts, one page each:
 
     preservation live or preserved, frozen or not
     ledger       all counters, and the room that a save needs

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Chapter 3: one kernel dies, the next is born.
 
-A *kernel* here is no process. It is a record (kernel.json) and the tables in RAM that it points to:
-who owns which page block, where the super block is. Mounts work under it as programs do. A *kexec*
-replaces it by another one that knows nothing but RAM, the hardware, and one number on its command
-line, `pkram=`.
+A *kernel* here is not a process. It is a record (kernel.json) and the tables in RAM that it points to:
+the owner of each page block, the place of the super block. Mounts run on it as programs do. A *kexec*
+replaces it by another one that knows only RAM, the hardware, nvram.json and its command line, whose
+`pkram=` is the number that leads to all that was preserved.
 
        running kernel            nobody                        next kernel
     ───────────────────┬───────────────────────────┬──────────────────────────────
@@ -19,7 +19,7 @@ What this chapter promises upwards:
 
 * A page that a listed node names is the same before and after, whatever dies in between. Until the
   next kernel is up, nothing that was handed over is overwritten or freed, and every step may be
-  repeated. Whoever finds a half-done boot finishes it.
+  repeated. The next mount or pkram-kexec finishes a half-done boot.
 * A page that was not reserved is gone: punched, or poisoned where a test asks for it.
 * What cannot work (no room, damaged metadata, a wrong pkram=) is refused while the old kernel lives.
 
@@ -42,14 +42,14 @@ Read in this order:
     leasetable    the lease table, from holes, kernel and nodes
     boot          the steps from power-on to kernel.json
     succession    one kernel ends, the next one boots and takes over
-    ownership     whose a page block is, from all that says so
+    ownership     the owner of a page block, from every witness
     running       find the running kernel; bring it up first if need be
     iomem         the resource map
     loading       -l: destinations that overwrite nothing that is preserved
     steps         operations that are described first, done in order, and undone if a later one fails
     kexec         the plan of -e, and the order of all of it
     costs         what bans and relocation cost, and what scratch would
-    crash         a kernel to look at the dead one with
+    crash         a kernel that examines the dead one
 
 Some words mean one thing each in this chapter: a *Pending* is a boot that was decided, a *BootProgress*
 one that is under way; a *Plan* is what `-e` will do, and *Boot* is one of its operations; to *publish* a

@@ -13,8 +13,8 @@
     publish      kernel.json, by rename: the kernel is up
 
 Boot runs in a fresh process which is given RAM, machine.json, nvram.json and the command line, and
-nothing else. It may die after any step and be started again: it finds the same, its decisions come
-from the machine's seed and the generation, and it writes everything again. Taking over (consuming
+nothing else. It may die after any step and be started again: it finds the same state, makes the same
+decisions (from the machine's seed and the generation), and writes everything again. Taking over (consuming
 the old super block, freeing what is stale) is the running kernel's first act, in succession.py:
 only a kernel that is up can repeat it.
 

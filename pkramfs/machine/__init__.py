@@ -11,8 +11,8 @@ process lies in that file, at a pfn, and is reached through an array view of it.
 
 Three allocators, because three users must not trust one another: early boot may not touch what the
 last kernel preserved, mounts must not touch each other, and a mount that dies must leave nothing
-behind. A page block belongs to one owner, named by a tree id that is never used twice; an owner
-alone allocates inside its blocks, so no page ever needs a lock.
+behind. A page block belongs to one owner, named by a tree id that is never used twice; only
+its owner allocates inside a block, so no page ever needs a lock.
 
 Promised upward: a frame that was just allocated reads as zeros; a change becomes visible to other
 processes through one 8-byte store (`Ram.publish`) or under the table lock; memory is refused, as

@@ -4,19 +4,19 @@
     file offset = physical address; page `pfn` is bytes pfn*4096 … pfn*4096+4095
 
 This module owns every assumption about the file behind RAM: mapping, size, hole punching, room.
-Everything above sees pages as bytes (`page`), as little-endian words (`words`) and three verbs:
+Chapters above see pages as bytes (`page`) or as little-endian words (`words`), and use three verbs:
 
 * `publish(address, value)`: the one aligned 8-byte store that makes a change of shared structures
   visible, after everything it points to is complete. A process that dies before it has changed
   nothing (pkramfs-safety(7)).
 * `punch(spans)`: give memory back to the host; the pages read as zeros afterwards.
-* `check_room(size)`: refuse, before memory is touched, what the host could not back.
+* `check_room(size)`: refuse, before memory is touched, a size that the host could not back.
 
-A load or a store through the mapping is a SIGBUS, which kills the daemon, if the host's file system
-cannot provide the page. Reading a hole through the mapping makes tmpfs allocate the page, too. Other
+A load or a store through the mapping raises SIGBUS, which kills the daemon, if the host's file
+system cannot provide the page. Reading a hole through the mapping makes tmpfs allocate the page, too. Other
 processes may fill that file system between a check and a store. So memory is touched through the
 mapping only where the host has backed it: after `back` (fallocate), `fill` or `copy` (pwrite), which
-return ENOSPC instead. Pages that may be holes are read with `peek` or `read` (pread returns zeros and
+fail with ENOSPC instead. Pages that may be holes are read with `peek` or `read` (pread returns zeros and
 allocates nothing), or after a look at `data_spans`.
 
 Kernel: the direct map, include/linux/mm.h; fallocate(2), FALLOC_FL_PUNCH_HOLE; madvise(2), MADV_POPULATE_WRITE

@@ -7,13 +7,13 @@
     /proc/self/mountinfo ──▶ syscalls.Table ──▶ binds            what lies on what, and what is a part of what
 
 The mount helper, the commands and the daemon all need this, and none of it needs a tree or a machine. So it
-stands below all of them and imports only the standard library and the prelude: a command that needs nothing
-else starts as fast as Python does.
+stands below all of them and imports only the standard library and modules as light (units, errors,
+schema): a command that needs nothing else starts as fast as Python does.
 
-* A question that a daemon would have to answer is asked only by a child process: the daemon may be stopped or dead.
-  The mount table answers most questions without one.
-* A path is a proposal. What is done is done to a descriptor, after a look at what the descriptor holds.
-* Words that mount(8) or the kernel adds to the options are known and ignored; any other unknown word is an error.
+* Only a child process asks a question that a daemon would have to answer, because the daemon may be stopped or dead.
+  The mount table answers most questions without a daemon.
+* A path is only a hint. Every change acts on a descriptor, after a check of the file that the descriptor holds.
+* Words that mount(8) or the kernel adds to the options are ignored; an unknown word is an error.
 
 In reading order: helper (what mount(8) expects), options (the words), names (NAMEs and nodes), syscalls
 (mount(2), umount2(2) and the mount table), patience (bounded waiting), mountpoints (the directory), starting

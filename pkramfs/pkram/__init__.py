@@ -10,8 +10,8 @@ and a stream of pages, and one number, the pfn of the *super block*, leads to al
 
 Nothing is copied to be preserved: a page stream names frames (only those in banned memory are
 relocated). Nothing is visible before it is whole: a node is written first and published by one 8-byte
-store. To read a node does not consume it. And nothing is trusted: every page has a checksum, every
-pointer a check, and the frames in the streams must agree with the node's page table.
+store. Reading a node does not consume it. Nothing is trusted: every page of metadata is under a
+checksum, every pointer has a check, and the frames in the streams must agree with the node's page table.
 
 Promised upward: `Store` saves, loads, lists and withdraws nodes, and a crash at any store leaves the
 old state or the new one. Assumed from below: frames that read as zeros, a lock for the node list,

@@ -8,9 +8,9 @@
                                └──► link ──► link          byte stream: frames of bytes
     super block ──► regions ──► regions                    all preserved ranges, for early boot
 
-All that crosses a kexec in RAM is declared in two modules: here, what a node is; in `treeformat`, what a file
-tree writes into the byte stream of its node. Nothing here knows of files, and nothing there of frames:
-other users of the library save byte streams of their own.
+Two modules declare all that crosses a kexec in RAM: this one the records of a node, `treeformat` the byte stream
+of a file tree's node. Nothing here knows of files, and nothing there of frames: other users of the library save
+byte streams of their own.
 
 A change of any record here needs a new FORMAT_VERSION (readers of every older version stay, and a RAM
 image of each is kept in the tests); an addition that old readers may ignore needs a feature bit.
@@ -24,7 +24,7 @@ it 24 bits of check over the pfn and the word's own address (`page.seal`). A zer
 the end of a list. Page table pages are 512 plain entries; one checksum in the node covers them all.
 
 Entries of link pages are PKRAM's own: order in bits 0-4, flags in 5-11, frame above. PKRAM saves one
-entry a page; we use the same encoding for the largest naturally aligned blocks of a physical run.
+entry for each page; pkramfs uses the same encoding for the largest naturally aligned blocks of a physical run.
 
 Kernel: mm/pkram.c (struct pkram_super_block, pkram_node, pkram_obj, pkram_link, pkram_region)
 """

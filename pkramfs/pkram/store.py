@@ -11,8 +11,8 @@ The super block leads to a list of nodes, newest first. The list is changed only
 table lock, and read without it: every step of a reader is checked, so a reader that meets a node
 which is being withdrawn gets an error and reads again.
 
-A save, its metadata included, lies in the page blocks of its owner (`tree_id`). So to withdraw a node,
-or to sweep a dead owner, needs no walk over its pages. A save or a load in progress claims the name
+A save, its metadata included, lies in the page blocks of its owner (`tree_id`). So withdrawing a node,
+or sweeping a dead owner, needs no walk over its pages. A save or a load in progress claims the name
 (`claims`: within this process, or among all processes of a machine), and the claim ends with its holder.
 
     in progress     prepare_save    prepare_load    withdraw, free
