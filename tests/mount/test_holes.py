@@ -118,9 +118,9 @@ def test_what_is_refused(lab: Any, tmp_path: Path) -> None:
     os.mknod(mnt / "socket", 0o140644)
     for words, reason in (
         (("punch", str(tmp_path / "elsewhere"), "0", "1"), "is not on a pkramfs mount: use fallocate(1)"),
-        (("punch", str(mnt), "0", "1"), "is no regular file"),
-        (("allocate", str(mnt / "fifo"), "0", "1"), "is no regular file"),
-        (("sparsify", str(mnt / "socket")), "is no regular file"),
+        (("punch", str(mnt), "0", "1"), "is not a regular file"),
+        (("allocate", str(mnt / "fifo"), "0", "1"), "is not a regular file"),
+        (("sparsify", str(mnt / "socket")), "is not a regular file"),
         (("extents", str(mnt / "absent")), "No such file or directory"),
         (("punch", str(mnt / "f"), "0", "0"), "Invalid argument"),
         (("punch", str(mnt / "f"), "0", "x"), "not a size"),
