@@ -59,6 +59,14 @@ def plan(seen: Sequence[Seen]) -> Plan:
     return _Planner(seen, Table(syscalls.mounts())).plan()
 
 
+def waiting(machine: "Machine") -> list[Json]:
+    """Return what an earlier command left to be mounted again, and nobody has mounted since."""
+    from pkramfs.kernel import nvram
+
+    mounted = {entry.name for entry in machine.mounts() if entry.alive}
+    return [mount for mount in nvram.mounts(machine) if mount.get("name") not in mounted]
+
+
 class _Planner:
     def __init__(self, seen: Sequence[Seen], table: Table) -> None:
         self.seen, self.table = seen, table

@@ -265,7 +265,7 @@ def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
 
     seen = daemons.look(machine) if machine.exists() else []
     reports = [one.report for one in seen]
-    back = _to_remount(args, seen)
+    back = _to_remount(args, machine, seen)
     plan = kexec.plan(machine, reports, force=args.force, poison=args.poison, remount=back.mounts, notes=back.notes)
     for line in plan.describe():
         render.say(line)
@@ -306,11 +306,18 @@ def _not_surviving(place: str, status: "Status") -> list[str]:
     return found
 
 
-def _to_remount(args: argparse.Namespace, seen: "Sequence[Seen]") -> "again.Plan":
-    """Plan which mounts come back after the kexec; none if --no-remount is given."""
+def _to_remount(args: argparse.Namespace, machine: "Machine", seen: "Sequence[Seen]") -> "again.Plan":
+    """Plan which mounts come back after the kexec; none if --no-remount is given.
+
+    Those that an earlier command stopped, or could not mount again, come back, too, if their trees are still preserved.
+    """
     from pkramfs.cli import again
 
-    return again.Plan([], []) if args.no_remount else again.plan(seen)
+    if args.no_remount:
+        return again.Plan([], [])
+    waiting = again.still_there(machine, again.waiting(machine), lambda _: None) if machine.exists() else []
+    found = again.plan(seen)
+    return again.Plan([*waiting, *found.mounts], found.notes)
 
 
 def _execute(args: argparse.Namespace, machine: "Machine") -> int:
@@ -335,7 +342,7 @@ def _execute_with(
             _need_loaded(machine)
             began = time.monotonic()
             seen = going.freeze()
-            remount, notes = _to_remount(args, seen)
+            remount, notes = _to_remount(args, machine, seen)
             back = again.plan(seen).mounts
             plan = kexec.plan(
                 machine,
@@ -401,7 +408,7 @@ def _before(waiting: signals.Deferral, verbose: bool, step: "Operation") -> None
 def _undo(machine: "Machine", going: Freezer, back: list[dict[str, Any]], prestarted: "PrestartedDaemons") -> None:
     """Take back after a failure: while the old kernel lives, put every mount back as it was."""
     from pkramfs.cli import again
-    from pkramfs.kernel import kernelrecord
+    from pkramfs.kernel import kernelrecord, nvram
 
     going.thaw()
     if not machine.exists() or not going.stopped:
@@ -409,7 +416,9 @@ def _undo(machine: "Machine", going: Freezer, back: list[dict[str, Any]], presta
     if kernelrecord.read(machine, any_layout=True) is None:
         complain(PROGRAM, "the old kernel is gone and the new one is not up: pkram-kexec --resume goes on from there")
         return
-    again.restart(machine, back, partial(arguments.warn, PROGRAM), prestarted)
+    if not again.restart(machine, back, partial(arguments.warn, PROGRAM), prestarted):
+        with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
+            nvram.mounted_again(machine, back)
 
 
 def _mount_again(

@@ -87,6 +87,7 @@ def _kernel(machine: "Machine") -> dict[str, Any] | None:
 
 def _next(machine: "Machine") -> dict[str, Any]:
     """Return the loaded kernels, and the boot that waits to be finished."""
+    from pkramfs.cli import again
     from pkramfs.kernel import kernelrecord, nvram, staging
 
     pending = nvram.pending(machine)
@@ -97,7 +98,7 @@ def _next(machine: "Machine") -> dict[str, Any]:
         "loaded": loaded.image.name if loaded else None,
         "crash": crash.image.name if crash else None,
         "pending": pending.generation if pending else None,
-        "remount": [mount["mountpoint"] for mount in nvram.mounts(machine)],
+        "remount": [mount["mountpoint"] for mount in again.waiting(machine)],
     }
 
 

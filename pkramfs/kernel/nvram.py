@@ -231,9 +231,12 @@ def next_generation(machine: "Machine") -> int:
     return int(read(machine)["boot_count"]) + 1
 
 
-def set_mounts(machine: "Machine", mounts: Sequence[dict[str, Any]]) -> None:
-    """Note what to mount again, before it is stopped for a boot that is not decided yet."""
-    machine.write_json(NAME, read(machine) | {"mounts": list(mounts)})
+def mounted_again(machine: "Machine", mounts: Sequence[dict[str, Any]]) -> None:
+    """Take mounts off the list: they were mounted again."""
+    data, names = read(machine), {mount["name"] for mount in mounts}
+    left = [mount for mount in data["mounts"] if mount.get("name") not in names]
+    if left != data["mounts"]:
+        _write(machine, data | {"mounts": left})
 
 
 def mounts(machine: "Machine") -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """SIGINT, SIGTERM and SIGHUP: what was begun is taken back, and where that is too late they wait."""
 
+import errno
 import json
 import os
 import signal
@@ -200,6 +201,46 @@ def test_who_is_killed_after_stopping_has_noted_what_to_mount_again(machine, pla
     found = json.loads(ctl("--json", "status")[1])
     assert (found["mounts"][0]["mountpoint"], found["mounts"][0]["state"]) == (mnt, "preserved")
     assert found["next"]["remount"] == []
+
+
+@mounted
+@pytest.mark.mount
+def test_a_kexec_mounts_again_what_another_one_stopped(machine, place, mount, kexec, ctl):
+    mnt = place()
+    restored(mount, machine, mnt, "one")
+    killed = (
+        "import os\nfrom pkramfs.kernel import kexec as planner\nfrom pkramfs.cli.kexec import main\n"
+        "planner.LastLook.execute = lambda _: os.kill(os.getpid(), 9)\n"
+        "main(['-le', 'builtin:2M', '--reuse-cmdline'])"
+    )
+    assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
+    assert f"mount one again on {mnt}" in kexec("-e", "-n")[1]
+    status, out, _ = kexec("-e")
+    assert status == 0
+    assert f"mounted again: {mnt}" in out
+    found = json.loads(ctl("--json", "status")[1])
+    assert [(one["mountpoint"], one["state"]) for one in found["mounts"]] == [(mnt, "preserved")]
+    assert found["next"]["remount"] == []
+
+
+@mounted
+@pytest.mark.mount
+def test_nothing_waits_after_a_failure_that_was_undone(machine, place, mount, kexec, ctl, monkeypatch):
+    from pkramfs.kernel import kexec as planner
+    from pkramfs.kernel import nvram
+
+    mnt = place()
+    restored(mount, machine, mnt, "one")
+
+    def refused(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(planner.PointOfNoReturn, "execute", refused)
+    assert kexec("-le", "builtin:2M", "--reuse-cmdline")[0] != 0
+    found = json.loads(ctl("--json", "status")[1])
+    assert [(one["mountpoint"], one["state"]) for one in found["mounts"]] == [(mnt, "preserved")]
+    assert found["next"]["remount"] == []
+    assert nvram.mounts(machine) == []
 
 
 def test_a_boot_does_not_hear_signals(root, ctl):
