@@ -28,11 +28,8 @@ from pkramfs.pkram.store import Store
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT
 
-REMEDY = (
-    "nothing was freed: preserve what is mounted, and pkram-kexec makes the table anew from what is preserved, "
-    "or `pkramctl free --damaged` does"
-)
-
+_REMEDY = "nothing was freed: preserve what is mounted, and pkram-kexec makes the table anew from what is preserved"
+_OR_MEND = ", or `pkramctl free --damaged` does"
 
 _NOBODY = "nobody's block, or the id of a tree"
 
@@ -45,6 +42,11 @@ class _Doubt:
     right: int
     expected: str
     node: bool = False
+
+
+def _maybe_a_mount_s(doubt: _Doubt, live: set[int]) -> bool:
+    """Return True if blocks that seem to be nobody's may be those of a living mount."""
+    return doubt.right == FREE and bool(live)
 
 
 class Ownership:
@@ -85,8 +87,9 @@ class Ownership:
         """Return the tree ids whose blocks must stay; raise FormatError, naming the block, on any disagreement."""
         self._known = {}  # read all nodes again: what they do not name will be punched
         live = self._machine.live_ids()
-        for error in self.disagreements(live):
-            error.remedy = REMEDY
+        for doubt in self._doubts(live):
+            error = self._error(doubt)
+            error.remedy = _REMEDY if _maybe_a_mount_s(doubt, live) else _REMEDY + _OR_MEND
             raise error
         return live | {node.tree_id for node, _ in self._nodes()}
 
@@ -107,7 +110,7 @@ class Ownership:
             blocks = doubt.blocks
             for other in claimed - {doubt.right}:
                 blocks = blocks - self.leases.blocks_of(other)
-            if not blocks or (doubt.right == FREE and live):
+            if not blocks or _maybe_a_mount_s(doubt, live):
                 continue
             say("given_up" if doubt.right == FREE else "mended", str(self._error(doubt)))
             self.leases.correct(blocks, doubt.right)

@@ -99,6 +99,27 @@ def test_a_living_tree_s_block_with_a_damaged_word_is_not_punched(lab: Any) -> N
 
 
 @pytest.mark.usefixtures("damaged")
+@pytest.mark.parametrize("live", [False, True], ids=["alone", "mounted"])
+def test_a_refusal_names_only_commands_that_help(lab: Any, live: bool) -> None:
+    frames, _, _ = lab.grow(1500)
+    claim = lab.machine.claim(frames.tree_id)
+    if not live:
+        claim.release()
+    kernel = lab.up()
+    kernel.leases.ids[int(kernel.leases.blocks_of(frames.tree_id).starts[0])] = frames.tree_id ^ 1 << 40
+    with pytest.raises(FormatError, match="pkram-kexec makes the table anew") as refused:
+        kernel.sweep()
+    assert ("free --damaged" in str(refused.value)) is not live
+    running.look(lab.machine).ownership.mend(lambda *_: None)
+    if live:
+        with pytest.raises(FormatError, match="page block"):
+            running.look(lab.machine).sweep()
+        claim.release()
+    else:
+        running.look(lab.machine).sweep()
+
+
+@pytest.mark.usefixtures("damaged")
 def test_a_kexec_makes_the_table_anew(lab: Any) -> None:
     lab.preserve("a", 700)
     kernel, block = lab.up(), block_of(lab, "node")
