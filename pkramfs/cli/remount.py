@@ -136,8 +136,11 @@ def _found(directory: str, dev: int, options: Options) -> "tuple[Machine, MountE
     if is_dead(directory):
         raise MountError(f"the daemon of {directory} has died, its tree is lost: umount {directory}")
     root = os.environ.get("PKRAM_ROOT") or default_root()
-    where = f"the machine {Machine.locate(options.machine).path()}" if options.machine else root
-    raise MountError(f"{directory} belongs to no mount daemon of {where}: set PKRAM_ROOT to where its machine is")
+    if options.machine:
+        where, remedy = f"the machine {Machine.locate(options.machine).path()}", "leave machine= out"
+    else:
+        where, remedy = root, "set PKRAM_ROOT to where its machine is"
+    raise MountError(f"{directory} belongs to no mount daemon of {where}: {remedy}")
 
 
 def _expect_answer(directory: str, entry: "MountEntry", daemon: "Commands") -> None:
