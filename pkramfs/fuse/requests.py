@@ -21,8 +21,6 @@ from collections.abc import Callable, Collection
 from struct import Struct
 from typing import Any, cast
 
-import pyfuse3
-
 from pkramfs.fs import acl, clock, protection
 from pkramfs.fs.failure import fail
 from pkramfs.fs.namespace import DOTDOT
@@ -30,6 +28,7 @@ from pkramfs.fs.rules import INO_MASK, UNNOTED
 from pkramfs.fuse import doors, wire
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.replies import Replies
+from pkramfs.fuse.translate import status_field, supplementary_groups
 from pkramfs.fuse.wire import Header, Op
 
 Answer = Any
@@ -77,19 +76,14 @@ class Context:
     @property
     def groups(self) -> Collection[int]:
         """Return the supplementary groups, read from /proc."""
-        try:
-            return cast(Collection[int], pyfuse3.get_sup_groups(self.pid))
-        except (OSError, RuntimeError, ValueError):
-            return ()  # it is gone, or in a pid namespace beside ours
+        return supplementary_groups(self.pid)
 
 
 def _ids(pid: int) -> tuple[int, int]:
     """Return the user and group that a process has for files."""
     try:
-        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
-            found = {line[:4]: int(line.split()[4]) for line in file if line.startswith(("Uid:", "Gid:"))}
-        return found["Uid:"], found["Gid:"]
-    except (OSError, KeyError, ValueError):
+        return status_field(pid, b"Uid")[3], status_field(pid, b"Gid")[3]
+    except OSError:
         return _NOBODY, _NOBODY
 
 

@@ -19,7 +19,6 @@ Kernel: include/uapi/linux/fuse.h (fuse_attr, fuse_entry_out), fs/fuse/inode.c (
 import contextlib
 import sys
 from collections.abc import Collection
-from typing import cast
 
 import pyfuse3
 
@@ -54,10 +53,28 @@ class Asker:
     @property
     def groups(self) -> Collection[int]:
         """Return the supplementary groups, read from /proc."""
-        try:
-            return cast(Collection[int], pyfuse3.get_sup_groups(self._context.pid))
-        except (OSError, RuntimeError, ValueError):
-            return ()  # it is gone, or in a pid namespace beside ours
+        return supplementary_groups(self._context.pid)
+
+
+def status_field(pid: int, name: bytes) -> list[int]:
+    """Return the numbers of a field of /proc/PID/status, e.g. `Groups`; raise OSError if the process is gone.
+
+    The file is read as bytes and in lines that end with a newline: its first field is the name of the command, which
+    may hold any other character, a carriage return and `Groups:` among them.
+    """
+    with open(f"/proc/{pid}/status", "rb") as file:
+        for line in file:
+            if line.startswith(name + b":"):
+                return [int(word) for word in line.split()[1:]]
+    raise OSError(f"/proc/{pid}/status has no field {name.decode()}")
+
+
+def supplementary_groups(pid: int) -> Collection[int]:
+    """Return the supplementary groups of a process; none if it is gone, or in a pid namespace beside ours."""
+    try:
+        return status_field(pid, b"Groups")
+    except OSError:
+        return ()
 
 
 def file_size_limit(pid: int) -> int:

@@ -110,16 +110,16 @@ class MemoryGroups:
 def _groups(member: str, mountinfo: str) -> Iterator[tuple[str, _Names]]:
     """Yield the directories of the groups that hold this process, innermost first, for each version in use."""
     paths = {}
-    for line in member.splitlines():
+    for line in member.split("\n"):  # names may hold what str.splitlines and str.split take for ends and blanks
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0" and not controllers:
             paths["cgroup2"] = path
         elif "memory" in controllers.split(","):
             paths["cgroup"] = path
-    for line in mountinfo.splitlines():
+    for line in mountinfo.split("\n")[:-1]:
         left, _, right = line.partition(" - ")
-        fields, (kind, *_, options) = left.split(), right.split()
+        fields, (kind, *_, options) = left.split(" "), right.split(" ")
         if kind in paths and (kind == "cgroup2" or "memory" in options.split(",")):
             names = _VERSION_2 if kind == "cgroup2" else _VERSION_1
             yield from ((place, names) for place in _upwards(_plain(fields[4]), _plain(fields[3]), paths.pop(kind)))
@@ -149,7 +149,7 @@ def _level(directory: str, names: _Names) -> _Level | None:
 def _read(path: str) -> str:
     """Return a file's text, or nothing if it is missing: a group may go, and not every group has every file."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             return file.read()
     except OSError:
         return ""

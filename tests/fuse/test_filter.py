@@ -8,6 +8,7 @@ import random
 import select
 import socket
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from pkramfs.fuse import turns, wire  # noqa: E402
 from pkramfs.fuse.filter import Filter  # noqa: E402
 from pkramfs.fuse.operations import Operations  # noqa: E402
 from pkramfs.fuse.requests import Requests  # noqa: E402
+from pkramfs.fuse.translate import status_field, supplementary_groups  # noqa: E402
 from pkramfs.fuse.wire import HEADER, REPLY, Op  # noqa: E402
 from tests.fs.conftest import SmallFrames, audit, small_ram  # noqa: E402
 
@@ -310,3 +312,18 @@ def test_requests_follow_each_other_without_the_scheduler(kernel: Kernel) -> Non
 
     trio.run(main)
     assert all(not error for error, _, _ in answered)
+
+
+@pytest.mark.parametrize("name", ["\\rGroups:\\t0", "\\rUid:\\t5", "\\377\\302\\205"])
+def test_the_name_of_a_command_is_no_field_of_its_status(name):
+    """The name comes first in /proc/PID/status, and its user chooses it."""
+    script = f"printf '{name}' > /proc/$$/comm && echo ready && read line"
+    pipe = subprocess.PIPE
+    ids = {"user": 1000, "group": 1001, "extra_groups": [7, 8]} if os.geteuid() == 0 else {}
+    with subprocess.Popen(["sh", "-c", script], stdin=pipe, stdout=pipe, **ids) as child:
+        assert child.stdout.readline() == b"ready\n"
+        uid, gid, groups = (1000, 1001, [7, 8]) if ids else (os.getuid(), os.getgid(), os.getgroups())
+        assert [status_field(child.pid, field)[3] for field in (b"Uid", b"Gid")] == [uid, gid]
+        assert sorted(supplementary_groups(child.pid)) == sorted(groups)
+        child.communicate(b"\n")
+    assert supplementary_groups(child.pid) == ()

@@ -91,6 +91,17 @@ def test_a_container_sees_its_own_part_only(fake):
     assert fake.member("/../elsewhere").room(floor=0) == 500 * MIB
 
 
+@pytest.mark.parametrize("name", ["\r", "\x85", "\u2028", "\x1c", "\u3000", "\udcff", ""], ids=ascii)
+def test_what_others_mount_has_any_name(fake, name):
+    """Source and mount point of a line of mountinfo; its kernel escapes a newline, a tab and a space only."""
+    fake.group("a", 4 * GIB, 1 * GIB)
+    groups = fake.member("/a")
+    path = fake.proc / "mountinfo"
+    other = f"40 31 0:40 / /mnt{name}x rw shared:5 - tmpfs {name} rw,inode64\n"
+    path.write_bytes((other + path.read_text()).encode("utf-8", "surrogateescape"))
+    assert groups.room() == 3 * GIB - int(4 * GIB * 0.05)
+
+
 def test_no_limit_and_no_groups(fake, tmp_path):
     fake.group("a", None, 5 * GIB)
     groups = fake.member("/a")

@@ -82,7 +82,7 @@ def test_a_refused_remount_changes_nothing(lab: Any) -> None:
     for options, part in (
         ("huge=always,size=1M", "too small a size for current use"),
         ("huge=always,nr_inodes=1", "too few inodes"),
-        ("size=16M,noswap", "noswap is for the first mount"),
+        ("size=16M,noswap", "noswap is only for the first mount"),
     ):
         done = lab.helper(mnt, f"remount,{options}")
         assert (done.returncode, done.stderr.count("\n")) == (32, 1), done
