@@ -57,8 +57,9 @@ class Kernel:
 
     def replies(self) -> list[tuple[int, int, bytes]]:
         """(error, number, body) of everything that has come back."""
-        found = []
-        while select.select([self.socket], [], [], 0)[0]:
+        found, ready = [], select.poll()  # select(2) knows no descriptor above 1023
+        ready.register(self.socket, select.POLLIN)
+        while ready.poll(0):
             data = self.socket.recv(1 << 21)
             length, error, number = REPLY.unpack_from(data)
             assert length == len(data)

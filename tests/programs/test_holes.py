@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-from conformance.conftest import Lab
+from tests.support.lab import Pairs
 
 pytestmark = [
     pytest.mark.mount,
@@ -56,7 +54,7 @@ PROGRAMS |= {name: name for name in ("xfs_io", "qemu-img", "stress-ng")}
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[Path, Path]]:
-    lab = Lab()
+    lab = Pairs()
     try:
         yield lab.pair("holes", "size=2G,mode=777")
     finally:
