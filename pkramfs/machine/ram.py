@@ -26,6 +26,7 @@ import ctypes
 import errno
 import mmap
 import os
+import weakref
 
 import numpy as np
 
@@ -70,6 +71,7 @@ class Ram:
             os.close(self.fd)
             why = f"{path}: {explain(error)}" if isinstance(error, OSError) else error
             raise MachineError(f"cannot map RAM of {format_size(size)}: {why}") from None
+        self._end = weakref.finalize(self, os.close, self.fd)  # who forgets RAM must not keep the file open
         self.bytes = memoryview(self._mapping)
         self.u64: U64 = np.frombuffer(self._mapping, dtype="<u8")
 
@@ -85,9 +87,8 @@ class Ram:
 
     def close(self) -> None:
         """Close the file. The mapping ends with the last view of it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self._end()
+        self.fd = -1
 
     def page(self, pfn: int, count: int = 1) -> memoryview:
         """Return `count` pages from `pfn` as writable bytes, without a copy."""
