@@ -3,7 +3,9 @@
 
 import contextlib
 import errno
+import gc
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,3 +209,18 @@ def test_leases_on_a_full_host(host, tight):
         leases.lease(0x1234, 4)
     host.empty()
     assert leases.lease(0x1234, 4).total == 4
+
+
+def test_forgotten_ram_keeps_no_file_open(tmp_path):
+    """A process may open many machines, one after the other."""
+    path = tmp_path / "forgotten"
+    memory = Ram(str(path), MIB, create=True)
+    assert _holders(path) != []
+    del memory
+    gc.collect()
+    assert _holders(path) == []
+
+
+def _holders(path):
+    """Return the descriptors of this process that are open on a file."""
+    return [held for held in Path("/proc/self/fd").iterdir() if held.exists() and held.samefile(path)]
