@@ -28,7 +28,7 @@ from pkramfs.fs.rules import INO_MASK, UNNOTED
 from pkramfs.fuse import doors, wire
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.replies import Replies
-from pkramfs.fuse.translate import status_field, supplementary_groups
+from pkramfs.fuse.translate import status_fields, supplementary_groups
 from pkramfs.fuse.wire import Header, Op
 
 Answer = Any
@@ -82,7 +82,8 @@ class Context:
 def _ids(pid: int) -> tuple[int, int]:
     """Return the user and group that a process has for files."""
     try:
-        return status_field(pid, b"Uid")[3], status_field(pid, b"Gid")[3]
+        uids, gids = status_fields(pid, b"Uid", b"Gid")  # real, effective, saved, for files
+        return uids[3], gids[3]
     except OSError:
         return _NOBODY, _NOBODY
 

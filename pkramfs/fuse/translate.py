@@ -17,6 +17,7 @@ Kernel: include/uapi/linux/fuse.h (fuse_attr, fuse_entry_out), fs/fuse/inode.c (
 """
 
 import contextlib
+import errno
 import sys
 from collections.abc import Collection
 
@@ -56,23 +57,23 @@ class Asker:
         return supplementary_groups(self._context.pid)
 
 
-def status_field(pid: int, name: bytes) -> list[int]:
-    """Return the numbers of a field of /proc/PID/status, e.g. `Groups`; raise OSError if the process is gone.
+def status_fields(pid: int, *names: bytes) -> list[list[int]]:
+    """Return the numbers of fields of /proc/PID/status, e.g. `Groups`, read once; raise OSError if it is gone.
 
     The file is read as bytes and in lines that end with a newline: its first field is the name of the command, which
     may hold any other character, a carriage return and `Groups:` among them.
     """
     with open(f"/proc/{pid}/status", "rb") as file:
-        for line in file:
-            if line.startswith(name + b":"):
-                return [int(word) for word in line.split()[1:]]
-    raise OSError(f"/proc/{pid}/status has no field {name.decode()}")
+        found = {name: words for name, _, words in (line.partition(b":") for line in file) if name in names}
+    if len(found) < len(names):
+        raise OSError(errno.EIO, "a field is missing", f"/proc/{pid}/status")
+    return [[int(word) for word in found[name].split()] for name in names]
 
 
 def supplementary_groups(pid: int) -> Collection[int]:
     """Return the supplementary groups of a process; none if it is gone, or in a pid namespace beside ours."""
     try:
-        return status_field(pid, b"Groups")
+        return status_fields(pid, b"Groups")[0]
     except OSError:
         return ()
 

@@ -26,7 +26,7 @@ from pkramfs.fuse import turns, wire  # noqa: E402
 from pkramfs.fuse.filter import Filter  # noqa: E402
 from pkramfs.fuse.operations import Operations  # noqa: E402
 from pkramfs.fuse.requests import Requests  # noqa: E402
-from pkramfs.fuse.translate import status_field, supplementary_groups  # noqa: E402
+from pkramfs.fuse.translate import status_fields, supplementary_groups  # noqa: E402
 from pkramfs.fuse.wire import HEADER, REPLY, Op  # noqa: E402
 from tests.fs.conftest import SmallFrames, audit, small_ram  # noqa: E402
 
@@ -324,7 +324,7 @@ def test_the_name_of_a_command_is_no_field_of_its_status(name):
     with subprocess.Popen(["sh", "-c", script], stdin=pipe, stdout=pipe, **ids) as child:
         assert child.stdout.readline() == b"ready\n"
         uid, gid, groups = (1000, 1001, [7, 8]) if ids else (os.getuid(), os.getgid(), os.getgroups())
-        assert [status_field(child.pid, field)[3] for field in (b"Uid", b"Gid")] == [uid, gid]
+        assert [numbers[3] for numbers in status_fields(child.pid, b"Uid", b"Gid")] == [uid, gid]
         assert sorted(supplementary_groups(child.pid)) == sorted(groups)
         child.communicate(b"\n")
     assert supplementary_groups(child.pid) == ()
