@@ -89,6 +89,7 @@ def test_a_remount_finds_the_machine(lab: Any) -> None:
     assert "preserved" in lab.run("ctl", "status", "--machine", "other").stdout
     done = lab.run("mount", "none", str(two), "-o", "remount,rw,machine=default")
     assert done.returncode == 32 and "belongs to no mount daemon of the machine" in done.stderr
+    assert "leave machine= out" in done.stderr
     lab.remount(two, "rw")
     (two / "file").write_bytes(b"y")
     subprocess.run(["umount", str(two)] if ROOT else ["fusermount3", "-u", str(two)], check=True)
