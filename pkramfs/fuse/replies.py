@@ -2,7 +2,8 @@
 """Attributes of an inode as the kernel wants them, in bytes: the Translator of what the filter answers.
 
 It has the methods of translate.Translator, so that the same handlers answer pyfuse3 and the device. A time is split
-into seconds and nanoseconds, and that is all there is to do.
+into seconds and nanoseconds, and that is all there is to do. The three answers repeat the list of fields on purpose:
+one pack() without a tuple in between is on the path of every lookup and getattr.
 
 Kernel: include/uapi/linux/fuse.h (fuse_attr, fuse_entry_out, fuse_attr_out), fs/fuse/inode.c
 """
