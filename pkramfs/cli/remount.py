@@ -30,9 +30,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from pkramfs.cli import daemons, render, signals
 from pkramfs.cli.arguments import warn
 from pkramfs.errors import DaemonError, PkramfsError, UsageError
+from pkramfs.mounting import patience
 from pkramfs.mounting.helper import PROGRAM, MountError
 from pkramfs.mounting.options import MS_RDONLY, MS_REMOUNT, Options
-from pkramfs.mounting.patience import ANSWER_SECONDS, within
+from pkramfs.mounting.patience import within
 from pkramfs.mounting.syscalls import FSTYPE, Mounted, holding, is_dead, mount, mount_id, mounts
 from pkramfs.units import PAGE_SHIFT, format_size, plural
 
@@ -146,7 +147,7 @@ def _found(directory: str, dev: int, options: Options) -> "tuple[Machine, MountE
 def _expect_answer(directory: str, entry: "MountEntry", daemon: "Commands") -> None:
     """Ask the daemon before the kernel waits for it, which would wait for ever."""
     try:
-        daemon.status(timeout=ANSWER_SECONDS)
+        daemon.status(timeout=patience.ANSWER_SECONDS)
     except DaemonError as error:
         raise MountError(
             f"the daemon of {directory} (pid {entry.pid}) does not answer ({error}): look at it, or kill {entry.pid}, "

@@ -58,9 +58,12 @@ LISTS = ("writers", "open_deleted", "lost")
 ADDED = frozenset((*LISTS, *(f"{name}_count" for name in LISTS), "refused", "busy", "options", "held"))
 """Fields that replies of older versions lack."""
 
+_MOST = 1 << 127
+"""Most of anything that is counted: 2**64 sparse files of the largest size."""
+
 _KINDS: dict[Any, Kind] = {
     bool: Flag(),
-    int: Whole(),
+    int: Whole(0, _MOST),
     str: Text(),
     str | None: Maybe(Text()),
     list[str]: ListOf(Text()),

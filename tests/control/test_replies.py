@@ -32,6 +32,10 @@ def test_a_whole_reply_is_read_as_it_is() -> None:
     assert (unnamed(found, "writers"), unnamed(found, "lost")) == (2, 0)
 
 
+def test_sparse_files_may_add_up_to_more_than_64_bits() -> None:
+    assert read(Status, STATUS | {"bytes": 3 * (2**63 - 1)})["bytes"] == 3 * (2**63 - 1)
+
+
 def test_what_an_older_daemon_does_not_tell_has_the_value_of_then() -> None:
     found = read(Status, STATUS | {"writers": ["/a", "/b"]})
     assert (found["writers_count"], found["open_deleted"], found["lost_count"]) == (2, [], 0)

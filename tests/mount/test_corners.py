@@ -170,6 +170,16 @@ def test_set_id_bits_go_when_a_stranger_writes(lab: Any) -> None:
         os.unlink(mnt / "f")
 
 
+def test_sparse_files_add_up_to_more_than_64_bits(lab: Any) -> None:
+    mnt = lab.mount("one")
+    for number in range(3):
+        with (mnt / f"f{number}").open("w") as file:
+            file.truncate(2**63 - 1)
+    assert lab.status(mnt)["bytes"] == 3 * (2**63 - 1)
+    assert lab.helper(mnt, "remount,preserve,ro").returncode == 0
+    assert "24.0 EiB" in lab.run("ctl", "status").stdout
+
+
 def test_the_umask_is_not_for_default_acls(lab: Any) -> None:
     if shutil.which("setfacl") is None:
         pytest.skip("setfacl is missing")
