@@ -124,6 +124,12 @@ class Asleep:
             self._rouse(position)
         return root
 
+    def wake_deleted(self) -> None:
+        """Make the inodes that have no name, which nothing else would wake."""
+        nameless = np.flatnonzero((self._columns["nlink"] == 0) & self._asleep)
+        if len(nameless):
+            self._make(nameless, self.inodes[int(self._columns["ino"][0])])
+
     def wake(self, inode: Inode, directory: SleepingDirectory) -> None:
         """Make a directory's names and the inodes that have no object yet."""
         position = self._position(inode.ino)

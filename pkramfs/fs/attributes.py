@@ -64,9 +64,7 @@ class Attributes(Truncation):
             return self.set_times(number, atime, mtime, ctime)
         else:
             refuse_change(inode)
-        self._change(
-            "setattr", ino=inode.ino, mode=mode, uid=uid, gid=gid, size=size, atime=atime, mtime=mtime, ctime=ctime
-        )
+        self._change(inode)
         now = clock.now()
         if size is not None:
             if size != inode.size:
@@ -94,7 +92,7 @@ class Attributes(Truncation):
             refuse_times(inode, given=atime is not None and not touch, written=atime is None and inode.writers > 0)
         if same:
             return inode
-        self._change("setattr", ino=inode.ino, atime=atime, mtime=mtime, ctime=ctime)
+        self._change(inode)
         if atime is not None:
             inode.atime = clock.clamp(atime)
         if mtime is not None:
@@ -112,7 +110,7 @@ class Attributes(Truncation):
         if mode is not None:
             inode.mode = inode.kind | mode & 0o7777
             if inode.xattrs is not None and acl.ACCESS in inode.xattrs:
-                inode.xattrs[acl.ACCESS] = acl.with_mode(inode.xattrs[acl.ACCESS], mode)
+                self.put_xattr(inode, acl.ACCESS, acl.with_mode(inode.xattrs[acl.ACCESS], mode))
 
     def _drop_privileges(self, inode: Inode, caller: Caller, *, keep_set_id: bool) -> None:
         """Remove set-id bits and capabilities, because content or owner has changed."""
@@ -121,7 +119,7 @@ class Attributes(Truncation):
         if not keep_set_id and inode.mode & 0o6000:
             inode.mode = without_set_id(inode, caller)
         if inode.xattrs is not None and CAPABILITY in inode.xattrs:
-            self._put_xattr(inode, CAPABILITY, None)
+            self.put_xattr(inode, CAPABILITY, None)
 
     @staticmethod
     def _check_size(inode: Inode, size: int) -> None:
@@ -139,7 +137,7 @@ class Attributes(Truncation):
         inode = self.inode(number)
         if flags & ~KNOWN:
             raise fail(errno.EOPNOTSUPP)
-        self._change("setflags", ino=inode.ino, flags=flags)
+        self._change(inode)
         inode.flags = flags
         if stamp:
             inode.ctime = clock.now()
@@ -182,8 +180,9 @@ class Attributes(Truncation):
         if old is not None and flags & XATTR_CREATE:
             raise fail(errno.EEXIST)
         self.ledger.require_space(xattr_space(name, value))
-        self._change("setxattr", ino=inode.ino, name=name, value=value)
-        self._put_xattr(inode, name, bytes(value))
+        self._expect_records(len(name) + len(value))
+        self._change(inode)
+        self.put_xattr(inode, name, bytes(value))
         inode.ctime = clock.now()
 
     def removexattr(self, number: int, name: bytes) -> None:
@@ -196,8 +195,8 @@ class Attributes(Truncation):
             return
         if inode.xattrs is None or name not in inode.xattrs:
             raise fail(errno.ENODATA)
-        self._change("removexattr", ino=inode.ino, name=name)
-        self._put_xattr(inode, name, None)
+        self._change(inode)
+        self.put_xattr(inode, name, None)
         inode.ctime = clock.now()
 
     def _set_acl(self, inode: Inode, name: bytes, value: bytes, caller: Caller) -> None:
@@ -206,14 +205,15 @@ class Attributes(Truncation):
             if entries:
                 raise fail(errno.EACCES)
             return
-        self._change("setxattr", ino=inode.ino, name=name, value=value)
+        self._expect_records(len(value))
+        self._change(inode)
         keep = bool(entries)
         if name == acl.ACCESS and entries:
             bits, keep = acl.to_mode(entries)
             inode.mode = inode.mode & ~0o777 | bits
             if not in_group(caller, inode.gid):
                 inode.mode &= ~stat.S_ISGID
-        self._put_xattr(inode, name, value if keep else None)
+        self.put_xattr(inode, name, value if keep else None)
         inode.ctime = clock.now()
 
 

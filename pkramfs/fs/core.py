@@ -3,10 +3,12 @@
 
 **The gate.** Every change of a tree passes through `_change`, after all checks and before the
 first mutation. It is the one narrow place at which a tree can be frozen, at which a preserved
-tree lets go of its node, and where a journal can be hung in:
+tree lets go of its node, and where the journal learns which inodes a change is about:
 
-    checks ──▶ gate ──▶ mutation      EROFS while the tree is frozen; the first change of a preserved tree withdraws
-                                      its node, then it is applied
+    checks ──▶ gate ──▶ mutation      EROFS while the tree is frozen; ENOSPC if the journal has no room; the first
+                                      change of a preserved tree withdraws its node, then it is applied
+
+Whatever is changed below the gate, a name, a run, an attribute, is told to the journal where it is done.
 
 The states and what leads from one to another are in preservation, the counters in ledger.
 Access times are no change: they are kept when nothing else happens, and skipped while frozen.
@@ -33,7 +35,7 @@ import stat
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pkramfs.fs import clock
 from pkramfs.fs.access import RELATIME, Access, relatime
@@ -48,9 +50,11 @@ from pkramfs.fs.pagecache import END, PageMap
 from pkramfs.fs.preservation import Preservation
 from pkramfs.fs.protection import NOATIME
 from pkramfs.fs.rules import EMPTY_DIRECTORY_SIZE, INO_MASK, ROOT_INO, WRITING
+from pkramfs.journal.log import REQUEST
 from pkramfs.spans import Spans
 
 if TYPE_CHECKING:
+    from pkramfs.fs.journal import Journal
     from pkramfs.machine.frames import Frames
     from pkramfs.machine.ram import Ram
 
@@ -84,7 +88,7 @@ class Core:
         self.writing: dict[int, Inode] = {}  # those that are open for writing
         self.asleep: Asleep | None = None
         self.next_ino = ROOT_INO
-        self.journal: Callable[[str, dict[str, Any]], None] | None = None
+        self.journal: Journal | None = None
         self.access: Callable[[], Access] = relatime
         self._access, self._asked = RELATIME, 0
         self.orphans: dict[int, tuple[Inode, bytes]] = {}
@@ -97,12 +101,30 @@ class Core:
 
     # -- the gate -------------------------------------------------------------------------------
 
-    def _change(self, kind: str, **record: Any) -> None:
-        """Let a change pass, or refuse it; see the module's page."""
+    def _change(self, *inodes: Inode) -> None:
+        """Let a change pass that is about these inodes' attributes, or refuse it; see the module's page."""
+        journal = self.journal
+        if journal is not None and not self.preservation.frozen:
+            journal.ensure()
+            for inode in inodes:
+                journal.touch(inode)
         if self.preservation.guarded:
             self.preservation.change()
+
+    def _expect_records(self, size: int) -> None:
+        """Raise ENOSPC unless the journal has room for a change whose records take so many bytes, and the usual."""
         if self.journal is not None:
-            self.journal(kind, record)
+            self.journal.ensure(REQUEST + size)
+
+    def _touch(self, inode: Inode) -> None:
+        """Note that attributes of an inode change; the gate was passed."""
+        if self.journal is not None:
+            self.journal.touch(inode)
+
+    def commit(self, asker: int = 0) -> None:
+        """Make what was changed outlive this process; called before anybody is told that it is done."""
+        if self.journal is not None:
+            self.journal.commit(asker)
 
     @property
     def frozen(self) -> bool:
@@ -129,7 +151,7 @@ class Core:
     def _node_gone(self, pages: Spans) -> None:
         """Free the pages that only the node used; the next growth looks how much a save needs."""
         self.ledger.hold_again()
-        if pages:
+        if pages and not (self.journal is not None and self.journal.holds(pages)):
             self.frames.free(pages.starts, pages.counts)
 
     # -- inodes ---------------------------------------------------------------------------------
@@ -163,6 +185,8 @@ class Core:
         self.inodes[self.next_ino] = inode
         self.next_ino += 1
         self.ledger.add_inode()
+        if self.journal is not None:
+            self.journal.add(inode)
         return inode
 
     def _make_directory(self, inode: Inode, parent: Inode) -> None:
@@ -205,6 +229,14 @@ class Core:
         """Free an inode that nobody can reach any more."""
         if inode.nlink or inode.lookups or inode.opens:
             return
+        if inode.pages is not None:
+            self._free_pages(inode, inode.pages, 0)
+        self.drop_inode(inode)
+        if self.journal is not None:
+            self.journal.reap(inode)
+
+    def drop_inode(self, inode: Inode) -> None:
+        """Forget an inode that has no pages any more."""
         self.orphans.pop(inode.ino, None)
         self.unnamed.discard(inode.ino)
         self.tails.discard(inode.ino)
@@ -212,23 +244,28 @@ class Core:
             self.losses.drop(inode.ino)
         del self.inodes[inode.ino]
         if inode.xattrs is not None:
-            for name in list(inode.xattrs):
-                self._put_xattr(inode, name, None)
-        if inode.pages is not None:
-            self._free_pages(inode.pages, 0)
+            for name, value in inode.xattrs.items():
+                self.ledger.remove_xattr(name, value)
         self.ledger.remove_inode(inode)
 
-    def _free_pages(self, pages: PageMap, first: int, last: int = END) -> None:
-        """Give the frames of a range of file pages back to the host."""
+    def _free_pages(self, inode: Inode, pages: PageMap, first: int, last: int = END) -> None:
+        """Give the frames of a range of file pages back to the host, once that cannot be undone any more."""
         before = pages.runs
         gone = pages.remove(first, last)
-        if gone:
-            starts, counts = zip(*gone, strict=True)
-            self.ledger.add_pages(-sum(counts), pages.runs - before)
+        if not gone:
+            return
+        starts, counts = zip(*gone, strict=True)
+        self.ledger.add_pages(-sum(counts), pages.runs - before)
+        if self.journal is None:
             self.frames.free(starts, counts)
+        else:
+            self.journal.cut(inode, first, last)
+            self.journal.free(starts, counts)
 
-    def _put_xattr(self, inode: Inode, name: bytes, value: bytes | None) -> None:
+    def put_xattr(self, inode: Inode, name: bytes, value: bytes | None) -> None:
         """Set or remove (None) an xattr."""
+        if self.journal is not None:
+            self.journal.set_xattr(inode, name, value)
         xattrs = inode.xattrs or {}
         old = xattrs.pop(name, None)
         if old is not None:
@@ -252,8 +289,21 @@ class Core:
             inode.writers, inode.unprivileged = 0, False
         if not inode.writers:
             self.writing.pop(inode.ino, None)
+        if self.journal is not None:
+            self.journal.opened(inode)
         if not inode.opens and not inode.nlink:
             self._reap(inode)
+
+    def close_all(self, inode: Inode) -> None:
+        """Take back every handle and reference: those who had them are gone."""
+        inode.opens = inode.writers = inode.lookups = 0
+        inode.unprivileged = False
+        self.writing.pop(inode.ino, None)
+        if self.journal is not None:
+            self.journal.opened(inode)
+        if inode is self.root:
+            self.remember(inode)
+        self._reap(inode)
 
     def _read_time(self, inode: Inode) -> None:
         """Note an access, if the mount's flags want it. They are asked for when it is due, and else once a tick."""

@@ -31,6 +31,7 @@ from pkramfs.fs.filling import Filling
 from pkramfs.fs.inode import ROOT, Caller, Inode
 from pkramfs.fs.pagecache import END, PageMap, Run
 from pkramfs.fs.protection import refuse_open, refuse_space
+from pkramfs.fs.records import RUN_BYTES
 from pkramfs.fs.rules import DIRECT, INO_MASK, MAX_SIZE, UNNOTED, WRITING
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
@@ -72,16 +73,20 @@ class Data(Filling):
         if flags & _MARKS:
             handle |= (UNNOTED if flags & os.O_NOATIME else 0) | (DIRECT if flags & os.O_DIRECT else 0)
         if not writing:
+            if self.journal is not None:
+                self.journal.opened(inode)
             return handle
         inode.writers += 1
         self.writing[inode.ino] = inode
         if caller.uid:
             inode.unprivileged = True
+        if self.journal is not None:
+            self.journal.opened(inode)
         return handle | WRITING
 
     def _truncate_on_open(self, inode: Inode, caller: Caller) -> None:
         """Truncate a file for O_TRUNC, which unlike truncate(2) sets the times even of an empty file."""
-        self._change("setattr", ino=inode.ino, size=0)
+        self._change(inode)
         if inode.size:
             self._resize(inode, 0)
         self.losses.cut(inode.ino, 0)
@@ -205,18 +210,20 @@ class Data(Filling):
         if end > inode.size:
             self.ledger.add_bytes(end - inode.size)
             inode.size = end
+            self._touch(inode)
         if self.losses.files:
             self.losses.written(inode.ino, offset, end, inode.size)
         if stamp:
             if inode.mode & 0o6000 or inode.xattrs:
                 self._drop_privileges(inode, ROOT, keep_set_id=inode.opens > 0 and not inode.unprivileged)
             inode.mtime = inode.ctime = clock.now()
+            self._touch(inode)
         return size
 
     def _take_back(self, inode: Inode, offset: int, end: int, *, into_holes: bool) -> None:
         """Free again what a write has allocated, because the host had no memory for it."""
         if into_holes and inode.pages is not None:
-            self._free_pages(inode.pages, offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT)
+            self._free_pages(inode, inode.pages, offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT)
             inode.pages = inode.pages if inode.pages.count else None
         else:
             self._trim(inode, inode.size)
@@ -245,9 +252,9 @@ class Data(Filling):
             if pages.backed is not None and runs and not self._backed(pages, first, last):
                 raise fail(errno.ENOSPC)
             if len(runs) == 1 and runs[0][2] == last - first:
-                self._change("write", ino=inode.ino, offset=offset, end=end)
+                self._change()
                 return runs, self.ram.overwrite, False
-        made = self._fill_holes(inode, first, last, "write", offset, end, back=bool(runs))
+        made = self._fill_holes(inode, first, last, end, back=bool(runs))
         store = self.ram.fill if made else self.ram.overwrite
         if len(made) == 1 and made[0][0] == first and made[0][2] == last - first:
             return made, store, True
@@ -272,7 +279,8 @@ class Data(Filling):
         holes = inode.pages.holes(first, last) if inode.pages is not None else [(first, last - first)]
         if inode.pages is not None and inode.pages.backed is not None:
             self._back_runs(inode.pages.between(first, last))
-        self._fill_holes(inode, first, last, "allocate", offset, end, back=True)
+        self._expect_records(RUN_BYTES * len(holes))
+        self._fill_holes(inode, first, last, end, back=True)
         self._mark_unwritten(inode, holes)
         if keep_size:
             self.tails.discard(inode.ino)  # what is behind the end was asked for
@@ -280,17 +288,19 @@ class Data(Filling):
             self._resize(inode, end)
         if stamp:
             inode.mtime = inode.ctime = clock.now()
+            self._touch(inode)
 
     def punch(self, number: int, offset: int, size: int, *, stamp: bool = True) -> None:
         """Make a range a hole: it reads as zeros and whole pages go back to the host. For `stamp` see `write`."""
         inode = self.file_range(number, offset, size)
         refuse_space(inode, punch=True)
         end = offset + size
-        self._change("punch", ino=inode.ino, offset=offset, end=end)
+        self._change()
         self._make_hole(inode, offset, end)
         self.losses.written(inode.ino, offset, end, inode.size)
         if stamp:
             inode.mtime = inode.ctime = clock.now()
+            self._touch(inode)
 
     def sparsify(self, number: int, first: int = 0, last: int = END) -> int:
         """Give back the pages of a file in [first, last) that are all zeros, and return how many they were."""
@@ -303,9 +313,10 @@ class Data(Filling):
             for start, end in self._zeros(pfn, count)
         ]
         if empty:
-            self._change("sparsify", ino=inode.ino, ranges=empty)
+            self._expect_records(2 * RUN_BYTES * len(empty))
+            self._change()
         for start, end in empty:
-            self._free_pages(inode.pages, start, end)
+            self._free_pages(inode, inode.pages, start, end)
             self._mark_written(inode, start, end)
         return sum(end - start for start, end in empty)
 

@@ -66,11 +66,11 @@ class Directory:
         entry = self.entries.get(name)
         return None if entry is None else entry[0]
 
-    def add(self, name: bytes, inode: Inode) -> None:
-        """Add a name that is not there yet."""
+    def add(self, name: bytes, inode: Inode, cookie: int = 0) -> None:
+        """Add a name that is not there yet, at the place that `cookie` says if none has come behind it."""
         if self.next_cookie > _MOST:
             self._renumber()
-        cookie = self.next_cookie
+        cookie = max(cookie, self.next_cookie) if cookie <= _MOST else self.next_cookie
         self.next_cookie = cookie + 1
         self.entries[name] = (inode, cookie)
         self._cookies.append(cookie)

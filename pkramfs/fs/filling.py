@@ -30,6 +30,7 @@ from pkramfs.fs.attributes import Attributes
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.pagecache import PageMap, Run
+from pkramfs.fs.records import RUN_BYTES
 from pkramfs.units import BLOCK_ORDER, BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, pages, round_down, round_up
 
 Hole = tuple[int, int]
@@ -45,9 +46,7 @@ class Filling(Attributes):
 
     huge = "never"
 
-    def _fill_holes(
-        self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int, *, back: bool
-    ) -> list[Run]:
+    def _fill_holes(self, inode: Inode, first: int, last: int, end: int, *, back: bool) -> list[Run]:
         """Give every page in [first, last) a frame of zeros, all or none, and return the runs that were made.
 
         They are in order of index; huge pages may begin before `first` and end behind `last`.
@@ -57,14 +56,14 @@ class Filling(Attributes):
         if self.preservation.frozen:
             raise fail(errno.EROFS)
         try:
-            return self._fill(inode, first, last, kind, offset, end, back)
+            return self._fill(inode, first, last, end, back)
         except OSError as error:
             if error.errno != errno.ENOSPC or not self.tails:
                 raise
         self._give_back_tails()
-        return self._fill(inode, first, last, kind, offset, end, back)
+        return self._fill(inode, first, last, end, back)
 
-    def _fill(self, inode: Inode, first: int, last: int, kind: str, offset: int, end: int, back: bool) -> list[Run]:
+    def _fill(self, inode: Inode, first: int, last: int, end: int, back: bool) -> list[Run]:
         holes = _holes(inode.pages, first, last)
         huge = self._huge_holes(inode, first, last, end) if self.huge != "never" else []
         self.ledger.grow()
@@ -76,7 +75,8 @@ class Filling(Attributes):
             try:
                 if back:
                     self._back(frames)
-                self._change(kind, ino=inode.ino, offset=offset, end=end)
+                self._expect_records(RUN_BYTES * (len(holes) + len(frames) + len(huge) + len(supply)))
+                self._change()
             except BaseException:
                 self._return(frames)
                 raise
@@ -113,6 +113,8 @@ class Filling(Attributes):
         made = [(holes[0][0], *frames[0])] if one else list(_distribute(holes, frames))
         for run in made:
             there.insert(*run)
+        if self.journal is not None:
+            self.journal.put(inode, made)
         self.ledger.add_pages(there.count - held, there.runs - before)
         return made
 
@@ -163,8 +165,9 @@ class Filling(Attributes):
         while self.tails:
             inode = self.inodes[self.tails.pop()]
             if inode.pages is not None:
-                self._change("trim", ino=inode.ino, size=inode.size)
-                self._free_pages(inode.pages, pages(inode.size))
+                self._change()
+                self._free_pages(inode, inode.pages, pages(inode.size))
+        self.commit()  # what is given back is wanted at once
 
 
 def _total(runs: list[tuple[int, int]]) -> int:

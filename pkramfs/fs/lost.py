@@ -17,6 +17,8 @@ everything from there on counts as lost, until it is cut.
 Kernel: mm/filemap.c (mapping_set_error), lib/errseq.c; there the page is forgotten with its inode
 """
 
+from collections.abc import Callable
+
 from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT, pages
 
 LIMIT = 4096
@@ -54,6 +56,14 @@ class LostPages:
             else:
                 self._blocks.pop(block, None)
 
+    def state(self) -> tuple[int, dict[int, int]]:
+        """Return the first 2 MiB from which on all is lost (-1: none), and the mask of each that has lost pages."""
+        return -1 if self._from is None else self._from, self._blocks
+
+    def set_state(self, beyond: int, blocks: dict[int, int]) -> None:
+        """Set what `state` returned."""
+        self._from, self._blocks = None if beyond < 0 else beyond, blocks
+
     def cut(self, first: int) -> None:
         """Forget all that is lost from page `first` on."""
         if self._from is not None and first <= self._from * BLOCK_PAGES:
@@ -77,6 +87,8 @@ class Losses:
         self.files: dict[int, LostPages] = {}
         self.refused = 0
         """The number of losses so far, mended or not."""
+        self.changed: Callable[[int], object] = _nobody
+        """Called with the number of a file of which other pages are lost than before."""
 
     def note(self, ino: int, offset: int, end: int, error: int) -> None:
         """Note that the bytes [offset, end) of a file did not arrive, and the errno."""
@@ -86,6 +98,7 @@ class Losses:
             if found is None:
                 found = self.files[ino] = LostPages(error)
             found.add(offset >> PAGE_SHIFT, pages(end))
+            self.changed(ino)
 
     def written(self, ino: int, offset: int, end: int, size: int) -> None:
         """Note that the bytes [offset, end) of a file that is `size` long arrived.
@@ -96,6 +109,7 @@ class Losses:
         if found is not None:
             found.remove(pages(offset), pages(end) if end >= size else end >> PAGE_SHIFT)
             self._tidy(ino)
+            self.changed(ino)
 
     def cut(self, ino: int, size: int) -> None:
         """Forget what is lost beyond the new size of a file that was cut."""
@@ -103,6 +117,7 @@ class Losses:
         if found is not None:
             found.cut(pages(size))
             self._tidy(ino)
+            self.changed(ino)
 
     def drop(self, ino: int) -> None:
         """Forget a file that is gone."""
@@ -111,6 +126,10 @@ class Losses:
     def _tidy(self, ino: int) -> None:
         if not self.files[ino]:
             del self.files[ino]
+
+
+def _nobody(ino: int) -> None:
+    """Do nothing."""
 
 
 def _masks(first: int, last: int) -> list[tuple[int, int]]:

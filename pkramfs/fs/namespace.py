@@ -109,7 +109,7 @@ class Namespace(Core):
         if kind not in _TYPES:
             raise fail(errno.EPERM if kind == stat.S_IFDIR else errno.EINVAL)
         folder = self._place_for(parent, name)
-        self._change("mknod", parent=parent, name=name, mode=mode, rdev=rdev, caller=caller)
+        self._change(folder)
         inode = self._new_inode(folder, kind | mode & 0o7777, caller)
         if kind in _DEVICES:
             inode.rdev = rdev
@@ -119,7 +119,7 @@ class Namespace(Core):
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller = ROOT) -> Inode:
         """Make a directory; return its inode."""
         folder = self._place_for(parent, name)
-        self._change("mkdir", parent=parent, name=name, mode=mode, caller=caller)
+        self._change(folder)
         inode = self._new_inode(folder, stat.S_IFDIR | mode & 0o7777, caller)
         self._make_directory(inode, folder)
         folder.nlink += 1
@@ -135,7 +135,7 @@ class Namespace(Core):
         pages = 1 if len(target) >= INLINE_TARGET else 0
         folder = self._place_for(parent, name)
         self.limits.require_pages(pages)
-        self._change("symlink", parent=parent, name=name, target=target, caller=caller)
+        self._change(folder)
         inode = self._new_inode(folder, stat.S_IFLNK | 0o777, caller)
         inode.target, inode.size = bytes(target), len(target)
         self.ledger.add_target(inode)
@@ -152,7 +152,7 @@ class Namespace(Core):
             raise fail(errno.ENOENT)
         refuse_change(inode)
         folder = self._place_for(parent, name, 0 if fresh else INODE_SPACE)
-        self._change("link", ino=number, parent=parent, name=name)
+        self._change(folder, inode)
         inode.nlink += 1
         if fresh:
             self.unnamed.discard(inode.ino)
@@ -170,7 +170,7 @@ class Namespace(Core):
         """
         folder = self.directory(parent)
         self._check_place(folder, INODE_SPACE)
-        self._change("tmpfile", parent=parent, mode=mode, caller=caller)
+        self._change()
         inode = self._new_inode(folder, stat.S_IFREG | mode & 0o7777, caller)
         inode.nlink = 0
         self.orphans[inode.ino] = (folder, b"#%d" % inode.ino)
@@ -215,7 +215,7 @@ class Namespace(Core):
         inode = self._allocate_inode(mode, caller.uid, gid)
         inode.flags = folder.flags & INHERITED
         for name, value in inherited.items():
-            self._put_xattr(inode, name, value)
+            self.put_xattr(inode, name, value)
         return inode
 
     def _enter(self, folder: Inode, name: bytes, inode: Inode) -> None:
@@ -228,6 +228,8 @@ class Namespace(Core):
         inode.folder, inode.name = folder, name
         self.ledger.add_entry(name)
         folder.size += ENTRY_SIZE
+        if self.journal is not None:
+            self.journal.enter(folder, name, inode, folder.entries.entries[name][1])
 
     # -- removing -------------------------------------------------------------------------------
 
@@ -239,7 +241,7 @@ class Namespace(Core):
             raise fail(errno.EISDIR)
         if folder.flags | inode.flags:
             refuse_removal(folder, inode)
-        self._change("unlink", parent=parent, name=name)
+        self._change(folder, inode)
         self._leave(folder, name)
         self._drop_name(inode, folder, name, folder.ctime)
 
@@ -256,7 +258,7 @@ class Namespace(Core):
         if inode.entries.entries:
             raise fail(errno.ENOTEMPTY)
         refuse_removal(folder, inode)
-        self._change("rmdir", parent=parent, name=name)
+        self._change(folder, inode)
         self._leave(folder, name)
         folder.nlink -= 1
         self._drop_name(inode, folder, name, folder.ctime)
@@ -270,6 +272,8 @@ class Namespace(Core):
         folder.entries.remove(name)
         self.ledger.remove_entry(name)
         folder.size -= ENTRY_SIZE
+        if self.journal is not None:
+            self.journal.leave(folder, name)
 
     def _drop_name(self, inode: Inode, folder: Inode, name: bytes, now: int) -> None:
         """Account for a name that an inode has lost and that is out of the directory already."""
@@ -327,9 +331,7 @@ class Namespace(Core):
             _check_replacement(inode, victim)
         if flags & RENAME_WHITEOUT:
             self.limits.require_space()
-        self._change(
-            "rename", parent=parent, name=name, new_parent=new_parent, new_name=new_name, flags=flags, caller=caller
-        )
+        self._change(source, target, inode, *((victim,) if victim is not None else ()))
         if flags & RENAME_EXCHANGE and victim is not None:
             self._exchange(source, name, inode, target, new_name, victim)
             return

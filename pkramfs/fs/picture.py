@@ -94,9 +94,9 @@ class _Rest:
         return found
 
 
-def take(tree: Tree) -> Generator[Progress, None, Picture]:
-    """Collect all columns of a frozen tree, in a few steps."""
-    found = [inode for inode in tree.inodes.values() if inode.nlink]
+def take(tree: Tree, *, deleted: bool = False) -> Generator[Progress, None, Picture]:
+    """Collect all columns of a frozen tree, in a few steps; with `deleted` also inodes that have no name any more."""
+    found = [inode for inode in tree.inodes.values() if inode.nlink or deleted]
     snapshot = tree.asleep.snapshot() if tree.asleep is not None else None
     total = len(found) + (snapshot.sleepers if snapshot is not None else 0)
     yield Progress("inodes", 0, total)

@@ -78,7 +78,7 @@ class Ranges(Data):
         """Make [start, end) a hole, beyond the end of the file too."""
         if start >= end:
             return
-        self._change("punch", ino=inode.ino, offset=start, end=end)
+        self._change()
         self._make_hole(inode, start, end)
         self.losses.written(inode.ino, start, end, max(inode.size, end))
         if end > inode.size:

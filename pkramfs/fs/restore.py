@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Generator
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -38,7 +39,7 @@ from pkramfs.units import BLOCK_PAGES, PAGE_SIZE, format_size
 if TYPE_CHECKING:
     from pkramfs.machine.frames import Frames
     from pkramfs.machine.ram import Ram
-    from pkramfs.pkram.store import Store
+    from pkramfs.pkram.store import Load, Store
     from pkramfs.pkram.streams.runs import Runs
 
 
@@ -47,19 +48,48 @@ def restore(
 ) -> Generator[Progress, None, Tree]:
     """Restore the tree that node `node_name` holds; `frames` must have the node's tree id."""
     yield Progress("load", 0, 1)
-    stream, runs, data, metadata = _load(store, node_name)
+    saved = _load(store.prepare_load(node_name))
     yield Progress("verify", 0, 1)
-    parts = TreeStream(stream)
+    parts = TreeStream(saved.stream)
     allowed = frames.leases.blocks_of(frames.tree_id).scale(BLOCK_PAGES)
-    verify(parts, runs, allowed, data)
+    verify(parts, saved.runs, allowed, saved.data)
     pages, space = _needs(parts)
-    _check_limits(limits, pages, space)
+    check_limits(limits, pages, space)
     yield Progress("inodes", 0, parts.header.inodes)
-    packed = Asleep(parts, runs)
-    packed.wake_root()
-    yield Progress("adopt", 0, 1)
-    frames.adopt(data | metadata)
     tree = Tree(ram, frames, limits)
+    _fill(tree, parts, saved, pages, space)
+    yield Progress("adopt", 0, 1)
+    frames.adopt(saved.data | saved.metadata)
+    tree.preservation.restore(partial(store.withdraw, node_name), saved.metadata)
+    return tree
+
+
+def load_checkpoint(store: Store, node_pfn: int, tree: Tree, allowed: Spans) -> Spans:
+    """Fill an empty tree with what an unlisted node holds, deleted inodes too; return the node's own frames.
+
+    Nothing is adopted: the tree is brought up to date first.
+    """
+    saved = _load(store.open_unlisted(node_pfn, allowed))
+    parts = TreeStream(saved.stream)
+    verify(parts, saved.runs, allowed, saved.data, deleted=True)
+    _fill(tree, parts, saved, *_needs(parts))
+    return saved.metadata
+
+
+class _Saved(NamedTuple):
+    """What a node holds: the byte stream, the runs of the page stream, their frames, and those of the node itself."""
+
+    stream: bytes
+    runs: Runs
+    data: Spans
+    metadata: Spans
+
+
+def _fill(tree: Tree, parts: TreeStream, saved: _Saved, pages: int, space: int) -> None:
+    """Put a verified tree into an empty one: its root and what has no name are awake."""
+    packed = Asleep(parts, saved.runs)
+    packed.wake_root()
+    packed.wake_deleted()
     kinds, sizes = parts.inodes["mode"] & np.uint32(0o170000), parts.inodes["size"]
     figures = Figures(
         pages=pages,
@@ -67,16 +97,14 @@ def restore(
         directories=int(np.count_nonzero(kinds == stat.S_IFDIR)),
         bytes=sum(sizes[kinds == stat.S_IFREG].tolist()),
         runs=len(packed.pieces),
-        stream_bytes=_weight(parts, len(stream)),
+        stream_bytes=_weight(parts, len(saved.stream)),
     )
     tree.install(packed, parts.header.next_ino, figures)
-    tree.preservation.restore(partial(store.withdraw, node_name), metadata)
-    return tree
 
 
-def _load(store: Store, node_name: bytes) -> tuple[bytes, Runs, Spans, Spans]:
-    """Read both objects of the node; return them, the frames of the files, and those of the node itself."""
-    with store.prepare_load(node_name) as load:
+def _load(opened: AbstractContextManager[Load]) -> _Saved:
+    """Read both objects of a node."""
+    with opened as load:
         objects = iter(load)
         first, second = next(objects, None), None
         stream = b"" if first is None else bytes(first.read())
@@ -88,7 +116,7 @@ def _load(store: Store, node_name: bytes) -> tuple[bytes, Runs, Spans, Spans]:
             raise FormatError("Node", "objects", found="more", expected="2: a byte stream and a page stream")
         metadata = load.metadata()
         load.finish()
-    return stream, runs, data, metadata
+    return _Saved(stream, runs, data, metadata)
 
 
 def _needs(parts: TreeStream) -> tuple[int, int]:
@@ -96,7 +124,7 @@ def _needs(parts: TreeStream) -> tuple[int, int]:
     kinds, size = parts.inodes["mode"] & np.uint32(0o170000), parts.inodes["size"]
     long_targets = int(((kinds == stat.S_IFLNK) & (size >= INLINE_TARGET)).sum())
     folders = kinds == stat.S_IFDIR
-    further_links = int((parts.inodes["nlink"][~folders].astype(np.int64) - 1).sum())
+    further_links = int((np.maximum(parts.inodes["nlink"][~folders].astype(np.int64), 1) - 1).sum())
     space = (len(kinds) + further_links) * INODE_SPACE
     at = 0
     for names, values in zip(parts.xattrs["name_length"].tolist(), parts.xattrs["value_length"].tolist(), strict=True):
@@ -112,7 +140,7 @@ def _weight(parts: TreeStream, length: int) -> int:
     return length + lacking * int(parts.header.inodes) - EXTENTS.width * int(parts.header.extents)
 
 
-def _check_limits(limits: Limits, pages: int, space: int) -> None:
+def check_limits(limits: Limits, pages: int, space: int) -> None:
     """Refuse, with the figures, a tree that is larger than the mount allows."""
     if limits.max_pages and pages > limits.max_pages:
         size = pages * PAGE_SIZE

@@ -76,7 +76,7 @@ def save(
     ) as saving:
         stream_bytes = 0
         with saving.object() as writer:
-            for part in _stream(tree, picture):
+            for part in stream(tree, picture):
                 writer.write(part)
                 stream_bytes += len(part)
         yield Progress("pages", 0, len(picture.runs))
@@ -172,7 +172,7 @@ def _starts(pfn: Array, count: Array) -> Array:
     return np.flatnonzero(fresh)
 
 
-def _stream(tree: Tree, picture: Picture) -> Iterator[bytes]:
+def stream(tree: Tree, picture: Picture) -> Iterator[bytes]:
     """Yield the bytes of object 0, in parts."""
     header: dict[str, Any] = {
         section.name: len(picture.columns[section.name][section.columns[0].name]) for section in treeformat.SECTIONS

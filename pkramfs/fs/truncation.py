@@ -32,27 +32,36 @@ class Truncation(Core):
             self._trim(inode, size)
         self.ledger.add_bytes(size - inode.size)
         inode.size = size
+        self._touch(inode)
 
     def _trim(self, inode: Inode, size: int) -> None:
         """Give back the pages beyond a size, and clear the rest of the last one that remains."""
         if inode.pages is None:
             return
-        self._free_pages(inode.pages, (size + _IN_PAGE) >> PAGE_SHIFT)
+        self._free_pages(inode, inode.pages, (size + _IN_PAGE) >> PAGE_SHIFT)
         self._mark_written(inode, (size + _IN_PAGE) >> PAGE_SHIFT, END)
         if size & _IN_PAGE:
-            self._clear(inode, size, (size | _IN_PAGE) + 1)
+            self.clear(inode, size, (size | _IN_PAGE) + 1)
         if not inode.pages.count:
             inode.pages = None
 
-    def _clear(self, inode: Inode, start: int, end: int) -> None:
+    def clear(self, inode: Inode, start: int, end: int) -> None:
         """Zero bytes of one page, if it is there."""
         index, pages = start >> PAGE_SHIFT, inode.pages
-        if pages is None:
+        if pages is None or start >= end:
             return
         for _, pfn, _ in pages.between(index, index + 1):
-            base = (pfn - index) << PAGE_SHIFT
-            if pages.backed is None or any(self._peek(base + start, base + end)):
-                self.ram.bytes[base + start : base + end] = _ZEROS[: end - start]
+            address = ((pfn - index) << PAGE_SHIFT) + start
+            maybe_hole = pages.backed is not None
+            if self.journal is None:
+                self.zero(address, end - start, maybe_hole=maybe_hole)
+            else:
+                self.journal.clear(inode, start, end, address, maybe_hole=maybe_hole)
+
+    def zero(self, address: int, size: int, *, maybe_hole: bool) -> None:
+        """Zero bytes of one page of RAM; one that is `maybe_hole` may not be touched unless it holds something else."""
+        if not maybe_hole or any(self._peek(address, address + size)):
+            self.ram.bytes[address : address + size] = _ZEROS[:size]
 
     def _make_hole(self, inode: Inode, start: int, end: int) -> None:
         """Free the whole pages of a range, and clear what it has of others."""
@@ -60,12 +69,12 @@ class Truncation(Core):
             return
         first, last = (start + _IN_PAGE) >> PAGE_SHIFT, end >> PAGE_SHIFT
         if first > last:
-            self._clear(inode, start, end)
+            self.clear(inode, start, end)
         else:
-            self._free_pages(inode.pages, first, last)
+            self._free_pages(inode, inode.pages, first, last)
             self._mark_written(inode, first, last)
-            self._clear(inode, start, first << PAGE_SHIFT)
-            self._clear(inode, last << PAGE_SHIFT, end)
+            self.clear(inode, start, first << PAGE_SHIFT)
+            self.clear(inode, last << PAGE_SHIFT, end)
 
     def _mark_unwritten(self, inode: Inode, runs: list[tuple[int, int]]) -> None:
         """Note pages that were allocated and never written: they read as zeros, and count as a hole."""
@@ -73,6 +82,8 @@ class Truncation(Core):
         before = there.runs
         for index, count in runs:
             there.insert(index, index, count)
+            if self.journal is not None:
+                self.journal.reserve(inode, index, count)
         self.ledger.add_unwritten(there.runs - before)
         inode.unwritten = there if there.count else None
 
@@ -86,11 +97,14 @@ class Truncation(Core):
         if there is None:
             return
         before = there.runs
-        there.remove(first, last)
+        if there.remove(first, last) and self.journal is not None:
+            self.journal.use(inode, first, last)
         self.ledger.add_unwritten(there.runs - before)
         if there.runs > before and not self._has_room_to_grow():
             self.ledger.add_unwritten(-there.runs)
             inode.unwritten = None
+            if self.journal is not None:
+                self.journal.use(inode, 0, END)
         if not there.count:
             inode.unwritten = None
 

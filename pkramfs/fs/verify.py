@@ -48,17 +48,18 @@ _HASHED = 1 << 14
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
 
 
-def verify(tree: TreeStream, runs: Runs, allowed: Spans, used: Spans | None = None) -> None:
+def verify(tree: TreeStream, runs: Runs, allowed: Spans, used: Spans | None = None, *, deleted: bool = False) -> None:
     """Raise FormatError unless columns and page stream are a tree whose frames lie in `allowed`.
 
+    With `deleted` inodes without a name are welcome: those that somebody has open still.
     `used` are the frames of the runs, if they are known: from millions of runs they take seconds to sort.
     """
     kinds = tree.inodes["mode"] & np.uint32(0o170000)
     _verify_inodes(tree, kinds)
     _verify_names(tree)
-    _verify_shape(tree, kinds)
+    _verify_shape(tree, kinds, deleted)
     _verify_each_name_once(tree)
-    _verify_links(tree, kinds)
+    _verify_links(tree, kinds, deleted)
     _verify_extents(tree, kinds)
     _verify_unwritten(tree)
     _verify_frames(tree, runs, allowed, used)
@@ -115,7 +116,7 @@ def _verify_names(tree: TreeStream) -> None:
     _require(~dots, "entries", "name", length, "a name other than . and ..")
 
 
-def _verify_shape(tree: TreeStream, kinds: Array) -> None:
+def _verify_shape(tree: TreeStream, kinds: Array, deleted: bool) -> None:
     """Require one name for every directory but the root, and a way up that ends at the root."""
     entries, total = tree.entries, len(kinds)
     parent, child, cookie = entries["parent"], entries["child"], entries["cookie"]
@@ -131,6 +132,8 @@ def _verify_shape(tree: TreeStream, kinds: Array) -> None:
     names = np.bincount(child[down], minlength=total)
     expected = folder.astype(np.int64)
     expected[0] = 0
+    if deleted:
+        expected[tree.inodes["nlink"] == 0] = 0
     _require(~folder | (names == expected), "inodes", "names of a directory", names, "one (the root: none)")
     # (inodes,): the position of the directory above each directory, the root's own for the root and for all else.
     up = np.zeros(total, dtype=np.int64)
@@ -180,13 +183,15 @@ def _hashes(tree: TreeStream) -> Array:
     return found
 
 
-def _verify_links(tree: TreeStream, kinds: Array) -> None:
+def _verify_links(tree: TreeStream, kinds: Array, deleted: bool) -> None:
     parent, child = tree.entries["parent"], tree.entries["child"]
     total, nlink, folder = len(kinds), tree.inodes["nlink"], kinds == stat.S_IFDIR
     names = np.bincount(child, minlength=total)
-    _require(folder | ((names == nlink) & (names > 0)), "inodes", "nlink", nlink, "the number of its names")
+    _require(folder | ((names == nlink) & ((names > 0) | deleted)), "inodes", "nlink", nlink, "the number of its names")
     below = np.bincount(parent[folder[child]], minlength=total)
-    _require(~folder | (nlink == 2 + below), "inodes", "nlink", nlink, "2 and one for each subdirectory")
+    gone = (nlink == 0) & (np.bincount(parent, minlength=total) == 0) & deleted
+    gone[0] = False
+    _require(~folder | gone | (nlink == 2 + below), "inodes", "nlink", nlink, "2 and one for each subdirectory")
     size = EMPTY_DIRECTORY_SIZE + ENTRY_SIZE * np.bincount(parent, minlength=total)
     _require(~folder | (tree.inodes["size"] == size), "inodes", "size", tree.inodes["size"], "20 for each entry")
 

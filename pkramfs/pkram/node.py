@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 from pkramfs.errors import FormatError
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram.format import NAME_MAX, NEXT, NODE, NODE_MAGIC, OTHER
+from pkramfs.pkram.format import NAME_MAX, NEXT, NODE, NODE_MAGIC, OTHER, WITHDRAWN_MAGIC
 from pkramfs.pkram.page import check_pfn, expect_flags, expect_unused, read_page, read_word
 from pkramfs.pkram.streams.reader import ObjectReader
 from pkramfs.pkram.table import reader as pagetable
 from pkramfs.pkram.table.reader import Walk
 from pkramfs.spans import Spans
 from pkramfs.text import exact
+from pkramfs.units import PAGE_SHIFT
 
 STRICT = 1
 _LOOKS = 3
@@ -47,9 +48,10 @@ class Node:
     """Frames that hold copies: their pages lay where a loaded kernel, or this one, would be."""
 
 
-def read_node(ram: Ram, pfn: int) -> Node:
-    """Read and check a node page."""
-    page = read_page(ram, pfn, NODE, NODE_MAGIC)
+def read_node(ram: Ram, pfn: int, *, listed: bool = True) -> Node:
+    """Read and check a node page; one that was withdrawn, too, unless it must be `listed`."""
+    withdrawn = not listed and ram.load(pfn << PAGE_SHIFT) == WITHDRAWN_MAGIC
+    page = read_page(ram, pfn, NODE, WITHDRAWN_MAGIC if withdrawn else NODE_MAGIC)
     if not 0 < page.name_length <= NAME_MAX:
         raise FormatError("Node", "name_length", pfn=pfn, found=page.name_length, expected=f"1 to {NAME_MAX}")
     name, rest = page.name[: page.name_length], page.name[page.name_length :]

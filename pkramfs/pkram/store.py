@@ -186,6 +186,17 @@ class Store:
             claim.release()
             raise
 
+    def open_unlisted(self, pfn: int, allowed: Spans) -> "Load":
+        """Open a node that no list names, or that one names now: a checkpoint. Its frames must lie in `allowed`."""
+        if pfn not in allowed:
+            raise FormatError("Node", "pfn", found=f"{pfn:x}", expected="a frame in the page blocks of its tree")
+        node = read_node(self.ram, pfn, listed=False)
+        load = Load(self, node, Claim(shared=True))
+        if outside := load.metadata() - allowed:
+            found = f"pfn {int(outside.starts[0]):x}"
+            raise FormatError("Node", "pages", pfn=pfn, found=found, expected="frames in the page blocks of its tree")
+        return load
+
     def _claim_load(self, name: bytes, *, shared: bool) -> Claim:
         """Claim a node against being freed (shared), or against being loaded; EBUSY also while it is being saved."""
         if self._claims.held(_SAVE, name):

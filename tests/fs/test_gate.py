@@ -188,12 +188,3 @@ def test_a_path_longer_than_any_call_takes_is_shown_by_its_end(tree, sh) -> None
     assert path.startswith(b".../") and path.endswith(b"d/the file") and len(path) == 4096
     short = tree.inode(sh.write(b"s" * 255))
     assert tree.path(short) == b"/" + b"s" * 255
-
-
-def test_a_journal_sees_changes_after_their_checks(tree, some) -> None:
-    seen = []
-    tree.journal = lambda kind, record: seen.append((kind, record.get("name")))
-    with pytest.raises(OSError):
-        tree.create(1, b"f", 0o644)
-    tree.create(1, b"g", 0o644)
-    assert seen == [("mknod", b"g")]

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The journal of a tree: what each request has changed, told to a log before the request is answered.
+
+    request ──▶ the tree changes, and notes here what ──▶ commit ──▶ frames are freed ──▶ the request is answered
+
+Nothing is stored before `commit`: then all records of a request become one chunk, and one store makes it count. What
+cannot be taken back waits for that: frames that files have given up are freed afterwards, and the rest of a page
+that was cut is cleared afterwards. So a daemon that dies before the store has done nothing, and one that dies after
+it has done everything but what recovery does again.
+
+Attributes are not told one by one: the gate (core) names the inodes that a change is about, and `commit` writes what
+they have become. Data that are written over data need no record, since they are in their frames; nor do reading,
+look-ups and access times.
+
+A tree without a name cannot be found again and has no journal; then `tree.journal` is None.
+
+Kernel: fs/jbd2/transaction.c (jbd2_journal_get_write_access … stop); the deferred frees are ext4_free_data
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from pkramfs.fs.records import (
+    UNNAMED,
+    UNPRIVILEGED,
+    Kind,
+    pack_enter,
+    pack_inode,
+    pack_leave,
+    pack_lost,
+    pack_opened,
+    pack_range,
+    pack_reaped,
+    pack_run,
+    pack_unset,
+    pack_xattr,
+)
+from pkramfs.journal.log import REQUEST
+from pkramfs.spans import Spans
+
+if TYPE_CHECKING:
+    from pkramfs.fs.inode import Inode
+    from pkramfs.fs.lost import Losses
+    from pkramfs.journal.log import Log
+    from pkramfs.machine.frames import Frames
+    from pkramfs.machine.ram import Ram
+
+
+class Owner(Protocol):
+    """The part of a tree that its journal needs."""
+
+    ram: Ram
+    frames: Frames
+    losses: Losses
+    unnamed: set[int]
+
+    def zero(self, address: int, size: int, *, maybe_hole: bool) -> None:
+        """Zero bytes of one page."""
+
+
+class Journal:
+    """What one tree tells its log; `pages` are those of the checkpoint that only the log needs."""
+
+    def __init__(self, tree: Owner, log: Log, pages: Spans | None = None) -> None:
+        self.log, self.pages = log, pages or Spans()
+        self._tree, self._frames = tree, tree.frames
+        self._records: list[bytes] = []
+        self._dirty: dict[int, Inode] = {}
+        self._fresh: set[int] = set()
+        self._opened: dict[int, Inode] = {}
+        self._freed: list[tuple[Sequence[int], Sequence[int]]] = []
+        self._cut: list[tuple[int, int, bool]] = []
+        self._losing: set[int] = set()
+        self.requests = 0
+        """Requests that have changed something since the checkpoint."""
+        tree.losses.changed = self.lose
+
+    # -- what a request changes -----------------------------------------------------------------
+
+    def ensure(self, size: int = REQUEST) -> None:
+        """Have room for the records of a request; raise ENOSPC if there is none."""
+        if self.log.left < size:
+            self.log.ensure(size)
+
+    def touch(self, inode: Inode) -> None:
+        """Note that attributes of an inode change."""
+        self._dirty[inode.ino] = inode
+
+    def add(self, inode: Inode) -> None:
+        """Note a new inode."""
+        self._dirty[inode.ino] = inode
+        self._fresh.add(inode.ino)
+
+    def opened(self, inode: Inode) -> None:
+        """Note that an inode is open in another way."""
+        self._opened[inode.ino] = inode
+
+    def enter(self, folder: Inode, name: bytes, child: Inode, cookie: int) -> None:
+        """Note a new name."""
+        self._records.append(pack_enter(folder.ino, name, child.ino, cookie))
+
+    def leave(self, folder: Inode, name: bytes) -> None:
+        """Note that a name is gone."""
+        self._records.append(pack_leave(folder.ino, name))
+
+    def put(self, inode: Inode, runs: list[tuple[int, int, int]]) -> None:
+        """Note runs (file page, pfn, pages) that a file has got."""
+        ino = inode.ino
+        self._records += [pack_run(ino, *run) for run in runs]
+
+    def cut(self, inode: Inode, first: int, last: int) -> None:
+        """Note that a file has no pages in [first, last)."""
+        self._records.append(pack_range(Kind.CUT, inode.ino, first, last))
+
+    def reserve(self, inode: Inode, first: int, count: int) -> None:
+        """Note pages that were allocated and never written."""
+        self._records.append(pack_range(Kind.RESERVED, inode.ino, first, count))
+
+    def use(self, inode: Inode, first: int, last: int) -> None:
+        """Note that no pages in [first, last) are unwritten any more."""
+        self._records.append(pack_range(Kind.USED, inode.ino, first, last))
+
+    def clear(self, inode: Inode, start: int, end: int, address: int, *, maybe_hole: bool) -> None:
+        """Note bytes [start, end) of a file, at an address of RAM, that are to be zeros once this is committed."""
+        self._records.append(pack_range(Kind.ZERO, inode.ino, start, end))
+        self._cut.append((address, end - start, maybe_hole))
+
+    def set_xattr(self, inode: Inode, name: bytes, value: bytes | None) -> None:
+        """Note an extended attribute, or with None that it is gone."""
+        self._records.append(pack_unset(inode.ino, name) if value is None else pack_xattr(inode.ino, name, value))
+
+    def reap(self, inode: Inode) -> None:
+        """Note that an inode is gone."""
+        if inode.ino not in self._fresh:
+            self._dirty.pop(inode.ino, None)
+        self._opened.pop(inode.ino, None)
+        self._losing.discard(inode.ino)
+        self._records.append(pack_reaped(inode.ino))
+
+    def lose(self, ino: int) -> None:
+        """Note that other pages of a file are lost than before."""
+        self._losing.add(ino)
+
+    def free(self, starts: Sequence[int], counts: Sequence[int]) -> None:
+        """Free frames once this is committed."""
+        self._freed.append((starts, counts))
+
+    # -- the end of a request -------------------------------------------------------------------
+
+    def commit(self, asker: int = 0) -> None:
+        """Make all that was noted count; `asker` is the number of the request that is about to be answered."""
+        if self._dirty or self._records or self._opened or self._losing:
+            self._write(asker)
+        if self._cut or self._freed:
+            self._settle()
+
+    def _write(self, asker: int) -> None:
+        parts = [pack_inode(inode, self._marks(inode)) for inode in self._dirty.values()]
+        parts += self._records
+        if self._opened:
+            parts += [pack_opened(inode, self._marks(inode)) for inode in self._opened.values()]
+        if self._losing:
+            parts += [self._lost(ino) for ino in self._losing]
+        self.log.write(parts, asker)
+        self.log.commit()
+        self.requests += 1
+        self._dirty, self._records, self._opened = {}, [], {}
+        if self._fresh:
+            self._fresh = set()
+        if self._losing:
+            self._losing = set()
+
+    def _settle(self) -> None:
+        """Do what waited for the commit."""
+        if self._cut:
+            cut, self._cut = self._cut, []
+            for address, size, maybe_hole in cut:
+                self._tree.zero(address, size, maybe_hole=maybe_hole)
+            self.log.note_zeroed()
+        freed, self._freed = self._freed, []
+        for starts, counts in freed:
+            self._frames.free(starts, counts)
+
+    def _marks(self, inode: Inode) -> int:
+        marks = UNPRIVILEGED if inode.unprivileged else 0
+        return marks | UNNAMED if not inode.nlink and inode.ino in self._tree.unnamed else marks
+
+    def _lost(self, ino: int) -> bytes:
+        found = self._tree.losses.files.get(ino)
+        return pack_lost(ino, 0, -1, {}) if found is None else pack_lost(ino, found.error, *found.state())
+
+    # -- checkpoints ----------------------------------------------------------------------------
+
+    def holds(self, pages: Spans) -> bool:
+        """Return True if the log's checkpoint is the node that these pages belong to; it needs them from now on."""
+        if not self.log.base.node or self.log.base.node not in pages:
+            return False
+        self.pages = pages
+        return True
+
+    def rebase(self, node: int, pages: Spans, position: int | None = None) -> None:
+        """Begin with another checkpoint: the node that holds the tree as it was at `position`, by default now.
+
+        `pages` are what the new one uses for itself, to be freed when it is no longer needed.
+        """
+        old, self.pages = self.pages, Spans()
+        try:
+            self.log.rebase(node, self.log.tail if position is None else position)
+        except BaseException:
+            self.pages = old
+            raise
+        self.pages, self.requests = pages, 0
+        if old:
+            self._frames.free(old.starts, old.counts)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The records of a journal: what a request has changed, as results.
+
+A record says what is, never what to do: the attributes that an inode has now, not that it was truncated. So a reader
+needs none of the rules by which they came about, and a later version may have others.
+
+    INODE     all attributes of an inode, how it is open, and the target of a symbolic link
+    OPENED    how an inode is open, alone
+    ENTER     a directory has a name, for an inode, at a place of the listing; LEAVE: it has it no more
+    RUN       pages of a file are in these frames; CUT: a range of a file has none
+    RESERVED  pages of a file were never written (fallocate); USED: a range has no such pages
+    ZERO      bytes of a file that stay behind something cut are zeros
+    XATTR     an extended attribute has a value; UNSET: it is gone
+    REAPED    an inode is gone
+    LOST      which pages of a file were not stored (see lost); none: all is well
+
+A record begins with its kind, a 16-bit number that some use, and its length, a multiple of 8. Bytes are padded with
+zeros.
+
+Kernel: fs/ext4/fast_commit.h (EXT4_FC_TAG_…), whose tags are results, too
+"""
+
+import enum
+from collections.abc import Iterator
+from struct import Struct, error
+from typing import Any, NamedTuple
+
+from pkramfs.errors import FormatError
+from pkramfs.fs.inode import Inode
+
+
+class Kind(enum.IntEnum):
+    """Kinds of records."""
+
+    INODE = 1
+    OPENED = 2
+    ENTER = 3
+    LEAVE = 4
+    RUN = 5
+    CUT = 6
+    RESERVED = 7
+    USED = 8
+    ZERO = 9
+    XATTR = 10
+    UNSET = 11
+    REAPED = 12
+    LOST = 13
+
+
+UNPRIVILEGED, UNNAMED = 1, 2
+"""Marks of an inode: somebody has it open whose writes drop set-id bits; it may still get its first name."""
+
+_HEAD = Struct("<HHI")
+_INODE = Struct("<HHIQIIIIQqqqqQIIII")
+_OPENED = Struct("<HHIQIIII")
+_ENTER = Struct("<HHIQQQ")
+_TWO = Struct("<HHIQQ")
+_ONE = Struct("<HHIQ")
+_RUN = Struct("<HHIQQQQ")
+_RANGE = Struct("<HHIQQQ")
+_LOST = Struct("<HHIQIIq")
+_PIECE = Struct("<Q64s")
+
+RUN_BYTES = _RUN.size
+"""Bytes of a record of a run; one of a range is shorter."""
+LOST_MOST = 1000
+"""2 MiB pieces of a file in which lost pages are told one by one; of a file with more everything counts as lost."""
+
+
+def pack_inode(inode: Inode, marks: int) -> bytes:
+    """Return the record of an inode's attributes."""
+    i, target = inode, inode.target
+    if target is None:
+        return _INODE.pack(
+            1, 0, 96, i.ino, i.mode, i.uid, i.gid, i.nlink, i.size, i.atime, i.mtime, i.ctime, i.btime, i.rdev, i.flags,
+            i.opens, i.writers, marks,
+        )  # fmt: skip
+    pad = bytes(-len(target) % 8)
+    head = _INODE.pack(
+        1, len(target), 96 + len(target) + len(pad), i.ino, i.mode, i.uid, i.gid, i.nlink, i.size, i.atime, i.mtime,
+        i.ctime, i.btime, i.rdev, i.flags, i.opens, i.writers, marks,
+    )  # fmt: skip
+    return head + target + pad
+
+
+def pack_opened(inode: Inode, marks: int) -> bytes:
+    """Return the record of how an inode is open."""
+    return _OPENED.pack(2, 0, 32, inode.ino, inode.opens, inode.writers, marks, 0)
+
+
+def pack_enter(folder: int, name: bytes, child: int, cookie: int) -> bytes:
+    """Return the record of a new name."""
+    size = len(name)
+    pad = -size % 8
+    return _ENTER.pack(3, size, 32 + size + pad, folder, child, cookie) + name + bytes(pad)
+
+
+def pack_leave(folder: int, name: bytes) -> bytes:
+    """Return the record of a name that is gone."""
+    size = len(name)
+    pad = -size % 8
+    return _ONE.pack(4, size, 16 + size + pad, folder) + name + bytes(pad)
+
+
+def pack_run(ino: int, index: int, pfn: int, count: int) -> bytes:
+    """Return the record of pages in frames."""
+    return _RUN.pack(5, 0, 40, ino, index, pfn, count)
+
+
+def pack_range(kind: Kind, ino: int, first: int, second: int) -> bytes:
+    """Return a record of a range: CUT and USED (first, last), RESERVED (first, count), ZERO (start, end)."""
+    return _RANGE.pack(kind, 0, 32, ino, first, second)
+
+
+def pack_xattr(ino: int, name: bytes, value: bytes) -> bytes:
+    """Return the record of an extended attribute."""
+    size = len(name) + len(value)
+    pad = -size % 8
+    return b"".join((_TWO.pack(10, len(name), 24 + size + pad, ino, len(value)), name, value, bytes(pad)))
+
+
+def pack_unset(ino: int, name: bytes) -> bytes:
+    """Return the record of an extended attribute that is gone."""
+    pad = -len(name) % 8
+    return _ONE.pack(11, len(name), 16 + len(name) + pad, ino) + name + bytes(pad)
+
+
+def pack_reaped(ino: int) -> bytes:
+    """Return the record of an inode that is gone."""
+    return _ONE.pack(12, 0, 16, ino)
+
+
+def pack_lost(ino: int, error: int, beyond: int, pieces: dict[int, int]) -> bytes:
+    """Return the record of lost pages: a mask for each 2 MiB, and from which on all is lost (-1: none is)."""
+    if len(pieces) > LOST_MOST:
+        beyond, pieces = 0, {}
+    body = b"".join(_PIECE.pack(piece, mask.to_bytes(64, "little")) for piece, mask in pieces.items())
+    return _LOST.pack(13, 0, _LOST.size + len(body), ino, error, len(pieces), beyond) + body
+
+
+class Attributes(NamedTuple):
+    """An INODE record."""
+
+    ino: int
+    mode: int
+    uid: int
+    gid: int
+    nlink: int
+    size: int
+    atime: int
+    mtime: int
+    ctime: int
+    btime: int
+    rdev: int
+    flags: int
+    opens: int
+    writers: int
+    marks: int
+    target: bytes
+
+
+class Record(NamedTuple):
+    """A record: its kind and its values, in the order in which they are packed."""
+
+    kind: Kind
+    values: Any
+
+
+def unpack(body: bytes, position: int) -> Iterator[Record]:
+    """Yield the records of a chunk's body; `position` is the chunk's, for errors."""
+    at, size = 0, len(body)
+    while at < size:
+        try:
+            kind, extra, length = _HEAD.unpack_from(body, at)
+            if length < 16 or length % 8 or at + length > size:
+                raise _damaged("length", position, at, length, "a multiple of 8, inside its chunk")
+            reader = _READERS.get(kind)
+            if reader is None:
+                raise _damaged("kind", position, at, kind, f"1 to {len(Kind)}")
+            yield Record(Kind(kind), reader(body, at, extra, length))
+        except (error, ValueError) as problem:
+            raise _damaged("record", position, at, str(problem), "a whole record") from None
+        at += length
+
+
+def _damaged(field: str, position: int, at: int, found: object, expected: str) -> FormatError:
+    return FormatError("Journal", f"{field} at position {position}, byte {at}", found=found, expected=expected)
+
+
+def _read_inode(body: bytes, at: int, extra: int, length: int) -> Attributes:
+    target = _bytes(body, at + _INODE.size, extra, at + length)
+    return Attributes._make((*_INODE.unpack_from(body, at)[3:], target))
+
+
+def _read_enter(body: bytes, at: int, extra: int, length: int) -> tuple[int, bytes, int, int]:
+    *_, folder, child, cookie = _ENTER.unpack_from(body, at)
+    return folder, _bytes(body, at + _ENTER.size, extra, at + length), child, cookie
+
+
+def _read_named(body: bytes, at: int, extra: int, length: int) -> tuple[int, bytes]:
+    return _ONE.unpack_from(body, at)[3], _bytes(body, at + _ONE.size, extra, at + length)
+
+
+def _read_xattr(body: bytes, at: int, extra: int, length: int) -> tuple[int, bytes, bytes]:
+    *_, ino, size = _TWO.unpack_from(body, at)
+    both = _bytes(body, at + _TWO.size, extra + size, at + length)
+    return ino, both[:extra], both[extra:]
+
+
+def _read_lost(body: bytes, at: int, extra: int, length: int) -> tuple[int, int, int, dict[int, int]]:
+    *_, ino, code, count, beyond = _LOST.unpack_from(body, at)
+    raw = _bytes(body, at + _LOST.size, count * _PIECE.size, at + length)
+    return ino, code, beyond, {piece: int.from_bytes(mask, "little") for piece, mask in _PIECE.iter_unpack(raw)}
+
+
+def _bytes(body: bytes, start: int, size: int, end: int) -> bytes:
+    """Return bytes inside a record; raise ValueError if they go beyond its end."""
+    if start + size > end:
+        raise ValueError("bytes beyond its end")
+    return body[start : start + size]
+
+
+def _numbers(struct: Struct) -> Any:
+    return lambda body, at, extra, length: struct.unpack_from(body, at)[3:]
+
+
+_READERS: dict[int, Any] = {
+    Kind.INODE: _read_inode,
+    Kind.OPENED: _numbers(_OPENED),
+    Kind.ENTER: _read_enter,
+    Kind.LEAVE: _read_named,
+    Kind.RUN: _numbers(_RUN),
+    Kind.CUT: _numbers(_RANGE),
+    Kind.RESERVED: _numbers(_RANGE),
+    Kind.USED: _numbers(_RANGE),
+    Kind.ZERO: _numbers(_RANGE),
+    Kind.XATTR: _read_xattr,
+    Kind.UNSET: _read_named,
+    Kind.REAPED: _numbers(_ONE),
+    Kind.LOST: _read_lost,
+}

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Bring a tree up to date: apply the records of a journal, in their order.
+
+    a checkpoint, or an empty tree ──▶ record by record ──▶ the tree as it was when the last request was answered
+
+Every record is checked against the tree as it is at that point: an inode that is not there, a name that is there
+already, pages over pages are a FormatError with the position. What only the whole tree shows (shape, link counts,
+each frame once) is checked by verify when all is done.
+
+The tree has no journal while this goes on, so nothing is told twice, and no frame is taken or freed.
+
+Kernel: fs/ext4/fast_commit.c (ext4_fc_replay_…)
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from pkramfs.errors import FormatError
+from pkramfs.fs.directory import Directory
+from pkramfs.fs.inode import Inode
+from pkramfs.fs.lost import LostPages
+from pkramfs.fs.pagecache import PageMap
+from pkramfs.fs.records import UNNAMED, UNPRIVILEGED, Attributes, Kind, unpack
+from pkramfs.fs.rules import MAX_SIZE
+from pkramfs.units import PAGE_SHIFT
+
+if TYPE_CHECKING:
+    from pkramfs.fs.tree import Tree
+    from pkramfs.journal.reader import Chunk
+
+_LAST_PAGE = (MAX_SIZE >> PAGE_SHIFT) + 1
+
+
+class Replay:
+    """The records of a journal, applied to a tree. Requests up to position `zeroed` have cleared what they cut."""
+
+    def __init__(self, tree: Tree, zeroed: int) -> None:
+        self.tree, self._zeroed, self._at = tree, zeroed, 0
+        self.requests = self.records = 0
+        self._to_clear: list[tuple[Inode, int, int]] = []
+        self._names = dict[int, tuple[Inode, bytes]]()
+        """Where each inode was named last, as long as it has no name."""
+        self._apply: dict[Kind, Callable[..., None]] = {
+            kind: getattr(self, f"_{kind.name.lower()}") for kind in Kind if kind is not Kind.INODE
+        }
+
+    def run(self, chunks: Iterable[Chunk]) -> None:
+        """Apply every record; FormatError, with its position, at the first that does not fit."""
+        apply, inode = self._apply, Kind.INODE
+        for chunk in chunks:
+            self._at = chunk.position
+            for kind, values in unpack(chunk.body, chunk.position):
+                self.records += 1
+                if kind is inode:
+                    self._inode(values)
+                else:
+                    apply[kind](*values)
+            self.requests += chunk.last
+
+    def clear(self) -> None:
+        """Clear what the last request had cut, if its daemon did not come to it."""
+        for inode, start, end in self._to_clear:
+            if inode.ino in self.tree.inodes:
+                self.tree.clear(inode, start, end)
+
+    def finish(self) -> None:
+        """Note which inodes have no name, and which are open for writing."""
+        tree = self.tree
+        for inode in tree.inodes.values():
+            if not inode.nlink:
+                tree.orphans[inode.ino] = self._names.get(inode.ino, (tree.root, b"#%d" % inode.ino))
+            if inode.writers:
+                tree.writing[inode.ino] = inode
+
+    # -- records --------------------------------------------------------------------------------
+
+    def _find(self, number: int) -> Inode:
+        """Return an inode, which may sleep."""
+        inode = self.tree.inodes.get(number)
+        if inode is None:
+            asleep = self.tree.asleep
+            inode = asleep.find(number) if asleep is not None else None
+            if inode is None:
+                raise self._wrong("ino", number, "an inode that is there")
+        return inode
+
+    def _wrong(self, field: str, found: object, expected: str) -> FormatError:
+        return FormatError("Journal", f"{field} at position {self._at}", found=found, expected=expected)
+
+    def _require(self, good: bool, field: str, found: object, expected: str) -> None:
+        if not good:
+            raise self._wrong(field, found, expected)
+
+    def _inode(self, a: Attributes) -> None:
+        tree = self.tree
+        inode = tree.inodes.get(a.ino)
+        if inode is None and (a.ino < tree.next_ino and tree.asleep is not None):
+            inode = tree.asleep.find(a.ino)
+        if inode is None:
+            inode = self._new(a)
+        self._require(inode.kind == a.mode & 0o170000, "mode", oct(a.mode), "the type that the inode has")
+        self._require(a.size <= MAX_SIZE, "size", a.size, f"at most {MAX_SIZE}")
+        if inode.is_file:
+            tree.ledger.add_bytes(a.size - inode.size)
+        if inode.entries is None:
+            self._count_links(max(a.nlink, 1) - max(inode.nlink, 1))
+        inode.mode, inode.uid, inode.gid, inode.nlink, inode.size = a.mode, a.uid, a.gid, a.nlink, a.size
+        inode.atime, inode.mtime, inode.ctime, inode.btime = a.atime, a.mtime, a.ctime, a.btime
+        inode.rdev, inode.flags = a.rdev, a.flags
+        self._set_open(inode, a.opens, a.writers, a.marks)
+
+    def _new(self, a: Attributes) -> Inode:
+        """Make an inode that the checkpoint does not have."""
+        tree = self.tree
+        self._require(a.ino >= tree.next_ino, "ino", a.ino, f"at least {tree.next_ino}, or an inode that is there")
+        inode = Inode(a.ino, a.mode, a.uid, a.gid, a.atime, a.mtime, a.ctime)
+        tree.inodes[a.ino] = inode
+        tree.next_ino = a.ino + 1
+        tree.ledger.add_inode()
+        kind = inode.kind
+        if kind == stat.S_IFDIR:
+            inode.entries = Directory(tree.root)
+            tree.ledger.add_directory()
+        elif kind == stat.S_IFLNK:
+            self._require(0 < len(a.target) == a.size, "target", len(a.target), f"{a.size} bytes")
+            inode.target = a.target
+            tree.ledger.add_target(inode)
+        return inode
+
+    def _count_links(self, more: int) -> None:
+        ledger = self.tree.ledger
+        for _ in range(more):
+            ledger.add_link()
+        for _ in range(-more):
+            ledger.remove_link()
+
+    def _set_open(self, inode: Inode, opens: int, writers: int, marks: int) -> None:
+        inode.opens, inode.writers, inode.unprivileged = opens, writers, bool(marks & UNPRIVILEGED)
+        if marks & UNNAMED:
+            self.tree.unnamed.add(inode.ino)
+        else:
+            self.tree.unnamed.discard(inode.ino)
+
+    def _opened(self, ino: int, opens: int, writers: int, marks: int, _: int) -> None:
+        self._set_open(self._find(ino), opens, writers, marks)
+
+    def _enter(self, folder: int, name: bytes, child: int, cookie: int) -> None:
+        above, inode = self._find(folder), self._find(child)
+        entries = above.entries
+        if entries is None:
+            raise self._wrong("folder", folder, "a directory")
+        self._require(entries.find(name) is None, "name", name, "a name that is not there yet")
+        entries.add(name, inode, cookie)
+        inode.folder, inode.name = above, name
+        self._names.pop(child, None)
+        self.tree.ledger.add_entry(name)
+        if inode.entries is not None:
+            inode.entries.parent = above
+
+    def _leave(self, folder: int, name: bytes) -> None:
+        above = self._find(folder)
+        inode = above.entries.find(name) if above.entries is not None else None
+        if inode is None or above.entries is None:
+            raise self._wrong("name", name, "a name of the directory")
+        above.entries.remove(name)
+        self.tree.ledger.remove_entry(name)
+        self._names[inode.ino] = above, name
+
+    def _run(self, ino: int, index: int, pfn: int, count: int) -> None:
+        inode = self._find(ino)
+        self._require(inode.is_file, "ino", ino, "a regular file")
+        self._require(count > 0 and index + count <= _LAST_PAGE, "count", count, "pages within a file")
+        self._require(pfn > 0 and pfn + count <= self.tree.ram.pages, "pfn", f"{pfn:x}", "frames of RAM")
+        if inode.pages is None:
+            inode.pages = PageMap()
+        there = inode.pages
+        self._require(not there.between(index, index + count), "index", index, "pages that are a hole")
+        before = there.runs
+        there.insert(index, pfn, count)
+        self.tree.ledger.add_pages(count, there.runs - before)
+
+    def _cut(self, ino: int, first: int, last: int) -> None:
+        inode = self._find(ino)
+        if inode.pages is None:
+            raise self._wrong("ino", ino, "a file with pages")
+        before, held = inode.pages.runs, inode.pages.count
+        inode.pages.remove(first, last)
+        self.tree.ledger.add_pages(inode.pages.count - held, inode.pages.runs - before)
+        if not inode.pages.count:
+            inode.pages = None
+
+    def _reserved(self, ino: int, first: int, count: int) -> None:
+        inode = self._find(ino)
+        self._require(inode.is_file and count > 0 and first + count <= _LAST_PAGE, "count", count, "pages of a file")
+        there = inode.unwritten or PageMap()
+        before = there.runs
+        self._require(not there.between(first, first + count), "first", first, "pages that are not reserved")
+        there.insert(first, first, count)
+        self.tree.ledger.add_unwritten(there.runs - before)
+        inode.unwritten = there
+
+    def _used(self, ino: int, first: int, last: int) -> None:
+        inode = self._find(ino)
+        there = inode.unwritten
+        if there is None:
+            return
+        before = there.runs
+        there.remove(first, last)
+        self.tree.ledger.add_unwritten(there.runs - before)
+        if not there.count:
+            inode.unwritten = None
+
+    def _zero(self, ino: int, start: int, end: int) -> None:
+        self._require(start < end and start >> PAGE_SHIFT == end - 1 >> PAGE_SHIFT, "start", start, "bytes of one page")
+        if self._at >= self._zeroed:
+            self._to_clear.append((self._find(ino), start, end))
+
+    def _xattr(self, ino: int, name: bytes, value: bytes) -> None:
+        self.tree.put_xattr(self._find(ino), name, value)
+
+    def _unset(self, ino: int, name: bytes) -> None:
+        self.tree.put_xattr(self._find(ino), name, None)
+
+    def _reaped(self, ino: int) -> None:
+        inode, tree = self._find(ino), self.tree
+        self._require(not self._named(inode), "ino", ino, "an inode without a name")
+        if inode.entries is None:
+            self._count_links(1 - max(inode.nlink, 1))
+        inode.nlink = inode.lookups = inode.opens = 0
+        if inode.pages is not None:
+            tree.ledger.add_pages(-inode.pages.count, -inode.pages.runs)
+            inode.pages = None
+        tree.drop_inode(inode)
+        self._names.pop(ino, None)
+
+    def _named(self, inode: Inode) -> bool:
+        """Return True if the last name of an inode that is known is still there."""
+        folder = inode.folder
+        return folder is not None and folder.entries is not None and folder.entries.find(inode.name) is inode
+
+    def _lost(self, ino: int, error: int, beyond: int, blocks: Any) -> None:
+        files = self.tree.losses.files
+        files.pop(ino, None)
+        if blocks or beyond >= 0:
+            files[ino] = LostPages(error)
+            files[ino].set_state(beyond, dict(blocks))

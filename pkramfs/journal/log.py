@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Append to a log: chunks into segments, and the tail that makes them count.
+
+    write    a chunk is stored behind the tail: nothing counts yet
+    commit   the tail is published: all that was written counts
+    ensure   frames for what is to come, or ENOSPC, before anything has been changed
+    rebase   another checkpoint: what only the old one needed is freed
+
+One segment is always there beyond the one in use as long as RAM has frames, so that even on a full machine files can
+be deleted, which is how it stops to be full. Segments are backed by the host when they are taken: a store there
+cannot fail.
+
+Kernel: fs/jbd2/journal.c (jbd2_journal_next_log_block), fs/jbd2/commit.c
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from pkramfs.errors import ExhaustedError
+from pkramfs.journal.layout import (
+    ANSWERED_AT,
+    BASE_AT,
+    CHUNK,
+    CHUNK_KIND,
+    LAST,
+    MOST,
+    SEGMENT,
+    TAIL_AT,
+    ZEROED_AT,
+    Base,
+    Segment,
+    chunk_digest,
+    guard,
+    link_segment,
+    write_base,
+    write_live,
+    write_position,
+    write_segment,
+)
+from pkramfs.machine.frames import Run
+from pkramfs.pkram.page import write_word
+from pkramfs.spans import Spans
+from pkramfs.units import PAGE_SHIFT, pages
+
+if TYPE_CHECKING:
+    from pkramfs.machine.frames import Frames
+    from pkramfs.machine.ram import Ram
+
+SEGMENT_PAGES = 64
+"""Pages of a segment, 256 KiB; less where RAM is fragmented, more for one request that needs it."""
+_LEAST_PAGES = 8
+REQUEST = 16 << 10
+"""Bytes that any request may need that has not said how many: names, targets, and a few inodes."""
+
+
+class Log:
+    """The log of one tree, to which its daemon appends."""
+
+    def __init__(self, ram: Ram, frames: Frames, live: int, generation: int) -> None:
+        self.ram, self.frames, self.live = ram, frames, live
+        self._generation = generation
+        self.base, self.base_page = Base(0, 0, 0), 0
+        self.segments: list[Segment] = []
+        self.position = self.tail = 0
+        self.left = 0
+        """Bytes that are left in the segment in use."""
+        self._spare: Run | None = None
+        self._tail_at = (live << PAGE_SHIFT) + TAIL_AT
+        self._answered_at = (live << PAGE_SHIFT) + ANSWERED_AT
+
+    @classmethod
+    def create(cls, ram: Ram, frames: Frames, name: bytes, generation: int, node: int = 0) -> Log:
+        """Begin a log whose checkpoint is a node, or 0, the empty tree; raise ExhaustedError if RAM is full."""
+        taken: list[Run] = []
+        try:
+            taken += _take(ram, frames, 1)
+            taken += _take(ram, frames, 1)
+            run = _take_segment(ram, frames, SEGMENT_PAGES)
+            taken.append(run)
+        except BaseException:
+            _free(frames, taken)
+            raise
+        log = cls(ram, frames, taken[0][0], generation)
+        log._use(Segment(*run, 0))
+        log.base, log.base_page = Base(node, run[0], 0), taken[1][0]
+        write_base(ram, log.base_page, log.base, frames.tree_id, generation)
+        write_live(ram, log.live, name, frames.tree_id, generation, log.base_page)
+        return log
+
+    @classmethod
+    def resume(
+        cls, ram: Ram, frames: Frames, live: int, generation: int, base_page: int, base: Base, segments: list[Segment],
+        tail: int,
+    ) -> Log:  # fmt: skip
+        """Go on with a log that was read, behind its tail."""
+        log = cls(ram, frames, live, generation)
+        log.base, log.base_page, log.segments, log.position, log.tail = base, base_page, segments, tail, tail
+        last = segments[-1]
+        log.left = last.room - (tail - last.base)
+        ram.back_run(last.pfn, last.pages)
+        ram.back_run(live, 1)
+        link_segment(ram, last.pfn, 0)  # what was begun behind it does not count, and its frames are free
+        return log
+
+    # -- appending ------------------------------------------------------------------------------
+
+    def ensure(self, size: int = REQUEST) -> None:
+        """Take frames now for a request that appends so many bytes; raise ExhaustedError (ENOSPC) if there are none."""
+        if self.left >= size or (self._spare is not None and _room(self._spare) >= size):
+            return
+        fresh = _take_segment(self.ram, self.frames, max(SEGMENT_PAGES, pages(size + SEGMENT.size)), pages(size + 64))
+        if self._spare is not None:
+            _free(self.frames, [self._spare])
+        self._spare = fresh
+
+    def write(self, parts: list[bytes], asker: int = 0) -> None:
+        """Store records behind the tail, as one chunk or, if they are many, several."""
+        body = b"".join(parts)
+        length = CHUNK.size + len(body)
+        if length <= self.left:
+            self._store(body, LAST, asker)
+        elif length <= self._next_room(length):
+            self._switch()
+            self._store(body, LAST, asker)
+        else:
+            self._write_pieces(parts, asker)
+
+    def _write_pieces(self, parts: list[bytes], asker: int) -> None:
+        """Store records that no segment holds together: as many in each chunk as fit."""
+        some, size = list[bytes](), CHUNK.size
+        for part in parts:
+            if size + len(part) > self.left:
+                if some:
+                    self._store(b"".join(some), 0, asker)
+                self.ensure(len(part) + CHUNK.size)
+                self._switch()
+                some, size = [], CHUNK.size
+            some.append(part)
+            size += len(part)
+        self._store(b"".join(some), LAST, asker)
+
+    def _store(self, body: bytes, flags: int, asker: int) -> None:
+        position, length = self.position, CHUNK.size + len(body)
+        digest = chunk_digest(length, flags, position, asker, body)
+        head = CHUNK.pack(length, CHUNK_KIND, flags, digest, position, asker)
+        self.ram.overwrite(self.segments[-1].address(position), memoryview(head + body))
+        self.position += length
+        self.left -= length
+
+    def commit(self) -> None:
+        """Publish the tail: all that was written counts from now on."""
+        self.tail = self.position
+        self.ram.publish(self._tail_at, guard(self.position, self._tail_at))
+
+    def note_zeroed(self) -> None:
+        """Publish that the parts of pages which were cut are zeros."""
+        write_position(self.ram, self.live, ZEROED_AT, self.tail)
+
+    def note_answered(self) -> None:
+        """Publish that the kernel has the replies of all that counts."""
+        self.ram.publish(self._answered_at, guard(self.tail, self._answered_at))
+
+    # -- segments -------------------------------------------------------------------------------
+
+    def _next_room(self, length: int) -> int:
+        """Return the bytes that the next segment has for a chunk, after trying to have enough."""
+        if length <= MOST >> 1:
+            self.ensure(max(length, self.left + 1))
+        return 0 if self._spare is None else _room(self._spare)
+
+    def _switch(self) -> None:
+        """Go on in the spare segment, and try to have another."""
+        if self._spare is None:
+            raise ExhaustedError("no room for the journal")
+        run, self._spare = self._spare, None
+        before = self.segments[-1].pfn
+        self._use(Segment(*run, self.position))
+        link_segment(self.ram, before, run[0])
+        with contextlib.suppress(ExhaustedError):  # `ensure` tries again when it is needed
+            self._spare = _take_segment(self.ram, self.frames, SEGMENT_PAGES)
+
+    def _use(self, segment: Segment) -> None:
+        write_segment(self.ram, segment, self.frames.tree_id)
+        self.segments.append(segment)
+        self.left = segment.room
+
+    def size(self) -> int:
+        """Return the bytes of the segments in use."""
+        return sum(segment.pages for segment in self.segments) << PAGE_SHIFT
+
+    def pages(self) -> Spans:
+        """Return the frames of the log: live page, base page, segments, the spare one."""
+        runs = [(self.live, 1), (self.base_page, 1), *((one.pfn, one.pages) for one in self.segments)]
+        runs += [self._spare] if self._spare is not None else []
+        return Spans((pfn, pfn + count) for pfn, count in runs)
+
+    # -- checkpoints ----------------------------------------------------------------------------
+
+    def rebase(self, node: int, position: int) -> None:
+        """Begin with another checkpoint: the node that holds the tree as it was at `position`.
+
+        Published by one store. The old base page and the segments before that position are freed afterwards; the
+        old node is the caller's. Raise ExhaustedError, and change nothing, if there is no frame for the base page.
+        """
+        (fresh,) = _take(self.ram, self.frames, 1)
+        first = next(one.base for one in reversed(self.segments) if one.base <= position)
+        keep = [one for one in self.segments if one.base >= first]
+        base = Base(node, keep[0].pfn, position)
+        write_base(self.ram, fresh[0], base, self.frames.tree_id, self._generation)
+        write_word(self.ram, self.live, BASE_AT, fresh[0])
+        gone = [(self.base_page, 1), *((one.pfn, one.pages) for one in self.segments if one not in keep)]
+        self.base, self.base_page, self.segments = base, fresh[0], keep
+        _free(self.frames, gone)
+
+
+def _room(run: Run) -> int:
+    return (run[1] << PAGE_SHIFT) - SEGMENT.size
+
+
+def _take(ram: Ram, frames: Frames, count: int) -> list[Run]:
+    """Take one run of zeroed frames, backed by the host."""
+    runs = frames.allocate(count)
+    if len(runs) > 1:
+        _free(frames, runs)
+        raise ExhaustedError(f"no {count} frames in a row")
+    try:
+        ram.back_run(*runs[0])
+    except BaseException:
+        _free(frames, runs)
+        raise
+    return runs
+
+
+def _take_segment(ram: Ram, frames: Frames, wanted: int, least: int = _LEAST_PAGES) -> Run:
+    """Take a run for a segment: `wanted` pages, or fewer if RAM is fragmented."""
+    while True:
+        try:
+            return _take(ram, frames, wanted)[0]
+        except ExhaustedError:
+            if wanted <= least:
+                raise
+        wanted = max(wanted // 2, least)
+
+
+def _free(frames: Frames, runs: list[Run]) -> None:
+    for pfn, count in runs:
+        frames.free([pfn], [count])
