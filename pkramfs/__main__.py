@@ -20,7 +20,7 @@ _VERBS = {
     "kexec": "pkramfs.cli.kexec",
     "ctl": "pkramfs.cli.ctl",
     "boot": "pkramfs.cli.boot",
-    "mount-daemon": "pkramfs.daemon",
+    "mount-daemon": "pkramfs.daemon.mount",
 }
 
 

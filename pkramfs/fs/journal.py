@@ -70,6 +70,7 @@ class Journal:
         self._dirty: dict[int, Inode] = {}
         self._fresh: set[int] = set()
         self._opened: dict[int, Inode] = {}
+        self._open: dict[int, Inode] = {}  # all that anybody has open
         self._freed: list[tuple[Sequence[int], Sequence[int]]] = []
         self._cut: list[tuple[int, int, bool]] = []
         self._losing: set[int] = set()
@@ -96,6 +97,10 @@ class Journal:
     def opened(self, inode: Inode) -> None:
         """Note that an inode is open in another way."""
         self._opened[inode.ino] = inode
+        if inode.opens:
+            self._open[inode.ino] = inode
+        else:
+            self._open.pop(inode.ino, None)
 
     def enter(self, folder: Inode, name: bytes, child: Inode, cookie: int) -> None:
         """Note a new name."""
@@ -212,5 +217,7 @@ class Journal:
             self.pages = old
             raise
         self.pages, self.requests = pages, 0
+        self._opened |= self._open
+        self._losing |= self._tree.losses.files.keys()
         if old:
             self._frames.free(old.starts, old.counts)

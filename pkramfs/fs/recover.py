@@ -92,6 +92,9 @@ def recover(
     rebuilt.replay.clear()
     tree.journal = Journal(tree, resumed, rebuilt.metadata)
     tree.journal.requests = rebuilt.replay.requests
+    for inode in tree.inodes.values():
+        if inode.opens:
+            tree.journal.opened(inode)
     if not orphans:
         _close_all(tree)
     return tree

@@ -19,6 +19,7 @@ Kernel: mm/shmem_pkram.c (shmem_save_pkram), patches 24 and 38
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Generator, Iterator
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pkramfs.errors import PkramError
+from pkramfs.errors import ExhaustedError, PkramError
 from pkramfs.fs.picture import Picture, Progress, take
 from pkramfs.fs.tree import Tree
 from pkramfs.pkram import treeformat
@@ -86,8 +87,9 @@ def save(
             else:
                 runs = _save_runs(writer, picture.runs)
         yield Progress("publish", 0, 1)
-        saving.finish()
+        node = saving.finish()
         moved = sum(count for _, count in saving.relocated)
+    _begin_with(tree, node.pfn, moved)
     tree.preservation.preserve(partial(store.withdraw, node_name), saving.taken)
     counts = tree.counts()
     return SaveReport(
@@ -102,6 +104,14 @@ def save(
         seconds=time.monotonic() - began,
         deleted_count=tree.deleted_count,
     )
+
+
+def _begin_with(tree: Tree, node_pfn: int, moved: int) -> None:
+    """Have the tree's log begin with the node, if that has everything: not copies, nor a tree with deleted files."""
+    if tree.journal is None or moved or tree.orphans:
+        return
+    with contextlib.suppress(ExhaustedError):  # then it begins where it did
+        tree.journal.rebase(node_pfn, Spans())
 
 
 def _refuse_what_pkram_refuses(tree: Tree) -> None:

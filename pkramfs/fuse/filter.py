@@ -11,6 +11,8 @@ request costs by way of libfuse, pyfuse3 and a coroutine is saved, and requests 
 possible. They stay a complete path of their own: without a filter (`-o fuse=pyfuse3`) every request is theirs, served
 by the same Operations.
 
+What a request has changed is committed before it is answered (fs/journal), in one place: where the reply is written.
+
 No request ends the mount, and none is left without an answer:
 
     shorter than a header, or of another length than it says     no answer is possible, or EINVAL
@@ -19,6 +21,7 @@ No request ends the mount, and none is left without an answer:
     INTERRUPT                                                    ENOSYS: nothing here waits for long
     a reply that the kernel does not want any more               that was aborted, nobody waits for it
     a reply that the kernel refuses                              EIO in its place
+    a change that cannot be committed                            ENOSPC in its place
 
 Kernel: fs/fuse/dev.c (fuse_dev_do_read, fuse_dev_do_write)
 """
@@ -59,7 +62,7 @@ class Filter:
         self.operations, self.fd, self._spawn = requests.operations, fd, spawn
         self.waiting = 0
         """Requests that are answered later: they need the scheduler."""
-        self._table = requests.table
+        self._table, self._commit = requests.table, requests.tree.commit
         self._buffer = bytearray(ROOM)
         self._view, self._into = memoryview(self._buffer), [self._buffer]
         self.operations.cache.device = fd
@@ -113,9 +116,13 @@ class Filter:
                 self._reply_error(header[2], -found)
             elif found is not None:
                 self._reply(header[2], found)
+            else:
+                self._committed(header[2])
             return
         if header[1] not in _NAMELESS:
             self._reply_error(header[2], code)
+        elif not self._committed(0):
+            log.error("what the kernel forgot is not freed yet")
 
     # -- answering later ------------------------------------------------------------------------
 
@@ -158,6 +165,9 @@ class Filter:
 
     def _reply(self, number: int, body: Any) -> None:
         """Answer with bytes, or several buffers."""
+        if not self._committed(number):
+            self._send_error(number, errno.ENOSPC)
+            return
         try:
             if body.__class__ is bytes and len(body) < 4096:
                 os.write(self.fd, REPLY.pack(16 + len(body), 0, number) + body)
@@ -166,10 +176,22 @@ class Filter:
         except OSError as error:
             if error.errno not in _NOT_AWAITED:
                 log.warning("the kernel refuses a reply: %s", error.strerror)
-                self._reply_error(number, errno.EIO)
+                self._send_error(number, errno.EIO)
 
     def _reply_error(self, number: int, code: int) -> None:
-        """Answer with an errno."""
+        """Answer with an errno. A request that is refused may have changed something, too."""
+        self._send_error(number, code if self._committed(number) else errno.ENOSPC)
+
+    def _committed(self, number: int) -> bool:
+        """Commit what the request with this number has changed; return False if there is no room for it."""
+        try:
+            self._commit(number)
+        except OSError as error:
+            log.error("a change is not in the journal: %s", error.strerror)
+            return False
+        return True
+
+    def _send_error(self, number: int, code: int) -> None:
         try:
             os.write(self.fd, REPLY.pack(16, -code, number))
         except OSError as error:

@@ -7,7 +7,7 @@
 
 What fails first need not be a handler, whose caller can be told: pyfuse3 and trio need memory, too, and a request that
 is lost there is never answered. So it is seen beforehand whether a few MiB can be had. Where memory is short in
-spite of it the process ends (session.py, daemon.py), which wakes whoever waits for an answer.
+spite of it the process ends (session.py, daemon/mount.py), which wakes whoever waits for an answer.
 
 Kernel: mm/util.c (__vm_enough_memory), mm/mmap.c (may_expand_vm)
 """

@@ -6,6 +6,8 @@
     MemoryError       ENOMEM, and nothing may grow until there is more again (memory.py)
     anything else     EIO, the traceback in the daemon's log; the mount lives on
 
+Whatever it was, what the handler has changed outlives the daemon before pyfuse3 tells the kernel.
+
 Kernel: fs/fuse/dev.c (fuse_dev_do_write, which takes an errno from 0 to 511)
 """
 
@@ -17,6 +19,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from pyfuse3 import FUSEError
 
+from pkramfs.fs.tree import Tree
 from pkramfs.fuse.memory import Spare
 
 log = logging.getLogger(__name__)
@@ -26,6 +29,7 @@ class Forgetful(Protocol):
     """What can wait until the kernel has let go of deleted inodes."""
 
     spare: Spare
+    tree: Tree
 
     def may_forget(self) -> bool: ...
 
@@ -57,6 +61,8 @@ def request(
         except Exception:
             log.exception("%s%r failed", handler.__name__, _brief(args))
             raise FUSEError(errno.EIO) from None
+        finally:
+            self.tree.commit()
         await self.wait_for_room()
         return await answer(self, *args)  # type: ignore[call-arg]
 

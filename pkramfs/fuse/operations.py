@@ -124,6 +124,7 @@ class Operations(pyfuse3.Operations):
 
     async def forget(self, inodes: Sequence[tuple[int, int]]) -> None:
         self.forgotten(inodes)
+        self.tree.commit()
 
     def forgotten(self, inodes: Sequence[tuple[int, int]]) -> None:
         """Take back references that the kernel has given up: pairs of an inode number and how many."""

@@ -91,7 +91,7 @@ class Ownership:
             error = self._error(doubt)
             error.remedy = _REMEDY if _maybe_a_mount_s(doubt, live) else _REMEDY + _OR_MEND
             raise error
-        return live | {node.tree_id for node, _ in self._nodes()}
+        return live | self._machine.outlived_ids() | {node.tree_id for node, _ in self._nodes()}
 
     def disagreements(self, live: set[int], *, of_nodes: bool = True) -> Iterator[FormatError]:
         """Yield an error for the blocks of each node, state and word where the table and others disagree."""

@@ -34,7 +34,7 @@ from pkramfs.errors import DamagedError, MachineError, UsageError, explain
 from pkramfs.machine import claims, locks, mounts
 from pkramfs.machine.files import append_line, clear_temporary, open_regular, read_file, read_json, replace_file
 from pkramfs.machine.firmware import FirmwareMap
-from pkramfs.machine.mounts import MountEntry, MountLock, claim, live_ids, read_entries, tree_ids
+from pkramfs.machine.mounts import MountEntry, MountLock, claim, live_ids, outlived_ids, read_entries, tree_ids
 from pkramfs.machine.ram import Ram
 from pkramfs.text import literal, printable
 from pkramfs.units import GIB, PAGE_SIZE, round_down
@@ -316,6 +316,10 @@ class Machine:
     def live_ids(self) -> set[int]:
         """Return the tree ids whose lock is held: their daemons live, with an entry or without."""
         return live_ids(self.path("mounts"))
+
+    def outlived_ids(self) -> set[int]:
+        """Return the tree ids of dead daemons whose trees can be recovered."""
+        return outlived_ids(self.path("mounts"))
 
     def tree_ids(self) -> set[int]:
         """Return the tree ids that have a lock file: living daemons, and dead ones not yet cleared away."""

@@ -44,10 +44,11 @@ _ENTRY = schema.Object(
         "on_dev": schema.Maybe(schema.Whole(0, (1 << 64) - 1)),
         "on_ino": schema.Maybe(schema.Whole(0, (1 << 64) - 1)),
         "log_at": schema.Maybe(schema.Whole()),
+        "journal": schema.Maybe(schema.Whole(1)),
     },
     others=schema.Anything(),
 )
-_KNOWN = {"name", "mountpoint", "pid", "options", "dev", "on_dev", "on_ino"}
+_KNOWN = {"name", "mountpoint", "pid", "options", "dev", "on_dev", "on_ino", "journal"}
 """Keys that are fields of MountEntry."""
 _REMEDY = "umount and mount it again"
 _LAST = 1 << 20
@@ -71,6 +72,13 @@ class MountEntry:
     extra: dict[str, Any] = field(default_factory=dict)
     damaged: str = ""
     """Why the entry could not be read; empty if it could."""
+    journal: int | None = None
+    """The live page of the tree's log (pkramfs.journal)."""
+
+    @property
+    def outlived(self) -> bool:
+        """Return True if the daemon is dead and left the tree in RAM, to be recovered by whoever mounts the name."""
+        return not self.alive and self.journal is not None and self.name is not None
 
 
 class MountLock:
@@ -96,6 +104,12 @@ class MountLock:
                 os.unlink(self.path(suffix))
         os.close(self._fd)
         self._fd = -1
+
+    def abandon(self) -> None:
+        """Release the lock and leave the entry, as a process that dies does: the tree can be recovered."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def stem(directory: str, tree_id: int) -> str:
@@ -175,6 +189,11 @@ def read_entries(directory: str) -> list[MountEntry]:
     return [entry for entry in entries if entry is not None]
 
 
+def outlived_ids(directory: str) -> set[int]:
+    """Return the tree ids of dead daemons that left their trees in RAM."""
+    return {entry.tree_id for entry in read_entries(directory) if entry.outlived}
+
+
 def live_ids(directory: str) -> set[int]:
     """Return the tree ids whose lock is held, with an entry or without."""
     return {tree_id for tree_id in tree_ids(directory) if locks.is_held(stem(directory, tree_id) + ".lock")}
@@ -214,6 +233,7 @@ def _read_entry(directory: str, name: str) -> MountEntry | None:
         on=None if data.get("on_dev") is None or data.get("on_ino") is None else (data["on_dev"], data["on_ino"]),
         extra={key: value for key, value in data.items() if key not in _KNOWN},
         damaged=damaged,
+        journal=data.get("journal"),
     )
 
 

@@ -220,7 +220,7 @@ def test_a_client_killed_in_mid_write(lab: Any, flags: int) -> None:
 
 FAULTY = """
 import sys
-from pkramfs import daemon
+from pkramfs.daemon import mount as daemon
 from pkramfs.fs.tree import Tree
 
 def fault(*_, **__):

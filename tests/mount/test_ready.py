@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pkramfs import daemon
+from pkramfs.daemon import mount as daemon
 from pkramfs.mounting.helper import MountError
 from pkramfs.mounting.starting import PrestartedDaemons, Starting
 

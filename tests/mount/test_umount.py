@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from pkramfs import daemon
+from pkramfs.daemon import claim
+from pkramfs.daemon import mount as daemon
 
 pytestmark = pytest.mark.mount
 ROOT = os.geteuid() == 0
@@ -26,7 +27,8 @@ LAZY = ["umount", "-l"] if ROOT else ["fusermount3", "-uz"]
 SLOW = """
 import os, sys, time
 import pkramfs.control.keeper as keeper
-from pkramfs import daemon
+from pkramfs.daemon import claim
+from pkramfs.daemon import mount as daemon
 
 save, go = keeper.save, sys.argv.pop(1)
 
@@ -45,7 +47,8 @@ sys.exit(daemon.main())
 
 TELLING = """
 import json, sys
-from pkramfs import daemon
+from pkramfs.daemon import claim
+from pkramfs.daemon import mount as daemon
 from pkramfs.machine.frames import Frames
 
 release, where = Frames.release_all, sys.argv.pop(1)
@@ -127,8 +130,8 @@ def test_a_daemon_that_does_not_end_is_named(lab: Any, monkeypatch: pytest.Monke
     entry = lab.entry(mnt)
     with open(mnt / "file", "w"):
         subprocess.run([*LAZY, str(mnt)], check=True)
-        assert daemon.GOING_SECONDS == 30
-        monkeypatch.setattr(daemon, "GOING_SECONDS", 0.2)
+        assert claim.GOING_SECONDS == 30
+        monkeypatch.setattr(claim, "GOING_SECONDS", 0.2)
         ours, theirs = os.pipe()
         assert daemon.main([str(theirs), str(mnt), "pkram=one"]) == 1
         with open(ours) as pipe:

@@ -23,7 +23,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -35,23 +34,23 @@ from pkramfs import stdio
 from pkramfs.control.keeper import Keeper, drive
 from pkramfs.control.server import Server
 from pkramfs.control.settings import Settings, Words
+from pkramfs.daemon.claim import AlreadyMounted, Claimed, Claiming, Origin
 from pkramfs.errors import MachineError, PkramfsError, UsageError, explain, of_memory
 from pkramfs.fs import collector
 from pkramfs.fs.limits import Limits
+from pkramfs.fs.recover import begin, recover
 from pkramfs.fs.restore import restore
 from pkramfs.fs.tree import Tree
 from pkramfs.fuse.flags import MountFlags
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.session import Session
 from pkramfs.kernel import crash
-from pkramfs.kernel.running import Running, shared
-from pkramfs.machine import locks, process
+from pkramfs.machine import process
 from pkramfs.machine.cgroups import MemoryGroups
 from pkramfs.machine.directory import Machine, host_memory
 from pkramfs.machine.files import open_regular
 from pkramfs.machine.frames import Frames
-from pkramfs.machine.leases import new_tree_id
-from pkramfs.machine.mounts import MountEntry, MountLock
+from pkramfs.machine.mounts import MountLock
 from pkramfs.machine.policy import Policy
 from pkramfs.mounting import syscalls
 from pkramfs.mounting.names import node_name
@@ -62,16 +61,9 @@ from pkramfs.units import PAGE_SHIFT, PAGE_SIZE, format_size, plural
 
 log = logging.getLogger("pkramfs")
 
-GOING_SECONDS = 30.0
-"""How long a mount waits for a daemon of the same NAME that is unmounted but has not ended."""
 READY_SECONDS = 30.0
 LINGER_SECONDS = 2.0
 """How long SIGTERM waits, after unmounting, for a mount that has users elsewhere."""
-_POLL_SECONDS = 0.02
-
-
-class AlreadyMounted(Exception):
-    """The same NAME is mounted on the same directory already."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,8 +124,10 @@ class Daemon:
         self.options, self.mountpoint, self.reporter, self.expected = options, mountpoint, reporter, expected
         self.machine = Machine.locate(options.machine)
         self._starting = ExitStack()
-        self._restored = False
         self._words = options.lasting()
+        self._live: int | None = None
+        """The live page of the tree's log."""
+        self._served = self._ended = False
 
     def run(self) -> None:
         """Build, serve, take down."""
@@ -141,12 +135,14 @@ class Daemon:
         process.require(self.machine.hardware().size if self.machine.exists() else host_memory())
         crash.notice(self.machine)
         with self._starting:
-            self.kernel = self._attach()
-            lock = self._claim()
+            claiming = Claiming(self.machine, self.options, self.mountpoint, self.expected)
+            self.kernel = claiming.attach(self._starting)
+            self.claimed = claiming.claim(self.kernel, self._entry)
+            self._live = self.claimed.live
             try:
-                self._run_claimed(lock)
+                self._run_claimed(self.claimed.lock)
             finally:
-                lock.release()
+                self._let_go()
 
     def _run_claimed(self, lock: MountLock) -> None:
         self.lock = lock
@@ -156,80 +152,51 @@ class Daemon:
         try:
             self.kernel.sweep()
             _run(self._serve_or_end)
+            self._ended = True
         finally:
             self._over()
 
+    @property
+    def _outlives(self) -> bool:
+        """Return True if the tree is to outlive this process in its log, though no node holds it.
+
+        That is so when this is no orderly end, and somebody has seen the tree, or it outlived another daemon before.
+        """
+        recovering = self.claimed.origin is Origin.LOG
+        return self._live is not None and not self._ended and (self._served or recovering)
+
     def _over(self) -> None:
-        """Free the memory of a live tree, and log the end of the mount."""
+        """Free the memory of a live tree whose mount was ended, and log the end."""
         tree = getattr(self, "tree", None)
-        kept = self._restored if tree is None else tree.preserved
+        kept = self.claimed.origin is Origin.NODE if tree is None else tree.preserved
+        name, fate = self.options.name or self.mountpoint, "preserved" if kept else "freed"
+        if self._outlives and not kept:
+            self.machine.log(f"pkramfs: the daemon of {name} ends, its tree is in RAM: mount {name} again")
+            return
         if not kept:
             self.frames.release_all()
-        name, fate = self.options.name or self.mountpoint, "preserved" if kept else "freed"
         self.machine.log(f"pkramfs: {name} unmounted, its tree is {fate}")
         _drop_empty(self.lock.path("log"))
+
+    def _let_go(self) -> None:
+        """Give the tree id back, or leave it to who mounts the NAME again."""
+        tree = getattr(self, "tree", None)
+        if self._outlives and (tree is None or not tree.preserved):
+            self.claimed.lock.abandon()
+        else:
+            self.claimed.lock.release()
 
     def _policy(self, mpol: str | None) -> Policy | None:
         return Policy.parse(mpol, self.machine.hardware())
 
     # -- the start ------------------------------------------------------------------------------
 
-    def _attach(self) -> Running:
-        """Attach to the running kernel until the mount serves; wait for a daemon of the same NAME that is ending."""
-        deadline = time.monotonic() + GOING_SECONDS
-        while True:
-            kernel = self._starting.enter_context(shared(self.machine))
-            holder = self._holder()
-            if holder is None:
-                return kernel
-            self._refuse_mounted(holder)
-            self._starting.close()  # a kexec may be what it is waiting for
-            if time.monotonic() > deadline:
-                raise MachineError(
-                    f"{holder.name} was mounted on {holder.mountpoint} and its daemon (pid {holder.pid}) has not ended "
-                    "yet: end the programs that use it, or the daemon"
-                )
-            time.sleep(_POLL_SECONDS)
-
-    def _holder(self) -> MountEntry | None:
-        """Return the living mount that has our NAME."""
-        if self.options.name is None:
-            return None
-        return next((e for e in self.machine.mounts() if e.alive and e.name == self.options.name), None)
-
-    def _refuse_mounted(self, holder: MountEntry) -> None:
-        """Raise MachineError if the NAME is mounted elsewhere, AlreadyMounted if it is mounted just here."""
-        places, whose = _places(holder)
-        if not places:
-            return  # unmounted, or about to be mounted
-        if not whose and self.mountpoint in places and self.expected.tree in (None, holder.tree_id):
-            raise AlreadyMounted(f"{holder.name} is already mounted on {self.mountpoint}")
-        raise MachineError(
-            f"{holder.name} is mounted on {' and '.join(places)}{whose} already: a name has one mount at a time"
-        )
-
-    def _claim(self) -> MountLock:
-        """Take the tree id of the NAME's node, or a new one, so that nobody else takes the NAME."""
-        with locks.held(self.machine.path("lock.names"), what=f"taking a name on the machine {self.machine.path()}"):
-            holder = self._holder()
-            if holder is not None:
-                raise MachineError(f"{holder.name} is just being mounted on {holder.mountpoint} (pid {holder.pid})")
-            wanted = self.options.name and self.kernel.info.pkram  # else an ordinary tmpfs, as in a crash kernel
-            node = self.kernel.store.find(self.node_name) if wanted else None
-            self._restored = node is not None
-            if self.expected.tree is not None and (node is None or node.tree_id != self.expected.tree):
-                raise MachineError(f"{self.options.name} is no longer preserved, or another tree has that name")
-            lock = self.machine.claim(new_tree_id() if node is None else node.tree_id)
-            self._log_at = _size(lock.path("log"))
-            lock.write_entry(self._entry(None))
-        return lock
-
     @property
     def node_name(self) -> bytes:
         """Return the node that holds the tree while it is preserved."""
         return node_name(self.options.name or "")
 
-    def _entry(self, dev: int | None) -> dict[str, Any]:
+    def _entry(self, claimed: Claimed, dev: int | None = None) -> dict[str, Any]:
         return {
             "name": self.options.name,
             "mountpoint": self.mountpoint,
@@ -237,15 +204,24 @@ class Daemon:
             "options": self._words,
             "dev": dev,
             **({"on_dev": self.session.on[0], "on_ino": self.session.on[1]} if dev and self.session.on else {}),
-            "restored": self._restored,
-            "log_at": self._log_at,
+            "restored": claimed.origin is Origin.NODE,
+            "log_at": claimed.log_at,
+            **({"journal": self._live or claimed.live} if self._live or claimed.live else {}),
         }
+
+    def _write_entry(self) -> None:
+        """Write the entry of this mount, from which it is mounted again and its log is found."""
+        self.lock.write_entry(self._entry(self.claimed, self.session.dev if self._served else None))
 
     async def _build(self) -> Tree:
         options, ram = self.options, self.kernel.ram
         limits = Limits(*options.limits(self.machine.hardware().pages << PAGE_SHIFT))
-        if self._restored:
-            return await drive(restore(self.kernel.store, self.node_name, ram, self.frames, limits))
+        store, origin = self.kernel.store, self.claimed.origin
+        if origin is Origin.NODE:
+            return await drive(restore(store, self.node_name, ram, self.frames, limits))
+        if origin is Origin.LOG:
+            assert self.claimed.live is not None
+            return await drive(recover(store, self.claimed.live, ram, self.frames, limits, self.kernel.generation))
         return Tree(
             ram,
             self.frames,
@@ -268,7 +244,7 @@ class Daemon:
                 ending.callback(os._exit, 1)
                 log.critical("the daemon ends: it may have no more memory (see prlimit --as)", exc_info=error)
                 self._over()
-                self.lock.release()
+                self._let_go()
 
     async def _serve(self) -> None:
         with collector.paused():
@@ -277,6 +253,7 @@ class Daemon:
         tree.huge = self.options.huge or tree.huge
         if self.options.name is not None:
             tree.hold_for_save()  # a full RAM must not prevent preserving
+            self._begin_journal(tree)
         self._expect_room()
         operations = Operations(tree, _generation(self.lock.tree_id))
         operations.room = self.frames.room
@@ -302,6 +279,7 @@ class Daemon:
         if not syscalls.serve_writers():
             log.info("not an IO flusher: no CAP_SYS_RESOURCE, or a kernel before 5.6")
         session.mount(self.options.flags(), allow_other="allow_other" in self.options.words, on=self.expected.on)
+        self._served = True
         if session.dev is not None:
             tree.access = MountFlags(session.dev, self.mountpoint)
         try:
@@ -325,7 +303,7 @@ class Daemon:
         if waiting.cancelled_caught:
             syscalls.detach_all(self.session.dev)
             raise MachineError(f"the kernel did not answer the mount of {self.mountpoint}")
-        self.lock.write_entry(self._entry(self.session.dev))
+        self._write_entry()
         self.machine.log(f"pkramfs: {self.options.name or 'a tree'} mounted on {self.mountpoint}{self._what()}")
         self._starting.close()
         said = [line for line in (self._off().removeprefix(": "), self._scarce()) if line]
@@ -334,7 +312,7 @@ class Daemon:
     def _reconfigured(self, said: Words) -> None:
         """Write changed options to the entry, from which the tree is mounted again; a full host does not undo them."""
         try:
-            self.lock.write_entry(self._entry(self.session.dev))
+            self._write_entry()
         except MachineError as error:
             words = ",".join(word if value is True else f"{word}={value}" for word, value in said.items())
             self.machine.log(
@@ -343,9 +321,19 @@ class Daemon:
         if "huge" in said:
             self.session.operations.drop_attributes()  # st_blksize is another
 
+    def _begin_journal(self, tree: Tree) -> None:
+        """Have the tree outlive this process from now on, unless nothing of it could be preserved anyway."""
+        if not self.kernel.info.pkram or tree.journal is not None:
+            return
+        node = self.kernel.store.find(self.node_name) if tree.preserved else None
+        begin(tree, os.fsencode(self.options.name or ""), self.kernel.generation, 0 if node is None else node.pfn)
+        assert tree.journal is not None
+        self._live = tree.journal.log.live
+        self._write_entry()
+
     def _expect_room(self) -> None:
         """Raise ExhaustedError if nothing could be written; a restored tree can at least be read."""
-        if not self._restored:
+        if self.claimed.origin is Origin.NOTHING:
             self.kernel.ram.check_room(PAGE_SIZE)
 
     def _scarce(self) -> str:
@@ -368,10 +356,10 @@ class Daemon:
     def _what(self) -> str:
         if self._off():
             return self._off()
-        if not self._restored:
+        if self.claimed.origin is Origin.NOTHING:
             return ""
-        counts = self.tree.counts()
-        return f" (restored {plural(counts.files, 'file')}, {format_size(counts.pages << PAGE_SHIFT)})"
+        counts, did = self.tree.counts(), "restored" if self.claimed.origin is Origin.NODE else "recovered"
+        return f" ({did} {plural(counts.files, 'file')}, {format_size(counts.pages << PAGE_SHIFT)})"
 
     # -- the end --------------------------------------------------------------------------------
 
@@ -421,18 +409,6 @@ def _generation(tree_id: int) -> int:
     return (tree_id ^ tree_id >> 32) & 0xFFFF_FFFF
 
 
-def _places(holder: MountEntry) -> tuple[list[str], str]:
-    """Return where a living daemon's tree is mounted, and whose mount namespace that is in if it is not ours."""
-    found = [one.mountpoint for one in syscalls.mounts() if one.dev == holder.dev]
-    if found:
-        return found, ""
-    try:
-        there = syscalls.mounts(holder.pid)
-    except OSError:
-        return [], ""  # it has ended, or is not ours to look at
-    return [one.mountpoint for one in there if one.dev == holder.dev], f" in the mount namespace of pid {holder.pid}"
-
-
 async def _in_thread(work: Callable[[], None]) -> None:
     """Run a call that may wait for our own mount in a thread, so that we can answer meanwhile."""
     await trio.to_thread.run_sync(work, abandon_on_cancel=True)
@@ -459,14 +435,6 @@ def _log_to(path: str) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
-
-
-def _size(path: str) -> int:
-    """Return the size of a log, which a former daemon of the tree id may have begun."""
-    try:
-        return os.stat(path, follow_symlinks=False).st_size
-    except OSError:
-        return 0  # there is none
 
 
 def _drop_empty(path: str) -> None:

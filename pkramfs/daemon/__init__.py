@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The processes behind a mount: the only place that builds everything.
+
+    mount.pkramfs ──starts──▶ daemon
+                                │  claim: a NAME has one tree, and a tree one daemon
+                                │         ├─ a node has the NAME          restore
+                                │         ├─ a dead daemon had it         recover
+                                │         └─ nobody                       a new tree
+                                ▼
+                              mount: build, serve, take down
+
+Below this chapter nobody knows of both the machine and FUSE; above it are only the commands, which talk to a daemon
+through its socket. Whatever a daemon promises to the kernel is in RAM first, so that its death loses nothing.
+
+Reading order: claim, mount.
+
+Kernel: fs/super.c (get_tree_nodev), mm/shmem.c (shmem_fill_super, shmem_put_super)
+"""

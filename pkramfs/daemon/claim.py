@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which NAME and which tree id a mount gets, and where its tree comes from.
+
+    a node has the NAME              its tree id; the tree is restored
+    a dead daemon had the NAME       its tree id; the tree is recovered from its log
+    neither                          a new tree id; the tree is empty
+
+A name has one mount at a time: whoever takes one holds a lock meanwhile, and a daemon of the same NAME that is about
+to end is waited for.
+
+Kernel: fs/super.c (sget_fc), which finds a super block that is mounted already
+"""
+
+import enum
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+from pkramfs.errors import MachineError
+from pkramfs.kernel.running import Running, shared
+from pkramfs.machine import locks
+from pkramfs.machine.directory import Machine
+from pkramfs.machine.leases import new_tree_id
+from pkramfs.machine.mounts import MountEntry, MountLock
+from pkramfs.mounting import syscalls
+from pkramfs.mounting.names import node_name
+from pkramfs.mounting.options import Options
+from pkramfs.mounting.starting import Expected
+
+GOING_SECONDS = 30.0
+"""How long a mount waits for a daemon of the same NAME that is unmounted but has not ended."""
+_POLL_SECONDS = 0.02
+
+
+class AlreadyMounted(Exception):
+    """The same NAME is mounted on the same directory already."""
+
+
+class Origin(enum.Enum):
+    """Where a tree comes from."""
+
+    NOTHING = enum.auto()
+    NODE = enum.auto()
+    LOG = enum.auto()
+
+
+class Claimed(NamedTuple):
+    """A tree id that is taken. `live` is the page that leads to the log of a tree that outlived its daemon."""
+
+    lock: MountLock
+    origin: Origin
+    live: int | None
+    log_at: int
+
+
+class Claiming:
+    """The way of one mount to its tree id."""
+
+    def __init__(self, machine: Machine, options: Options, mountpoint: str, expected: Expected) -> None:
+        self.machine, self.options, self.mountpoint, self.expected = machine, options, mountpoint, expected
+
+    def attach(self, starting: ExitStack) -> Running:
+        """Attach to the running kernel until the mount serves; wait for a daemon of the same NAME that is ending."""
+        deadline = time.monotonic() + GOING_SECONDS
+        while True:
+            kernel = starting.enter_context(shared(self.machine))
+            holder = self._holder()
+            if holder is None:
+                return kernel
+            self._refuse_mounted(holder)
+            starting.close()  # a kexec may be what it is waiting for
+            if time.monotonic() > deadline:
+                raise MachineError(
+                    f"{holder.name} was mounted on {holder.mountpoint} and its daemon (pid {holder.pid}) has not ended "
+                    "yet: end the programs that use it, or the daemon"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def _holder(self) -> MountEntry | None:
+        """Return the living mount that has our NAME."""
+        if self.options.name is None:
+            return None
+        return next((e for e in self.machine.mounts() if e.alive and e.name == self.options.name), None)
+
+    def _refuse_mounted(self, holder: MountEntry) -> None:
+        """Raise MachineError if the NAME is mounted elsewhere, AlreadyMounted if it is mounted just here."""
+        places, whose = _places(holder)
+        if not places:
+            return  # unmounted, or about to be mounted
+        if not whose and self.mountpoint in places and self.expected.tree in (None, holder.tree_id):
+            raise AlreadyMounted(f"{holder.name} is already mounted on {self.mountpoint}")
+        raise MachineError(
+            f"{holder.name} is mounted on {' and '.join(places)}{whose} already: a name has one mount at a time"
+        )
+
+    def claim(self, kernel: Running, entry: Callable[[Claimed], dict[str, Any]]) -> Claimed:
+        """Take the tree id of the NAME, or a new one, and write its entry, so that nobody else takes the NAME."""
+        with locks.held(self.machine.path("lock.names"), what=f"taking a name on the machine {self.machine.path()}"):
+            holder = self._holder()
+            if holder is not None:
+                raise MachineError(f"{holder.name} is just being mounted on {holder.mountpoint} (pid {holder.pid})")
+            tree_id, origin, live = self._origin(kernel)
+            lock = self.machine.claim(tree_id)
+            claimed = Claimed(lock, origin, live, _size(lock.path("log")))
+            lock.write_entry(entry(claimed))
+        return claimed
+
+    def _origin(self, kernel: Running) -> tuple[int, Origin, int | None]:
+        """Return the tree id, where the tree comes from, and the live page of its log."""
+        wanted = self.options.name and kernel.info.pkram  # else an ordinary tmpfs, as in a crash kernel
+        node = kernel.store.find(node_name(self.options.name or "")) if wanted else None
+        dead = self._dead(kernel) if wanted and node is None else None
+        if self.expected.tree is not None and (node is None or node.tree_id != self.expected.tree):
+            raise MachineError(f"{self.options.name} is no longer preserved, or another tree has that name")
+        if node is not None:
+            return node.tree_id, Origin.NODE, None
+        if dead is not None:
+            return dead.tree_id, Origin.LOG, dead.journal
+        return new_tree_id(), Origin.NOTHING, None
+
+    def _dead(self, kernel: Running) -> MountEntry | None:
+        """Return the dead mount that had our NAME and whose tree is still in RAM."""
+        found = (e for e in self.machine.mounts() if e.outlived and e.name == self.options.name)
+        return next((e for e in found if kernel.leases.blocks_of(e.tree_id)), None)
+
+
+def _places(holder: MountEntry) -> tuple[list[str], str]:
+    """Return where a living daemon's tree is mounted, and whose mount namespace that is in if it is not ours."""
+    found = [one.mountpoint for one in syscalls.mounts() if one.dev == holder.dev]
+    if found:
+        return found, ""
+    try:
+        there = syscalls.mounts(holder.pid)
+    except OSError:
+        return [], ""  # it has ended, or is not ours to look at
+    return [one.mountpoint for one in there if one.dev == holder.dev], f" in the mount namespace of pid {holder.pid}"
+
+
+def _size(path: str) -> int:
+    """Return the size of a log, which a former daemon of the tree id may have begun."""
+    try:
+        return os.stat(path, follow_symlinks=False).st_size
+    except OSError:
+        return 0  # there is none
