@@ -9,6 +9,7 @@ pkramfs itself starts the last two, in a fresh interpreter: they know only their
 first reset the limits and priorities that they inherited from a shell.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -20,7 +21,7 @@ _VERBS = {
     "kexec": "pkramfs.cli.kexec",
     "ctl": "pkramfs.cli.ctl",
     "boot": "pkramfs.cli.boot",
-    "mount-daemon": "pkramfs.daemon.mount",
+    "mount-daemon": "pkramfs.daemon.holder",
 }
 
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _usage(words)
     if words[0] in _SERVICES:
         import_module("pkramfs.machine.process").shed()
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy would start threads, and a process that has some cannot fork
     status = import_module(_VERBS[words[0]]).main(words[1:])
     return 0 if status is None else int(status)
 

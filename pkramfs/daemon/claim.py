@@ -44,6 +44,8 @@ class Origin(enum.Enum):
     NOTHING = enum.auto()
     NODE = enum.auto()
     LOG = enum.auto()
+    DAEMON = enum.auto()
+    """From the log of a daemon that has just died and whose mount is still there."""
 
 
 class Claimed(NamedTuple):
@@ -106,6 +108,12 @@ class Claiming:
             claimed = Claimed(lock, origin, live, _size(lock.path("log")))
             lock.write_entry(entry(claimed))
         return claimed
+
+    def inherit(self, kernel: Running, lock: int, *, tree_id: int, live: int, log_at: int, **_: object) -> Claimed:
+        """Take a tree over from a daemon that has died, with its lock; MachineError if a kexec was there before us."""
+        if not kernel.leases.blocks_of(tree_id):
+            raise MachineError(f"{self.options.name} is no longer in RAM: another kernel runs")
+        return Claimed(self.machine.inherit(tree_id, lock), Origin.DAEMON, live, log_at)
 
     def _origin(self, kernel: Running) -> tuple[int, Origin, int | None]:
         """Return the tree id, where the tree comes from, and the live page of its log."""

@@ -22,29 +22,31 @@ import faulthandler
 import logging
 import os
 import signal
-import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import trio
 
-from pkramfs import stdio
 from pkramfs.control.keeper import Keeper, drive
 from pkramfs.control.server import Server
 from pkramfs.control.settings import Settings, Words
-from pkramfs.daemon.claim import AlreadyMounted, Claimed, Claiming, Origin
-from pkramfs.errors import MachineError, PkramfsError, UsageError, explain, of_memory
+from pkramfs.daemon.claim import Claimed, Claiming, Origin
+from pkramfs.daemon.job import Held, Tell
+from pkramfs.errors import MachineError, explain, of_memory
 from pkramfs.fs import collector
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.recover import begin, recover
 from pkramfs.fs.restore import restore
 from pkramfs.fs.tree import Tree
+from pkramfs.fuse.again import resume
 from pkramfs.fuse.flags import MountFlags
+from pkramfs.fuse.handshake import Init
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.session import Session
 from pkramfs.kernel import crash
+from pkramfs.kernel.running import shared
 from pkramfs.machine import process
 from pkramfs.machine.cgroups import MemoryGroups
 from pkramfs.machine.directory import Machine, host_memory
@@ -54,67 +56,17 @@ from pkramfs.machine.mounts import MountLock
 from pkramfs.machine.policy import Policy
 from pkramfs.mounting import syscalls
 from pkramfs.mounting.names import node_name
-from pkramfs.mounting.options import NO_SOURCE, Options, parse
-from pkramfs.mounting.starting import ANYTHING, Expected, Reporter, wait_for_go
-from pkramfs.text import printable
+from pkramfs.mounting.options import MS_RDONLY, NO_SOURCE, Options
+from pkramfs.mounting.starting import ANYTHING, Expected, Reporter
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE, format_size, plural
 
 log = logging.getLogger("pkramfs")
 
 READY_SECONDS = 30.0
+WELL_SECONDS = 0.2
+"""How long the requests that a dead daemon has left may take."""
 LINGER_SECONDS = 2.0
 """How long SIGTERM waits, after unmounting, for a mount that has users elsewhere."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the daemon of one mount: FD for the answer, mount point, options, FD to read GO from."""
-    stdio.hold()
-    fd, mountpoint, text, *go = sys.argv[1:] if argv is None else argv
-    expected = wait_for_go(int(go[0])) if go else ANYTHING
-    if expected is None:
-        return 0
-    reporter = Reporter(int(fd))
-    _begin_log()
-    try:
-        Daemon(parse(text), mountpoint, reporter, expected).run()
-    except AlreadyMounted as found:
-        reporter.serving(str(found))
-    except (PkramfsError, OSError) as error:
-        reason = explain(error) if isinstance(error, OSError) else str(error)
-        log.error("%s", reason)
-        _say(text, f"pkramfs: {mountpoint} was not mounted: {reason}")
-        reporter.failed(reason, error.exit_status if isinstance(error, UsageError) else 0)
-        return 1
-    except BaseException as error:
-        log.exception("the daemon ends")
-        reporter.failed(f"internal error: {type(error).__name__}: {error}; please report it")
-        return 1
-    return 0
-
-
-def _say(options: str, message: str) -> None:
-    """Write a line to the kernel log, if the options name a machine."""
-    try:
-        Machine.locate(parse(options).machine).log(message)
-    except PkramfsError as error:
-        log.warning("no line in the kernel log: %s", error)  # options that name no machine
-
-
-class _OneLine(logging.Formatter):
-    """A formatter that makes a record one line, below which nothing looks like another record."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
-
-    def formatException(self, ei: Any) -> str:
-        return "\n".join(f"  {printable(line)}" for line in super().formatException(ei).split("\n"))
-
-
-def _begin_log() -> None:
-    """Log to stderr, which `_log_to` later makes a file."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine("%(asctime)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 class Daemon:
@@ -128,16 +80,23 @@ class Daemon:
         self._live: int | None = None
         """The live page of the tree's log."""
         self._served = self._ended = False
+        self.tell: Tell | None = None
+        self.held: Held | None = None
 
     def run(self) -> None:
         """Build, serve, take down."""
         process.set_oom_score_adj(self.options.oom_score_adj)
         process.require(self.machine.hardware().size if self.machine.exists() else host_memory())
-        crash.notice(self.machine)
+        if self.held is None:
+            crash.notice(self.machine)
         with self._starting:
             claiming = Claiming(self.machine, self.options, self.mountpoint, self.expected)
-            self.kernel = claiming.attach(self._starting)
-            self.claimed = claiming.claim(self.kernel, self._entry)
+            if self.held is None:
+                self.kernel = claiming.attach(self._starting)
+                self.claimed = claiming.claim(self.kernel, self._entry)
+            else:
+                self.kernel = self._starting.enter_context(shared(self.machine))
+                self.claimed = claiming.inherit(self.kernel, self.held.lock, **self.held.facts)
             self._live = self.claimed.live
             try:
                 self._run_claimed(self.claimed.lock)
@@ -150,7 +109,8 @@ class Daemon:
         faulthandler.enable()  # an abort or a fault leaves its name in the log: panic_on_oops (kernel/crash.py)
         self.frames = Frames(self.kernel.ram, self.kernel.leases, lock.tree_id, self._policy(self.options.mpol))
         try:
-            self.kernel.sweep()
+            if self.held is None:
+                self.kernel.sweep()
             _run(self._serve_or_end)
             self._ended = True
         finally:
@@ -162,7 +122,7 @@ class Daemon:
 
         That is so when this is no orderly end, and somebody has seen the tree, or it outlived another daemon before.
         """
-        recovering = self.claimed.origin is Origin.LOG
+        recovering = self.claimed.origin in (Origin.LOG, Origin.DAEMON)
         return self._live is not None and not self._ended and (self._served or recovering)
 
     def _over(self) -> None:
@@ -207,6 +167,7 @@ class Daemon:
             "restored": claimed.origin is Origin.NODE,
             "log_at": claimed.log_at,
             **({"journal": self._live or claimed.live} if self._live or claimed.live else {}),
+            **({"holder": os.getppid()} if self.tell is not None else {}),
         }
 
     def _write_entry(self) -> None:
@@ -219,9 +180,10 @@ class Daemon:
         store, origin = self.kernel.store, self.claimed.origin
         if origin is Origin.NODE:
             return await drive(restore(store, self.node_name, ram, self.frames, limits))
-        if origin is Origin.LOG:
-            assert self.claimed.live is not None
-            return await drive(recover(store, self.claimed.live, ram, self.frames, limits, self.kernel.generation))
+        if self.claimed.live is not None:
+            taken = self.node_name if origin is Origin.DAEMON else None
+            generation = self.kernel.generation
+            return await drive(recover(store, self.claimed.live, ram, self.frames, limits, generation, taken))
         return Tree(
             ram,
             self.frames,
@@ -278,8 +240,12 @@ class Daemon:
         )
         if not syscalls.serve_writers():
             log.info("not an IO flusher: no CAP_SYS_RESOURCE, or a kernel before 5.6")
-        session.mount(self.options.flags(), allow_other="allow_other" in self.options.words, on=self.expected.on)
-        self._served = True
+        if self.held is None:
+            session.mount(self.options.flags(), allow_other="allow_other" in self.options.words, on=self.expected.on)
+            self._served = True
+            self._be_held()
+        else:
+            self._take_over(self.held)
         if session.dev is not None:
             tree.access = MountFlags(session.dev, self.mountpoint)
         try:
@@ -289,12 +255,57 @@ class Daemon:
                 nursery.start_soon(keeper.watch_losses)
                 nursery.start_soon(self._end_on_signal)
                 nursery.start_soon(self._end_on_request, server)
+                if self.held is not None:
+                    nursery.start_soon(self._be_well)
                 await session.serve()
                 await server.idle()  # a save completes, and its command is told
                 await keeper.settled()
                 nursery.cancel_scope.cancel()
         finally:
             session.close()
+
+    def _be_held(self) -> None:
+        """Give the holder what it needs to start another daemon when this one dies."""
+        if self.tell is None or self._live is None:
+            return
+        facts = {
+            "name": self.options.name,
+            "tree_id": self.lock.tree_id,
+            "live": self._live,
+            "log_at": self.claimed.log_at,
+            "init": self.session.init,
+            "dev": self.session.dev,
+            "on": self.session.on,
+        }
+        self.tell(self.session.device, self.lock.fileno(), facts)
+
+    def _take_over(self, held: Held) -> None:
+        """Go on with the mount of a daemon that has died."""
+        facts, tree = held.facts, self.tree
+        self._served = True
+        self.session.take_over(
+            os.dup(held.device), Init(*facts["init"]), facts["dev"], tuple(facts["on"]) if facts["on"] else None
+        )
+        if tree.preserved and self._is_read_only():
+            tree.freeze()
+        self.session.connected = partial(self._resend, suspect=held.suspect)
+
+    async def _be_well(self) -> None:
+        """Tell the holder that what was sent again did no harm."""
+        await trio.sleep(WELL_SECONDS)
+        assert self.tell is not None
+        self.tell()
+
+    def _is_read_only(self) -> bool:
+        """Return True if the kernel refuses changes of the mount by itself."""
+        return any(one.flags & MS_RDONLY for one in syscalls.mounts() if one.dev == self.session.dev)
+
+    def _resend(self, *, suspect: bool) -> None:
+        """Have the kernel send again what was not answered; find out what it has forgotten meanwhile."""
+        assert self.session.filter is not None and self.tree.journal is not None
+        assert self.tell is not None
+        self.session.filter.resume(self.tree.journal.asker, suspect=suspect, well=self.tell)
+        resume(self.session.operations)
 
     async def _announce(self) -> None:
         """Report that the mount is served, once the kernel has answered."""
@@ -358,6 +369,8 @@ class Daemon:
             return self._off()
         if self.claimed.origin is Origin.NOTHING:
             return ""
+        if self.claimed.origin is Origin.DAEMON:
+            return f" again by daemon {os.getpid()}"
         counts, did = self.tree.counts(), "restored" if self.claimed.origin is Origin.NODE else "recovered"
         return f" ({did} {plural(counts.files, 'file')}, {format_size(counts.pages << PAGE_SHIFT)})"
 

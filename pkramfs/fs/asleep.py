@@ -103,6 +103,8 @@ class Asleep:
         self._folders = self._kinds == stat.S_IFDIR
         self.left = int(self._folders.sum())
         self._named: Array | None = None
+        self.lookups = 0
+        """References that somebody else's kernel may have to each inode, see Tree.assume_known."""
 
     @property
     def count(self) -> int:
@@ -231,6 +233,9 @@ class Asleep:
         made = list(map(Inode, *(columns[name][positions].tolist() for name in FIELDS)))
         self.inodes.update(zip(columns["ino"][positions].tolist(), made, strict=True))
         self._asleep[positions] = False
+        if self.lookups:
+            for inode in made:
+                inode.lookups = self.lookups
         for place in np.flatnonzero(kinds == stat.S_IFDIR).tolist():
             made[place].entries = SleepingDirectory(parent or made[place], made[place], self)
         self._give_targets(made, positions, np.flatnonzero(kinds == stat.S_IFLNK))

@@ -217,6 +217,13 @@ class Core:
         """Count a reference of the kernel: an answer names the inode."""
         inode.lookups += 1
 
+    def assume_known(self) -> None:
+        """Count a reference to every inode, for one that the kernel has: what it gives back it gives back whole."""
+        for inode in self.inodes.values():
+            inode.lookups = max(inode.lookups, 1)
+        if self.asleep is not None:
+            self.asleep.lookups = 1
+
     def forget(self, number: int, count: int = 1) -> None:
         """Take back `count` references that `remember` had counted."""
         inode = self.inodes.get(number)

@@ -9,7 +9,8 @@ Two invariants make holes and growth free of cost:
 
 A hole is read from one static block of zeros: RAM is not touched, for reading a hole of a shared
 mapping would make the host allocate the page. A range that one run covers is read as a view
-of RAM without a copy; the caller must be done with it before the next change of the tree.
+of RAM without a copy; the caller must be done with it before the next change of the tree. Where a daemon may be
+replaced it is mapped first: one that is killed while the kernel faults in pages of a reply has answered with EIO.
 
 A write first takes all frames it needs at once, then passes the gate, then copies run by run. Where
 they do not all fit it is split at a page until what fits is written: a short count, as write(2)
@@ -69,20 +70,14 @@ class Data(Filling):
         if flags & os.O_TRUNC and inode.is_file:
             self._truncate_on_open(inode, caller)
         inode.opens += 1
-        handle = inode.ino
-        if flags & _MARKS:
-            handle |= (UNNOTED if flags & os.O_NOATIME else 0) | (DIRECT if flags & os.O_DIRECT else 0)
-        if not writing:
-            if self.journal is not None:
-                self.journal.opened(inode)
-            return handle
-        inode.writers += 1
-        self.writing[inode.ino] = inode
-        if caller.uid:
-            inode.unprivileged = True
+        if writing:
+            inode.writers += 1
+            self.writing[inode.ino] = inode
+            if caller.uid:
+                inode.unprivileged = True
         if self.journal is not None:
             self.journal.opened(inode)
-        return handle | WRITING
+        return handle_for(inode.ino, flags)
 
     def _truncate_on_open(self, inode: Inode, caller: Caller) -> None:
         """Truncate a file for O_TRUNC, which unlike truncate(2) sets the times even of an empty file."""
@@ -115,6 +110,8 @@ class Data(Filling):
             return self._gather(runs, offset, end, view)
         if len(runs) == 1 and runs[0][2] == last - first:
             start = (runs[0][1] << PAGE_SHIFT) + (offset & _IN_PAGE)
+            if self.journal is not None:
+                self.ram.map(start, end - offset)
             return self.ram.bytes[start : start + end - offset]
         return self._gather(runs, offset, end, view) if runs else zeros(end - offset)
 
@@ -358,6 +355,14 @@ class Data(Filling):
         if offset + size > MAX_SIZE:
             raise fail(errno.EFBIG)
         return inode
+
+
+def handle_for(ino: int, flags: int) -> int:
+    """Return the handle of an inode that is opened with these flags; see core."""
+    handle = ino if flags & os.O_ACCMODE == os.O_RDONLY else ino | WRITING
+    if flags & _MARKS:
+        handle |= (UNNOTED if flags & os.O_NOATIME else 0) | (DIRECT if flags & os.O_DIRECT else 0)
+    return handle
 
 
 def written(inode: Inode, first: int, last: int) -> list[Run]:

@@ -76,6 +76,8 @@ class Journal:
         self._losing: set[int] = set()
         self.requests = 0
         """Requests that have changed something since the checkpoint."""
+        self.asker = 0
+        """The number of the request that was done last before this process took over."""
         tree.losses.changed = self.lose
 
     # -- what a request changes -----------------------------------------------------------------

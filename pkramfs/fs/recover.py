@@ -16,6 +16,7 @@ Kernel: fs/jbd2/recovery.c (jbd2_journal_recover)
 from __future__ import annotations
 
 from collections.abc import Generator
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkramfs.fs.journal import Journal
@@ -80,22 +81,30 @@ def _verified(tree: Tree, picture: Picture, allowed: Spans) -> Spans:
 
 
 def recover(
-    store: Store, live: int, ram: Ram, frames: Frames, limits: Limits, generation: int, *, orphans: bool = False
+    store: Store, live: int, ram: Ram, frames: Frames, limits: Limits, generation: int, taken: bytes | None = None
 ) -> Generator[Progress, None, Tree]:
-    """Recover the tree of a log and go on with both. Without `orphans` what has no name goes: nobody has it open."""
+    """Recover the tree of a log and go on with both.
+
+    Who has taken over a mount says so by the name of the tree's node, which may hold it still. Otherwise nobody has
+    anything open, and what has no name goes.
+    """
     rebuilt = yield from rebuild(store, live, ram, frames, limits)
     tree, log = rebuilt.tree, rebuilt.log
     check_limits(limits, tree.limits.pages, tree.limits.inode_space)
     yield Progress("adopt", 0, 1)
     resumed = Log.resume(ram, frames, live, generation, log.live.base, log.base, log.segments, log.live.tail)
-    frames.adopt(rebuilt.data | rebuilt.metadata | log.pages())
+    node = store.find(taken) if taken is not None else None
+    kept = Spans() if node is None else store.pages_of(node) - rebuilt.data
+    frames.adopt(rebuilt.data | rebuilt.metadata | kept | log.pages())
     rebuilt.replay.clear()
     tree.journal = Journal(tree, resumed, rebuilt.metadata)
-    tree.journal.requests = rebuilt.replay.requests
+    tree.journal.requests, tree.journal.asker = rebuilt.replay.requests, rebuilt.replay.asker
+    if node is not None:
+        tree.preservation.restore(partial(store.withdraw, node.name), kept)
     for inode in tree.inodes.values():
         if inode.opens:
             tree.journal.opened(inode)
-    if not orphans:
+    if taken is None:
         _close_all(tree)
     return tree
 

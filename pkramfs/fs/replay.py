@@ -40,6 +40,8 @@ class Replay:
     def __init__(self, tree: Tree, zeroed: int) -> None:
         self.tree, self._zeroed, self._at = tree, zeroed, 0
         self.requests = self.records = 0
+        self.asker = 0
+        """Who asked for what was done last."""
         self._to_clear: list[tuple[Inode, int, int]] = []
         self._names = dict[int, tuple[Inode, bytes]]()
         """Where each inode was named last, as long as it has no name."""
@@ -59,6 +61,7 @@ class Replay:
                 else:
                     apply[kind](*values)
             self.requests += chunk.last
+            self.asker = chunk.asker
 
     def clear(self) -> None:
         """Clear what the last request had cut, if its daemon did not come to it."""

@@ -77,8 +77,15 @@ class Cache:
 
     def drop_attributes(self, number: int) -> None:
         """Have the kernel ask for the attributes again. Never waits."""
-        with contextlib.suppress(FileNotFoundError):
+        self.knows(number)
+
+    def knows(self, number: int) -> bool:
+        """Return True if the kernel has an inode with this number; it asks for its attributes again."""
+        try:
             self._tell(number, -1, 0)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _tell(self, number: int, offset: int, length: int) -> None:
         if self.device is not None:

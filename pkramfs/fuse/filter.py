@@ -37,6 +37,9 @@ from typing import Any
 import trio
 from pyfuse3 import FUSEError
 
+from pkramfs.errors import MachineError
+from pkramfs.fuse import wire
+from pkramfs.fuse.again import Again
 from pkramfs.fuse.handshake import MAX_WRITE
 from pkramfs.fuse.requests import Requests
 from pkramfs.fuse.wire import HEADER, REPLY, Header, Op
@@ -55,15 +58,19 @@ Spawn = Callable[..., object]
 """What starts a task: nursery.start_soon"""
 
 
+RESENT = 1 << 63
+"""Bit of the number of a request that the kernel sends again, and of its reply."""
+
+
 class Filter:
     """What is read from the descriptor `fd` and answered there."""
 
     def __init__(self, requests: Requests, fd: int, spawn: Spawn) -> None:
-        self.operations, self.fd, self._spawn = requests.operations, fd, spawn
+        self.operations, self.fd, self._spawn, self._requests = requests.operations, fd, spawn, requests
         self.waiting = 0
         """Requests that are answered later: they need the scheduler."""
         self._table, self._commit = requests.table, requests.tree.commit
-        self._buffer = bytearray(ROOM)
+        self._buffer = bytearray(b"\1") * ROOM  # touched: who dies while the kernel faults in a page loses a request
         self._view, self._into = memoryview(self._buffer), [self._buffer]
         self.operations.cache.device = fd
 
@@ -124,6 +131,38 @@ class Filter:
         elif not self._committed(0):
             log.error("what the kernel forgot is not freed yet")
 
+    # -- after another daemon --------------------------------------------------------------------
+
+    def resume(self, done: int, *, suspect: bool, well: Callable[[], object]) -> None:
+        """Have the kernel send again what another daemon has read and not answered.
+
+        The request with number `done` was done, and is answered from what has become of it. All others were not;
+        if they are `suspect` they are refused, because one may be what the others died of. `well` is called when they
+        are behind us.
+        """
+        self._well: Callable[[], object] | None = well
+        self._done, self._suspect, self._again = done & ~RESENT, suspect, Again(self._requests)
+        self.answer = self._answer_again  # type: ignore[method-assign]
+        try:
+            os.write(self.fd, wire.RESEND)
+        except OSError as error:
+            reason = "Linux 6.9 can send requests again, this kernel cannot" if error.errno == errno.EINVAL else error
+            raise MachineError(f"cannot take a mount over: {reason}") from None
+
+    def _answer_again(self, header: Header, body: memoryview) -> None:
+        """Serve a request that may have been sent before."""
+        number = header[2]
+        found = self._again.answer(header, body) if number == self._done | RESENT else None
+        if found is not None:
+            self._reply(number, found)
+        elif number & RESENT and self._suspect:
+            self._send_error(number, errno.EIO)
+        else:
+            if not number & RESENT and self._well is not None:
+                well, self._well = self._well, None
+                well()
+            Filter.answer(self, header, body)
+
     # -- answering later ------------------------------------------------------------------------
 
     def _later(self, work: Callable[..., Any], header: Header, what: Any) -> None:
@@ -180,7 +219,7 @@ class Filter:
 
     def _reply_error(self, number: int, code: int) -> None:
         """Answer with an errno. A request that is refused may have changed something, too."""
-        self._send_error(number, code if self._committed(number) else errno.ENOSPC)
+        self._send_error(number, code if self._committed(0) else errno.ENOSPC)
 
     def _committed(self, number: int) -> bool:
         """Commit what the request with this number has changed; return False if there is no room for it."""

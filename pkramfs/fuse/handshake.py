@@ -125,16 +125,27 @@ class Handshake:
     """Between the mount and the first request: `fd` is for libfuse, until `complete`."""
 
     def __init__(self, device: int, wanted: int = 0) -> None:
-        self._device = device
         init = read_init(device)
         os.write(device, answer(init, wanted))
+        self._introduce(device, init)
+
+    @classmethod
+    def again(cls, device: int, init: Init) -> "Handshake":
+        """Return one for a connection on which another process has answered INIT already."""
+        one = cls.__new__(cls)
+        one._introduce(device, init)
+        return one
+
+    def _introduce(self, device: int, init: Init) -> None:
+        """Send INIT to libfuse."""
+        self.device, self.init = device, init
         theirs, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self._ours.send(request(init))
         self.fd = theirs.detach()
 
     def complete(self) -> None:
         """Put the device in the socket's place. Call it from Operations.init."""
-        os.set_blocking(self._device, False)
-        os.dup2(self._device, self.fd, inheritable=False)
-        os.close(self._device)
+        os.set_blocking(self.device, False)
+        os.dup2(self.device, self.fd, inheritable=False)
+        os.close(self.device)
         self._ours.close()

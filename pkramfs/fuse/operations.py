@@ -81,8 +81,8 @@ class Operations(pyfuse3.Operations):
 
     def answer_with(self, translator: Translator | Replies) -> None:
         """Have handlers answer in these words: pyfuse3's, or the kernel's own."""
-        self._translate = cast(Translator, translator)
-        self.entry, self._attributes = self._translate.entry, self._translate.attributes
+        self.translate = cast(Translator, translator)
+        self.entry, self._attributes = self.translate.entry, self.translate.attributes
 
     def may_forget(self) -> bool:
         """Return True if deleted inodes wait for nothing but a FORGET, and waiting for it is worth while."""
@@ -110,7 +110,7 @@ class Operations(pyfuse3.Operations):
             if inode.lookups:
                 self.cache.drop_attributes(inode.ino)
 
-    def _named(self, inode: Inode) -> EntryAttributes:
+    def named(self, inode: Inode) -> EntryAttributes:
         """Give the kernel a reference; return the answer that does."""
         self.tree.remember(inode)
         return self.entry(inode)
@@ -120,7 +120,7 @@ class Operations(pyfuse3.Operations):
     @request
     def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         inode = self.tree.lookup(parent, name)
-        return self._translate.absent() if inode is None else self._named(inode)
+        return self.translate.absent() if inode is None else self.named(inode)
 
     async def forget(self, inodes: Sequence[tuple[int, int]]) -> None:
         self.forgotten(inodes)
@@ -140,22 +140,22 @@ class Operations(pyfuse3.Operations):
     @request
     def mknod(self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
         self.spare.expect()
-        return self._named(self.tree.mknod(parent, name, mode, rdev, ctx))
+        return self.named(self.tree.mknod(parent, name, mode, rdev, ctx))
 
     @request
     def mkdir(self, parent: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         self.spare.expect()
-        return self._named(self.tree.mkdir(parent, name, mode, ctx))
+        return self.named(self.tree.mkdir(parent, name, mode, ctx))
 
     @request
     def symlink(self, parent: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
         self.spare.expect()
-        return self._named(self.tree.symlink(parent, name, target, ctx))
+        return self.named(self.tree.symlink(parent, name, target, ctx))
 
     @request
     def link(self, inode: int, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         self.spare.expect()
-        return self._named(self.tree.link(inode, parent, name))
+        return self.named(self.tree.link(inode, parent, name))
 
     @request
     def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
@@ -254,7 +254,7 @@ class Operations(pyfuse3.Operations):
 
     @request
     def statfs(self, ctx: RequestContext) -> StatvfsData:
-        return self._translate.statfs(self.tree.statfs(), self.room())
+        return self.translate.statfs(self.tree.statfs(), self.room())
 
     @waiting
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
@@ -334,7 +334,7 @@ class Operations(pyfuse3.Operations):
         self._count_direct(handle, 1)
         if handle & WRITING:
             self.cache.drop_attributes(inode)  # they are for ever, and from now on blocks come without a word
-        return self._translate.opened(handle)
+        return self.translate.opened(handle)
 
     @request
     def create(
@@ -348,8 +348,8 @@ class Operations(pyfuse3.Operations):
         """Open a file that was just made; the answer names and describes it."""
         handle = self.tree.open_inode(inode, flags & ~os.O_TRUNC, ctx)
         self._count_direct(handle, 1)
-        opened = self._translate.opened(handle), self._named(inode)
-        self._translate.guessed.discard(inode.ino)  # every close has the kernel ask for the blocks again
+        opened = self.translate.opened(handle), self.named(inode)
+        self.translate.guessed.discard(inode.ino)  # every close has the kernel ask for the blocks again
         return opened
 
     @request
@@ -470,8 +470,8 @@ class Operations(pyfuse3.Operations):
 
     def _writer_gone(self, number: int) -> None:
         inode = self.tree.inodes.get(number)
-        if number in self._translate.guessed and (inode is None or not inode.writers):
-            self._translate.guessed.discard(number)
+        if number in self.translate.guessed and (inode is None or not inode.writers):
+            self.translate.guessed.discard(number)
             self.cache.drop_attributes(number)
         self.writer_gone()
 

@@ -108,7 +108,7 @@ class Requests:
     # -- names ----------------------------------------------------------------------------------
 
     def _lookup(self, header: Header, body: memoryview) -> Answer:
-        return self._do_lookup(header[3], _name(body, 0), None)
+        return self._do_lookup(header[3], first_name(body, 0), None)
 
     def _forget(self, header: Header, body: memoryview) -> Answer:
         self.operations.forgotten(((header[3], wire.NUMBER.unpack_from(body)[0]),))
@@ -121,11 +121,11 @@ class Requests:
 
     def _mknod(self, header: Header, body: memoryview) -> Answer:
         mode, rdev, umask, _ = wire.MKNOD.unpack_from(body)
-        return self._do("mknod", header[3], _name(body, wire.MKNOD.size), mode, rdev, Context(header, umask))
+        return self._do("mknod", header[3], first_name(body, wire.MKNOD.size), mode, rdev, Context(header, umask))
 
     def _mkdir(self, header: Header, body: memoryview) -> Answer:
         mode, umask = wire.MKDIR.unpack_from(body)
-        return self._do("mkdir", header[3], _name(body, wire.MKDIR.size), mode, Context(header, umask))
+        return self._do("mkdir", header[3], first_name(body, wire.MKDIR.size), mode, Context(header, umask))
 
     def _symlink(self, header: Header, body: memoryview) -> Answer:
         name, target = _names(body, 0)
@@ -133,14 +133,14 @@ class Requests:
 
     def _link(self, header: Header, body: memoryview) -> Answer:
         (inode,) = wire.NUMBER.unpack_from(body)
-        return self._do("link", inode, header[3], _name(body, wire.NUMBER.size), Context(header))
+        return self._do("link", inode, header[3], first_name(body, wire.NUMBER.size), Context(header))
 
     def _unlink(self, header: Header, body: memoryview) -> Answer:
-        self._do_unlink(header[3], _name(body, 0), None)
+        self._do_unlink(header[3], first_name(body, 0), None)
         return b""
 
     def _rmdir(self, header: Header, body: memoryview) -> Answer:
-        self._do("rmdir", header[3], _name(body, 0), None)
+        self._do("rmdir", header[3], first_name(body, 0), None)
         return b""
 
     def _rename(self, header: Header, body: memoryview) -> Answer:
@@ -224,7 +224,7 @@ class Requests:
 
     def _getxattr(self, header: Header, body: memoryview) -> Answer:
         size, _ = wire.GETXATTR.unpack_from(body)
-        name = _name(body, wire.GETXATTR.size)
+        name = first_name(body, wire.GETXATTR.size)
         inode = self.tree.inodes.get(header[3])
         if inode is not None and inode.xattrs is None and name in _USUAL and inode.target is None:
             return -errno.ENODATA
@@ -239,7 +239,7 @@ class Requests:
 
     def _setxattr(self, header: Header, body: memoryview) -> Answer:
         size, flags = wire.SETXATTR.unpack_from(body)
-        name = _name(body, wire.SETXATTR.size)
+        name = first_name(body, wire.SETXATTR.size)
         start = wire.SETXATTR.size + len(name) + 1
         value = bytes(body[start : start + size])
         if len(value) != size:
@@ -250,7 +250,7 @@ class Requests:
         return b""
 
     def _removexattr(self, header: Header, body: memoryview) -> Answer:
-        self._do("removexattr", header[3], _name(body, 0), None)
+        self._do("removexattr", header[3], first_name(body, 0), None)
         return b""
 
     # -- content --------------------------------------------------------------------------------
@@ -260,7 +260,9 @@ class Requests:
 
     def _create(self, header: Header, body: memoryview) -> Answer:
         flags, mode, umask, _ = wire.CREATE.unpack_from(body)
-        opened, entry = self._do_create(header[3], _name(body, wire.CREATE.size), mode, flags, Context(header, umask))
+        opened, entry = self._do_create(
+            header[3], first_name(body, wire.CREATE.size), mode, flags, Context(header, umask)
+        )
         return entry + opened
 
     def _read(self, header: Header, body: memoryview) -> Answer:
@@ -375,7 +377,7 @@ def _plain(handler: Callable[..., Any]) -> Callable[..., Any]:
     return types.MethodType(function, cast(Any, handler).__self__)
 
 
-def _name(body: memoryview, start: int) -> bytes:
+def first_name(body: memoryview, start: int) -> bytes:
     """Return the name that begins there."""
     tail = bytes(body[start:])
     return tail[: tail.index(0)]

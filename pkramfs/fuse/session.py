@@ -25,7 +25,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pyfuse3
@@ -33,7 +33,7 @@ import trio
 
 from pkramfs.errors import MachineError, explain
 from pkramfs.fuse.filter import Filter
-from pkramfs.fuse.handshake import ALLOW_IDMAP, MAX_WRITE, Handshake
+from pkramfs.fuse.handshake import ALLOW_IDMAP, MAX_WRITE, Handshake, Init
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.requests import Requests
 from pkramfs.fuse.turns import Turns
@@ -66,6 +66,9 @@ class Session:
         self.operations, self.mountpoint, self.source, self._dirty = operations, mountpoint, source, dirty
         self._turns, self._filtered = Turns(), filtered
         self.ready = trio.Event()
+        self.connected: Callable[[], object] = lambda: None
+        """Called when requests can be answered, before the first is read."""
+        self.filter: Filter | None = None
         self.dev: int | None = None
         self.on: tuple[int, int] | None = None
         """Device and inode number of the directory below the mount."""
@@ -92,6 +95,27 @@ class Session:
             syscalls.detach_all(self.dev)
             raise MachineError(f"cannot serve {self.mountpoint}: {error}") from None
 
+    def take_over(self, device: int, init: Init, dev: int | None, on: tuple[int, int] | None) -> None:
+        """Go on with a mount whose daemon has died: its connection is still there."""
+        self.dev, self.on = dev, on
+        try:
+            self._handshake = Handshake.again(device, init)
+            _tune(self.dev, self._dirty)
+            self.operations.ready = self._connected
+            pyfuse3.init(self.operations, f"/dev/fd/{self._handshake.fd}", set())
+        except (RuntimeError, MachineError, OSError) as error:
+            raise MachineError(f"cannot take {self.mountpoint} over: {error}") from None
+
+    @property
+    def device(self) -> int:
+        """Return the descriptor of the connection, before it is served."""
+        return self._handshake.device
+
+    @property
+    def init(self) -> Init:
+        """Return what the kernel offered when the connection was made."""
+        return self._handshake.init
+
     @contextmanager
     def _directory(self, expected: tuple[int, int | None] | None) -> Iterator[int]:
         """Hold the directory to mount on, if it is the one that is expected."""
@@ -108,8 +132,11 @@ class Session:
     def _connected(self) -> None:
         self._handshake.complete()
         if self._filtered:
-            self._turns.lowlevel.filter = Filter(Requests(self.operations), self._handshake.fd, self._spawn)
+            self._turns.lowlevel.filter = self.filter = Filter(
+                Requests(self.operations), self._handshake.fd, self._spawn
+            )
         self.ready.set()
+        self.connected()
 
     async def serve(self) -> None:
         """Answer requests until the mount is gone."""

@@ -130,7 +130,9 @@ STATX = Struct("<QII16x" + "IIQIIIHHQQQQ" + "qIi" * 4 + "IIII112x")
 access, birth, change, modification; device that the inode is, device that it is on"""
 STATX_BASIC, STATX_BTIME = 0x7FF, 0x800
 
-NOTIFY_INVAL_INODE = 2
+NOTIFY_INVAL_INODE, NOTIFY_RESEND = 2, 7
+RESEND = REPLY.pack(REPLY.size, NOTIFY_RESEND, 0)
+"""The notification by which the kernel sends again all that was read and not answered (Linux 6.9)."""
 INVAL_INODE = Struct("<Qqq")
 """inode, offset, length"""
 

@@ -335,6 +335,10 @@ class Machine:
         except OSError as error:
             self.log(f"cannot remove files of dead processes: {explain(error)}")
 
+    def inherit(self, tree_id: int, lock: int) -> MountLock:
+        """Return the lock of a tree, which another process has left to us."""
+        return MountLock(self.path("mounts"), tree_id, lock)
+
     def claim(self, tree_id: int) -> MountLock:
         """Take the lock of a tree; MachineError if a living daemon holds it."""
         return claim(self.path("mounts"), tree_id)

@@ -45,10 +45,11 @@ _ENTRY = schema.Object(
         "on_ino": schema.Maybe(schema.Whole(0, (1 << 64) - 1)),
         "log_at": schema.Maybe(schema.Whole()),
         "journal": schema.Maybe(schema.Whole(1)),
+        "holder": schema.Maybe(schema.Whole(0, (1 << 31) - 1)),
     },
     others=schema.Anything(),
 )
-_KNOWN = {"name", "mountpoint", "pid", "options", "dev", "on_dev", "on_ino", "journal"}
+_KNOWN = {"name", "mountpoint", "pid", "options", "dev", "on_dev", "on_ino", "journal", "holder"}
 """Keys that are fields of MountEntry."""
 _REMEDY = "umount and mount it again"
 _LAST = 1 << 20
@@ -72,6 +73,8 @@ class MountEntry:
     extra: dict[str, Any] = field(default_factory=dict)
     damaged: str = ""
     """Why the entry could not be read; empty if it could."""
+    holder: int = 0
+    """The process that starts another daemon when this one dies; 0 without one."""
     journal: int | None = None
     """The live page of the tree's log (pkramfs.journal)."""
 
@@ -90,6 +93,10 @@ class MountLock:
     def path(self, suffix: str) -> str:
         """Return the path of a file of this mount: `lock`, `json`, `sock`, `log`."""
         return stem(self.directory, self.tree_id) + "." + suffix
+
+    def fileno(self) -> int:
+        """Return the descriptor that holds the lock."""
+        return self._fd
 
     def write_entry(self, data: dict[str, Any]) -> None:
         """Write the entry of this mount: keys as in MountEntry; others are kept in `extra`."""
@@ -126,14 +133,18 @@ def claim(directory: str, tree_id: int) -> MountLock:
 
 
 def kill(entry: MountEntry) -> None:
-    """Kill a mount daemon, unless its pid belongs to another program by now."""
-    if entry.pid <= 0:
-        return  # a damaged entry: kill(0) would end this process
+    """Kill a mount daemon, and before that who would start another; none whose pid belongs to another program now."""
+    for pid in (entry.holder, entry.pid):
+        if pid > 0:  # else the entry is damaged, and kill(0) would end this process
+            _kill(pid)
+
+
+def _kill(pid: int) -> None:
     try:
-        with open(f"/proc/{entry.pid}/cmdline", "rb") as words:
+        with open(f"/proc/{pid}/cmdline", "rb") as words:
             ours = b"pkramfs" in words.read()
         if ours:
-            os.kill(entry.pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
     except (FileNotFoundError, ProcessLookupError):
         pass  # it has ended already
 
@@ -234,6 +245,7 @@ def _read_entry(directory: str, name: str) -> MountEntry | None:
         extra={key: value for key, value in data.items() if key not in _KNOWN},
         damaged=damaged,
         journal=data.get("journal"),
+        holder=data.get("holder") or 0,
     )
 
 

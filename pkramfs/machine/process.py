@@ -38,6 +38,7 @@ _THREAD_STACK = 2 * MIB
 _HEEDED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30}
 _OOM = "/proc/self/oom_score_adj"
+_PR_SET_PDEATHSIG = 1
 
 
 def shed() -> None:
@@ -51,6 +52,16 @@ def shed() -> None:
     _heed_signals()
     _run_as_others()
     set_oom_score_adj(None)
+
+
+def threads() -> int:
+    """Return how many threads this process has: one that has several cannot be forked."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def die_with_parent(*, no: bool = False) -> None:
+    """Have the kernel kill this process when its parent dies; `no` takes that back."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0 if no else signal.SIGKILL, 0, 0, 0)
 
 
 def _raise(number: int, wanted: int) -> None:

@@ -40,7 +40,7 @@ POISON = 0x6B
 
 _ROOM_FLOOR, _ROOM_SHARE, _ROOM_MOST = 256 * MIB, 0.05, 0.25
 _KEEP_SIZE, _PUNCH_HOLE_KEEP_SIZE = 0x01, 0x03
-_MADV_POPULATE_WRITE = 23  # not named by Python
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # not named by Python
 _MANY = 16 * PAGE_SIZE
 """Bytes of a store from which it pays to populate all its pages at once."""
 _NO_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV)
@@ -171,6 +171,16 @@ class Ram:
             if error.errno != errno.EINVAL:
                 raise
             self._populate = _leave  # type: ignore[method-assign]
+
+    def map(self, at: int, size: int) -> None:
+        """Map pages that the host has backed before the kernel reads them on our behalf (0.4 µs for one)."""
+        first = at & -PAGE_SIZE
+        try:
+            self._mapping.madvise(_MADV_POPULATE_READ, first, at + size - first)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self.map = _leave  # type: ignore[method-assign]
 
     def load(self, address: int) -> int:
         """Return the 8-byte word at an aligned physical address."""

@@ -161,16 +161,20 @@ class PrestartedDaemons:
         """Start the daemons of the first few mounts, one for each CPU: more would delay the boot."""
         absolute_root()
         for mount, _ in zip(mounts, os.sched_getaffinity(0), strict=False):
-            self._started[mount["name"]] = Starting(mount["mountpoint"], _options(mount))
+            self._started[mount["name"]] = _start(mount)
 
     def take(self, mount: Mapping[str, Any]) -> Starting:
         """Return the daemon of a mount, started now if it was not."""
-        return self._started.pop(mount["name"], None) or Starting(mount["mountpoint"], _options(mount))
+        return self._started.pop(mount["name"], None) or _start(mount)
 
 
-def _options(mount: Mapping[str, Any]) -> str:
-    """Return the -o string for an entry of nvram.json's list."""
-    options = mount.get("options", {})
+def _start(mount: Mapping[str, Any]) -> Starting:
+    """Start the daemon of an entry of nvram.json's list."""
+    return Starting(mount["mountpoint"], option_string(mount.get("options", {})))
+
+
+def option_string(options: Mapping[str, Any]) -> str:
+    """Return the -o string for the options of a mount's entry."""
     return ",".join(key if value is True else f"{key}={value}" for key, value in options.items() if value is not False)
 
 
@@ -191,11 +195,12 @@ def wait_for_go(fd: int) -> Expected | None:
 
 
 class Reporter:
-    """The pipe to the command that started this daemon: one line, once."""
+    """The pipe to the command that started this daemon: one line, once. With -1 nobody waits."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        os.set_inheritable(fd, False)
+        if fd >= 0:
+            os.set_inheritable(fd, False)
 
     def serving(self, message: str = "") -> None:
         """Report that the mount is served, with a message for the user."""

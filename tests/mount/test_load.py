@@ -220,14 +220,14 @@ def test_a_client_killed_in_mid_write(lab: Any, flags: int) -> None:
 
 FAULTY = """
 import sys
-from pkramfs.daemon import mount as daemon
+from pkramfs.daemon import serving
 from pkramfs.fs.tree import Tree
 
 def fault(*_, **__):
     raise ZeroDivisionError("made by a test")
 
 Tree.symlink = Tree.read = Tree.readdir = Tree.removexattr = Tree.punch = fault
-sys.exit(daemon.main(sys.argv[1:]))
+sys.exit(serving.main(sys.argv[1:]))
 """
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pkramfs.daemon import mount as daemon
+from pkramfs.daemon import serving
 from pkramfs.mounting.helper import MountError
 from pkramfs.mounting.starting import PrestartedDaemons, Starting
 
@@ -26,7 +26,7 @@ def test_a_daemon_whose_starter_is_gone_ends(lab: Any) -> None:
     told, go = os.pipe()
     os.close(go)
     answer, theirs = os.pipe()
-    assert daemon.main([str(theirs), str(lab.dir("one")), "pkram=one", str(told)]) == 0
+    assert serving.main([str(theirs), str(lab.dir("one")), "pkram=one", str(told)]) == 0
     os.close(theirs)
     assert os.read(answer, 1) == b""
     os.close(answer)

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from pkramfs.daemon import claim
-from pkramfs.daemon import mount as daemon
+from pkramfs.daemon import claim, serving
 
 pytestmark = pytest.mark.mount
 ROOT = os.geteuid() == 0
@@ -29,6 +28,7 @@ import os, sys, time
 import pkramfs.control.keeper as keeper
 from pkramfs.daemon import claim
 from pkramfs.daemon import mount as daemon
+from pkramfs.daemon import serving
 
 save, go = keeper.save, sys.argv.pop(1)
 
@@ -41,7 +41,7 @@ def slowly(*args, **named):
     return (yield from work)
 
 keeper.save = slowly
-sys.exit(daemon.main())
+sys.exit(serving.main())
 """
 """A daemon whose saves wait, half-way, for a file to appear."""
 
@@ -49,6 +49,7 @@ TELLING = """
 import json, sys
 from pkramfs.daemon import claim
 from pkramfs.daemon import mount as daemon
+from pkramfs.daemon import serving
 from pkramfs.machine.frames import Frames
 
 release, where = Frames.release_all, sys.argv.pop(1)
@@ -69,7 +70,7 @@ async def noted(self):
     return TREES[0]
 
 daemon.Daemon._build, Frames.release_all = noted, telling
-sys.exit(daemon.main())
+sys.exit(serving.main())
 """
 """A daemon that tells what its files held when it gave them back."""
 
@@ -133,7 +134,7 @@ def test_a_daemon_that_does_not_end_is_named(lab: Any, monkeypatch: pytest.Monke
         assert claim.GOING_SECONDS == 30
         monkeypatch.setattr(claim, "GOING_SECONDS", 0.2)
         ours, theirs = os.pipe()
-        assert daemon.main([str(theirs), str(mnt), "pkram=one"]) == 1
+        assert serving.main([str(theirs), str(mnt), "pkram=one"]) == 1
         with open(ours) as pipe:
             answer = json.loads(pipe.readline())
         assert answer["error"] == (

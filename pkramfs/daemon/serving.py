@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Run one daemon: its log, and how its failure is told.
+
+    it serves, and ends in order    0
+    it cannot mount                 1, and the command that waits is told why
+    it cannot take over             FINAL: its holder need not try again
+
+Kernel: kernel/exit.c (do_exit)
+"""
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pkramfs import stdio
+from pkramfs.daemon.claim import AlreadyMounted
+from pkramfs.daemon.job import FINAL, Held, Job, Tell
+from pkramfs.daemon.mount import Daemon
+from pkramfs.errors import PkramfsError, UsageError, explain
+from pkramfs.kernel import kernelrecord
+from pkramfs.kernel.cmdline import panics_on_oops
+from pkramfs.machine.directory import Machine
+from pkramfs.mounting.options import parse
+from pkramfs.mounting.starting import ANYTHING, Reporter, option_string, wait_for_go
+from pkramfs.text import printable
+
+log = logging.getLogger("pkramfs")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the daemon of one mount without a holder."""
+    job = read_job(argv)
+    return 0 if job is None else serve(job)
+
+
+def read_job(argv: Sequence[str] | None = None) -> Job | None:
+    """Read FD for the answer, mount point, options, FD to read GO from, and wait for that; None if it never comes."""
+    stdio.hold()
+    fd, mountpoint, text, *go = sys.argv[1:] if argv is None else argv
+    expected = wait_for_go(int(go[0])) if go else ANYTHING
+    return None if expected is None else Job(int(fd), mountpoint, text, expected)
+
+
+def serve(job: Job, tell: Tell | None = None, held: Held | None = None) -> int:
+    """Run the daemon of one mount, which a holder keeps if it gave `tell`; `held` is one to be taken over."""
+    text, mountpoint = job.text, job.mountpoint
+    reporter = Reporter(job.fd) if held is None else Reporter(-1)
+    _begin_log()
+    try:
+        daemon = Daemon(parse(text if held is None else _words(held, text)), mountpoint, reporter, job.expected)
+        daemon.tell, daemon.held = tell, held
+        daemon.run()
+    except AlreadyMounted as found:
+        reporter.serving(str(found))
+    except (PkramfsError, OSError) as error:
+        reason = explain(error) if isinstance(error, OSError) else str(error)
+        log.error("%s", reason)
+        done = "not mounted" if held is None else "not taken over"
+        _say(text, f"pkramfs: {mountpoint} was {done}: {reason}")
+        reporter.failed(reason, error.exit_status if isinstance(error, UsageError) else 0)
+        return 1 if held is None else FINAL
+    except BaseException as error:
+        log.exception("the daemon ends")
+        reporter.failed(f"internal error: {type(error).__name__}: {error}; please report it")
+        return 1
+    return 0
+
+
+def _words(held: Held, text: str) -> str:
+    """Return the options that a mount has now: a remount may have changed them."""
+    machine = Machine.locate(parse(text).machine)
+    found = next((e for e in machine.mounts() if e.tree_id == held.facts["tree_id"]), None)
+    return text if found is None else option_string(found.options)
+
+
+def panics(job: Job, number: int) -> bool:
+    """Return True if the kernel panics when a daemon dies of this signal: an oops (see kernel/crash)."""
+    machine = Machine.locate(parse(job.text).machine)
+    return number != signal.SIGKILL and panics_on_oops(kernelrecord.cmdline(machine))
+
+
+def _say(options: str, message: str) -> None:
+    """Write a line to the kernel log, if the options name a machine."""
+    try:
+        Machine.locate(parse(options).machine).log(message)
+    except PkramfsError as error:
+        log.warning("no line in the kernel log: %s", error)  # options that name no machine
+
+
+class _OneLine(logging.Formatter):
+    """A formatter that makes a record one line, below which nothing looks like another record."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"  {printable(line)}" for line in super().formatException(ei).split("\n"))
+
+
+def _begin_log() -> None:
+    """Log to stderr, which `_log_to` later makes a file."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(asctime)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
