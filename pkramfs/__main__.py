@@ -4,8 +4,9 @@
     mount, kexec, ctl       the commands mount.pkramfs, pkram-kexec and pkramctl
     boot DIR                the boot of a machine
     mount-daemon            one mount; started by mount.pkramfs
+    checkpoint              a checkpoint of a tree; started by its daemon
 
-pkramfs itself starts the last two, in a fresh interpreter: they know only their command line and what RAM holds, and
+pkramfs itself starts the last three, in a fresh interpreter: they know only their command line and what RAM holds, and
 first reset the limits and priorities that they inherited from a shell.
 """
 
@@ -22,10 +23,11 @@ _VERBS = {
     "ctl": "pkramfs.cli.ctl",
     "boot": "pkramfs.cli.boot",
     "mount-daemon": "pkramfs.daemon.holder",
+    "checkpoint": "pkramfs.daemon.shadow",
 }
 
 
-_SERVICES = ("boot", "mount-daemon")
+_SERVICES = ("boot", "mount-daemon", "checkpoint")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,6 +34,7 @@ from pkramfs.control.server import Server
 from pkramfs.control.settings import Settings, Words
 from pkramfs.daemon.claim import Claimed, Claiming, Origin
 from pkramfs.daemon.job import Held, Tell
+from pkramfs.daemon.shadow import Checkpoints
 from pkramfs.errors import MachineError, explain, of_memory
 from pkramfs.fs import collector
 from pkramfs.fs.limits import Limits
@@ -214,6 +215,7 @@ class Daemon:
         collector.settle()
         tree.huge = self.options.huge or tree.huge
         if self.options.name is not None:
+            tree.ledger.copies = 2 if self.kernel.info.pkram else 1
             tree.hold_for_save()  # a full RAM must not prevent preserving
             self._begin_journal(tree)
         self._expect_room()
@@ -257,6 +259,9 @@ class Daemon:
                 nursery.start_soon(self._end_on_request, server)
                 if self.held is not None:
                     nursery.start_soon(self._be_well)
+                if tree.journal is not None:
+                    checkpoints = Checkpoints(tree, self.machine, self.node_name, self.machine.log)
+                    nursery.start_soon(checkpoints.serve)
                 await session.serve()
                 await server.idle()  # a save completes, and its command is told
                 await keeper.settled()

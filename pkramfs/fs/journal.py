@@ -19,7 +19,7 @@ Kernel: fs/jbd2/transaction.c (jbd2_journal_get_write_access … stop); the defe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from pkramfs.fs.records import (
@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     from pkramfs.machine.ram import Ram
 
 
+REQUESTS, SIZE = 1 << 16, 64 << 20
+"""How many requests, or bytes of log, make a checkpoint due."""
+
+
 class Owner(Protocol):
     """The part of a tree that its journal needs."""
 
@@ -74,8 +78,11 @@ class Journal:
         self._freed: list[tuple[Sequence[int], Sequence[int]]] = []
         self._cut: list[tuple[int, int, bool]] = []
         self._losing: set[int] = set()
-        self.requests = 0
-        """Requests that have changed something since the checkpoint."""
+        self.requests, self.limit = 0, REQUESTS
+        """Requests that have changed something since the checkpoint, and after how many a new one is due."""
+        self.due: Callable[[], object] = _nobody
+        """Called when a new checkpoint is due: after `limit` requests, or when the log finds no more frames."""
+        log.scarce = self._scarce
         self.asker = 0
         """The number of the request that was done last before this process took over."""
         tree.losses.changed = self.lose
@@ -170,14 +177,21 @@ class Journal:
             parts += [pack_opened(inode, self._marks(inode)) for inode in self._opened.values()]
         if self._losing:
             parts += [self._lost(ino) for ino in self._losing]
-        self.log.write(parts, asker)
-        self.log.commit()
+        log = self.log
+        log.write(parts, asker)
+        log.commit()
         self.requests += 1
+        if self.requests == self.limit or (log.size > SIZE and not self.requests & 1023):
+            self.due()
         self._dirty, self._records, self._opened = {}, [], {}
         if self._fresh:
             self._fresh = set()
         if self._losing:
             self._losing = set()
+
+    def _scarce(self) -> None:
+        """Ask for a checkpoint before frames are out: it gives back the segments."""
+        self.due()
 
     def _settle(self) -> None:
         """Do what waited for the commit."""
@@ -218,8 +232,12 @@ class Journal:
         except BaseException:
             self.pages = old
             raise
-        self.pages, self.requests = pages, 0
+        self.pages, self.requests, self.limit = pages, 0, REQUESTS
         self._opened |= self._open
         self._losing |= self._tree.losses.files.keys()
         if old:
             self._frames.free(old.starts, old.counts)
+
+
+def _nobody() -> None:
+    """Do nothing."""

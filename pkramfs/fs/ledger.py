@@ -59,6 +59,7 @@ class Ledger:
         "_hold_below",
         "_preservation",
         "bytes",
+        "copies",
         "directories",
         "limits",
         "runs",
@@ -69,6 +70,8 @@ class Ledger:
         self.limits, self._frames, self._preservation = limits, frames, preservation
         self.directories = self.bytes = self.runs = 0
         self.stream_bytes = TREE.size
+        self.copies = 1
+        """How many descriptions of the tree may be in RAM: with a log, a checkpoint beside what is saved."""
         self._hold_above: float = math.inf  # weights at which to hold more or fewer frames
         self._hold_below = -1
 
@@ -161,7 +164,7 @@ class Ledger:
         if self._preservation.preserved:
             self._hold_above = 0
             return
-        self._frames.hold(self.pages_needed(_HOLD_AHEAD))
+        self._frames.hold(self.copies * self.pages_needed(_HOLD_AHEAD))
         weight = self.stream_bytes + self.runs * RUN_WEIGHT
         self._hold_above, self._hold_below = weight + _HOLD_AHEAD, weight // 2 - _HOLD_AHEAD // 2
 

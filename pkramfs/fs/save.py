@@ -85,7 +85,7 @@ def save(
             if strict and tree.huge in ("always", "within_size"):
                 runs = _save_huge(writer, picture.runs)
             else:
-                runs = _save_runs(writer, picture.runs)
+                runs = save_runs(writer, picture.runs)
         yield Progress("publish", 0, 1)
         node = saving.finish()
         moved = sum(count for _, count in saving.relocated)
@@ -123,7 +123,7 @@ def _refuse_what_pkram_refuses(tree: Tree) -> None:
             raise PkramError(f"{path} has {inode.nlink} hard links, and pkram_strict preserves none", errno.EINVAL)
 
 
-def _save_runs(writer: ObjectWriter, runs: Array) -> int:
+def save_runs(writer: ObjectWriter, runs: Array) -> int:
     """Save the page stream, a slice at a time; return the number of runs, joined where frames continue each other.
 
     What comes last in a slice may go on in the next one, so it is held back.
@@ -148,7 +148,7 @@ def _save_runs(writer: ObjectWriter, runs: Array) -> int:
 
 
 def _save_huge(writer: ObjectWriter, runs: Array) -> int:
-    """Save the page stream, its huge pages first, an entry each; return the number of runs, as `_save_runs`.
+    """Save the page stream, its huge pages first, an entry each; return the number of runs, as `save_runs`.
 
     A huge page is 2 MiB of a file that lie aligned in the file and in RAM.
     """

@@ -16,6 +16,7 @@ Kernel: fs/jbd2/journal.c (jbd2_journal_next_log_block), fs/jbd2/commit.c
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pkramfs.errors import ExhaustedError
@@ -67,6 +68,10 @@ class Log:
         self.left = 0
         """Bytes that are left in the segment in use."""
         self._spare: Run | None = None
+        self.size = 0
+        """Bytes of the segments in use."""
+        self.scarce: Callable[[], object] = _nobody
+        """Called when frames for a segment were taken that are held for a save."""
         self._tail_at = (live << PAGE_SHIFT) + TAIL_AT
         self._answered_at = (live << PAGE_SHIFT) + ANSWERED_AT
 
@@ -98,6 +103,7 @@ class Log:
         log = cls(ram, frames, live, generation)
         log.base, log.base_page, log.segments, log.position, log.tail = base, base_page, segments, tail, tail
         last = segments[-1]
+        log.size = sum(one.pages for one in segments) << PAGE_SHIFT
         log.left = last.room - (tail - last.base)
         ram.back_run(last.pfn, last.pages)
         ram.back_run(live, 1)
@@ -110,10 +116,20 @@ class Log:
         """Take frames now for a request that appends so many bytes; raise ExhaustedError (ENOSPC) if there are none."""
         if self.left >= size or (self._spare is not None and _room(self._spare) >= size):
             return
-        fresh = _take_segment(self.ram, self.frames, max(SEGMENT_PAGES, pages(size + SEGMENT.size)), pages(size + 64))
+        fresh = self._take_any(pages(size + SEGMENT.size))
         if self._spare is not None:
             _free(self.frames, [self._spare])
         self._spare = fresh
+
+    def _take_any(self, least: int) -> Run:
+        """Take a segment of at least so many pages, of those that are held for a save if there are no others."""
+        wanted = max(SEGMENT_PAGES, least)
+        try:
+            return _take_segment(self.ram, self.frames, wanted, least)
+        except ExhaustedError:
+            run = _take_segment(self.ram, self.frames, wanted, least, held=True)
+        self.scarce()
+        return run
 
     def write(self, parts: list[bytes], asker: int = 0) -> None:
         """Store records behind the tail, as one chunk or, if they are many, several."""
@@ -185,10 +201,7 @@ class Log:
         write_segment(self.ram, segment, self.frames.tree_id)
         self.segments.append(segment)
         self.left = segment.room
-
-    def size(self) -> int:
-        """Return the bytes of the segments in use."""
-        return sum(segment.pages for segment in self.segments) << PAGE_SHIFT
+        self.size += segment.pages << PAGE_SHIFT
 
     def pages(self) -> Spans:
         """Return the frames of the log: live page, base page, segments, the spare one."""
@@ -204,7 +217,7 @@ class Log:
         Published by one store. The old base page and the segments before that position are freed afterwards; the
         old node is the caller's. Raise ExhaustedError, and change nothing, if there is no frame for the base page.
         """
-        (fresh,) = _take(self.ram, self.frames, 1)
+        (fresh,) = _take(self.ram, self.frames, 1, held=True)
         first = next(one.base for one in reversed(self.segments) if one.base <= position)
         keep = [one for one in self.segments if one.base >= first]
         base = Base(node, keep[0].pfn, position)
@@ -212,6 +225,7 @@ class Log:
         write_word(self.ram, self.live, BASE_AT, fresh[0])
         gone = [(self.base_page, 1), *((one.pfn, one.pages) for one in self.segments if one not in keep)]
         self.base, self.base_page, self.segments = base, fresh[0], keep
+        self.size = sum(one.pages for one in keep) << PAGE_SHIFT
         _free(self.frames, gone)
 
 
@@ -219,9 +233,9 @@ def _room(run: Run) -> int:
     return (run[1] << PAGE_SHIFT) - SEGMENT.size
 
 
-def _take(ram: Ram, frames: Frames, count: int) -> list[Run]:
+def _take(ram: Ram, frames: Frames, count: int, *, held: bool = False) -> list[Run]:
     """Take one run of zeroed frames, backed by the host."""
-    runs = frames.allocate(count)
+    runs = frames.allocate(count, held=held)
     if len(runs) > 1:
         _free(frames, runs)
         raise ExhaustedError(f"no {count} frames in a row")
@@ -233,11 +247,11 @@ def _take(ram: Ram, frames: Frames, count: int) -> list[Run]:
     return runs
 
 
-def _take_segment(ram: Ram, frames: Frames, wanted: int, least: int = _LEAST_PAGES) -> Run:
+def _take_segment(ram: Ram, frames: Frames, wanted: int, least: int = _LEAST_PAGES, *, held: bool = False) -> Run:
     """Take a run for a segment: `wanted` pages, or fewer if RAM is fragmented."""
     while True:
         try:
-            return _take(ram, frames, wanted)[0]
+            return _take(ram, frames, wanted, held=held)[0]
         except ExhaustedError:
             if wanted <= least:
                 raise
@@ -247,3 +261,7 @@ def _take_segment(ram: Ram, frames: Frames, wanted: int, least: int = _LEAST_PAG
 def _free(frames: Frames, runs: list[Run]) -> None:
     for pfn, count in runs:
         frames.free([pfn], [count])
+
+
+def _nobody() -> None:
+    """Do nothing."""

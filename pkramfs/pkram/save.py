@@ -25,7 +25,7 @@ from pkramfs.errors import PkramError
 from pkramfs.machine.claims import Claim
 from pkramfs.machine.frames import Run, spans_of
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram.format import NEXT, NODE, NODE_MAGIC, OTHER
+from pkramfs.pkram.format import NEXT, NODE, NODE_MAGIC, OTHER, WITHDRAWN_MAGIC
 from pkramfs.pkram.frameset import FrameSet
 from pkramfs.pkram.node import STRICT, Node, read_node, shown
 from pkramfs.pkram.page import write_page
@@ -52,6 +52,8 @@ class Place(NamedTuple):
     """Make the node page of this name and pfn part of the list; PkramError (EEXIST) if the name is taken."""
     is_published: Callable[[int], bool]
     """Return True if the list leads to the node page at this pfn."""
+    listed: bool = True
+    """A node that is not to be listed looks like one that was withdrawn, so that no search finds it."""
 
 
 class Save:
@@ -136,7 +138,7 @@ class Save:
         self._node_pfn = node_pfn
         self._place.publish(self.name, node_pfn)
         self._end(State.PUBLISHED)
-        return read_node(self._ram, node_pfn)
+        return read_node(self._ram, node_pfn, listed=self._place.listed)
 
     def _write_node(self, pfn: int, objects: list[int], table: int, digest: int, total: int) -> None:
         write_page(
@@ -144,7 +146,7 @@ class Save:
             pfn,
             NODE,
             {NEXT: 0, OTHER: 0},
-            magic=NODE_MAGIC,
+            magic=NODE_MAGIC if self._place.listed else WITHDRAWN_MAGIC,
             generation=self.generation,
             tree_id=self.tree_id,
             object=objects[0] if objects else 0,

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Checkpoints, made by another process while the daemon goes on.
+
+    daemon                                        shadow
+    frames for it, the position S ── JSON ──▶     rebuild the tree from the last checkpoint and the log, up to S
+                                                  compare its figures with the daemon's at S
+    publish it, free what is older ◀── JSON ──    write it as a node that no list names
+
+The shadow does what a daemon does that takes over. So each checkpoint is a rehearsal of recovery, and one that does
+not come to the daemon's own figures is thrown away and reported: the log goes on from the checkpoint before. A shadow
+that dies costs its frames until then.
+
+Kernel: fs/jbd2/checkpoint.c
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import trio
+
+from pkramfs.errors import ExhaustedError, PkramfsError
+from pkramfs.fs.checkpoint import Figures, Supply, figures, write
+from pkramfs.fs.limits import Limits
+from pkramfs.fs.recover import rebuild
+from pkramfs.fs.tree import Tree
+from pkramfs.kernel.running import look
+from pkramfs.machine.directory import Machine
+from pkramfs.machine.frames import Frames, Run
+from pkramfs.schema import Invalid, ListOf, Maybe, Object, Row, Text, Whole, parse
+from pkramfs.spans import Spans
+
+log = logging.getLogger("pkramfs")
+
+_NICE = 5
+_RUN = Row((Whole(), Whole(1)))
+_ANSWER = Object({}, optional={"node": Maybe(Whole(1)), "pages": ListOf(_RUN), "records": Whole(), "error": Text()})
+
+
+class Checkpoints:
+    """The daemon's end: makes checkpoints of one tree when they are due."""
+
+    def __init__(self, tree: Tree, machine: Machine, name: bytes, say: Callable[[str], None]) -> None:
+        self._tree, self._machine, self._name, self._say = tree, machine, name, say
+        self._due = trio.Event()
+        self.made = 0
+        assert tree.journal is not None
+        tree.journal.due = self.due
+
+    def due(self) -> None:
+        """Have one made."""
+        self._due.set()
+
+    async def serve(self) -> None:
+        """Make checkpoints, one after the other, until cancelled."""
+        while True:
+            await self._due.wait()
+            self._due = trio.Event()
+            if not self._tree.preserved:  # the node is one
+                await self._make()
+
+    async def _make(self) -> None:
+        tree, journal = self._tree, self._tree.journal
+        assert journal is not None
+        tree.commit()
+        position, base, expected = journal.log.tail, journal.log.base, figures(tree)
+        try:
+            runs = tree.frames.allocate(tree.ledger.pages_needed(), held=True)
+        except ExhaustedError as error:
+            self._put_off(f"no checkpoint: {error}")
+            return
+        try:
+            answer = await self._ask(position, runs, expected)
+        except BaseException:
+            _free(tree, runs)
+            raise
+        pages = Spans((start, start + count) for start, count in answer.get("pages", []))
+        if "error" in answer or journal.log.base != base:  # or the tree was preserved meanwhile
+            _free(tree, runs)
+            if "error" in answer:
+                self._put_off(f"no checkpoint: {answer['error']}")
+            return
+        rest = Spans((start, start + count) for start, count in runs) - pages
+        journal.rebase(answer["node"], pages, position)
+        if rest:
+            tree.frames.free(rest.starts, rest.counts)
+        tree.commit()
+        self.made += 1
+
+    def _put_off(self, why: str) -> None:
+        """Try again when the log is twice as long."""
+        assert self._tree.journal is not None
+        self._tree.journal.limit = 2 * self._tree.journal.requests
+        self._say(f"pkramfs: {why}")
+
+    async def _ask(self, position: int, runs: list[Run], expected: Figures) -> dict[str, Any]:
+        """Have a shadow make one; return its answer, or why there is none."""
+        assert self._tree.journal is not None
+        request = {
+            "machine": self._machine.path(),
+            "tree_id": self._tree.frames.tree_id,
+            "live": self._tree.journal.log.live,
+            "position": position,
+            "name": self._name.hex(),
+            "figures": expected,
+            "runs": runs,
+        }
+        package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        done = await trio.run_process(
+            [sys.executable, "-P", "-m", "pkramfs", "checkpoint"],
+            stdin=json.dumps(request).encode(),
+            capture_stdout=True,
+            capture_stderr=False,
+            stderr=subprocess.DEVNULL,
+            check=False,
+            env={**os.environ, "PYTHONPATH": package},
+            cwd="/",
+        )
+        try:
+            answer: dict[str, Any] = _ANSWER.read(parse(done.stdout))
+        except Invalid:
+            return {"error": f"its process died with status {done.returncode}"}
+        return answer
+
+
+def _free(tree: Tree, runs: list[Run]) -> None:
+    tree.frames.free([start for start, _ in runs], [count for _, count in runs])
+
+
+# -- the shadow's end -----------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the checkpoint that stdin asks for; print the node and its frames."""
+    os.nice(_NICE)
+    request = json.loads(sys.stdin.buffer.read())
+    try:
+        answer = _make(request)
+    except (PkramfsError, OSError) as error:
+        answer = {"error": str(error)}
+    sys.stdout.write(json.dumps(answer))
+    sys.stdout.flush()
+    return int("error" in answer)
+
+
+def _make(request: dict[str, Any]) -> dict[str, Any]:
+    machine = Machine(request["machine"])
+    kernel = look(machine)
+    frames = Frames(kernel.ram, kernel.leases, request["tree_id"])
+    position = request["position"]
+    rebuilt = _end(rebuild(kernel.store, request["live"], kernel.ram, frames, Limits(), position))
+    tree, expected = rebuilt.tree, Figures(*request["figures"])
+    if (found := figures(tree)) != expected:
+        return {"error": f"the journal comes to {found} at {position}, the daemon had {expected}: please report it"}
+    supply = Supply([(start, count) for start, count in request["runs"]])
+    node, pages = _end(write(tree, kernel.store, bytes.fromhex(request["name"]), supply))
+    runs = [(int(start), int(end - start)) for start, end in pages]
+    return {"node": node, "pages": runs, "records": rebuilt.replay.records}
+
+
+def _end(work: Any) -> Any:
+    """Run a long work to its end."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            return done.value
