@@ -86,6 +86,37 @@ def alive(machine: "Machine") -> list["MountEntry"]:
     return found
 
 
+def outlived(machine: "Machine") -> list["MountEntry"]:
+    """Return the entries of dead daemons whose trees are still in RAM, for whoever mounts their names."""
+    return sorted((e for e in machine.mounts() if e.outlived), key=lambda e: (e.name or "", e.tree_id))
+
+
+def left(machine: "Machine") -> list["MountReport"]:
+    """Return the reports of trees that have outlived their daemons: a kexec would lose them."""
+    from pkramfs.kernel.kexec import MountReport
+
+    return [
+        MountReport(
+            mountpoint=entry.mountpoint,
+            name=entry.name,
+            preserved=False,
+            files=0,
+            reason=f"its daemon has died: mount {entry.name} again and preserve it, or `pkramctl free {entry.name}`",
+            tree_id=entry.tree_id,
+        )
+        for entry in outlived(machine)
+        if not _has_node(machine, entry)
+    ]
+
+
+def _has_node(machine: "Machine", entry: "MountEntry") -> bool:
+    """Return True if a node holds the tree, which was preserved when its daemon died."""
+    from pkramfs.cli import nodes
+
+    running = nodes.attached(machine)
+    return running is not None and running.info.pkram and entry.tree_id in running.store.preserved_ids()
+
+
 def located(entries: Iterable["MountEntry"]) -> list["MountEntry"]:
     """Return entries with the mount points that the mount table has: a mount, or a directory above it, may be moved."""
     from dataclasses import replace

@@ -264,7 +264,7 @@ def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
     from pkramfs.kernel import kexec
 
     seen = daemons.look(machine) if machine.exists() else []
-    reports = [one.report for one in seen]
+    reports = [one.report for one in seen] + (daemons.left(machine) if machine.exists() else [])
     back = _to_remount(args, machine, seen)
     plan = kexec.plan(machine, reports, force=args.force, poison=args.poison, remount=back.mounts, notes=back.notes)
     for line in plan.describe():
@@ -346,7 +346,7 @@ def _execute_with(
             back = again.plan(seen).mounts
             plan = kexec.plan(
                 machine,
-                [one.report for one in seen],
+                [one.report for one in seen] + daemons.left(machine),
                 force=args.force,
                 poison=args.poison,
                 stop=going.stop,

@@ -17,17 +17,18 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, render
+from pkramfs.cli import arguments, daemons, render
 from pkramfs.cli.arguments import need
 from pkramfs.cli.render import Column
 from pkramfs.errors import MachineError, NotPreservedError, PkramError, PkramfsError
 from pkramfs.mounting.names import mount_name, node_name
 from pkramfs.text import exact
-from pkramfs.units import BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size, plural
+from pkramfs.units import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size, plural
 
 if TYPE_CHECKING:
     from pkramfs.kernel.running import Running
     from pkramfs.machine.directory import Machine
+    from pkramfs.machine.mounts import MountEntry
     from pkramfs.pkram.node import Node
     from pkramfs.pkram.rescue import Survey
 
@@ -72,6 +73,10 @@ def refuse_loss(machine: "Machine") -> None:
     living = [entry.mountpoint for entry in machine.mounts() if entry.alive]
     if living:
         raise NotPreservedError(f"{plural(len(living), 'mount')} would be lost: umount {', '.join(living)} first")
+    dead = [entry.name or "" for entry in daemons.outlived(machine)]
+    if dead:
+        trees = f"{plural(len(dead), 'tree')} of dead daemons"
+        raise NotPreservedError(f"{trees} would be lost: mount {', '.join(dead)} again, or free them, or use --force")
     try:
         found, unfinished = listing(machine), _unfinished(machine)
     except PkramfsError as error:
@@ -144,6 +149,8 @@ def act_free(args: argparse.Namespace) -> int:
                 freed.append({"name": exact(name), "pages": _free(machine, running, name)})
             except PkramfsError as error:
                 problems.append(error)
+        if args.all:
+            freed += [_discard(machine, running, entry) for entry in daemons.outlived(machine)]
         running.sweep()
     _say_freed(args, freed)
     for problem in problems:
@@ -218,6 +225,9 @@ def _free(machine: "Machine", running: "Running", name: bytes) -> int:
     """Withdraw one node and return the number of pages that it preserved."""
     node = running.store.find(name)
     if node is None:
+        dead = next((e for e in daemons.outlived(machine) if node_name(e.name or "") == name), None)
+        if dead is not None:
+            return int(_discard(machine, running, dead)["pages"])
         raise PkramError(f"no node {exact(name)} is preserved")
     try:
         lock = machine.claim(node.tree_id)
@@ -229,6 +239,14 @@ def _free(machine: "Machine", running: "Running", name: bytes) -> int:
         lock.release()
     machine.log(f"pkram: freed node {exact(name)}, {plural(node.pages, 'page')}")
     return node.pages
+
+
+def _discard(machine: "Machine", running: "Running", entry: "MountEntry") -> dict[str, Any]:
+    """Give up the tree of a daemon that has died; the next sweep frees it. Return its name and its pages."""
+    pages = running.leases.blocks_of(entry.tree_id).total * BLOCK_PAGES
+    machine.claim(entry.tree_id).release()
+    machine.log(f"pkramfs: gave up the tree of {entry.name}, whose daemon had died, {plural(pages, 'page')}")
+    return {"name": entry.name, "pages": pages}
 
 
 def _in_use(machine: "Machine", node: "Node") -> str:

@@ -135,7 +135,10 @@ def _found(directory: str, dev: int, options: Options) -> "tuple[Machine, MountE
         _expect_answer(directory, entry, daemon)
         return machine, entry, daemon
     if is_dead(directory):
-        raise MountError(f"the daemon of {directory} has died, its tree is lost: umount {directory}")
+        raise MountError(
+            f"the daemon of {directory} has died: umount {directory}, and if it was mounted with pkram=NAME, mount it "
+            "again: its tree is in RAM"
+        )
     root = os.environ.get("PKRAM_ROOT") or default_root()
     if options.machine:
         where, remedy = f"the machine {Machine.locate(options.machine).path()}", "leave machine= out"
@@ -150,8 +153,8 @@ def _expect_answer(directory: str, entry: "MountEntry", daemon: "Commands") -> N
         daemon.status(timeout=patience.ANSWER_SECONDS)
     except DaemonError as error:
         raise MountError(
-            f"the daemon of {directory} (pid {entry.pid}) does not answer ({error}): look at it, or kill {entry.pid}, "
-            f"which loses a live tree, and umount {directory}"
+            f"the daemon of {directory} (pid {entry.pid}) does not answer ({error}): look at it, or kill {entry.pid}"
+            + ("" if entry.holder else f", which loses its tree, and umount {directory}")
         ) from None
 
 

@@ -30,6 +30,7 @@ from pkramfs.units import BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size
 
 if TYPE_CHECKING:
     from pkramfs.machine.directory import Machine
+    from pkramfs.machine.mounts import MountEntry
 
 
 def act(args: argparse.Namespace) -> None:
@@ -125,7 +126,14 @@ def _numa(machine: "Machine") -> dict[str, dict[str, int]] | None:
 
 
 def _mounts(machine: "Machine") -> list[dict[str, Any]]:
-    return [_mount(seen) for seen in daemons.look(machine)]
+    return [_mount(seen) for seen in daemons.look(machine)] + [_dead(entry) for entry in daemons.outlived(machine)]
+
+
+def _dead(entry: "MountEntry") -> dict[str, Any]:
+    """Return a tree that has outlived its daemon."""
+    problem = f"the daemon of {entry.name} has died, its tree is in RAM: mount {entry.name} again"
+    known: dict[str, Any] = {"mountpoint": entry.mountpoint, "name": entry.name, "pid": entry.pid, "places": []}
+    return known | {"state": "died", "problem": problem}
 
 
 def _mount(seen: daemons.Seen) -> dict[str, Any]:

@@ -17,15 +17,21 @@ from typing import TYPE_CHECKING
 
 from pkramfs.cli import arguments, nodes, render
 from pkramfs.errors import FormatError, PkramfsError
-from pkramfs.mounting.names import mount_name
+from pkramfs.mounting.names import mount_name, node_name
 from pkramfs.text import exact
 from pkramfs.units import plural
 
 if TYPE_CHECKING:
     from pkramfs.kernel.running import Running
+    from pkramfs.machine.mounts import MountEntry
     from pkramfs.pkram.node import Node
     from pkramfs.pkram.streams.reader import ObjectReader
     from pkramfs.spans import Spans
+
+
+_ABSENT = "no node {} is preserved"
+_LOOKS = 3
+"""How often a log that is written to meanwhile is read before damage is believed."""
 
 
 def act(args: argparse.Namespace) -> int:
@@ -37,13 +43,16 @@ def act(args: argparse.Namespace) -> int:
         running = look(machine)
         names = [nodes.resolve(running, name) for name in args.names]
         checked, problems = check(running, names)
+        logs, more = check_logs(running, args.names)
+        problems = [one for one in problems if not _is_absent(one, logs)] + more
     if arguments.wants_json(args):
-        render.emit_json({"nodes": checked, "problems": problems})
+        render.emit_json({"nodes": checked, "logs": len(logs), "problems": problems})
     elif problems:
         for problem in problems:
             render.say(problem)
     else:
-        render.say(f"{plural(checked, 'node')} checked, nothing is wrong")
+        and_logs = f" and {plural(len(logs), 'log')}" if logs else ""
+        render.say(f"{plural(checked, 'node')}{and_logs} checked, nothing is wrong")
     return FormatError.exit_status if problems else 0
 
 
@@ -62,12 +71,50 @@ def check(running: "Running", names: list[bytes]) -> tuple[int, list[str]]:
         handed_over=False,
     )
     found = {node.name for node in report.nodes}
-    absent = [f"no node {exact(name)} is preserved" for name in names if name not in found]
+    absent = [_ABSENT.format(exact(name)) for name in names if name not in found]
     if report.problems:
         report.problems[0] += _out_of_reach(running)
     report.problems += doubts(running)
     checked = sum(not names or node.name in names for node in report.nodes)
     return checked, report.problems + absent
+
+
+def check_logs(running: "Running", names: list[str]) -> tuple[list[str], list[str]]:
+    """Rebuild the tree of each log, of living mounts and of dead ones; return their names, and the problems."""
+    checked, problems = [], []
+    for entry in running.machine.mounts():
+        if entry.journal is None or entry.name is None or (names and entry.name not in names):
+            continue
+        if not running.leases.blocks_of(entry.tree_id):
+            continue  # of a kernel that is gone
+        checked.append(entry.name)
+        if problem := _log_problem(running, entry):
+            problems.append(f"{entry.name}: {problem}")
+    return checked, problems
+
+
+def _log_problem(running: "Running", entry: "MountEntry") -> str:
+    """Return what is wrong with a log. One that is written to may be read while its checkpoint changes: look again."""
+    from pkramfs.fs.limits import Limits
+    from pkramfs.fs.recover import rebuild
+    from pkramfs.machine.frames import Frames
+
+    problem = ""
+    for _ in range(_LOOKS if entry.alive else 1):
+        frames = Frames(running.ram, running.leases, entry.tree_id)
+        try:
+            for _ in rebuild(running.store, entry.journal or 0, running.ram, frames, Limits()):
+                pass
+        except FormatError as error:
+            problem = str(error)
+        else:
+            return ""
+    return problem
+
+
+def _is_absent(problem: str, logs: list[str]) -> bool:
+    """Return True if a problem is only that a mount which has a log has no node."""
+    return any(problem == _ABSENT.format(exact(node_name(name))) for name in logs)
 
 
 def _out_of_reach(running: "Running") -> str:
