@@ -88,7 +88,14 @@ def alive(machine: "Machine") -> list["MountEntry"]:
 
 def outlived(machine: "Machine") -> list["MountEntry"]:
     """Return the entries of dead daemons whose trees are still in RAM, for whoever mounts their names."""
-    return sorted((e for e in machine.mounts() if e.outlived), key=lambda e: (e.name or "", e.tree_id))
+    from pkramfs.cli import nodes
+
+    entries = sorted((e for e in machine.mounts() if e.outlived), key=lambda e: (e.name or "", e.tree_id))
+    running = nodes.attached(machine) if entries else None
+    if running is None or not running.info.pkram:
+        return []
+    preserved = running.store.preserved_ids()  # a node has it, whatever became of the daemon
+    return [e for e in entries if e.tree_id not in preserved and running.leases.blocks_of(e.tree_id)]
 
 
 def left(machine: "Machine") -> list["MountReport"]:
@@ -105,16 +112,7 @@ def left(machine: "Machine") -> list["MountReport"]:
             tree_id=entry.tree_id,
         )
         for entry in outlived(machine)
-        if not _has_node(machine, entry)
     ]
-
-
-def _has_node(machine: "Machine", entry: "MountEntry") -> bool:
-    """Return True if a node holds the tree, which was preserved when its daemon died."""
-    from pkramfs.cli import nodes
-
-    running = nodes.attached(machine)
-    return running is not None and running.info.pkram and entry.tree_id in running.store.preserved_ids()
 
 
 def located(entries: Iterable["MountEntry"]) -> list["MountEntry"]:

@@ -57,7 +57,7 @@ DEATHS, WITHIN = 5, 60.0
 """How many deaths in how many seconds may be."""
 POISON_DEATHS = 3
 """How many of them make what was not answered suspect."""
-WELL = b"well"
+WELL, ENDS = b"well", b"ends"
 _MESSAGE = 1 << 16
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -123,10 +123,13 @@ class Holder:
                 sys.stderr.flush()
             os._exit(status)
 
-    def _tell(self, device: int = -1, lock: int = -1, facts: dict[str, Any] | None = None) -> None:
-        """Give the holder what it must keep, or tell it that all is well; called in the daemon."""
+    def _tell(
+        self, device: int = -1, lock: int = -1, facts: dict[str, Any] | None = None, *, ends: bool = False
+    ) -> None:
+        """Give the holder what it must keep, or tell it that all is well, or ends; called in the daemon."""
         if facts is None:
-            self._theirs.send(WELL)
+            with contextlib.suppress(OSError):  # it was killed
+                self._theirs.send(ENDS if ends else WELL)
             return
         passed = array.array("i", [device, lock]).tobytes()
         self._theirs.sendmsg([json.dumps(facts).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])
@@ -160,6 +163,9 @@ class Holder:
         if text == WELL:
             self._well = True
             return True
+        if text == ENDS:
+            self._let_go()
+            return True
         device, lock = array.array("i", extra[0][2][: 2 * size])
         for fd in (device, lock):
             os.set_inheritable(fd, False)
@@ -167,6 +173,12 @@ class Holder:
             os.close(self._job.fd)  # the daemon answers the command
         self._held = Held(device, lock, json.loads(text), False)
         return True
+
+    def _let_go(self) -> None:
+        """Close the connection: its end is the daemon's to give, in order."""
+        if self._held is not None:
+            os.close(self._held.device)
+            self._held = None
 
     def _forward(self, number: int) -> None:
         """Pass a signal on to the daemon; without one, end, and leave the tree to who mounts it again."""

@@ -419,6 +419,9 @@ class Daemon:
         except OSError as error:
             log.warning("cannot detach: %s", explain(error))
         await self.session.operations.cache.close()
+        self._ended = True
+        if self.tell is not None:
+            self.tell(ends=True)
         self.session.terminate()
 
 

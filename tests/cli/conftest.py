@@ -2,7 +2,6 @@
 """A place for machines of this test's own."""
 
 import os
-import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -65,10 +64,11 @@ def place():
 @pytest.fixture
 def machine(root, ctl, place):
     from pkramfs.machine.directory import Machine
+    from pkramfs.machine.mounts import kill
 
     assert ctl("machine", "create", "--ram", "256M", "--seed", "5")[0] == 0
     made = Machine.locate()
     yield made
     for entry in made.mounts():
         if entry.alive:
-            os.kill(entry.pid, signal.SIGKILL)
+            kill(entry)

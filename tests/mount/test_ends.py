@@ -67,7 +67,9 @@ def _end(lab: Any, entry: MountEntry, how: str) -> None:
 
 
 def oops(lab: Any, directory: Path, number: int) -> None:
+    """Have a daemon die of a signal, and nobody take over."""
     entry = lab.entry(directory)
+    os.kill(entry.holder, signal.SIGKILL)
     os.kill(entry.pid, number)
     lab.gone(entry)
 
@@ -127,13 +129,12 @@ def test_without_a_crash_kernel_the_log_says_so(lab: Any) -> None:
 
 def test_nothing_is_left_of_daemons_that_were_killed(lab: Any) -> None:
     """The next mount clears away the files of the dead, and the temporary ones of who died while writing."""
-    one, two = lab.mount("one"), lab.mount("two")
+    one, two = lab.mount("one", "mode=755"), lab.mount("two")
     (two / "file").write_bytes(b"2")
     lab.remount(two, "preserve,ro")
     for mnt in (one, two):
         entry = lab.entry(mnt)
-        os.kill(entry.pid, signal.SIGKILL)
-        lab.gone(entry)
+        lab.kill(entry)
     mounts = Path(lab.machine.path("mounts"))
     left = [mounts / "0123456789abcdef.json.1.tmp", Path(lab.machine.path("nvram.json.1.tmp"))]
     for path in left:

@@ -111,8 +111,7 @@ def test_remount_of_something_else(lab: Any) -> None:
 def test_remount_of_a_dead_mount(lab: Any) -> None:
     mnt = lab.mount("one")
     entry = lab.entry(mnt)
-    os.kill(entry.pid, 9)
-    lab.gone(entry)
+    lab.kill(entry)
     _refused(lab.helper(mnt, "remount,preserve,ro"), 32, "has died")
 
 

@@ -22,7 +22,7 @@ from pkramfs.kernel.running import Running
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import new_tree_id
-from pkramfs.machine.mounts import MountEntry
+from pkramfs.machine.mounts import MountEntry, kill
 from pkramfs.mounting import syscalls
 from pkramfs.spans import Spans
 from pkramfs.units import format_pfn
@@ -263,6 +263,11 @@ class Mounts(Lab):
         """Unmount and wait for the daemon."""
         entry = self.entry(directory)
         subprocess.run(unmounting(directory), check=True)
+        self.gone(entry)
+
+    def kill(self, entry: MountEntry) -> None:
+        """Kill a daemon and whoever would start another, and wait until both are gone."""
+        kill(entry)
         self.gone(entry)
 
     def gone(self, entry: MountEntry) -> None:
