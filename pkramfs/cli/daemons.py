@@ -21,6 +21,7 @@ from pkramfs.units import plural
 if TYPE_CHECKING:
     from pkramfs.control.replies import Status
     from pkramfs.kernel.kexec import MountReport
+    from pkramfs.kernel.running import Running
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.mounts import MountEntry
 
@@ -86,12 +87,21 @@ def alive(machine: "Machine") -> list["MountEntry"]:
     return found
 
 
+def attached(machine: "Machine") -> "Running | None":
+    """Return the running kernel, or None; never boot one."""
+    from pkramfs.kernel import kernelrecord
+
+    if kernelrecord.read(machine, any_layout=True) is None:
+        return None
+    from pkramfs.kernel.running import look
+
+    return look(machine)
+
+
 def outlived(machine: "Machine") -> list["MountEntry"]:
     """Return the entries of dead daemons whose trees are still in RAM, for whoever mounts their names."""
-    from pkramfs.cli import nodes
-
     entries = sorted((e for e in machine.mounts() if e.outlived), key=lambda e: (e.name or "", e.tree_id))
-    running = nodes.attached(machine) if entries else None
+    running = attached(machine) if entries else None
     if running is None or not running.info.pkram:
         return []
     preserved = running.store.preserved_ids()  # a node has it, whatever became of the daemon

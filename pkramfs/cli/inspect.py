@@ -20,7 +20,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, nodes, render
+from pkramfs.cli import arguments, daemons, render
 from pkramfs.cli.render import Column
 from pkramfs.errors import FormatError, MachineError
 from pkramfs.text import exact
@@ -96,7 +96,7 @@ def _super_pfn(machine: "Machine") -> int:
     """Return the pfn of the super block: the running kernel's, a dead kernel's, or that of an unfinished boot."""
     from pkramfs.kernel import cmdline, nvram
 
-    running = nodes.attached(machine)
+    running = daemons.attached(machine)
     if running is not None:
         dead = running.info.report.get("dead") or {}
         return int(dead.get("super_pfn") or running.store.root())

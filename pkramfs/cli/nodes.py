@@ -35,20 +35,9 @@ if TYPE_CHECKING:
 LOCK_SECONDS = 30.0
 
 
-def attached(machine: "Machine") -> "Running | None":
-    """Return the running kernel, or None; never boot one."""
-    from pkramfs.kernel import kernelrecord
-
-    if kernelrecord.read(machine, any_layout=True) is None:
-        return None
-    from pkramfs.kernel.running import look
-
-    return look(machine)
-
-
 def listing(machine: "Machine") -> list[dict[str, Any]]:
     """Return every node, as plain data, in the order of the node list."""
-    running = attached(machine)
+    running = daemons.attached(machine)
     if running is None or not running.info.pkram:
         return []
     live = machine.live_ids()
@@ -102,7 +91,7 @@ def _unfinished(machine: "Machine") -> bool:
 def act_nodes(args: argparse.Namespace) -> None:
     """Run `pkramctl nodes`."""
     machine = arguments.existing(args)
-    running = attached(machine)
+    running = daemons.attached(machine)
     if running is not None:
         running.store.root()  # where PKRAM is off this raises ENODEV: no list is not an empty list
     found = listing(machine)

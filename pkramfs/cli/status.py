@@ -105,7 +105,7 @@ def _next(machine: "Machine") -> dict[str, Any]:
 
 def _memory(machine: "Machine") -> dict[str, int] | None:
     """Return the bytes in page blocks of each state."""
-    running = nodes.attached(machine)
+    running = daemons.attached(machine)
     if running is None:
         return None
     return {state: blocks * BLOCK_SIZE for state, blocks in running.leases.counts().items()}
@@ -113,7 +113,7 @@ def _memory(machine: "Machine") -> dict[str, int] | None:
 
 def _numa(machine: "Machine") -> dict[str, dict[str, int]] | None:
     """Return the bytes of each NUMA node by owner, if there are several nodes."""
-    running = nodes.attached(machine)
+    running = daemons.attached(machine)
     if running is None:
         return None
     from pkramfs.machine.policy import node_blocks
