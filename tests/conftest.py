@@ -6,8 +6,10 @@ import random
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import hypothesis
 import pytest
@@ -23,6 +25,7 @@ ROOTS_USED: list[str] = []
 PLACE = pytest.StashKey[Path]()
 """A directory of this run's own: two runs share no name, whoever starts them."""
 FAILED = pytest.StashKey[bool]()
+T = TypeVar("T")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -77,7 +80,9 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"seed: {config.getoption('--seed')} (--seed N for another), files: {place} (kept if a test fails)"
 
 
+@pytest.hookimpl(trylast=True)  # after what -k and -m choose, and after the chapters' own order
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_out(config, items)
     rank = {name: number for number, name in enumerate(ORDER)}
     items.sort(key=lambda item: rank.get(Path(item.fspath).parent.name, len(ORDER)))
     reason = fuse_missing()
@@ -86,6 +91,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="the long form: --long runs it"))
         if "mount" in item.keywords and reason and not os.environ.get("CI"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def few(config: pytest.Config, name: str, many: Sequence[T], count: int) -> list[T]:
+    """Return `count` of many in their order, others for each seed and name; all of them with --long."""
+    if config.getoption("--long") or len(many) <= count:
+        return list(many)
+    chosen = random.Random(f"{config.getoption('--seed')} {name}").sample(range(len(many)), count)
+    return [many[at] for at in sorted(chosen)]
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out all but the promised number of the cases of tests that are marked `few`."""
+    families: dict[str, list[pytest.Item]] = defaultdict(list)
+    count = {}
+    for item in items:
+        if marker := item.get_closest_marker("few"):
+            kind = item.callspec.params[marker.kwargs["each"]] if marker.kwargs else ""  # type: ignore[attr-defined]
+            name = f"{item.nodeid.partition('[')[0]} {kind}"
+            families[name].append(item)
+            (count[name],) = marker.args
+    left: set[pytest.Item] = set()
+    for name, family in families.items():
+        left |= {*family} - {*few(config, name, family, count[name])}
+    if left:
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
 
 
 def fuse_missing() -> str:
@@ -101,6 +132,12 @@ def fuse_missing() -> str:
 def seed(request: pytest.FixtureRequest) -> int:
     """The run's seed, for tests that make their own random choices."""
     return int(request.config.getoption("--seed"))
+
+
+@pytest.fixture
+def some(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
+    """Return what takes some of the values that a test goes through (see few), others for each `turn`."""
+    return lambda many, count, turn="": few(request.config, f"{request.node.nodeid} {turn}", many, count)
 
 
 @pytest.fixture

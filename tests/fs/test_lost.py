@@ -12,6 +12,7 @@ from pkramfs.fs.lost import LIMIT, LostPages
 from pkramfs.units import BLOCK_PAGES, PAGE_SIZE
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("seed", range(20))
 def test_pages_are_as_in_a_set(seed: int) -> None:
     rng, lost, model = random.Random(seed), LostPages(errno.ENOSPC), set[int]()

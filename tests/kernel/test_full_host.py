@@ -64,6 +64,7 @@ def test_room_is_part_of_the_plan(lab: Any, host: Any, ranges: int) -> None:
 
 
 @pytest.mark.usefixtures("no_reserve")
+@pytest.mark.few(3)
 @pytest.mark.parametrize("left", range(7))
 def test_a_host_that_fills_up_under_the_plan(lab: Any, host: Any, left: int) -> None:
     """Fill the host after each page in turn: no mount is stopped, all is as it was, and another try succeeds."""

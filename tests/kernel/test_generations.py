@@ -57,6 +57,7 @@ def assert_nothing_leaked(lab: Any) -> None:
     assert free == kernel.info.blocks
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("seed", range(3))
 def test_generations(lab: Any, seed: int) -> None:
     live(lab, 8, seed)

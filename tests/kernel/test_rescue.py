@@ -49,16 +49,17 @@ def mend(lab: Any) -> tuple[Survey, dict[str, list[str]]]:
     return seen[0], said
 
 
-def bits(record: Any, rest: int, request: pytest.FixtureRequest) -> list[int]:
-    """Return every bit of a record's fields and two of the rest; without --long one in 27, and one in 3 of `next`."""
-    few, more = (1, 1) if request.config.getoption("--long") else (27, 3)
-    return [*range(0, record.size * 8, few), *range(NEXT * 8, NEXT * 8 + 64, more), rest * 8 + 3, PAGE_SIZE * 8 - 1]
+def bits(record: Any, rest: int, some: Any) -> list[int]:
+    """Return every bit of a record's fields and two of the rest; without --long 24, and 10 of `next`."""
+    link = range(NEXT * 8, NEXT * 8 + 64)
+    other = [bit for bit in range(record.size * 8) if bit not in link]
+    return [*some(other, 24), *some(link, 10), rest * 8 + 3, PAGE_SIZE * 8 - 1]
 
 
 @pytest.mark.usefixtures("damaged")
-def test_every_bit_of_the_super_block(three: Any, request: pytest.FixtureRequest) -> None:
+def test_every_bit_of_the_super_block(three: Any, some: Any) -> None:
     ram, pfn = three.up().ram, three.up().info.super_pfn
-    for bit in bits(SUPER, 100, request):
+    for bit in bits(SUPER, 100, some):
         ram.page(pfn)[bit // 8] ^= 1 << bit % 8
         survey, said = mend(three)
         assert (survey.damaged, said) == ([], {})
@@ -69,11 +70,11 @@ def test_every_bit_of_the_super_block(three: Any, request: pytest.FixtureRequest
 
 @pytest.mark.usefixtures("damaged")
 @pytest.mark.parametrize("hit", NAMES)
-def test_every_bit_of_a_node_page(three: Any, hit: str, request: pytest.FixtureRequest) -> None:
+def test_every_bit_of_a_node_page(three: Any, hit: str, some: Any) -> None:
     kernel = three.up()
     ram, pfn = kernel.ram, kernel.store.find(hit.encode()).pfn
     others = [name for name in NAMES if name != hit]
-    for bit in bits(NODE, 1000, request):
+    for bit in bits(NODE, 1000, some):
         ram.page(pfn)[bit // 8] ^= 1 << bit % 8
         with pytest.raises(FormatError, match="free --damaged"):
             running.look(three.machine).sweep()

@@ -85,6 +85,7 @@ def test_adopt_takes_over_what_another_left(ram, leases, frames):
     assert not pages_of(heir.allocate(500)) & pages_of(kept)
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("seed", range(30))
 def test_against_a_set(frames, leases, seed):
     rng, owned = random.Random(seed), []
@@ -202,7 +203,9 @@ class AllocatorAgainstBitmap(RuleBasedStateMachine):
         assert not (self.owners[1].leases.blocks_of(1001) & self.leases.blocks_of(1002))
 
 
-AllocatorAgainstBitmap.TestCase.settings = settings(stateful_step_count=30, max_examples=40)
+AllocatorAgainstBitmap.TestCase.settings = settings(
+    stateful_step_count=30, max_examples=settings.default.max_examples // 4
+)
 TestAllocatorAgainstBitmap = AllocatorAgainstBitmap.TestCase
 
 

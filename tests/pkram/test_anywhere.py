@@ -97,7 +97,7 @@ def scene(ram, store, frames):
 @pytest.fixture
 def step(request: pytest.FixtureRequest) -> int:
     """How many lines are passed over between two that are looked at: none with --long."""
-    return 1 if request.config.getoption("--long") else 5
+    return 1 if request.config.getoption("--long") else 11
 
 
 def test_between_any_two_lines_of_a_save(ram, scene, step):
@@ -129,7 +129,7 @@ def test_between_any_two_lines_of_a_withdrawal(ram, store, scene):
 
 
 def test_an_interrupt_at_any_line_of_a_save_harms_nothing(ram, store, frames, scene, step):
-    """Ctrl-C at every fourth line (without --long, at every twentieth): published whole, or given up.
+    """Ctrl-C at every fourth line (without --long, at every forty-fourth): published whole, or given up.
 
     Then the next save of the name works.
 

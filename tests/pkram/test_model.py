@@ -194,4 +194,4 @@ class Core(RuleBasedStateMachine):
 
 
 TestCore = Core.TestCase
-TestCore.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestCore.settings = settings(max_examples=settings.default.max_examples * 2 // 5, stateful_step_count=30, deadline=None)

@@ -11,6 +11,7 @@ from pkramfs.pkram.table import writer as tablewriter
 from pkramfs.spans import Spans
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize("seed", range(60))
 def test_reads_back_what_was_built(wide, wide_frames, seed):
     rng = random.Random(seed)
@@ -37,6 +38,7 @@ def test_a_fragmented_block_is_one_bitmap(wide, wide_frames):
     assert pagetable.read(wide, root) - Spans.from_runs(pages, np.ones_like(pages)) == spans
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("seed", range(40))
 def test_range_queries_agree_with_the_set(wide, wide_frames, seed):
     rng = random.Random(seed)

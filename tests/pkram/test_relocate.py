@@ -47,6 +47,7 @@ def read(ram, found):
     }
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("seed", range(60))
 def test_every_page_keeps_its_index_and_contents(ram, frames, seed):
     rng = random.Random(seed)

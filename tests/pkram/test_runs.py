@@ -88,6 +88,7 @@ def pages_of(rows) -> dict[int, int]:
     return {index + n: pfn + n for index, pfn, count in rows for n in range(count)}
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("fragmented", [False, True])
 @pytest.mark.parametrize("words", [{}, {"strict": True}, {"align": True}], ids=str)
 @pytest.mark.parametrize("seed", range(5))

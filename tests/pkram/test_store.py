@@ -129,6 +129,7 @@ def test_a_frame_is_saved_once(store, frames):
         save(store, frames, runs=[(pfn, 4), (pfn + 3, 2)])
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize("seed", range(80))
 def test_a_flipped_bit_never_passes(ram, store, frames, damaged, seed):
     """D15: whatever bit of a node's metadata flips, loading says so and the node stays."""

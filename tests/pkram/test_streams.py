@@ -36,6 +36,7 @@ def rows(*columns):
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
+@pytest.mark.few(32)
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("align", [False, True])
 @pytest.mark.parametrize("seed", range(25))
@@ -189,6 +190,7 @@ def test_a_banned_huge_page_comes_back_in_the_largest_pieces(ram, store, frames,
     assert node.relocated == 1 and contents(ram, store) == {n: n + 1 for n in range(512)}
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("seed", range(20))
 def test_nothing_of_a_node_lies_in_banned_memory(ram, store, frames, seed):
     rng = random.Random(seed)

@@ -25,6 +25,7 @@ def pieces(rng: random.Random, spans: Spans, cuts: int) -> list[Spans]:
     return [part for part in parts if part]
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("seed", range(60))
 def test_adding_and_removing_in_bulk(wide, wide_frames, seed):
     rng = random.Random(seed)
