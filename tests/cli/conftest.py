@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
+from pkramfs.kernel import succession
+from tests.support.here import boot_here
+
 Command = Callable[[list[str]], int]
 Run = Callable[..., tuple[int, str, str]]
 
@@ -27,6 +30,12 @@ def in_this_process(main: Command, capsys: pytest.CaptureFixture[str]) -> Run:
         return status, out, err
 
     return run
+
+
+@pytest.fixture
+def boots_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boot in this process, for tests of what is before and after a boot."""
+    monkeypatch.setattr(succession, "start_boot", boot_here)
 
 
 @pytest.fixture
