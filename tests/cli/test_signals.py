@@ -118,8 +118,11 @@ def until(condition, what="it never comes to that"):
 
 @mounted
 @pytest.mark.mount
-@pytest.mark.parametrize("number", [signal.SIGKILL, *NUMBERS], ids=lambda n: signal.Signals(n).name)
-def test_whoever_ends_between_freezing_and_stopping_leaves_nothing_frozen(machine, place, mount, kexec, number):
+@pytest.mark.few(1, each="how")
+@pytest.mark.parametrize(
+    ("how", "number"), [("killed", signal.SIGKILL), *(("asked", number) for number in NUMBERS)], ids=str
+)
+def test_whoever_ends_between_freezing_and_stopping_leaves_nothing_frozen(machine, place, mount, kexec, how, number):
     one, two = sorted([place(), place()])
     restored(mount, machine, one, "one")
     restored(mount, machine, two, "two")
@@ -133,7 +136,7 @@ def test_whoever_ends_between_freezing_and_stopping_leaves_nothing_frozen(machin
         status = command.wait(30)
     finally:
         os.kill(second.pid, signal.SIGCONT)
-    assert status == (-number if number == signal.SIGKILL else 128 + number)
+    assert status == (-number if how == "killed" else 128 + number)
     until(lambda: not call(first.socket, "status")["frozen"], "it stays frozen")
     for directory in (one, two):
         with open(f"{directory}/file", "a") as file:
@@ -142,6 +145,7 @@ def test_whoever_ends_between_freezing_and_stopping_leaves_nothing_frozen(machin
 
 @mounted
 @pytest.mark.mount
+@pytest.mark.few(1, each="more")
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda n: signal.Signals(n).name)
 @pytest.mark.parametrize("more", [[], ["--no-remount"]], ids=["remount", "no-remount"])
 def test_a_signal_before_the_point_of_no_return_mounts_again(
@@ -162,6 +166,7 @@ def test_a_signal_before_the_point_of_no_return_mounts_again(
 
 @mounted
 @pytest.mark.mount
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda n: signal.Signals(n).name)
 def test_a_signal_past_the_point_of_no_return_waits(machine, place, mount, kexec, ctl, monkeypatch, number):
     from pkramfs.kernel import succession
@@ -266,6 +271,7 @@ def test_a_boot_does_not_hear_signals(root, ctl):
 
 @mounted
 @pytest.mark.mount
+@pytest.mark.few(1, each="when")
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda n: signal.Signals(n).name)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_preserve_that_is_ended_is_taken_back(machine, place, mount, monkeypatch, number, when):

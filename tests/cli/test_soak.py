@@ -23,6 +23,7 @@ def soaking(monkeypatch):
     return module
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("seed", range(3))
 def test_generations_of_everything_random(soaking, root, seed):
     soak = soaking.Soak(root, seed)

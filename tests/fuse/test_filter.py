@@ -201,11 +201,12 @@ def test_the_end_of_the_device_is_left_to_pyfuse3(kernel: Kernel) -> None:
     assert not kernel.filter.serve()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("seed", range(4))
 def test_no_request_ends_it_or_stays_without_an_answer(
     kernel: Kernel, seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Random requests, sensible ones of which something was changed, cut ones: 100,000 in all, bounded in time."""
+    """Random requests, sensible ones of which something was changed, cut ones: 25,000 each, bounded in time."""
     caplog.set_level(logging.WARNING)
     random_ = random.Random(seed)
     began = time.monotonic()

@@ -27,6 +27,7 @@ def blocks(path: Path) -> int:
     return os.stat(path).st_blocks
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("seed", range(6))
 def test_any_sequence_is_as_on_tmpfs(lab: Any, tmpfs: Path, seed: int) -> None:
     """Writes, punches, allocations and truncations with a descriptor and a mapping open all the time."""

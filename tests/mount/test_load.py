@@ -273,6 +273,7 @@ while True:
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("turn", range(3))
 def test_the_end_while_clients_punch(lab: Any, turn: int) -> None:
     """Who waits for the kernel's writing back is answered before the daemon goes."""

@@ -26,6 +26,7 @@ def full(path: Path) -> None:
     path.symlink_to("/dev/full")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("what", [directory, fifo, full])
 def test_a_kernel_log_that_cannot_be_written_fails_nothing(lab: Any, what: Callable[[Path], None]) -> None:
     lab.run("ctl", "machine", "create", "--ram", "256M")
@@ -80,6 +81,7 @@ def test_damaged_files_refuse_a_mount_in_one_line(lab: Any) -> None:
     lab.umount(lab.mount("one"))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
 def test_standard_descriptors_that_are_closed_or_full_harm_nothing(lab: Any, closed: str) -> None:
     mnt = lab.dir("one")

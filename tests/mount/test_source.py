@@ -28,6 +28,7 @@ def escaped(source: str) -> bytes:
     return b"".join(b"\\%03o" % byte if byte in b" \t\n\\#" else bytes([byte]) for byte in os.fsencode(source))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_source_is_shown_and_stays(lab: Any, source: str) -> None:
     mnt = lab.dir("one")

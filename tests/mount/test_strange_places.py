@@ -17,6 +17,7 @@ ROOT = os.geteuid() == 0
 NAMES = ["\udcff\udc80 ä", "back\\040slash\tc#", "line\nfeed"]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_mount_there_lives_like_any_other(lab: Any, name: str) -> None:
     mnt = lab.mount(name, "pkram=one")
