@@ -5,7 +5,7 @@ Three commands and no decisions of their own: each one reads its arguments, call
 and prints their answers.
 
     mount.pkramfs     as mount(8) calls it: mount, remount,preserve,ro, remount,rw        mount.py, remount.py
-    pkram-kexec       with kexec(8)'s spelling: load an image, boot it over this kernel   kexec.py
+    pkram-kexec       with kexec(8)'s spelling: load an image, boot it over this kernel   kexec.py, executing.py
     pkramctl          a window into the machine, its kernel, its nodes and its memory     ctl.py
     python -m pkramfs boot DIR      a fresh process that knows nothing, started by pkram-kexec    boot.py
 

@@ -20,8 +20,8 @@ from pkramfs.units import plural
 
 if TYPE_CHECKING:
     from pkramfs.control.replies import Status
-    from pkramfs.kernel.kexec import MountReport
     from pkramfs.kernel.running import Running
+    from pkramfs.kernel.transition import MountReport
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.mounts import MountEntry
 
@@ -43,7 +43,7 @@ class Seen(NamedTuple):
     @property
     def report(self) -> "MountReport":
         """Return the report of this mount for the planner of a kexec."""
-        from pkramfs.kernel.kexec import MountReport
+        from pkramfs.kernel.transition import MountReport
 
         status = self.status
         preserved = status is not None and status["state"] == "preserved"
@@ -110,7 +110,6 @@ def outlived(machine: "Machine") -> list["MountEntry"]:
 
 def left(machine: "Machine") -> list["MountReport"]:
     """Return the reports of trees that have outlived their daemons: a kexec would lose them."""
-    from pkramfs.kernel.kexec import MountReport
 
     return [
         MountReport(

@@ -5,51 +5,26 @@
     -l IMAGE, -p IMAGE      load   ├ in this order, as far as they are given
     -e                      execute┘
 
-`-e` is composed here, because the planner (kernel/kexec.py) knows no daemons and the daemons no
-planner:
-
-    machine lock, exclusive
-      ├ freeze every mount, flushed ──── one does not answer ──→ thaw, status 7
-      ├ plan, with what the mounts said ─ trees or nodes lost ─→ thaw, name them, status 6
-      ├ start the daemons of the next kernel, which wait to be told
-      ├ stop the daemons, wait for their locks ─ one stays ────→ status 7
-      ├ ═══ point of no return (inside the plan) ═══
-      └ boot in a fresh process
-    machine lock released
-    mount again what was preserved (mounting takes the lock shared)
-
-Before the point of no return a failure, or a signal (SIGINT, SIGTERM, SIGHUP), leaves the machine as it was. After
-it a signal waits until all is mounted again, and whoever comes next after a failure resumes the boot. A command that
-is killed takes nothing back: the daemons thaw by themselves, and what was stopped already waits for --resume.
+What `-e` and its kin do is in executing.py.
 
 Kernel: kexec-tools kexec/kexec.c, kernel/kexec_core.c (kernel_kexec)
 """
 
 import argparse
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, daemons, render, report, signals
-from pkramfs.cli.arguments import complain, need
-from pkramfs.cli.freezer import Freezer
-from pkramfs.errors import MachineError, NotPreservedError, PkramfsError
-from pkramfs.units import format_size, plural
+from pkramfs.cli import arguments, executing, render
+from pkramfs.cli.arguments import need
+from pkramfs.cli.executing import PROGRAM
+from pkramfs.errors import MachineError, PkramfsError
+from pkramfs.units import format_size
 
 if TYPE_CHECKING:
-    from pkramfs.cli import again
-    from pkramfs.cli.daemons import Seen
-    from pkramfs.control.replies import Status
     from pkramfs.kernel.staging import Loaded
-    from pkramfs.kernel.steps import Operation, Plan
     from pkramfs.machine.directory import Machine
-    from pkramfs.mounting.starting import PrestartedDaemons
 
-PROGRAM = "pkram-kexec"
-LOCK_SECONDS = 30.0
-_NAMED = 10
-"""How many of the programs that use a mount are named."""
 _DESCRIPTION = "Load the next kernel of a pkramfs machine, and boot it over the running one; see pkram-kexec(8)."
 _EPILOG = """examples:
   pkram-kexec -s -l /boot/vmlinuz --initrd=/boot/initrd.img --append="root=/dev/sda1 pkram=$(cat /run/pkram/pkram)"
@@ -166,8 +141,8 @@ def _act(args: argparse.Namespace) -> int:
         render.say("execute it: load it without --dry-run to see that plan")
         return 0
     if args.exec:
-        return _dry_run(args, machine) if args.dry_run else _execute(args, machine)
-    for way, go in (("panic", _panic), ("resume", _resume), ("cold", _cold)):
+        return executing.dry_run(args, machine) if args.dry_run else executing.execute(args, machine)
+    for way, go in (("panic", executing.panic), ("resume", executing.resume), ("cold", executing.cold)):
         if getattr(args, way):
             return go(args, machine)
     return 0
@@ -257,235 +232,3 @@ def _request(args: argparse.Namespace) -> Any:
         mem_max=args.mem_max,
         segments=args.segment,
     )
-
-
-def _dry_run(args: argparse.Namespace, machine: "Machine") -> int:
-    """Print what -e would do, and return the exit status that it would have, as far as can be known."""
-    from pkramfs.kernel import kexec
-
-    seen = daemons.look(machine) if machine.exists() else []
-    reports = [one.report for one in seen] + (daemons.left(machine) if machine.exists() else [])
-    back = _to_remount(args, machine, seen)
-    plan = kexec.plan(machine, reports, force=args.force, poison=args.poison, remount=back.mounts, notes=back.notes)
-    for line in plan.describe():
-        render.say(line)
-    costs = report.costs(machine) if args.verbose else None
-    for line in [*_noticed(seen), *(costs.describe() if costs else [])]:
-        render.say(line)
-    return plan.problems[0].exit_status if plan.problems else 0
-
-
-def _noticed(seen: "Sequence[Seen]") -> list[str]:
-    """Return a line for each file that cannot survive, and for each program that will lose a mount."""
-    from pkramfs.cli.users import processes
-    from pkramfs.cli.users import users as users_of
-
-    found = []
-    programs = processes() if seen else {}
-    for one in seen:
-        place = one.entry.mountpoint
-        found += _not_surviving(place, one.status) if one.status else []
-        users = {user.pid: (at, user) for at in one.places or (place,) for user in users_of(at, programs)}
-        for at, user in list(users.values())[:_NAMED]:
-            found.append(f"{at}: {user.name} (pid {user.pid}) uses it and will get ENOTCONN")
-        if (more := len(users) - _NAMED) > 0:
-            found.append(f"{place}: {plural(more, 'more program')} that {'uses' if more == 1 else 'use'} it")
-    return found
-
-
-def _not_surviving(place: str, status: "Status") -> list[str]:
-    """Return a line for each file that is open for writing or deleted."""
-    from pkramfs.control.replies import unnamed
-
-    found = [f"{place}: {path} is open for writing" for path in status["writers"]]
-    if more := unnamed(status, "writers"):
-        found.append(f"{place}: {plural(more, 'more file')} open for writing")
-    found += [f"{place}: {path} will be lost" for path in status["open_deleted"]]
-    if more := unnamed(status, "open_deleted"):
-        found.append(f"{place}: {plural(more, 'more deleted file')} will be lost")
-    return found
-
-
-def _to_remount(args: argparse.Namespace, machine: "Machine", seen: "Sequence[Seen]") -> "again.Plan":
-    """Plan which mounts come back after the kexec; none if --no-remount is given.
-
-    Those that an earlier command stopped, or could not mount again, come back, too, if their trees are still preserved.
-    """
-    from pkramfs.cli import again
-
-    if args.no_remount:
-        return again.Plan([], [])
-    waiting = again.still_there(machine, again.waiting(machine), lambda _: None) if machine.exists() else []
-    found = again.plan(seen)
-    return again.Plan([*waiting, *found.mounts], found.notes)
-
-
-def _execute(args: argparse.Namespace, machine: "Machine") -> int:
-    """Let the running kernel die and the loaded one be born."""
-    from pkramfs.mounting.starting import PrestartedDaemons
-
-    with PrestartedDaemons() as prestarted, signals.Deferral() as waiting:
-        return _execute_with(args, machine, prestarted, waiting)
-
-
-def _execute_with(
-    args: argparse.Namespace, machine: "Machine", prestarted: "PrestartedDaemons", waiting: signals.Deferral
-) -> int:
-    from pkramfs.cli import again
-    from pkramfs.kernel import kexec, nvram, running
-
-    going = Freezer(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
-    remount: list[dict[str, Any]] = []
-    back: list[dict[str, Any]] = []
-    try:
-        with running.exclusively(machine, LOCK_SECONDS):
-            _need_loaded(machine)
-            began = time.monotonic()
-            seen = going.freeze()
-            remount, notes = _to_remount(args, machine, seen)
-            back = again.plan(seen).mounts
-            plan = kexec.plan(
-                machine,
-                [one.report for one in seen] + daemons.left(machine),
-                force=args.force,
-                poison=args.poison,
-                stop=going.stop,
-                remount=remount,
-                notes=notes,
-            )
-            if plan.problems:
-                going.thaw()
-                return _refuse(machine, plan)
-            for line in notes:
-                arguments.note(machine, f"kexec: {line}")
-            prestarted.start(remount)
-            _perform(args, plan, waiting)
-            pause = time.monotonic() - began
-            nvram.set_pause(machine, pause - plan.copying)
-    except BaseException:
-        with signals.deferred():
-            _undo(machine, going, back, prestarted)
-        raise
-    return _mount_again(machine, remount, f"in {pause:.2f} s", prestarted)
-
-
-def _need_loaded(machine: "Machine") -> None:
-    """Raise MachineError if no kernel is loaded, before any mount is frozen."""
-    from pkramfs.kernel import staging
-
-    if staging.read(machine) is None:
-        raise MachineError("no kernel is loaded: pkram-kexec -l IMAGE")
-
-
-def _refuse(machine: "Machine", plan: "Plan") -> int:
-    """Print every reason not to go, one line each, and return the exit status."""
-    for problem in plan.problems:
-        complain(PROGRAM, str(problem))
-        arguments.note(machine, f"kexec: refused: {problem}")
-    if any(isinstance(problem, NotPreservedError) for problem in plan.problems):
-        complain(PROGRAM, "nothing was changed: --force goes on and loses what is named above")
-    return plan.problems[0].exit_status
-
-
-def _perform(args: argparse.Namespace, plan: "Plan", waiting: signals.Deferral) -> None:
-    for warning in plan.warnings:
-        arguments.warn(PROGRAM, warning)
-    for line in plan.relocations if args.verbose else []:
-        render.tell(line)
-    plan.execute(partial(_before, waiting, args.verbose))
-
-
-def _before(waiting: signals.Deferral, verbose: bool, step: "Operation") -> None:
-    """Print a step before it is done; from the point of no return on, let signals wait."""
-    from pkramfs.kernel.kexec import PointOfNoReturn
-
-    if isinstance(step, PointOfNoReturn):
-        waiting.begin()
-    for line in step.lines() if verbose else []:
-        render.tell(line)
-
-
-def _undo(machine: "Machine", going: Freezer, back: list[dict[str, Any]], prestarted: "PrestartedDaemons") -> None:
-    """Take back after a failure: while the old kernel lives, put every mount back as it was."""
-    from pkramfs.cli import again
-    from pkramfs.kernel import kernelrecord, nvram
-
-    going.thaw()
-    if not machine.exists() or not going.stopped:
-        return
-    if kernelrecord.read(machine, any_layout=True) is None:
-        complain(PROGRAM, "the old kernel is gone and the new one is not up: pkram-kexec --resume goes on from there")
-        return
-    if not again.restart(machine, back, partial(arguments.warn, PROGRAM), prestarted):
-        with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
-            nvram.mounted_again(machine, back)
-
-
-def _mount_again(
-    machine: "Machine", remount: Sequence[dict[str, Any]], how: str, prestarted: "PrestartedDaemons | None" = None
-) -> int:
-    """Mount again what was preserved, and report that the new kernel is up."""
-    from pkramfs.cli import again
-    from pkramfs.kernel import nvram, running
-    from pkramfs.mounting.starting import PrestartedDaemons
-
-    info = running.look(machine).info
-    warn = partial(arguments.warn, PROGRAM)
-    remount = again.still_there(machine, remount, warn)
-    failed = again.restart(machine, remount, warn, prestarted or PrestartedDaemons())
-    if not failed:
-        with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
-            nvram.clear_mounts(machine)
-    back = ", ".join(place for mount in remount for place in again.places(mount))
-    mounted = f"; mounted again: {back}" if back and not failed else ""
-    render.tell(f"kernel {info.generation} ({info.image}) is up {how}{mounted}")
-    return 1 if failed else 0
-
-
-def _resume(args: argparse.Namespace, machine: "Machine") -> int:
-    """Finish a boot that was interrupted, and what comes after it."""
-    from pkramfs.kernel import nvram, succession
-
-    if not machine.exists() or (nvram.pending(machine) is None and not nvram.mounts(machine)):
-        render.say("nothing to resume")
-        return 0
-    with signals.Deferral() as waiting:
-        with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
-            waiting.begin()
-            succession.bring_up(machine, force=args.force)
-            back = nvram.mounts(machine)
-        return _mount_again(machine, [] if args.no_remount else back, "again")
-
-
-def _cold(args: argparse.Namespace, machine: "Machine") -> int:
-    """Power off and on: memory is lost. With --force this also works on a damaged machine."""
-    from pkramfs.cli import nodes
-    from pkramfs.kernel import succession
-
-    going = Freezer(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
-    with arguments.existing(args).lifecycle(shared=False, timeout=LOCK_SECONDS):
-        if not args.force:
-            nodes.refuse_loss(machine)
-        if args.dry_run:
-            render.say("end the running kernel, forget all memory, boot cold")
-            return 0
-        with signals.deferred():
-            going.stop()
-            succession.power_cycle(machine)
-    return _mount_again(machine, [], "with empty memory")
-
-
-def _panic(args: argparse.Namespace, machine: "Machine") -> int:
-    """Let the kernel crash: ask no mount, save nothing."""
-    from pkramfs.kernel import crash, staging
-
-    with arguments.existing(args).lifecycle(shared=False, timeout=LOCK_SECONDS):
-        if staging.read(machine, staging.CRASH_JSON) is None:
-            raise MachineError("no crash kernel is loaded: boot with crashkernel=SIZE, then pkram-kexec -p IMAGE")
-        if args.dry_run:
-            render.say("kill the mounts and boot the crash kernel, with PKRAM off")
-            return 0
-        with signals.deferred():
-            Freezer(machine, force=True).kill()
-            crash.panic(machine)
-    return _mount_again(machine, [], "with PKRAM off; pkram-kexec --cold leaves it")

@@ -47,6 +47,7 @@ Read in this order:
     iomem         the resource map
     loading       -l: destinations that overwrite nothing that is preserved
     steps         operations that are described first, done in order, and undone if a later one fails
+    transition    the steps of a kexec: what each does, and how it is undone
     kexec         the plan of -e, and the order of all of it
     costs         what bans and relocation cost, and what scratch would
     crash         a kernel that examines the dead one

@@ -151,7 +151,7 @@ def test_whoever_ends_between_freezing_and_stopping_leaves_nothing_frozen(machin
 def test_a_signal_before_the_point_of_no_return_mounts_again(
     machine, place, mount, kexec, ctl, monkeypatch, number, more
 ):
-    from pkramfs.kernel import kexec as planner
+    from pkramfs.kernel import transition as planner
 
     mnt = place()
     restored(mount, machine, mnt, "one")
@@ -195,7 +195,7 @@ def test_who_is_killed_after_stopping_has_noted_what_to_mount_again(machine, pla
     mnt = place()
     restored(mount, machine, mnt, "one")
     program = (
-        "import os\nfrom pkramfs.kernel import kexec as planner\nfrom pkramfs.cli.kexec import main\n"
+        "import os\nfrom pkramfs.kernel import transition as planner\nfrom pkramfs.cli.kexec import main\n"
         "planner.LastLook.execute = lambda _: os.kill(os.getpid(), 9)\n"
         "main(['-le', 'builtin:2M', '--reuse-cmdline'])"
     )
@@ -214,7 +214,7 @@ def test_a_kexec_mounts_again_what_another_one_stopped(machine, place, mount, ke
     mnt = place()
     restored(mount, machine, mnt, "one")
     killed = (
-        "import os\nfrom pkramfs.kernel import kexec as planner\nfrom pkramfs.cli.kexec import main\n"
+        "import os\nfrom pkramfs.kernel import transition as planner\nfrom pkramfs.cli.kexec import main\n"
         "planner.LastLook.execute = lambda _: os.kill(os.getpid(), 9)\n"
         "main(['-le', 'builtin:2M', '--reuse-cmdline'])"
     )
@@ -231,8 +231,8 @@ def test_a_kexec_mounts_again_what_another_one_stopped(machine, place, mount, ke
 @mounted
 @pytest.mark.mount
 def test_nothing_waits_after_a_failure_that_was_undone(machine, place, mount, kexec, ctl, monkeypatch):
-    from pkramfs.kernel import kexec as planner
     from pkramfs.kernel import nvram
+    from pkramfs.kernel import transition as planner
 
     mnt = place()
     restored(mount, machine, mnt, "one")

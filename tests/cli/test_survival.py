@@ -113,7 +113,7 @@ def test_forced_only_what_was_preserved_comes_back(machine, place, ctl, kexec):
 
 def test_a_failure_before_the_point_of_no_return_mounts_again(machine, place, ctl, kexec, monkeypatch):
     from pkramfs.errors import ExhaustedError
-    from pkramfs.kernel import kexec as planner
+    from pkramfs.kernel import transition as planner
 
     mnt = place()
     mount(mnt, "pkram=one")

@@ -7,7 +7,7 @@ import pytest
 
 from pkramfs.errors import ExhaustedError, MachineError, NotPreservedError
 from pkramfs.kernel import kexec, nvram, staging
-from pkramfs.kernel.kexec import MountReport
+from pkramfs.kernel.transition import MountReport
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram import superblock
 from pkramfs.spans import Spans

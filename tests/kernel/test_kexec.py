@@ -11,10 +11,11 @@ from pkramfs.cli import verify
 from pkramfs.errors import ConflictError, ExhaustedError, FormatError, MachineError, NotPreservedError, UsageError
 from pkramfs.kernel import boot, kernelrecord, kexec, loading, nvram, running, staging, succession
 from pkramfs.kernel.image import load_image
-from pkramfs.kernel.kexec import MountReport
 from pkramfs.kernel.loading import Request
 from pkramfs.kernel.running import Running
 from pkramfs.kernel.segments import destinations
+from pkramfs.kernel.steps import Operation
+from pkramfs.kernel.transition import DecideBoot, MountReport, Verify, WriteRegions
 from pkramfs.pkram import superblock
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, MIB, PAGE_SHIFT
@@ -506,9 +507,9 @@ def test_reuse_cmdline_makes_pkram_current(lab: Any) -> None:
     assert staging.read(lab.machine).cmdline == f"ro pkram={pfn:x} quiet"
 
 
-@pytest.mark.parametrize("step", [kexec.Verify, kexec.DecideBoot])
+@pytest.mark.parametrize("step", [Verify, DecideBoot])
 def test_a_kexec_that_fails_takes_its_region_list_back(
-    lab: Any, monkeypatch: pytest.MonkeyPatch, step: type[kexec.Operation]
+    lab: Any, monkeypatch: pytest.MonkeyPatch, step: type[Operation]
 ) -> None:
     lab.preserve("a", 700)
     lab.load()
@@ -533,7 +534,7 @@ def test_whoever_comes_next_takes_back_the_list_of_a_kexec_that_was_killed(lab: 
     with lab.machine.lifecycle(shared=False):
         for step in kexec.plan(lab.machine, []).operations:
             step.execute()
-            if isinstance(step, kexec.WriteRegions):
+            if isinstance(step, WriteRegions):
                 break
     kernel = running.look(lab.machine)
     assert superblock.check(kernel.ram, kernel.info.super_pfn).region_pfn

@@ -7,13 +7,14 @@ import pytest
 
 from pkramfs.errors import ExhaustedError, NotPreservedError
 from pkramfs.kernel import kernelrecord, kexec, nvram, running, staging
-from pkramfs.kernel.kexec import MountReport
 from pkramfs.kernel.segments import Segment, conflicts, destinations
+from pkramfs.kernel.steps import Plan
+from pkramfs.kernel.transition import MountReport
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT
 
 
-def planned(lab: Any, *mounts: MountReport, **how: Any) -> kexec.Plan:
+def planned(lab: Any, *mounts: MountReport, **how: Any) -> Plan:
     with lab.machine.lifecycle(shared=False):
         return kexec.plan(lab.machine, mounts, **how)
 
