@@ -110,6 +110,7 @@ def outlived(machine: "Machine") -> list["MountEntry"]:
 
 def left(machine: "Machine") -> list["MountReport"]:
     """Return the reports of trees that have outlived their daemons: a kexec would lose them."""
+    from pkramfs.kernel.transition import MountReport
 
     return [
         MountReport(

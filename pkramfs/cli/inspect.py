@@ -238,10 +238,11 @@ def act_format(args: argparse.Namespace) -> None:
 
 
 def _declared() -> "list[Record]":
+    from pkramfs.machine.header import HEADER
     from pkramfs.pkram.format import RECORDS
     from pkramfs.pkram.treeformat import TREE
 
-    return [*RECORDS, TREE]
+    return [*RECORDS, HEADER, TREE]
 
 
 def format_tables() -> str:

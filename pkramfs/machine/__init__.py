@@ -19,8 +19,11 @@ processes through one 8-byte store (`Ram.publish`) or under the table lock; memo
 ENOSPC, before the host behind it is full. Assumed from below: a file that can be mapped shared, on a
 file system that can punch holes (otherwise pages are zeroed).
 
-In reading order: cgroups, ram, firmware, memblock, policy, leases, frames; locks, files, claims, mounts,
-directory; process.
+The memory of a machine may lie elsewhere, where it outlives the host's own kernel (backing). Then it has a header in
+page 0, from which the directory is made again.
+
+In reading order: cgroups, ram, firmware, memblock, policy, leases, frames; host, backing, mapped, header, conf, named;
+locks, files, claims, mounts, directory; process.
 
 Kernel: mm/memblock.c, mm/page_alloc.c, arch/x86/kernel/e820.c
 """

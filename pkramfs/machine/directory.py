@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A machine is a directory: its RAM, its hardware, and what its kernel exports.
 
-    machine.json  ram                         the hardware; survives a kexec
+    machine.json  ram                         the hardware; survives a kexec. RAM may be elsewhere (named.py)
     machine.json.copy                         from which a lost machine.json is made again
     nvram.json                                firmware variables; survive too
     cmdline pkram iomem dmesg kernel.json     exported by the running kernel
@@ -31,9 +31,12 @@ from typing import Any
 
 from pkramfs import schema, stdio
 from pkramfs.errors import DamagedError, MachineError, UsageError, explain
-from pkramfs.machine import claims, locks, mounts
+from pkramfs.machine import backing, claims, conf, locks, mounts, named
+from pkramfs.machine.backing import Backing
 from pkramfs.machine.files import append_line, clear_temporary, open_regular, read_file, read_json, replace_file
 from pkramfs.machine.firmware import FirmwareMap
+from pkramfs.machine.host import Host
+from pkramfs.machine.mapped import open_ram
 from pkramfs.machine.mounts import MountEntry, MountLock, claim, live_ids, outlived_ids, read_entries, tree_ids
 from pkramfs.machine.ram import Ram
 from pkramfs.text import literal, printable
@@ -43,7 +46,9 @@ DEFAULT = "default"
 RUN_LINK = "/run/pkram"
 LIFECYCLE_TIMEOUT = 60.0
 HARDWARE_JSON, COPY = "machine.json", "machine.json.copy"
-_MACHINE = schema.Object({"version": schema.OneOf((1,))}, others=schema.Anything())
+_MACHINE = schema.Object(
+    {"version": schema.OneOf((1,))}, optional={"backing": backing.DECLARED}, others=schema.Anything()
+)
 _ANY = schema.Object({}, others=schema.Anything())
 _SAID: set[str] = set()
 """Machines whose kernel log this process could not write, and has warned about."""
@@ -54,8 +59,8 @@ _COPY_REMEDY = "remove it, and give `pkramctl machine create` the options with w
 class Machine:
     """One machine's directory. Making the object touches nothing."""
 
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
+    def __init__(self, directory: str, host: Host | None = None) -> None:
+        self.directory, self.host = directory, host or Host()
 
     @classmethod
     def locate(cls, name: str | None = None) -> "Machine":
@@ -106,8 +111,29 @@ class Machine:
             raise MachineError(f"cannot make the machine {self.directory}: {explain(error)}") from None
         self._link_run()
 
+    @property
+    def name(self) -> str:
+        """Return the name under which `locate` finds the machine."""
+        return os.path.basename(self.directory)
+
+    @property
+    def conf_path(self) -> str:
+        """Return the path of the file that names the machine's memory; it need not exist."""
+        place = os.path.dirname(self.directory)
+        if place == default_root() and os.geteuid() == 0:
+            place = conf.DIRECTORY
+        return os.path.join(place, f"{self.name}.conf")
+
+    def configuration(self) -> conf.Conf | None:
+        """Return what names the machine's memory, None if RAM is a file of its own."""
+        return None if os.path.isdir(self.conf_path) else conf.read(self.conf_path)
+
     def _make(self, hardware: FirmwareMap | None) -> None:
         """Write machine.json, last, for new RAM or for the RAM that exists."""
+        named_ram = self.configuration()
+        if named_ram is not None:
+            self._make_named(named_ram, hardware)
+            return
         lost = self.holds_memory()
         kept = self._read_hardware(COPY, _COPY_REMEDY) if lost else None
         made = hardware or kept or FirmwareMap.default(host_memory(), seed=secrets.randbits(63))
@@ -119,6 +145,14 @@ class Machine:
             Ram(self.path("ram"), made.size, create=True).close()
         for name in (COPY, HARDWARE_JSON):
             self.write_json(name, {"version": 1, **made.to_json()})
+
+    def _make_named(self, said: conf.Conf, hardware: FirmwareMap | None) -> None:
+        """Write machine.json for memory that the user named."""
+        if hardware is not None:
+            raise MachineError(f"{self.conf_path} says that RAM is {said.ram}: leave the hardware out, or remove it")
+        found = named.find(said, self.host)
+        made = FirmwareMap.flat(found.header.size, found.header.seed)
+        self.write_json(HARDWARE_JSON, {"version": 1, **made.to_json(), "backing": found.backing.to_json()})
 
     def holds_memory(self) -> bool:
         """Return True if the RAM file has any page backed."""
@@ -142,7 +176,7 @@ class Machine:
 
     def keep_copy(self) -> None:
         """Write the copy of machine.json if it is missing: earlier versions made none."""
-        if not self.has(COPY):
+        if not self.has(COPY) and self.elsewhere() is None:
             self.write_json(COPY, {"version": 1, **self.hardware().to_json()})
 
     def missing(self) -> str:
@@ -152,6 +186,8 @@ class Machine:
                 f"{self.path(HARDWARE_JSON)} is missing, but its RAM is there: "
                 "`pkramctl machine create`, or a mount, makes it again; the memory stays"
             )
+        if os.path.isfile(self.conf_path):
+            return f"the machine of {self.conf_path} is not up: a mount brings it up"
         return f"there is no machine in {self.directory}: a mount or `pkramctl machine create` makes it"
 
     def _check_owner(self) -> None:
@@ -189,6 +225,11 @@ class Machine:
             raise MachineError(self.missing())
         return found
 
+    def elsewhere(self) -> Backing | None:
+        """Return the memory that the user named; None if RAM is a file of the machine's own."""
+        data = self.read_json(HARDWARE_JSON, _MACHINE, _HARDWARE_REMEDY)
+        return Backing(**data["backing"]) if data and "backing" in data else None
+
     def _read_hardware(self, name: str, remedy: str) -> FirmwareMap | None:
         data = self.read_json(name, _MACHINE, remedy)
         if data is None:
@@ -203,7 +244,8 @@ class Machine:
 
     def ram(self) -> Ram:
         """Open the machine's RAM, whose size must be what machine.json says."""
-        return Ram(self.path("ram"), self.hardware().size)
+        size, found = self.hardware().size, self.elsewhere()
+        return Ram(self.path("ram"), size) if found is None else open_ram(found)
 
     def lifecycle(self, *, shared: bool, timeout: float = LIFECYCLE_TIMEOUT) -> AbstractContextManager[None]:
         """Hold the machine: shared to start a mount, exclusive to boot or to kexec."""

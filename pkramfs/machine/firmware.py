@@ -104,6 +104,11 @@ class FirmwareMap:
             entries.append((4 * GIB, 4 * GIB + ram_bytes - low, "usable"))
         return cls(tuple(entries), _even_nodes(entries[-1][1], nodes), seed)
 
+    @classmethod
+    def flat(cls, size: int, seed: int = 0) -> "FirmwareMap":
+        """Make memory that the user named: one range without holes."""
+        return cls(((0, size, "usable"),), (), seed)
+
     def to_json(self) -> dict[str, Any]:
         """Return the hardware as machine.json has it."""
         return {

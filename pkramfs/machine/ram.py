@@ -56,6 +56,9 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 class Ram:
     """The machine's memory, mapped shared. `size` is bytes, `pages` frames, holes included."""
 
+    sparse = True
+    """Pages that nobody uses are holes, which cost nothing. Where they are not (mapped.py), all pages count as data."""
+
     def __init__(self, path: str, size: int, *, create: bool = False) -> None:
         self.path, self.size, self.pages = path, size, size >> PAGE_SHIFT
         self._groups = MemoryGroups()
@@ -66,7 +69,7 @@ class Ram:
             raise MachineError(f"cannot open RAM: {explain(error)}") from None
         try:
             self._check_size(create)
-            self._mapping = mmap.mmap(self.fd, size, flags=mmap.MAP_SHARED)
+            self._mapping = self._map()
         except (OSError, MachineError) as error:
             os.close(self.fd)
             why = f"{path}: {explain(error)}" if isinstance(error, OSError) else error
@@ -74,6 +77,9 @@ class Ram:
         self._end = weakref.finalize(self, os.close, self.fd)  # who forgets RAM must not keep the file open
         self.bytes = memoryview(self._mapping)
         self.u64: U64 = np.frombuffer(self._mapping, dtype="<u8")
+
+    def _map(self) -> mmap.mmap:
+        return mmap.mmap(self.fd, self.size, flags=mmap.MAP_SHARED)
 
     def _check_size(self, create: bool) -> None:
         found = os.fstat(self.fd).st_size

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""NAME.conf: which memory is the RAM of a machine. It is all that is kept on disk of a machine on real memory.
+
+    # /etc/pkramfs/default.conf
+    ram = /dev/dax0.0
+    uuid = 5ab0…
+
+`pkramctl machine create --ram PATH` writes it. `uuid` is that of the header in the memory: a device that got another
+number at this boot, or holds another machine, is not taken for ours. The files of root's machines are in /etc/pkramfs.
+Where PKRAM_ROOT says in which directory machines are, NAME.conf lies there, beside the machine NAME.
+
+Kernel: /etc/mdadm.conf (ARRAY … uuid=…), in spirit
+"""
+
+import os
+import re
+from dataclasses import dataclass
+
+from pkramfs.errors import DamagedError, MachineError, explain
+from pkramfs.machine.files import read_file, replace_file
+
+DIRECTORY = "/etc/pkramfs"
+_LINE = re.compile(r"\s*(?P<key>[A-Za-z_]+)\s*=\s*(?P<value>.*?)\s*")
+_UUID = re.compile(r"[0-9a-f]{32}")
+_REMEDY = "write `ram = PATH` and `uuid = UUID`, or remove it and `pkramctl machine create --ram PATH` writes it again"
+
+
+@dataclass(frozen=True)
+class Conf:
+    """What the file says: the words that name memory (backing.parse), and the machine's UUID."""
+
+    ram: str
+    uuid: str
+
+
+def read(path: str) -> Conf | None:
+    """Read a file; None if it is missing, DamagedError if it says anything else than it should."""
+    try:
+        data = read_file(path, 1 << 16)
+    except OSError as error:
+        raise MachineError(f"cannot read {explain(error)}") from None
+    if data is None:
+        return None
+    found: dict[str, str] = {}
+    for number, line in enumerate(data.decode("utf-8", "surrogateescape").splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None or match["key"] not in Conf.__dataclass_fields__:
+            raise DamagedError(path, f"line {number} is {line.strip()!r}", _REMEDY)
+        found[match["key"]] = match["value"]
+    if missing := [key for key in Conf.__dataclass_fields__ if not found.get(key)]:
+        raise DamagedError(path, f"{missing[0]} is missing", _REMEDY)
+    uuid = found["uuid"].replace("-", "").lower()
+    if not _UUID.fullmatch(uuid):
+        raise DamagedError(path, f"uuid is {found['uuid']!r}", _REMEDY)
+    return Conf(found["ram"], uuid)
+
+
+def write(path: str, conf: Conf) -> None:
+    """Write a file, and the directory in which it lies."""
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"cannot make {explain(error)}") from None
+    text = "# The memory of a pkramfs machine, written by pkramctl machine create; see pkramfs-real(7).\n"
+    replace_file(path, f"{text}ram = {conf.ram}\nuuid = {conf.uuid}\n")

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The header in page 0 of RAM that the user named: all that must cross a boot of the host beside RAM itself.
+
+    0        512      2048      2560     4096
+    | slot 0 |........| slot 1 |..........|          page 0 is never usable, so nobody else writes there
+
+The directory of a machine may lie in /run, and end with the host's kernel. RAM stays, if both kernels set it aside.
+The header says whose it is, how large, what the last kernel was, and where its super block lies: a new directory is
+made from it. A header is written to the slot that does not hold the current one, with a higher sequence number, and
+the last store of it makes its checksum right: a write that was torn at any byte leaves the header before it.
+
+It is reached through the mapping alone, whatever lies behind RAM. Only the holder of the machine lock writes it.
+
+Kernel: drivers/nvdimm/label.c (two index blocks with sequence numbers), drivers/nvdimm/pfn.h (struct nd_pfn_sb)
+"""
+
+import time
+import uuid
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import xxhash
+
+from pkramfs.errors import FormatError, VersionError
+from pkramfs.machine.ram import Ram
+from pkramfs.record import F, Record
+from pkramfs.units import PAGE_SIZE, format_size
+
+MAGIC = int.from_bytes(b"PKRAMhd1", "little")
+VERSION = 1
+_COVERED = 16
+HEADER = Record(
+    "Header",
+    512,
+    "One of the two headers in page 0 of RAM that the user named (`pkramctl machine create --ram PATH`).",
+    [
+        F("magic", "u8", 0, '"PKRAMhd1"'),
+        F("checksum", "u8", 8, "XXH3-64 of bytes 16-511, seeded with the slot's number"),
+        F("sequence", "u8", 16, "the higher one of two sound headers is the current one"),
+        F("version", "u4", 24, "1"),
+        F("features", "u4", 28, "0; unknown ones are refused"),
+        F("uuid", "16s", 32, "the machine, whatever its memory is called"),
+        F("size", "u8", 48, "bytes of RAM, page 0 included"),
+        F("seed", "u8", 56, "seed of all random choices"),
+        F("generation", "u8", 64, "how many kernels the machine has had; 0 before the first boot"),
+        F("super_pfn", "u8", 72, "super block of the last kernel, 0 if it had none"),
+        F("boot_id", "16s", 80, "the host's boot in which that kernel was booted"),
+        F("created", "i8", 96, "when the machine was made, ns since the epoch"),
+        F("name_length", "u4", 104, "bytes of the machine's name, 1 to 255"),
+        F("name", "255s", 108, "the machine's name, zero-padded"),
+    ],
+)
+SLOTS = (0, PAGE_SIZE // 2)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a machine. `boot_id` and `uuid` are 32 hexadecimal digits."""
+
+    uuid: str
+    size: int
+    name: str
+    seed: int = 0
+    generation: int = 0
+    super_pfn: int = 0
+    boot_id: str = "0" * 32
+    created: int = 0
+    sequence: int = 0
+    slot: int = field(default=1, compare=False)
+    """Where it was read."""
+
+
+def new(name: str, size: int, seed: int) -> Header:
+    """Return the header of a machine that never booted."""
+    return Header(uuid.uuid4().hex, size, name, seed, created=time.time_ns())
+
+
+def read(ram: Ram) -> Header | None:
+    """Return the current header, None if there is none; VersionError if a later version of pkramfs wrote it."""
+    return parse(ram.peek(0), ram.size)
+
+
+def parse(page: bytes, size: int = 0) -> Header | None:
+    """Return the current header of page 0, of RAM with `size` bytes (0: unknown)."""
+    sound = [found for slot in range(len(SLOTS)) if (found := _slot(page, slot)) is not None]
+    if not sound:
+        return None
+    newest = max(sound, key=lambda header: header.sequence)
+    if size and newest.size > size:
+        whole = format_size(newest.size)
+        raise FormatError("Header", "size", pfn=0, found=whole, expected=f"at most the {format_size(size)} of memory")
+    return newest
+
+
+def _slot(page: bytes, slot: int) -> Header | None:
+    """Return the header of one slot, None if it is not sound."""
+    data = page[SLOTS[slot] : SLOTS[slot] + HEADER.size]
+    found = HEADER.read(data)
+    if found.magic != MAGIC or found.checksum != _checksum(data, slot):
+        return None
+    for key, known in (("version", VERSION), ("features", 0)):
+        if getattr(found, key) != known:
+            raise VersionError("Header", key, pfn=0, found=getattr(found, key), expected=known)
+    machine = found.name[: found.name_length].decode("utf-8", "surrogateescape")
+    words: dict[str, Any] = {key: getattr(found, key) for key in ("size", "seed", "generation", "super_pfn")}
+    words |= {key: getattr(found, key) for key in ("created", "sequence")}
+    return Header(found.uuid.hex(), name=machine, boot_id=found.boot_id.hex(), slot=slot, **words)
+
+
+def write(ram: Ram, header: Header) -> Header:
+    """Make a header the current one, and return it as it is read."""
+    written = replace(header, sequence=header.sequence + 1, slot=1 - header.slot)
+    data, at = encoded(written), SLOTS[written.slot]
+    ram.back_run(0, 1)
+    ram.bytes[at + _COVERED : at + HEADER.size] = data[_COVERED:]
+    ram.bytes[at : at + _COVERED] = data[:_COVERED]
+    return written
+
+
+def encoded(header: Header) -> bytes:
+    """Return the bytes of a header, for the slot that it names."""
+    name = header.name.encode("utf-8", "surrogateescape")
+    words = {key: getattr(header, key) for key in ("size", "seed", "generation", "super_pfn", "created", "sequence")}
+    data = HEADER.pack(
+        magic=MAGIC,
+        version=VERSION,
+        uuid=bytes.fromhex(header.uuid),
+        boot_id=bytes.fromhex(header.boot_id),
+        name_length=len(name),
+        name=name,
+        **words,
+    )
+    return data[:8] + _checksum(data, header.slot).to_bytes(8, "little") + data[_COVERED:]
+
+
+def wipe(ram: Ram) -> None:
+    """Remove both headers."""
+    ram.back_run(0, 1)
+    ram.zero(0)
+
+
+def _checksum(data: bytes, slot: int) -> int:
+    return xxhash.xxh3_64_intdigest(data[_COVERED:], seed=slot)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""RAM that the user named: taken once, and found again at every boot of the host.
+
+    take     pkramctl machine create --ram PATH    examine it, write a header and NAME.conf
+    find     a first mount after a boot            NAME.conf ─▶ memory ─▶ header: the same machine as before
+
+Memory in which a machine lies already is taken as it is, with all that is preserved in it: NAME.conf may be lost with a
+disk. What holds anything else, or is no memory that could survive, is refused unless the user insists.
+
+Kernel: drivers/nvdimm/claim.c (who has a namespace), drivers/md/md.c (assembling by UUID), in spirit
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from pkramfs.errors import FormatError, MachineError
+from pkramfs.machine import backing, header
+from pkramfs.machine.backing import Backing
+from pkramfs.machine.conf import Conf
+from pkramfs.machine.header import Header
+from pkramfs.machine.host import Host
+from pkramfs.machine.mapped import open_ram
+from pkramfs.machine.ram import Ram
+from pkramfs.text import literal
+from pkramfs.units import PAGE_SIZE
+
+
+class Found(NamedTuple):
+    """Memory, and the header in it."""
+
+    backing: Backing
+    header: Header
+
+
+def find(conf: Conf, host: Host) -> Found:
+    """Find the machine that a configuration names; MachineError if it is not there any more."""
+    found = backing.find(backing.parse(conf.ram), host)
+    ram = open_ram(found)
+    try:
+        there = header.read(ram)
+    finally:
+        ram.close()
+    if there is None:
+        raise MachineError(
+            f"{conf.ram} holds no machine any more: it lost its contents, or this kernel did not set it aside "
+            f"(memmap=); `pkramctl machine create --ram {conf.ram} --force` makes a new one"
+        )
+    if there.uuid != conf.uuid:
+        raise MachineError(
+            f"{conf.ram} holds another machine, {literal(there.name)} with uuid {there.uuid}, not {conf.uuid}: "
+            "name its memory in the configuration"
+        )
+    return Found(replace(found, size=there.size), there)
+
+
+def take(name: str, spec: backing.Spec, host: Host, *, seed: int | None = None, force: bool = False) -> Found:
+    """Take memory for the machine `name`: as it is if the machine lies in it, else with a new header."""
+    backing.make_file(spec)
+    found = backing.find(spec, host)
+    _refuse([] if force else list(backing.problems(found, host)))
+    backing.allocate(found)
+    ram = open_ram(found)
+    try:
+        there = None if force else _there(ram, name, found)
+        if there is None:
+            header.wipe(ram)
+            made = header.new(name, found.size, secrets.randbits(63) if seed is None else seed)
+            there = header.write(ram, made)
+    finally:
+        ram.close()
+    return Found(replace(found, size=there.size), there)
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise MachineError(f"{problems[0]}; --force takes it nevertheless")
+
+
+def _there(ram: Ram, name: str, found: Backing) -> Header | None:
+    """Return the header of our machine if it is there already, None if memory is empty."""
+    try:
+        there = header.read(ram)
+    except FormatError as error:
+        error.remedy = "--force makes a new machine there, and gives up what is preserved"
+        raise
+    if there is not None and there.name != name:
+        raise MachineError(
+            f"{found.path} holds the machine {literal(there.name)}: give --machine {there.name}, or --force makes a "
+            "new one of it and gives up what is preserved"
+        )
+    if there is None and (what := backing.contents(ram.peek(0, backing.LOOKED_AT // PAGE_SIZE))):
+        raise MachineError(f"{found.path} holds {what}: --force overwrites it")
+    return there
