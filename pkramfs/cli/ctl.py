@@ -102,10 +102,13 @@ def _add_files(commands: Any) -> None:
 def _add_machine(made: argparse.ArgumentParser) -> None:
     verbs = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
     create = _command(verbs, "create", hardware.create, "make a machine")
-    create.add_argument("--ram", type=arguments.size, metavar="SIZE", help="amount of RAM (default: the host's)")
+    create.add_argument(
+        "--ram", type=hardware.memory, metavar="SIZE|PATH", help="how much RAM (default: the host's), or which memory"
+    )
     create.add_argument("--nodes", type=arguments.number, metavar="N", help="NUMA nodes (default: 1)")
     create.add_argument("--map", metavar="FILE", help="a firmware map in JSON, as machine.json has it")
     create.add_argument("--seed", type=int, metavar="N", help="seed of all random choices")
+    create.add_argument("--force", action="store_true", help="take memory that others may use, or that is not empty")
     _command(verbs, "show", hardware.show, "show the hardware")
     destroy = _command(verbs, "destroy", hardware.destroy, "remove a machine and all its memory")
     destroy.add_argument("--force", action="store_true", help="even if trees are preserved in it")

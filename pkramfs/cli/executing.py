@@ -28,7 +28,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pkramfs.cli import arguments, daemons, render, report, signals
-from pkramfs.cli.arguments import complain
+from pkramfs.cli.arguments import complain, need
 from pkramfs.cli.freezer import Freezer
 from pkramfs.errors import MachineError, NotPreservedError
 from pkramfs.units import plural
@@ -234,15 +234,37 @@ def resume(args: argparse.Namespace, machine: "Machine") -> int:
     """Finish a boot that was interrupted, and what comes after it."""
     from pkramfs.kernel import nvram, succession
 
-    if not machine.exists() or (nvram.pending(machine) is None and not nvram.mounts(machine)):
+    boots = _boots_with_the_host(machine)
+    need(boots or not args.append, "--append with --resume is for a machine on memory of the host that is not up yet")
+    if not boots and (not machine.exists() or (nvram.pending(machine) is None and not nvram.mounts(machine))):
         render.say("nothing to resume")
         return 0
     with signals.Deferral() as waiting:
         with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
             waiting.begin()
-            succession.bring_up(machine, force=args.force)
+            _decide(args, machine)
+            succession.bring_up(machine, force=args.force and not args.append)
             back = nvram.mounts(machine)
         return _mount_again(machine, [] if args.no_remount else back, "again")
+
+
+def _boots_with_the_host(machine: "Machine") -> bool:
+    """Return True for a machine on memory of the host that is not up in this boot yet; make its directory."""
+    from pkramfs.kernel import kernelrecord
+
+    if not machine.exists() and machine.configuration() is not None:
+        machine.create()
+    if not machine.exists() or machine.elsewhere() is None:
+        return False
+    return kernelrecord.read(machine, any_layout=True) is None
+
+
+def _decide(args: argparse.Namespace, machine: "Machine") -> None:
+    """Restore with a pkram= that the command line of this boot lacks."""
+    from pkramfs.kernel import hostboot
+
+    if args.append:
+        hostboot.decide(machine, append=args.append, force=args.force)
 
 
 def cold(args: argparse.Namespace, machine: "Machine") -> int:
@@ -250,6 +272,7 @@ def cold(args: argparse.Namespace, machine: "Machine") -> int:
     from pkramfs.cli import nodes
     from pkramfs.kernel import succession
 
+    _boots_with_the_host(machine)
     going = Freezer(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
     with arguments.existing(args).lifecycle(shared=False, timeout=LOCK_SECONDS):
         if not args.force:

@@ -3,6 +3,7 @@
 
     create --ram 64G --nodes 2      a default firmware map of that size
     create --map FILE               any firmware map, as machine.json has it
+    create --ram /dev/dax0.0        on memory that survives the host's own kexec (machine/backing.py)
     show                            the map
     destroy [--force]               the directory and all that is in its memory
 
@@ -23,6 +24,7 @@ from pkramfs.errors import MachineError, UsageError, explain
 from pkramfs.units import PAGE_SIZE, format_size, plural
 
 if TYPE_CHECKING:
+    from pkramfs.machine.backing import Spec
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.firmware import FirmwareMap
 
@@ -30,17 +32,48 @@ LOCK_SECONDS = 30.0
 RUN_LINK = "/run/pkram"
 
 
+def memory(text: str) -> "int | Spec":
+    """Parse what --ram says: a size, or memory of the host."""
+    if "/" not in text:
+        return arguments.size(text)
+    from pkramfs.machine import backing
+
+    try:
+        return backing.parse(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def create(args: argparse.Namespace) -> None:
     """Make a machine of the hardware that the options describe."""
     machine = arguments.machine(args)
     if machine.exists():
         raise MachineError(f"{machine.path()} is there already: `pkramctl machine destroy` removes it")
+    if args.ram is not None and not isinstance(args.ram, int):
+        _take(args, machine)
+        return
     try:
         hardware = _hardware(args)
     except MachineError as error:  # the options are wrong
         raise UsageError(f"{args.map}: {error}" if args.map else str(error)) from None
     machine.create(hardware)
     _show_machine(args, machine)
+
+
+def _take(args: argparse.Namespace, machine: "Machine") -> None:
+    """Make a machine on memory that the user named, and keep in NAME.conf which it is."""
+    from pkramfs.machine import conf, named
+
+    need(args.map is None and args.nodes is None, "--ram PATH is one range of memory: leave --map and --nodes out")
+    need(args.seed is None or 0 <= args.seed < 1 << 63, f"--seed {args.seed}: give 0 to 2^63 - 1")
+    found = named.take(machine.name, args.ram, machine.host, seed=args.seed, force=args.force)
+    conf.write(machine.conf_path, conf.Conf(found.backing.spec, found.header.uuid))
+    machine.create()
+    _show_machine(args, machine)
+    if found.header.generation and not arguments.wants_json(args):
+        render.say(
+            f"the machine was there: it has had {plural(found.header.generation, 'kernel')}, nothing was changed"
+        )
 
 
 def _hardware(args: argparse.Namespace) -> "FirmwareMap | None":
@@ -85,13 +118,17 @@ def show(args: argparse.Namespace) -> None:
 def _show_machine(args: argparse.Namespace, machine: "Machine") -> None:
     """Print the firmware map, and the NUMA nodes if there are several."""
     hardware = machine.hardware()
+    named = machine.elsewhere()
     if arguments.wants_json(args):
-        render.emit_json({"directory": machine.path(), **hardware.to_json()})
+        said = {"backing": named.to_json()} if named else {}
+        render.emit_json({"directory": machine.path(), **hardware.to_json(), **said})
         return
     usable = hardware.usable.total * PAGE_SIZE
     render.fields(
         [
             ("machine", machine.path()),
+            ("memory", f"{named.spec} ({named.kind}), as {machine.conf_path} says" if named else None),
+            ("survives", named.traits.survives if named else None),
             ("RAM", f"{format_size(usable)} usable, addresses up to {format_size(hardware.size)}"),
             ("NUMA nodes", len({node for _, _, node in hardware.nodes}) or 1),
             ("seed", hardware.seed),
@@ -127,9 +164,23 @@ def destroy(args: argparse.Namespace) -> None:
         if not args.force:
             nodes.refuse_loss(machine)
         _unlink_run(machine)
+        _forget(machine)
         shutil.rmtree(machine.path())
     if not arguments.wants_json(args):
         render.say(f"{machine.path()} is gone")
+
+
+def _forget(machine: "Machine") -> None:
+    """Give back memory that the user named: without its header it is nobody's."""
+    from pkramfs.machine import header
+
+    if machine.elsewhere() is None:
+        return
+    ram = machine.ram()
+    header.wipe(ram)
+    ram.close()
+    if os.path.exists(machine.conf_path):
+        os.unlink(machine.conf_path)
 
 
 def _refuse_live(machine: "Machine") -> None:

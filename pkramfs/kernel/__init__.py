@@ -41,6 +41,7 @@ Read in this order:
     salvage       whole nodes of a damaged list, for a forced kexec
     leasetable    the lease table, from holes, kernel and nodes
     boot          the steps from power-on to kernel.json
+    hostboot      a boot of the host, noticed by a machine on memory that survived it
     succession    one kernel ends, the next one boots and takes over
     ownership     the owner of a page block, from every witness
     running       find the running kernel; bring it up first if need be

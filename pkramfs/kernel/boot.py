@@ -96,6 +96,11 @@ class BootProgress:
         return placement.usable_memory(self.hardware, self.pending)
 
     @property
+    def shown(self) -> str:
+        """Return the command line as people see it: the host's, if it is the host's kernel."""
+        return str(boot_of_host["cmdline"]) if (boot_of_host := self.pending.host) else self.cmdline
+
+    @property
     def preserved(self) -> Spans:
         """Return the pages that the last kernel handed over."""
         return self.found.preserved if self.found else Spans()
@@ -110,6 +115,8 @@ def purgatory(boot: BootProgress) -> None:
     image = boot.pending.image
     staging.verify_in_ram(boot.ram, boot.pending.segments)
     version = f" {image.version}" if image.version else ""
+    if boot.pending.host:
+        boot.log(f"{boot.pending.kind} boot of {image.name}, {boot.pending.host['boot_id']}")
     boot.log(f"pkramfs {__version__} boots {image.name}{version} ({image.kind}), generation {boot.pending.generation}")
 
 
@@ -122,7 +129,7 @@ def params(boot: BootProgress) -> None:
         text = boot.ram.peek(address >> PAGE_SHIFT)[address % PAGE_SIZE :][: words.MAX_LENGTH + 1]
         boot.cmdline = text.split(b"\0")[0].decode("utf-8", "surrogateescape")
     words.validate(boot.cmdline)
-    boot.log(f"Command line: {boot.cmdline}")
+    boot.log(f"Command line: {boot.shown}")
     boot.log("Firmware-provided physical RAM map:")
     for start, end, kind in boot.hardware.entries:
         boot.log(f"firmware: [mem {start:#018x}-{end - 1:#018x}] {kind}")
@@ -139,7 +146,7 @@ def find(boot: BootProgress) -> None:
         return
     boot.log("pkram: examining preserved memory")
     try:
-        boot.found = incoming.examine(boot.ram, pfn, boot.usable)
+        boot.found = incoming.examine(boot.ram, pfn, boot.usable, listed=not boot.pending.host)
         _expect_nodes(boot, len(boot.found.nodes))
         if not boot.found.nodes:
             boot.log(f"pkram: super block at pfn {format_pfn(pfn)} is empty")
@@ -147,7 +154,7 @@ def find(boot: BootProgress) -> None:
     except FormatError as error:
         boot.found = None
         boot.log(f"pkram: invalid super block or metadata at pfn {format_pfn(pfn)}: {error}")
-        if boot.pending.nodes and not boot.force:
+        if (boot.pending.nodes or boot.pending.host) and not boot.force:
             raise
         _expect_nothing(boot, "metadata cannot be read")
 
@@ -193,10 +200,13 @@ def release(boot: BootProgress) -> None:
     if boot.pending.crash:
         return  # the dead kernel's memory stays as it is, to be looked at
     kept = boot.early.reserved.spans.outward(PAGE_SIZE)
+    if boot.machine.elsewhere() is not None:
+        kept = kept | Spans([(0, 1)])  # the header
     if boot.pending.poison:
         boot.ram.poison(boot.ram.data_spans() - kept)
-    else:
+    elif boot.ram.sparse:
         boot.ram.punch(Spans([(0, boot.ram.pages)]) - kept)
+    # Where there are no holes, punching is zeroing, and who leases a page block zeroes it in any case.
     _log_memory(boot)
 
 
@@ -247,7 +257,7 @@ def super_block(boot: BootProgress) -> None:
 
 def files(boot: BootProgress) -> None:
     """Write the files that /proc and /sys would show."""
-    boot.machine.write_text("cmdline", boot.cmdline + "\n")
+    boot.machine.write_text("cmdline", boot.shown + "\n")
     if boot.super_pfn:
         boot.machine.write_text("pkram", format_pfn(boot.super_pfn) + "\n")
     owners = [(name, Spans([part])) for name, part in boot.placed.named.items()]
@@ -275,6 +285,7 @@ def publish(boot: BootProgress) -> None:
         initmem=tuple(initmem),
         booted=time.time(),
         report=_report(boot),
+        boot_id=boot.pending.host.get("boot_id", ""),
     )
     kernelrecord.write(boot.machine, boot.info)
 
@@ -283,7 +294,7 @@ def _report(boot: BootProgress) -> dict[str, Any]:
     """Return what `pkramctl report` shows: nodes found and lost, pages reserved, and the time of each step."""
     nodes = boot.found.nodes if boot.found else ()
     return {
-        "cmdline": boot.cmdline,
+        "cmdline": boot.shown,
         "nodes": [
             {"name": n.name, "pages": n.spans.total, "ranges": len(n.spans), "moved": n.relocated} for n in nodes
         ],

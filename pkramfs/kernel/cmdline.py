@@ -32,7 +32,7 @@ INIT = "--"
 """The word that ends the kernel's words."""
 _HIGHEST = 1 << 62
 _PFN = re.compile(r"(?:0[xX])?[0-9a-fA-F]{1,16}")
-PKRAM_OFF = "off"
+PKRAM, PKRAM_OFF = "pkram", "off"
 PANIC_ON_OOPS = "panic_on_oops"
 MAX_LENGTH = 2047
 """Longest command line in bytes: COMMAND_LINE_SIZE of x86 less its NUL."""
@@ -154,6 +154,16 @@ def put(cmdline: str, name: str, value: str) -> str:
 def pkram_off(cmdline: str) -> bool:
     """Return True if the command line switches PKRAM off, as a kernel configured without it would be."""
     return get(cmdline, "pkram") == PKRAM_OFF
+
+
+def names(value: str, pfn: int) -> bool:
+    """Return True if the value of a `pkram=` is this pfn."""
+    return bool(_PFN.fullmatch(value)) and int(value, 16) == pfn
+
+
+def only(cmdline: str, name: str) -> str:
+    """Return the words `name=value` of a command line, and nothing else of it."""
+    return " ".join(cmdline[word.start : word.end] for word in _ours(cmdline) if _is(word, name))
 
 
 def pkram_pfn(cmdline: str) -> int | None:

@@ -54,14 +54,21 @@ class Incoming:
         return self.preserved - trees.outward(BLOCK_PAGES).scale(BLOCK_PAGES)
 
 
-def examine(ram: Ram, super_pfn: int, usable: Spans) -> Incoming:
-    """Find and check what `pkram=` names; raise FormatError or StaleError if it is damaged or was consumed."""
+def examine(ram: Ram, super_pfn: int, usable: Spans, *, listed: bool = True) -> Incoming:
+    """Find and check what `pkram=` names; raise FormatError or StaleError if it is damaged or was consumed.
+
+    Unless it is `listed`, there is no region list to be believed: kexec(8) has nobody write one, and all that was
+    preserved are the pages that the nodes name.
+    """
     found = superblock.check(ram, super_pfn, usable)
     if not found.node_pfn and not found.region_pfn:
         return Incoming(super_pfn, found.generation, 0, Spans(), ())
-    preserved = regions.read(ram, found.region_pfn, usable) if found.region_pfn else Spans()
+    preserved = regions.read(ram, found.region_pfn, usable) if found.region_pfn and listed else Spans()
     found_nodes = nodes(ram, super_pfn)
-    missing = (Spans.union(node.spans for node in found_nodes) | Spans([(super_pfn, super_pfn + 1)])) - preserved
+    named = Spans.union(node.spans for node in found_nodes) | Spans([(super_pfn, super_pfn + 1)])
+    if not listed:
+        preserved = _in_memory(named, usable, super_pfn)
+    missing = named - preserved
     if missing:
         raise FormatError(
             "Regions",
@@ -72,6 +79,14 @@ def examine(ram: Ram, super_pfn: int, usable: Spans) -> Incoming:
         )
     _check_blocks(found_nodes)
     return Incoming(super_pfn, found.generation, found.node_pfn, preserved, tuple(found_nodes))
+
+
+def _in_memory(named: Spans, usable: Spans, super_pfn: int) -> Spans:
+    """Return these pages; raise FormatError if some are no memory."""
+    if outside := named - usable:
+        found = f"pfn {int(outside.starts[0]):x}"
+        raise FormatError("Node", "pages", pfn=super_pfn, found=found, expected="usable memory")
+    return named
 
 
 def _check_blocks(nodes: list[IncomingNode]) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkramfs import __version__, schema
 from pkramfs.errors import MachineError
+from pkramfs.kernel import cmdline as words
 from pkramfs.kernel import nvram
 from pkramfs.machine.files import Sealed, sealed
 from pkramfs.spans import Spans
@@ -57,6 +58,8 @@ class KernelInfo:
     report: dict[str, Any] = field(default_factory=dict)
     layout: int = LAYOUT
     version: str = __version__
+    boot_id: str = ""
+    """The host's boot in which this kernel was booted, and with which it ends; empty in the simulation."""
 
     @property
     def pkram(self) -> bool:
@@ -80,7 +83,8 @@ class KernelInfo:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON data."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in found.items() if name != "boot_id" or value}
 
 
 def write(machine: "Machine", info: KernelInfo) -> None:
@@ -89,7 +93,7 @@ def write(machine: "Machine", info: KernelInfo) -> None:
 
 
 def read(machine: "Machine", *, any_layout: bool = False) -> KernelInfo | None:
-    """Read the running kernel's record; None if no kernel runs.
+    """Read the running kernel's record; None if no kernel runs, or it ended with that of the host.
 
     Raise MachineError if the kernel is another version's, unless `any_layout`.
     """
@@ -100,14 +104,20 @@ def read(machine: "Machine", *, any_layout: bool = False) -> KernelInfo | None:
     if data is None:
         return None  # removed since has() saw it
     info = KernelInfo(**data)
+    if info.boot_id and info.boot_id != machine.host.boot_id:
+        return None  # it ended with the host's kernel
     if not any_layout:
         check_layout(info)
     return info
 
 
 def cmdline(machine: "Machine") -> str:
-    """Return the running kernel's command line, as boot wrote it beside kernel.json."""
-    return (machine.read_text("cmdline") or "").rstrip("\n")
+    """Return the running kernel's command line, as boot wrote it beside kernel.json.
+
+    On a machine on real memory it is the host's, of which only pkram= is for us.
+    """
+    said = (machine.read_text("cmdline") or "").rstrip("\n")
+    return said if machine.elsewhere() is None else words.only(said, words.PKRAM)
 
 
 def _is_ours(data: dict[str, Any]) -> bool:
@@ -139,6 +149,7 @@ def declared(hardware: "FirmwareMap") -> schema.Object:
             "report": _REPORT,
             "layout": schema.Whole(),
             "version": schema.Text(64),
+            "boot_id": schema.Text(32),
         },
     )
 

@@ -84,10 +84,12 @@ class Pending:
     """Pages in which a crash kernel has to live; it touches no other."""
     dead: dict[str, Any] = field(default_factory=dict)
     """The last facts about the dead kernel, for the crash kernel that finds its memory."""
+    host: dict[str, Any] = field(default_factory=dict)
+    """The host's own boot in which this one was decided (hostboot.py); empty for a machine of the simulation."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the boot as JSON data."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "host" or self.host}
         return plain | {
             "image": dict(vars(self.image)),
             "segments": [s.to_json() for s in self.segments],
@@ -112,6 +114,11 @@ DEAD = schema.Object(
     others=schema.Anything(),
 )
 """The last facts about the dead kernel."""
+HOST = schema.Object(
+    {"boot_id": schema.Text(32), "cmdline": schema.Text(), "release": schema.Text()},
+    closed=True,
+)
+"""The host's boot in which a boot of ours was decided."""
 IMAGE = schema.Object(
     {
         "kind": schema.Text(),
@@ -157,6 +164,7 @@ def _declared(machine: "Machine") -> schema.Object:
             "force": schema.Flag(),
             "poison": schema.Flag(),
             "dead": schema.OneOf((schema.Empty(), DEAD)),
+            "host": HOST,
         },
         closed=True,
     )

@@ -25,11 +25,12 @@ import sys
 
 from pkramfs.errors import FormatError, MachineError
 from pkramfs.kernel import cmdline as words
-from pkramfs.kernel import incoming, kernelrecord, leasetable, nvram, staging
+from pkramfs.kernel import hostboot, incoming, kernelrecord, leasetable, nvram, staging
 from pkramfs.kernel.image import BUILTIN, load_image
 from pkramfs.kernel.kernelrecord import KernelInfo
 from pkramfs.kernel.nvram import ImageInfo, Pending
 from pkramfs.machine.directory import Machine
+from pkramfs.machine.host import VARIABLE
 from pkramfs.machine.leases import FREE, KERNEL
 from pkramfs.machine.locks import held
 from pkramfs.machine.ram import Ram
@@ -51,7 +52,9 @@ def bring_up(machine: Machine, *, force: bool = False) -> KernelInfo:
         pass  # a boot whose parent was killed has ended
     info, pending = kernelrecord.read(machine, any_layout=True), nvram.pending(machine)
     if info is None:
-        if pending is None:
+        if hostboot.is_noticed(machine, pending):
+            hostboot.decide(machine)
+        elif pending is None:
             _refuse_data(machine)
             decide_cold(machine)
         resume(machine, force=force)
@@ -90,6 +93,9 @@ def _refuse_data(machine: Machine) -> None:
 
 def decide_cold(machine: Machine, cmdline: str = COLD_CMDLINE) -> None:
     """Make a boot that finds nothing the pending one."""
+    if machine.elsewhere() is not None:
+        hostboot.cold(machine)
+        return
     words.validate(cmdline)
     image = ImageInfo.of(load_image(BUILTIN))
     nvram.set_pending(machine, Pending(nvram.COLD, nvram.next_generation(machine), cmdline, image))
@@ -139,7 +145,7 @@ def start_boot(machine: Machine, *, force: bool = False) -> None:
     try:
         done = subprocess.run(
             [*command, *(["--force"] * force)],
-            env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": package},
+            env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": package, **_host()},
             cwd="/",
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -159,12 +165,18 @@ def start_boot(machine: Machine, *, force: bool = False) -> None:
         raise MachineError(f"boot failed: {reason.removeprefix('boot: ')}{remedy}")
 
 
+def _host() -> dict[str, str]:
+    """Return the environment in which a boot sees the same host as we do: tests have one of their own."""
+    return {VARIABLE: place} if (place := os.environ.get(VARIABLE)) else {}
+
+
 def take_over(machine: Machine, info: KernelInfo) -> None:
     """Consume the old super block, free what only boot needed, and only then count the kernel as booted."""
     ram = machine.ram()
     machine.keep_copy()
     unneeded = Spans(info.stale) | Spans(info.initmem)
     _refuse_needed(ram, info, unneeded)
+    hostboot.note(machine, ram, info)
     if info.old_super_pfn:
         superblock.consume(ram, info.old_super_pfn)
     ram.punch(unneeded)

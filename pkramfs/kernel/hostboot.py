@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A boot of the host, noticed by a machine on memory that may have survived it.
+
+    boot id of            what happened                          decision
+    host = kernel.json    nothing                                this kernel goes on
+    host = pending        the boot of now was interrupted        go on with it
+    host = header         the directory was lost meanwhile       refuse; a user may say pkram= by hand
+    another one           the host was booted                    see below
+
+A kernel of ours ends with the host's. RAM and its header (machine/header.py) stay if both kernels set them aside, and
+the command line may say where to look, as in the series. So the next mount decides:
+
+    nothing was preserved                      boot, and find nothing
+    in a crash kernel (/proc/vmcore)           refuse: its command line is a copy of the dead kernel's
+    through firmware                           refuse: it may have overwritten memory
+    by kexec, with the current pkram=          boot, and restore
+    by kexec, without it or with another       refuse, and name both ways out
+
+A refusal changes nothing. Of the command line only pkram= is for us: what else it says is for the host's kernel, which
+has understood it.
+
+Kernel: drivers/char/random.c (boot_id), arch/x86/kernel/ksysfs.c, mm/pkram.c (pkram_reserve), patches 8 and 13
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from pkramfs.errors import FormatError, MachineError
+from pkramfs.kernel import cmdline as words
+from pkramfs.kernel import incoming, kernelrecord, nvram
+from pkramfs.kernel.image import BUILTIN, load_image
+from pkramfs.kernel.kernelrecord import KernelInfo
+from pkramfs.kernel.nvram import ImageInfo, Pending
+from pkramfs.machine import header
+from pkramfs.machine.directory import Machine
+from pkramfs.machine.header import Header
+from pkramfs.machine.ram import Ram
+from pkramfs.pkram import superblock
+from pkramfs.text import literal
+from pkramfs.units import BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size, plural
+
+_MOST_NAMED = 5
+_FIRMWARE = "memory went through firmware"
+
+
+def is_noticed(machine: Machine, pending: Pending | None) -> bool:
+    """Return True if it is for `decide` to say what comes, because no boot of ours was decided in this one."""
+    if machine.elsewhere() is None:
+        return False
+    return pending is None or pending.host.get("boot_id") != machine.host.boot_id
+
+
+def decide(machine: Machine, *, append: str = "", force: bool = False) -> None:
+    """Make the boot that is due the pending one, or refuse.
+
+    `append` holds words that the command line lacks; `force` goes on although memory went through firmware.
+    """
+    if machine.host.is_crash_kernel:
+        raise MachineError("this is a crash kernel (/proc/vmcore is there): what was preserved is left as it is")
+    ram = machine.ram()
+    there = _header(machine, ram)
+    _refuse_users(machine, there)
+    kept = _preserved(ram, there)
+    if not kept:
+        cold(machine)
+        return
+    if why := _refusal(machine, there, append, force):
+        pfn = format_pfn(there.super_pfn)
+        insists = " --force" * why.startswith(_FIRMWARE)
+        raise MachineError(
+            f"{kept} at super block {pfn}: {why}; `pkram-kexec --resume{insists} --append pkram={pfn}` restores it if "
+            "it is whole, `pkram-kexec --cold --force` gives it up"
+        )
+    pkram = f"pkram={format_pfn(there.super_pfn)}"
+    nvram.set_pending(machine, Pending(nvram.KEXEC, there.generation + 1, pkram, _image(machine), host=facts(machine)))
+
+
+def _refusal(machine: Machine, there: Header, append: str, force: bool) -> str:
+    """Return why this boot must not restore what is preserved, empty if it may."""
+    host = machine.host
+    if there.boot_id == host.boot_id and not append:
+        return "its kernel runs, but the directory of the machine was removed"
+    if there.boot_id != host.boot_id and host.kexeced is False and not force:
+        return f"{_FIRMWARE} (boot loader type {host.loader:#x}), which may have overwritten it"
+    said = [value for value in words.values(append or host.cmdline, words.PKRAM) if value]
+    if not said:
+        return "the command line of this boot has no pkram="
+    if any(not words.names(value, there.super_pfn) for value in said):
+        return f"the command line of this boot says {' '.join(f'pkram={literal(value)}' for value in said)}"
+    return ""
+
+
+def _refuse_users(machine: Machine, there: Header) -> None:
+    """Raise MachineError while daemons of this boot have the memory open, although the directory was removed."""
+    found = machine.elsewhere()
+    if found is None or there.boot_id != machine.host.boot_id or kernelrecord.read(machine, any_layout=True):
+        return
+    if pids := machine.host.users(found.path):
+        raise MachineError(f"{machine.path()} was removed, but its memory is in use: end process {pids[0]} first")
+
+
+def cold(machine: Machine) -> None:
+    """Make a boot that finds nothing the pending one."""
+    there = _header(machine, machine.ram())
+    _refuse_users(machine, there)
+    off = words.pkram_off(machine.host.cmdline)
+    said = f"{words.PKRAM}={words.PKRAM_OFF}" if off else ""
+    nvram.set_pending(machine, Pending(nvram.COLD, there.generation + 1, said, _image(machine), host=facts(machine)))
+
+
+def _header(machine: Machine, ram: Ram) -> Header:
+    """Return the header, which was there when the directory was made."""
+    there = header.read(ram)
+    if there is None:
+        raise MachineError(f"the memory of {machine.path()} has no header any more: it was overwritten")
+    said = machine.configuration()
+    if said is not None and there.uuid != said.uuid:
+        raise MachineError(f"{said.ram} holds another machine than {machine.conf_path} says: {literal(there.name)}")
+    return there
+
+
+def facts(machine: Machine) -> dict[str, Any]:
+    """Return what a boot must know of the host; nothing for a machine of the simulation."""
+    if machine.elsewhere() is None:
+        return {}
+    host = machine.host
+    return {"boot_id": host.boot_id, "cmdline": host.cmdline, "release": host.release}
+
+
+def _image(machine: Machine) -> ImageInfo:
+    """Return the host's kernel, which is somewhere else, as an image of ours: it needs only a place for its tables."""
+    builtin = ImageInfo.of(load_image(BUILTIN))
+    name = f"linux {machine.host.release}"
+    return replace(builtin, kind="linux", name=name, version="", init_size=BLOCK_SIZE, align=BLOCK_SIZE)
+
+
+def _preserved(ram: Ram, there: Header) -> str:
+    """Return in words what is preserved in RAM, empty if nothing is."""
+    if not there.super_pfn:
+        return ""
+    try:
+        superblock.check(ram, there.super_pfn)
+        nodes = incoming.nodes(ram, there.super_pfn)
+    except FormatError as error:
+        return f"memory that cannot be read ({error})"
+    if not nodes:
+        return ""
+    names = ", ".join([node.name for node in nodes[:_MOST_NAMED]] + ["…"] * (len(nodes) > _MOST_NAMED))
+    size = format_size(sum(node.spans.total for node in nodes) * PAGE_SIZE)
+    return f"{plural(len(nodes), 'node')} ({names}), {size}, preserved"
+
+
+def note(machine: Machine, ram: Ram, info: KernelInfo) -> None:
+    """Write into the header which kernel runs now; before its predecessor's super block is consumed."""
+    if machine.elsewhere() is None:
+        return
+    there = _header(machine, ram)
+    now = replace(there, generation=info.generation, super_pfn=info.super_pfn, boot_id=info.boot_id)
+    if now != there:
+        header.write(ram, now)

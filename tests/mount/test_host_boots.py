@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Real mounts on memory that outlives a boot of the host: the walk of pkramfs-real(7), with a host of the test's own.
+
+The guests of tests/real boot real kernels. Here the processes of the old kernel are killed, its /run is emptied, and
+files say that another kernel was booted.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pkramfs.machine.directory import Machine
+from tests.support.host import KEXEC, FakeHost
+from tests.support.lab import Mounts
+from tests.support.places import ROOT, memory_directory, wait_gone
+from tests.support.trees import snapshot
+
+pytestmark = pytest.mark.mount
+
+
+class HostBoots(Mounts):
+    """Mounts that end with the host's kernel."""
+
+    host: FakeHost
+
+    def boot(self, cmdline: str, loader: int = KEXEC) -> None:
+        for entry in self.machine.mounts():
+            os.kill(entry.pid, signal.SIGKILL)
+            assert wait_gone(entry.pid, 10)
+        self.clean()
+        shutil.rmtree(self.machine.path())
+        self.host.boot(cmdline, loader)
+
+
+@pytest.fixture
+def real(pkram_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostBoots]:
+    host = FakeHost(tmp_path / "host", monkeypatch)
+    laboratory = HostBoots(tmp_path, Machine.locate())
+    laboratory.host = host
+    try:
+        yield laboratory
+    finally:
+        laboratory.clean()
+
+
+@pytest.fixture
+def device() -> Iterator[str]:
+    """A block device, which can be mapped and is never to be read or written by its descriptor. It outlives `real`."""
+    if not ROOT:
+        pytest.skip("needs root for a loop device")
+    place = memory_directory()
+    with open(place / "image", "wb") as file:
+        file.truncate(128 << 20)
+    made = subprocess.run(["losetup", "-f", "--show", place / "image"], capture_output=True, text=True, check=False)
+    try:
+        if made.returncode:
+            pytest.skip(f"no loop device here: {made.stderr.strip()}")
+        yield made.stdout.strip()
+        subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+    finally:
+        shutil.rmtree(place)
+
+
+def populate(mnt: Path) -> Any:
+    (mnt / "dir").mkdir()
+    for number in range(30):
+        (mnt / "dir" / f"file-{number}").write_bytes(os.urandom(number * 700))
+    (mnt / "large").write_bytes(os.urandom(3 << 20))
+    os.link(mnt / "large", mnt / "hard")
+    os.symlink("dir/file-1", mnt / "link")
+    os.setxattr(mnt / "dir", "user.colour", b"grey")
+    return snapshot(mnt)
+
+
+def test_a_tree_survives_kexecs_of_the_host(device: str, real: HostBoots) -> None:
+    real.refused(8, "ctl", "machine", "create", "--ram", device)
+    real.ok("ctl", "machine", "create", "--ram", device, "--force")
+    mnt = real.mount("tree")
+    tree = populate(mnt)
+    for generation in (2, 3):
+        real.remount(mnt, "preserve,ro")
+        real.boot(f"root=/dev/sda1 crashkernel=1G-4G:64M pkram={real.pfn()}")
+        assert real.mount("tree") == mnt and snapshot(mnt) == tree
+        (mnt / f"more-{generation}").write_bytes(os.urandom(50_000))
+        tree = snapshot(mnt)
+    assert "kexec boot of linux 6.12.9-test" in real.dmesg()
+    assert "restored" in real.dmesg()
+    real.ok("ctl", "verify")
+
+
+def test_what_a_user_is_told_after_a_boot_without_pkram(real: HostBoots, pkram_root: Path) -> None:
+    real.ok("ctl", "machine", "create", "--ram", f"{pkram_root}/memory:128M")
+    assert "(file), as" in real.ok("ctl", "machine", "show")
+    mnt = real.mount("tree")
+    tree = populate(mnt)
+    real.remount(mnt, "preserve,ro")
+    pfn = real.pfn()
+    real.boot("root=/dev/sda1")
+    refused = real.helper(mnt, "pkram=tree")
+    assert refused.returncode == 32 and refused.stderr.count("\n") == 1
+    remedy = f"`pkram-kexec --resume --append pkram={pfn}`"
+    assert "(shmem-tree)" in refused.stderr and remedy in refused.stderr
+    assert "none is running" in real.ok("ctl", "status")
+    assert "kernel 2 (linux 6.12.9-test) is up" in real.ok("kexec", "--resume", "--append", f"pkram={pfn}")
+    real.refused(2, "kexec", "--resume", "--append", f"pkram={pfn}")
+    real.mount("tree")
+    assert snapshot(mnt) == tree
+
+
+def test_a_machine_is_taken_again_and_given_back(real: HostBoots, pkram_root: Path) -> None:
+    memory = f"{pkram_root}/memory"
+    real.ok("ctl", "machine", "create", "--ram", f"{memory}:128M", "--seed", "5")
+    conf = Path(real.machine.conf_path)
+    said = conf.read_text()
+    assert "kernel 1 (linux 6.12.9-test) is up" in real.ok("kexec", "--cold", "--force")
+    real.boot("root=/dev/sda1")
+    conf.unlink()
+    assert "it has had 1 kernel, nothing was changed" in real.ok("ctl", "machine", "create", "--ram", memory)
+    assert conf.read_text() == said
+    real.refused(2, "ctl", "machine", "create", "--ram", memory, "--machine", "b", "--nodes", "2")
+    other = real.refused(8, "ctl", "machine", "create", "--ram", memory, "--machine", "b")
+    assert "holds the machine 'default': give --machine default" in other
+    real.ok("ctl", "machine", "destroy")
+    assert not conf.exists() and os.path.getsize(memory) == 128 << 20
+    with open(memory, "rb") as file:
+        assert not any(file.read(4096))
