@@ -19,6 +19,7 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     render      tables for people, the same as JSON for programs
     daemons     the mount daemons of a machine: find them, ask them
     freezer     all mounts of a machine on the way through a kexec: freeze, thaw, stop
+    hostkexec   pkram-kexec on memory that outlives the host's kernel: kexec(8) and systemd
     again       plan which mounts come back after a kexec, and mount them
     users       the programs that use a mount
     nodes       list and free preserved nodes                  ┐

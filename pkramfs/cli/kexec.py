@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, executing, render
+from pkramfs.cli import arguments, executing, hostkexec, render
 from pkramfs.cli.arguments import need
 from pkramfs.cli.executing import PROGRAM
 from pkramfs.errors import MachineError, PkramfsError
@@ -129,6 +129,8 @@ def _act(args: argparse.Namespace) -> int:
     """Do the actions in order; the first that fails ends it."""
     check(args)
     machine = arguments.machine(args)
+    if hostkexec.is_for(machine):
+        return _act_for_real(args, machine)
     if args.status:
         return _status(machine)
     _put_off_limits(machine)
@@ -143,6 +145,22 @@ def _act(args: argparse.Namespace) -> int:
     if args.exec:
         return executing.dry_run(args, machine) if args.dry_run else executing.execute(args, machine)
     for way, go in (("panic", executing.panic), ("resume", executing.resume), ("cold", executing.cold)):
+        if getattr(args, way):
+            return go(args, machine)
+    return 0
+
+
+def _act_for_real(args: argparse.Namespace, machine: "Machine") -> int:
+    """Do the actions on a machine whose memory is the host's."""
+    hostkexec.check(args)
+    if args.status:
+        return hostkexec.status(machine)
+    _put_off_limits(machine)
+    if args.unload:
+        hostkexec.unload(args, machine)
+    if args.image and (status := hostkexec.load(args, machine)):
+        return status
+    for way, go in (("exec", hostkexec.execute), ("resume", executing.resume), ("cold", executing.cold)):
         if getattr(args, way):
             return go(args, machine)
     return 0

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""pkram-kexec on memory of the host: what it checks, and what it then tells kexec(8) and systemd (fakes here)."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pkramfs.cli import daemons
+from pkramfs.cli.daemons import Seen
+from pkramfs.kernel import boot, hostload, running, succession
+from pkramfs.machine.directory import Machine
+from pkramfs.machine.mounts import MountEntry
+from tests.support.host import FakeHost
+
+LINE = "root=/dev/sda1 memmap=1G!4G quiet"
+
+
+class Real:
+    """A machine that is up, a kernel file, and programs that only say what they were told."""
+
+    def __init__(self, machine: Machine, host: FakeHost, place: Path) -> None:
+        self.machine, self.host, self.place = machine, host, place
+        self.image = str(place / "vmlinuz")
+        Path(self.image).write_bytes(b"kernel")
+        self.program(
+            "kexec", f'case "$*" in *-l*) l=1;; *) l=0;; esac; echo $l > {host.path("sys/kernel/kexec_loaded")}'
+        )
+        self.program("systemctl", "")
+
+    def program(self, name: str, more: str) -> None:
+        path = self.place / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'#!/bin/sh\necho "{name} $*" >> {self.place}/told\n{more}\n')
+        path.chmod(0o755)
+
+    @property
+    def told(self) -> list[str]:
+        told = self.place / "told"
+        return told.read_text().splitlines() if told.exists() else []
+
+    @property
+    def pkram(self) -> str:
+        return "pkram=" + (self.machine.read_text("pkram") or "").strip()
+
+
+@pytest.fixture
+def real(root: str, ctl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Real:
+    host = FakeHost(tmp_path / "host", monkeypatch)
+    host.boot(LINE)
+    host.write("sys/kernel/kexec_loaded", "0\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert ctl("machine", "create", "--ram", f"{root}/memory:64M")[0] == 0
+    monkeypatch.setattr(succession, "start_boot", lambda machine, force=False: boot.boot(machine, force=force))
+    running.attach(Machine.locate())
+    return Real(Machine.locate(), host, tmp_path)
+
+
+def mounted(monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    """Have one mount, of this state."""
+    entry = MountEntry(tree_id=1 << 20, name="x", mountpoint="/mnt/x", pid=1, options={}, dev=1, socket="", alive=True)
+    status: Any = {"state": state, "files": 3, "lost_count": 0, "lost": []}
+    monkeypatch.setattr(daemons, "look", lambda _: [Seen(entry, status, "")])
+
+
+def test_what_is_right_is_handed_over(real: Real, kexec: Any) -> None:
+    words = ["-s", "-l", real.image, "--initrd=/boot/initrd", f"--append={LINE} {real.pkram}"]
+    assert kexec(*words) == (0, "", "")
+    assert real.told == [f"kexec -s -l {real.image} --initrd=/boot/initrd --command-line={LINE} {real.pkram}"]
+    assert kexec("--status")[1] == f"kernel: {real.image}\n  command line: {LINE} {real.pkram}\n"
+
+
+def test_the_running_line_can_be_used_again(real: Real, kexec: Any) -> None:
+    real.host.write("proc/cmdline", f"{LINE} pkram=77\n")
+    assert kexec("-l", real.image, "--reuse-cmdline", "--append", "debug")[0] == 0
+    assert real.told == [f"kexec -a -l {real.image} --command-line={LINE} {real.pkram} debug"]
+
+
+@pytest.mark.parametrize(
+    ("append", "why"),
+    [
+        ("ro {pkram}", "memmap=1G!4G is missing on the new command line, and no kexec hands it on: append it"),
+        ("memmap=1G!8G {pkram}", "memmap=1G!4G is missing"),
+        ("memmap=1G!4G", "the new command line has no pkram=: append {pkram}"),
+        ("memmap=1G!4G pkram=1", "the new command line says pkram=1: leave {pkram} only"),
+        ("memmap=1G!4G -- {pkram}", "the new command line has no pkram="),
+    ],
+)
+def test_a_line_that_would_lose_memory_is_refused(real: Real, kexec: Any, append: str, why: str) -> None:
+    append, why = append.format(pkram=real.pkram), why.format(pkram=real.pkram)
+    status, _, err = kexec("-l", real.image, f"--append={append}")
+    assert status == 6 and why in err and "nothing was loaded: --force goes on and loses" in err
+    assert real.told == [] and why in real.machine.dmesg()
+    assert kexec("-l", real.image, f"--append={append}", "--dry-run")[0] == 6 and real.told == []
+    status, _, err = kexec("-l", real.image, f"--append={append}", "--force")
+    assert status == 0 and f"warning: {why}" in err and len(real.told) == 1
+
+
+def test_a_dry_run_says_what_is_right_and_what_would_be_typed(real: Real, kexec: Any) -> None:
+    status, out, _ = kexec("-l", real.image, f"--append={LINE} {real.pkram}", "-n")
+    assert status == 0 and real.told == []
+    assert out.splitlines() == [
+        "memmap=1G!4G is repeated",
+        f"{real.pkram} is the super block of this kernel",
+        f"kexec -a -l {real.image} '--command-line={LINE} {real.pkram}'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-l", "builtin"], "builtin is a kernel of the simulation: give a file"),
+        (["-l", "/nowhere/vmlinuz"], "cannot load /nowhere/vmlinuz: no such file"),
+        (["-p", "/etc/passwd"], "load a crash kernel with kexec -p"),
+        (["--panic"], "no crash of it is simulated"),
+        (["-e", "--poison"], "--poison is for a machine of the simulation"),
+        (["-l", "/etc/passwd", "--mem-min=1M"], "kexec(8) places the segments itself"),
+    ],
+)
+def test_what_only_the_simulation_can_do_is_said(real: Real, kexec: Any, words: list[str], message: str) -> None:
+    status, _, err = kexec(*words)
+    assert status == 2 and message in err and err.count("\n") == 1
+
+
+def test_nothing_is_executed_unless_a_kernel_is_loaded(real: Real, kexec: Any) -> None:
+    status, _, err = kexec("-e")
+    assert status == 8 and "no kernel is loaded: pkram-kexec -l IMAGE" in err
+    assert kexec("-e", "-n")[0] == 8 and real.told == []
+    assert kexec("-S")[1] == "kernel: none is loaded\n"
+
+
+@pytest.mark.parametrize("systemd", [True, False])
+def test_executing_goes_through_systemd_where_it_runs(real: Real, kexec: Any, systemd: bool) -> None:
+    if systemd:
+        real.host.write("run/systemd/system/unit", "")
+    assert kexec("-l", real.image, "--reuse-cmdline")[0] == 0
+    status, out, _ = kexec("-e", "--dry-run")
+    assert status == 0 and "memmap=1G!4G is repeated" in out
+    assert ("systemctl kexec: systemd unmounts" in out, "sync\nkexec -e\n" in out) == (systemd, not systemd)
+    assert len(real.told) == 1
+    assert kexec("-e")[0] == 0
+    assert real.told[1] == ("systemctl kexec" if systemd else "kexec -e")
+
+
+def test_what_is_mounted_and_not_preserved_stops_it(real: Real, kexec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real.host.write("run/systemd/system/unit", "")
+    kexec("-l", real.image, "--reuse-cmdline")
+    mounted(monkeypatch, "live")
+    lost = "/mnt/x: 3 files would be lost (not preserved: mount -o remount,preserve,ro /mnt/x)"
+    status, out, _ = kexec("-e", "-n")
+    assert status == 6 and lost in out
+    status, _, err = kexec("-e")
+    assert status == 6 and lost in err and "nothing was changed: --force" in err and len(real.told) == 1
+    assert kexec("-e", "--force")[0] == 0 and real.told[1:] == ["systemctl kexec"]
+    mounted(monkeypatch, "preserved")
+    status, out, _ = kexec("-e", "-n")
+    assert status == 0 and "/mnt/x (x) is preserved" in out
+
+
+def test_a_line_that_became_wrong_after_loading_stops_it(real: Real, kexec: Any) -> None:
+    real.host.write("run/systemd/system/unit", "")
+    kexec("-l", real.image, "--append=ro", "--force")
+    status, _, err = kexec("-e")
+    assert status == 6 and "memmap=1G!4G is missing" in err and "has no pkram=" in err and len(real.told) == 1
+
+
+def test_a_kernel_that_was_loaded_by_hand_is_not_known(real: Real, kexec: Any) -> None:
+    real.host.write("run/systemd/system/unit", "")
+    real.host.write("sys/kernel/kexec_loaded", "1\n")
+    assert "given by somebody else" in kexec("-S")[1]
+    status, _, err = kexec("-e")
+    assert status == 0 and "warning: the command line of the loaded kernel is unknown" in err
+    assert hostload.read(real.machine) is None
+
+
+def test_unloading_is_handed_over(real: Real, kexec: Any) -> None:
+    kexec("-l", real.image, "--reuse-cmdline")
+    assert hostload.read(real.machine) is not None
+    assert kexec("-u", "-n")[1] == "kexec -u\n"
+    assert kexec("-u")[0] == 0 and real.told[-1] == "kexec -u"
+    assert hostload.read(real.machine) is None
+
+
+def test_a_program_that_fails_or_lacks_is_named(real: Real, kexec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real.program("kexec", "echo 'kexec: cannot open device' >&2; exit 1")
+    status, _, err = kexec("-l", real.image, "--reuse-cmdline")
+    assert status == 8 and "kexec -a failed: kexec: cannot open device" in err
+    monkeypatch.setenv("PATH", "/nowhere")
+    status, _, err = kexec("-l", real.image, "--reuse-cmdline")
+    assert status == 8 and "kexec is not installed (on Debian: apt-get install kexec-tools)" in err
+
+
+def test_a_machine_that_is_not_up_says_how_to_bring_it_up(real: Real, kexec: Any) -> None:
+    real.host.boot(LINE)
+    status, _, err = kexec("-l", real.image, "--reuse-cmdline")
+    assert status == 8 and "no kernel is running" in err and "the first mount boots it" in err
+    assert hostload.reserving("a memmap=1G%4G-1+7 nokaslr -- memmap=1") == ["memmap=1G%4G-1+7", "nokaslr"]
+    assert hostload.reserving("memmap=1G!4G nokaslr") == ["memmap=1G!4G"]
