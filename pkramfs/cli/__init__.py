@@ -28,6 +28,7 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     verify      check all that would cross a kexec             ├ pkramctl's subjects
     report      the last boot                                  │
     files       holes in files on a mount                      │
+    install     files for systemd and udev                     │
     hardware    make, show and remove machines                 ┘
 
 Promises of every command:

@@ -23,7 +23,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, files, hardware, inspect, nodes, render, report, status, verify
+from pkramfs.cli import arguments, files, hardware, inspect, install, nodes, render, report, status, verify
 from pkramfs.errors import FormatError, MachineError
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ def parser() -> arguments.Parser:
     look.add_argument("what", choices=inspect.KINDS, help="which kind of record")
     look.add_argument("pfn", nargs="?", type=arguments.pfn, metavar="PFN", help="where (hexadecimal)")
     _command(commands, "format", inspect.act_format, "the records of pkramfs-format(5), as Markdown")
+    units = _command(commands, "install", install.act, "write the files for systemd and udev")
+    units.add_argument("--etc", metavar="DIR", default="/etc", help="below which directory (default: /etc)")
+    units.add_argument("--force", action="store_true", help="overwrite files that were changed")
     _add_machine(_command(commands, "machine", None, "make, show and remove machines"))
     return made
 
