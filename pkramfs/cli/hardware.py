@@ -158,6 +158,9 @@ def destroy(args: argparse.Namespace) -> None:
     """Remove the machine, unless a living mount or a preserved tree would go with it."""
     import shutil
 
+    machine = arguments.machine(args)
+    if not machine.exists() and machine.configuration() is not None:
+        machine.create()  # the host was booted since
     machine = arguments.existing(args)
     with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
         _refuse_live(machine)

@@ -59,6 +59,8 @@ def _describe(node: "Node", *, mounted: bool) -> dict[str, Any]:
 
 def refuse_loss(machine: "Machine") -> None:
     """Raise NotPreservedError if emptying the memory would lose a mounted or preserved tree."""
+    from pkramfs.kernel import hostboot
+
     living = [entry.mountpoint for entry in machine.mounts() if entry.alive]
     if living:
         raise NotPreservedError(f"{plural(len(living), 'mount')} would be lost: umount {', '.join(living)} first")
@@ -67,12 +69,16 @@ def refuse_loss(machine: "Machine") -> None:
         trees = f"{plural(len(dead), 'tree')} of dead daemons"
         raise NotPreservedError(f"{trees} would be lost: mount {', '.join(dead)} again, or free them, or use --force")
     try:
-        found, unfinished = listing(machine), _unfinished(machine)
+        found, unfinished, waiting = listing(machine), _unfinished(machine), hostboot.waiting(machine)
     except PkramfsError as error:
         raise MachineError(f"the preserved nodes cannot be read ({error}): only --force goes on") from None
     if unfinished:
         raise NotPreservedError(
             "a kexec is not finished, and the nodes that it hands over would be lost: pkram-kexec --resume"
+        )
+    if waiting:
+        raise NotPreservedError(
+            f"{waiting}, would be lost: pkram-kexec --resume says how to restore it, or use --force"
         )
     if found:
         size = format_size(sum(node["bytes"] for node in found))

@@ -75,6 +75,14 @@ def decide(machine: Machine, *, append: str = "", force: bool = False) -> None:
     nvram.set_pending(machine, Pending(nvram.KEXEC, there.generation + 1, pkram, _image(machine), host=facts(machine)))
 
 
+def waiting(machine: Machine) -> str:
+    """Return in words what is preserved in the memory of a machine that is not up, empty if nothing is."""
+    if machine.elsewhere() is None or kernelrecord.read(machine, any_layout=True) is not None:
+        return ""
+    ram = machine.ram()
+    return _preserved(ram, _header(machine, ram))
+
+
 def _refusal(machine: Machine, there: Header, append: str, force: bool) -> str:
     """Return why this boot must not restore what is preserved, empty if it may."""
     host = machine.host

@@ -107,6 +107,9 @@ def test_what_a_user_is_told_after_a_boot_without_pkram(real: HostBoots, pkram_r
     remedy = f"`pkram-kexec --resume --append pkram={pfn}`"
     assert "(shmem-tree)" in refused.stderr and remedy in refused.stderr
     assert "none is running" in real.ok("ctl", "status")
+    for command in (["kexec", "--cold"], ["ctl", "machine", "destroy"]):
+        lost = real.refused(6, *command)
+        assert "1 node (shmem-tree), 3." in lost and "preserved, would be lost: pkram-kexec --resume says how" in lost
     assert "kernel 2 (linux 6.12.9-test) is up" in real.ok("kexec", "--resume", "--append", f"pkram={pfn}")
     real.refused(2, "kexec", "--resume", "--append", f"pkram={pfn}")
     real.mount("tree")
