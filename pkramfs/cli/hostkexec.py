@@ -140,7 +140,12 @@ def _describe(args: argparse.Namespace, machine: "Machine", info: "KernelInfo", 
     problems = _problems(machine, info, seen)
     if not machine.host.kexec_loaded:
         problems.insert(0, MachineError("no kernel is loaded: pkram-kexec -l IMAGE"))
-    lines += [f"{one.entry.mountpoint} ({one.entry.name}) is preserved" for one in seen if one.report.preserved]
+    for one in seen:
+        place = f"{one.entry.mountpoint} ({one.entry.name})"
+        if one.report.preserved:
+            lines.append(f"{place} is preserved")
+        elif _unit_preserves(machine, one.entry.mountpoint):
+            lines.append(f"{place} will be preserved by its unit, before it is unmounted")
     lines += [str(problem) for problem in problems]
     if machine.host.has_systemd:
         lines.append("systemctl kexec: systemd unmounts, stops what runs, and boots the loaded kernel")
@@ -160,6 +165,8 @@ def _problems(machine: "Machine", info: "KernelInfo", seen: "Sequence[Seen]") ->
     found: list[PkramfsError] = []
     for report in (one.report for one in seen):
         if not report.preserved:
+            if _unit_preserves(machine, report.mountpoint):
+                continue
             lost = f"{report.mountpoint}: {plural(report.files, 'file')} would be lost ({report.reason})"
             found.append(NotPreservedError(lost))
         elif report.lost:
@@ -172,6 +179,22 @@ def _problems(machine: "Machine", info: "KernelInfo", seen: "Sequence[Seen]") ->
             PROGRAM, "the command line of the loaded kernel is unknown, because kexec(8) was given it by hand"
         )
     return found
+
+
+def _unit_preserves(machine: "Machine", mountpoint: str) -> bool:
+    """Return True if systemd will preserve a tree when it stops its unit (pkramctl install)."""
+    if not machine.host.has_systemd:
+        return False
+    try:
+        unit = subprocess.run(
+            ["systemd-escape", "-p", "--template=pkramfs-preserve@.service", mountpoint],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        return subprocess.run(["systemctl", "is-active", "--quiet", unit], check=False).returncode == 0
+    except (OSError, subprocess.CalledProcessError):
+        return False  # then it is named as a tree that would be lost
 
 
 def _refused(args: argparse.Namespace, machine: "Machine", problems: "Sequence[PkramfsError]", undone: str) -> int:

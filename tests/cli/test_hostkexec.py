@@ -2,6 +2,7 @@
 """pkram-kexec on memory of the host: what it checks, and what it then tells kexec(8) and systemd (fakes here)."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Real:
         self.program(
             "kexec", f'case "$*" in *-l*) l=1;; *) l=0;; esac; echo $l > {host.path("sys/kernel/kexec_loaded")}'
         )
-        self.program("systemctl", "")
+        self.program("systemctl", f'[ "$1" != is-active ] || [ -e {place}/active ]')
 
     def program(self, name: str, more: str) -> None:
         path = self.place / "bin" / name
@@ -37,8 +38,10 @@ class Real:
 
     @property
     def told(self) -> list[str]:
+        """Return the commands that were given, less those that only ask."""
         told = self.place / "told"
-        return told.read_text().splitlines() if told.exists() else []
+        lines = told.read_text().splitlines() if told.exists() else []
+        return [line for line in lines if "is-active" not in line]
 
     @property
     def pkram(self) -> str:
@@ -156,6 +159,19 @@ def test_what_is_mounted_and_not_preserved_stops_it(real: Real, kexec: Any, monk
     mounted(monkeypatch, "preserved")
     status, out, _ = kexec("-e", "-n")
     assert status == 0 and "/mnt/x (x) is preserved" in out
+
+
+def test_what_a_unit_will_preserve_does_not_stop_it(real: Real, kexec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("systemd-escape") is None:
+        pytest.skip("systemd-escape is missing")
+    real.host.write("run/systemd/system/unit", "")
+    kexec("-l", real.image, "--reuse-cmdline")
+    mounted(monkeypatch, "live")
+    (real.place / "active").touch()
+    status, out, _ = kexec("-e", "-n")
+    assert status == 0 and "/mnt/x (x) will be preserved by its unit, before it is unmounted" in out
+    assert kexec("-e")[0] == 0 and real.told[1:] == ["systemctl kexec"]
+    assert "is-active --quiet pkramfs-preserve@mnt-x.service" in (real.place / "told").read_text()
 
 
 def test_a_line_that_became_wrong_after_loading_stops_it(real: Real, kexec: Any) -> None:
