@@ -141,7 +141,7 @@ def find(spec: Spec, host: Host) -> Backing:
         os.close(fd)
     if found.kind != DEVMEM and spec.start is not None:
         raise UsageError(f"{spec.path}: only of /dev/mem a range can be taken, as in /dev/mem:1G@4G")
-    if spec.size is not None and found.kind != DEVMEM and spec.size != found.size:
+    if spec.size is not None and found.kind != DEVMEM and round_down(spec.size, BLOCK_SIZE) != found.size:
         raise MachineError(f"{spec.path} has {format_size(found.size)}, not {format_size(spec.size)}")
     if found.size < LOWEST:
         has, least = format_size(found.size), format_size(LOWEST)
