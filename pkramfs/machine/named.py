@@ -10,6 +10,9 @@ disk. What holds anything else, or is no memory that could survive, is refused u
 Kernel: drivers/nvdimm/claim.c (who has a namespace), drivers/md/md.c (assembling by UUID), in spirit
 """
 
+import contextlib
+import os
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +29,8 @@ from pkramfs.machine.ram import Ram
 from pkramfs.text import literal
 from pkramfs.units import PAGE_SIZE
 
+_DEVICE = re.compile(r"dax[0-9]+\.[0-9]+")
+
 
 class Found(NamedTuple):
     """Memory, and the header in it."""
@@ -35,8 +40,23 @@ class Found(NamedTuple):
 
 
 def find(conf: Conf, host: Host) -> Found:
-    """Find the machine that a configuration names; MachineError if it is not there any more."""
-    found = backing.find(backing.parse(conf.ram), host)
+    """Find the machine that a configuration names; MachineError if it is not there any more.
+
+    Devices of memory are numbered as they are found: the one that holds the UUID is looked for among all.
+    """
+    spec = backing.parse(conf.ram)
+    try:
+        return _look(spec, conf, host)
+    except MachineError:
+        for path in _siblings(spec.path):
+            with contextlib.suppress(MachineError, FormatError):
+                return _look(spec._replace(path=path), conf, host)
+        raise
+
+
+def _look(spec: backing.Spec, conf: Conf, host: Host) -> Found:
+    """Return what lies at a path; MachineError if that is not the machine of the configuration."""
+    found = backing.find(spec, host)
     ram = open_ram(found)
     try:
         there = header.read(ram)
@@ -53,6 +73,15 @@ def find(conf: Conf, host: Host) -> Found:
             "name its memory in the configuration"
         )
     return Found(replace(found, size=there.size), there)
+
+
+def _siblings(path: str) -> list[str]:
+    """Return the other devices of memory beside one, /dev/dax1.0 beside /dev/dax0.0."""
+    place = os.path.dirname(path)
+    if not _DEVICE.fullmatch(os.path.basename(path)) or not os.path.isdir(place):
+        return []
+    names = [name for name in os.listdir(place) if _DEVICE.fullmatch(name)]
+    return [other for name in sorted(names) if (other := os.path.join(place, name)) != path]
 
 
 def take(name: str, spec: backing.Spec, host: Host, *, seed: int | None = None, force: bool = False) -> Found:

@@ -196,6 +196,21 @@ def test_memory_that_holds_something_is_not_taken(place: Path, host: FakeHost) -
         named.find(Conf(str(place), forced.header.uuid), host)
 
 
+def test_a_device_that_got_another_number_is_found_by_its_uuid(place: Path, host: FakeHost) -> None:
+    old, new, other = (str(place.parent / name) for name in ("dax0.0", "dax1.0", "dax2.0"))
+    taken = named.take("one", Spec(old, 64 * MIB), host)
+    said = Conf(old, taken.header.uuid)
+    os.rename(old, new)
+    assert named.find(said, host).backing.path == new
+    named.take("two", Spec(old, 64 * MIB), host)
+    (place.parent / "dax9.0x").write_bytes(b"")
+    Path(other).write_bytes(b"")
+    assert named.find(said, host).backing.path == new
+    os.unlink(new)
+    with pytest.raises(MachineError, match=r"dax0\.0 holds another machine, 'two'"):
+        named.find(said, host)
+
+
 def test_memory_of_a_later_version_is_not_overwritten(place: Path, host: FakeHost) -> None:
     spec = Spec(str(place), 64 * MIB)
     taken = named.take("one", spec, host)
