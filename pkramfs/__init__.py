@@ -12,6 +12,7 @@ The chapters, in reading order; imports only point to what stands above in this 
     fs/                          a tmpfs whose pages are frames of RAM; saved to a node and restored
     fuse/                        the kernel's requests, read and answered (the only importer of pyfuse3)
     control/                     the control socket of a mount daemon, both ends
+    archive/                     preserved trees without a mount
     daemon                       one mount: composes all of the above
     cli/                         mount.pkramfs, pkram-kexec, pkramctl
     __main__                     dispatches to a command, or to the daemon

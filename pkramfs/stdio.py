@@ -5,6 +5,7 @@
     tell()     print a line of news on stdout while work goes on
     say()      print a line on stderr
     answer()   print the result of a command on stdout
+    pour()     write bytes to stdout as they are
     finish()   last call of every program: write what stdout still holds, and check that it was written
 
 The next file that is opened gets the number of a closed descriptor: a lock, RAM or a pipe would
@@ -96,6 +97,17 @@ def answer(program: str, line: str) -> int:
     except (OSError, ValueError) as error:
         return broken(program, error)
     return finish(program, 0)
+
+
+def pour(data: bytes | memoryview) -> None:
+    """Write bytes to stdout as they are, behind all that was printed; raise PrintError if that fails."""
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+    except PrintError:
+        raise
+    except OSError as error:
+        raise PrintError(error.errno, error.strerror) from None
 
 
 def finish(program: str, status: int) -> int:

@@ -3,6 +3,7 @@
 
     status nodes                 mounts and nodes, their state and size
     verify inspect               check what would cross a kexec; show a record field by field
+    ls tree stat cat             look into a preserved tree (trees.py)
     dmesg iomem report           the kernel's log, its resource map, the report of the last boot
     free                         give preserved memory back            ┐
     punch allocate sparsify      make and fill holes in files on a     │ the only ones
@@ -23,7 +24,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, files, hardware, inspect, install, nodes, render, report, status, verify
+from pkramfs.cli import arguments, files, hardware, inspect, install, nodes, render, report, status, trees, verify
 from pkramfs.errors import FormatError, MachineError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def parser() -> arguments.Parser:
     free.add_argument("--damaged", action="store_true", help="give up unreadable nodes, which hide the others")
     check = _command(commands, "verify", verify.act, "check all that would cross a kexec")
     check.add_argument("names", nargs="*", metavar="NAME", help="only these nodes")
+    trees.add(commands, _command)
     _add_files(commands)
     _command(commands, "dmesg", _dmesg, "the kernel log")
     _command(commands, "iomem", _iomem, "the kernel's resource map")

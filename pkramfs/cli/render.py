@@ -44,6 +44,15 @@ def settle() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def can_show(text: str) -> bool:
+    """Return True if stdout's locale has all characters of a text."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def say(line: Any = "", *, error: bool = False) -> None:
     """Print one line of a result on stdout, or of an error on stderr."""
     if error:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "pkramfs"
 LAYERS = [
     {"cli"},
     {"daemon"},
-    {"fuse", "control"},
+    {"fuse", "control", "archive"},
     {"fs", "kernel"},
     {"journal"},
     {"pkram"},
@@ -22,7 +22,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
 RANK |= {"__main__": len(LAYERS), "__init__": -1}
-NUMPY = {"spans", "record", "machine", "pkram", "fs", "kernel", "daemon"}
+NUMPY = {"spans", "record", "machine", "pkram", "fs", "kernel", "archive", "daemon"}
 ALLOWED = {
     "numpy": NUMPY,
     "xxhash": {"machine", "pkram", "journal", "fs"},

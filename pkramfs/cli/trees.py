@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""pkramctl's commands for preserved trees: their options, and how they find the tree that NAME means.
+
+    ls tree stat cat           look into one                            look.py
+
+They read a tree where it lies (archive/). The machine's lock is held while a tree is found and its columns are checked,
+not while its contents are read, so a long work keeps nobody from mounting or from a kexec; if the node goes
+meanwhile the work ends with an error.
+"""
+
+import argparse
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pkramfs.cli import arguments, look, nodes
+from pkramfs.errors import FormatError, PkramError
+from pkramfs.mounting.names import mount_name
+from pkramfs.text import exact
+
+if TYPE_CHECKING:
+    from pkramfs.archive.view import SavedTree
+    from pkramfs.kernel.running import Running
+    from pkramfs.machine.directory import Machine
+
+Command = Callable[[Any, str, Any, str], argparse.ArgumentParser]
+
+
+def add(commands: Any, command: Command) -> None:
+    """Add the commands; `command` adds one with the options that all have."""
+    made = _at_a_path(commands, command, "ls", look.act_ls, "list a directory of a preserved tree, as ls -l does")
+    made.add_argument("-n", "--numeric", action="store_true", help="show owners as numbers")
+    _at_a_path(commands, command, "tree", look.act_tree, "draw a preserved tree, as tree(1) does")
+    _at_a_path(commands, command, "stat", look.act_stat, "show all attributes of a file, as stat(1) does")
+    made = _of_a_tree(commands, command, "cat", look.act_cat, "write a file of a preserved tree to standard output")
+    made.add_argument("paths", nargs="+", metavar="PATH", help="files in the tree")
+
+
+def _of_a_tree(commands: Any, command: Command, name: str, act: Any, text: str) -> argparse.ArgumentParser:
+    made = command(commands, name, lambda args: act(args, opened(args, args.name)), text)
+    made.add_argument("name", metavar="NAME", help="a mount's NAME, or a node's name")
+    return made
+
+
+def _at_a_path(commands: Any, command: Command, name: str, act: Any, text: str) -> argparse.ArgumentParser:
+    made = _of_a_tree(commands, command, name, act, text)
+    made.add_argument("path", nargs="?", default="/", metavar="PATH", help="where in the tree (default: its root)")
+    return made
+
+
+def opened(args: argparse.Namespace, name: str) -> "SavedTree":
+    """Return the tree that a name means, read and checked."""
+    from pkramfs.archive.view import open_tree
+    from pkramfs.kernel import running
+
+    machine = arguments.existing(args)
+    with machine.lifecycle(shared=True, timeout=nodes.LOCK_SECONDS):
+        kernel = running.look(machine)
+        found = resolved(machine, kernel, name)
+        try:
+            return open_tree(kernel.store, found)
+        except FormatError as error:
+            error.remedy = f"`pkramctl verify {name}` shows all that is wrong"
+            raise
+
+
+def resolved(machine: "Machine", kernel: "Running", name: str) -> bytes:
+    """Return the node that a name means; raise PkramError (ENOENT) if it is not preserved."""
+    found = nodes.resolve(kernel, name)
+    if kernel.store.find(found) is None:
+        raise PkramError(_absent(machine, found), errno.ENOENT)
+    return found
+
+
+def _absent(machine: "Machine", node: bytes) -> str:
+    """Return why there is no such node: nobody has the name, or a mount that goes on changing."""
+    name = mount_name(node)
+    place = next((entry.mountpoint for entry in machine.mounts() if entry.alive and entry.name == name), None)
+    if name is None or place is None:
+        return f"no node {exact(node)} is preserved"
+    return (
+        f"{name} is mounted on {place} and not preserved, so it may change at any time: look there, or preserve it: "
+        f"mount -o remount,preserve,ro {place}"
+    )

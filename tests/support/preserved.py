@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Preserved trees that were made without a mount."""
+
+from collections.abc import Callable
+from typing import Any
+
+from pkramfs.archive.view import SavedTree, open_tree
+from pkramfs.fs.limits import Limits
+from pkramfs.fs.save import save
+from pkramfs.fs.tree import Tree
+from pkramfs.machine.frames import Frames
+from pkramfs.machine.leases import new_tree_id
+from tests.support.lab import Boots
+
+Fill = Callable[[Tree], object]
+
+
+class Trees(Boots):
+    """A machine and the trees that are preserved in it."""
+
+    def plant(self, name: str, fill: Fill) -> None:
+        """Preserve a tree that `fill` makes, as mount NAME would."""
+        kernel = self.up()
+        tree_id = new_tree_id()
+        lock = kernel.machine.claim(tree_id)
+        tree = Tree(kernel.ram, Frames(kernel.ram, kernel.leases, tree_id), Limits())
+        fill(tree)
+        tree.freeze()
+        for _ in save(tree, kernel.store, b"shmem-" + name.encode()):
+            pass
+        lock.release()
+
+    def open(self, name: str) -> SavedTree:
+        return open_tree(self.up().store, b"shmem-" + name.encode())
+
+    def free(self, name: str) -> None:
+        self.up().store.withdraw(b"shmem-" + name.encode())
+        self.up().sweep()
+
+
+def write(tree: Tree, path: bytes, data: bytes = b"", mode: int = 0o644) -> Any:
+    """Make a file, and the directories that lead to it."""
+    *folders, name = path.split(b"/")
+    parent = tree.root
+    for folder in folders:
+        parent = tree.lookup(parent.ino, folder) or tree.mkdir(parent.ino, folder, 0o755)
+    inode = tree.create(parent.ino, name, mode)
+    if data:
+        assert tree.write(inode.ino, 0, data) == len(data)
+    return inode
