@@ -76,9 +76,10 @@ def _why_not(seen: Seen) -> str:
 
 def alive(machine: "Machine") -> list["MountEntry"]:
     """Return the entries of living daemons by mount point, with the mount points of now."""
-    living = located(e for e in machine.mounts() if e.alive)
-    found = sorted(living, key=lambda e: (e.mountpoint, e.tree_id))
-    unknown = machine.live_ids() - {e.tree_id for e in found}
+    living = [e for e in machine.mounts() if e.alive]
+    mounted = located(e for e in living if "work" not in e.extra)  # else pkramctl makes a node: archive/claiming.py
+    found = sorted(mounted, key=lambda e: (e.mountpoint, e.tree_id))
+    unknown = machine.live_ids() - {e.tree_id for e in living}
     if unknown:
         raise DaemonError(
             f"{plural(len(unknown), 'process holds', 'processes hold')} a tree but without an entry: "

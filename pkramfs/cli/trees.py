@@ -2,6 +2,7 @@
 """pkramctl's commands for preserved trees: their options, and how they find the tree that NAME means.
 
     ls tree stat cat           look into one                            look.py
+    export import              as a tar archive, and back               archives.py
 
 They read a tree where it lies (archive/). The machine's lock is held while a tree is found and its columns are checked,
 not while its contents are read, so a long work keeps nobody from mounting or from a kexec; if the node goes
@@ -13,7 +14,7 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, look, nodes
+from pkramfs.cli import archives, arguments, look, nodes
 from pkramfs.errors import FormatError, PkramError
 from pkramfs.mounting.names import mount_name
 from pkramfs.text import exact
@@ -32,8 +33,17 @@ def add(commands: Any, command: Command) -> None:
     made.add_argument("-n", "--numeric", action="store_true", help="show owners as numbers")
     _at_a_path(commands, command, "tree", look.act_tree, "draw a preserved tree, as tree(1) does")
     _at_a_path(commands, command, "stat", look.act_stat, "show all attributes of a file, as stat(1) does")
+    _add_archives(commands, command)
     made = _of_a_tree(commands, command, "cat", look.act_cat, "write a file of a preserved tree to standard output")
     made.add_argument("paths", nargs="+", metavar="PATH", help="files in the tree")
+
+
+def _add_archives(commands: Any, command: Command) -> None:
+    made = _of_a_tree(commands, command, "export", archives.act_export, "write a preserved tree as a tar archive")
+    made.add_argument("file", metavar="FILE", help="the archive; - for standard output")
+    made = command(commands, "import", archives.act_import, "preserve the tree that is in a tar archive")
+    made.add_argument("name", metavar="NAME", help="the NAME with which the tree will be mounted")
+    made.add_argument("file", metavar="FILE", help="the archive; - for standard input")
 
 
 def _of_a_tree(commands: Any, command: Command, name: str, act: Any, text: str) -> argparse.ArgumentParser:

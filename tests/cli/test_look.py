@@ -83,18 +83,18 @@ def test_json_is_exact_and_has_its_shape(trees, ctl):
     assert tuple(one) == (*ENTRY, "xattrs", "extents") and one["extents"] == [{"offset": 0, "bytes": 6}]
 
 
-@pytest.mark.parametrize(
-    ("words", "status", "said"),
-    [
-        (["ls", "y"], 9, "no node shmem-y is preserved"),
-        (["ls", "x", "no\x1b"], 1, "no\\x1b: No such file or directory"),
-        (["stat", "x", "way/"], 1, "way/: No such file or directory"),
-        (["cat", "x", "null"], 1, "null: it has no contents, it is no regular file"),
-        (["cat", "x"], 2, "the following arguments are required: PATH; see pkramctl cat --help"),
-    ],
-)
-def test_one_clear_line(trees, ctl, words, status, said):
-    assert ctl(*words)[::2] == (status, f"pkramctl{' cat' if status == 2 else ''}: {said}\n")
+ERRORS = [
+    (["ls", "y"], 9, "no node shmem-y is preserved"),
+    (["ls", "x", "no\x1b"], 1, "no\\x1b: No such file or directory"),
+    (["stat", "x", "way/"], 1, "way/: No such file or directory"),
+    (["cat", "x", "null"], 1, "null: it has no contents, it is no regular file"),
+    (["cat", "x"], 2, "the following arguments are required: PATH; see pkramctl cat --help"),
+]
+
+
+def test_one_clear_line(trees, ctl):
+    for words, status, said in ERRORS:
+        assert ctl(*words)[::2] == (status, f"pkramctl{' cat' if status == 2 else ''}: {said}\n")
 
 
 @pytest.mark.usefixtures("damaged")

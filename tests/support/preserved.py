@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Preserved trees that were made without a mount."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pkramfs.archive.view import SavedTree, open_tree
@@ -48,3 +49,14 @@ def write(tree: Tree, path: bytes, data: bytes = b"", mode: int = 0o644) -> Any:
     if data:
         assert tree.write(inode.ino, 0, data) == len(data)
     return inode
+
+
+@contextmanager
+def outlived(trees: Trees, name: str, tree_id: int | None = None) -> Iterator[None]:
+    """Have a daemon of this NAME seem to have died and left a tree."""
+    chosen = new_tree_id() if tree_id is None else tree_id
+    lock = trees.machine.claim(chosen)
+    lock.write_entry({"name": name, "mountpoint": "/nowhere", "pid": 0, "journal": 5})
+    lock.abandon()
+    yield
+    trees.machine.claim(chosen).release()

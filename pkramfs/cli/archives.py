@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""pkramctl export and import: a preserved tree as a tar archive, and back.
+
+    export NAME FILE|-      FILE appears by rename when it is whole; `-` is standard output
+    import NAME FILE|-      the node appears by one store when all is in it; `-` is standard input
+
+What could not be put into the archive is listed on stderr, and the status is then 1.
+
+Counterparts: GNU tar, dump(8)
+"""
+
+import argparse
+import errno
+import os
+import stat
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from io import RawIOBase
+from typing import TYPE_CHECKING, BinaryIO
+
+from pkramfs import stdio
+from pkramfs.cli import arguments, progress, render
+from pkramfs.cli.arguments import need
+from pkramfs.text import exact
+from pkramfs.units import format_size, plural
+
+if TYPE_CHECKING:
+    from pkramfs.archive.export import Out, Report
+    from pkramfs.archive.view import SavedTree
+    from pkramfs.fs.picture import Progress
+    from pkramfs.kernel.running import Running
+    from pkramfs.machine.frames import Frames
+
+STDIO = "-"
+INCOMPLETE = 1
+"""Exit status where an archive lacks files."""
+_BUFFER = 1 << 20
+
+
+def act_export(args: argparse.Namespace, tree: "SavedTree") -> int:
+    """Run `pkramctl export NAME FILE`."""
+    from pkramfs.archive.export import export
+
+    with _destination(args.file) as out:
+        report = progress.drive(export(tree, out))
+    return _say_exported(args, report)
+
+
+def act_import(args: argparse.Namespace) -> int:
+    """Run `pkramctl import NAME FILE`. The machine is made and booted if need be, as by a mount."""
+    from pkramfs.archive.claiming import claimed
+    from pkramfs.kernel import running
+    from pkramfs.mounting.names import node_name
+
+    need(args.name, "invalid NAME '': give the NAME of a mount")
+    machine, name = arguments.machine(args), node_name(args.name)
+    with _source(args.file) as source, running.shared(machine) as kernel, claimed(kernel, name, "import") as frames:
+        report = progress.drive(_importing(args.file, source, kernel, name, frames))
+    machine.log(f"pkram: imported node {exact(name)}, {plural(report.names, 'name')}")
+    return _say_imported(args, report)
+
+
+def _importing(
+    file: str, source: "BinaryIO", kernel: "Running", name: bytes, frames: "Frames"
+) -> "Generator[Progress, None, Report]":
+    """Make a tree of an archive, and save it as a node."""
+    from pkramfs.archive.importing import Owner, fill
+    from pkramfs.archive.tarreader import read
+    from pkramfs.fs.limits import Limits
+    from pkramfs.fs.save import save
+    from pkramfs.fs.tree import Tree
+
+    owner = Owner(os.geteuid(), os.getegid())
+    tree = Tree(kernel.ram, frames, Limits(), uid=owner.uid, gid=owner.gid)
+    title = "standard input" if file == STDIO else file
+    report = yield from fill(tree, title, read(source.read, title), owner)
+    tree.freeze()
+    yield from save(tree, kernel.store, name, banned=kernel.banned())
+    return report
+
+
+@contextmanager
+def _source(path: str) -> "Iterator[BinaryIO]":
+    """Give the archive to read."""
+    if path == STDIO:
+        need(not sys.stdin.isatty(), "no archive on standard input: name a file, or pipe it")
+        yield sys.stdin.buffer
+    else:
+        with open(path, "rb", buffering=_BUFFER) as file:
+            yield file
+
+
+def _say_imported(args: argparse.Namespace, report: "Report") -> int:
+    left_out = [{"path": exact(path), "reason": reason} for path, reason in report.left_out]
+    for one in left_out:
+        arguments.warn("pkramctl", f"left out: {one['path']}: {one['reason']}")
+    if arguments.wants_json(args):
+        render.emit_json({"names": report.names, "bytes": report.bytes, "left_out": left_out})
+    else:
+        render.say(f"{args.name}: {plural(report.names, 'name')}, {format_size(report.bytes)}")
+    return INCOMPLETE if left_out else 0
+
+
+def _say_exported(args: argparse.Namespace, report: "Report") -> int:
+    """List what the archive lacks, and print what it has unless it is on stdout."""
+    left_out = [{"path": exact(path), "reason": reason} for path, reason in report.left_out]
+    for one in left_out:
+        arguments.warn("pkramctl", f"left out: /{one['path']}: {one['reason']}")
+    if args.file != STDIO:
+        figures = {"names": report.names, "bytes": report.bytes, "left_out": left_out}
+        if arguments.wants_json(args):
+            render.emit_json(figures)
+        else:
+            render.say(f"{args.file}: {plural(report.names, 'name')}, {format_size(report.bytes)}")
+    return INCOMPLETE if left_out else 0
+
+
+@contextmanager
+def _destination(path: str) -> Iterator["Out"]:
+    """Give what writes to a file, which appears when the block is over, or to stdout; nothing half is left behind."""
+    if path == STDIO:
+        need(not sys.stdout.isatty(), "an archive is not for a terminal: name a file, or pipe it")
+        yield stdio.pour
+        return
+    try:
+        special = not stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        special = False
+    if special:  # a device or a pipe is written as it is
+        with open(path, "wb", buffering=0) as file:
+            yield _named(file, path)
+        return
+    import tempfile
+
+    path = os.path.realpath(path)
+    with _naming(path):
+        fd, temporary = tempfile.mkstemp(prefix=".pkramctl-", dir=os.path.dirname(path))
+    try:
+        with open(fd, "wb", buffering=0) as file:
+            yield _named(file, path)
+            with _naming(path):
+                os.fsync(fd)
+                os.fchmod(fd, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _named(file: RawIOBase, path: str) -> "Out":
+    """Return a function that writes, whose errors name the file."""
+
+    def write(data: bytes | memoryview) -> None:
+        with _naming(path):
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) or 0 :]
+
+    return write
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        raise OSError(error.errno, error.strerror, path) from None
+
+
+def _umask() -> int:
+    """Return the umask of this process."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
