@@ -63,17 +63,14 @@ def claimed(kernel: Running, name: bytes, work: str) -> Iterator[Frames]:
         yield frames
     finally:
         try:
-            _settle(kernel, frames)
+            settle(kernel, frames)
         finally:
             lock.release()
 
 
-def _settle(kernel: Running, frames: Frames) -> None:
-    """Give page blocks back: all of them, or those in which the node has no page."""
-    node = next((node for node in kernel.store.nodes() if node.tree_id == frames.tree_id), None)
-    if node is None:
-        frames.release_all()
-        return
-    unused = kernel.leases.blocks_of(frames.tree_id) - kernel.store.pages_of(node).outward(BLOCK_PAGES)
+def settle(kernel: Running, frames: Frames) -> None:
+    """Give those page blocks back in which no node of the tree has a page."""
+    pages = kernel.store.pages_of_tree(frames.tree_id)
+    unused = kernel.leases.blocks_of(frames.tree_id) - pages.outward(BLOCK_PAGES)
     if unused:
         kernel.leases.release(frames.tree_id, unused)

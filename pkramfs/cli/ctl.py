@@ -3,12 +3,12 @@
 
     status nodes                 mounts and nodes, their state and size
     verify inspect               check what would cross a kexec; show a record field by field
-    ls tree stat cat             look into a preserved tree (trees.py)
+    ls tree stat cat export      look into a preserved tree (trees.py)
     dmesg iomem report           the kernel's log, its resource map, the report of the last boot
-    export import                a preserved tree as a tar archive, and back
-    free                         give preserved memory back            ┐
-    punch allocate sparsify      make and fill holes in files on a     │ with import the only
-                                 mount (extents lists the rest)        │ ones that change anything
+    import cp rename             make nodes, name them                 ┐
+    free                         give preserved memory back            │
+    punch allocate sparsify      make and fill holes in files on a     │ the only ones
+                                 mount (extents lists the rest)        │ that change anything
     machine create|destroy       make and remove machines              ┘
 
 Looking never boots: a machine without a running kernel says so. Everything works where FUSE is

@@ -3,6 +3,7 @@
 
     ls tree stat cat           look into one                            look.py
     export import              as a tar archive, and back               archives.py
+    cp rename                  another node of it, or another name      copies.py
 
 They read a tree where it lies (archive/). The machine's lock is held while a tree is found and its columns are checked,
 not while its contents are read, so a long work keeps nobody from mounting or from a kexec; if the node goes
@@ -14,7 +15,7 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import archives, arguments, look, nodes
+from pkramfs.cli import archives, arguments, copies, look, nodes
 from pkramfs.errors import FormatError, PkramError
 from pkramfs.mounting.names import mount_name
 from pkramfs.text import exact
@@ -34,8 +35,19 @@ def add(commands: Any, command: Command) -> None:
     _at_a_path(commands, command, "tree", look.act_tree, "draw a preserved tree, as tree(1) does")
     _at_a_path(commands, command, "stat", look.act_stat, "show all attributes of a file, as stat(1) does")
     _add_archives(commands, command)
+    _add_copies(commands, command)
     made = _of_a_tree(commands, command, "cat", look.act_cat, "write a file of a preserved tree to standard output")
     made.add_argument("paths", nargs="+", metavar="PATH", help="files in the tree")
+
+
+def _add_copies(commands: Any, command: Command) -> None:
+    for name, act, text in (
+        ("cp", copies.act_cp, "copy a preserved node"),
+        ("rename", copies.act_rename, "give a preserved node another name"),
+    ):
+        made = command(commands, name, act, text)
+        made.add_argument("name", metavar="NAME", help="a mount's NAME, or a node's name")
+        made.add_argument("new", metavar="NEW", help="the NAME of the copy" if name == "cp" else "its new NAME")
 
 
 def _add_archives(commands: Any, command: Command) -> None:

@@ -19,7 +19,7 @@ claims on names, 8-byte stores that are not torn.
 
 In reading order: format, page, superblock; parallel, relocate, saveframes, frameset; streams/ (link,
 scattered, linkwriter, bytewriter, pagewriter, writer; linkreader, runs, reader); table/ (reader,
-writer); node, save, store; rescue; regions; check, which reads everything and trusts nothing.
+writer); node, save, renaming, store; rescue; regions; check, which reads everything and trusts nothing.
 
 Two modules, and no other, declare what crosses a kexec in RAM: format, the records of PKRAM; and
 treeformat, the byte stream in which a file tree is saved. They are one contract, printed as

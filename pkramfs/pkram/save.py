@@ -75,7 +75,7 @@ class Save:
         self.name, self.tree_id, self.generation = name, tree_id, place.generation
         self._ram, self._place, self._claim = ram, place, claim
         self._strict, self._align = strict, align
-        self._frames = SaveFrames(ram, frames, banned, partial(_no_memory, name))
+        self._frames = SaveFrames(ram, frames, banned, partial(no_memory, name))
         self._named = FrameSet(ram.pages)
         self._writers: list[ObjectWriter] = []
         self.state = State.SAVING
@@ -182,5 +182,6 @@ class Save:
         self._claim.release()
 
 
-def _no_memory(name: bytes, error: OSError) -> PkramError:
+def no_memory(name: bytes, error: OSError) -> PkramError:
+    """Return the error (ENOMEM) for an allocator, or a host, that has no memory for a node."""
     return PkramError(f"no memory to save node {shown(name)}: {error}", errno.ENOMEM)

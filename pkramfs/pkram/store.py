@@ -5,6 +5,7 @@
                               └► discard     everything is freed, nothing was visible
     prepare_load ─► objects … ─► finish      nothing is consumed (unless asked for)
     withdraw                                 the node disappears, by one store
+    rename                                   the node has another name, by one store
     mend                                     a damaged list is made whole, from all nodes that can be found
 
 The super block leads to a list of nodes, newest first. The list is changed only under the machine's
@@ -47,8 +48,10 @@ from pkramfs.pkram.node import (
 )
 from pkramfs.pkram.page import read_word, seal, write_word
 from pkramfs.pkram.relocate import Allocator
+from pkramfs.pkram.renaming import write_twin
 from pkramfs.pkram.rescue import Survey, search
-from pkramfs.pkram.save import Place, Save
+from pkramfs.pkram.save import Place, Save, no_memory
+from pkramfs.pkram.saveframes import SaveFrames
 from pkramfs.pkram.streams.reader import ObjectReader
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, pages
@@ -98,6 +101,10 @@ class Store:
         """Return every frame of a node, from its page table."""
         return read_table(self.ram, node).spans
 
+    def pages_of_tree(self, tree_id: int) -> Spans:
+        """Return every frame of all nodes of an owner, who may have saved more than one."""
+        return Spans.union(self.pages_of(node) for node in self.nodes() if node.tree_id == tree_id)
+
     def preserved(self) -> Spans:
         """Return every frame of every node."""
         return Spans.union(self.pages_of(node) for node in self.nodes())
@@ -133,10 +140,7 @@ class Store:
         Errors: ENODEV (off), ENAMETOOLONG, EINVAL (empty), EEXIST (also while being saved).
         """
         root = self.root()
-        if len(name) > NAME_MAX:
-            raise PkramError(f"node name of {len(name)} bytes is too long: at most {NAME_MAX}", errno.ENAMETOOLONG)
-        if not name or b"\0" in name:
-            raise PkramError(f"invalid node name {shown(name)!r}: it is empty or contains NUL", errno.EINVAL)
+        _check_name(name)
         claim = self._claims.take(_SAVE, name)
         if claim is None:
             raise PkramError(f"node {shown(name)} exists already, it is being saved", errno.EEXIST)
@@ -226,6 +230,52 @@ class Store:
             return self._withdraw(name)
         finally:
             claim.release()
+
+    def rename(self, name: bytes, new: bytes, frames: Allocator, banned: Spans | None = None) -> Node:
+        """Give a node another name by one store. `frames` are its owner's, who holds its tree id, and nothing else's.
+
+        Errors: ENODEV, ENOENT, ENAMETOOLONG, EINVAL, EEXIST, ENOMEM, EBUSY while it is being saved or loaded.
+        """
+        self.root()
+        _check_name(new)
+        claim = self._claim_load(name, shared=False)
+        try:
+            claimed = self._claims.take(_SAVE, new)
+            if claimed is None:
+                raise PkramError(f"node {shown(new)} exists already, it is being saved", errno.EEXIST)
+            try:
+                return self._rename(self._named(name), new, frames, banned or Spans())
+            finally:
+                claimed.release()
+        finally:
+            claim.release()
+
+    def _rename(self, node: Node, new: bytes, frames: Allocator, banned: Spans) -> Node:
+        taken, pfn = SaveFrames(self.ram, frames, banned, partial(no_memory, new)), 0
+        try:
+            pfn, left = write_twin(self.ram, node, new, taken)
+            self._exchange(node, pfn, new)
+        except BaseException:
+            if not pfn or not self._is_published(pfn):
+                taken.release()
+            raise
+        frames.free(left.starts.tolist(), left.counts.tolist())
+        return read_node(self.ram, pfn)
+
+    def _exchange(self, old: Node, pfn: int, name: bytes) -> None:
+        """Put a node's twin in its place."""
+        before = self.root()
+        with self._lock():
+            if self.find(name) is not None:
+                raise PkramError(f"node {shown(name)} exists already", errno.EEXIST)
+            for node in walk_nodes(self.ram, before):
+                if node.pfn == old.pfn:
+                    write_word(self.ram, pfn, NEXT, read_word(self.ram, old.pfn, NEXT, "Node", "next"))
+                    write_word(self.ram, before, NEXT, pfn)
+                    self.ram.publish(old.pfn << PAGE_SHIFT, WITHDRAWN_MAGIC)
+                    return
+                before = node.pfn
+        raise PkramError(f"there is no node {shown(old.name)}", errno.ENOENT)
 
     def _owned(self, tree_id: int) -> Node:
         for node in self.nodes():
@@ -324,6 +374,13 @@ class Store:
                 if error.errno not in (errno.EBUSY, errno.ENOENT):
                     raise
         return freed
+
+
+def _check_name(name: bytes) -> None:
+    if len(name) > NAME_MAX:
+        raise PkramError(f"node name of {len(name)} bytes is too long: at most {NAME_MAX}", errno.ENAMETOOLONG)
+    if not name or b"\0" in name:
+        raise PkramError(f"invalid node name {shown(name)!r}: it is empty or contains NUL", errno.EINVAL)
 
 
 class Load:
