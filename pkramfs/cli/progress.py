@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Long work, driven to its end."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -15,3 +15,8 @@ def drive(work: Generator[Any, None, T]) -> T:
         except StopIteration as done:
             value: T = done.value
             return value
+
+
+def shown(work: Iterator[T]) -> Iterator[T]:
+    """Yield what a long work yields."""
+    yield from work

@@ -3,6 +3,7 @@
 
     ls tree stat cat           look into one                            look.py
     export import              as a tar archive, and back               archives.py
+    diff                       against another, or a directory          compare.py
     cp rename                  another node of it, or another name      copies.py
 
 They read a tree where it lies (archive/). The machine's lock is held while a tree is found and its columns are checked,
@@ -12,10 +13,11 @@ meanwhile the work ends with an error.
 
 import argparse
 import errno
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import archives, arguments, copies, look, nodes
+from pkramfs.cli import archives, arguments, compare, copies, look, nodes
 from pkramfs.errors import FormatError, PkramError
 from pkramfs.mounting.names import mount_name
 from pkramfs.text import exact
@@ -36,6 +38,9 @@ def add(commands: Any, command: Command) -> None:
     _at_a_path(commands, command, "stat", look.act_stat, "show all attributes of a file, as stat(1) does")
     _add_archives(commands, command)
     _add_copies(commands, command)
+    made = _of_a_tree(commands, command, "diff", _diff, "compare a preserved tree with another, or with a directory")
+    made.add_argument("other", metavar="OTHER", help="another NAME, or a directory: ./DIR")
+    made.add_argument("--ignore-times", action="store_true", help="do not compare times of modification")
     made = _of_a_tree(commands, command, "cat", look.act_cat, "write a file of a preserved tree to standard output")
     made.add_argument("paths", nargs="+", metavar="PATH", help="files in the tree")
 
@@ -68,6 +73,14 @@ def _at_a_path(commands: Any, command: Command, name: str, act: Any, text: str) 
     made = _of_a_tree(commands, command, name, act, text)
     made.add_argument("path", nargs="?", default="/", metavar="PATH", help="where in the tree (default: its root)")
     return made
+
+
+def _diff(args: argparse.Namespace, left: "SavedTree") -> int:
+    if "/" in args.other:
+        return compare.act_diff(args, left, None)
+    if os.path.isdir(args.other):
+        arguments.warn("pkramctl", f"{args.other} is taken for a NAME; the directory is ./{args.other}")
+    return compare.act_diff(args, left, opened(args, args.other))
 
 
 def opened(args: argparse.Namespace, name: str) -> "SavedTree":

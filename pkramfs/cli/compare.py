@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""pkramctl diff: what differs between two preserved trees, or between one and a directory.
+
+    /a/f: size 3 and 5                 the left one's value first
+    /a/f: content differs at byte 17
+    only in x: /b
+    only in /mnt: /c
+
+The status is 1 if anything differs, as diff(1) has it. A second argument with a slash is a directory, one without a
+NAME.
+
+Counterparts: diff(1)
+"""
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from pkramfs.cli import arguments, progress, render
+from pkramfs.text import exact
+
+if TYPE_CHECKING:
+    from pkramfs.archive.compare import Difference, Side
+    from pkramfs.archive.view import SavedTree
+
+DIFFERENT = 1
+
+
+def act_diff(args: argparse.Namespace, left: "SavedTree", right: "SavedTree | None") -> int:
+    """Run `pkramctl diff NAME OTHER`; `right` is None for a directory."""
+    from pkramfs.archive.compare import HostTree, compare
+    from pkramfs.archive.view import ROOT
+    from pkramfs.fs.picture import Progress
+
+    found: list[Difference] = []
+    other: Side = HostTree(os.fsencode(args.other)) if right is None else right
+    top: Any = os.fsencode(args.other) if right is None else ROOT
+    count = 0
+    for one in progress.shown(compare(left, other, top, times=not args.ignore_times)):
+        if isinstance(one, Progress):
+            continue
+        count += 1
+        if arguments.wants_json(args):
+            found.append(one)
+        else:
+            render.say(_line(args, one))
+    if arguments.wants_json(args):
+        render.emit_json([{**one._asdict(), "path": exact(one.path)} for one in found])
+    return DIFFERENT if count else 0
+
+
+def _line(args: argparse.Namespace, one: "Difference") -> str:
+    path = exact(one.path)
+    if one.what == "only":
+        return f"only in {args.name if one.right is None else args.other}: {path}"
+    if one.what == "content":
+        return f"{path}: content differs at byte {one.left:,}"
+    left, right = ("absent" if value is None else value for value in (one.left, one.right))
+    return f"{path}: {one.what} {left} and {right}"
