@@ -24,7 +24,8 @@ What this chapter promises upward:
 It assumes from below that a load checks every structure, that a save publishes all or nothing, and that frames of a
 claimed tree id are nobody else's. It knows neither commands nor daemons.
 
-In reading order: standing, view; keywords, export, stream, sparsemap, tarreader, importing, claiming; copying; compare.
+In reading order: standing, view; keywords, export, stream, sparsemap, tarreader, importing, claiming; copying;
+compare; salvage.
 
 Kernel: fs/tar of nobody; dump(8) and restore(8) read and make file systems in this way
 """

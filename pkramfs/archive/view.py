@@ -247,6 +247,15 @@ class SavedTree:
         first, count = (table[name][low:high].astype(np.int64) for name in ("first", "count"))
         return PageMap(np.stack((first, first, count), axis=1).tobytes(), int(count.sum()))
 
+    def lost_pages(self, beyond: int) -> dict[int, int]:
+        """Return how many pages of which places have frames from `beyond` on, which salvage gives to what is lost."""
+        pieces, edges = self._packed.pieces, self._packed.edges
+        rows = np.flatnonzero(pieces[:, 1] >= beyond)
+        owners = np.searchsorted(edges, rows, side="right") - 1
+        places, where = np.unique(owners, return_inverse=True)
+        counts = np.bincount(where, weights=pieces[rows, 2], minlength=len(places))
+        return dict(zip(places.tolist(), counts.astype(np.int64).tolist(), strict=True))
+
     # -- figures --------------------------------------------------------------------------------
 
     @property

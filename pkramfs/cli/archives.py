@@ -20,7 +20,7 @@ from io import RawIOBase
 from typing import TYPE_CHECKING, BinaryIO
 
 from pkramfs import stdio
-from pkramfs.cli import arguments, progress, render
+from pkramfs.cli import arguments, opening, progress, render
 from pkramfs.cli.arguments import need
 from pkramfs.text import exact
 from pkramfs.units import format_size, plural
@@ -38,13 +38,28 @@ INCOMPLETE = 1
 _BUFFER = 1 << 20
 
 
-def act_export(args: argparse.Namespace, tree: "SavedTree") -> int:
+def act_export(args: argparse.Namespace) -> int:
     """Run `pkramctl export NAME FILE`."""
     from pkramfs.archive.export import export
 
+    tree, damage = _salvaged(args) if args.best_effort else (opening.opened(args, args.name), {})
     with _destination(args.file) as out:
-        report = progress.drive(export(tree, out))
+        report = progress.drive(export(tree, out, damage=damage))
     return _say_exported(args, report)
+
+
+def _salvaged(args: argparse.Namespace) -> "tuple[SavedTree, dict[int, str]]":
+    """Return what can be read of a damaged tree, and what cannot; list what is wrong with it."""
+    from pkramfs.archive.salvage import salvage
+    from pkramfs.kernel import running
+
+    machine = arguments.existing(args)
+    with machine.lifecycle(shared=True, timeout=opening.LOCK_SECONDS):
+        kernel = running.look(machine)
+        tree, damage, problems = salvage(kernel, opening.resolve_damaged(kernel, args.name))
+    for problem in problems:
+        arguments.warn("pkramctl", problem)
+    return tree, damage
 
 
 def act_import(args: argparse.Namespace) -> int:

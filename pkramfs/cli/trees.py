@@ -1,31 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pkramctl's commands for preserved trees: their options, and how they find the tree that NAME means.
+"""pkramctl's commands for preserved trees, and their options.
 
     ls tree stat cat           look into one                            look.py
     export import              as a tar archive, and back               archives.py
     diff                       against another, or a directory          compare.py
     cp rename                  another node of it, or another name      copies.py
 
-They read a tree where it lies (archive/). The machine's lock is held while a tree is found and its columns are checked,
-not while its contents are read, so a long work keeps nobody from mounting or from a kexec; if the node goes
-meanwhile the work ends with an error.
+They read a tree where it lies (archive/), without mounting it.
 """
 
 import argparse
-import errno
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import archives, arguments, compare, copies, look, nodes
-from pkramfs.errors import FormatError, PkramError
-from pkramfs.mounting.names import mount_name
-from pkramfs.text import exact
+from pkramfs.cli import archives, arguments, compare, copies, look, opening
 
 if TYPE_CHECKING:
     from pkramfs.archive.view import SavedTree
-    from pkramfs.kernel.running import Running
-    from pkramfs.machine.directory import Machine
 
 Command = Callable[[Any, str, Any, str], argparse.ArgumentParser]
 
@@ -56,15 +48,17 @@ def _add_copies(commands: Any, command: Command) -> None:
 
 
 def _add_archives(commands: Any, command: Command) -> None:
-    made = _of_a_tree(commands, command, "export", archives.act_export, "write a preserved tree as a tar archive")
+    made = _of_a_tree(commands, command, "export", None, "write a preserved tree as a tar archive")
     made.add_argument("file", metavar="FILE", help="the archive; - for standard output")
+    made.add_argument("--best-effort", action="store_true", help="of a damaged tree, what verifies; list the rest")
+    made.set_defaults(act=archives.act_export)
     made = command(commands, "import", archives.act_import, "preserve the tree that is in a tar archive")
     made.add_argument("name", metavar="NAME", help="the NAME with which the tree will be mounted")
     made.add_argument("file", metavar="FILE", help="the archive; - for standard input")
 
 
 def _of_a_tree(commands: Any, command: Command, name: str, act: Any, text: str) -> argparse.ArgumentParser:
-    made = command(commands, name, lambda args: act(args, opened(args, args.name)), text)
+    made = command(commands, name, lambda args: act(args, opening.opened(args, args.name)), text)
     made.add_argument("name", metavar="NAME", help="a mount's NAME, or a node's name")
     return made
 
@@ -80,40 +74,4 @@ def _diff(args: argparse.Namespace, left: "SavedTree") -> int:
         return compare.act_diff(args, left, None)
     if os.path.isdir(args.other):
         arguments.warn("pkramctl", f"{args.other} is taken for a NAME; the directory is ./{args.other}")
-    return compare.act_diff(args, left, opened(args, args.other))
-
-
-def opened(args: argparse.Namespace, name: str) -> "SavedTree":
-    """Return the tree that a name means, read and checked."""
-    from pkramfs.archive.view import open_tree
-    from pkramfs.kernel import running
-
-    machine = arguments.existing(args)
-    with machine.lifecycle(shared=True, timeout=nodes.LOCK_SECONDS):
-        kernel = running.look(machine)
-        found = resolved(machine, kernel, name)
-        try:
-            return open_tree(kernel.store, found)
-        except FormatError as error:
-            error.remedy = f"`pkramctl verify {name}` shows all that is wrong"
-            raise
-
-
-def resolved(machine: "Machine", kernel: "Running", name: str) -> bytes:
-    """Return the node that a name means; raise PkramError (ENOENT) if it is not preserved."""
-    found = nodes.resolve(kernel, name)
-    if kernel.store.find(found) is None:
-        raise PkramError(_absent(machine, found), errno.ENOENT)
-    return found
-
-
-def _absent(machine: "Machine", node: bytes) -> str:
-    """Return why there is no such node: nobody has the name, or a mount that goes on changing."""
-    name = mount_name(node)
-    place = next((entry.mountpoint for entry in machine.mounts() if entry.alive and entry.name == name), None)
-    if name is None or place is None:
-        return f"no node {exact(node)} is preserved"
-    return (
-        f"{name} is mounted on {place} and not preserved, so it may change at any time: look there, or preserve it: "
-        f"mount -o remount,preserve,ro {place}"
-    )
+    return compare.act_diff(args, left, opening.opened(args, args.other))

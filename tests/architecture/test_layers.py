@@ -25,7 +25,7 @@ RANK |= {"__main__": len(LAYERS), "__init__": -1}
 NUMPY = {"spans", "record", "machine", "pkram", "fs", "kernel", "archive", "daemon"}
 ALLOWED = {
     "numpy": NUMPY,
-    "xxhash": {"machine", "pkram", "journal", "fs"},
+    "xxhash": {"machine", "pkram", "journal", "fs", "archive"},
     "trio": {"daemon", "fuse", "control"},
     "pyfuse3": {"fuse"},
     "rich": {"cli"},

@@ -15,7 +15,7 @@ from pkramfs.archive.claiming import claimed
 from pkramfs.fs.tree import Tree
 from pkramfs.machine.directory import Machine
 from tests.support.preserved import Trees, write
-from tests.support.trees import fill, snapshot
+from tests.support.trees import snapshot
 
 SOCK = 0o140600
 
@@ -109,8 +109,14 @@ def test_others_go_on_meanwhile(trees, ctl):
 def test_what_was_imported_can_be_mounted_and_is_what_was_exported(trees, ctl, place, tmp_path):
     first, second = Path(place()), Path(place())
     trees.ok("mount", "none", first, "-o", "pkram=x")
-    fill(first)
-    os.setxattr(first / "one", "user.a", b"b")
+    (first / "a").mkdir()
+    (first / "a" / "data").write_bytes(os.urandom(1_000_001))
+    os.link(first / "a" / "data", first / "again")
+    os.symlink("a", first / "way")
+    with open(first / "sparse", "wb") as file:
+        os.pwrite(file.fileno(), b"x", 1 << 40)
+    os.utime(first / "again", ns=(1_617_139_699_000_000_001, 1_617_139_699_123_456_789))
+    os.setxattr(first / "a", "user.a", b"b")
     trees.ok("mount", "none", first, "-o", "remount,preserve,ro")
     trees.ok("ctl", "export", "x", tmp_path / "out.tar")
     trees.ok("ctl", "import", "y", tmp_path / "out.tar")
@@ -120,3 +126,20 @@ def test_what_was_imported_can_be_mounted_and_is_what_was_exported(trees, ctl, p
     for path, one in before.items():
         same = one._replace(ino=after[path].ino)
         assert same == after[path], path
+
+
+@pytest.mark.usefixtures("damaged")
+def test_best_effort(trees, ctl, tmp_path):
+    trees.plant("x", lambda tree: [write(tree, b"%d\x1b" % n, bytes(3 << 20)) for n in range(2)], strict=True)
+    kernel, out = trees.up(), str(tmp_path / "out.tar")
+    with kernel.store.prepare_load(b"shmem-x") as load:
+        head = list(load)[1].record.pages_head
+    kernel.ram.bytes[(head << 12) + 100] ^= 1
+    status, _, err = ctl("export", "x", out)
+    assert (status, err.count("\n")) == (3, 1) and not os.path.exists(out)
+    status, said, err = ctl("export", "x", out, "--best-effort")
+    assert (status, said) == (1, f"{out}: 2 names, 3.0 MiB\n")
+    assert f"warning: Link at pfn {head:x}: checksum is" in err
+    assert "warning: left out: /0\\x1b: 504 pages of it cannot be found\n" in err
+    with tarfile.open(out) as archive:
+        assert archive.getnames() == [".", "./1\x1b"]

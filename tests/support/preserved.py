@@ -19,7 +19,7 @@ Fill = Callable[[Tree], object]
 class Trees(Boots):
     """A machine and the trees that are preserved in it."""
 
-    def plant(self, name: str, fill: Fill) -> None:
+    def plant(self, name: str, fill: Fill, *, strict: bool = False) -> None:
         """Preserve a tree that `fill` makes, as mount NAME would."""
         kernel = self.up()
         tree_id = new_tree_id()
@@ -27,7 +27,7 @@ class Trees(Boots):
         tree = Tree(kernel.ram, Frames(kernel.ram, kernel.leases, tree_id), Limits())
         fill(tree)
         tree.freeze()
-        for _ in save(tree, kernel.store, b"shmem-" + name.encode()):
+        for _ in save(tree, kernel.store, b"shmem-" + name.encode(), strict=strict):
             pass
         lock.release()
 
