@@ -6,7 +6,7 @@
     ls tree stat cat export      look into a preserved tree (trees.py)
     dmesg iomem report           the kernel's log, its resource map, the report of the last boot
     import cp rename             make nodes, name them                 ┐
-    free                         give preserved memory back            │
+    free                         give preserved memory back (freeing)  │
     punch allocate sparsify      make and fill holes in files on a     │ the only ones
                                  mount (extents lists the rest)        │ that change anything
     machine create|destroy       make and remove machines              ┘
@@ -25,7 +25,20 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, files, hardware, inspect, install, nodes, render, report, status, trees, verify
+from pkramfs.cli import (
+    arguments,
+    files,
+    freeing,
+    hardware,
+    inspect,
+    install,
+    nodes,
+    render,
+    report,
+    status,
+    trees,
+    verify,
+)
 from pkramfs.errors import FormatError, MachineError
 
 if TYPE_CHECKING:
@@ -49,10 +62,11 @@ def parser() -> arguments.Parser:
     commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _command(commands, "status", status.act, "the machine, its kernel, mounts and nodes")
     _command(commands, "nodes", nodes.act_nodes, "the preserved nodes, by name")
-    free = _command(commands, "free", nodes.act_free, "give the memory of preserved nodes back")
+    free = _command(commands, "free", freeing.act, "give the memory of preserved nodes back")
     free.add_argument("names", nargs="*", metavar="NAME", help="a mount's NAME, or a node's name")
     free.add_argument("--all", action="store_true", help="every node that no mount is using")
     free.add_argument("--damaged", action="store_true", help="give up unreadable nodes, which hide the others")
+    free.add_argument("-n", "--dry-run", action="store_true", help="only say what would go, and what is refused")
     check = _command(commands, "verify", verify.act, "check all that would cross a kexec")
     check.add_argument("names", nargs="*", metavar="NAME", help="only these nodes")
     trees.add(commands, _command)

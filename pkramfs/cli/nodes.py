@@ -127,9 +127,13 @@ def show(found: list[dict[str, Any]]) -> None:
     render.table(columns, rows)
 
 
+def need_one(args: argparse.Namespace) -> None:
+    """Raise UsageError unless the nodes to free are named in one way."""
+    need(bool(args.names) + args.all + args.damaged == 1, "give the NAMEs to free, or --all, or --damaged")
+
+
 def act_free(args: argparse.Namespace) -> int:
     """Run `pkramctl free NAME… | --all | --damaged`."""
-    need(bool(args.names) + args.all + args.damaged == 1, "give the NAMEs to free, or --all, or --damaged")
     machine = arguments.existing(args)
     if args.damaged:
         return _free_damaged(args, machine)
@@ -168,7 +172,7 @@ def _free_damaged(args: argparse.Namespace, machine: "Machine") -> int:
 
     with machine.lifecycle(shared=True, timeout=LOCK_SECONDS):
         running = look(machine)
-        running.mend(lambda survey: _tell(running, survey, say))
+        running.mend(lambda survey: tell(running, survey, say))
         with machine.tables():
             running.ownership.mend(say)
         freed = running.sweep() * BLOCK_SIZE
@@ -179,7 +183,7 @@ def _free_damaged(args: argparse.Namespace, machine: "Machine") -> int:
     return 0
 
 
-def _tell(running: "Running", survey: "Survey", say: Callable[[str, str], None]) -> None:
+def tell(running: "Running", survey: "Survey", say: Callable[[str, str], None]) -> None:
     """Name what will be found again and what will be given up, tree by tree, before anything is changed."""
     from pkramfs.pkram import superblock
     from pkramfs.pkram.node import shown
@@ -227,7 +231,7 @@ def _free(machine: "Machine", running: "Running", name: bytes) -> int:
     try:
         lock = machine.claim(node.tree_id)
     except MachineError:
-        raise PkramError(_in_use(machine, node)) from None
+        raise PkramError(in_use(machine, node)) from None
     try:
         running.store.withdraw(name)
     finally:
@@ -244,7 +248,8 @@ def _discard(machine: "Machine", running: "Running", entry: "MountEntry") -> dic
     return {"name": entry.name, "pages": pages}
 
 
-def _in_use(machine: "Machine", node: "Node") -> str:
+def in_use(machine: "Machine", node: "Node") -> str:
+    """Return why a node cannot be freed: whose it is, and what to do."""
     place = next((entry.mountpoint for entry in machine.mounts() if entry.tree_id == node.tree_id), "a mount")
     return (
         f"{exact(node.name)} is in use by {place}: `mount -o remount,rw {place}` takes it back, umount and free drop it"
