@@ -5,6 +5,7 @@
     preserve                  yes          kernel ro ─▶ daemon preserves        fails: kernel rw again
     preserve                  no           refused
     preserve,lossy            yes          as preserve, also without data that a refused write-back lost
+    preserve,dryrun           either       nothing; it says what preserve would do (rehearse.py)
     rw                        no           daemon, if frozen, withdraws and thaws ─▶ kernel rw
     nopreserve                either       daemon withdraws and thaws ─▶ kernel as asked
     ro                        yes          kernel ro only; the tree stays live
@@ -27,7 +28,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from pkramfs.cli import daemons, render, signals
+from pkramfs.cli import daemons, rehearse, render, signals
 from pkramfs.cli.arguments import warn
 from pkramfs.errors import DaemonError, PkramfsError, UsageError
 from pkramfs.mounting import patience
@@ -59,8 +60,7 @@ def remount(directory: str, options: Options, verbose: bool = False) -> int:
     if mounted is None or mounted.mountpoint != directory or mounted.fstype != FSTYPE:
         raise MountError(f"{directory} is not a pkramfs mount")
     machine, entry, daemon = _found(directory, mounted.dev, options)
-    _remount(Target(directory, mounted, machine, entry, daemon), options, verbose)
-    return 0
+    return _remount(Target(directory, mounted, machine, entry, daemon), options, verbose)
 
 
 class Target(NamedTuple):
@@ -89,12 +89,15 @@ class Target(NamedTuple):
             )
 
 
-def _remount(target: Target, options: Options, verbose: bool) -> None:
+def _remount(target: Target, options: Options, verbose: bool) -> int:
+    """Do it, and return the exit status."""
     directory, before, entry = target.directory, target.mounted.flags, target.entry
     if options.name not in (None, entry.name):
         raise UsageError(
             f"{directory} is mounted as {entry.name or 'a tree without a name'}: pkram= cannot be changed by a remount"
         )
+    if options.dryrun:
+        return rehearse.rehearse(directory, entry, target.daemon, options)
     flags = options.flags(0 if _is_result(options) else before)
     read_only = bool(flags & MS_RDONLY)
     if options.preserve and not read_only:
@@ -103,7 +106,7 @@ def _remount(target: Target, options: Options, verbose: bool) -> None:
     _reconfigure(target, options)
     if options.preserve:
         _say_preserved(target, _preserve(target, flags, options), verbose)
-        return
+        return 0
     if read_only and options.preserve is None:
         _make_read_only(target, flags)
     else:
@@ -111,6 +114,7 @@ def _remount(target: Target, options: Options, verbose: bool) -> None:
             target.daemon.unpreserve()
         target.set_flags(before, flags)
     _note(target, flags)
+    return 0
 
 
 def _is_result(options: Options) -> bool:

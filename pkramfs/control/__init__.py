@@ -16,7 +16,7 @@ The daemon owns the state of its tree, whatever the kernel's ro flag says:
 *Preserved* means that a published node holds this very tree. *Frozen* means that every change is
 EROFS. A restored tree is preserved and yet writable: its first change withdraws the node.
 
-Verbs: status, preserve, unpreserve (remount,rw), freeze, thaw (back to where freeze found it),
+Verbs: status, foresee, preserve, unpreserve (remount,rw), freeze, thaw (back to where freeze found it),
 reconfigure (remount,size=), stop. Each is one connection with one request line and one reply line; the
 daemon answers only root and its own user. A verb that is given twice is done once: a second preserve waits for
 the first and gives the same reply.

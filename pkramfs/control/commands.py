@@ -11,7 +11,7 @@ it refuses. Standard library only.
 """
 
 from pkramfs.control.client import TIMEOUT, Held, call, call_long
-from pkramfs.control.replies import Done, Frozen, Status, read
+from pkramfs.control.replies import Done, Foreseen, Frozen, Status, read
 
 
 class Commands:
@@ -28,6 +28,10 @@ class Commands:
         """Freeze the tree and publish its node; with `lossy` also without data that a refused write-back lost."""
         more = {"lossy": True} if lossy else {}  # which a daemon of an older version does not know
         return read(Status, call_long(self.socket, "preserve", strict=strict, **more))
+
+    def foresee(self, *, strict: bool = False, lossy: bool = False) -> Foreseen:
+        """Ask what `preserve` would do now; nothing is changed."""
+        return read(Foreseen, call(self.socket, "foresee", strict=strict, lossy=lossy))
 
     def unpreserve(self, *, patient: bool = False) -> Status:
         """Withdraw the node and thaw the tree; if `patient`, wait for a save that is under way."""

@@ -7,6 +7,7 @@
     release      the connection of a freeze has ended: thaw, unless preserve or another freeze wants it frozen
     thaw         thaw, nothing else: a restored tree that was only frozen stays preserved
     status       figures and options
+    foresee      what preserve would do now
     reconfigure  the options that a remount may change (settings)
 
 A file that is open for writing may have dirty pages that the kernel has not sent yet. RELEASE
@@ -36,8 +37,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from pkramfs.control.replies import Done, Frozen, Status
+from pkramfs.control.protocol import LINE_MAX
+from pkramfs.control.replies import Done, Foreseen, Frozen, Status
 from pkramfs.errors import ErrnoError, FormatError, PkramfsError, explain
+from pkramfs.fs.foresight import foresee
 from pkramfs.fs.save import save
 from pkramfs.mounting.names import node_name
 from pkramfs.spans import Spans
@@ -109,6 +112,7 @@ class Keeper:
         return {
             "status": self.status,
             "preserve": self.preserve,
+            "foresee": self.foresee,
             "unpreserve": self.unpreserve,
             "freeze": self.freeze,
             "thaw": self.thaw,
@@ -235,6 +239,29 @@ class Keeper:
         if more := report.deleted_count - len(report.deleted):
             self._say(f"pkramfs: {self.name}: nor {'is' if more == 1 else 'are'} {plural(more, 'other open file')}")
 
+    async def foresee(self, strict: bool = False, lossy: bool = False) -> Foreseen:
+        """Return what `preserve` would do now."""
+        found = foresee(self.tree, self._banned(), strict=strict or self.strict, lossy=lossy)
+        lists = {
+            "refused": [f"{exact(path)}: {why}" for path, why in found.refused],
+            "lost": _texts(found.lost),
+            "moved": [f"{exact(path)}, {plural(pages, 'page')}" for path, pages in found.moved],
+        }
+        refused, lost, moved = (_first(lines) for lines in lists.values())
+        return {
+            "refused": refused,
+            "refused_count": len(found.refused),
+            "lost": lost,
+            "lost_count": len(found.lost),
+            "moved": moved,
+            "moved_count": len(found.moved),
+            "moved_pages": sum(pages for _, pages in found.moved),
+            "files": found.files,
+            "pages": found.pages,
+            "description": found.description,
+            "microseconds": round(found.seconds * 1e6),
+        }
+
     async def unpreserve(self) -> Status:
         """Withdraw the node and give the tree back to its writers."""
         async with self._lock:
@@ -335,6 +362,17 @@ async def drive(work: Generator[Any, None, T]) -> T:
 
 def _texts(paths: list[bytes]) -> list[str]:
     return [exact(path) for path in paths]
+
+
+def _first(lines: list[str]) -> list[str]:
+    """Return as many lines as an answer can hold."""
+    room, found = LINE_MAX // 16, list[str]()
+    for line in lines:
+        room -= len(line)
+        if room < 0:
+            break
+        found.append(line)
+    return found
 
 
 def _list(paths: list[bytes], count: int) -> str:

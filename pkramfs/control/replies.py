@@ -2,6 +2,7 @@
 """What a daemon replies to each verb: declared once, written by the keeper, checked where a command reads it.
 
     status preserve unpreserve    Status
+    foresee                       Foreseen
     freeze thaw                   Frozen
     reconfigure stop              Done
 
@@ -49,11 +50,27 @@ class Frozen(TypedDict):
     held: NotRequired[bool]
 
 
+class Foreseen(TypedDict):
+    """What preserve would do now: see fs/foresight. Of long lists only the first are named, the counts are complete."""
+
+    refused: list[str]
+    refused_count: int
+    lost: list[str]
+    lost_count: int
+    moved: list[str]
+    moved_count: int
+    moved_pages: int
+    files: int
+    pages: int
+    description: int
+    microseconds: int
+
+
 class Done(TypedDict):
     """A reply without content."""
 
 
-Reply = Status | Frozen | Done
+Reply = Status | Foreseen | Frozen | Done
 LISTS = ("writers", "open_deleted", "lost")
 ADDED = frozenset((*LISTS, *(f"{name}_count" for name in LISTS), "refused", "busy", "options", "held"))
 """Fields that replies of older versions lack."""
@@ -69,7 +86,7 @@ _KINDS: dict[Any, Kind] = {
     list[str]: ListOf(Text()),
 }
 
-R = TypeVar("R", Status, Frozen, Done)
+R = TypeVar("R", Status, Foreseen, Frozen, Done)
 
 
 def read(kind: type[R], reply: dict[str, Any]) -> R:
@@ -99,10 +116,10 @@ def _plain(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) is NotRequired else hint
 
 
-_DECLARED: dict[object, Object] = {kind: _declared(kind) for kind in (Status, Frozen, Done)}
+_DECLARED: dict[object, Object] = {kind: _declared(kind) for kind in (Status, Foreseen, Frozen, Done)}
 
 
-def unnamed(status: Status, what: str) -> int:
-    """Return how many more there are of which a status names the first few; `what` is one of LISTS."""
+def unnamed(status: Status | Foreseen, what: str) -> int:
+    """Return how many more there are of which a status names the first few; `what` is one of its lists."""
     counted = cast(dict[str, Any], status)
     return max(int(counted[f"{what}_count"]) - len(counted[what]), 0)

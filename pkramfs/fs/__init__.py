@@ -26,8 +26,8 @@ does not check permissions: the caller has done that (in a mount, the kernel).
 
 Reading order: failure, rules, clock, access, limits, inode, protection, directory, pagecache, preservation, ledger,
 lost, then the tree: core, acl, namespace, truncation, attributes, filling, data, ranges, tree; then what crosses a
-kexec: picture, save, verify, restore, asleep (`pkram.treeformat` declares the saved form); and collector, for processes
-that serve a large tree.
+kexec: picture, save, foresight, verify, restore, asleep (`pkram.treeformat` declares the saved form); and collector,
+for processes that serve a large tree.
 
 Kernel: mm/shmem.c
 """

@@ -69,7 +69,7 @@ def save(
     if not tree.frozen:
         raise PkramError("a tree must be frozen while it is saved", errno.EBUSY)
     if strict:
-        _refuse_what_pkram_refuses(tree)
+        refuse_strict(tree)
     began = time.monotonic()
     picture = yield from take(tree)
     with store.prepare_save(
@@ -114,7 +114,8 @@ def _begin_with(tree: Tree, node_pfn: int, moved: int) -> None:
         tree.journal.rebase(node_pfn, Spans())
 
 
-def _refuse_what_pkram_refuses(tree: Tree) -> None:
+def refuse_strict(tree: Tree) -> None:
+    """Raise PkramError (EINVAL) for what PKRAM itself does not preserve."""
     for name, inode, _ in tree.readdir(tree.root.ino, 2):
         path = exact(b"/" + name)
         if not inode.is_file:

@@ -3,7 +3,7 @@
 
     size=2G  nr_inodes=1m  mode=1777 …      tmpfs's own
     pkram=NAME  preserve  nopreserve        the announcement's
-    pkram_strict  lossy  machine=NAME  oom_score_adj=N  fuse=PATH    ours
+    pkram_strict  lossy  dryrun  machine=NAME  oom_score_adj=N  fuse=PATH    ours
     ro  nosuid  noatime …                   mount flags: a bit that is set or cleared
     fsname=SOURCE                           FUSE's own: what the mount table shows as source
     user_id=0  max_read=…  x-systemd.…      words of other programs: known and ignored
@@ -111,6 +111,7 @@ class Options:
     mpol: str | None = None
     strict: bool = False
     lossy: bool = False
+    dryrun: bool = False
     machine: str | None = None
     oom_score_adj: int | None = None
     source: str | None = None
@@ -144,7 +145,7 @@ class Options:
         found: dict[str, str | bool] = {}
         for word in self.words:
             key, equals, value = word.partition("=")
-            if key not in ("remount", "preserve", "nopreserve", "lossy"):
+            if key not in ("remount", "preserve", "nopreserve", "lossy", "dryrun"):
                 found[key] = value if equals else True
         return found
 
@@ -173,6 +174,8 @@ def parse(text: str) -> Options:
         _take(found, word)
     if found.lossy and not found.preserve:
         raise UsageError("mount option lossy goes with preserve: mount -o remount,preserve,ro,lossy DIR")
+    if found.dryrun and not (found.remount and found.preserve):
+        raise UsageError("mount option dryrun goes with preserve: mount -o remount,preserve,dryrun DIR")
     return found
 
 
@@ -351,10 +354,15 @@ def _remount(found: Options) -> None:
     found.remount = True
 
 
+def _dryrun(found: Options) -> None:
+    found.dryrun = True
+
+
 _WORDS = {
     "preserve": _preserve,
     "nopreserve": _nopreserve,
     "lossy": _lossy,
+    "dryrun": _dryrun,
     "pkram_strict": _strict,
     "remount": _remount,
 }

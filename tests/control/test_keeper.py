@@ -13,7 +13,7 @@ import trio.testing
 
 from pkramfs.control import keeper as module
 from pkramfs.control.keeper import Keeper
-from pkramfs.control.replies import Done, Frozen, Status, read
+from pkramfs.control.replies import Done, Foreseen, Frozen, Status, read
 from pkramfs.control.settings import Settings
 from pkramfs.errors import ErrnoError, FormatError, PkramError
 from pkramfs.fs.limits import Limits
@@ -39,7 +39,10 @@ class Store:
 
 class Frames:
     def __init__(self) -> None:
-        self.freed = 0
+        self.freed = self.held_pages = 0
+
+    def room(self) -> int:
+        return 1 << 20
 
     def free(self, starts: Any, counts: Any) -> None:
         self.freed += int(sum(counts))
@@ -263,11 +266,14 @@ def test_two_at_once_save_once(keeper: Keeper, said: list[str]) -> None:
 
 
 def test_verbs_name_themselves(keeper: Keeper) -> None:
-    assert set(keeper.verbs()) == {"status", "preserve", "unpreserve", "freeze", "thaw", "reconfigure", "stop"}
+    assert set(keeper.verbs()) == {
+        *("status", "preserve", "foresee", "unpreserve", "freeze", "thaw", "reconfigure", "stop"),
+    }
 
 
 def test_what_is_said_is_what_commands_read(keeper: Keeper) -> None:
     said: dict[Any, Any] = {Status: ask(keeper.status), Frozen: ask(keeper.thaw), Done: ask(keeper.stop)}
+    said[Foreseen] = ask(keeper.foresee)
     assert {kind: read(kind, reply) for kind, reply in said.items()} == said
     assert said[Status].keys() == Status.__annotations__.keys()
 

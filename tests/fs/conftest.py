@@ -60,6 +60,13 @@ class SmallFrames:
     def blocks_of(self, tree_id: int) -> Spans:
         return Spans([(0, self.ram.pages // 512)])
 
+    @property
+    def held_pages(self) -> int:
+        return self.held
+
+    def room(self) -> int:
+        return self.free_pages - self.held
+
     def hold(self, pages: int) -> None:
         self.held = pages
 
