@@ -53,17 +53,22 @@ class Owner(NamedTuple):
         return self.uid == 0
 
 
-def fill(tree: Tree, archive: str, members: Iterable[Member], owner: Owner) -> Generator[Progress, None, Report]:
-    """Put the members of an archive into an empty tree that nobody else sees; ArchiveError names the one at fault."""
+def fill(
+    tree: Tree, archive: str, members: Iterable[Member], owner: Owner, *, total: int = 0
+) -> Generator[Progress, None, Report]:
+    """Put the members of an archive into an empty tree that nobody else sees; ArchiveError names the one at fault.
+
+    `total` is how many bytes the archive has, if that is known.
+    """
     filling = _Filling(tree, owner)
     names = done = 0
     for member in members:
         try:
             for size in filling.add(member):
                 done += size
-                yield Progress("import", done, 0)
-        except ExhaustedError:
-            raise
+                yield Progress("import", done, max(total, done))
+        except ExhaustedError as error:
+            raise ExhaustedError(f"{archive}: {exact(member.path)}: {error}; nothing was imported") from None
         except _Fault as error:
             raise ArchiveError(f"{archive}: {error}") from None
         except OSError as error:
@@ -98,7 +103,7 @@ class _Filling:
         if member.kind == stat.S_IFREG:
             for offset, data in member.data():
                 if self._tree.write(inode.ino, offset, data, stamp=False) < len(data):
-                    raise ExhaustedError(f"RAM is full at {exact(member.path)}; nothing was imported")
+                    raise ExhaustedError("RAM is full")
                 yield len(data)
             if member.size > inode.size:
                 self._tree.setattr(inode.ino, size=member.size)

@@ -17,6 +17,7 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     arguments   shared options, exit statuses, errors as one line
     signals     what a signal does to a command, and where it has to wait
     render      tables for people, the same as JSON for programs
+    progress    a bar on a terminal, lines for programs
     daemons     the mount daemons of a machine: find them, ask them
     freezer     all mounts of a machine on the way through a kexec: freeze, thaw, stop
     hostkexec   pkram-kexec on memory that outlives the host's kernel: kexec(8) and systemd
@@ -29,6 +30,9 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     report      the last boot                                  │
     files       holes in files on a mount                      │
     install     files for systemd and udev                     │
+    freeing     give nodes up, or say what would go            │
+    trees       look, archives, compare, copies: what is in    │
+                preserved trees, which opening finds           │
     hardware    make, show and remove machines                 ┘
 
 Promises of every command:

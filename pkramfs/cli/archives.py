@@ -44,7 +44,7 @@ def act_export(args: argparse.Namespace) -> int:
 
     tree, damage = _salvaged(args) if args.best_effort else (opening.opened(args, args.name), {})
     with _destination(args.file) as out:
-        report = progress.drive(export(tree, out, damage=damage))
+        report = progress.drive(export(tree, out, damage=damage), args)
     return _say_exported(args, report)
 
 
@@ -71,7 +71,7 @@ def act_import(args: argparse.Namespace) -> int:
     need(args.name, "invalid NAME '': give the NAME of a mount")
     machine, name = arguments.machine(args), node_name(args.name)
     with _source(args.file) as source, running.shared(machine) as kernel, claimed(kernel, name, "import") as frames:
-        report = progress.drive(_importing(args.file, source, kernel, name, frames))
+        report = progress.drive(_importing(args.file, source, kernel, name, frames), args)
     machine.log(f"pkram: imported node {exact(name)}, {plural(report.names, 'name')}")
     return _say_imported(args, report)
 
@@ -89,10 +89,16 @@ def _importing(
     owner = Owner(os.geteuid(), os.getegid())
     tree = Tree(kernel.ram, frames, Limits(), uid=owner.uid, gid=owner.gid)
     title = "standard input" if file == STDIO else file
-    report = yield from fill(tree, title, read(source.read, title), owner)
+    report = yield from fill(tree, title, read(source.read, title), owner, total=_size(source))
     tree.freeze()
     yield from save(tree, kernel.store, name, banned=kernel.banned())
     return report
+
+
+def _size(source: "BinaryIO") -> int:
+    """Return how many bytes an archive has, 0 for a pipe."""
+    found = os.fstat(source.fileno())
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def act_diff(args: argparse.Namespace, left: "SavedTree", right: "SavedTree | No
     other: Side = HostTree(os.fsencode(args.other)) if right is None else right
     top: Any = os.fsencode(args.other) if right is None else ROOT
     count = 0
-    for one in progress.shown(compare(left, other, top, times=not args.ignore_times)):
+    for one in progress.shown(compare(left, other, top, times=not args.ignore_times), args):
         if isinstance(one, Progress):
             continue
         count += 1

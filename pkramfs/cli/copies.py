@@ -27,7 +27,7 @@ def act_cp(args: argparse.Namespace) -> None:
     with machine.lifecycle(shared=True, timeout=nodes.LOCK_SECONDS):
         kernel = running.look(machine)
         source = nodes.resolve(kernel, args.name)
-        node = progress.drive(copy(kernel, source, _new(args.new, source)))
+        node = progress.drive(copy(kernel, source, _new(args.new, source)), args)
     machine.log(f"pkram: copied node {exact(source)} to {exact(node.name)}, {plural(node.pages, 'page')}")
     _say(args, source, node)
 

@@ -33,6 +33,7 @@ from pkramfs.cli import (
     inspect,
     install,
     nodes,
+    progress,
     render,
     report,
     status,
@@ -69,6 +70,7 @@ def parser() -> arguments.Parser:
     free.add_argument("-n", "--dry-run", action="store_true", help="only say what would go, and what is refused")
     check = _command(commands, "verify", verify.act, "check all that would cross a kexec")
     check.add_argument("names", nargs="*", metavar="NAME", help="only these nodes")
+    progress.add_option(check)
     trees.add(commands, _command)
     _add_files(commands)
     _command(commands, "dmesg", _dmesg, "the kernel log")

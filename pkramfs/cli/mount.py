@@ -19,7 +19,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from pkramfs.cli import arguments, render
+from pkramfs.cli import arguments, progress, render
 from pkramfs.errors import PkramfsError, UsageError
 from pkramfs.mounting.helper import PROGRAM, USAGE, AnsweredError, failure
 
@@ -60,6 +60,7 @@ def parser() -> arguments.Parser:
     made.add_argument("-r", "--read-only", dest="read_only", action="store_true", help="as -o ro")
     made.add_argument("-w", "--rw", dest="read_write", action="store_true", help=argparse.SUPPRESS)
     made.add_argument("-v", "--verbose", dest="verbose", action="store_true", help="print what is done")
+    progress.add_option(made)
     arguments.add_common(made)
     return made
 
@@ -104,12 +105,16 @@ def _mount(args: argparse.Namespace) -> int:
     if options.remount:
         from pkramfs.cli import remount
 
-        return 0 if args.fake else remount.remount(directory, options, args.verbose)
+        if args.fake:
+            return 0
+        with progress.waiting(args, "preserve" if options.preserve else "remount"):
+            return remount.remount(directory, options, args.verbose)
     _check_first(options)
     if args.fake:
         return 0
     prepare(directory)
-    message = Starting(directory, text).serve()
+    with progress.waiting(args, "mount"):
+        message = Starting(directory, text).serve()
     if message:
         render.tell(message)
     elif args.verbose:

@@ -20,6 +20,7 @@ from io import TextIOWrapper
 from typing import Any, NamedTuple
 
 from pkramfs import stdio
+from pkramfs.cli import progress
 from pkramfs.text import exact, printable
 
 
@@ -55,6 +56,7 @@ def can_show(text: str) -> bool:
 
 def say(line: Any = "", *, error: bool = False) -> None:
     """Print one line of a result on stdout, or of an error on stderr."""
+    progress.clear()
     if error:
         stdio.say(printable(line))
     else:
@@ -63,6 +65,7 @@ def say(line: Any = "", *, error: bool = False) -> None:
 
 def tell(line: Any) -> None:
     """Print one line of progress now. If it cannot be printed, the work goes on."""
+    progress.clear()
     stdio.tell(printable(line))
 
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import archives, arguments, compare, copies, look, opening
+from pkramfs.cli import archives, arguments, compare, copies, look, opening, progress
 
 if TYPE_CHECKING:
     from pkramfs.archive.view import SavedTree
@@ -33,6 +33,7 @@ def add(commands: Any, command: Command) -> None:
     made = _of_a_tree(commands, command, "diff", _diff, "compare a preserved tree with another, or with a directory")
     made.add_argument("other", metavar="OTHER", help="another NAME, or a directory: ./DIR")
     made.add_argument("--ignore-times", action="store_true", help="do not compare times of modification")
+    progress.add_option(made)
     made = _of_a_tree(commands, command, "cat", look.act_cat, "write a file of a preserved tree to standard output")
     made.add_argument("paths", nargs="+", metavar="PATH", help="files in the tree")
 
@@ -45,6 +46,7 @@ def _add_copies(commands: Any, command: Command) -> None:
         made = command(commands, name, act, text)
         made.add_argument("name", metavar="NAME", help="a mount's NAME, or a node's name")
         made.add_argument("new", metavar="NEW", help="the NAME of the copy" if name == "cp" else "its new NAME")
+        progress.add_option(made)
 
 
 def _add_archives(commands: Any, command: Command) -> None:
@@ -52,9 +54,11 @@ def _add_archives(commands: Any, command: Command) -> None:
     made.add_argument("file", metavar="FILE", help="the archive; - for standard output")
     made.add_argument("--best-effort", action="store_true", help="of a damaged tree, what verifies; list the rest")
     made.set_defaults(act=archives.act_export)
+    progress.add_option(made)
     made = command(commands, "import", archives.act_import, "preserve the tree that is in a tar archive")
     made.add_argument("name", metavar="NAME", help="the NAME with which the tree will be mounted")
     made.add_argument("file", metavar="FILE", help="the archive; - for standard input")
+    progress.add_option(made)
 
 
 def _of_a_tree(commands: Any, command: Command, name: str, act: Any, text: str) -> argparse.ArgumentParser:

@@ -12,14 +12,15 @@ Every problem is one line. The check goes on after a problem as far as it can. P
 """
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pkramfs.cli import arguments, nodes, render
+from pkramfs.cli import arguments, nodes, progress, render
 from pkramfs.errors import FormatError, PkramfsError
 from pkramfs.mounting.names import mount_name, node_name
 from pkramfs.text import exact
-from pkramfs.units import plural
+from pkramfs.units import PAGE_SIZE, plural
 
 if TYPE_CHECKING:
     from pkramfs.kernel.running import Running
@@ -42,8 +43,9 @@ def act(args: argparse.Namespace) -> int:
     with machine.lifecycle(shared=True, timeout=nodes.LOCK_SECONDS):
         running = look(machine)
         names = [nodes.resolve(running, name) for name in args.names]
-        checked, problems = check(running, names)
-        logs, more = check_logs(running, args.names)
+        with progress.waiting(args, "verify") as drawn:
+            checked, problems = check(running, names, drawn)
+            logs, more = check_logs(running, args.names)
         problems = [one for one in problems if not _is_absent(one, logs)] + more
     if arguments.wants_json(args):
         render.emit_json({"nodes": checked, "logs": len(logs), "problems": problems})
@@ -56,8 +58,8 @@ def act(args: argparse.Namespace) -> int:
     return FormatError.exit_status if problems else 0
 
 
-def check(running: "Running", names: list[bytes]) -> tuple[int, list[str]]:
-    """Check the named nodes, or all; return how many were checked, and the problems."""
+def check(running: "Running", names: list[bytes], drawn: progress.Bar | None = None) -> tuple[int, list[str]]:
+    """Check the named nodes, or all; return how many were checked, and the problems. `drawn` shows how far it is."""
     from pkramfs.pkram.check import check as check_store
     from pkramfs.units import BLOCK_PAGES
 
@@ -67,7 +69,7 @@ def check(running: "Running", names: list[bytes]) -> tuple[int, list[str]]:
         usable=running.machine.hardware().usable,
         owned=lambda tree_id: running.leases.blocks_of(tree_id).scale(BLOCK_PAGES),
         names=names or None,
-        visit=_visit,
+        visit=_Visits(running, drawn),
         handed_over=False,
     )
     found = {node.name for node in report.nodes}
@@ -135,13 +137,25 @@ def doubts(running: "Running") -> list[str]:
             return []  # of the list of nodes, which is reported
 
 
-def _visit(node: "Node", objects: list["ObjectReader"], pages: "Spans") -> Iterator[str]:
-    """Yield the problem with the tree in a node of ours, if there is one."""
-    if mount_name(node.name) is not None:
-        try:
-            _read_tree(objects, pages)
-        except PkramfsError as error:
-            yield str(error)
+class _Visits:
+    """Looks into each sound node, and counts the bytes of those that are done."""
+
+    def __init__(self, running: "Running", drawn: progress.Bar | None) -> None:
+        self._drawn, self._done, self._total = drawn, 0, 0
+        if drawn is not None:
+            with contextlib.suppress(FormatError):  # the check reports it
+                self._total = sum(node.pages for node in running.store.nodes()) * PAGE_SIZE
+
+    def __call__(self, node: "Node", objects: list["ObjectReader"], pages: "Spans") -> Iterator[str]:
+        """Yield the problem with the tree in a node of ours, if there is one."""
+        if mount_name(node.name) is not None:
+            try:
+                _read_tree(objects, pages)
+            except PkramfsError as error:
+                yield str(error)
+        self._done += node.pages * PAGE_SIZE
+        if self._drawn is not None:
+            self._drawn.show("verify", self._done, max(self._total, self._done))
 
 
 def _read_tree(objects: list["ObjectReader"], pages: "Spans") -> None:

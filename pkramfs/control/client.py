@@ -23,6 +23,7 @@ from typing import Any
 
 from pkramfs.control import protocol
 from pkramfs.errors import DaemonError, PkramfsError, explain
+from pkramfs.mounting import patience
 
 TIMEOUT = 120.0
 LONG_SECONDS, ASK_SECONDS = 3600.0, 30.0
@@ -122,15 +123,18 @@ class _Connection:
                     return
 
     def _line(self, meanwhile: Callable[[], object] | None) -> bytes:
-        parts, size = [b""], 0
+        parts, size, asking = [b""], 0, time.monotonic() + ASK_SECONDS
         while not parts[-1].endswith(b"\n") and size <= protocol.LINE_MAX:
-            self._socket.settimeout(self._left() if meanwhile is None else min(self._left(), ASK_SECONDS))
+            left = self._left() if meanwhile is None else min(self._left(), asking - time.monotonic())
+            self._socket.settimeout(max(min(left, patience.TICK_SECONDS) if patience.tick() else left, 0.001))
             try:
                 part = self._socket.recv(1 << 16)
             except TimeoutError:
-                if meanwhile is None or time.monotonic() >= self._deadline:
+                if time.monotonic() >= self._deadline:
                     raise
-                meanwhile()
+                if meanwhile is not None and time.monotonic() >= asking:
+                    meanwhile()
+                    asking = time.monotonic() + ASK_SECONDS
                 continue
             if not part:
                 break

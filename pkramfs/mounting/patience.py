@@ -17,7 +17,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from pkramfs.errors import ErrnoError
@@ -32,6 +32,38 @@ class StuckError(ErrnoError):
     """There was no answer in time; the message says to what."""
 
     default_errno = errno.ETIMEDOUT
+
+
+_meanwhile: list[Callable[[], None]] = []
+"""What a command does while it waits: see `calling`."""
+TICK_SECONDS = 0.1
+
+
+@contextlib.contextmanager
+def calling(meanwhile: Callable[[], None]) -> Iterator[None]:
+    """Have `meanwhile` called ten times a second while anything in the block waits; it must be short."""
+    _meanwhile.append(meanwhile)
+    try:
+        yield
+    finally:
+        _meanwhile.remove(meanwhile)
+
+
+def tick() -> bool:
+    """Do what is to be done meanwhile; return True if there is anything."""
+    for meanwhile in _meanwhile[-1:]:
+        meanwhile()
+    return bool(_meanwhile)
+
+
+def is_ready(waiting: select.poll, deadline: float) -> bool:
+    """Wait until something can be read; return False if nothing can be until the deadline."""
+    while True:
+        left = max(deadline - time.monotonic(), 0)
+        if waiting.poll((min(left, TICK_SECONDS) if tick() else left) * 1000):
+            return True
+        if time.monotonic() >= deadline:
+            return False
 
 
 def within(work: Callable[[], T], seconds: float, what: str) -> T:
@@ -77,7 +109,7 @@ def _read(pipe: int, deadline: float) -> bytes | None:
     parts: list[bytes] = []
     ready = select.poll()
     ready.register(pipe, select.POLLIN)
-    while ready.poll(max(deadline - time.monotonic(), 0) * 1000):
+    while is_ready(ready, deadline):
         part = os.read(pipe, 1 << 16)
         if not part:
             return b"".join(parts)

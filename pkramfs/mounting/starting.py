@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from pkramfs.mounting import patience
 from pkramfs.mounting.helper import FAILURE, USAGE, AnsweredError, MountError
 from pkramfs.schema import Invalid, Maybe, Object, Row, Text, Whole, parse
 
@@ -111,7 +112,7 @@ class Starting:
         ready.register(self._answer, select.POLLIN)
         try:
             while not line.endswith(b"\n") and len(line) < _ANSWER_MOST:
-                if not ready.poll(max(deadline - time.monotonic(), 0) * 1000):
+                if not patience.is_ready(ready, deadline):
                     self._daemon.kill()
                     raise MountError(
                         f"the mount daemon (pid {self._daemon.pid}) did not serve within {SERVE_SECONDS:g} s and was "
