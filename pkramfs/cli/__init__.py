@@ -28,6 +28,7 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     inspect     a record in memory, field by field             │
     verify      check all that would cross a kexec             ├ pkramctl's subjects
     report      the last boot                                  │
+    doctor      what is lacking here; checkup: on any host     │
     files       holes in files on a mount                      │
     install     files for systemd and udev                     │
     freeing     give nodes up, or say what would go            │

@@ -4,6 +4,7 @@
     status nodes                 mounts and nodes, their state and size
     verify inspect               check what would cross a kexec; show a record field by field
     ls tree stat cat export      look into a preserved tree (trees.py)
+    doctor                       what is lacking on this host, and the remedy
     dmesg iomem report           the kernel's log, its resource map, the report of the last boot
     import cp rename             make nodes, name them                 ┐
     free                         give preserved memory back (freeing)  │
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkramfs.cli import (
     arguments,
+    doctor,
     files,
     freeing,
     hardware,
@@ -62,6 +64,7 @@ def parser() -> arguments.Parser:
     _add_shared(made)
     commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _command(commands, "status", status.act, "the machine, its kernel, mounts and nodes")
+    _command(commands, "doctor", doctor.act, "what is lacking on this host, and the remedy")
     _command(commands, "nodes", nodes.act_nodes, "the preserved nodes, by name")
     free = _command(commands, "free", freeing.act, "give the memory of preserved nodes back")
     free.add_argument("names", nargs="*", metavar="NAME", help="a mount's NAME, or a node's name")
