@@ -35,6 +35,7 @@ Read in this order:
     nvram         the boot that is decided and not finished
     staging       where a loaded kernel waits
     kernelrecord  kernel.json
+    history       what the kernels before were, for people
     kaslr         the places for a kernel, and the choice of one
     placement     where everything goes; asked by the planner and by boot
     incoming      what the last kernel left, checked
@@ -47,6 +48,7 @@ Read in this order:
     ownership     the owner of a page block, from every witness
     running       find the running kernel; bring it up first if need be
     iomem         the resource map
+    memorymap     the same as a picture, rows of cells
     loading       -l: destinations that overwrite nothing that is preserved
     steps         operations that are described first, done in order, and undone if a later one fails
     transition    the steps of a kexec: what each does, and how it is undone

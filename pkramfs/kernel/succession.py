@@ -25,7 +25,7 @@ import sys
 
 from pkramfs.errors import FormatError, MachineError
 from pkramfs.kernel import cmdline as words
-from pkramfs.kernel import hostboot, incoming, kernelrecord, leasetable, nvram, staging
+from pkramfs.kernel import history, hostboot, incoming, kernelrecord, leasetable, nvram, staging
 from pkramfs.kernel.image import BUILTIN, load_image
 from pkramfs.kernel.kernelrecord import KernelInfo
 from pkramfs.kernel.nvram import ImageInfo, Pending
@@ -111,6 +111,7 @@ def power_cycle(machine: Machine, cmdline: str = COLD_CMDLINE) -> KernelInfo:
 def retire(machine: Machine) -> None:
     """End the running kernel: the point of no return. May be repeated."""
     refuse_planted(machine)
+    history.note_end(machine)
     for name in (kernelrecord.NAME, *_OF_ONE_KERNEL):
         machine.remove(name)
     machine.drop_log()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pkramfs.errors import ExhaustedError, NotPreservedError
-from pkramfs.kernel import incoming, loading, nvram, placement, succession
+from pkramfs.kernel import incoming, loading, memorymap, nvram, placement, succession
 from pkramfs.kernel.incoming import IncomingNode
 from pkramfs.kernel.kernelrecord import LAYOUT
 from pkramfs.kernel.nvram import NodePages, Pending
@@ -239,6 +239,7 @@ class DecideBoot(Operation):
         remount = list(self.going.remount) if self.going.keeps else []  # not an empty mount for a lost tree
         self._before = nvram.mounts(self.going.machine)
         nvram.set_pending(self.going.machine, self.going.pending, remount)
+        memorymap.remember(self.going.kernel)
 
     def undo(self) -> None:
         if nvram.pending(self.going.machine) is not None:

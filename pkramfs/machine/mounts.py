@@ -173,6 +173,8 @@ def clear_away(directory: str, keep: Container[int], say: Callable[[str], None])
         if fd is None:
             continue  # another process is mounting it
         dead = MountLock(directory, tree_id, fd)
+        if entry := _read_entry(directory, f"{tree_id:016x}.json"):
+            say(f"pkramfs: daemon of tree {tree_id:016x} (pid {entry.pid}, {entry.mountpoint}) has died")
         for line in _last_lines(dead.path("log")):
             say(f"pkramfs: daemon of tree {tree_id:016x}: {line}")
         with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # a directory is not ours

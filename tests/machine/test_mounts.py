@@ -113,7 +113,8 @@ def test_the_files_of_the_dead_are_cleared_away_and_of_nobody_else(tmp_path: Pat
     assert sorted(os.listdir(tmp_path)) == sorted(
         [kept.name, strange.name, *(f"{ID + 1:016x}.{suffix}" for suffix in ("json", "lock"))]
     )
-    assert said[-2:] == [f"pkramfs: daemon of tree {ID:016x}: {word}" for word in ("first", "last")] and len(said) == 20
+    assert said[-2:] == [f"pkramfs: daemon of tree {ID:016x}: {word}" for word in ("first", "last")] and len(said) == 21
+    assert said[0] == f"pkramfs: daemon of tree {ID:016x} (pid 0, ?) has died"
     living.release()
     mounts.clear_away(str(tmp_path), set(), said.append)
     assert os.listdir(tmp_path) == [strange.name]

@@ -176,7 +176,7 @@ class Boots(Lab):
         index = np.concatenate(([0], np.cumsum(counts)[:-1])).astype(np.uint64)
         pfns = np.array([pfn for pfn, _ in runs], np.uint64)
         banned = kernel.banned()
-        with kernel.store.prepare_save(name.encode(), tree_id=frames.tree_id, frames=frames, banned=banned) as save:
+        with kernel.store.prepare_save(os.fsencode(name), tree_id=frames.tree_id, frames=frames, banned=banned) as save:
             with save.object() as stream:
                 stream.write(str(total).encode())
                 stream.save_runs(index, pfns, counts)

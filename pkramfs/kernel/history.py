@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""history.json: what a machine's kernels were, for the people who ask later. Nothing is decided by it.
+
+    kernels    the kernels that have ended, the last 32: when, how, what they found, and what their log told
+    before     who had which pages when the last kexec was decided (memorymap.py)
+
+A kexec drops the kernel log and kernel.json, as a real one drops dmesg; so their facts are noted on the way. What
+cannot be noted is only logged: no kernel lives longer for it. Lists and texts are bounded, because the file is written
+where memory may be scarce.
+
+Kernel: fs/pstore, /sys/fs/pstore/dmesg-*
+"""
+
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+from pkramfs import schema
+from pkramfs.errors import MachineError
+from pkramfs.kernel import kernelrecord, nvram
+
+if TYPE_CHECKING:
+    from pkramfs.machine.directory import Machine
+
+NAME = "history.json"
+MOST_KERNELS, MOST_EVENTS, MOST_NODES, _MOST_TEXT = 32, 32, 32, 160
+RUNS, DIED, REFUSED, LOST = "runs", "died", "refused", "lost"
+_REMEDY = "remove it: it is only shown"
+_LINE = re.compile(r"\[ *([0-9]+\.[0-9]+)\] (.*)")
+_EVENTS = (
+    (re.compile(r"pkramfs: daemon of tree .*(?:has died|Fatal Python error)"), DIED),
+    (re.compile(r"(?:Kernel panic|kernel panic) "), DIED),
+    (re.compile(r"(?:kexec: refused|kexec: died|mount\.pkramfs: )"), REFUSED),
+    (re.compile(r"pkram: .* is lost|pkram: gave up a node"), LOST),
+    (re.compile(r"pkramfs: .* (?:mounted on|preserved:|unmounted,)|pkram: freed node"), RUNS),
+)
+_COUNT = schema.Whole()
+_NODES = schema.ListOf(schema.Object({"name": schema.Text(), "pages": _COUNT}, others=schema.Anything()))
+_EVENT = schema.Object({"at": schema.Number(0), "kind": schema.Text(), "text": schema.Text()})
+_KERNEL = schema.Object(
+    {
+        "generation": schema.Whole(1),
+        "kind": schema.Text(),
+        "image": schema.Text(),
+        "booted": schema.Number(0),
+        "ended": schema.Maybe(schema.Number(0)),
+        "by": schema.Maybe(schema.Text()),
+        "pause": schema.Maybe(schema.Number(0)),
+        "nodes": _NODES,
+        "lost": _NODES,
+        "events": schema.ListOf(_EVENT),
+    },
+    others=schema.Anything(),
+)
+
+
+def _declared(machine: "Machine") -> schema.Object:
+    """Declare history.json for this machine."""
+    frames = machine.hardware().size >> 12
+    part = schema.Object(
+        {"kind": schema.Text(), "owner": schema.Text(), "pages": _COUNT, "ranges": schema.ListOf(schema.Range(frames))}
+    )
+    before = schema.Object({"generation": schema.Whole(1), "taken": schema.Number(0), "parts": schema.ListOf(part)})
+    return schema.Object(
+        {}, optional={"kernels": schema.ListOf(_KERNEL), "before": schema.Maybe(before)}, others=schema.Anything()
+    )
+
+
+def read(machine: "Machine") -> dict[str, Any]:
+    """Return `kernels`, oldest first, and `before`, or None; raise MachineError if the file is damaged."""
+    data = (machine.read_json(NAME, _declared(machine), _REMEDY) or {}) if machine.has(NAME) else {}
+    return {"kernels": [], "before": None} | data
+
+
+def events(log: str) -> list[dict[str, Any]]:
+    """Return the lines of a kernel log that a timeline shows: seconds since the boot, kind and text; the last ones."""
+    found = []
+    for line in log.splitlines():
+        if match := _LINE.fullmatch(line):
+            kind = next((kind for pattern, kind in _EVENTS if pattern.match(match[2])), None)
+            if kind is not None:
+                found.append({"at": float(match[1]), "kind": kind, "text": match[2][:_MOST_TEXT]})
+    return found[-MOST_EVENTS:]
+
+
+def current(machine: "Machine") -> dict[str, Any] | None:
+    """Return the running kernel as `kernels` would have it, None without one."""
+    info = kernelrecord.read(machine, any_layout=True)
+    if info is None:
+        return None
+    return {
+        "generation": info.generation,
+        "kind": info.kind,
+        "image": info.image,
+        "booted": info.booted,
+        "ended": None,
+        "by": None,
+        "pause": nvram.pause(machine) if info.kind == nvram.KEXEC else None,
+        "nodes": (info.report.get("nodes") or [])[:MOST_NODES],
+        "lost": (info.report.get("lost") or [])[:MOST_NODES],
+        "events": events(machine.dmesg()),
+    }
+
+
+def note_end(machine: "Machine") -> None:
+    """Note that the running kernel ends, by the boot that is pending; one that cannot be noted ends all the same."""
+    try:
+        found = current(machine)
+        if found is None:
+            return  # it was noted already
+        pending = nvram.pending(machine)
+        found |= {"ended": time.time(), "by": pending.kind if pending else None}
+        data = _kept(machine)
+        data["kernels"] = [*data["kernels"], found][-MOST_KERNELS:]
+        machine.write_json(NAME, data)
+    except MachineError as error:
+        machine.log(f"history: kernel is not noted: {error}")
+
+
+def note_before(machine: "Machine", generation: int, parts: list[dict[str, Any]]) -> None:
+    """Note who has which pages, of a kernel that is about to end; raise MachineError if that cannot be written."""
+    data = _kept(machine)
+    data["before"] = {"generation": generation, "taken": time.time(), "parts": parts}
+    machine.write_json(NAME, data)
+
+
+def _kept(machine: "Machine") -> dict[str, Any]:
+    """Return what was noted before, nothing if it is damaged: it is only shown, and begins anew."""
+    try:
+        return read(machine)
+    except MachineError as error:
+        machine.log(f"history: begun anew: {error}")
+        return {"kernels": [], "before": None}
