@@ -22,12 +22,17 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     freezer     all mounts of a machine on the way through a kexec: freeze, thaw, stop
     hostkexec   pkram-kexec on memory that outlives the host's kernel: kexec(8) and systemd
     again       plan which mounts come back after a kexec, and mount them
+    drawing     sheets of SVG
     users       the programs that use a mount
     nodes       list and free preserved nodes                  ┐
     status      everything at a glance                         │
     inspect     a record in memory, field by field             │
     verify      check all that would cross a kexec             ├ pkramctl's subjects
     report      the last boot                                  │
+    maps        RAM as a picture; mapsheet: as SVG             │
+    ramview     what both of them show                         │
+    timeline    kernels one after the other; timesheet: as SVG │
+    generations what both of them show                         │
     doctor      what is lacking here; checkup: on any host     │
     files       holes in files on a mount                      │
     install     files for systemd and udev                     │

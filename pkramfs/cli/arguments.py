@@ -43,10 +43,10 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Help as wide as the terminal. argparse would import shutil to ask, and does for every option that is added."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=_columns() - 2)
+        super().__init__(prog, width=columns() - 2)
 
 
-def _columns() -> int:
+def columns() -> int:
     """Return the width of the terminal: COLUMNS, else the terminal's own, else 80."""
     said = os.environ.get("COLUMNS", "")
     if said.isdecimal() and int(said):

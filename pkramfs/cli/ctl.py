@@ -5,6 +5,7 @@
     verify inspect               check what would cross a kexec; show a record field by field
     ls tree stat cat export      look into a preserved tree (trees.py)
     doctor                       what is lacking on this host, and the remedy
+    map timeline                 pictures: who has which memory; kernels one after the other
     dmesg iomem report           the kernel's log, its resource map, the report of the last boot
     import cp rename             make nodes, name them                 ┐
     free                         give preserved memory back (freeing)  │
@@ -34,11 +35,13 @@ from pkramfs.cli import (
     hardware,
     inspect,
     install,
+    maps,
     nodes,
     progress,
     render,
     report,
     status,
+    timeline,
     trees,
     verify,
 )
@@ -76,6 +79,8 @@ def parser() -> arguments.Parser:
     progress.add_option(check)
     trees.add(commands, _command)
     _add_files(commands)
+    maps.add(_command(commands, "map", maps.act, "who has which memory, as a picture"))
+    timeline.add(_command(commands, "timeline", timeline.act, "the kernels of the machine, one after the other"))
     _command(commands, "dmesg", _dmesg, "the kernel log")
     _command(commands, "iomem", _iomem, "the kernel's resource map")
     _command(commands, "report", report.show, "what the last boot found, reserved and relocated")

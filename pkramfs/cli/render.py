@@ -15,7 +15,7 @@ JSON is ASCII, whatever the locale. Text in it is exact: a byte that is not UTF-
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import TextIOWrapper
 from typing import Any, NamedTuple
 
@@ -36,6 +36,11 @@ def emit_json(data: Any) -> None:
     import json
 
     print(json.dumps(data, indent=2, default=_plain).replace("\x7f", "\\u007f"))
+
+
+def emit(text: str) -> None:
+    """Print text in a format for programs, as it is."""
+    print(text, end="")
 
 
 def settle() -> None:
@@ -113,6 +118,20 @@ def fields(pairs: Sequence[tuple[str, Any]]) -> None:
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
         say(f"{name.ljust(width)}   {value}".rstrip())
+
+
+def paint(lines: Iterable[Sequence[tuple[str, str]]]) -> None:
+    """Print lines of pieces, each a text and a style of rich's, which a pipe does not see."""
+    if not _fancy():
+        for line in lines:
+            say("".join(text for text, _ in line).rstrip())
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for line in lines:
+        console.print(Text.assemble(*((printable(text), style) for text, style in line)))
 
 
 def heading(text: str) -> None:
