@@ -6,6 +6,7 @@
     ls tree stat cat export      look into a preserved tree (trees.py)
     doctor                       what is lacking on this host, and the remedy
     map timeline                 pictures: who has which memory; kernels one after the other
+    metrics                      measures for Prometheus
     dmesg iomem report           the kernel's log, its resource map, the report of the last boot
     import cp rename             make nodes, name them                 ┐
     free                         give preserved memory back (freeing)  │
@@ -36,6 +37,7 @@ from pkramfs.cli import (
     inspect,
     install,
     maps,
+    metrics,
     nodes,
     progress,
     render,
@@ -81,6 +83,7 @@ def parser() -> arguments.Parser:
     _add_files(commands)
     maps.add(_command(commands, "map", maps.act, "who has which memory, as a picture"))
     timeline.add(_command(commands, "timeline", timeline.act, "the kernels of the machine, one after the other"))
+    metrics.add(_command(commands, "metrics", metrics.act, "measures for Prometheus"))
     _command(commands, "dmesg", _dmesg, "the kernel log")
     _command(commands, "iomem", _iomem, "the kernel's resource map")
     _command(commands, "report", report.show, "what the last boot found, reserved and relocated")

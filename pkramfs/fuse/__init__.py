@@ -24,8 +24,8 @@ of FUSE:
 
 In reading order: translate (attributes), doors (orders that FUSE has no request for), net (turns exceptions into
 errnos), memory (refuses when there is none), operations (one method for each request), wire, replies and requests (the
-same in the kernel's bytes), filter (read, answer), turns (which task is next), flags (which accesses are noted),
-handshake (INIT), session (mount, serve, detach).
+same in the kernel's bytes), counters (requests by kind), filter (read, answer), turns (which task is next), flags
+(which accesses are noted), handshake (INIT), session (mount, serve, detach).
 
 Kernel: fs/fuse/, include/uapi/linux/fuse.h
 """

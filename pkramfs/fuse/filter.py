@@ -31,6 +31,7 @@ import logging
 import os
 import struct
 from collections.abc import Callable
+from time import perf_counter_ns
 from types import CoroutineType
 from typing import Any
 
@@ -38,7 +39,7 @@ import trio
 from pyfuse3 import FUSEError
 
 from pkramfs.errors import MachineError
-from pkramfs.fuse import wire
+from pkramfs.fuse import counters, wire
 from pkramfs.fuse.again import Again
 from pkramfs.fuse.handshake import MAX_WRITE
 from pkramfs.fuse.requests import Requests
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 
 ROOM = MAX_WRITE + (1 << 16)
 """Bytes of the longest request: a WRITE, or the value of a SETXATTR with its name."""
+_RECEIVED, _SENT, _PAGE = counters.RECEIVED, counters.SENT, counters.PAGE
+_NOTHING = (0,) * 9
 _HEADER, _AGAIN = HEADER.size, (errno.EAGAIN, errno.EINTR, errno.ENOENT)
 """Errors of reading after which one reads again: who asked was killed."""
 _DEAD = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET)
@@ -70,6 +73,8 @@ class Filter:
         self.waiting = 0
         """Requests that are answered later: they need the scheduler."""
         self._table, self._commit = requests.table, requests.tree.commit
+        self.words = counters.make()
+        self._counts = self.words[counters.COUNTS : counters.TIMES]
         self._buffer = bytearray(b"\1") * ROOM  # touched: who dies while the kernel faults in a page loses a request
         self._view, self._into = memoryview(self._buffer), [self._buffer]
         self.operations.cache.device = fd
@@ -88,10 +93,26 @@ class Filter:
             return length > 0
         header = HEADER.unpack_from(self._buffer)
         if header[0] == length:
+            try:  # noqa: SIM105 - a context manager would cost more than counting
+                self._counts[header[1]] += 1
+            except IndexError:
+                pass  # an opcode that nobody knows
+            if length >= _PAGE:
+                self.words[_RECEIVED] += length
             self.answer(header, self._view[_HEADER:length])
         else:
             self._reply_error(header[2], errno.EINVAL)
         return True
+
+    def serve_timed(self) -> bool:
+        """Serve a request likewise, and note how long that took."""
+        HEADER.pack_into(self._buffer, 0, *_NOTHING)
+        began = perf_counter_ns()
+        there = self.serve()
+        took, kind = perf_counter_ns() - began, HEADER.unpack_from(self._buffer)[1]
+        if 0 < kind < counters.KINDS:
+            counters.note(self.words, kind, took)
+        return there
 
     def answer(self, header: Header, body: memoryview) -> None:
         """Serve a request that was read."""
@@ -211,7 +232,7 @@ class Filter:
             if body.__class__ is bytes and len(body) < 4096:
                 os.write(self.fd, REPLY.pack(16 + len(body), 0, number) + body)
             else:
-                os.writev(self.fd, (REPLY.pack(16 + len(body), 0, number), body))
+                self.words[_SENT] += os.writev(self.fd, (REPLY.pack(16 + len(body), 0, number), body))
         except OSError as error:
             if error.errno not in _NOT_AWAITED:
                 log.warning("the kernel refuses a reply: %s", error.strerror)

@@ -152,10 +152,13 @@ class Device:
             poll.register(fd, select.POLLIN)
             self._watched, self._poll, self._turn_ends = fd, poll.poll, 0.0
         while True:
-            if not self.linger():
+            if self.linger():
+                if self.filter is None or not self.filter.serve():
+                    return
+            else:
                 await self._begin(fd)
-            if self.filter is None or not self.filter.serve():
-                return
+                if self.filter is None or not self.filter.serve_timed():
+                    return
 
     async def _begin(self, fd: int) -> None:
         """Let all others have their turn, and begin ours with the next request."""

@@ -29,6 +29,7 @@ ALLOWED = {
     "trio": {"daemon", "fuse", "control"},
     "pyfuse3": {"fuse"},
     "rich": {"cli"},
+    "prometheus_client": {"cli"},
 }
 TOP_LEVEL_OF_COMMANDS = {"cli", "mounting", "units", "errors", "stdio", "schema", "text", "__init__"}
 """Chapters that commands may import before they know what they have to do (start-up time)."""
