@@ -38,6 +38,7 @@ from pkramfs.text import exact
 from pkramfs.units import BLOCK_ORDER, BLOCK_PAGES
 
 if TYPE_CHECKING:
+    from pkramfs.pkram.node import Node
     from pkramfs.pkram.store import Store
     from pkramfs.pkram.streams.writer import ObjectWriter
 
@@ -89,7 +90,7 @@ def save(
         yield Progress("publish", 0, 1)
         node = saving.finish()
         moved = sum(count for _, count in saving.relocated)
-    _begin_with(tree, node.pfn, moved)
+    _begin_with(tree, node, moved)
     tree.preservation.preserve(partial(store.withdraw, node_name), saving.taken)
     counts = tree.counts()
     return SaveReport(
@@ -106,12 +107,12 @@ def save(
     )
 
 
-def _begin_with(tree: Tree, node_pfn: int, moved: int) -> None:
+def _begin_with(tree: Tree, node: Node, moved: int) -> None:
     """Have the tree's log begin with the node, if that has everything: not copies, nor a tree with deleted files."""
     if tree.journal is None or moved or tree.orphans:
         return
     with contextlib.suppress(ExhaustedError):  # then it begins where it did
-        tree.journal.rebase(node_pfn, Spans())
+        tree.journal.rebase(node.pfn, Spans())
 
 
 def refuse_strict(tree: Tree) -> None:
