@@ -15,7 +15,6 @@ Counterparts: kexec-tools kexec/kexec.c; systemd src/systemctl/systemctl-start-s
 
 import argparse
 import os
-import subprocess
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -183,6 +182,8 @@ def _problems(machine: "Machine", info: "KernelInfo", seen: "Sequence[Seen]") ->
 
 def _unit_preserves(machine: "Machine", mountpoint: str) -> bool:
     """Return True if systemd will preserve a tree when it stops its unit (pkramctl install)."""
+    import subprocess
+
     if not machine.host.has_systemd:
         return False
     try:
@@ -213,6 +214,8 @@ def _refused(args: argparse.Namespace, machine: "Machine", problems: "Sequence[P
 
 def _run(command: list[str]) -> None:
     """Run a command of the host; MachineError with its last line if it fails."""
+    import subprocess
+
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", check=False)
     except FileNotFoundError:

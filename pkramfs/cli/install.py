@@ -10,7 +10,6 @@ forced. Nothing is enabled: which trees are to be preserved is said by name.
 
 import argparse
 import os
-import subprocess
 
 from pkramfs.cli import arguments, render
 from pkramfs.errors import MachineError, explain
@@ -65,6 +64,8 @@ def _write(source: str, target: str, *, force: bool) -> bool:
 
 def _reload() -> None:
     """Have systemd and udev read their files again."""
+    import subprocess
+
     for command in (["systemctl", "daemon-reload"], ["udevadm", "control", "--reload"]):
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
