@@ -17,7 +17,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pkramfs.cli import arguments, daemons, render, signals
 from pkramfs.cli.arguments import complain, need
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pkramfs.machine.directory import Machine
 
 PROGRAM = "pkram-kexec"
+LOCK_SECONDS = 30.0
 _HOW = {"file": "-s", "load": "-c", None: "-a"}
 
 
@@ -116,17 +117,33 @@ def execute(args: argparse.Namespace, machine: "Machine") -> int:
         _run(["systemctl", "kexec"])
         render.tell("systemd stops what runs, and boots the loaded kernel")
         return 0
-    going = Freezer(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
+    return _execute_alone(args, machine, info)
+
+
+def _execute_alone(args: argparse.Namespace, machine: "Machine", info: "KernelInfo") -> int:
+    """Stop the mounts and boot, where there is no systemd. If that fails, mount again what was stopped."""
+    from pkramfs.cli import again
+    from pkramfs.mounting.starting import PrestartedDaemons
+
+    warn = partial(arguments.warn, PROGRAM)
+    going = Freezer(machine, force=args.force, warn=warn)
+    back: list[dict[str, Any]] = []
     try:
-        problems = _problems(machine, info, going.freeze())
-        if status := _refused(args, machine, problems, "nothing was changed"):
-            return status
-        with signals.deferred():
+        with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
+            seen = going.freeze()
+            if status := _refused(args, machine, _problems(machine, info, seen), "nothing was changed"):
+                going.thaw()
+                return status
+            back = again.plan(seen).mounts
             going.stop()
             os.sync()
             _run(["kexec", "-e"])
-    finally:
-        going.thaw()
+    except BaseException:
+        with signals.deferred():
+            going.thaw()
+            if going.stopped:
+                again.restart(machine, back, warn, PrestartedDaemons())
+        raise
     return 0
 
 

@@ -66,7 +66,9 @@ def _machine(machine: "Machine") -> dict[str, Any]:
         ram.close()
     except PkramfsError:
         pass  # the parts that need RAM say what is wrong with it
-    return {"directory": machine.path(), "ram": hardware.usable.total * PAGE_SIZE, "backed": backed}
+    named = machine.elsewhere()
+    said = {"memory": named.spec, "kind": named.kind} if named else {}
+    return {"directory": machine.path(), "ram": hardware.usable.total * PAGE_SIZE, "backed": backed, **said}
 
 
 def _kernel(machine: "Machine") -> dict[str, Any] | None:
@@ -169,6 +171,8 @@ def show(found: dict[str, Any]) -> None:
 def _machine_line(machine: dict[str, Any]) -> str:
     backed = machine["backed"]
     line = f"{machine['directory']}, {format_size(machine['ram'])} of RAM"
+    if "memory" in machine:
+        return f"{line} in {machine['memory']} ({machine['kind']})"
     return line if backed is None else f"{line}, {format_size(backed)} of it backed by the host"
 
 

@@ -221,6 +221,8 @@ def problems(backing: Backing, host: Host) -> Iterator[str]:
             yield f"{backing.path} can be written by others: chmod go-w"
     elif status.st_mode & 0o002:
         yield f"{backing.path} can be written by everybody: chmod o-w"
+    if pids := host.users(backing.path) if backing.kind != DEVMEM else []:
+        yield f"{backing.path} is open in process {pids[0]}: end it"
     if backing.kind == BLOCK:
         if _is_claimed(backing.path):
             yield f"{backing.path} is in use: it is mounted, swap, or a part of another device"

@@ -146,6 +146,23 @@ def test_executing_goes_through_systemd_where_it_runs(real: Real, kexec: Any, sy
     assert real.told[1] == ("systemctl kexec" if systemd else "kexec -e")
 
 
+@pytest.mark.mount
+def test_a_kexec_that_fails_mounts_again_what_it_stopped(
+    real: Real, kexec: Any, place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pkramfs.cli.mount import main
+
+    directory = Path(place())
+    assert main(["none", str(directory), "-o", "pkram=x"]) == 0
+    (directory / "file").write_bytes(b"text")
+    assert main(["none", str(directory), "-o", "remount,preserve,ro"]) == 0
+    assert kexec("-l", real.image, "--reuse-cmdline")[0] == 0
+    real.program("kexec", "echo no; exit 1")
+    status, _, err = kexec("-e")
+    assert status == 8 and "kexec -e failed: no" in err
+    assert (directory / "file").read_bytes() == b"text" and directory.is_mount()
+
+
 def test_what_is_mounted_and_not_preserved_stops_it(real: Real, kexec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real.host.write("run/systemd/system/unit", "")
     kexec("-l", real.image, "--reuse-cmdline")

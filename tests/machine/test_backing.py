@@ -121,6 +121,15 @@ def test_a_file_of_others_is_named(place: Path, host: FakeHost, monkeypatch: pyt
     assert list(backing.problems(found, host)) == [f"{place} is user {place.stat().st_uid}'s: chown it"]
 
 
+def test_memory_that_somebody_has_open_is_not_taken(
+    place: Path, host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backing.make_file(Spec(str(place), 64 * MIB))
+    monkeypatch.setattr(Host, "users", lambda *_: [4242])
+    found = Backing(FILE, str(place), 64 * MIB)
+    assert list(backing.problems(found, host)) == [f"{place} is open in process 4242: end it"]
+
+
 def test_a_block_device_is_not_its_memory(place: Path, host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     place.write_bytes(b"")
     found = Backing(BLOCK, str(place), 64 * MIB)

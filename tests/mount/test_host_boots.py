@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Real mounts on memory that outlives a boot of the host: the walk of pkramfs-real(7), with a host of the test's own.
 
-The guests of tests/real boot real kernels. Here the processes of the old kernel are killed, its /run is emptied, and
-files say that another kernel was booted.
+The guests of tools/real-kexec boot real kernels. Here the processes of the old kernel are killed, its /run is emptied,
+and files say that another kernel was booted.
 """
 
 import os
@@ -106,7 +106,8 @@ def test_what_a_user_is_told_after_a_boot_without_pkram(real: HostBoots, pkram_r
     assert refused.returncode == 32 and refused.stderr.count("\n") == 1
     remedy = f"`pkram-kexec --resume --append pkram={pfn}`"
     assert "(shmem-tree)" in refused.stderr and remedy in refused.stderr
-    assert "none is running" in real.ok("ctl", "status")
+    status = real.ok("ctl", "status")
+    assert "none is running" in status and f"128 MiB of RAM in {pkram_root}/memory (file)" in status
     for command in (["kexec", "--cold"], ["ctl", "machine", "destroy"]):
         lost = real.refused(6, *command)
         assert "1 node (shmem-tree), 3." in lost and "preserved, would be lost: pkram-kexec --resume says how" in lost
