@@ -160,6 +160,9 @@ def _act_for_real(args: argparse.Namespace, machine: "Machine") -> int:
         hostkexec.unload(args, machine)
     if args.image and (status := hostkexec.load(args, machine)):
         return status
+    if args.exec and args.image and args.dry_run:
+        render.say("execute it: load it without --dry-run to see that plan")
+        return 0
     for way, go in (("exec", hostkexec.execute), ("resume", executing.resume), ("cold", executing.cold)):
         if getattr(args, way):
             return go(args, machine)

@@ -108,6 +108,8 @@ def test_a_dry_run_says_what_is_right_and_what_would_be_typed(real: Real, kexec:
         f"{real.pkram} is the super block of this kernel",
         f"kexec -a -l {real.image} '--command-line={LINE} {real.pkram}'",
     ]
+    status, both, _ = kexec("-l", "-e", real.image, f"--append={LINE} {real.pkram}", "-n")
+    assert status == 0 and both == f"{out}execute it: load it without --dry-run to see that plan\n"
 
 
 @pytest.mark.parametrize(
