@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SOME = ("conformance/test_rename.py", "conformance/test_xattrs.py", "mount/test_holes.py", "mount/test_life.py")
-"""What is run always; --long runs all of both directories."""
+SOME = {
+    "conformance": ("test_rename.py", "test_xattrs.py", "test_data.py", "test_listing.py"),
+    "mount": ("test_holes.py", "test_life.py", "test_preserve.py"),
+}
+"""One of each is run always; --long runs all of both directories."""
 
 
 def _run(*names: str) -> None:
@@ -36,13 +39,14 @@ def _run(*names: str) -> None:
 
 
 @pytest.mark.mount
-@pytest.mark.parametrize("name", SOME)
-def test_pyfuse3_alone(name: str) -> None:
-    _run(name)
+@pytest.mark.few(1, each="chapter")
+@pytest.mark.parametrize(("chapter", "name"), [(chapter, name) for chapter in SOME for name in SOME[chapter]])
+def test_pyfuse3_alone(chapter: str, name: str) -> None:
+    _run(f"{chapter}/{name}")
 
 
 @pytest.mark.mount
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["conformance", "mount"])
+@pytest.mark.parametrize("name", SOME)
 def test_pyfuse3_alone_with_everything(name: str) -> None:
     _run(name)

@@ -143,7 +143,7 @@ def test_sequences_of_calls(pair: tuple[Path, Path], seed: int, request: pytest.
         top.mkdir()
     Both.sides = tops[0], tops[1]
     Both.deadline = time.monotonic() + SECONDS * (20 if request.config.getoption("--long") else 1)
-    examples = 2000 if request.config.getoption("--long") else 60
+    examples = 2000 if request.config.getoption("--long") else 30
     run_state_machine_as_test(Both, settings=settings(max_examples=examples, stateful_step_count=60, deadline=None))  # type: ignore[no-untyped-call]
 
 
@@ -239,6 +239,7 @@ class File:
         assert os.pread(self.fd, len(self.content) + 100, 0) == self.content
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("number", range(8))
 def test_one_file(pair: tuple[Path, Path], seed: int, number: int, request: pytest.FixtureRequest) -> None:
     rng = random.Random(f"{seed} {number}")
