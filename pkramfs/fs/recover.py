@@ -97,6 +97,7 @@ def recover(
     kept = Spans() if node is None else store.pages_of(node) - rebuilt.data
     frames.adopt(rebuilt.data | rebuilt.metadata | kept | log.pages())
     rebuilt.replay.clear()
+    resumed.note_zeroed()  # before anything else is written there
     tree.journal = Journal(tree, resumed, rebuilt.metadata)
     tree.journal.requests, tree.journal.asker = rebuilt.replay.requests, rebuilt.replay.asker
     if node is not None:

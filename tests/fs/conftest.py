@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -160,9 +161,14 @@ def audit(tree: Tree) -> None:
     for inode in tree.inodes.values():
         assert inode.nlink == links.get(inode.ino, 0), inode
         assert inode.nlink or inode.lookups or inode.opens, f"{inode} should be gone"
-    assert Spans(used).total == sum(b - a for a, b in used), "two files share a frame"
+    held = Spans(used).total
+    assert held == sum(b - a for a, b in used), "two files share a frame"
+    if tree.journal is not None:
+        pages = [tree.journal.log.pages(), tree.journal.pages, tree.preservation.pages]
+        assert not any(one & other for one, other in combinations([*pages, Spans(used)], 2)), "frames in two places"
+        used += list(pages[0] | pages[1] | pages[2])
     assert Spans(used) == tree.frames.used()
-    assert tree.limits.pages == Spans(used).total + sum(i.own_pages for i in tree.inodes.values())
+    assert tree.limits.pages == held + sum(i.own_pages for i in tree.inodes.values())
     assert tree.ledger.runs == sum(i.pages.runs for i in tree.inodes.values() if i.pages is not None)
     stream = TREE.size + sum(INODES.width + len(i.target or b"") for i in tree.inodes.values())
     folders = [inode.entries.entries for inode in tree.inodes.values() if inode.entries is not None]
