@@ -224,17 +224,17 @@ class Journal:
     def rebase(self, node: int, pages: Spans, position: int | None = None) -> None:
         """Begin with another checkpoint: the node that holds the tree as it was at `position`, by default now.
 
-        `pages` are what the new one uses for itself, to be freed when it is no longer needed.
+        `pages` are what the new one uses for itself, to be freed when it is no longer needed. What a node does not
+        tell, who has what open and what is lost, is told again behind the position before the checkpoint counts.
         """
-        old, self.pages = self.pages, Spans()
-        try:
-            self.log.rebase(node, self.log.tail if position is None else position)
-        except BaseException:
-            self.pages = old
-            raise
-        self.pages, self.requests, self.limit = pages, 0, REQUESTS
+        self.commit()
+        position = self.log.tail if position is None else position
         self._opened |= self._open
         self._losing |= self._tree.losses.files.keys()
+        self.commit()
+        self.log.rebase(node, position)
+        old, self.pages = self.pages, pages
+        self.requests, self.limit = 0, REQUESTS
         if old:
             self._frames.free(old.starts, old.counts)
 

@@ -164,9 +164,10 @@ def audit(tree: Tree) -> None:
     held = Spans(used).total
     assert held == sum(b - a for a, b in used), "two files share a frame"
     if tree.journal is not None:
-        pages = [tree.journal.log.pages(), tree.journal.pages, tree.preservation.pages]
-        assert not any(one & other for one, other in combinations([*pages, Spans(used)], 2)), "frames in two places"
-        used += list(pages[0] | pages[1] | pages[2])
+        begin, node = tree.journal.pages, tree.preservation.pages
+        pages = [tree.journal.log.pages(), begin, Spans(used), *([node] if node != begin else [])]
+        assert not any(one & other for one, other in combinations(pages, 2)), "frames in two places"
+        used += [run for one in (pages[0], begin, node) for run in one]
     assert Spans(used) == tree.frames.used()
     assert tree.limits.pages == held + sum(i.own_pages for i in tree.inodes.values())
     assert tree.ledger.runs == sum(i.pages.runs for i in tree.inodes.values() if i.pages is not None)

@@ -75,7 +75,9 @@ class Memory:
 
     def recover(self, live: int, *, taken: bytes | None = b"none") -> Tree:
         """The tree of a log, by a process that knows nothing else and takes its mount over."""
-        return end(recover(self.store, live, self.ram, self.frames, Limits(), 1, taken))
+        tree: Tree = end(recover(self.store, live, self.ram, self.frames, Limits(), 1, taken))
+        tree.assume_known()
+        return tree
 
 
 def copy_ram(ram: Ram, path: str) -> None:
