@@ -194,6 +194,8 @@ class Data(Filling):
             if error.errno != errno.ENOSPC or cut <= 0:
                 raise
             return self._write_part(inode, offset, view, cut, stamp)
+        if end > inode.size and self.journal is not None and not into_holes:
+            self.journal.log.note_growing(inode.ino, end)
         try:
             for index, pfn, count in runs:
                 base = (pfn - index) << PAGE_SHIFT

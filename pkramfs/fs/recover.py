@@ -15,6 +15,7 @@ Kernel: fs/jbd2/recovery.c (jbd2_journal_recover)
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -97,6 +98,8 @@ def recover(
     kept = Spans() if node is None else store.pages_of(node) - rebuilt.data
     frames.adopt(rebuilt.data | rebuilt.metadata | kept | log.pages())
     rebuilt.replay.clear()
+    with contextlib.suppress(OSError):  # it is gone
+        tree.clear_behind(tree.inode(log.live.growing), log.live.grown)
     resumed.note_zeroed()  # before anything else is written there
     tree.journal = Journal(tree, resumed, rebuilt.metadata)
     tree.journal.requests, tree.journal.asker = rebuilt.replay.requests, rebuilt.replay.asker

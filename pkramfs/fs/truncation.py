@@ -58,6 +58,15 @@ class Truncation(Core):
             else:
                 self.journal.clear(inode, start, end, address, maybe_hole=maybe_hole)
 
+    def clear_behind(self, inode: Inode, end: int) -> None:
+        """Zero what pages hold between the size of a file and `end`."""
+        pages, at = inode.pages, inode.size
+        if pages is None:
+            return
+        for index, _, count in pages.between(at >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT):
+            for page in range(index, index + count):
+                self.clear(inode, max(page << PAGE_SHIFT, at), (page + 1) << PAGE_SHIFT)
+
     def zero(self, address: int, size: int, *, maybe_hole: bool) -> None:
         """Zero bytes of one page of RAM; one that is `maybe_hole` may not be touched unless it holds something else."""
         if not maybe_hole or any(self._peek(address, address + size)):

@@ -32,7 +32,7 @@ LIVE_MAGIC = int.from_bytes(b"PKRAMlv1", "little")
 BASE_MAGIC = int.from_bytes(b"PKRAMbs1", "little")
 SEGMENT_MAGIC = int.from_bytes(b"PKRAMsg1", "little")
 
-BASE_AT, TAIL_AT, ZEROED_AT, ANSWERED_AT = 16, 24, 32, 40
+BASE_AT, TAIL_AT, ZEROED_AT, ANSWERED_AT, GROWING_AT, GROWN_AT = 16, 24, 32, 40, 48, 56
 """Byte offsets of the published words of a live page."""
 _COVERED = 128
 
@@ -47,6 +47,8 @@ LIVE = Record(
         F("tail", "u8", TAIL_AT, "published: the end of what counts"),
         F("zeroed", "u8", ZEROED_AT, "published: up to here, parts of pages that were cut are zeros"),
         F("answered", "u8", ANSWERED_AT, "published: the kernel was told the results of all before"),
+        F("growing", "u8", GROWING_AT, "published: inode number of the file that was written behind its end last"),
+        F("grown", "u8", GROWN_AT, "published: no byte from there on was written"),
         F("version", "u4", 128, "of the log and its records"),
         F("name_length", "u4", 132, "bytes of the name, 1 to 255"),
         F("tree_id", "u8", 136, "owner of the page blocks that hold tree and log"),
@@ -129,6 +131,8 @@ class Live(NamedTuple):
     tail: int
     zeroed: int
     answered: int
+    growing: int
+    grown: int
 
 
 def write_live(ram: Ram, pfn: int, name: bytes, tree_id: int, generation: int, base: int) -> None:
@@ -167,6 +171,8 @@ def read_live(ram: Ram, pfn: int) -> Live:
         read_position(ram, pfn, TAIL_AT, "tail"),
         read_position(ram, pfn, ZEROED_AT, "zeroed"),
         read_position(ram, pfn, ANSWERED_AT, "answered"),
+        found.growing,
+        found.grown,
     )
 
 

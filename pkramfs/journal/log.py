@@ -25,6 +25,8 @@ from pkramfs.journal.layout import (
     BASE_AT,
     CHUNK,
     CHUNK_KIND,
+    GROWING_AT,
+    GROWN_AT,
     LAST,
     MOST,
     SEGMENT,
@@ -43,7 +45,7 @@ from pkramfs.journal.layout import (
 from pkramfs.machine.frames import Run
 from pkramfs.pkram.page import write_word
 from pkramfs.spans import Spans
-from pkramfs.units import PAGE_SHIFT, pages
+from pkramfs.units import PAGE_SHIFT, pages, round_up
 
 if TYPE_CHECKING:
     from pkramfs.machine.frames import Frames
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
 SEGMENT_PAGES = 64
 """Pages of a segment, 256 KiB; less where RAM is fragmented, more for one request that needs it."""
 _LEAST_PAGES = 8
+_GROWING = 1 << 20
+"""Bytes by which is noted how far a file grows: seldom where it grows often."""
 REQUEST = 16 << 10
 """Bytes that any request may need that has not said how many: names, targets, and a few inodes."""
 
@@ -72,6 +76,7 @@ class Log:
         """Bytes of the segments in use."""
         self.scarce: Callable[[], object] = _nobody
         """Called when frames for a segment were taken that are held for a save."""
+        self._growing, self._grown = 0, 0
         self._tail_at = (live << PAGE_SHIFT) + TAIL_AT
         self._answered_at = (live << PAGE_SHIFT) + ANSWERED_AT
 
@@ -173,6 +178,17 @@ class Log:
     def note_zeroed(self) -> None:
         """Publish that the parts of pages which were cut are zeros."""
         write_position(self.ram, self.live, ZEROED_AT, self.tail)
+
+    def note_growing(self, ino: int, end: int) -> None:
+        """Publish that bytes of a file behind its end are about to be written, up to `end`, before its size says so.
+
+        Who recovers a tree clears them, if its daemon did not come to the end of that request. One file is enough:
+        all before have their sizes.
+        """
+        if ino != self._growing or end > self._grown:
+            self._growing, self._grown = ino, round_up(end, _GROWING)
+            self.ram.publish((self.live << PAGE_SHIFT) + GROWN_AT, self._grown)
+            self.ram.publish((self.live << PAGE_SHIFT) + GROWING_AT, ino)
 
     def note_answered(self) -> None:
         """Publish that the kernel has the replies of all that counts."""

@@ -14,6 +14,7 @@ from pkramfs.fs import acl
 from pkramfs.fs.checkpoint import Supply, figures, write
 from pkramfs.fs.inode import Credentials
 from pkramfs.fs.limits import Limits
+from pkramfs.fs.pagecache import END, PageMap
 from pkramfs.fs.recover import Rebuilt, begin, rebuild, recover
 from pkramfs.fs.tree import Tree
 from pkramfs.machine.frames import Frames
@@ -22,7 +23,7 @@ from pkramfs.machine.ram import Ram
 from pkramfs.pkram import superblock
 from pkramfs.pkram.store import Store
 from pkramfs.spans import Spans
-from pkramfs.units import BLOCK_SIZE
+from pkramfs.units import BLOCK_SIZE, PAGE_SHIFT
 
 TREE, SUPER_PFN, LEASES_PFN = 0x1234, 9, 1
 NAMES = [b"a", b"b", b"c", b"d" * 255]
@@ -289,5 +290,10 @@ class Driver:
 
 
 def contents(tree: Tree) -> dict[int, bytes]:
-    """The bytes of every file."""
-    return {i.ino: bytes(tree.read(i.ino, 0, i.size)) for i in tree.inodes.values() if i.is_file}
+    """The bytes of every file, of which there are none but zeros behind its end."""
+    found = {i.ino: bytes(tree.read(i.ino, 0, i.size)) for i in tree.inodes.values() if i.is_file}
+    for inode in tree.inodes.values():
+        for index, pfn, count in (inode.pages or PageMap()).between(inode.size >> PAGE_SHIFT, END):
+            behind = tree.ram.peek(pfn, count)[max(inode.size - (index << PAGE_SHIFT), 0) :]
+            assert not any(behind), f"bytes behind the end of {inode}"
+    return found
