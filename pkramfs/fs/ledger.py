@@ -120,6 +120,10 @@ class Ledger:
         """Count a further hard link."""
         self.limits.inode_space += INODE_SPACE
 
+    def add_links(self, count: int) -> None:
+        """Count further hard links (a negative number: that are no more)."""
+        self.limits.inode_space += count * INODE_SPACE
+
     def remove_link(self) -> None:
         """Take a further hard link out of the count."""
         self.limits.inode_space -= INODE_SPACE

@@ -109,7 +109,7 @@ class Replay:
         if inode.is_file:
             tree.ledger.add_bytes(a.size - inode.size)
         if inode.entries is None:
-            self._count_links(max(a.nlink, 1) - max(inode.nlink, 1))
+            tree.ledger.add_links(max(a.nlink, 1) - max(inode.nlink, 1))
         inode.mode, inode.uid, inode.gid, inode.nlink, inode.size = a.mode, a.uid, a.gid, a.nlink, a.size
         inode.atime, inode.mtime, inode.ctime, inode.btime = a.atime, a.mtime, a.ctime, a.btime
         inode.rdev, inode.flags = a.rdev, a.flags
@@ -132,13 +132,6 @@ class Replay:
             inode.target = a.target
             tree.ledger.add_target(inode)
         return inode
-
-    def _count_links(self, more: int) -> None:
-        ledger = self.tree.ledger
-        for _ in range(more):
-            ledger.add_link()
-        for _ in range(-more):
-            ledger.remove_link()
 
     def _set_open(self, inode: Inode, opens: int, writers: int, marks: int) -> None:
         inode.opens, inode.writers, inode.unprivileged = opens, writers, bool(marks & UNPRIVILEGED)
@@ -231,7 +224,7 @@ class Replay:
         inode, tree = self._find(ino), self.tree
         self._require(not self._named(inode), "ino", ino, "an inode without a name")
         if inode.entries is None:
-            self._count_links(1 - max(inode.nlink, 1))
+            tree.ledger.add_links(1 - max(inode.nlink, 1))
         inode.nlink = inode.lookups = inode.opens = 0
         if inode.pages is not None:
             tree.ledger.add_pages(-inode.pages.count, -inode.pages.runs)

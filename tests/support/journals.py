@@ -109,6 +109,7 @@ class Checkpoint:
 
     def __init__(self, memory: Memory, tree: Tree) -> None:
         assert tree.journal is not None
+        tree.commit()
         self.memory, self.tree, self.journal = memory, tree, tree.journal
         self.position, self.figures = tree.journal.log.tail, figures(tree)
         self.runs = tree.frames.allocate(tree.ledger.pages_needed(), held=True)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A damaged log is refused with position and field, or comes to a tree that holds; and never to anything else."""
+
+import contextlib
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import xxhash
+
+from pkramfs.errors import FormatError
+from pkramfs.journal import layout
+from pkramfs.machine.ram import Ram
+from tests.fs.conftest import audit
+from tests.support.journals import Checkpoint, Driver, Memory, live, state
+from tests.support.stores import image
+
+WORDS = [0, 1, 7, 0xFF, 0xFFFF, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[Memory]:
+    with Memory.make(8) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def begun(memory: Memory) -> int:
+    """Where a log begins that has a checkpoint and a hundred requests, none with a large value."""
+    tree = memory.tree()
+    driver = Driver(tree, 3)
+    driver.requests = [one for one in driver.requests if one not in (driver.do_xattr, driver.do_symlink)]
+    for number in range(140):
+        driver.step()
+        if number == 40:
+            tree.symlink(1, b"symlink", b"target")
+            tree.setxattr(1, b"user.one", b"first")
+            Checkpoint(memory, tree).finish()
+        if number == 80:
+            tree.symlink(1, b"another", b"target of the other")
+            tree.setxattr(1, b"user.two", b"second")
+    return live(tree)
+
+
+def pages(memory: Memory, begun: int) -> dict[int, int]:
+    """The pages of the log, and how many bytes of each count."""
+    log = memory.rebuild(begun).log
+    (segment,) = log.segments
+    end = log.live.tail - segment.base + 64
+    there = {segment.pfn + at: min(4096, end - at * 4096) for at in range((end + 4095) // 4096)}
+    return {begun: 4096, log.live.base: 4096, **there}
+
+
+def damage(ram: Ram, used: dict[int, int], choice: random.Random) -> str:
+    """Change one thing on a page of the log, in one of five cases on one of the first two."""
+    pfn = choice.choice(list(used)[:2] if choice.random() < 0.2 else list(used)[2:])
+    page, at = ram.page(pfn), choice.randrange(min(used[pfn], 512 if choice.random() < 0.3 else 4096))
+    kind = choice.choice(["bit", "byte", "word", "half", "cut", "copy"])
+    if kind == "bit":
+        page[at] ^= 1 << choice.randrange(8)
+    elif kind == "byte":
+        page[at] = choice.randrange(256)
+    elif kind == "word":
+        page[at & -8 : (at & -8) + 8] = choice.choice(WORDS).to_bytes(8, "little")
+    elif kind == "half":
+        page[at & -4 : (at & -4) + 4] = (choice.choice(WORDS) & 0xFFFFFFFF).to_bytes(4, "little")
+    elif kind == "cut":
+        page[at:] = bytes(4096 - at)
+    else:
+        size = min(64, 4096 - at)
+        there = choice.randrange(4096 - size)
+        page[at : at + size] = bytes(page[there : there + size])
+    return f"{kind} at {at} of pfn {pfn:x}"
+
+
+def seal(memory: Memory, begun: int) -> None:
+    """Make every checksum fit again, so that what the damage says is believed."""
+    ram = memory.ram
+    page = ram.page(begun)
+    page[8:16] = xxhash.xxh3_64_intdigest(page[128:], seed=begun).to_bytes(8, "little")
+    with contextlib.suppress(FormatError):
+        found = layout.read_live(ram, begun)
+        base = ram.page(found.base)
+        base[8:16] = xxhash.xxh3_64_intdigest(base[32:], seed=found.base).to_bytes(8, "little")
+        pfn, position = layout.read_base(ram, found.base, found.tree_id).segment, 0
+        head = ram.page(pfn)[:64]
+        head[8:16] = xxhash.xxh3_64_intdigest(head[24:64], seed=pfn).to_bytes(8, "little")
+        segment, _ = layout.read_segment(ram, pfn, found.tree_id)
+        data = ram.page(pfn, segment.pages)
+        position = layout.read_base(ram, found.base, found.tree_id).position
+        while position < found.tail:
+            at = 64 + position - segment.base
+            length, kind, flags, _, _, asker = layout.CHUNK.unpack_from(data, at)
+            if length < layout.CHUNK.size or at + length > len(data):
+                return
+            body = data[at + layout.CHUNK.size : at + length]
+            digest = layout.chunk_digest(length, flags, position, asker, body)
+            data[at : at + layout.CHUNK.size] = layout.CHUNK.pack(length, kind, flags, digest, position, asker)
+            position += length
+
+
+def outcome(memory: Memory, begun: int, expected: Any, where: str) -> str:
+    """What becomes of a log that was damaged: `refused`, `equal`, or `another` tree, which holds."""
+    began = time.thread_time()
+    try:
+        tree = memory.rebuild(begun).tree
+    except FormatError as error:
+        assert error.field and str(error), where
+        return "refused"
+    finally:
+        assert time.thread_time() - began < 2, f"{where} took long"
+    tree.wake()
+    return "equal" if state(tree) == expected else "another"
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["as it is", "with checksums that fit"])
+def test_damage(request: pytest.FixtureRequest, memory: Memory, begun: int, seed: int, sealed: bool) -> None:
+    """Whatever is changed, nothing else is; and without a checksum that fits nothing comes to another tree."""
+    choice, used = random.Random(seed), pages(memory, begun)
+    expected, counts = state(memory.rebuild(begun).tree), dict.fromkeys(("refused", "equal", "another"), 0)
+    for number in range(50_000 if request.config.getoption("--long") else 500):
+        held = {one: bytes(memory.ram.page(one)) for one in used}
+        where = f"seed {seed}, number {number}: " + damage(memory.ram, used, choice)
+        if sealed:
+            seal(memory, begun)
+        before = image(memory.ram) if number % 25 == 0 else None
+        counts[outcome(memory, begun, expected, where)] += 1
+        assert before is None or image(memory.ram) == before, where
+        for one, data in held.items():
+            memory.ram.page(one)[:] = data
+    print(f"\n{counts}")
+    assert counts["refused"] > 100
+    assert state(memory.rebuild(begun).tree) == expected
+    if not sealed:
+        assert counts["another"] == 0
+
+
+def test_a_tree_that_another_log_comes_to_holds(memory: Memory, begun: int, seed: int) -> None:
+    """Where a change is believed and comes to a tree, that is one like any other: audited, recovered, written to."""
+    choice, used, tried = random.Random(seed + 1), pages(memory, begun), 0
+    for number in range(80):
+        with memory.copy() as other:
+            where = f"seed {seed}, number {number}: " + damage(other.ram, used, choice)
+            seal(other, begun)
+            try:
+                tree = other.recover(begun)
+            except FormatError:
+                continue
+            tried += 1
+            audit(tree)
+            driver = Driver(tree, number)
+            for _ in range(5):
+                driver.step()
+            assert state(other.rebuild(begun).tree) == state(tree), where
+            audit(tree)
+    assert tried > 10
