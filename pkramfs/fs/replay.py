@@ -24,13 +24,14 @@ from pkramfs.fs.inode import Inode
 from pkramfs.fs.lost import LostPages
 from pkramfs.fs.pagecache import PageMap
 from pkramfs.fs.records import UNNAMED, UNPRIVILEGED, Attributes, Kind, unpack
-from pkramfs.fs.rules import MAX_SIZE
+from pkramfs.fs.rules import INO_MASK, MAX_SIZE
 from pkramfs.units import PAGE_SHIFT
 
 if TYPE_CHECKING:
     from pkramfs.fs.tree import Tree
     from pkramfs.journal.reader import Chunk
 
+_SIZED, _DEVICES = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK), 1 << 32
 _LAST_PAGE = (MAX_SIZE >> PAGE_SHIFT) + 1
 
 
@@ -105,7 +106,8 @@ class Replay:
         if inode is None:
             inode = self._new(a)
         self._require(inode.kind == a.mode & 0o170000, "mode", oct(a.mode), "the type that the inode has")
-        self._require(a.size <= MAX_SIZE, "size", a.size, f"at most {MAX_SIZE}")
+        self._require(a.size <= (MAX_SIZE if inode.kind in _SIZED else 0), "size", a.size, "one that its type can have")
+        self._require(a.rdev < _DEVICES, "rdev", a.rdev, f"less than {_DEVICES}")
         if inode.is_file:
             tree.ledger.add_bytes(a.size - inode.size)
         if inode.entries is None:
@@ -118,7 +120,8 @@ class Replay:
     def _new(self, a: Attributes) -> Inode:
         """Make an inode that the checkpoint does not have."""
         tree = self.tree
-        self._require(a.ino >= tree.next_ino, "ino", a.ino, f"at least {tree.next_ino}, or an inode that is there")
+        lowest = tree.next_ino
+        self._require(lowest <= a.ino <= INO_MASK, "ino", a.ino, f"at least {lowest}, or an inode that is there")
         inode = Inode(a.ino, a.mode, a.uid, a.gid, a.atime, a.mtime, a.ctime)
         tree.inodes[a.ino] = inode
         tree.next_ino = a.ino + 1
@@ -134,6 +137,7 @@ class Replay:
         return inode
 
     def _set_open(self, inode: Inode, opens: int, writers: int, marks: int) -> None:
+        self._require(not (marks & UNNAMED and inode.nlink), "marks", marks, "those of a file that has a name")
         inode.opens, inode.writers, inode.unprivileged = opens, writers, bool(marks & UNPRIVILEGED)
         if marks & UNNAMED:
             self.tree.unnamed.add(inode.ino)
@@ -241,5 +245,6 @@ class Replay:
         files = self.tree.losses.files
         files.pop(ino, None)
         if blocks or beyond >= 0:
+            self._require(self._find(ino).is_file, "ino", ino, "a regular file")
             files[ino] = LostPages(error)
             files[ino].set_state(beyond, dict(blocks))

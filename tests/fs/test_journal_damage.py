@@ -3,6 +3,7 @@
 
 import contextlib
 import random
+import struct
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 import xxhash
 
 from pkramfs.errors import FormatError
+from pkramfs.fs import records
+from pkramfs.fs.inode import Inode
+from pkramfs.fs.records import Kind
 from pkramfs.journal import layout
 from pkramfs.machine.ram import Ram
 from tests.fs.conftest import audit
@@ -42,6 +46,15 @@ def begun(memory: Memory) -> int:
             tree.symlink(1, b"another", b"target of the other")
             tree.setxattr(1, b"user.two", b"second")
     return live(tree)
+
+
+def inode_record(ino: int, marks: int = 0, **changed: int) -> bytes:
+    """The record of an inode that was never one."""
+    inode = Inode(ino, changed.pop("mode", 0o100644), 0, 0, 0, 0, 0)
+    inode.nlink = 1
+    for field, value in changed.items():
+        setattr(inode, field, value)
+    return records.pack_inode(inode, marks)
 
 
 def pages(memory: Memory, begun: int) -> dict[int, int]:
@@ -80,7 +93,7 @@ def seal(memory: Memory, begun: int) -> None:
     ram = memory.ram
     page = ram.page(begun)
     page[8:16] = xxhash.xxh3_64_intdigest(page[128:], seed=begun).to_bytes(8, "little")
-    with contextlib.suppress(FormatError):
+    with contextlib.suppress(FormatError, ValueError, struct.error):
         found = layout.read_live(ram, begun)
         base = ram.page(found.base)
         base[8:16] = xxhash.xxh3_64_intdigest(base[32:], seed=found.base).to_bytes(8, "little")
@@ -135,6 +148,55 @@ def test_damage(request: pytest.FixtureRequest, memory: Memory, begun: int, seed
     assert state(memory.rebuild(begun).tree) == expected
     if not sealed:
         assert counts["another"] == 0
+
+
+WRONG = [
+    (records.pack_leave(1, b"missing"), "name"),
+    (records.pack_leave(2, b"file"), "name"),
+    (records.pack_enter(1, b"file", 2, 9), "name"),
+    (records.pack_enter(2, b"new", 2, 9), "folder"),
+    (records.pack_enter(1, b"new", 99, 9), "ino"),
+    (records.pack_run(2, 0, 600, 1), "index"),
+    (records.pack_run(2, 9, 600, 0), "count"),
+    (records.pack_run(2, 1 << 60, 600, 1), "count"),
+    (records.pack_run(2, 9, 0, 1), "pfn"),
+    (records.pack_run(2, 9, 1 << 40, 1), "pfn"),
+    (records.pack_run(1, 9, 600, 1), "ino"),
+    (records.pack_range(Kind.CUT, 1, 0, 1), "ino"),
+    (records.pack_range(Kind.RESERVED, 1, 0, 1), "count"),
+    (records.pack_range(Kind.ZERO, 2, 10, 9000), "start"),
+    (records.pack_reaped(2), "ino"),
+    (records.pack_reaped(99), "ino"),
+    (records.pack_lost(99, 5, 0, {}), "ino"),
+    (records.pack_lost(1, 5, 0, {}), "ino"),
+    (inode_record(ino=1 << 63), "ino"),
+    (inode_record(ino=99, mode=0o010644, size=5), "size"),
+    (inode_record(ino=99, mode=0o120777, size=5), "target"),
+    (inode_record(ino=2, mode=0o040755), "mode"),
+    (inode_record(ino=2, size=1 << 63), "size"),
+    (inode_record(ino=2, rdev=1 << 63), "rdev"),
+    (inode_record(ino=2, marks=records.UNNAMED), "marks"),
+    (records.pack_unset(2, b"x")[:-8] + b"y" * 16, "length"),
+    (b"\x63\0\0\0\x10\0\0\0" + bytes(8), "kind"),
+    (b"\x01\0\0\0\x10\0\0\0" + bytes(8), "record"),
+]
+
+
+@pytest.mark.parametrize(("record", "field"), WRONG, ids=[f"{n}-{field}" for n, (_, field) in enumerate(WRONG)])
+def test_records_that_do_not_fit(record: bytes, field: str) -> None:
+    with Memory.make(2) as memory:
+        tree = memory.tree()
+        tree.write(tree.create(1, b"file", 0o644).ino, 0, b"x" * 10_000)
+        tree.commit()
+        assert tree.journal is not None
+        log = tree.journal.log
+        position = log.position
+        log.write([record])
+        log.commit()
+        before = image(memory.ram)
+        with pytest.raises(FormatError, match=rf"Journal: {field} at position {position}\b"):
+            memory.recover(log.live)
+        assert image(memory.ram) == before
 
 
 def test_a_tree_that_another_log_comes_to_holds(memory: Memory, begun: int, seed: int) -> None:
