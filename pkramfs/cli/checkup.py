@@ -15,12 +15,8 @@ Kernel: fs/fuse/dev.c, mm/memcontrol.c; systemd: logind.conf(5), RemoveIPC=
 
 import os
 import re
-import shutil
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pkramfs.errors import PkramfsError, explain
@@ -46,12 +42,11 @@ class Finding(NamedTuple):
     remedy: str = ""
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(NamedTuple):
     """Where to look: the top of the file system, and for whom."""
 
-    top: str = "/"
-    uid: int = field(default_factory=os.geteuid)
+    top: str
+    uid: int
     user: str = ""
 
     def path(self, name: str) -> str:
@@ -126,6 +121,8 @@ def fuse(host: Host) -> Iterator[Finding]:
 
 
 def _may_mount(host: Host) -> Finding:
+    import shutil
+
     if host.uid == 0:
         if _has_capability(host, _SYS_ADMIN):
             return Finding("fuse", OK, "root may mount")
@@ -148,6 +145,9 @@ def _has_capability(host: Host, number: int) -> bool:
 
 def own_helper() -> str:
     """Return the path of this installation's mount.pkramfs."""
+    import shutil
+    import sysconfig
+
     beside = os.path.join(sysconfig.get_path("scripts"), HELPERS[0])
     return beside if os.path.exists(beside) else shutil.which(HELPERS[0]) or beside
 
@@ -184,6 +184,8 @@ def limits(ram: int) -> Iterator[Finding]:
 
     In a process of its own, which puts off its limits as a daemon does: ours must stay.
     """
+    import subprocess
+
     code = "import sys; from pkramfs.machine import process; process.shed(); process.require(int(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(ram)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=_SECONDS)

@@ -31,7 +31,7 @@ _LITTLE = 256 * MIB
 
 def act(args: argparse.Namespace) -> int:
     """Run `pkramctl doctor`; the exit status is that of the worst finding."""
-    found = list(examine(arguments.machine(args), Host()))
+    found = list(examine(arguments.machine(args), Host("/", os.geteuid())))
     worst = max((one.level for one in found), key=LEVELS.index, default=OK)
     if arguments.wants_json(args):
         render.emit_json({"worst": worst, "findings": [one._asdict() for one in found]})

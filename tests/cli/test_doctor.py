@@ -89,7 +89,7 @@ def test_helpers_that_are_missing_dangling_or_another_s(top):
 
 def test_a_package_that_is_missing_or_too_old(top, monkeypatch):
     monkeypatch.setattr(checkup, "_requirements", lambda: [("no_such_package", ""), ("trio", "99.1")])
-    missing, old, said = checkup.versions(Host(str(top)))
+    missing, old, said = checkup.versions(Host(str(top), uid=0))
     assert missing.level == old.level == ERROR and said.level == OK
     assert missing.remedy == f"{sys.executable} -m pip install no_such_package"
     assert old.found.endswith("is too old: trio>=99.1 is needed")
