@@ -38,7 +38,7 @@ def named(kernel: Running, name: bytes) -> Iterator[None]:
             raise PkramError(f"node {shown(name)} exists already: free it, or take another name", errno.EEXIST)
         wanted = mount_name(name)
         entries = [entry for entry in machine.mounts() if wanted is not None and entry.name == wanted]
-        if any(entry.outlived for entry in entries):
+        if any(entry.outlived and kernel.leases.blocks_of(entry.tree_id) for entry in entries):
             raise PkramError(
                 f"the daemon of {wanted} has died and left its tree: mount {wanted}, free it, or take another name",
                 errno.EBUSY,

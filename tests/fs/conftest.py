@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -216,8 +217,9 @@ class SmallSave:
     def save_runs(self, index, pfn, count) -> None:
         self.runs.append((index, pfn, count))
 
-    def finish(self) -> None:
+    def finish(self) -> SimpleNamespace:
         self.store.saved[self.name] = self.objects
+        return SimpleNamespace(pfn=len(self.store.saved))
 
     taken = Spans()
 

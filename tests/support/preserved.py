@@ -53,10 +53,13 @@ def write(tree: Tree, path: bytes, data: bytes = b"", mode: int = 0o644) -> Any:
 
 @contextmanager
 def outlived(trees: Trees, name: str, tree_id: int | None = None) -> Iterator[None]:
-    """Have a daemon of this NAME seem to have died and left a tree."""
+    """Have a daemon of this NAME seem to have died and left a tree: a new one, or that of a node."""
     chosen = new_tree_id() if tree_id is None else tree_id
     lock = trees.machine.claim(chosen)
+    if tree_id is None:
+        trees.up().leases.lease(chosen, 1)
     lock.write_entry({"name": name, "mountpoint": "/nowhere", "pid": 0, "journal": 5})
     lock.abandon()
     yield
     trees.machine.claim(chosen).release()
+    trees.up().sweep()
