@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, daemons, render, report, signals
+from pkramfs.cli import arguments, daemons, progress, render, report, signals
 from pkramfs.cli.arguments import complain, need
 from pkramfs.cli.freezer import Freezer
 from pkramfs.errors import MachineError, NotPreservedError
@@ -112,12 +112,16 @@ def execute(args: argparse.Namespace, machine: "Machine") -> int:
     """Let the running kernel die and the loaded one be born."""
     from pkramfs.mounting.starting import PrestartedDaemons
 
-    with PrestartedDaemons() as prestarted, signals.Deferral() as waiting:
-        return _execute_with(args, machine, prestarted, waiting)
+    with (
+        PrestartedDaemons() as prestarted,
+        signals.Deferral() as waiting,
+        progress.waiting(args, "kexec") as drawn,
+    ):
+        return _execute_with(args, machine, prestarted, _Steps(waiting, drawn, args.verbose))
 
 
 def _execute_with(
-    args: argparse.Namespace, machine: "Machine", prestarted: "PrestartedDaemons", waiting: signals.Deferral
+    args: argparse.Namespace, machine: "Machine", prestarted: "PrestartedDaemons", steps: "_Steps"
 ) -> int:
     from pkramfs.cli import again
     from pkramfs.kernel import kexec, nvram, running
@@ -147,7 +151,7 @@ def _execute_with(
             for line in notes:
                 arguments.note(machine, f"kexec: {line}")
             prestarted.start(remount)
-            _perform(args, plan, waiting)
+            _perform(args, plan, steps)
             pause = time.monotonic() - began
             nvram.set_pause(machine, pause - plan.copying)
     except BaseException:
@@ -175,22 +179,32 @@ def _refuse(machine: "Machine", plan: "Plan") -> int:
     return plan.problems[0].exit_status
 
 
-def _perform(args: argparse.Namespace, plan: "Plan", waiting: signals.Deferral) -> None:
+def _perform(args: argparse.Namespace, plan: "Plan", steps: "_Steps") -> None:
     for warning in plan.warnings:
         arguments.warn(PROGRAM, warning)
     for line in plan.relocations if args.verbose else []:
         render.tell(line)
-    plan.execute(partial(_before, waiting, args.verbose))
+    steps.total = len(plan.operations)
+    plan.execute(steps.before)
 
 
-def _before(waiting: signals.Deferral, verbose: bool, step: "Operation") -> None:
-    """Print a step before it is done; from the point of no return on, let signals wait."""
-    from pkramfs.kernel.transition import PointOfNoReturn
+class _Steps:
+    """The steps of a plan as they are done."""
 
-    if isinstance(step, PointOfNoReturn):
-        waiting.begin()
-    for line in step.lines() if verbose else []:
-        render.tell(line)
+    def __init__(self, waiting: signals.Deferral, drawn: progress.Bar, verbose: bool) -> None:
+        self._waiting, self._drawn, self._verbose = waiting, drawn, verbose
+        self.total = self._done = 0
+
+    def before(self, step: "Operation") -> None:
+        """Show a step before it is done; from the point of no return on, let signals wait."""
+        from pkramfs.kernel.transition import PointOfNoReturn
+
+        if isinstance(step, PointOfNoReturn):
+            self._waiting.begin()
+        for line in step.lines() if self._verbose else []:
+            render.tell(line)
+        self._done += 1
+        self._drawn.show("kexec", self._done, self.total)
 
 
 def _undo(machine: "Machine", going: Freezer, back: list[dict[str, Any]], prestarted: "PrestartedDaemons") -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, executing, hostkexec, render
+from pkramfs.cli import arguments, executing, hostkexec, progress, render
 from pkramfs.cli.arguments import need
 from pkramfs.cli.executing import PROGRAM
 from pkramfs.errors import MachineError, PkramfsError
@@ -100,6 +100,7 @@ def _add_executing(made: argparse.ArgumentParser) -> None:
     flag("-x", "--no-ifdown", help=argparse.SUPPRESS)
     flag("-y", "--no-sync", help=argparse.SUPPRESS)
     group.add_argument("-t", "--type", help=argparse.SUPPRESS)
+    progress.add_option(made)
 
 
 def segment(text: str) -> tuple[str, int]:

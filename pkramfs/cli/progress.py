@@ -32,7 +32,7 @@ FIRST_SECONDS = 0.5
 """How long work may take before it is worth a bar."""
 _DRAW_SECONDS, _JSON_SECONDS = 0.1, 0.5
 _BYTES = frozenset(("export", "import", "copy", "compare", "verify"))
-"""Stages that are counted in bytes; of others only the name is told."""
+"""Stages that are counted in bytes; others are counted in steps."""
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
@@ -97,8 +97,10 @@ class Bar:
 
     def _draw(self) -> None:
         seconds, rate, left = self._figures()
-        counted = self._stage in _BYTES
-        size = format_size(self._done) + (f" of {format_size(self._total)}" if self._total else "") if counted else ""
+        in_bytes = self._stage in _BYTES
+        counted = in_bytes or (self._done > 0 and self._total > 1)
+        done, total = (format_size(n) if in_bytes else f"{n:,}" for n in (self._done, self._total))
+        size = f"{done} of {total}" if counted and self._total else done if counted else ""
         speed = "" if rate is None else f"{format_size(round(rate))}/s"
         time_left = "" if left is None else f"{_clock(left)} left"
         figures = "   ".join(filter(None, (size, speed, time_left or _clock(seconds))))

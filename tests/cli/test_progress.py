@@ -133,3 +133,19 @@ def test_a_command_tells_programs(machine, tmp_path):
     assert (last["stage"], last["done"], last["total"]) == ("export", 100_000, 102_400)
     done = trees.run("ctl", "verify", "--progress=json")
     assert json.loads(done.stderr.splitlines()[-1])["stage"] == "verify"
+
+
+def test_a_kexec_is_counted_in_steps(machine, ctl, kexec):
+    Trees(machine).preserve("guest", 10)
+    status, out, err = kexec("-le", "builtin:2M", "--reuse-cmdline", "--progress=json")
+    assert status == 0 and out.startswith("kernel 2 ")
+    last = json.loads(err.splitlines()[-1])
+    assert last["stage"] == "kexec" and last["done"] == last["total"] > 5 and last["rate"] is None
+
+
+def test_steps_on_a_terminal(clock):
+    with terminal() as read, progress.waiting(None, "kexec") as drawn:
+        drawn.show("kexec", 3, 12)
+        clock.now += 1
+        drawn.show("kexec", 4, 12)
+        assert re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", read()).rstrip().endswith(" 4 of 12   0:00:01")
