@@ -33,7 +33,7 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     ramview     what both of them show                         │
     timeline    kernels one after the other; timesheet: as SVG │
     generations what both of them show                         │
-    metrics     measures.py for Prometheus, printed or served  │
+    metrics     measures for Prometheus, printed; serving      │
     doctor      what is lacking here; checkup: on any host     │
     files       holes in files on a mount                      │
     install     files for systemd and udev                     │
