@@ -34,9 +34,10 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     timeline    kernels one after the other; timesheet: as SVG │
     generations what both of them show                         │
     metrics     measures for Prometheus, printed; serving      │
+    installing  what belongs in place; completions for shells  │
+    booting     the boot without a mount                       │
     doctor      what is lacking here; checkup: on any host     │
     files       holes in files on a mount                      │
-    install     files for systemd and udev                     │
     freeing     give nodes up, or say what would go            │
     trees       look, archives, compare, copies: what is in    │
                 preserved trees, which opening finds           │

@@ -166,7 +166,7 @@ def helpers(host: Host, ours: str = "") -> Iterator[Finding]:
 
 
 def _helper(link: str, ours: str, use: str) -> Finding:
-    remedy = f"ln -sfn {ours} {link}"
+    remedy = f"pkramctl install, or ln -sfn {ours} {link}"
     if not os.path.lexists(link):
         return Finding("helpers", ERROR, f"{link} is missing: `{use}` does not work", remedy)
     if not os.path.exists(link):

@@ -12,6 +12,8 @@
     free                         give preserved memory back (freeing)  │
     punch allocate sparsify      make and fill holes in files on a     │ the only ones
                                  mount (extents lists the rest)        │ that change anything
+    boot                         boot the machine without a mount      │
+    install                      links, pages, completions             │
     machine create|destroy       make and remove machines              ┘
 
 Looking never boots: a machine without a running kernel says so. Everything works where FUSE is
@@ -30,12 +32,13 @@ from typing import TYPE_CHECKING, Any
 
 from pkramfs.cli import (
     arguments,
+    booting,
     doctor,
     files,
     freeing,
     hardware,
     inspect,
-    install,
+    installing,
     maps,
     metrics,
     nodes,
@@ -91,11 +94,18 @@ def parser() -> arguments.Parser:
     look.add_argument("what", choices=inspect.KINDS, help="which kind of record")
     look.add_argument("pfn", nargs="?", type=arguments.pfn, metavar="PFN", help="where (hexadecimal)")
     _command(commands, "format", inspect.act_format, "the records of pkramfs-format(5), as Markdown")
-    units = _command(commands, "install", install.act, "write the files for systemd and udev")
-    units.add_argument("--etc", metavar="DIR", default="/etc", help="below which directory (default: /etc)")
-    units.add_argument("--force", action="store_true", help="overwrite files that were changed")
+    made_by = _command(commands, "install", installing.act, "put helper links, manual pages and completions in place")
+    installing.add(made_by, _parsers)
+    _command(commands, "boot", booting.act, "boot the machine, if no kernel is running")
     _add_machine(_command(commands, "machine", None, "make, show and remove machines"))
     return made
+
+
+def _parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return the parser of each program."""
+    from pkramfs.cli import kexec, mount
+
+    return {PROGRAM: parser(), "pkram-kexec": kexec.parser(), "mount.pkramfs": mount.parser()}
 
 
 def _add_shared(made: argparse.ArgumentParser) -> None:

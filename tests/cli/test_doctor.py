@@ -74,7 +74,7 @@ def test_helpers_that_are_missing_dangling_or_another_s(top):
     ours, link = str(top / "usr/bin/mount.pkramfs"), top / "sbin/mount.fuse.pkramfs"
     link.unlink()
     found = only(checkup.helpers(Host(str(top), uid=0), ours))
-    assert (found.level, found.remedy) == (ERROR, f"ln -sfn {ours} {link}")
+    assert (found.level, found.remedy) == (ERROR, f"pkramctl install, or ln -sfn {ours} {link}")
     assert found.found == f"{link} is missing: `mount -o remount` does not work"
     assert only(checkup.helpers(Host(str(top), uid=1000), ours)).level == NOTE
     link.symlink_to("/nowhere/mount.pkramfs")
