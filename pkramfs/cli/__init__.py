@@ -15,6 +15,7 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
 `MountReport`s, and gives it callables that stop and thaw.
 
     arguments   shared options, exit statuses, errors as one line
+    logs        -v and --log-json
     signals     what a signal does to a command, and where it has to wait
     render      tables for people, the same as JSON for programs
     progress    a bar on a terminal, lines for programs

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pkramfs import stdio
-from pkramfs.cli import render, signals
+from pkramfs.cli import logs, render, signals
 from pkramfs.errors import MachineError, PkramfsError, UsageError, explain
 from pkramfs.units import parse_size
 
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
     def leave(self, status: int, message: str) -> NoReturn:
         """Say what is wrong with the command line, in one line, and end."""
-        render.say(f"{self.prog}: {message}; see {self.prog} --help", error=True)
+        complain(self.prog, f"{message}; see {self.prog} --help")
         self.exit(status)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -101,6 +101,7 @@ def add_common(parser: argparse.ArgumentParser, *, debug: Sequence[str] = ("--de
     group.add_argument("--machine", metavar="NAME", default=quiet, help="which machine (default: default)")
     group.add_argument("--root", metavar="DIR", default=quiet, help="where machines are (default: $PKRAM_ROOT)")
     group.add_argument(*debug, dest="debug", action="store_true", default=quiet, help="show tracebacks")
+    group.add_argument(logs.OPTION, action="store_true", default=quiet, help="messages on stderr as JSON")
     group.add_argument("-V", "--version", nargs=0, action=_Version, default=quiet, help="print the version and exit")
 
 
@@ -111,7 +112,9 @@ def machine(args: argparse.Namespace) -> "Machine":
     if root := getattr(args, "root", None):
         # In the environment, so that boots and mounts started from here see the same machine.
         os.environ["PKRAM_ROOT"] = os.path.abspath(root)
-    return Machine.locate(getattr(args, "machine", None))
+    found = Machine.locate(getattr(args, "machine", None))
+    logs.info(f"the machine is {found.path()}")
+    return found
 
 
 def existing(args: argparse.Namespace) -> "Machine":
@@ -156,14 +159,16 @@ def pfn(text: str) -> int:
     return value
 
 
-def complain(program: str, message: str) -> None:
-    """Print one line on stderr; names of files in it are escaped."""
-    render.say(f"{program}: {message}", error=True)
+def complain(program: str, message: str, level: str = "error") -> None:
+    """Print one line on stderr; names of files in it are escaped. With --log-json it is an object."""
+    if not logs.message(level, program, message):
+        render.say(f"{program}: {message}", error=True)
 
 
 def warn(program: str, message: str) -> None:
     """Print a warning on stderr; the command goes on."""
-    complain(program, f"warning: {message}")
+    if not logs.message("warning", program, message):
+        complain(program, f"warning: {message}")
 
 
 def note(found: "Machine", message: str) -> None:
@@ -178,10 +183,17 @@ def run(parser: argparse.ArgumentParser, act: Action, argv: Sequence[str] | None
     words = list(sys.argv[1:] if argv is None else argv)
     render.settle()
     debug = "--debug" in words
+    with logs.kept(parser.prog, words):
+        return _run(parser, act, words, debug)
+
+
+def _run(parser: argparse.ArgumentParser, act: Action, words: Sequence[str], debug: bool) -> int:
     try:
         with stdio.watched():
             args = parser.parse_args(words)
             debug = getattr(args, "debug", debug)
+            if getattr(args, "log_verbose", False):
+                logs.verbose(parser.prog)
             with signals.heard():
                 status = act(args) or 0
     except SystemExit as leave:  # argparse has said why
@@ -201,7 +213,8 @@ def _report(program: str, error: Exception, *, debug: bool) -> int:
         import traceback
 
         for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
-            render.say(line, error=True)
+            if not logs.message("error", program, line):
+                render.say(line, error=True)
     if isinstance(error, PkramfsError):
         lines, status = [str(error), *_details(error)], error.exit_status
     elif isinstance(error, OSError):

@@ -110,6 +110,8 @@ def _parsers() -> dict[str, argparse.ArgumentParser]:
 
 def _add_shared(made: argparse.ArgumentParser) -> None:
     arguments.add_common(made)
+    quiet, text = argparse.SUPPRESS, "say on stderr what is done"
+    made.add_argument("-v", "--verbose", dest="log_verbose", action="store_true", default=quiet, help=text)
     made.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="answer in JSON")
 
 

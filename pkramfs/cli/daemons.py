@@ -15,6 +15,7 @@ Kernel: /proc/self/mountinfo, which cannot say whose daemon lives
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+from pkramfs.cli import logs
 from pkramfs.errors import DaemonError
 from pkramfs.units import plural
 
@@ -170,6 +171,7 @@ def ask(entry: "MountEntry") -> Seen:
     """Ask one daemon for its status."""
     from pkramfs.control.commands import Commands
 
+    logs.info(f"asking the daemon of {entry.mountpoint} (pid {entry.pid})")
     try:
         return Seen(entry, Commands(entry.socket).status(timeout=ANSWER_SECONDS), "")
     except DaemonError as error:

@@ -21,6 +21,7 @@ Kernel: /proc/cmdline, /proc/iomem, /sys/kernel/pkram, /sys/firmware/memmap
 """
 
 import json
+import logging
 import os
 import secrets
 import stat
@@ -41,6 +42,8 @@ from pkramfs.machine.mounts import MountEntry, MountLock, claim, live_ids, outli
 from pkramfs.machine.ram import Ram
 from pkramfs.text import literal, printable
 from pkramfs.units import GIB, PAGE_SIZE, round_down
+
+log = logging.getLogger(__name__)
 
 DEFAULT = "default"
 RUN_LINK = "/run/pkram"
@@ -295,6 +298,7 @@ class Machine:
 
         A line that cannot be written never fails the work that it reports.
         """
+        log.info("%s", message)
         try:
             append_line(self.path("dmesg"), f"[{self._uptime():12.6f}] {printable(message)}")
         except MachineError as error:
