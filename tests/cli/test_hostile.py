@@ -94,7 +94,10 @@ def check(words, found, why):
     status, err = found
     assert status in KNOWN, (words, found, why)
     assert "internal error" not in err and "Traceback" not in err, (words, found, why)
-    assert all(line.startswith(("pkramctl: ", "pkram-kexec: ")) for line in err.splitlines()), (words, found, why)
+    assert all(
+        line.startswith(("pkramctl: ", "pkram-kexec: ", "pkramfs: warning: no kernel log: "))
+        for line in err.splitlines()
+    ), (words, found, why)
     assert err.count("\n") <= 2, (words, found, why)
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from itertools import pairwise
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -122,7 +123,9 @@ def test_a_death_is_on_the_timeline(machine, ctl, place):
     from pkramfs.cli.mount import main as mount
     from tests.support.places import wait_gone
 
-    assert mount(["none", place(), "-o", "pkram=one"]) == 0
+    directory = place()
+    assert mount(["none", directory, "-o", "mode=755"]) == 0  # without a name: nobody takes over
+    Path(directory, "file").write_text("x")
     assert "leased by" in ctl("map")[1]
     (entry,) = machine.mounts()
     os.kill(entry.pid, signal.SIGKILL)
