@@ -5,8 +5,9 @@
     boot DIR                the boot of a machine
     mount-daemon            one mount; started by mount.pkramfs
     checkpoint              a checkpoint of a tree; started by its daemon
+    hold                    a mount whose daemon is being replaced; started by its holder
 
-pkramfs itself starts the last three, in a fresh interpreter: they know only their command line and what RAM holds, and
+pkramfs itself starts the last four, in a fresh interpreter: they know only their command line and what RAM holds, and
 first reset the limits and priorities that they inherited from a shell.
 """
 
@@ -24,10 +25,11 @@ _VERBS = {
     "boot": "pkramfs.cli.boot",
     "mount-daemon": "pkramfs.daemon.holder",
     "checkpoint": "pkramfs.daemon.shadow",
+    "hold": "pkramfs.daemon.handover",
 }
 
 
-_SERVICES = ("boot", "mount-daemon", "checkpoint")
+_SERVICES = ("boot", "mount-daemon", "checkpoint", "hold")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

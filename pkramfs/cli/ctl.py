@@ -48,6 +48,7 @@ from pkramfs.cli import (
     status,
     timeline,
     trees,
+    upgrade,
     verify,
 )
 from pkramfs.errors import FormatError, MachineError
@@ -87,6 +88,7 @@ def parser() -> arguments.Parser:
     maps.add(_command(commands, "map", maps.act, "who has which memory, as a picture"))
     timeline.add(_command(commands, "timeline", timeline.act, "the kernels of the machine, one after the other"))
     metrics.add(_command(commands, "metrics", metrics.act, "measures for Prometheus"))
+    upgrade.add(_command(commands, "upgrade", upgrade.act, "put the code on disk under mounts that are in use"))
     _command(commands, "dmesg", _dmesg, "the kernel log")
     _command(commands, "iomem", _iomem, "the kernel's resource map")
     _command(commands, "report", report.show, "what the last boot found, reserved and relocated")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from pkramfs.cli import arguments, daemons, nodes, render
 from pkramfs.cli.render import Column
 from pkramfs.errors import PkramfsError
-from pkramfs.units import BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size
+from pkramfs.units import BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size, plural
 
 if TYPE_CHECKING:
     from pkramfs.machine.directory import Machine
@@ -219,8 +219,24 @@ def show_mounts(found: list[dict[str, Any]]) -> None:
     ]
     render.table(columns, [_mount_row(mount) for mount in found])
     for mount in found:
+        if "files" in mount:
+            render.say(f"survives  {mount['mountpoint']}: {_survives(mount)}")
+    for mount in found:
         if "problem" in mount:
             render.say(f"problem   {mount['problem']}")
+
+
+def _survives(mount: dict[str, Any]) -> str:
+    """Return what a tree survives and what not, and how long its log is."""
+    preserved = mount["state"] == "preserved"
+    if "log_bytes" not in mount:
+        return "kexec, daemon crash" if preserved else "nothing: it was mounted without pkram=NAME, or PKRAM is off"
+    held = "holder" in mount
+    survives = [*(["daemon crash", "upgrade"] if held else ["daemon crash, once it is mounted again"])]
+    lacks = [*(["kexec (preserve it first)"] if not preserved else []), "power loss of the host"]
+    log = f"log {format_size(mount['log_bytes'])}, {plural(mount['log_requests'], 'request')} since its checkpoint"
+    taken = f"; {plural(mount['takeovers'], 'takeover')}" if mount.get("takeovers") else ""
+    return f"{', '.join(survives + ['kexec'] * preserved)}; not: {', '.join(lacks)} ({log}{taken})"
 
 
 def _places(mount: dict[str, Any]) -> str:

@@ -37,6 +37,10 @@ class Commands:
         """Withdraw the node and thaw the tree; if `patient`, wait for a save that is under way."""
         return read(Status, (call_long if patient else call)(self.socket, "unpreserve"))
 
+    def upgrade(self) -> None:
+        """Have another daemon take over, which runs the code on disk; the answer comes before that."""
+        read(Done, call(self.socket, "upgrade"))
+
     def freeze(self, *, undo: bool = True, timeout: float = TIMEOUT) -> Held:
         """Freeze the tree while the connection lasts.
 

@@ -99,7 +99,9 @@ class Keeper:
         self._kept = False  # frozen by preserve, and so beyond any connection
         self._data_lost = trio.Event()
         self._said: set[int] = set()  # whose loss the log has
-        self.stopping = trio.Event()
+        self.stopping, self.leaving = trio.Event(), trio.Event()
+        self.outlives: Callable[[], dict[str, int]] = dict
+        """Returns the fields of a status that say how the tree outlives this process."""
         tree.preservation.on_withdrawn = self._say_withdrawn
 
     @property
@@ -118,6 +120,7 @@ class Keeper:
             "thaw": self.thaw,
             "reconfigure": self.reconfigure,
             "stop": self.stop,
+            "upgrade": self.upgrade,
         }
 
     def undo(self) -> dict[str, Any]:
@@ -175,6 +178,7 @@ class Keeper:
             "busy": self._lock.locked(),
             "options": self._settings.shown(),
             "pid": os.getpid(),
+            **self.outlives(),  # type: ignore[typeddict-item]
         }
 
     async def preserve(self, strict: bool = False, lossy: bool = False) -> Status:
@@ -306,6 +310,20 @@ class Keeper:
         """End the daemon once this is answered."""
         self.stopping.set()
         return {}
+
+    async def upgrade(self) -> Done:
+        """Make room for a daemon that runs the code on disk, once this is answered."""
+        if "holder" not in self.outlives():
+            raise BusyError(f"{self.mountpoint} has no holder, which could start another daemon: umount and mount it")
+        async with self._lock:
+            self._refuse_held()
+            self.leaving.set()
+        return {}
+
+    def keep_frozen(self) -> None:
+        """Go on with a tree that `preserve` has frozen under another daemon."""
+        self.tree.freeze()
+        self._kept = True
 
     async def settled(self) -> None:
         """Wait until no verb is changing the state."""

@@ -41,6 +41,15 @@ class Status(TypedDict):
     """Whether a verb is changing the state."""
     options: str
     pid: int
+    holder: NotRequired[int]
+    """The process that starts another daemon when this one dies; absent without one."""
+    log_bytes: NotRequired[int]
+    log_requests: NotRequired[int]
+    """Requests since the last checkpoint."""
+    checkpoints: NotRequired[int]
+    """Checkpoints that this daemon has made."""
+    takeovers: NotRequired[int]
+    """How often a daemon of this mount was replaced."""
 
 
 class Frozen(TypedDict):
@@ -72,7 +81,8 @@ class Done(TypedDict):
 
 Reply = Status | Foreseen | Frozen | Done
 LISTS = ("writers", "open_deleted", "lost")
-ADDED = frozenset((*LISTS, *(f"{name}_count" for name in LISTS), "refused", "busy", "options", "held"))
+LOG = ("holder", "log_bytes", "log_requests", "checkpoints", "takeovers")
+ADDED = frozenset((*LISTS, *(f"{name}_count" for name in LISTS), "refused", "busy", "options", "held", *LOG))
 """Fields that replies of older versions lack."""
 
 _MOST = 1 << 127

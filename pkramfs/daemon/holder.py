@@ -17,6 +17,7 @@ this memory.
     in order (0)                ends
     before it serves            ends with the same status: the command says why
     FINAL                       ends: no other daemon would do better. Programs get ENOTCONN, the tree stays in RAM
+    HANDED_OVER                 becomes the code on disk (execve), and starts another daemon
     otherwise                   starts another: at once, then after longer and longer (PAUSES)
     more than DEATHS in WITHIN  ends, as with FINAL
 
@@ -45,11 +46,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from pkramfs.daemon import serving
-from pkramfs.daemon.job import FINAL, Held, Job
+from pkramfs.daemon.job import FINAL, HANDED_OVER, Held, Job
 from pkramfs.errors import PkramfsError
 from pkramfs.machine import process
 from pkramfs.machine.directory import Machine
 from pkramfs.mounting.options import parse
+from pkramfs.mounting.starting import ANYTHING
 
 PAUSES = (0.0, 0.1, 0.5, 1.0, 2.0)
 """Seconds before the next daemon is started, after one death, two, …"""
@@ -79,13 +81,25 @@ def _is_held(text: str) -> bool:
     return options.name is not None and options.fuse != "pyfuse3" and process.threads() == 1
 
 
+def again(argv: Sequence[str]) -> int:
+    """Go on with a mount whose daemon has made room: mount point, options, device, lock, facts."""
+    mountpoint, text, device, lock, facts = argv
+    for fd in (int(device), int(lock)):
+        os.set_inheritable(fd, False)
+    holder = Holder(Job(-1, mountpoint, text, ANYTHING))
+    holder.held = Held(int(device), int(lock), json.loads(facts), False)
+    return holder.run()
+
+
 class Holder:
     """The holder of one mount."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        for number in _FORWARDED:
+            signal.signal(number, lambda number, _: self._forward(number))
         self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        self._held: Held | None = None
+        self.held: Held | None = None
         self._child = 0
         self._well = True
         self._deaths: deque[float] = deque(maxlen=DEATHS + 1)
@@ -96,8 +110,12 @@ class Holder:
         while True:
             status = self._live(self._start())
             code = os.waitstatus_to_exitcode(status)
-            if self._held is None or code == 0:
+            if self.held is None or code == 0:
                 return code if code >= 0 else 128 - code
+            facts = self.held.facts
+            self.held = self.held._replace(facts=facts | {"taken": facts.get("taken", 0) + 1})
+            if code == HANDED_OVER:
+                self._become_new(self.held)
             if self._is_hopeless(code):
                 return 1
             time.sleep(PAUSES[min(self._recent(), len(PAUSES) - 1)] if not self._well else 0)
@@ -113,11 +131,11 @@ class Holder:
         try:
             for number in _FORWARDED:
                 signal.signal(number, signal.SIG_DFL)
-            if self._held is None:
+            if self.held is None:
                 process.die_with_parent()  # who gives up waiting for us kills our parent
                 status = serving.serve(self._job, self._tell)
             else:
-                status = serving.serve(self._job, self._tell, self._held)
+                status = serving.serve(self._job, self._tell, self.held)
         finally:
             with contextlib.suppress(OSError):
                 sys.stderr.flush()
@@ -137,8 +155,6 @@ class Holder:
 
     def _live(self, pid: int) -> int:
         """Wait until a daemon has ended, take what it gives us, pass signals on; return its wait status."""
-        for number in _FORWARDED:
-            signal.signal(number, lambda number, _: self._forward(number))
         pidfd = os.pidfd_open(pid)
         try:
             poll = select.poll()
@@ -169,16 +185,16 @@ class Holder:
         device, lock = array.array("i", extra[0][2][: 2 * size])
         for fd in (device, lock):
             os.set_inheritable(fd, False)
-        if self._held is None:
+        if self.held is None:
             os.close(self._job.fd)  # the daemon answers the command
-        self._held = Held(device, lock, json.loads(text), False)
+        self.held = Held(device, lock, json.loads(text), False)
         return True
 
     def _let_go(self) -> None:
         """Close the connection: its end is the daemon's to give, in order."""
-        if self._held is not None:
-            os.close(self._held.device)
-            self._held = None
+        if self.held is not None:
+            os.close(self.held.device)
+            self.held = None
 
     def _forward(self, number: int) -> None:
         """Pass a signal on to the daemon; without one, end, and leave the tree to who mounts it again."""
@@ -187,22 +203,29 @@ class Holder:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._child, number)
 
+    def _become_new(self, held: Held) -> None:
+        """Go on as the code on disk: another holder in this process, which forks the next daemon."""
+        words = [self._job.mountpoint, self._job.text, str(held.device), str(held.lock), json.dumps(held.facts)]
+        for fd in (held.device, held.lock):
+            os.set_inheritable(fd, True)
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "pkramfs", "hold", *words])
+
     def _recent(self) -> int:
         """Return how many deaths count."""
         return sum(1 for when in self._deaths if when > time.monotonic() - WITHIN)
 
     def _is_hopeless(self, code: int) -> bool:
         """Note a death; return True if no other daemon is to be started, and say so."""
-        assert self._held is not None
+        assert self.held is not None
         if not self._well or code != -signal.SIGKILL:
             self._deaths.append(time.monotonic())
-        self._held = self._held._replace(suspect=self._recent() >= POISON_DEATHS)
+        self.held = self.held._replace(suspect=self._recent() >= POISON_DEATHS)
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
         often = self._recent() > DEATHS
         hopeless = code == FINAL or often or (code < 0 and serving.panics(self._job, -code))
         why = f": {DEATHS + 1} deaths in {WITHIN:g} s are too many" if often else ""
         then = f", and none takes over{why}: mount it again" if hopeless else ", another takes over"
-        self._log(f"pkramfs: the daemon of {self._held.facts['name']} {how}{then}")
+        self._log(f"pkramfs: the daemon of {self.held.facts['name']} {how}{then}")
         return hopeless
 
     def _log(self, line: str) -> None:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from pkramfs.mounting.starting import Expected
 
-FINAL = 76
-"""Exit status of a daemon that another could not replace."""
+HANDED_OVER, FINAL = 75, 76
+"""Exit statuses of a daemon that leaves its place to another, and of one that another could not replace."""
 Tell = Callable[..., None]
 """What gives a holder the device, the lock and facts to go on with; without arguments, that the daemon is well."""
 

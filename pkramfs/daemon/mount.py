@@ -17,7 +17,6 @@ is about to end. The output of this process goes to mounts/ID.log.
 Kernel: fs/super.c (get_tree_nodev), fs/namespace.c, mm/shmem.c (shmem_fill_super, shmem_put_super)
 """
 
-import contextlib
 import faulthandler
 import logging
 import os
@@ -33,7 +32,8 @@ from pkramfs.control.keeper import Keeper, drive
 from pkramfs.control.server import Server
 from pkramfs.control.settings import Settings, Words
 from pkramfs.daemon.claim import Claimed, Claiming, Origin
-from pkramfs.daemon.job import Held, Tell
+from pkramfs.daemon.job import HANDED_OVER, Held, Tell
+from pkramfs.daemon.mountlog import drop_empty, log_to
 from pkramfs.daemon.shadow import Checkpoints
 from pkramfs.errors import MachineError, explain, of_memory
 from pkramfs.fs import collector
@@ -51,7 +51,6 @@ from pkramfs.kernel.running import shared
 from pkramfs.machine import process
 from pkramfs.machine.cgroups import MemoryGroups
 from pkramfs.machine.directory import Machine, host_memory
-from pkramfs.machine.files import open_regular
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.mounts import MountLock
 from pkramfs.machine.policy import Policy
@@ -106,7 +105,7 @@ class Daemon:
 
     def _run_claimed(self, lock: MountLock) -> None:
         self.lock = lock
-        _log_to(lock.path("log"))
+        log_to(lock.path("log"))
         faulthandler.enable()  # an abort or a fault leaves its name in the log: panic_on_oops (kernel/crash.py)
         self.frames = Frames(self.kernel.ram, self.kernel.leases, lock.tree_id, self._policy(self.options.mpol))
         try:
@@ -137,7 +136,7 @@ class Daemon:
         if not kept:
             self.frames.release_all()
         self.machine.log(f"pkramfs: {name} unmounted, its tree is {fate}")
-        _drop_empty(self.lock.path("log"))
+        drop_empty(self.lock.path("log"))
 
     def _let_go(self) -> None:
         """Give the tree id back, or leave it to who mounts the NAME again."""
@@ -218,6 +217,8 @@ class Daemon:
             tree.ledger.copies = 2 if self.kernel.info.pkram else 1
             tree.hold_for_save()  # a full RAM must not prevent preserving
             self._begin_journal(tree)
+        if tree.journal is not None:
+            self.checkpoints = Checkpoints(tree, self.machine, self.node_name, self.machine.log)
         self._expect_room()
         operations = Operations(tree, _generation(self.lock.tree_id))
         operations.room = self.frames.room
@@ -231,6 +232,7 @@ class Daemon:
             banned=self.kernel.banned,
             settings=Settings(tree, self._words, policy=self._policy, changed=self._reconfigured),
         )
+        keeper.outlives = self._outliving
         operations.writer_gone, operations.data_lost = keeper.writer_gone, keeper.data_lost
         server = Server(self.lock.path("sock"), keeper.verbs(), keeper.undo())
         self.session = session = Session(
@@ -257,17 +259,26 @@ class Daemon:
                 nursery.start_soon(keeper.watch_losses)
                 nursery.start_soon(self._end_on_signal)
                 nursery.start_soon(self._end_on_request, server)
+                nursery.start_soon(self._leave_on_request, server)
                 if self.held is not None:
                     nursery.start_soon(self._be_well)
                 if tree.journal is not None:
-                    checkpoints = Checkpoints(tree, self.machine, self.node_name, self.machine.log)
-                    nursery.start_soon(checkpoints.serve)
+                    nursery.start_soon(self.checkpoints.serve)
                 await session.serve()
                 await server.idle()  # a save completes, and its command is told
                 await keeper.settled()
                 nursery.cancel_scope.cancel()
         finally:
             session.close()
+
+    def _outliving(self) -> dict[str, int]:
+        """Return how the tree outlives this process, for its status."""
+        journal = self.tree.journal
+        if journal is None:
+            return {}
+        found = {"log_bytes": journal.log.size, "log_requests": journal.requests, "checkpoints": self.checkpoints.made}
+        found["takeovers"] = self.held.facts.get("taken", 0) if self.held is not None else 0
+        return found | ({"holder": os.getppid()} if self.tell is not None and os.getppid() > 1 else {})
 
     def _be_held(self) -> None:
         """Give the holder what it needs to start another daemon when this one dies."""
@@ -292,7 +303,7 @@ class Daemon:
             os.dup(held.device), Init(*facts["init"]), facts["dev"], tuple(facts["on"]) if facts["on"] else None
         )
         if tree.preserved and self._is_read_only():
-            tree.freeze()
+            self.keeper.keep_frozen()
         self.session.connected = partial(self._resend, suspect=held.suspect)
 
     async def _be_well(self) -> None:
@@ -412,6 +423,14 @@ class Daemon:
         await server.idle()
         await self._leave()
 
+    async def _leave_on_request(self, server: Server) -> None:
+        """Make room for another daemon, as if this one died, but between two requests."""
+        await self.keeper.leaving.wait()
+        await server.idle()
+        self.tree.commit()
+        self.machine.log(f"pkramfs: daemon {os.getpid()} of {self.options.name} makes room for another")
+        os._exit(HANDED_OVER)
+
     async def _leave(self) -> None:
         """Detach now, even if the mount is in use."""
         try:
@@ -444,22 +463,3 @@ def _run(function: Callable[[], Awaitable[None]]) -> None:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         raise error from None
-
-
-def _log_to(path: str) -> None:
-    """Send the output of this process to a file, or nowhere if the file cannot be opened."""
-    try:
-        fd = open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    except OSError as error:
-        log.warning("no log of this mount: %s", explain(error))
-        return
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    os.close(fd)
-
-
-def _drop_empty(path: str) -> None:
-    """Remove an empty log."""
-    with contextlib.suppress(OSError):
-        if os.path.isfile(path) and os.path.getsize(path) == 0:
-            os.unlink(path)

@@ -12,19 +12,18 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from pkramfs import stdio
 from pkramfs.daemon.claim import AlreadyMounted
 from pkramfs.daemon.job import FINAL, Held, Job, Tell
 from pkramfs.daemon.mount import Daemon
+from pkramfs.daemon.mountlog import begin_log
 from pkramfs.errors import PkramfsError, UsageError, explain
 from pkramfs.kernel import kernelrecord
 from pkramfs.kernel.cmdline import panics_on_oops
 from pkramfs.machine.directory import Machine
 from pkramfs.mounting.options import parse
 from pkramfs.mounting.starting import ANYTHING, Reporter, option_string, wait_for_go
-from pkramfs.text import printable
 
 log = logging.getLogger("pkramfs")
 
@@ -47,7 +46,7 @@ def serve(job: Job, tell: Tell | None = None, held: Held | None = None) -> int:
     """Run the daemon of one mount, which a holder keeps if it gave `tell`; `held` is one to be taken over."""
     text, mountpoint = job.text, job.mountpoint
     reporter = Reporter(job.fd) if held is None else Reporter(-1)
-    _begin_log()
+    begin_log()
     try:
         daemon = Daemon(parse(text if held is None else _words(held, text)), mountpoint, reporter, job.expected)
         daemon.tell, daemon.held = tell, held
@@ -87,20 +86,3 @@ def _say(options: str, message: str) -> None:
         Machine.locate(parse(options).machine).log(message)
     except PkramfsError as error:
         log.warning("no line in the kernel log: %s", error)  # options that name no machine
-
-
-class _OneLine(logging.Formatter):
-    """A formatter that makes a record one line, below which nothing looks like another record."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record))
-
-    def formatException(self, ei: Any) -> str:
-        return "\n".join(f"  {printable(line)}" for line in super().formatException(ei).split("\n"))
-
-
-def _begin_log() -> None:
-    """Log to stderr, which `_log_to` later makes a file."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine("%(asctime)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])

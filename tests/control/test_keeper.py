@@ -13,7 +13,7 @@ import trio.testing
 
 from pkramfs.control import keeper as module
 from pkramfs.control.keeper import Keeper
-from pkramfs.control.replies import Done, Foreseen, Frozen, Status, read
+from pkramfs.control.replies import LOG, Done, Foreseen, Frozen, Status, read
 from pkramfs.control.settings import Settings
 from pkramfs.errors import ErrnoError, FormatError, PkramError
 from pkramfs.fs.limits import Limits
@@ -267,11 +267,12 @@ def test_two_at_once_save_once(keeper: Keeper, said: list[str]) -> None:
 
 def test_verbs_name_themselves(keeper: Keeper) -> None:
     assert set(keeper.verbs()) == {
-        *("status", "preserve", "foresee", "unpreserve", "freeze", "thaw", "reconfigure", "stop"),
+        *("status", "preserve", "foresee", "unpreserve", "freeze", "thaw", "reconfigure", "stop", "upgrade"),
     }
 
 
 def test_what_is_said_is_what_commands_read(keeper: Keeper) -> None:
+    keeper.outlives = lambda: dict.fromkeys(LOG, 1)
     said: dict[Any, Any] = {Status: ask(keeper.status), Frozen: ask(keeper.thaw), Done: ask(keeper.stop)}
     said[Foreseen] = ask(keeper.foresee)
     assert {kind: read(kind, reply) for kind, reply in said.items()} == said
