@@ -220,6 +220,25 @@ class Daemon:
         if tree.journal is not None:
             self.checkpoints = Checkpoints(tree, self.machine, self.node_name, self.machine.log)
         self._expect_room()
+        self._prepare(tree)
+        if not syscalls.serve_writers():
+            log.info("not an IO flusher: no CAP_SYS_RESOURCE, or a kernel before 5.6")
+        if self.held is None:
+            flags, others = self.options.flags(), "allow_other" in self.options.words
+            self.session.mount(flags, allow_other=others, on=self.expected.on)
+            self._served = True
+            self._be_held()
+        else:
+            self._take_over(self.held)
+        if self.session.dev is not None:
+            tree.access = MountFlags(self.session.dev, self.mountpoint)
+        try:
+            await self._live_on(tree)
+        finally:
+            self.session.close()
+
+    def _prepare(self, tree: Tree) -> None:
+        """Make what serves the kernel and the commands."""
         operations = Operations(tree, _generation(self.lock.tree_id))
         operations.room = self.frames.room
         self.keeper = keeper = Keeper(
@@ -234,42 +253,33 @@ class Daemon:
         )
         keeper.outlives = self._outliving
         operations.writer_gone, operations.data_lost = keeper.writer_gone, keeper.data_lost
-        server = Server(self.lock.path("sock"), keeper.verbs(), keeper.undo())
-        self.session = session = Session(
+        self.session = Session(
             operations,
             self.mountpoint,
             self.options.source or NO_SOURCE,
             dirty=MemoryGroups().dirty(),
             filtered=self.options.fuse != "pyfuse3",
         )
-        if not syscalls.serve_writers():
-            log.info("not an IO flusher: no CAP_SYS_RESOURCE, or a kernel before 5.6")
-        if self.held is None:
-            session.mount(self.options.flags(), allow_other="allow_other" in self.options.words, on=self.expected.on)
-            self._served = True
-            self._be_held()
-        else:
-            self._take_over(self.held)
-        if session.dev is not None:
-            tree.access = MountFlags(session.dev, self.mountpoint)
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(server.serve)
-                nursery.start_soon(self._announce)
-                nursery.start_soon(keeper.watch_losses)
-                nursery.start_soon(self._end_on_signal)
-                nursery.start_soon(self._end_on_request, server)
-                nursery.start_soon(self._leave_on_request, server)
-                if self.held is not None:
-                    nursery.start_soon(self._be_well)
-                if tree.journal is not None:
-                    nursery.start_soon(self.checkpoints.serve)
-                await session.serve()
-                await server.idle()  # a save completes, and its command is told
-                await keeper.settled()
-                nursery.cancel_scope.cancel()
-        finally:
-            session.close()
+
+    async def _live_on(self, tree: Tree) -> None:
+        """Serve kernel and commands until the mount ends."""
+        keeper = self.keeper
+        server = Server(self.lock.path("sock"), keeper.verbs(), keeper.undo())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.serve)
+            nursery.start_soon(self._announce)
+            nursery.start_soon(keeper.watch_losses)
+            nursery.start_soon(self._end_on_signal)
+            nursery.start_soon(self._end_on_request, server)
+            nursery.start_soon(self._leave_on_request, server)
+            if self.held is not None:
+                nursery.start_soon(self._be_well)
+            if tree.journal is not None:
+                nursery.start_soon(self.checkpoints.serve)
+            await self.session.serve()
+            await server.idle()  # a save completes, and its command is told
+            await keeper.settled()
+            nursery.cancel_scope.cancel()
 
     def _outliving(self) -> dict[str, int]:
         """Return how the tree outlives this process, for its status."""
