@@ -36,6 +36,7 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     generations what both of them show                         │
     metrics     measures for Prometheus, printed; serving      │
     installing  what belongs in place; completions for shells  │
+    overview    --help of pkramctl on one screen               │
     booting     the boot without a mount                       │
     doctor      what is lacking here; checkup: on any host     │
     files       holes in files on a mount                      │

@@ -42,6 +42,7 @@ from pkramfs.cli import (
     maps,
     metrics,
     nodes,
+    overview,
     progress,
     render,
     report,
@@ -69,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> arguments.Parser:
     """Build the parser: common options, then a command with its own."""
-    made = arguments.Parser(prog=PROGRAM, description=_DESCRIPTION)
+    made = overview.Parser(prog=PROGRAM, description=_DESCRIPTION)
     _add_shared(made)
-    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=arguments.Parser)
     _command(commands, "status", status.act, "the machine, its kernel, mounts and nodes")
     _command(commands, "doctor", doctor.act, "what is lacking on this host, and the remedy")
     _command(commands, "nodes", nodes.act_nodes, "the preserved nodes, by name")
@@ -99,6 +100,7 @@ def parser() -> arguments.Parser:
     made_by = _command(commands, "install", installing.act, "put helper links, manual pages and completions in place")
     installing.add(made_by, _parsers)
     _command(commands, "boot", booting.act, "boot the machine, if no kernel is running")
+    overview.add(_command(commands, "help", overview.act, "all commands, a line for each"), made)
     _add_machine(_command(commands, "machine", None, "make, show and remove machines"))
     return made
 
