@@ -28,6 +28,7 @@ import stat
 import time
 from collections.abc import Container
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from pkramfs import schema, stdio
@@ -374,7 +375,8 @@ class Machine:
     def clear_away(self, keep: Container[int]) -> None:
         """Remove what dead processes left: files of mounts except those in `keep`, claims, temporary files."""
         try:
-            mounts.clear_away(self.path("mounts"), keep, self.log)
+            # who only happens to clear up need not hear that the log cannot be written
+            mounts.clear_away(self.path("mounts"), keep, partial(self.log, warn=False))
             claims.clear_away(self.path("claims"))
             for directory in (self.path(), self.path("mounts"), self.path("kexec")):
                 clear_temporary(directory)
