@@ -241,6 +241,8 @@ class SavedTree:
 
     def _unwritten(self, place: int) -> PageMap | None:
         table = self.parts.unwritten
+        if not len(table["inode"]):
+            return None
         low, high = np.searchsorted(table["inode"], np.array([place, place + 1], dtype=table["inode"].dtype))
         if low == high:
             return None
