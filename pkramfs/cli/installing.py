@@ -22,8 +22,10 @@ from pkramfs.units import plural
 
 _NEXT = """\
 next, for a tree that /etc/fstab mounts on /mnt:
-  none /mnt pkramfs pkram=NAME,x-systemd.requires=dev-dax0.0.device 0 0  (a file: x-systemd.requires-mounts-for=PATH)
-  systemctl enable --now pkramfs-preserve@mnt.service                    (systemd-escape -p gives the name of a path)"""
+  none /mnt pkramfs pkram=NAME,nofail,x-systemd.requires=dev-dax0.0.device 0 0
+                                                (where RAM is a file: x-systemd.requires-mounts-for=PATH)
+  systemctl enable --now pkramfs-preserve@mnt.service
+                                                (systemd-escape -p gives the name of another path)"""
 _PREFIX, _ETC, _SBIN = "/usr/local", "/etc", "/sbin"
 _PLACES = {".service": "systemd/system", ".socket": "systemd/system", ".timer": "systemd/system"}
 _PLACES |= {".mount": "systemd/system", ".target": "systemd/system", ".rules": "udev/rules.d"}

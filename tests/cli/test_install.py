@@ -58,6 +58,7 @@ def test_what_the_unit_does_at_shutdown(ctl: Any, tmp_path: Path) -> None:
     text = (tmp_path / UNIT).read_text()
     found = re.search(r"^ExecStop=/bin/sh -c '(.*)' %f$", text, re.MULTILINE)
     assert found is not None
+    assert re.search("^Before=local-fs.target .*umount.target$", text, re.MULTILINE), "services end before it"
     odd = tmp_path / "a b$(touch x);'"
     odd.mkdir()
     assert subprocess.run(["/bin/sh", "-c", found[1], str(odd)], cwd=tmp_path, check=False).returncode == 0

@@ -3,7 +3,7 @@
 
     --backend devdax|fsdax|devmem   where the machine's memory is
     --kernel SUITE, --to SUITE      from which Debian suite the two kernels come; they take turns
-    --kexecs N                      how many kexecs; odd ones by kexec(8) alone, even ones by pkram-kexec
+    --kexecs N                      how many kexecs; odd ones by pkram-kexec, even ones by kexec(8) alone
     --control NAME                  something goes wrong on purpose, and must be refused: nopkram, nomemmap, metadata,
                                     firmware
     --systemd                       with /etc/fstab, the unit of `pkramctl install`, and `systemctl kexec`
@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import IO
 
 from guests import image
-from guests.packages import SYSTEMD, Archive, missing
+from guests.packages import SYSTEMD, Archive, UnavailableError, missing
 
 MEMORY_MIB, SIZE_MIB, AT_MIB = 1536, 512, 512
+CANNOT = 77
 CONTROLS = ("nopkram", "nomemmap", "metadata", "firmware")
 _QUIET = "console=ttyS0 panic=-1 no_timer_check nowatchdog loglevel=4"
 _SYSTEMD = "pk.systemd=1 systemd.show_status=no systemd.log_target=console systemd.log_level=warning"
@@ -37,14 +38,19 @@ def main() -> int:
     args = parse()
     if lacking := missing():
         print(f"real-kexec: cannot run here: {', '.join(lacking)} is missing", file=sys.stderr)
-        return 77
+        return CANNOT
     began = time.monotonic()
     cache = Path(args.cache).absolute()
     cache.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="real-kexec-"))
     try:
-        userland = Archive(cache, args.userland).userland(*(SYSTEMD if args.systemd else ()))
-        first, second = (Archive(cache, suite).kernel(args.package) for suite in (args.kernel, args.to or args.kernel))
+        try:
+            userland = Archive(cache, args.userland).userland(*(SYSTEMD if args.systemd else ()))
+            suites = (args.kernel, args.to or args.kernel)
+            first, second = (Archive(cache, suite).kernel(args.package) for suite in suites)
+        except UnavailableError as error:
+            print(f"real-kexec: cannot run here: {error}", file=sys.stderr)
+            return CANNOT
         both = {kernel.version: kernel for kernel in (first, second)}
         kernels = {version: (kernel, image.initrd(kernel, userland, work)) for version, kernel in both.items()}
         made = image.disk(userland, list(kernels.values()), work)

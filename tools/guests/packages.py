@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tarfile
 from pathlib import Path
 
 SYSTEMD = ("systemd", "systemd-sysv", "udev", "kmod")
@@ -23,6 +22,10 @@ APT::Architecture "amd64"; APT::Architectures {{ "amd64"; }}; APT::Install-Recom
 Acquire::Languages "none"; Debug::NoLocking "true"; Acquire::Retries "3";
 """
 _LEFT_OUT = ("./usr/share/doc/", "./usr/share/man/", "./usr/share/locale/", "./dev/")
+
+
+class UnavailableError(Exception):
+    """Something that a guest is made of cannot be fetched or unpacked here."""
 
 
 class Kernel:
@@ -128,7 +131,7 @@ def _mirror() -> str:
     for line in _run(["apt-get", "indextargets", "--format", "$(REPO_URI)"]).splitlines():
         if line.rstrip("/").endswith("/debian"):
             return line
-    return "http://deb.debian.org/debian/"
+    raise UnavailableError("apt of this host knows no archive of Debian's")
 
 
 def _unpack(deb: Path, root: Path) -> None:
@@ -143,7 +146,7 @@ def _unpack(deb: Path, root: Path) -> None:
             stdin=packed.stdout,
         )
     if packed.returncode:
-        raise tarfile.ReadError(f"{deb} cannot be unpacked")
+        raise UnavailableError(f"{deb} cannot be unpacked")
 
 
 def _python(root: Path) -> str:
@@ -180,7 +183,7 @@ def compile_in(root: Path, place: str) -> None:
 
 
 def _run(command: list[str], *, cwd: Path | None = None, check: bool = True, stdin: object = None, **env: str) -> str:
-    """Run a command and return its output; raise CalledProcessError, with what it said, if it fails."""
+    """Run a command and return its output; raise UnavailableError, with what it said, if it fails."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     done = subprocess.run(
         command,
@@ -192,5 +195,5 @@ def _run(command: list[str], *, cwd: Path | None = None, check: bool = True, std
         check=False,
     )
     if check and done.returncode:
-        raise SystemExit(f"real-kexec: {' '.join(command[:4])} failed: {done.stderr.strip()[-500:]}")
+        raise UnavailableError(f"{' '.join(command[:4])} failed: {done.stderr.strip()[-500:]}")
     return done.stdout

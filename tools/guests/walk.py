@@ -150,7 +150,7 @@ def next_line(what: str, *, pkram: bool = True) -> str:
 
 
 def kexec(what: str) -> None:
-    """Steps 4 and 5. Every other time by kexec(8) alone, as the announcement does."""
+    """Steps 4 and 5: by pkram-kexec, and every other time by kexec(8) alone, as the announcement does."""
     to = WORDS["pk.to"] if STAGE % 2 == 0 else WORDS["pk.from"]
     line = next_line(what, pkram=CONTROL != "nopkram")
     files = f"/boot/vmlinuz-{to} --initrd=/boot/initrd-{to}"
