@@ -31,6 +31,7 @@ from pkramfs.fs.limits import xattr_space
 from pkramfs.fs.protection import KNOWN, refuse_change, refuse_size, refuse_times
 from pkramfs.fs.rules import MAX_SIZE, WRITING, XATTR_NAME_MAX, XATTR_SIZE_MAX
 from pkramfs.fs.truncation import Truncation
+from pkramfs.journal.log import LESS
 
 XATTR_CREATE, XATTR_REPLACE = 1, 2
 CAPABILITY = b"security.capability"
@@ -64,7 +65,9 @@ class Attributes(Truncation):
             return self.set_times(number, atime, mtime, ctime)
         else:
             refuse_change(inode)
-        self._change(inode)
+        if mode is not None and inode.xattrs is not None and acl.ACCESS in inode.xattrs:
+            self._expect_records(len(inode.xattrs[acl.ACCESS]))
+        self._change(inode, room=LESS)
         now = clock.now()
         if size is not None:
             if size != inode.size:
@@ -92,7 +95,7 @@ class Attributes(Truncation):
             refuse_times(inode, given=atime is not None and not touch, written=atime is None and inode.writers > 0)
         if same:
             return inode
-        self._change(inode)
+        self._change(inode, room=LESS)
         if atime is not None:
             inode.atime = clock.clamp(atime)
         if mtime is not None:
@@ -195,7 +198,7 @@ class Attributes(Truncation):
             return
         if inode.xattrs is None or name not in inode.xattrs:
             raise fail(errno.ENODATA)
-        self._change(inode)
+        self._change(inode, room=LESS)
         self.put_xattr(inode, name, None)
         inode.ctime = clock.now()
 

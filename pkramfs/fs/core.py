@@ -50,7 +50,7 @@ from pkramfs.fs.pagecache import END, PageMap
 from pkramfs.fs.preservation import Preservation
 from pkramfs.fs.protection import NOATIME
 from pkramfs.fs.rules import EMPTY_DIRECTORY_SIZE, INO_MASK, ROOT_INO, WRITING
-from pkramfs.journal.log import REQUEST
+from pkramfs.journal.log import GROWTH
 from pkramfs.spans import Spans
 
 if TYPE_CHECKING:
@@ -101,11 +101,14 @@ class Core:
 
     # -- the gate -------------------------------------------------------------------------------
 
-    def _change(self, *inodes: Inode) -> None:
-        """Let a change pass that is about these inodes' attributes, or refuse it; see the module's page."""
+    def _change(self, *inodes: Inode, room: int = GROWTH) -> None:
+        """Let a change pass that is about these inodes' attributes, or refuse it; see the module's page.
+
+        What takes no memory says `room=LESS`: it may use the last of the journal.
+        """
         journal = self.journal
         if journal is not None and not self.preservation.frozen:
-            journal.ensure()
+            journal.ensure(room)
             for inode in inodes:
                 journal.touch(inode)
         if self.preservation.guarded:
@@ -114,7 +117,7 @@ class Core:
     def _expect_records(self, size: int) -> None:
         """Raise ENOSPC unless the journal has room for a change whose records take so many bytes, and the usual."""
         if self.journal is not None:
-            self.journal.ensure(REQUEST + size)
+            self.journal.ensure(GROWTH + size)
 
     def _touch(self, inode: Inode) -> None:
         """Note that attributes of an inode change; the gate was passed."""

@@ -34,6 +34,7 @@ from pkramfs.fs.pagecache import END, PageMap, Run
 from pkramfs.fs.protection import refuse_open, refuse_space
 from pkramfs.fs.records import RUN_BYTES
 from pkramfs.fs.rules import DIRECT, INO_MASK, MAX_SIZE, UNNOTED, WRITING
+from pkramfs.journal.log import LESS
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
@@ -81,7 +82,7 @@ class Data(Filling):
 
     def _truncate_on_open(self, inode: Inode, caller: Caller) -> None:
         """Truncate a file for O_TRUNC, which unlike truncate(2) sets the times even of an empty file."""
-        self._change(inode)
+        self._change(inode, room=LESS)
         if inode.size:
             self._resize(inode, 0)
         self.losses.cut(inode.ino, 0)
@@ -251,7 +252,7 @@ class Data(Filling):
             if pages.backed is not None and runs and not self._backed(pages, first, last):
                 raise fail(errno.ENOSPC)
             if len(runs) == 1 and runs[0][2] == last - first:
-                self._change()
+                self._change(room=LESS)
                 return runs, self.ram.overwrite, False
         made = self._fill_holes(inode, first, last, end, back=bool(runs))
         store = self.ram.fill if made else self.ram.overwrite
@@ -294,7 +295,7 @@ class Data(Filling):
         inode = self.file_range(number, offset, size)
         refuse_space(inode, punch=True)
         end = offset + size
-        self._change()
+        self._change(room=LESS)
         self._make_hole(inode, offset, end)
         self.losses.written(inode.ino, offset, end, inode.size)
         if stamp:

@@ -31,6 +31,7 @@ from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.pagecache import PageMap, Run
 from pkramfs.fs.records import RUN_BYTES
+from pkramfs.journal.log import LESS
 from pkramfs.units import BLOCK_ORDER, BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, pages, round_down, round_up
 
 Hole = tuple[int, int]
@@ -165,9 +166,9 @@ class Filling(Attributes):
         while self.tails:
             inode = self.inodes[self.tails.pop()]
             if inode.pages is not None:
-                self._change()
+                self._change(room=LESS)
                 self._free_pages(inode, inode.pages, pages(inode.size))
-        self.commit()  # what is given back is wanted at once
+            self.commit()  # what is given back is wanted at once
 
 
 def _total(runs: list[tuple[int, int]]) -> int:

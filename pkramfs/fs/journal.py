@@ -12,6 +12,8 @@ Attributes are not told one by one: the gate (core) names the inodes that a chan
 they have become. Data that are written over data need no record, since they are in their frames; nor do reading,
 look-ups and access times.
 
+Where RAM is so full that the log gets no frames, how files are open is told later: who only reads needs no room.
+
 A tree without a name cannot be found again and has no journal; then `tree.journal` is None.
 
 Kernel: fs/jbd2/transaction.c (jbd2_journal_get_write_access … stop); the deferred frees are ext4_free_data
@@ -22,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from pkramfs.errors import ExhaustedError
 from pkramfs.fs.records import (
     UNNAMED,
     UNPRIVILEGED,
@@ -37,7 +40,7 @@ from pkramfs.fs.records import (
     pack_unset,
     pack_xattr,
 )
-from pkramfs.journal.log import REQUEST
+from pkramfs.journal.log import GROWTH, LESS
 from pkramfs.spans import Spans
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
 
 REQUESTS, SIZE = 1 << 16, 64 << 20
 """How many requests, or bytes of log, make a checkpoint due."""
+_FEW = 4
+"""Records that surely fit where there is room for a request."""
 
 
 class Owner(Protocol):
@@ -71,6 +76,7 @@ class Journal:
         self.log, self.pages = log, pages or Spans()
         self._tree, self._frames = tree, tree.frames
         self._records: list[bytes] = []
+        self._size = self._sized = 0  # the bytes of the first `_sized` records
         self._dirty: dict[int, Inode] = {}
         self._fresh: set[int] = set()
         self._opened: dict[int, Inode] = {}
@@ -89,8 +95,12 @@ class Journal:
 
     # -- what a request changes -----------------------------------------------------------------
 
-    def ensure(self, size: int = REQUEST) -> None:
-        """Have room for the records of a request; raise ENOSPC if there is none."""
+    def ensure(self, size: int = GROWTH) -> None:
+        """Have room for so many bytes of records beside those that are noted already; raise ENOSPC if there is none."""
+        if self._records:
+            self._size += sum(map(len, self._records[self._sized :]))
+            self._sized = len(self._records)
+            size += self._size
         if self.log.left < size:
             self.log.ensure(size)
 
@@ -171,23 +181,36 @@ class Journal:
             self._settle()
 
     def _write(self, asker: int) -> None:
+        log = self.log
         parts = [pack_inode(inode, self._marks(inode)) for inode in self._dirty.values()]
         parts += self._records
-        if self._opened:
-            parts += [pack_opened(inode, self._marks(inode)) for inode in self._opened.values()]
-        if self._losing:
-            parts += [self._lost(ino) for ino in self._losing]
-        log = self.log
+        told = False
+        if self._opened or self._losing:
+            more = [pack_opened(inode, self._marks(inode)) for inode in self._opened.values()]
+            more += [self._lost(ino) for ino in self._losing]
+            told = (log.left > GROWTH and len(more) < _FEW) or self._has_room(parts, more)
+            parts += more if told else []
+            if not parts:
+                return
         log.write(parts, asker)
         log.commit()
         self.requests += 1
         if self.requests == self.limit or (log.size > SIZE and not self.requests & 1023):
             self.due()
-        self._dirty, self._records, self._opened = {}, [], {}
+        if told:
+            self._opened, self._losing = {}, set()
+        self._dirty, self._records = {}, []
+        self._size = self._sized = 0
         if self._fresh:
             self._fresh = set()
-        if self._losing:
-            self._losing = set()
+
+    def _has_room(self, parts: list[bytes], more: list[bytes]) -> bool:
+        """Return False if `more` must wait: it would use the last room, which is for what changes the tree."""
+        try:
+            self.log.ensure(LESS + sum(map(len, parts)) + sum(map(len, more)))
+        except ExhaustedError:
+            return False
+        return True
 
     def _scarce(self) -> None:
         """Ask for a checkpoint before frames are out: it gives back the segments."""

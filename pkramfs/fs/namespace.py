@@ -31,6 +31,7 @@ from pkramfs.fs.inode import ROOT, Caller, Inode
 from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE
 from pkramfs.fs.protection import INHERITED, refuse_change, refuse_entry, refuse_removal
 from pkramfs.fs.rules import ENTRY_SIZE, NAME_MAX, TARGET_MAX, UNNOTED
+from pkramfs.journal.log import LESS
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 
@@ -211,6 +212,7 @@ class Namespace(Core):
             inode = self._allocate_inode(mode if link else mode & ~caller.umask, caller.uid, gid)
             inode.flags = folder.flags & INHERITED
             return inode
+        self._expect_records(2 * len(default))
         mode, inherited = acl.inherit(default, mode)
         inode = self._allocate_inode(mode, caller.uid, gid)
         inode.flags = folder.flags & INHERITED
@@ -241,7 +243,7 @@ class Namespace(Core):
             raise fail(errno.EISDIR)
         if folder.flags | inode.flags:
             refuse_removal(folder, inode)
-        self._change(folder, inode)
+        self._change(folder, inode, room=LESS)
         self._leave(folder, name)
         self._drop_name(inode, folder, name, folder.ctime)
 
@@ -258,7 +260,7 @@ class Namespace(Core):
         if inode.entries.entries:
             raise fail(errno.ENOTEMPTY)
         refuse_removal(folder, inode)
-        self._change(folder, inode)
+        self._change(folder, inode, room=LESS)
         self._leave(folder, name)
         folder.nlink -= 1
         self._drop_name(inode, folder, name, folder.ctime)

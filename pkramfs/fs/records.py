@@ -63,7 +63,7 @@ _PIECE = Struct("<Q64s")
 
 RUN_BYTES = _RUN.size
 """Bytes of a record of a run; one of a range is shorter."""
-LOST_MOST = 1000
+LOST_MOST = 60
 """2 MiB pieces of a file in which lost pages are told one by one; of a file with more everything counts as lost."""
 
 

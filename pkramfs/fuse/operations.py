@@ -48,7 +48,7 @@ from pkramfs.units import PAGE_SIZE
 log = logging.getLogger(__name__)
 
 _FORGET_SECONDS = 0.1
-_ENOUGH = 1 << 60
+_ENOUGH, _FORGET_MANY = 1 << 60, 64
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 
 
@@ -128,9 +128,11 @@ class Operations(pyfuse3.Operations):
 
     def forgotten(self, inodes: Sequence[tuple[int, int]]) -> None:
         """Take back references that the kernel has given up: pairs of an inode number and how many."""
-        for number, count in inodes:
+        for at, (number, count) in enumerate(inodes, 1):
             try:
                 self.tree.forget(number, count)
+                if at % _FORGET_MANY == 0:
+                    self.tree.commit()  # it has room for some, and frees memory for others
             except Exception:  # nobody waits for an answer; the others must be forgotten too
                 log.exception("forget(%d, %d) failed", number, count)
         if self._forgot is not None:

@@ -56,8 +56,12 @@ SEGMENT_PAGES = 64
 _LEAST_PAGES = 8
 _GROWING = 1 << 20
 """Bytes by which is noted how far a file grows: seldom where it grows often."""
-REQUEST = 16 << 10
-"""Bytes that any request may need that has not said how many: names, targets, and a few inodes."""
+LESS, GROWTH = 6 << 10, 28 << 10
+"""Bytes that must be left for a request that takes no memory, and for any other that has not said how many.
+
+A request has names, targets and a few inodes: some 6 KiB, at most 16. The rest is for those that are not asked:
+closing, forgetting, data that are lost, and for deletions, which is how a full machine stops to be full.
+"""
 
 
 class Log:
@@ -117,7 +121,7 @@ class Log:
 
     # -- appending ------------------------------------------------------------------------------
 
-    def ensure(self, size: int = REQUEST) -> None:
+    def ensure(self, size: int = GROWTH) -> None:
         """Take frames now for a request that appends so many bytes; raise ExhaustedError (ENOSPC) if there are none."""
         if self.left >= size or (self._spare is not None and _room(self._spare) >= size):
             return
@@ -149,7 +153,20 @@ class Log:
             self._write_pieces(parts, asker)
 
     def _write_pieces(self, parts: list[bytes], asker: int) -> None:
-        """Store records that no segment holds together: as many in each chunk as fit."""
+        """Store records that no segment holds together: as many in each chunk as fit; all of them or none."""
+        position, left, used = self.position, self.left, len(self.segments)
+        try:
+            self._write_some(parts, asker)
+        except BaseException:
+            gone = self.segments[used:]
+            self.position, self.left, self.segments = position, left, self.segments[:used]
+            if gone:
+                link_segment(self.ram, self.segments[-1].pfn, 0)
+                self.size -= sum(one.pages for one in gone) << PAGE_SHIFT
+                _free(self.frames, [(one.pfn, one.pages) for one in gone])
+            raise
+
+    def _write_some(self, parts: list[bytes], asker: int) -> None:
         some, size = list[bytes](), CHUNK.size
         for part in parts:
             if size + len(part) > self.left:
@@ -199,7 +216,8 @@ class Log:
     def _next_room(self, length: int) -> int:
         """Return the bytes that the next segment has for a chunk, after trying to have enough."""
         if length <= MOST >> 1:
-            self.ensure(max(length, self.left + 1))
+            with contextlib.suppress(ExhaustedError):
+                self.ensure(max(length, self.left + 1))
         return 0 if self._spare is None else _room(self._spare)
 
     def _switch(self) -> None:
