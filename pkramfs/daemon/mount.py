@@ -330,7 +330,7 @@ class Daemon:
         """Have the kernel send again what was not answered; find out what it has forgotten meanwhile."""
         assert self.session.filter is not None and self.tree.journal is not None
         assert self.tell is not None
-        self.session.filter.resume(self.tree.journal.asker, suspect=suspect, well=self.tell)
+        self.session.filter.resume(self.tree.journal.done, suspect=suspect, well=self.tell)
         resume(self.session.operations)
 
     async def _announce(self) -> None:

@@ -89,8 +89,8 @@ class Journal:
         self.due: Callable[[], object] = _nobody
         """Called when a new checkpoint is due: after `limit` requests, or when the log finds no more frames."""
         log.scarce = self._scarce
-        self.asker = 0
-        """The number of the request that was done last before this process took over."""
+        self.done: dict[int, int] = {}
+        """The requests that were done last before this process took over, by number, and what inode each has made."""
         tree.losses.changed = self.lose
 
     # -- what a request changes -----------------------------------------------------------------

@@ -20,6 +20,7 @@ from collections.abc import Generator
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from pkramfs.errors import ExhaustedError
 from pkramfs.fs.journal import Journal
 from pkramfs.fs.picture import Picture, Progress, take
 from pkramfs.fs.replay import Replay
@@ -102,13 +103,16 @@ def recover(
         tree.clear_behind(tree.inode(log.live.growing), log.live.grown)
     resumed.note_zeroed()  # before anything else is written there
     tree.journal = Journal(tree, resumed, rebuilt.metadata)
-    tree.journal.requests, tree.journal.asker = rebuilt.replay.requests, rebuilt.replay.asker
+    tree.journal.requests, tree.journal.done = rebuilt.replay.requests, rebuilt.replay.done
     if node is not None:
         tree.preservation.restore(partial(store.withdraw, node.name), kept)
     for inode in tree.inodes.values():
         if inode.opens:
             tree.journal.opened(inode)
     if taken is None:
+        with contextlib.suppress(ExhaustedError):
+            resumed.write([])  # another connection begins
+            resumed.commit()
         _close_all(tree)
     return tree
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from pkramfs.journal.reader import Chunk
 
 _SIZED, _DEVICES = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK), 1 << 32
+_DONE = 4096
+"""How many are remembered: more than can be unanswered at once."""
 _LAST_PAGE = (MAX_SIZE >> PAGE_SHIFT) + 1
 
 
@@ -41,8 +43,9 @@ class Replay:
     def __init__(self, tree: Tree, zeroed: int) -> None:
         self.tree, self._zeroed, self._at = tree, zeroed, 0
         self.requests = self.records = 0
-        self.asker = 0
-        """Who asked for what was done last."""
+        self.done: dict[int, int] = {}
+        """The last requests of this connection that were done, by number, and the inode that each has made or 0."""
+        self._made = 0
         self._to_clear: list[tuple[Inode, int, int]] = []
         self._names = dict[int, tuple[Inode, bytes]]()
         """Where each inode was named last, as long as it has no name."""
@@ -61,8 +64,20 @@ class Replay:
                     self._inode(values)
                 else:
                     apply[kind](*values)
-            self.requests += chunk.last
-            self.asker = chunk.asker
+            if chunk.last:
+                self.requests += 1
+                self._note(chunk)
+
+    def _note(self, chunk: Chunk) -> None:
+        """Note that a request was done. An empty chunk says that another connection begins, which counts anew."""
+        if not chunk.body:
+            self.done.clear()
+        elif chunk.asker:
+            self.done.pop(chunk.asker, None)
+            self.done[chunk.asker] = self._made
+            if len(self.done) > _DONE:
+                del self.done[next(iter(self.done))]
+        self._made = 0
 
     def clear(self) -> None:
         """Clear what the last request had cut, if its daemon did not come to it."""
@@ -122,6 +137,7 @@ class Replay:
         tree = self.tree
         lowest = tree.next_ino
         self._require(lowest <= a.ino <= INO_MASK, "ino", a.ino, f"at least {lowest}, or an inode that is there")
+        self._made = a.ino
         inode = Inode(a.ino, a.mode, a.uid, a.gid, a.atime, a.mtime, a.ctime)
         tree.inodes[a.ino] = inode
         tree.next_ino = a.ino + 1

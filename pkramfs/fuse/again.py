@@ -44,7 +44,7 @@ class Again:
 
     def __init__(self, requests: Requests) -> None:
         self._operations, self._tree = requests.operations, requests.tree
-        self._table: dict[int, Callable[[Header, memoryview], Any]] = {
+        self._table: dict[int, Callable[[Header, memoryview, int], Any]] = {
             **dict.fromkeys(_DONE, self._done),
             **dict.fromkeys(_NAME_AT, self._made),
             Op.CREATE: self._created,
@@ -52,29 +52,35 @@ class Again:
             Op.OPEN: self._opened,
         }
 
-    def answer(self, header: Header, body: memoryview) -> Any:
-        """Return the body of the reply to a request that was done; None for one that may be done twice."""
+    def answer(self, header: Header, body: memoryview, made: int) -> Any:
+        """Return the body of the reply to a request that was done and has made an inode, or 0; None for one that may
+        be done twice."""
         method = self._table.get(header[1])
-        return None if method is None else method(header, body)
+        return None if method is None else method(header, body, made)
 
-    def _done(self, header: Header, body: memoryview) -> Any:
+    def _done(self, header: Header, body: memoryview, made: int) -> Any:
         return b""
 
-    def _made(self, header: Header, body: memoryview) -> Any:
-        inode = self._tree.lookup(header[3], first_name(body, _NAME_AT[Op(header[1])]))
+    def _made(self, header: Header, body: memoryview, made: int) -> Any:
+        inode = self._inode(made) or self._tree.lookup(header[3], first_name(body, _NAME_AT[Op(header[1])]))
         return None if inode is None else self._operations.named(inode)
 
-    def _created(self, header: Header, body: memoryview) -> Any:
-        inode = self._tree.lookup(header[3], first_name(body, wire.CREATE.size))
+    def _created(self, header: Header, body: memoryview, made: int) -> Any:
+        inode = self._inode(made) or self._tree.lookup(header[3], first_name(body, wire.CREATE.size))
         return None if inode is None else self._entry_and_handle(inode, body)
 
-    def _unnamed(self, header: Header, body: memoryview) -> Any:
-        return self._entry_and_handle(self._tree.inode(self._tree.next_ino - 1), body)
+    def _unnamed(self, header: Header, body: memoryview, made: int) -> Any:
+        inode = self._inode(made)
+        return None if inode is None else self._entry_and_handle(inode, body)
+
+    def _inode(self, made: int) -> Inode | None:
+        """Return the inode that a request has made, if it has."""
+        return self._tree.inodes.get(made)
 
     def _entry_and_handle(self, inode: Inode, body: memoryview) -> Any:
         flags, *_ = wire.CREATE.unpack_from(body)
         entry: Any = self._operations.named(inode)
         return entry + self._operations.translate.opened(handle_for(inode.ino, flags))
 
-    def _opened(self, header: Header, body: memoryview) -> Any:
+    def _opened(self, header: Header, body: memoryview, made: int) -> Any:
         return self._operations.translate.opened(handle_for(header[3], wire.OPEN.unpack_from(body)[0]))

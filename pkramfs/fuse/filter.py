@@ -154,15 +154,16 @@ class Filter:
 
     # -- after another daemon --------------------------------------------------------------------
 
-    def resume(self, done: int, *, suspect: bool, well: Callable[[], object]) -> None:
+    def resume(self, done: dict[int, int], *, suspect: bool, well: Callable[[], object]) -> None:
         """Have the kernel send again what another daemon has read and not answered.
 
-        The request with number `done` was done, and is answered from what has become of it. All others were not;
-        if they are `suspect` they are refused, because one may be what the others died of. `well` is called when they
+        The requests in `done` were done (see Journal), and are answered from what has become of them. One of them is
+        unanswered, or several where who took over died, too: each does others first. All others were not done; if they are `suspect` they are refused, because one may be what the others died of. `well` is called when they
         are behind us.
         """
         self._well: Callable[[], object] | None = well
-        self._done, self._suspect, self._again = done & ~RESENT, suspect, Again(self._requests)
+        self._done = {number | RESENT: made for number, made in done.items()}
+        self._suspect, self._again = suspect, Again(self._requests)
         self.answer = self._answer_again  # type: ignore[method-assign]
         try:
             os.write(self.fd, wire.RESEND)
@@ -173,7 +174,7 @@ class Filter:
     def _answer_again(self, header: Header, body: memoryview) -> None:
         """Serve a request that may have been sent before."""
         number = header[2]
-        found = self._again.answer(header, body) if number == self._done | RESENT else None
+        found = self._again.answer(header, body, self._done[number]) if number in self._done else None
         if found is not None:
             self._reply(number, found)
         elif number & RESENT and self._suspect:

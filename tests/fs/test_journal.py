@@ -142,3 +142,24 @@ def test_what_was_cut_is_cleared_once(memory: Memory, monkeypatch: pytest.Monkey
         assert contents(again) == {ino: b"y" * 4096}
         with second.copy() as third:
             assert contents(third.recover(live(tree))) == {ino: b"y" * 4096}
+
+
+def test_who_asked_is_remembered_as_long_as_the_connection(memory: Memory) -> None:
+    """Of several requests that were done and not answered each is known, and the inode that it has made."""
+    tree = memory.tree()
+    ino = tree.create(1, b"first", 0o644).ino
+    tree.commit(10)
+    tree.unlink(1, b"first")
+    tree.commit(12)
+    tree.forget(ino)
+    tree.commit()
+    assert memory.rebuild(live(tree)).replay.done == {10: ino, 12: 0}
+    with memory.copy() as second:
+        again = second.recover(live(tree))
+        assert again.journal is not None and again.journal.done == {10: ino, 12: 0}
+        other = again.tmpfile(1, 0o600).ino
+        again.commit(14 | 1 << 63)
+        with second.copy() as third:
+            assert third.rebuild(live(tree)).replay.done == {10: ino, 12: 0, 14 | 1 << 63: other}
+            third.recover(live(tree), taken=None)  # a new mount, whose numbers begin anew
+            assert third.rebuild(live(tree)).replay.done == {}
