@@ -125,6 +125,7 @@ class Filter:
         except OSError as error:
             code = error.errno or errno.EIO
             if code == errno.ENOSPC and self.operations.may_forget():
+                self._committed(0)  # what it has changed and cut, before others write there
                 self._later(self._when_there_is_room, header, bytes(body))
                 return
         except FUSEError as error:
@@ -158,7 +159,8 @@ class Filter:
         """Have the kernel send again what another daemon has read and not answered.
 
         The requests in `done` were done (see Journal), and are answered from what has become of them. One of them is
-        unanswered, or several where who took over died, too: each does others first. All others were not done; if they are `suspect` they are refused, because one may be what the others died of. `well` is called when they
+        unanswered, or several where who took over died, too: each does others first. All others were not done; if
+        they are `suspect` they are refused, because one may be what the others died of. `well` is called when they
         are behind us.
         """
         self._well: Callable[[], object] | None = well
