@@ -16,6 +16,7 @@ this memory.
     -------------------------------------------------------------------------------------------
     in order (0)                ends
     before it serves            ends with the same status: the command says why
+    of a signal we passed on    ends, as with FINAL: it was told to end and did not serve yet
     FINAL                       ends: no other daemon would do better. Programs get ENOTCONN, the tree stays in RAM
     HANDED_OVER                 becomes the code on disk (execve), and starts another daemon
     otherwise                   starts another: at once, then after longer and longer (PAUSES)
@@ -100,7 +101,7 @@ class Holder:
             signal.signal(number, lambda number, _: self._forward(number))
         self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self.held: Held | None = None
-        self._child = 0
+        self._child = self._passed = 0
         self._well = True
         self._deaths: deque[float] = deque(maxlen=DEATHS + 1)
 
@@ -200,6 +201,7 @@ class Holder:
         """Pass a signal on to the daemon; without one, end, and leave the tree to who mounts it again."""
         if not self._child:
             os._exit(128 + number)
+        self._passed = number
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._child, number)
 
@@ -222,7 +224,7 @@ class Holder:
         self.held = self.held._replace(suspect=self._recent() >= POISON_DEATHS)
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
         often = self._recent() > DEATHS
-        hopeless = code == FINAL or often or (code < 0 and serving.panics(self._job, -code))
+        hopeless = code in (FINAL, -self._passed) or often or (code < 0 and serving.panics(self._job, -code))
         why = f": {DEATHS + 1} deaths in {WITHIN:g} s are too many" if often else ""
         then = f", and none takes over{why}: mount it again" if hopeless else ", another takes over"
         self._log(f"pkramfs: the daemon of {self.held.facts['name']} {how}{then}")

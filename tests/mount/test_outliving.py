@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What programs keep when daemons die, and how holder, daemon and mount end in any order."""
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pkramfs.fuse.wire import Op
+from pkramfs.kernel.running import look
+from tests.support.mortal import Held, held
+from tests.support.places import ROOT
+
+pytestmark = pytest.mark.mount
+UMOUNT = ["umount"] if ROOT else ["fusermount3", "-u"]
+LAZY = ["umount", "-l"] if ROOT else ["fusermount3", "-uz"]
+
+SLOW = """
+import time
+from pkramfs.daemon import mount
+def slowly(*args, work=mount.recover):
+    open(orders + ".begun", "w").close()
+    while not os.path.exists(orders + ".go"):
+        yield time.sleep(0.001)
+    return (yield from work(*args))
+mount.recover = slowly
+"""
+"""A daemon that recovers only when a file appears."""
+POISON = """
+from pkramfs.fs.tree import Tree
+def mkdir(self, parent, name, *args, work=Tree.mkdir):
+    if name == b"poison":
+        os._exit(3)
+    return work(self, parent, name, *args)
+Tree.mkdir = mkdir
+"""
+LOCKER = """
+import fcntl, sys
+with open(sys.argv[1], "rb+") as file:
+    for lock in (fcntl.flock, fcntl.lockf):
+        try:
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print("held", end=" ")
+"""
+
+
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def kill(mount: Held) -> None:
+    """Kill the daemon, and wait for the next."""
+    entry = mount.lab.entry(mount.directory)
+    os.kill(entry.pid, signal.SIGKILL)
+    os.statvfs(mount.directory)
+    until(lambda: mount.pid != entry.pid)
+
+
+def test_programs_keep_what_they_have(lab: Any) -> None:
+    """Files open, deleted, mapped, locked; a working directory that is gone; a pipe and an append."""
+    with held(lab) as mount:
+        at = mount.directory
+        (at / "gone").mkdir()
+        (at / "locked").write_bytes(b"l")
+        with (
+            open(at / "deleted", "wb+", buffering=0) as deleted,
+            open(at / "mapped", "wb+", buffering=0) as mapped,
+            open(at / "log", "ab", buffering=0) as log,
+            open(at / "locked", "rb+") as locked,
+            subprocess.Popen(["sleep", "60"], cwd=at / "gone") as inside,
+        ):
+            try:
+                deleted.write(b"x" * 100_000)
+                (at / "deleted").unlink()
+                mapped.truncate(40_000)
+                view = mmap.mmap(mapped.fileno(), 40_000)
+                fcntl.flock(locked, fcntl.LOCK_EX)
+                fcntl.lockf(locked, fcntl.LOCK_EX)
+                (at / "gone").rmdir()
+                for number in range(4):
+                    view[number * 9000 : number * 9000 + 5] = b"%05d" % number
+                    log.write(b"%05d\n" % number)
+                    deleted.seek(number * 20_000)
+                    deleted.write(b"%05d" % number)
+                    kill(mount)
+                    assert os.pread(deleted.fileno(), 5, number * 20_000) == b"%05d" % number
+                    assert os.fstat(deleted.fileno()).st_nlink == 0
+                    assert view[number * 9000 : number * 9000 + 5] == b"%05d" % number
+                    assert os.listdir(f"/proc/{inside.pid}/cwd") == []
+                    words = [sys.executable, "-c", LOCKER, str(at / "locked")]
+                    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "held held "
+                view.flush()
+                view.close()
+                assert (at / "log").read_bytes() == b"".join(b"%05d\n" % number for number in range(4))
+                status = lab.status(at)
+                assert status["files"] == 3 + 1, status
+            finally:
+                inside.kill()
+        until(lambda: lab.status(at)["files"] == 3)  # the deleted one is freed, and its name
+        expected = {name: (at / name).read_bytes() for name in ("mapped", "log", "locked")}
+        lab.remount(at, "preserve,ro")
+    again = lab.mount("one")
+    assert {name: (again / name).read_bytes() for name in os.listdir(again)} == expected
+    assert lab.run("ctl", "verify").returncode == 0
+
+
+def test_who_takes_over_dies_too(lab: Any) -> None:
+    """Before it asks for what was not answered, after that, and while it serves it."""
+    with held(lab) as mount:
+        at = mount.directory
+        (at / "file").write_bytes(b"x")
+        mount.die((Op.UNLINK, "after"), (0, "resume"), (0, "resent"), (0, "resume"))
+        (at / "file").unlink()
+        assert mount.died
+        assert os.listdir(at) == []
+
+
+def test_what_kills_every_daemon_is_refused(lab: Any) -> None:
+    with held(lab, extra=POISON) as mount:
+        at = mount.directory
+        (at / "before").touch()
+        with pytest.raises(OSError, match="Input/output") as caught:
+            (at / "poison").mkdir()
+        assert caught.value.errno == errno.EIO
+        (at / "after").mkdir()
+        assert sorted(os.listdir(at)) == ["after", "before"]
+
+
+@pytest.mark.parametrize("first", ["holder", "daemon", "holder alone"])
+def test_both_die_and_the_name_is_mounted_again(lab: Any, first: str) -> None:
+    """Everything is there but what the kernel had not sent, and files without a name."""
+    mount = Held(lab, lab.dir("one"))
+    at, leased = mount.directory, lab.leased()
+    (at / "sub").mkdir()
+    (at / "sub" / "file").write_bytes(b"x" * 100_000)
+    os.sync()
+    entry = lab.entry(at)
+    pids = [entry.holder, entry.pid] if first != "daemon" else [entry.pid, entry.holder]
+    assert entry.holder == mount.process.pid
+    if first == "daemon":
+        os.kill(entry.holder, signal.SIGSTOP)
+    for pid in pids[:1] if first == "holder alone" else pids:
+        os.kill(pid, signal.SIGKILL)
+    mount.process.wait(20)
+    if first == "holder alone":
+        assert (at / "sub" / "file").read_bytes() == b"x" * 100_000  # the daemon goes on, without a holder
+        (at / "more").touch()
+        os.kill(entry.pid, signal.SIGKILL)
+    lab.gone(entry)
+    with pytest.raises(OSError, match="not connected"):
+        os.listdir(at)
+    assert lab.leased() >= leased
+    lab.mount("one")
+    assert (at / "sub" / "file").read_bytes() == b"x" * 100_000
+    assert lab.run("ctl", "verify").returncode == 0
+    assert sorted(os.listdir(at)) == ["more", "sub"] if first == "holder alone" else ["sub"]
+
+
+def test_a_takeover_that_fails_frees_nothing(lab: Any) -> None:
+    """The log is damaged: programs get ENOTCONN. Once it is whole the name can be mounted."""
+    mount = Held(lab, lab.dir("one"))
+    at = mount.directory
+    (at / "file").write_bytes(b"x" * 100_000)
+    os.sync()
+    entry, leased, ram = lab.entry(at), lab.leased(), look(lab.machine).ram
+    os.kill(entry.holder, signal.SIGSTOP)
+    os.kill(entry.pid, signal.SIGKILL)
+    ram.page(entry.journal)[200] ^= 1
+    os.kill(entry.holder, signal.SIGCONT)
+    assert mount.process.wait(20) == 1
+    with pytest.raises(OSError, match="not connected"):
+        os.listdir(at)
+    assert lab.leased() == leased
+    assert "checksum" in lab.helper(at, "pkram=one").stderr
+    assert lab.leased() == leased
+    ram.page(entry.journal)[200] ^= 1
+    lab.mount("one")
+    assert (at / "file").read_bytes() == b"x" * 100_000
+
+
+@pytest.mark.parametrize("how", ["umount", "lazy", "SIGTERM", "another mount"])
+def test_during_a_takeover(lab: Any, how: str) -> None:
+    with contextlib.ExitStack() as stack:
+        mount = Held(lab, lab.dir("one"), extra=SLOW)
+        stack.callback(mount.process.kill)
+        at, entry = mount.directory, mount.lab.entry(mount.directory)
+        (at / "file").write_bytes(b"x")
+        os.sync()
+        os.kill(entry.pid, signal.SIGKILL)
+        until(Path(f"{mount.orders}.begun").exists)
+        if how == "another mount":
+            done = lab.helper(lab.dir("two"), "pkram=one")
+            assert done.returncode != 0
+            assert "one" in done.stderr
+            Path(f"{mount.orders}.go").touch()
+            assert (at / "file").read_bytes() == b"x"
+            assert mount.end() == 0
+            return
+        if how == "SIGTERM":
+            os.kill(mount.process.pid, signal.SIGTERM)
+            assert mount.process.wait(20) != 0
+            lab.gone(entry)
+            lab.mount("one")
+            assert (at / "file").read_bytes() == b"x"
+            return
+        with subprocess.Popen([*(LAZY if how == "lazy" else UMOUNT), str(at)]) as unmounting:
+            if how == "lazy":
+                assert unmounting.wait(20) == 0
+            Path(f"{mount.orders}.go").touch()
+            assert unmounting.wait(20) == 0
+        assert mount.process.wait(20) == 0
+        lab.gone(entry)
+        assert not os.path.ismount(at)
+        assert lab.leased() == 0
