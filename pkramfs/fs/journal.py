@@ -93,6 +93,11 @@ class Journal:
         """The requests that were done last before this process took over, by number, and what inode each has made."""
         tree.losses.changed = self.lose
 
+    def resume(self, requests: int, done: dict[int, int]) -> None:
+        """Go on after another process, whose requests were replayed; see `requests` and `done`."""
+        self.requests, self.done = requests, done
+        self.limit = max(self.limit, requests + 1)  # one that was due already is due at the next request
+
     # -- what a request changes -----------------------------------------------------------------
 
     def ensure(self, size: int = GROWTH) -> None:

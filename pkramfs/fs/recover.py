@@ -103,7 +103,7 @@ def recover(
         tree.clear_behind(tree.inode(log.live.growing), log.live.grown)
     resumed.note_zeroed()  # before anything else is written there
     tree.journal = Journal(tree, resumed, rebuilt.metadata)
-    tree.journal.requests, tree.journal.done = rebuilt.replay.requests, rebuilt.replay.done
+    tree.journal.resume(rebuilt.replay.requests, rebuilt.replay.done)
     if node is not None:
         tree.preservation.restore(partial(store.withdraw, node.name), kept)
     for inode in tree.inodes.values():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pkramfs.fs import journal
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.recover import begin
 from pkramfs.fs.restore import restore
@@ -92,9 +93,9 @@ def test_it_is_recovered_wherever_its_daemon_died(
 ) -> None:
     """Before the commit nothing was done, after it all of it: also what the dead had still to free and to clear."""
     tree = memory.tree(huge="always" if seed & 1 else "never")
-    driver, journal = Driver(tree, seed), tree.journal
-    assert journal is not None
-    settle, unsettled = journal._settle, list[Any]()
+    driver, told = Driver(tree, seed), tree.journal
+    assert told is not None
+    settle, unsettled = told._settle, list[Any]()
 
     def recovered() -> tuple[dict[str, Any], dict[int, bytes]]:
         with memory.copy() as other:
@@ -106,7 +107,7 @@ def test_it_is_recovered_wherever_its_daemon_died(
         unsettled.append(recovered())
         settle()
 
-    monkeypatch.setattr(journal, "_settle", died_before_settling)
+    monkeypatch.setattr(told, "_settle", died_before_settling)
     for number in range(60):
         before = state(tree), contents(tree)
         did = driver.change()
@@ -163,3 +164,19 @@ def test_who_asked_is_remembered_as_long_as_the_connection(memory: Memory) -> No
             assert third.rebuild(live(tree)).replay.done == {10: ino, 12: 0, 14 | 1 << 63: other}
             third.recover(live(tree), taken=None)  # a new mount, whose numbers begin anew
             assert third.rebuild(live(tree)).replay.done == {}
+
+
+def test_a_checkpoint_that_was_due_is_made_by_the_next_daemon(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if more requests than that were done already."""
+    monkeypatch.setattr(journal, "REQUESTS", 10)
+    tree = memory.tree()
+    for number in range(20):
+        tree.mkdir(1, b"%d" % number, 0o755)
+        tree.commit()
+    with memory.copy() as other:
+        again, due = other.recover(live(tree)), list[int]()
+        assert again.journal is not None
+        again.journal.due = lambda: due.append(1)
+        again.mkdir(1, b"another", 0o755)
+        again.commit()
+        assert due == [1]

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Daemons, and those who make their checkpoints, are killed at random under programs that check every byte.
+
+The long form (--long) kills a thousand.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.lab import REPOSITORY
+from tests.support.mortal import Held, held
+
+pytestmark = pytest.mark.mount
+
+OFTEN = "journal.REQUESTS = 300"
+"""Makes checkpoints due often."""
+
+
+@pytest.fixture(scope="module")
+def kills(request: pytest.FixtureRequest) -> int:
+    return 1000 if request.config.getoption("--long") else 15
+
+
+def shadows(daemon: int) -> list[int]:
+    """Who makes a checkpoint for a daemon just now."""
+    found = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{daemon}/task").iterdir():
+            found += [int(pid) for pid in (task / "children").read_text().split()]
+    return found
+
+
+def serving(mount: Held, dead: set[int]) -> int:
+    """The daemon, once another serves than the dead."""
+    deadline = time.monotonic() + 20
+    while (pid := mount.pid) in dead:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return pid
+
+
+def test_kills_at_random(lab: Any, seed: int, kills: int) -> None:
+    """No writer sees an error or a wrong byte; what is there at last is preserved, and the same after another mount."""
+    choice, stop = random.Random(seed), lab.root / "stop"
+    with held(lab, extra=OFTEN) as mount:
+        at = mount.directory
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        words = [sys.executable, "-m", "tests.support.writers", str(stop), str(seed)]
+        programs = {}
+        for kind in ("names", "appends", "maps", "random", "locks", "deleted"):
+            (at / kind).mkdir()
+            programs[kind] = subprocess.Popen(
+                [*words, kind, str(at / kind)], env=environment, stdout=subprocess.PIPE, text=True, cwd="/"
+            )
+        try:
+            died, dead = {"daemon": 0, "shadow": 0}, set[int]()
+            for _ in range(kills):
+                pid = serving(mount, dead)
+                time.sleep(choice.choice([0.02, 0.1, 0.4, 0.8]))
+                making = [("shadow", one) for one in shadows(pid)]
+                who, victim = choice.choice([*making, ("daemon", pid)])
+                with contextlib.suppress(ProcessLookupError):  # a checkpoint is ready
+                    os.kill(victim, signal.SIGKILL)
+                    died[who] += 1
+                dead.add(victim)
+                assert mount.process.poll() is None
+            stop.touch()
+            said = {kind: program.communicate(timeout=60)[0] for kind, program in programs.items()}
+        finally:
+            stop.touch()
+            for program in programs.values():
+                program.kill()
+                program.communicate()
+        assert {kind: program.returncode for kind, program in programs.items()} == dict.fromkeys(programs, 0), said
+        steps = {kind: int(text) for kind, text in said.items()}
+        print(lab.dmesg()[-3000:])
+        print(f"\nkilled {died}, steps: {json.dumps(steps)}")
+        assert all(steps.values()), steps
+        before = tree(at)
+        lab.remount(at, "preserve,ro")
+        assert lab.run("ctl", "verify").returncode == 0
+    again = lab.mount("one")
+    assert tree(again) == before
+    assert lab.run("ctl", "verify").returncode == 0
+
+
+def tree(at: Path) -> dict[str, Any]:
+    """Names, attributes and contents."""
+    found: dict[str, Any] = {}
+    for path in sorted(at.rglob("*")):
+        status = path.lstat()
+        content = path.read_bytes() if path.is_file() and not path.is_symlink() else None
+        found[str(path.relative_to(at))] = (status.st_mode, status.st_nlink, status.st_mtime_ns, content)
+    return found
