@@ -118,7 +118,7 @@ def boot(
         *([] if "firmware" in words else ["-no-reboot"]),
     ]
     with (
-        open(work / "log", "ab") as log,
+        open(work / "log", "ab", buffering=0) as log,
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as guest,
     ):
         assert guest.stdout is not None

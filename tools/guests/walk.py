@@ -199,7 +199,7 @@ def install() -> None:
     with open("/etc/fstab", "a") as fstab:
         if BACKEND == "fsdax":
             fstab.write("/dev/pmem0 /run/pm ext4 dax=always 0 0\n")
-        fstab.write(f"none {MNT} pkramfs pkram=mytmpfs,{where} 0 0\n")
+        fstab.write(f"none {MNT} pkramfs pkram=mytmpfs,nofail,x-systemd.mount-timeout=20min,{where} 0 0\n")
     sh("cat /etc/fstab; systemctl daemon-reload; systemctl enable pkramfs-preserve@mnt-pk.service")
     sh("systemctl start mnt-pk.mount pkramfs-preserve@mnt-pk.service")
 
