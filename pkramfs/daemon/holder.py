@@ -108,9 +108,11 @@ class Holder:
     def run(self) -> int:
         """Start daemons until one ends the mount, or no other would help; return the exit status."""
         gc.freeze()
+        process.adopt_orphans()
         while True:
             status = self._live(self._start())
             code = os.waitstatus_to_exitcode(status)
+            _end_orphans()
             if self.held is None or code == 0:
                 return code if code >= 0 else 128 - code
             facts = self.held.facts
@@ -233,3 +235,14 @@ class Holder:
     def _log(self, line: str) -> None:
         with contextlib.suppress(PkramfsError):
             Machine.locate(parse(self._job.text).machine).log(line)
+
+
+def _end_orphans() -> None:
+    """Kill who makes a checkpoint for a daemon that has died, and wait until it is gone: its frames are free now."""
+    for pid in process.children():
+        if process.words(pid)[-2:] == [b"pkramfs", b"checkpoint"]:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    with contextlib.suppress(ChildProcessError):  # others, such as fusermount3, may wait for the next daemon
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass

@@ -8,7 +8,8 @@
 
 The shadow does what a daemon does that takes over. So each checkpoint is a rehearsal of recovery, and one that does
 not come to the daemon's own figures is thrown away and reported: the log goes on from the checkpoint before. A shadow
-that dies costs its frames until then.
+that dies costs its frames until then. One whose daemon dies is killed, by the kernel and, so that somebody waits for
+that, by the holder: the next daemon takes its frames for free.
 
 Kernel: fs/jbd2/checkpoint.c
 """
@@ -19,6 +20,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import trio
@@ -29,6 +31,7 @@ from pkramfs.fs.limits import Limits
 from pkramfs.fs.recover import rebuild
 from pkramfs.fs.tree import Tree
 from pkramfs.kernel.running import look
+from pkramfs.machine import process as this
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.frames import Frames, Run
 from pkramfs.schema import Invalid, ListOf, Maybe, Object, Row, Text, Whole, parse
@@ -108,22 +111,27 @@ class Checkpoints:
             "name": self._name.hex(),
             "figures": expected,
             "runs": runs,
+            "parent": os.getpid(),
         }
         package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        done = await trio.run_process(
+        process = subprocess.Popen(  # by this thread, as long as which lives it may live
             [sys.executable, "-P", "-m", "pkramfs", "checkpoint"],
-            stdin=json.dumps(request).encode(),
-            capture_stdout=True,
-            capture_stderr=False,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            check=False,
             env={**os.environ, "PYTHONPATH": package},
             cwd="/",
         )
         try:
-            answer: dict[str, Any] = _ANSWER.read(parse(done.stdout))
+            told = partial(process.communicate, json.dumps(request).encode())
+            stdout, _ = await trio.to_thread.run_sync(told, abandon_on_cancel=True)
+        finally:
+            process.kill()
+            process.wait()  # before its frames are free
+        try:
+            answer: dict[str, Any] = _ANSWER.read(parse(stdout))
         except Invalid:
-            return {"error": f"its process died with status {done.returncode}"}
+            return {"error": f"its process died with status {process.returncode}"}
         return answer
 
 
@@ -137,7 +145,10 @@ def _free(tree: Tree, runs: list[Run]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the checkpoint that stdin asks for; print the node and its frames."""
     os.nice(_NICE)
+    this.die_with_parent()
     request = json.loads(sys.stdin.buffer.read())
+    if os.getppid() != request["parent"]:
+        return 1  # it died before: its frames are another's
     try:
         answer = _make(request)
     except (PkramfsError, OSError) as error:

@@ -38,7 +38,7 @@ _THREAD_STACK = 2 * MIB
 _HEEDED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30}
 _OOM = "/proc/self/oom_score_adj"
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def shed() -> None:
@@ -62,6 +62,29 @@ def threads() -> int:
 def die_with_parent(*, no: bool = False) -> None:
     """Have the kernel kill this process when its parent dies; `no` takes that back."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0 if no else signal.SIGKILL, 0, 0, 0)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of those whose parents, started by this process, die before them."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def children() -> list[int]:
+    """Return the pids of the children of this process, which has one thread; none where the kernel does not tell."""
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+            return [int(pid) for pid in file.read().split()]
+    except FileNotFoundError:  # CONFIG_PROC_CHILDREN
+        return []
+
+
+def words(pid: int) -> list[bytes]:
+    """Return the command line of a process, empty if it has ended."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().split(b"\0")[:-1]
+    except FileNotFoundError:
+        return []
 
 
 def _raise(number: int, wanted: int) -> None:

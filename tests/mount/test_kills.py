@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.support.lab import REPOSITORY
-from tests.support.mortal import Held, held
+from tests.support.mortal import Held, held, shadows
 
 pytestmark = pytest.mark.mount
 
@@ -29,15 +29,6 @@ OFTEN = "journal.REQUESTS = 300"
 @pytest.fixture(scope="module")
 def kills(request: pytest.FixtureRequest) -> int:
     return 1000 if request.config.getoption("--long") else 15
-
-
-def shadows(daemon: int) -> list[int]:
-    """Who makes a checkpoint for a daemon just now."""
-    found = []
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{daemon}/task").iterdir():
-            found += [int(pid) for pid in (task / "children").read_text().split()]
-    return found
 
 
 def serving(mount: Held, dead: set[int]) -> int:
@@ -83,7 +74,6 @@ def test_kills_at_random(lab: Any, seed: int, kills: int) -> None:
                 program.communicate()
         assert {kind: program.returncode for kind, program in programs.items()} == dict.fromkeys(programs, 0), said
         steps = {kind: int(text) for kind, text in said.items()}
-        print(lab.dmesg()[-3000:])
         print(f"\nkilled {died}, steps: {json.dumps(steps)}")
         assert all(steps.values()), steps
         before = tree(at)

@@ -18,7 +18,7 @@ import pytest
 
 from pkramfs.fuse.wire import Op
 from pkramfs.kernel.running import look
-from tests.support.mortal import Held, held
+from tests.support.mortal import Held, held, shadows
 from tests.support.places import ROOT
 
 pytestmark = pytest.mark.mount
@@ -116,6 +116,22 @@ def test_programs_keep_what_they_have(lab: Any) -> None:
     again = lab.mount("one")
     assert {name: (again / name).read_bytes() for name in os.listdir(again)} == expected
     assert lab.run("ctl", "verify").returncode == 0
+
+
+def test_a_checkpoint_does_not_outlive_its_daemon(lab: Any) -> None:
+    """Its frames are free once another daemon serves: who is still writing there would destroy files."""
+    with held(lab, extra="journal.REQUESTS = 100") as mount:
+        at, entry = mount.directory, mount.lab.entry(mount.directory)
+        for number in range(120):
+            (at / f"{number}").write_bytes(b"%d" % number * 1000)
+        os.sync()
+        until(lambda: shadows(entry.pid))
+        (shadow,) = shadows(entry.pid)
+        os.kill(shadow, signal.SIGSTOP)  # it would be done too soon
+        kill(mount)
+        assert not Path(f"/proc/{shadow}").exists()
+        for number in range(120):
+            assert (at / f"{number}").read_bytes() == b"%d" % number * 1000
 
 
 def test_who_takes_over_dies_too(lab: Any) -> None:
