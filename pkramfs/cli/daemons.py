@@ -119,7 +119,7 @@ def left(machine: "Machine") -> list["MountReport"]:
             mountpoint=entry.mountpoint,
             name=entry.name,
             preserved=False,
-            files=0,
+            files=None,
             reason=f"its daemon has died: mount {entry.name} again and preserve it, or `pkramctl free {entry.name}`",
             tree_id=entry.tree_id,
         )

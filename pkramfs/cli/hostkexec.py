@@ -179,11 +179,11 @@ def _problems(machine: "Machine", info: "KernelInfo", seen: "Sequence[Seen]") ->
     from pkramfs.kernel import hostload
 
     found: list[PkramfsError] = []
-    for report in (one.report for one in seen):
+    for report in [*(one.report for one in seen), *daemons.left(machine)]:
         if not report.preserved:
             if _unit_preserves(machine, report.mountpoint):
                 continue
-            lost = f"{report.mountpoint}: {plural(report.files, 'file')} would be lost ({report.reason})"
+            lost = f"{report.mountpoint}: {report.content} would be lost ({report.reason})"
             found.append(NotPreservedError(lost))
         elif report.lost:
             found.append(NotPreservedError(f"{report.mountpoint}: {report.lost}"))

@@ -125,7 +125,7 @@ def _losses(going: Transition, mounts: Sequence[MountReport]) -> list[PkramfsErr
     for mount in mounts:
         if not mount.preserved:
             why = mount.reason or f"not preserved: mount -o remount,preserve,ro {mount.mountpoint}"
-            found.append(NotPreservedError(f"{mount.mountpoint}: {plural(mount.files, 'file')} would be lost ({why})"))
+            found.append(NotPreservedError(f"{mount.mountpoint}: {mount.content} would be lost ({why})"))
             going.lost.append((f"{mount.mountpoint} ({mount.name or 'no name'}, not preserved)", 0))
         elif mount.lost:
             found.append(NotPreservedError(f"{mount.mountpoint}: {mount.lost}"))
@@ -151,7 +151,7 @@ def _lost_nodes(going: Transition, mounts: Sequence[MountReport]) -> list[NotPre
     there = {node.tree_id for node in going.nodes}
     return [
         NotPreservedError(
-            f"{mount.mountpoint}: {plural(mount.files, 'file')} would be lost (its node is not in the list of nodes: "
+            f"{mount.mountpoint}: {mount.content} would be lost (its node is not in the list of nodes: "
             f"mount -o remount,rw {mount.mountpoint}, then preserve it again)"
         )
         for mount in mounts

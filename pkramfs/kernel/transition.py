@@ -37,12 +37,17 @@ class MountReport:
     mountpoint: str
     name: str | None
     preserved: bool
-    files: int
+    files: int | None
     reason: str = ""
     tree_id: int = 0
     """The owner of the page blocks that hold its pages; 0 where nobody knows."""
     lost: str = ""
     """The data that were written and are not preserved, in words."""
+
+    @property
+    def content(self) -> str:
+        """Return what is in the mount, in words; where its daemon is dead nobody has counted."""
+        return "its tree" if self.files is None else plural(self.files, "file")
 
 
 @dataclass
