@@ -20,10 +20,11 @@ import trio.testing
 pyfuse3 = pytest.importorskip("pyfuse3")
 
 from pkramfs.fs.limits import Limits  # noqa: E402
+from pkramfs.fs.recover import begin  # noqa: E402
 from pkramfs.fs.tree import Tree  # noqa: E402
 from pkramfs.fuse import filter as module  # noqa: E402
 from pkramfs.fuse import turns, wire  # noqa: E402
-from pkramfs.fuse.filter import Filter  # noqa: E402
+from pkramfs.fuse.filter import RESENT, Filter  # noqa: E402
 from pkramfs.fuse.operations import Operations  # noqa: E402
 from pkramfs.fuse.requests import Requests  # noqa: E402
 from pkramfs.fuse.translate import status_fields, supplementary_groups  # noqa: E402
@@ -329,3 +330,84 @@ def test_the_name_of_a_command_is_no_field_of_its_status(name):
         assert sorted(supplementary_groups(child.pid)) == sorted(groups)
         child.communicate(b"\n")
     assert supplementary_groups(child.pid) == ()
+
+
+def test_what_a_write_gave_back_is_cleared_before_others_write_there(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write for which the host has no memory waits for room, and another comes to the same page."""
+    tree = kernel.operations.tree
+    begin(tree, b"x", 1)
+    ino = tree.create(1, b"file", 0o644).ino
+    tree.write(ino, 0, b"x" * 100)
+    tree.commit()
+
+    def full(at: int, data: memoryview) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(tree.ram, "fill", full)
+    monkeypatch.setattr(kernel.operations, "may_forget", lambda: True)
+    kernel.send(Op.WRITE, ino, wire.WRITE.pack(ino, 50, 5000, 0, 0, 0, 0) + b"w" * 5000)
+    assert kernel.filter.serve()
+    assert kernel.later and not kernel.replies()
+    error, _ = kernel.ask(Op.WRITE, ino, wire.WRITE.pack(ino, 200, 100, 0, 0, 0, 0) + b"y" * 100)
+    assert not error
+    assert bytes(tree.read(ino, 100, 200)) == bytes(100) + b"y" * 100
+    kernel.later.clear()
+
+
+class TestAnotherDaemon:
+    """What the kernel sends again after a takeover."""
+
+    @pytest.fixture
+    def wells(self) -> list[int]:
+        return []
+
+    @pytest.fixture
+    def resumed(self, kernel: Kernel, wells: list[int]) -> Kernel:
+        """Requests 100 and 104 were done: two files were made, one of them without a name."""
+        tree = kernel.operations.tree
+        self.named, self.unnamed = tree.create(1, b"made", 0o644).ino, tree.tmpfile(1, 0o600).ino
+        tree.create(1, b"newest", 0o644)
+        for ino in (self.named, self.unnamed):
+            tree.open(ino, os.O_RDWR)
+        done = {100: self.named, 102: 0, 104: self.unnamed}
+        kernel.filter.resume(done, suspect=False, well=lambda: wells.append(1))
+        assert kernel.socket.recv(100) == wire.RESEND
+        return kernel
+
+    def again(self, kernel: Kernel, number: int, op: int, node: int, body: bytes) -> tuple[int, bytes]:
+        kernel._number = (number | RESENT) - 2
+        return kernel.ask(op, node, body)
+
+    def test_what_was_done_is_answered(self, resumed: Kernel, wells: list[int]) -> None:
+        """Each, also after others that were not done, from what it has made."""
+        made = {}
+        for number, op, body in [
+            (110, Op.MKDIR, wire.MKDIR.pack(0o755, 0) + b"other\0"),
+            (104, Op.TMPFILE, wire.CREATE.pack(os.O_RDWR, 0o600, 0, 0) + b"\0"),
+            (100, Op.CREATE, _create(b"made", os.O_RDWR | os.O_CREAT | os.O_EXCL)),
+            (102, Op.UNLINK, b"gone\0"),
+        ]:
+            error, answer = self.again(resumed, number, op, 1, body)
+            assert not error, number
+            made[number] = wire.ENTRY.unpack_from(answer)[0] if answer else 0
+        assert (made[100], made[104], made[102]) == (self.named, self.unnamed, 0)
+        assert wells == []
+        resumed._number = 200
+        assert resumed.ask(Op.UNLINK, 1, b"gone\0")[0] == -errno.ENOENT
+        assert wells == [1]
+        for ino in (self.named, self.unnamed):
+            resumed.operations.tree.release(ino)
+
+    def test_what_was_not_done_is_done(self, resumed: Kernel) -> None:
+        assert self.again(resumed, 106, Op.CREATE, 1, _create(b"made"))[0] == -errno.EEXIST
+        assert self.again(resumed, 108, Op.UNLINK, 1, b"made\0")[0] == 0
+
+    def test_what_is_suspect_is_refused(self, kernel: Kernel) -> None:
+        kernel.filter.resume({100: 0}, suspect=True, well=lambda: None)
+        assert kernel.socket.recv(100) == wire.RESEND
+        assert self.again(kernel, 100, Op.UNLINK, 1, b"gone\0")[0] == 0
+        assert self.again(kernel, 102, Op.MKDIR, 1, wire.MKDIR.pack(0o755, 0) + b"new\0")[0] == -errno.EIO
+        kernel._number = 200
+        assert kernel.ask(Op.MKDIR, 1, wire.MKDIR.pack(0o755, 0) + b"new\0")[0] == 0
