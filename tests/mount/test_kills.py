@@ -40,6 +40,13 @@ def serving(mount: Held, dead: set[int]) -> int:
     return pid
 
 
+def ended(pids: list[int], seconds: float = 3) -> None:
+    """Wait until processes have ended, if they do before long."""
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 def test_kills_at_random(lab: Any, seed: int, kills: int) -> None:
     """No writer sees an error or a wrong byte; what is there at last is preserved, and the same after another mount."""
     choice, stop = random.Random(seed), lab.root / "stop"
@@ -57,9 +64,12 @@ def test_kills_at_random(lab: Any, seed: int, kills: int) -> None:
             died, dead = {"daemon": 0, "shadow": 0}, set[int]()
             for _ in range(kills):
                 pid = serving(mount, dead)
-                time.sleep(choice.choice([0.02, 0.1, 0.4, 0.8]))
-                making = [("shadow", one) for one in shadows(pid)]
-                who, victim = choice.choice([*making, ("daemon", pid)])
+                time.sleep(choice.choice([0.02, 0.1, 0.2, 0.6]))
+                making = shadows(pid)
+                if making and choice.random() < 0.3:
+                    ended(making)  # some become checkpoints
+                    making = []
+                who, victim = choice.choice([*(("shadow", one) for one in making), ("daemon", pid)])
                 with contextlib.suppress(ProcessLookupError):  # a checkpoint is ready
                     os.kill(victim, signal.SIGKILL)
                     died[who] += 1
