@@ -84,7 +84,7 @@ class Checkpoints:
         pages = Spans((start, start + count) for start, count in answer.get("pages", []))
         if "error" in answer or journal.log.base != base:  # or the tree was preserved meanwhile
             _free(tree, runs)
-            if "error" in answer:
+            if journal.log.base == base:
                 self._put_off(f"no checkpoint: {answer['error']}")
             return
         rest = Spans((start, start + count) for start, count in runs) - pages
