@@ -88,7 +88,12 @@ class Checkpoints:
                 self._put_off(f"no checkpoint: {answer['error']}")
             return
         rest = Spans((start, start + count) for start, count in runs) - pages
-        journal.rebase(answer["node"], pages, position)
+        try:
+            journal.rebase(answer["node"], pages, position)
+        except ExhaustedError as error:
+            _free(tree, runs)
+            self._put_off(f"no checkpoint: {error}")
+            return
         if rest:
             tree.frames.free(rest.starts, rest.counts)
         tree.commit()

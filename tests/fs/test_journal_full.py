@@ -198,6 +198,20 @@ def test_a_request_of_many_records(memory: Memory) -> None:
     assert state(memory.rebuild(live(tree)).tree) == state(tree)
 
 
+def test_a_checkpoint_for_which_there_is_no_room(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log goes on from the one before, and all frames of the new one can be freed."""
+    tree = memory.tree()
+    prepare(tree)
+    made, refusing = Checkpoint(memory, tree), Refusing(memory, monkeypatch)
+    refusing.left = 0
+    with pytest.raises(ExhaustedError):
+        made.finish()
+    memory.frames.free(*zip(*made.runs, strict=True))
+    tree.commit()
+    assert state(memory.rebuild(live(tree)).tree) == state(tree)
+    audit(tree)
+
+
 def test_an_inherited_acl_that_is_long(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = memory.tree()
     folder = tree.mkdir(1, b"folder", 0o755).ino
