@@ -27,6 +27,7 @@ import trio
 
 from pkramfs.errors import ExhaustedError, PkramfsError
 from pkramfs.fs.checkpoint import Figures, Supply, figures, write
+from pkramfs.fs.journal import REQUESTS
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.recover import rebuild
 from pkramfs.fs.tree import Tree
@@ -100,9 +101,10 @@ class Checkpoints:
         self.made += 1
 
     def _put_off(self, why: str) -> None:
-        """Try again when the log is twice as long."""
-        assert self._tree.journal is not None
-        self._tree.journal.limit = 2 * self._tree.journal.requests
+        """Try again when as many requests have come as make a checkpoint due."""
+        journal = self._tree.journal
+        assert journal is not None
+        journal.limit = journal.requests + REQUESTS
         self._say(f"pkramfs: {why}")
 
     async def _ask(self, position: int, runs: list[Run], expected: Figures) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 None of them crosses a kexec: a tree that is to be there afterwards is preserved. They cross the death of a daemon,
 and so the change from one version of this program to the next: hence a version, which readers check.
 
-    live page   bytes 16 to 63 are published words, which change; the checksum covers bytes 128 to 4095
+    live page   bytes 16 to 55 are published words, which change; the checksum covers bytes 128 to 4095
     base page   never changes: what counts as the beginning
     segment     64 bytes of header, then chunks; `next` is published when the next segment is ready
     chunk       32 bytes of header, then records (fs/records)
@@ -32,7 +32,7 @@ LIVE_MAGIC = int.from_bytes(b"PKRAMlv1", "little")
 BASE_MAGIC = int.from_bytes(b"PKRAMbs1", "little")
 SEGMENT_MAGIC = int.from_bytes(b"PKRAMsg1", "little")
 
-BASE_AT, TAIL_AT, ZEROED_AT, ANSWERED_AT, GROWING_AT, GROWN_AT = 16, 24, 32, 40, 48, 56
+BASE_AT, TAIL_AT, ZEROED_AT, GROWING_AT, GROWN_AT = 16, 24, 32, 40, 48
 """Byte offsets of the published words of a live page."""
 _COVERED = 128
 
@@ -46,7 +46,6 @@ LIVE = Record(
         F("base", "u8", BASE_AT, "published: base page"),
         F("tail", "u8", TAIL_AT, "published: the end of what counts"),
         F("zeroed", "u8", ZEROED_AT, "published: up to here, parts of pages that were cut are zeros"),
-        F("answered", "u8", ANSWERED_AT, "published: the kernel was told the results of all before"),
         F("growing", "u8", GROWING_AT, "published: inode number of the file that was written behind its end last"),
         F("grown", "u8", GROWN_AT, "published: no byte from there on was written"),
         F("version", "u4", 128, "of the log and its records"),
@@ -130,7 +129,6 @@ class Live(NamedTuple):
     base: int
     tail: int
     zeroed: int
-    answered: int
     growing: int
     grown: int
 
@@ -142,7 +140,7 @@ def write_live(ram: Ram, pfn: int, name: bytes, tree_id: int, generation: int, b
     head = LIVE.pack(magic=LIVE_MAGIC, **fields)
     page[: len(head)] = head
     page[len(head) :] = bytes(PAGE_SIZE - len(head))
-    for offset in (TAIL_AT, ZEROED_AT, ANSWERED_AT):
+    for offset in (TAIL_AT, ZEROED_AT):
         write_position(ram, pfn, offset, 0)
     write_word(ram, pfn, BASE_AT, base)
     ram.publish((pfn << PAGE_SHIFT) + 8, _live_digest(page, pfn))
@@ -170,7 +168,6 @@ def read_live(ram: Ram, pfn: int) -> Live:
         read_word(ram, pfn, BASE_AT, "Live", "base"),
         read_position(ram, pfn, TAIL_AT, "tail"),
         read_position(ram, pfn, ZEROED_AT, "zeroed"),
-        read_position(ram, pfn, ANSWERED_AT, "answered"),
         found.growing,
         found.grown,
     )

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 from pkramfs.errors import ExhaustedError
 from pkramfs.journal.layout import (
-    ANSWERED_AT,
     BASE_AT,
     CHUNK,
     CHUNK_KIND,
@@ -82,7 +81,6 @@ class Log:
         """Called when frames for a segment were taken that are held for a save."""
         self._growing, self._grown = 0, 0
         self._tail_at = (live << PAGE_SHIFT) + TAIL_AT
-        self._answered_at = (live << PAGE_SHIFT) + ANSWERED_AT
 
     @classmethod
     def create(cls, ram: Ram, frames: Frames, name: bytes, generation: int, node: int = 0) -> Log:
@@ -206,10 +204,6 @@ class Log:
             self._growing, self._grown = ino, round_up(end, _GROWING)
             self.ram.publish((self.live << PAGE_SHIFT) + GROWN_AT, self._grown)
             self.ram.publish((self.live << PAGE_SHIFT) + GROWING_AT, ino)
-
-    def note_answered(self) -> None:
-        """Publish that the kernel has the replies of all that counts."""
-        self.ram.publish(self._answered_at, guard(self.tail, self._answered_at))
 
     # -- segments -------------------------------------------------------------------------------
 
