@@ -19,7 +19,7 @@ GROUPS = {
     "what happened": ("report", "dmesg", "timeline", "metrics"),
     "is it well?": ("doctor", "verify"),
     "preserved trees": ("free", "export", "import", "cp", "rename"),
-    "files on a mount": ("punch", "allocate", "sparsify", "extents"),
+    "mounts": ("upgrade", "punch", "allocate", "sparsify", "extents"),
     "the machine": ("boot", "machine"),
     "this package": ("install", "format", "help"),
 }

@@ -37,7 +37,9 @@ _BYTES = frozenset(("export", "import", "copy", "compare", "verify"))
 
 def add_option(parser: argparse.ArgumentParser) -> None:
     """Add --progress."""
-    parser.add_argument("--progress", choices=MODES, default="auto", help="how to show progress (a bar, on a terminal)")
+    parser.add_argument(
+        "--progress", choices=MODES, default="auto", metavar="HOW", help=f"show progress: {', '.join(MODES)}"
+    )
 
 
 class Bar:

@@ -103,7 +103,7 @@ def test_names_of_a_mount_and_its_place(lab: Any) -> None:
     assert ctl(lab, "report")["nodes"][0]["name"] == f"shmem-{NAME}"
     assert any("shmem-line" in row["name"] for row in ctl(lab, "iomem"))
     sound(Path(lab.machine.path("iomem")).read_text())
-    assert ctl(lab, "verify") == {"nodes": 1, "problems": []}
+    assert ctl(lab, "verify") == {"nodes": 1, "logs": 1, "problems": []}
     fields = {field["name"]: field["value"] for field in ctl(lab, "inspect", "node")["fields"]}
     assert f"shmem-{NAME}" in fields.values()
     done = lab.run("ctl", "free", NAME)
