@@ -228,7 +228,8 @@ class Keeper:
             self._say(
                 f"pkramfs: {self.name} is preserved without data written to {_names(self.tree.lost(_NAMED), count)}"
             )
-        self.tree.losses.files.clear()
+        self.tree.losses.forget()
+        self.tree.commit()
 
     async def _save(self, strict: bool) -> None:
         """Publish the node, and tell the log what it holds and what it lacks."""

@@ -123,6 +123,12 @@ class Losses:
         """Forget a file that is gone."""
         self.files.pop(ino, None)
 
+    def forget(self) -> None:
+        """Forget all that is lost: the tree was preserved without it."""
+        files, self.files = self.files, {}
+        for ino in files:
+            self.changed(ino)
+
     def _tidy(self, ino: int) -> None:
         if not self.files[ino]:
             del self.files[ino]

@@ -20,6 +20,7 @@ import select
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -144,12 +145,16 @@ class Starting:
 class PrestartedDaemons:
     """Daemons that are started before they are needed. A daemon that nobody takes is given up at the end.
 
+    As many wait as there are CPUs: more would delay the boot. For one that is taken the next is started, so that one
+    imports while another mounts.
+
     A prestarted daemon looks at nothing and touches nothing until it is told to go.
     """
 
     def __init__(self) -> None:
         self._started: dict[str, Starting] = {}
         """By the names of the trees: two may be mounted on one directory."""
+        self._next: deque[Mapping[str, Any]] = deque()
 
     def __enter__(self) -> "PrestartedDaemons":
         return self
@@ -159,14 +164,25 @@ class PrestartedDaemons:
             starting.give_up()
 
     def start(self, mounts: Iterable[Mapping[str, Any]]) -> None:
-        """Start the daemons of the first few mounts, one for each CPU: more would delay the boot."""
+        """Start the daemons of the first few mounts, the others as these are taken."""
         absolute_root()
-        for mount, _ in zip(mounts, os.sched_getaffinity(0), strict=False):
-            self._started[mount["name"]] = _start(mount)
+        self._next.extend(mounts)
+        for _ in os.sched_getaffinity(0):
+            self._start_next()
 
     def take(self, mount: Mapping[str, Any]) -> Starting:
         """Return the daemon of a mount, started now if it was not."""
-        return self._started.pop(mount["name"], None) or _start(mount)
+        taken = self._started.pop(mount["name"], None)
+        if taken is None:
+            self._next = deque(other for other in self._next if other["name"] != mount["name"])
+            return _start(mount)
+        self._start_next()
+        return taken
+
+    def _start_next(self) -> None:
+        if self._next:
+            mount = self._next.popleft()
+            self._started[mount["name"]] = _start(mount)
 
 
 def _start(mount: Mapping[str, Any]) -> Starting:

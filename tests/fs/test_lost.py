@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pkramfs.fs.lost import LIMIT, LostPages
+from pkramfs.fs.lost import LIMIT, Losses, LostPages
 from pkramfs.units import BLOCK_PAGES, PAGE_SIZE
 
 
@@ -100,3 +100,12 @@ def test_a_deleted_file_has_lost_nothing(sh: Any) -> None:
     assert not tree.losses.files
     tree.lose(handle, 0, 1)  # a late one
     assert not tree.losses.files
+
+
+def test_what_is_forgotten_is_told_to_whoever_keeps_account() -> None:
+    losses, told = Losses(), list[int]()
+    losses.note(7, 0, 4096, 28)
+    losses.note(9, 0, 4096, 28)
+    losses.changed = told.append
+    losses.forget()
+    assert (losses.files, told) == ({}, [7, 9])
