@@ -181,7 +181,7 @@ class Log:
         position, length = self.position, CHUNK.size + len(body)
         digest = chunk_digest(length, flags, position, asker, body)
         head = CHUNK.pack(length, CHUNK_KIND, flags, digest, position, asker)
-        self.ram.overwrite(self.segments[-1].address(position), memoryview(head + body))
+        self.ram.overwrite(self.segments[-1].address(position), head + body)
         self.position += length
         self.left -= length
 

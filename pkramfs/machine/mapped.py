@@ -77,8 +77,8 @@ class MappedRam(Ram):
     def fill(self, at: int, data: memoryview) -> None:
         self._memory[at : at + len(data)] = data
 
-    def overwrite(self, at: int, data: memoryview) -> None:
-        self.fill(at, data)
+    def overwrite(self, at: int, data: bytes | memoryview) -> None:
+        self._memory[at : at + len(data)] = data
 
     def back_run(self, pfn: int, count: int) -> None:
         """Do nothing: all of it is there."""

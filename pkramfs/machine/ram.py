@@ -77,6 +77,7 @@ class Ram:
         self._end = weakref.finalize(self, os.close, self.fd)  # who forgets RAM must not keep the file open
         self.bytes = memoryview(self._mapping)
         self.u64: U64 = np.frombuffer(self._mapping, dtype="<u8")
+        self._words = self.bytes.cast("Q")  # a store takes 0.1 µs, and 0.5 through numpy
 
     def _map(self) -> mmap.mmap:
         return mmap.mmap(self.fd, self.size, flags=mmap.MAP_SHARED)
@@ -155,7 +156,7 @@ class Ram:
                 raise
             self.bytes[at + done : at + size] = data[done:]
 
-    def overwrite(self, at: int, data: memoryview) -> None:
+    def overwrite(self, at: int, data: bytes | memoryview) -> None:
         """Copy bytes to address `at`, where pages are in use and backed.
 
         Pages that `fill` wrote are not in our page table yet. Per MiB, a fault for each page took 0.39 ms; populating
@@ -196,7 +197,7 @@ class Ram:
         """Store an aligned 8-byte word: the moment at which a change becomes visible to all processes."""
         if address & 7:
             raise AssertionError(f"publish to unaligned address {address:#x}")
-        self.u64[address >> 3] = value
+        self._words[address >> 3] = value
 
     def zero(self, pfn: int, count: int = 1) -> None:
         """Fill pages with zeros, keeping them backed."""
