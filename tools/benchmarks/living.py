@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""live: what it costs that a tree outlives its daemon, and how long programs wait when one dies."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.mounts import Lab, command, lab
+from benchmarks.table import Table, milliseconds
+from pkramfs.fs.inode import ROOT
+from pkramfs.fs.limits import Limits
+from pkramfs.fs.recover import begin, rebuild
+from pkramfs.fs.tree import Tree
+from pkramfs.kernel.running import Running, attach
+from pkramfs.machine.directory import Machine
+from pkramfs.machine.frames import Frames
+from pkramfs.machine.leases import new_tree_id
+from pkramfs.machine.mounts import MountEntry
+
+_BATCH = 100
+_IMPORTS = "import pkramfs.cli.remount, pkramfs.control.commands, pkramfs.machine.directory"
+
+
+def live(table: Table) -> None:
+    """The log's share of each operation, replay, takeovers, upgrade, and the holder's memory."""
+    with lab() as place:
+        _operations(table, place)
+    for files in (200,) if table.quick else (1_000, 100_000):
+        with lab() as place:
+            _deaths(table, place, files)
+    with lab() as place:
+        _commands(table, place)
+
+
+def _operations(table: Table, place: Lab) -> None:
+    """The processor time of a tree's operations with a log and without: the least of many short batches."""
+    kernel = attach(Machine(str(place.machine)))
+    count = 500 if table.quick else 5_000
+    plain, logged = _least(kernel, count, with_log=False)[0], _least(kernel, count, with_log=True)
+    for name, micros in logged[0].items():
+        added = [micros - plain[name]]
+        table.add(
+            "live", f"added to {name}", added, "us", target="<3 us", note=f"on {plain[name]:.1f} us without a log"
+        )
+    requests, spent = logged[1]
+    table.add("live", "replay", [requests / spent], "records/s", target=">300000 records/s")
+
+
+def _least(kernel: Running, count: int, *, with_log: bool) -> tuple[dict[str, float], tuple[int, float]]:
+    """Return the microseconds of each operation, and records and seconds of a replay."""
+    frames = Frames(kernel.ram, kernel.leases, new_tree_id())
+    tree = Tree(kernel.ram, frames, Limits())
+    if with_log:
+        begin(tree, b"bench", kernel.generation)
+    found: dict[str, float] = {}
+    for name, work, items in _workload(tree, count):
+        found[name] = _timed(tree, work, items)
+    replayed = (0, 1.0)
+    if tree.journal is not None:
+        began, done = time.thread_time(), None
+        steps = rebuild(kernel.store, tree.journal.log.live, kernel.ram, frames, Limits())
+        while done is None:
+            try:
+                next(steps)
+            except StopIteration as end:
+                done = end.value
+        replayed = done.replay.records, time.thread_time() - began
+    frames.release_all()
+    return found, replayed
+
+
+def _workload(tree: Tree, count: int) -> Iterator[tuple[str, Callable[[Any], Any], list[Any]]]:
+    names, data, handles = [b"file%08d" % number for number in range(count)], memoryview(bytes(4096)), list[int]()
+
+    def create(name: bytes) -> None:
+        inode = tree.create(1, name, 0o644)
+        tree.remember(inode)
+        handles.append(tree.open_inode(inode, os.O_RDWR, ROOT))
+
+    yield "create and open", create, names
+    yield "a write of a new page", lambda handle: tree.write(handle, 0, data, stamp=False), handles
+    yield "an overwrite of a page", lambda handle: tree.write(handle, 0, data, stamp=False), handles
+    yield "times", lambda handle: tree.set_times(handle, None, handle, handle), handles
+    yield "release", tree.release, handles
+    yield "rename", lambda name: tree.rename(1, name, 1, b"x" + name), names
+    yield "unlink", lambda name: tree.unlink(1, b"x" + name), names
+
+
+def _timed(tree: Tree, work: Callable[[Any], Any], items: list[Any]) -> float:
+    best = float("inf")
+    for low in range(0, len(items), _BATCH):
+        some = items[low : low + _BATCH]
+        began = time.thread_time_ns()
+        for item in some:
+            work(item)
+            tree.commit(1)
+        best = min(best, (time.thread_time_ns() - began) / len(some) / 1000)
+    return best
+
+
+def _entry(place: Lab) -> MountEntry:
+    return next(entry for entry in Machine(str(place.machine)).mounts() if entry.alive)
+
+
+def _deaths(table: Table, place: Lab, files: int) -> None:
+    """How long a request waits whose daemon has just been killed."""
+    path = place.mount("files")
+    for number in range(files):
+        os.close(os.open(path / f"{number}", os.O_CREAT | os.O_WRONLY))
+    runs = iter(range(1_000_000))
+
+    def once() -> float:
+        before = _entry(place)
+        os.kill(before.pid, signal.SIGKILL)
+        waited = milliseconds(lambda: (path / f"new{next(runs)}").touch())
+        with _settled(place, before):
+            return waited
+
+    target = {1_000: "<300 ms", 100_000: "<1000 ms"}.get(files, "")
+    table.add("live", f"pause after SIGKILL, {files:,} files", table.repeat("kill", once), "ms", target=target)
+
+
+@contextmanager
+def _settled(place: Lab, before: MountEntry) -> Iterator[None]:
+    """Wait until another daemon has written its entry."""
+    yield
+    deadline = time.monotonic() + 30
+    while _entry(place).pid == before.pid:
+        if time.monotonic() > deadline:
+            raise SystemExit("tools/bench: no daemon takes over")
+        time.sleep(0.01)
+
+
+def _commands(table: Table, place: Lab) -> None:
+    path = place.mount("one")
+    (path / "file").write_bytes(bytes(1 << 20))
+    upgrades = table.repeat("upgrade", lambda: milliseconds(lambda: command("pkramctl", "upgrade", path)))
+    table.add("live", "pkramctl upgrade, whole command", upgrades, "ms")
+
+    def preserve() -> float:
+        took = milliseconds(lambda: place.preserve(path))
+        command("mount.pkramfs", "none", path, "-o", "remount,rw")
+        (path / "file").write_bytes(bytes(1 << 20))
+        return took
+
+    python = table.repeat("python", lambda: milliseconds(lambda: command(sys.executable, "-c", _IMPORTS)))
+    table.add(
+        "live", "remount,preserve,ro, whole command", table.repeat("preserve", preserve), "ms", reference=python,
+        reference_name="a Python start with our imports", target="<1.2x",
+    )  # fmt: skip
+    holder = _entry(place).holder
+    text = Path(f"/proc/{holder}/smaps_rollup").read_text()
+    private = sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_"))
+    table.add("live", "private memory of a holder", [private / 1024], "MiB", target="<8 MiB")
