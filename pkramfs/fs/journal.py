@@ -224,13 +224,13 @@ class Journal:
     def _settle(self) -> None:
         """Do what waited for the commit."""
         if self._cut:
-            cut, self._cut = self._cut, []
-            for address, size, maybe_hole in cut:
+            for address, size, maybe_hole in self._cut:  # again, should memory be short half-way
                 self._tree.zero(address, size, maybe_hole=maybe_hole)
             self.log.note_zeroed()
-        freed, self._freed = self._freed, []
-        for starts, counts in freed:
-            self._frames.free(starts, counts)
+            self._cut = []
+        while self._freed:
+            self._frames.free(*self._freed[-1])
+            self._freed.pop()
 
     def _marks(self, inode: Inode) -> int:
         marks = UNPRIVILEGED if inode.unprivileged else 0

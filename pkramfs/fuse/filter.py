@@ -42,6 +42,7 @@ from pkramfs.errors import MachineError
 from pkramfs.fuse import counters, wire
 from pkramfs.fuse.again import Again
 from pkramfs.fuse.handshake import MAX_WRITE
+from pkramfs.fuse.net import commit_again
 from pkramfs.fuse.requests import Requests
 from pkramfs.fuse.wire import HEADER, REPLY, Header, Op
 
@@ -125,7 +126,7 @@ class Filter:
         except OSError as error:
             code = error.errno or errno.EIO
             if code == errno.ENOSPC and self.operations.may_forget():
-                self._committed(0)  # what it has changed and cut, before others write there
+                self._uncommitted(0)  # what it has changed and cut, before others write there
                 self._later(self._when_there_is_room, header, bytes(body))
                 return
         except FUSEError as error:
@@ -146,12 +147,12 @@ class Filter:
             elif found is not None:
                 self._reply(header[2], found)
             else:
-                self._committed(header[2])
+                self._uncommitted(header[2])
             return
         if header[1] not in _NAMELESS:
             self._reply_error(header[2], code)
-        elif not self._committed(0):
-            log.error("what the kernel forgot is not freed yet")
+        else:
+            self._uncommitted(0)
 
     # -- after another daemon --------------------------------------------------------------------
 
@@ -228,8 +229,8 @@ class Filter:
 
     def _reply(self, number: int, body: Any) -> None:
         """Answer with bytes, or several buffers."""
-        if not self._committed(number):
-            self._send_error(number, errno.ENOSPC)
+        if code := self._uncommitted(number):
+            self._send_error(number, code)
             return
         try:
             if body.__class__ is bytes and len(body) < 4096:
@@ -243,16 +244,15 @@ class Filter:
 
     def _reply_error(self, number: int, code: int) -> None:
         """Answer with an errno. A request that is refused may have changed something, too."""
-        self._send_error(number, code if self._committed(0) else errno.ENOSPC)
+        self._send_error(number, self._uncommitted(0) or code)
 
-    def _committed(self, number: int) -> bool:
-        """Commit what the request with this number has changed; return False if there is no room for it."""
+    def _uncommitted(self, number: int) -> int:
+        """Commit what the request with this number has changed; return 0, or the errno if that is not possible."""
         try:
             self._commit(number)
-        except OSError as error:
-            log.error("a change is not in the journal: %s", error.strerror)
-            return False
-        return True
+        except (OSError, MemoryError) as error:
+            return commit_again(self.operations, error, number)
+        return 0
 
     def _send_error(self, number: int, code: int) -> None:
         try:

@@ -14,6 +14,7 @@ Kernel: fs/fuse/dev.c (fuse_dev_do_write, which takes an errno from 0 to 511)
 import errno
 import functools
 import logging
+import os
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -62,7 +63,7 @@ def request(
             log.exception("%s%r failed", handler.__name__, _brief(args))
             raise FUSEError(errno.EIO) from None
         finally:
-            self.tree.commit()
+            commit(self)
         await self.wait_for_room()
         return await answer(self, *args)  # type: ignore[call-arg]
 
@@ -90,6 +91,32 @@ def waiting(
             raise FUSEError(errno.EIO) from None
 
     return answer
+
+
+def commit(operations: Forgetful) -> None:
+    """Commit what a handler has changed; raise FUSEError if that is not possible."""
+    try:
+        operations.tree.commit()
+    except (OSError, MemoryError) as error:
+        if code := commit_again(operations, error):
+            raise FUSEError(code) from None
+
+
+def commit_again(operations: Forgetful, error: OSError | MemoryError, number: int = 0) -> int:
+    """Commit once more if memory was short, with that which was kept; return 0, or the errno if it does not help.
+
+    What is not committed stays noted: the next commit has it, too.
+    """
+    if isinstance(error, MemoryError):
+        operations.spare.let_go()
+        try:
+            operations.tree.commit(number)
+        except (OSError, MemoryError) as again:
+            error = again
+        else:
+            return 0
+    log.error("a change is not in the journal: %s", os.strerror(told(error)))
+    return told(error)
 
 
 def told(error: Exception) -> int:

@@ -22,6 +22,7 @@ written what is dirty before it asks, and RAM is as durable as this gets.
 Kernel: fs/fuse/dir.c, fs/fuse/file.c, fs/fuse/readdir.c
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -40,7 +41,7 @@ from pkramfs.fs.rules import DIRECT, INO_MASK, WRITING
 from pkramfs.fs.tree import Tree
 from pkramfs.fuse import doors
 from pkramfs.fuse.memory import Spare
-from pkramfs.fuse.net import request, told, waiting
+from pkramfs.fuse.net import commit, request, told, waiting
 from pkramfs.fuse.replies import Replies
 from pkramfs.fuse.translate import Asker, Translator, file_size_limit
 from pkramfs.units import PAGE_SIZE
@@ -124,7 +125,8 @@ class Operations(pyfuse3.Operations):
 
     async def forget(self, inodes: Sequence[tuple[int, int]]) -> None:
         self.forgotten(inodes)
-        self.tree.commit()
+        with contextlib.suppress(FUSEError):  # nobody waits for an answer
+            commit(self)
 
     def forgotten(self, inodes: Sequence[tuple[int, int]]) -> None:
         """Take back references that the kernel has given up: pairs of an inode number and how many."""

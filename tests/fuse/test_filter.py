@@ -356,6 +356,22 @@ def test_what_a_write_gave_back_is_cleared_before_others_write_there(
     kernel.later.clear()
 
 
+@pytest.mark.parametrize(("failures", "errors"), [(1, [0]), (2, [-errno.ENOMEM, -errno.EEXIST])])
+def test_a_commit_without_memory_is_tried_again_and_ends_nothing(
+    kernel: Kernel, failures: int, errors: list[int]
+) -> None:
+    """What could not be committed stays noted, so the next request finds it done."""
+    raised = [MemoryError() for _ in range(failures)]
+
+    def commit(asker: int = 0) -> None:
+        if raised:
+            raise raised.pop()
+
+    kernel.operations.tree.commit = kernel.filter._commit = commit  # type: ignore[method-assign]
+    body = wire.MKDIR.pack(0o755, 0) + b"made\0"
+    assert [kernel.ask(Op.MKDIR, 1, body)[0] for _ in errors] == errors
+
+
 class TestAnotherDaemon:
     """What the kernel sends again after a takeover."""
 

@@ -53,7 +53,7 @@ def dying(name, before=None, after=None):
     setattr(Filter, name, mortal)
 
 Filter.answer = noted
-dying("_committed", "before", "after")
+dying("_uncommitted", "before", "after")
 dying("_reply", after="replied")
 dying("_reply_error", after="replied")
 dying("resume", "resume", "resent")
