@@ -224,10 +224,11 @@ class Journal:
     def _settle(self) -> None:
         """Do what waited for the commit."""
         if self._cut:
-            for address, size, maybe_hole in self._cut:  # again, should memory be short half-way
+            while self._cut:  # none twice, should memory be short half-way: somebody may have written there since
+                address, size, maybe_hole = self._cut[-1]
                 self._tree.zero(address, size, maybe_hole=maybe_hole)
+                self._cut.pop()
             self.log.note_zeroed()
-            self._cut = []
         while self._freed:
             self._frames.free(*self._freed[-1])
             self._freed.pop()
