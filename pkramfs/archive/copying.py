@@ -16,6 +16,7 @@ import numpy as np
 from pkramfs.archive.claiming import claimed, named, settle
 from pkramfs.archive.standing import Standing
 from pkramfs.errors import MachineError, PkramError
+from pkramfs.fs.nodes import objects
 from pkramfs.fs.picture import Progress
 from pkramfs.kernel.running import Running
 from pkramfs.machine.frames import Frames, Run
@@ -34,16 +35,16 @@ _PIECE = 2048
 def copy(kernel: Running, source: bytes, target: bytes) -> Generator[Progress, None, Node]:
     """Copy a node under another name and publish the copy by one store."""
     with kernel.store.prepare_load(source) as load:
-        node, objects = load.node, [(reader.read(), reader.load_runs()) for reader in load]
+        node, found = load.node, objects(kernel.store, load)
     standing, ram = Standing(kernel.ram, node), kernel.ram
-    total, done = sum(int(runs[2].sum()) for _, runs in objects) << PAGE_SHIFT, 0
+    total, done = sum(int(runs[2].sum()) for _, runs in found) << PAGE_SHIFT, 0
     with (
         claimed(kernel, target, "cp") as frames,
         kernel.store.prepare_save(
             target, tree_id=frames.tree_id, frames=frames, banned=kernel.banned(), strict=node.strict
         ) as saving,
     ):
-        for stream, runs in objects:
+        for stream, runs in found:
             with saving.object() as writer:
                 writer.write(stream)
                 for pages in _copied(ram, frames, runs, writer):

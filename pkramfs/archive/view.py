@@ -31,11 +31,13 @@ from pkramfs.errors import FormatError, PkramError
 from pkramfs.fs.asleep import Asleep
 from pkramfs.fs.inode import BLOCKS_PER_PAGE
 from pkramfs.fs.limits import INLINE_TARGET
+from pkramfs.fs.nodes import objects
 from pkramfs.fs.pagecache import PageMap
 from pkramfs.fs.verify import verify
 from pkramfs.mounting.names import mount_name
 from pkramfs.pkram.node import Node, shown
 from pkramfs.pkram.treeformat import Array, TreeStream
+from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT
 
 if TYPE_CHECKING:
@@ -274,14 +276,15 @@ class SavedTree:
 def open_tree(store: Store, name: bytes) -> SavedTree:
     """Read and check the tree that a node holds; PkramError (ENOENT) if there is none, FormatError if it is damaged."""
     with store.prepare_load(name) as load:
-        found, node = list(load), load.node
         if mount_name(name) is None:
             raise PkramError(f"node {shown(name)} holds no file tree, but what a program saved", errno.ENOTDIR)
+        found = objects(store, load)
         if len(found) != 2:
             raise FormatError("Node", "objects", found=len(found), expected="2: a byte stream and a page stream")
-        parts, runs = TreeStream(found[0].read()), found[1].load_runs()
-        verify(parts, runs, found[1].data, found[1].data)
-        return SavedTree(store.ram, node, parts, runs)
+        parts, runs = TreeStream(found[0][0]), found[1][1]
+        data = Spans.from_runs(runs[1], runs[2])
+        verify(parts, runs, data, data)
+        return SavedTree(store.ram, load.node, parts, runs)
 
 
 def _names(path: bytes) -> list[bytes]:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.mounts import MountEntry
 
-_OURS = ("size", "nr_blocks", "nr_inodes", "huge", "mpol", "noswap")
+_OURS = ("size", "nr_blocks", "nr_inodes", "huge", "mpol", "noswap", "format")
 """Options that a daemon may be told again."""
 REMOUNT_SECONDS = 600.0
 """How long the kernel may take to write back before a mount is read-only."""

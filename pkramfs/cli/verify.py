@@ -141,16 +141,21 @@ class _Visits:
     """Looks into each sound node, and counts the bytes of those that are done."""
 
     def __init__(self, running: "Running", drawn: progress.Bar | None) -> None:
-        self._drawn, self._done, self._total = drawn, 0, 0
+        self._drawn, self._store, self._done, self._total = drawn, running.store, 0, 0
         if drawn is not None:
             with contextlib.suppress(FormatError):  # the check reports it
                 self._total = sum(node.pages for node in running.store.nodes()) * PAGE_SIZE
 
     def __call__(self, node: "Node", objects: list["ObjectReader"], pages: "Spans") -> Iterator[str]:
         """Yield the problem with the tree in a node of ours, if there is one."""
+        from pkramfs.fs.nodes import read_log
+
         if mount_name(node.name) is not None:
             try:
-                _read_tree(objects, pages)
+                if node.log_pfn:
+                    read_log(self._store, node, pages)
+                else:
+                    _read_tree(objects, pages)
             except PkramfsError as error:
                 yield str(error)
         self._done += node.pages * PAGE_SIZE

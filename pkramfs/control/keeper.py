@@ -41,7 +41,7 @@ from pkramfs.control.protocol import LINE_MAX
 from pkramfs.control.replies import Done, Foreseen, Frozen, Status
 from pkramfs.errors import ErrnoError, FormatError, PkramfsError, explain
 from pkramfs.fs.foresight import foresee
-from pkramfs.fs.save import save
+from pkramfs.fs.sealing import preserve
 from pkramfs.mounting.names import node_name
 from pkramfs.spans import Spans
 from pkramfs.text import exact
@@ -233,7 +233,9 @@ class Keeper:
 
     async def _save(self, strict: bool) -> None:
         """Publish the node, and tell the log what it holds and what it lacks."""
-        report = await drive(save(self.tree, self.store, self.node_name, strict=strict, banned=self._banned()))
+        whole, banned = self._settings.whole, self._banned()
+        work = preserve(self.tree, self.store, self.node_name, whole=whole, strict=strict, banned=banned)
+        report = await drive(work)
         moved = f", {plural(report.moved, 'page')} relocated" if report.moved else ""
         self._say(
             f"pkramfs: {self.name} preserved: {plural(report.files, 'file')}, "

@@ -3,6 +3,7 @@
 
     size=  nr_blocks=  nr_inodes=    limits, with tmpfs's refusals
     huge=  mpol=                     where the pages of later writes come from; those that are there stay
+    format=                          1: preserve so that older releases can restore it
     ro  rw                           noted only: the kernel enforces them, and preserve makes the mount ro besides
 
 A remount changes all that it asks for, or nothing. The new options belong to the mount from then on:
@@ -27,7 +28,7 @@ Words = dict[str, str | bool]
 """Mount options as they were given: `{"size": "1G", "ro": True}`."""
 
 _SAME = {"size": "nr_blocks", "nr_blocks": "size", "ro": "rw", "rw": "ro"}
-_SHOWN = ("mode", "uid", "gid", "huge", "mpol", "noswap", "pkram_strict")
+_SHOWN = ("mode", "uid", "gid", "huge", "mpol", "noswap", "pkram_strict", "format")
 
 
 class Settings:
@@ -59,11 +60,16 @@ class Settings:
             self._tree.frames.policy = policy
         if huge is not None:
             self._tree.huge = str(huge)
-        for key in ("size", "nr_blocks", "nr_inodes", "huge", "mpol", "ro", "rw"):
+        for key in ("size", "nr_blocks", "nr_inodes", "huge", "mpol", "format", "ro", "rw"):
             if key in words:
                 self.words.pop(_SAME.get(key, key), None)
                 self.words[key] = words[key]
         self._changed(words)
+
+    @property
+    def whole(self) -> bool:
+        """Return True if the tree is to be preserved whole, not by its log."""
+        return self.words.get("format") == "1"
 
     def shown(self) -> str:
         """Return the options that are not tmpfs's defaults, as /proc/mounts shows those of a tmpfs."""

@@ -360,13 +360,15 @@ class Daemon:
 
     def _begin_journal(self, tree: Tree) -> None:
         """Have the tree outlive this process from now on, unless nothing of it could be preserved anyway."""
-        if not self.kernel.info.pkram or tree.journal is not None:
+        if not self.kernel.info.pkram:
             return
-        node = self.kernel.store.find(self.node_name) if tree.preserved else None
-        begin(tree, os.fsencode(self.options.name or ""), self.kernel.generation, 0 if node is None else node.pfn)
+        if tree.journal is None:
+            node = self.kernel.store.find(self.node_name) if tree.preserved else None
+            begin(tree, os.fsencode(self.options.name or ""), self.kernel.generation, 0 if node is None else node.pfn)
         assert tree.journal is not None
-        self._live = tree.journal.log.live
-        self._write_entry()
+        if self._live != tree.journal.log.live:
+            self._live = tree.journal.log.live
+            self._write_entry()
 
     def _expect_room(self) -> None:
         """Raise ExhaustedError if nothing could be written; a restored tree can at least be read."""

@@ -26,11 +26,13 @@ from typing import Any
 import trio
 
 from pkramfs.errors import ExhaustedError, PkramfsError
-from pkramfs.fs.checkpoint import Figures, Supply, figures, write
+from pkramfs.fs.checkpoint import Supply, figures, write
 from pkramfs.fs.journal import REQUESTS
 from pkramfs.fs.limits import Limits
+from pkramfs.fs.picture import complete
 from pkramfs.fs.recover import rebuild
 from pkramfs.fs.tree import Tree
+from pkramfs.journal.layout import Figures
 from pkramfs.kernel.running import look
 from pkramfs.machine import process as this
 from pkramfs.machine.directory import Machine
@@ -64,7 +66,9 @@ class Checkpoints:
         while True:
             await self._due.wait()
             self._due = trio.Event()
-            if not self._tree.preserved:  # the node is one
+            if self._tree.preserved:
+                self._wait_for_change()
+            else:
                 await self._make()
 
     async def _make(self) -> None:
@@ -83,9 +87,11 @@ class Checkpoints:
             _free(tree, runs)
             raise
         pages = Spans((start, start + count) for start, count in answer.get("pages", []))
-        if "error" in answer or journal.log.base != base:  # or the tree was preserved meanwhile
+        if "error" in answer or journal.log.base != base or tree.preserved:
             _free(tree, runs)
-            if journal.log.base == base:
+            if tree.preserved:
+                self._wait_for_change()
+            elif journal.log.base == base:
                 self._put_off(f"no checkpoint: {answer['error']}")
             return
         rest = Spans((start, start + count) for start, count in runs) - pages
@@ -99,6 +105,12 @@ class Checkpoints:
             tree.frames.free(rest.starts, rest.counts)
         tree.commit()
         self.made += 1
+
+    def _wait_for_change(self) -> None:
+        """Ask again at the next request: a published node needs the log as it is, and the first change withdraws it."""
+        journal = self._tree.journal
+        assert journal is not None
+        journal.limit = journal.requests + 1
 
     def _put_off(self, why: str) -> None:
         """Try again when as many requests have come as make a checkpoint due."""
@@ -170,20 +182,11 @@ def _make(request: dict[str, Any]) -> dict[str, Any]:
     kernel = look(machine)
     frames = Frames(kernel.ram, kernel.leases, request["tree_id"])
     position = request["position"]
-    rebuilt = _end(rebuild(kernel.store, request["live"], kernel.ram, frames, Limits(), position))
+    rebuilt = complete(rebuild(kernel.store, request["live"], kernel.ram, frames, Limits(), position))
     tree, expected = rebuilt.tree, Figures(*request["figures"])
     if (found := figures(tree)) != expected:
         return {"error": f"the journal comes to {found} at {position}, the daemon had {expected}: please report it"}
     supply = Supply([(start, count) for start, count in request["runs"]])
-    node, pages = _end(write(tree, kernel.store, bytes.fromhex(request["name"]), supply))
+    node, pages = complete(write(tree, kernel.store, bytes.fromhex(request["name"]), supply))
     runs = [(int(start), int(end - start)) for start, end in pages]
     return {"node": node, "pages": runs, "records": rebuilt.replay.records}
-
-
-def _end(work: Any) -> Any:
-    """Run a long work to its end."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            return done.value

@@ -10,26 +10,18 @@ Kernel: fs/jbd2/checkpoint.c (jbd2_log_do_checkpoint)
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pkramfs.errors import ExhaustedError
 from pkramfs.fs.picture import Progress, take
 from pkramfs.fs.save import save_runs, stream
+from pkramfs.journal.layout import Figures
 from pkramfs.machine.frames import FreeRuns, Run
 from pkramfs.spans import Spans
 
 if TYPE_CHECKING:
     from pkramfs.fs.tree import Tree
     from pkramfs.pkram.store import Store
-
-
-class Figures(NamedTuple):
-    """What a tree and its copy must have in common."""
-
-    inodes: int
-    pages: int
-    bytes: int
-    inode_space: int
 
 
 def figures(tree: Tree) -> Figures:

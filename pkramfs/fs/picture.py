@@ -17,7 +17,7 @@ import stat
 from collections.abc import Generator, Iterator
 from itertools import chain, compress
 from operator import attrgetter, itemgetter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from pkramfs.pkram.treeformat import Array, Columns
 if TYPE_CHECKING:
     from pkramfs.fs.asleep import Snapshot
     from pkramfs.fs.tree import Tree
+    from pkramfs.pkram.streams.runs import Runs
+
+T = TypeVar("T")
 
 _Rows = tuple[Columns, list[tuple[int, bytes]]]
 """Columns, and pieces of the blob that belongs to them, each with the place of its owner."""
@@ -46,12 +49,27 @@ class Progress(NamedTuple):
     total: int
 
 
+def complete(work: Generator[Progress, None, T]) -> T:
+    """Run a long work to its end."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            value: T = done.value
+            return value
+
+
 class Picture(NamedTuple):
     """A tree as columns."""
 
     columns: dict[str, Columns]
     blobs: dict[str, bytes]
     runs: Array  # rows of (file index, pfn, count), all files after one another
+
+    def page_stream(self) -> Runs:
+        """Return (index, pfn, count) of all runs, by their place in the stream of all files' pages."""
+        pfn, count = self.runs[:, 1].astype(np.uint64), self.runs[:, 2].astype(np.uint64)
+        return np.cumsum(count, dtype=np.uint64) - count, pfn, count
 
 
 class _Inodes(NamedTuple):

@@ -16,20 +16,21 @@ Kernel: fs/jbd2/recovery.c (jbd2_journal_recover)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from pkramfs.errors import ExhaustedError
+from pkramfs.errors import ExhaustedError, FormatError
+from pkramfs.fs.checkpoint import figures
 from pkramfs.fs.journal import Journal
 from pkramfs.fs.picture import Picture, Progress, take
 from pkramfs.fs.replay import Replay
-from pkramfs.fs.restore import check_limits, load_checkpoint
 from pkramfs.fs.save import stream
 from pkramfs.fs.tree import Tree
+from pkramfs.fs.unpack import Contents, check_limits, unpack
 from pkramfs.fs.verify import verify
 from pkramfs.journal.log import Log
-from pkramfs.journal.reader import Opened, chunks, open_log
+from pkramfs.journal.reader import Opened, chunks, open_log, open_sealed
 from pkramfs.pkram.treeformat import TreeStream
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from pkramfs.fs.limits import Limits
     from pkramfs.machine.frames import Frames
     from pkramfs.machine.ram import Ram
+    from pkramfs.pkram.node import Node
     from pkramfs.pkram.store import Store
 
 
@@ -57,29 +59,52 @@ def rebuild(
     store: Store, live: int, ram: Ram, frames: Frames, limits: Limits, position: int | None = None
 ) -> Generator[Progress, None, Rebuilt]:
     """Make the tree that a log describes, as it was at `position`, by default the tail; change nothing."""
-    yield Progress("load", 0, 1)
     allowed = frames.leases.blocks_of(frames.tree_id).scale(BLOCK_PAGES)
     log = open_log(ram, live, allowed)
-    tree, metadata = Tree(ram, frames, limits), Spans()
+    return (yield from _rebuild(store, log, Tree(ram, frames, limits), allowed, position))
+
+
+def rebuild_sealed(store: Store, node: Node, tree: Tree, allowed: Spans) -> Generator[Progress, None, Rebuilt]:
+    """Fill an empty tree with what the log of a node describes, up to its seal; change nothing else."""
+    log = open_sealed(store.ram, node.log_pfn, node.tree_id, node.generation, allowed)
+    rebuilt = yield from _rebuild(store, log, tree, allowed)
+    if (found := figures(rebuilt.tree)) != log.figures:
+        raise FormatError("Seal", "figures", pfn=node.log_pfn, found=log.figures, expected=f"{found}, as the log says")
+    return rebuilt
+
+
+def _rebuild(
+    store: Store, log: Opened, tree: Tree, allowed: Spans, position: int | None = None
+) -> Generator[Progress, None, Rebuilt]:
+    """Fill an empty tree."""
+    yield Progress("load", 0, 1)
+    found = Contents(Spans(), Spans())
     if log.base.node:
-        metadata = load_checkpoint(store, log.base.node, tree, allowed)
+        with store.open_unlisted(log.base.node, allowed) as load:
+            # Files that were deleted since may have had any frames, which others use now: the end is checked.
+            found = unpack(load, tree, Spans([(1, store.ram.pages)]), deleted=True)
     yield Progress("replay", 0, 1)
     replay = Replay(tree, log.live.zeroed)
-    replay.run(chunks(ram, log, position))
-    yield Progress("verify", 0, 1)
-    picture = yield from take(tree, deleted=True)
-    data = _verified(tree, picture, allowed)
+    replay.run(chunks(store.ram, log, position))
+    data = found.data
+    if replay.records:  # else it is what was verified when it was unpacked
+        yield Progress("verify", 0, 1)
+        picture = yield from take(tree, deleted=True)
+        data = _verified(tree, picture)
+    if outside := data - allowed:
+        pfn = int(outside.starts[0])
+        raise FormatError("Tree pages", "pfn", found=f"{pfn:x}", expected="a frame in this tree's page blocks")
     replay.finish()
-    return Rebuilt(tree, log, metadata, data, replay)
+    return Rebuilt(tree, log, found.metadata, data, replay)
 
 
-def _verified(tree: Tree, picture: Picture, allowed: Spans) -> Spans:
-    """Raise FormatError unless all rules hold; return the frames of all files."""
+def _verified(tree: Tree, picture: Picture) -> Spans:
+    """Raise FormatError unless all rules hold but where frames may lie; return the frames of all files."""
     parts = TreeStream(b"".join(stream(tree, picture)))
-    pfn, count = picture.runs[:, 1].astype("u8"), picture.runs[:, 2].astype("u8")
-    index = count.cumsum() - count
-    verify(parts, (index, pfn, count), allowed, deleted=True)
-    return Spans.from_runs(pfn, count)
+    index, pfn, count = picture.page_stream()
+    data = Spans.from_runs(pfn, count)
+    verify(parts, (index, pfn, count), data, data, deleted=True)
+    return data
 
 
 def recover(
@@ -91,34 +116,43 @@ def recover(
     anything open, and what has no name goes.
     """
     rebuilt = yield from rebuild(store, live, ram, frames, limits)
-    tree, log = rebuilt.tree, rebuilt.log
-    check_limits(limits, tree.limits.pages, tree.limits.inode_space)
-    yield Progress("adopt", 0, 1)
-    resumed = Log.resume(ram, frames, live, generation, log.live.base, log.base, log.segments, log.live.tail)
     node = store.find(taken) if taken is not None else None
-    kept = Spans() if node is None else store.pages_of(node) - rebuilt.data
-    frames.adopt(rebuilt.data | rebuilt.metadata | kept | log.pages())
+    own = Spans() if node is None else store.own_pages(node)
+    log = rebuilt.log
+    resumed = partial(Log.resume, ram, frames, live, generation, log.live.base, log.base, log.segments, log.live.tail)
+    tree = yield from go_on(rebuilt, resumed, own)
+    if node is not None:
+        tree.preservation.restore(partial(store.withdraw, node.name), own)
+    if taken is None:
+        close_all(tree)
+    return tree
+
+
+def go_on(rebuilt: Rebuilt, resume: Callable[[], Log], kept: Spans) -> Generator[Progress, None, Tree]:
+    """Adopt all frames, and `kept`, for a tree that was rebuilt, if it is not too large; go on with its log."""
+    tree, log = rebuilt.tree, rebuilt.log
+    check_limits(tree.limits, tree.limits.pages, tree.limits.inode_space)
+    yield Progress("adopt", 0, 1)
+    resumed = resume()
+    tree.frames.adopt(rebuilt.data | rebuilt.metadata | kept | log.pages())
     rebuilt.replay.clear()
     with contextlib.suppress(OSError):  # it is gone
         tree.clear_behind(tree.inode(log.live.growing), log.live.grown)
     resumed.note_zeroed()  # before anything else is written there
     tree.journal = Journal(tree, resumed, rebuilt.metadata)
     tree.journal.resume(rebuilt.replay.requests, rebuilt.replay.done)
-    if node is not None:
-        tree.preservation.restore(partial(store.withdraw, node.name), kept)
     for inode in tree.inodes.values():
         if inode.opens:
             tree.journal.opened(inode)
-    if taken is None:
-        with contextlib.suppress(ExhaustedError):
-            resumed.write([])  # another connection begins
-            resumed.commit()
-        _close_all(tree)
     return tree
 
 
-def _close_all(tree: Tree) -> None:
-    """Close what the dead had open, and free what has no name."""
+def close_all(tree: Tree) -> None:
+    """Have another connection begin: close what the dead had open, and free what has no name."""
+    assert tree.journal is not None
+    with contextlib.suppress(ExhaustedError):
+        tree.journal.log.write([])
+        tree.journal.log.commit()
     tree.writing.clear()
     for inode in [inode for inode in tree.inodes.values() if inode.opens or not inode.nlink]:
         tree.close_all(inode)

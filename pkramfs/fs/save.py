@@ -67,8 +67,7 @@ def save(
     tree: Tree, store: Store, node_name: bytes, *, strict: bool = False, banned: Spans | None = None
 ) -> Generator[Progress, None, SaveReport]:
     """Save a frozen tree as node `node_name` and publish it; the tree is preserved from then on."""
-    if not tree.frozen:
-        raise PkramError("a tree must be frozen while it is saved", errno.EBUSY)
+    require_frozen(tree)
     if strict:
         refuse_strict(tree)
     began = time.monotonic()
@@ -92,19 +91,30 @@ def save(
         moved = sum(count for _, count in saving.relocated)
     _begin_with(tree, node, moved)
     tree.preservation.preserve(partial(store.withdraw, node_name), saving.taken)
+    return report(tree, began, stream_bytes, runs)._replace(pages=int(picture.runs[:, 2].sum()), moved=moved)
+
+
+def report(tree: Tree, began: float, described: int, runs: int) -> SaveReport:
+    """Return the report on a save that is done, and that began at a time; `described` are bytes besides the files'."""
     counts = tree.counts()
     return SaveReport(
         files=counts.files - len(tree.orphans),
         directories=counts.directories,
-        pages=int(picture.runs[:, 2].sum()),
+        pages=counts.pages,
         bytes=counts.bytes,
-        stream_bytes=stream_bytes,
+        stream_bytes=described,
         runs=runs,
-        moved=moved,
+        moved=0,
         deleted=[exact(path) for path in tree.deleted()],
         seconds=time.monotonic() - began,
         deleted_count=tree.deleted_count,
     )
+
+
+def require_frozen(tree: Tree) -> None:
+    """Raise PkramError (EBUSY) unless the tree refuses changes."""
+    if not tree.frozen:
+        raise PkramError("a tree must be frozen while it is saved", errno.EBUSY)
 
 
 def _begin_with(tree: Tree, node: Node, moved: int) -> None:
@@ -184,8 +194,8 @@ def _starts(pfn: Array, count: Array) -> Array:
     return np.flatnonzero(fresh)
 
 
-def stream(tree: Tree, picture: Picture) -> Iterator[bytes]:
-    """Yield the bytes of object 0, in parts."""
+def stream(tree: Tree, picture: Picture, saved_ns: int | None = None) -> Iterator[bytes]:
+    """Yield the bytes of object 0, in parts; `saved_ns` is when the tree was saved, by default now."""
     header: dict[str, Any] = {
         section.name: len(picture.columns[section.name][section.columns[0].name]) for section in treeformat.SECTIONS
     }
@@ -197,7 +207,7 @@ def stream(tree: Tree, picture: Picture) -> Iterator[bytes]:
         pages=int(picture.runs[:, 2].sum()),
         next_ino=tree.next_ino,
         flags=flags,
-        saved_ns=time.time_ns(),
+        saved_ns=time.time_ns() if saved_ns is None else saved_ns,
         **header,
     )
     for section in treeformat.SECTIONS:

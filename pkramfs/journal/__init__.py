@@ -12,6 +12,8 @@ file is still in RAM. So each request appends what it has changed to a log in fr
 * A *chunk* is the bytes of one request (of a large one: a part), under a checksum, with its position.
 * A *position* counts the bytes of all chunks ever written; it never falls.
 * The *tail* is published after the chunk is whole. Nothing behind it is read.
+* A *seal* page repeats what the live page says at one moment, and never changes: with it a node of the list can say
+  that this log holds its tree.
 * A *checkpoint* holds the tree as it was at the base page's position. A new base page is published by one store; what
   the old one led to is freed afterwards.
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The pages of a log: live page, base page, segments, chunks.
+"""The pages of a log: live page, base page, seal page, segments, chunks.
 
-None of them crosses a kexec: a tree that is to be there afterwards is preserved. They cross the death of a daemon,
-and so the change from one version of this program to the next: hence a version, which readers check.
+They cross the death of a daemon, and so the change from one version of this program to the next: hence a version,
+which readers check. All but the live page cross a kexec, too, if a node says that a log holds its tree.
 
     live page   bytes 16 to 55 are published words, which change; the checksum covers bytes 128 to 4095
     base page   never changes: what counts as the beginning
+    seal page   never changes: what counted at the moment at which the tree was preserved
     segment     64 bytes of header, then chunks; `next` is published when the next segment is ready
     chunk       32 bytes of header, then records (fs/records)
 
@@ -31,6 +32,7 @@ NAME_MAX = 255
 LIVE_MAGIC = int.from_bytes(b"PKRAMlv1", "little")
 BASE_MAGIC = int.from_bytes(b"PKRAMbs1", "little")
 SEGMENT_MAGIC = int.from_bytes(b"PKRAMsg1", "little")
+SEAL_MAGIC = int.from_bytes(b"PKRAMsl1", "little")
 
 BASE_AT, TAIL_AT, ZEROED_AT, GROWING_AT, GROWN_AT = 16, 24, 32, 40, 48
 """Byte offsets of the published words of a live page."""
@@ -67,6 +69,26 @@ BASE = Record(
         F("node", "u8", 48, "pfn of the node that holds the tree as it was, 0: it was empty"),
         F("segment", "u8", 56, "pfn of the segment that holds the position"),
         F("position", "u8", 64, "first byte of the log that counts"),
+    ],
+)
+SEAL = Record(
+    "Seal",
+    120,
+    "The beginning and the end of the log that holds a preserved tree.",
+    [
+        F("magic", "u8", 0, "PKRAMsl1"),
+        F("checksum", "u8", 8, "XXH3-64 of bytes 32-4095, seeded with the page's pfn"),
+        F("generation", "u8", 32, "boot count of the kernel that preserved it"),
+        F("tree_id", "u8", 40, "as the live page's"),
+        F("version", "u4", 48, "as the live page's"),
+        F("base", "u8", 56, "base page"),
+        F("segment", "u8", 64, "pfn of the last segment"),
+        F("tail", "u8", 72, "the end of what counts"),
+        F("live", "u8", 80, "pfn of the live page, which means nothing to who reads the node"),
+        F("inodes", "u8", 88, "inodes of the tree, deleted ones that were open included"),
+        F("pages", "u8", 96, "pages of the tree, as size= counts them"),
+        F("bytes", "u8", 104, "sum of the sizes of all files"),
+        F("inode_space", "u8", 112, "bytes of inode space, as nr_inodes= counts them"),
     ],
 )
 SEGMENT = Record(
@@ -195,6 +217,43 @@ def read_base(ram: Ram, pfn: int, tree_id: int) -> Base:
     if found.tree_id != tree_id:
         raise FormatError("Base", "tree_id", pfn=pfn, found=f"{found.tree_id:016x}", expected=f"{tree_id:016x}")
     return Base(found.node, found.segment, found.position)
+
+
+class Figures(NamedTuple):
+    """What a tree and its copy must have in common."""
+
+    inodes: int
+    pages: int
+    bytes: int
+    inode_space: int
+
+
+class Seal(NamedTuple):
+    """A seal page that was read."""
+
+    base: int
+    segment: int
+    tail: int
+    live: int
+    figures: Figures
+
+
+def write_seal(ram: Ram, pfn: int, seal: Seal, tree_id: int, generation: int) -> None:
+    """Write a seal page."""
+    fields = seal._asdict()
+    fields |= fields.pop("figures")._asdict()
+    write_page(ram, pfn, SEAL, {}, magic=SEAL_MAGIC, generation=generation, tree_id=tree_id, version=VERSION, **fields)
+
+
+def read_seal(ram: Ram, pfn: int, tree_id: int) -> Seal:
+    """Read and check a seal page; raise VersionError for one of another version."""
+    found = read_page(ram, pfn, SEAL, SEAL_MAGIC)
+    if found.version != VERSION:
+        raise VersionError("Seal", "version", pfn=pfn, found=found.version, expected=f"{VERSION}, this program's")
+    if found.tree_id != tree_id:
+        raise FormatError("Seal", "tree_id", pfn=pfn, found=f"{found.tree_id:016x}", expected=f"{tree_id:016x}")
+    figures = Figures(found.inodes, found.pages, found.bytes, found.inode_space)
+    return Seal(found.base, found.segment, found.tail, found.live, figures)
 
 
 class Segment(NamedTuple):

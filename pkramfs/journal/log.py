@@ -32,6 +32,8 @@ from pkramfs.journal.layout import (
     TAIL_AT,
     ZEROED_AT,
     Base,
+    Figures,
+    Seal,
     Segment,
     chunk_digest,
     guard,
@@ -39,6 +41,7 @@ from pkramfs.journal.layout import (
     write_base,
     write_live,
     write_position,
+    write_seal,
     write_segment,
 )
 from pkramfs.machine.frames import Run
@@ -47,6 +50,7 @@ from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, pages, round_up
 
 if TYPE_CHECKING:
+    from pkramfs.journal.reader import Opened
     from pkramfs.machine.frames import Frames
     from pkramfs.machine.ram import Ram
 
@@ -116,6 +120,20 @@ class Log:
         ram.back_run(live, 1)
         link_segment(ram, last.pfn, 0)  # what was begun behind it does not count, and its frames are free
         return log
+
+    @classmethod
+    def reopen(cls, ram: Ram, frames: Frames, name: bytes, generation: int, sealed: Opened) -> Log:
+        """Go on with a log that was sealed, under another kernel; the seal goes on to be true."""
+        live, tail = sealed.live, sealed.live.tail
+        write_live(ram, live.pfn, name, frames.tree_id, generation, live.base)
+        log = cls.resume(ram, frames, live.pfn, generation, live.base, sealed.base, sealed.segments, tail)
+        log.commit()
+        return log
+
+    def seal(self, pfn: int, figures: Figures) -> None:
+        """Write a seal page: what counts now. What is appended later counts only for who begins at the live page."""
+        seal = Seal(self.base_page, self.segments[-1].pfn, self.tail, self.live, figures)
+        write_seal(self.ram, pfn, seal, self.frames.tree_id, self._generation)
 
     # -- appending ------------------------------------------------------------------------------
 

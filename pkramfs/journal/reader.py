@@ -18,11 +18,13 @@ from pkramfs.journal.layout import (
     CHUNK_KIND,
     LAST,
     SEGMENT,
+    Figures,
     Live,
     Segment,
     chunk_digest,
     read_base,
     read_live,
+    read_seal,
     read_segment,
 )
 from pkramfs.spans import Spans
@@ -43,11 +45,16 @@ class Chunk(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A log that was opened for reading: its live page, its base page, and its segments so far as they count."""
+    """A log that was opened for reading: its live page, its base page, and its segments so far as they count.
+
+    One that was sealed has `figures`, which its tree must come to, and a live page made from the seal: the real one
+    may say anything.
+    """
 
     live: Live
     base: Base
     segments: list[Segment]
+    figures: Figures | None = None
 
     def pages(self) -> Spans:
         """Return the frames of the log."""
@@ -60,14 +67,29 @@ def open_log(ram: Ram, live_pfn: int, allowed: Spans) -> Opened:
     live = read_live(ram, live_pfn)
     for field, pfn in (("pfn", live_pfn), ("base", live.base)):
         _require_inside(allowed, pfn, 1, "Live", field, live_pfn)
-    base = read_base(ram, live.base, live.tree_id)
-    if base.position > live.tail:
-        raise FormatError("Base", "position", pfn=live.base, found=base.position, expected=f"at most {live.tail}")
+    base = _base(ram, live)
     return Opened(live, base, list(_segments(ram, live, base, allowed)))
 
 
-def _segments(ram: Ram, live: Live, base: Base, allowed: Spans) -> Iterator[Segment]:
-    """Yield the segments from the base's to the one that holds the tail."""
+def open_sealed(ram: Ram, pfn: int, tree_id: int, generation: int, allowed: Spans) -> Opened:
+    """Open the log that a seal page ends; all of it must lie in `allowed`, the frames of the node that it holds."""
+    seal = read_seal(ram, pfn, tree_id)
+    for field in ("base", "segment", "live"):
+        _require_inside(allowed, getattr(seal, field), 1, "Seal", field, pfn)
+    live = Live(seal.live, b"", tree_id, generation, seal.base, seal.tail, seal.tail, 0, 0)
+    base = _base(ram, live)
+    return Opened(live, base, list(_segments(ram, live, base, allowed, seal.segment)), seal.figures)
+
+
+def _base(ram: Ram, live: Live) -> Base:
+    base = read_base(ram, live.base, live.tree_id)
+    if base.position > live.tail:
+        raise FormatError("Base", "position", pfn=live.base, found=base.position, expected=f"at most {live.tail}")
+    return base
+
+
+def _segments(ram: Ram, live: Live, base: Base, allowed: Spans, last: int = 0) -> Iterator[Segment]:
+    """Yield the segments from the base's to the one that holds the tail, which may be known to be the `last`."""
     pfn, before, seen = base.segment, None, set[int]()
     while True:
         if pfn in seen:
@@ -82,7 +104,7 @@ def _segments(ram: Ram, live: Live, base: Base, allowed: Spans) -> Iterator[Segm
         if segment.base > live.tail:
             return  # it was begun, and nothing in it counts
         yield segment
-        if not following:
+        if not following or pfn == last:
             return
         pfn, before = following, segment
 

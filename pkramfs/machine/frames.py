@@ -199,6 +199,11 @@ class Frames:
         return self._free.total
 
     @property
+    def free_runs(self) -> int:
+        """Return the number of free runs in leased blocks."""
+        return len(self._free)
+
+    @property
     def used_pages(self) -> int:
         """Return the number of allocated pages."""
         return self._blocks * BLOCK_PAGES - self._free.total

@@ -3,7 +3,7 @@
 
     size=2G  nr_inodes=1m  mode=1777 …      tmpfs's own
     pkram=NAME  preserve  nopreserve        the announcement's
-    pkram_strict  lossy  dryrun  machine=NAME  oom_score_adj=N  fuse=PATH    ours
+    pkram_strict  format=1  lossy  dryrun  machine=NAME  oom_score_adj=N  fuse=PATH    ours
     ro  nosuid  noatime …                   mount flags: a bit that is set or cleared
     fsname=SOURCE                           FUSE's own: what the mount table shows as source
     user_id=0  max_read=…  x-systemd.…      words of other programs: known and ignored
@@ -68,6 +68,7 @@ _IGNORED_KEYS = re.compile(
 _WORD = re.compile(r"fsname=(?:\\.|[^,\\]|\\$)*|(?:[^,]|,(?=\d))+", re.DOTALL)
 _HUGE = ("never", "always", "within_size", "advise")
 _PATHS = ("filter", "pyfuse3")
+_FORMATS = ("1", "2")
 _NODES = r"\d+(-\d+)?(,\d+(-\d+)?)*"
 _FLAGS = "(=static|=relative)"
 _MPOL = re.compile(
@@ -116,6 +117,7 @@ class Options:
     oom_score_adj: int | None = None
     source: str | None = None
     fuse: str | None = None
+    format: int | None = None
     remount: bool = False
     preserve: bool | None = None
     set_flags: int = 0
@@ -334,6 +336,12 @@ def _fuse(found: Options, value: str) -> None:
     found.fuse = value
 
 
+def _format(found: Options, value: str) -> None:
+    if value not in _FORMATS:
+        raise UsageError(f"mount option format={value}: write one of {', '.join(_FORMATS)}")
+    found.format = int(value)
+
+
 def _preserve(found: Options) -> None:
     found.preserve = True
 
@@ -380,4 +388,5 @@ _VALUES = {
     "fsname": _source,
     "oom_score_adj": _oom_score_adj,
     "fuse": _fuse,
+    "format": _format,
 }

@@ -82,7 +82,7 @@ SUPER = _page(
 )
 NODE = _page(
     "Node",
-    368,
+    376,
     "A named node: one saved tree, or whatever a user of the library saves.",
     [
         F("next", "u8", NEXT, "published: next node"),
@@ -96,9 +96,10 @@ NODE = _page(
         F("created", "i8", 80, "time of saving, ns since the epoch"),
         F("objects", "u4", 88, "number of objects"),
         F("name_length", "u4", 92, "bytes of the name, 1 to 255"),
-        F("flags", "u8", 96, "bit 0: saved as PKRAM does (strict)"),
+        F("flags", "u8", 96, "bit 0: saved as PKRAM does (strict); bit 1: a log holds it, and no objects"),
         F("name", "256s", 104, "the name, zero-padded; bytes, not text"),
         F("moved", "u8", 360, "frames that hold copies of pages that lay in banned memory"),
+        F("log", "u8", 368, "pfn of the page that seals the log, 0 without bit 1"),
     ],
 )
 OBJECT = _page(

@@ -24,7 +24,7 @@ from pkramfs.spans import Spans
 from pkramfs.text import exact
 from pkramfs.units import PAGE_SHIFT
 
-STRICT = 1
+STRICT, LOGGED = 1, 2
 _LOOKS = 3
 """How often the list is read before damage is believed: a node may be withdrawn under our eyes."""
 
@@ -46,6 +46,8 @@ class Node:
     object_pfn: int
     relocated: int
     """Frames that hold copies: their pages lay where a loaded kernel, or this one, would be."""
+    log_pfn: int = 0
+    """The page that seals a log, which holds the tree; 0 if objects hold it."""
 
 
 def read_node(ram: Ram, pfn: int, *, listed: bool = True) -> Node:
@@ -57,7 +59,9 @@ def read_node(ram: Ram, pfn: int, *, listed: bool = True) -> Node:
     name, rest = page.name[: page.name_length], page.name[page.name_length :]
     if rest.strip(b"\0") or b"\0" in name:
         raise FormatError("Node", "name", pfn=pfn, found=page.name.rstrip(b"\0"), expected="as long as name_length")
-    expect_flags("Node", pfn, page.flags, STRICT)
+    expect_flags("Node", pfn, page.flags, STRICT | LOGGED)
+    if bool(page.flags & LOGGED) != bool(page.log) or (page.log and page.objects):
+        raise FormatError("Node", "log", pfn=pfn, found=f"{page.log:x}", expected="a page with bit 1 of flags, else 0")
     expect_unused(ram, pfn, "Node", OTHER, "other")
     return Node(
         name=name,
@@ -72,6 +76,7 @@ def read_node(ram: Ram, pfn: int, *, listed: bool = True) -> Node:
         table_checksum=page.table_checksum,
         object_pfn=page.object,
         relocated=page.moved,
+        log_pfn=page.log,
     )
 
 
@@ -141,10 +146,21 @@ def read_objects(ram: Ram, node: Node, allowed: Spans) -> list[ObjectReader]:
     return readers
 
 
+def own_pages(node: Node, table: Walk) -> Spans:
+    """Return the frames of a node's page, of its page table, and of the seal of its log."""
+    pages = [node.pfn, node.log_pfn] if node.log_pfn else [node.pfn]
+    return Spans((pfn, pfn + 1) for pfn in pages) | Spans.from_numbers(table.pages)
+
+
 def check_frames(node: Node, table: Walk, readers: list[ObjectReader]) -> Spans:
-    """Check that no frame has two uses and that the page table has every used frame; return these frames."""
-    sets = [Spans([(node.pfn, node.pfn + 1)]), Spans.from_numbers(table.pages)]
-    uses = 1 + len(table.pages) + sum(reader.uses() for reader in readers)
+    """Check that no frame has two uses and that the page table has every used frame; return these frames.
+
+    What the log of a node uses is checked by who reads it: here everything that the page table names counts as used.
+    """
+    if node.log_pfn and node.log_pfn not in table.spans:
+        raise FormatError("Node", "log", pfn=node.pfn, found=f"pfn {node.log_pfn:x}", expected="a page of its table")
+    sets = [own_pages(node, table)]
+    uses = 1 + bool(node.log_pfn) + len(table.pages) + sum(reader.uses() for reader in readers)
     sets += [spans for reader in readers for spans in (reader.metadata(), reader.data)]
     together = Spans.union(sets)
     if together.total != uses:
@@ -157,7 +173,7 @@ def check_frames(node: Node, table: Walk, readers: list[ObjectReader]) -> Spans:
             found=f"pfn {int(missing.starts[0]):x} absent",
             expected="every frame that the node uses",
         )
-    return together
+    return table.spans if node.log_pfn else together
 
 
 def shown(name: bytes | int) -> str:

@@ -27,7 +27,7 @@ from pkramfs.machine.frames import Run, spans_of
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.format import NEXT, NODE, NODE_MAGIC, OTHER, WITHDRAWN_MAGIC
 from pkramfs.pkram.frameset import FrameSet
-from pkramfs.pkram.node import STRICT, Node, read_node, shown
+from pkramfs.pkram.node import LOGGED, STRICT, Node, read_node, shown
 from pkramfs.pkram.page import write_page
 from pkramfs.pkram.relocate import Allocator
 from pkramfs.pkram.saveframes import SaveFrames
@@ -78,6 +78,7 @@ class Save:
         self._frames = SaveFrames(ram, frames, banned, partial(no_memory, name))
         self._named = FrameSet(ram.pages)
         self._writers: list[ObjectWriter] = []
+        self._log, self._logged = 0, Spans()
         self.state = State.SAVING
         self._node_pfn = 0
 
@@ -114,6 +115,22 @@ class Save:
         self._writers.append(writer)
         return writer
 
+    def pages(self, count: int) -> list[int]:
+        """Take zeroed frames for whatever the node is to lead to besides objects; return their pfns."""
+        self._expect_open()
+        found: list[int] = self._frames.pages(count).tolist()
+        return found
+
+    def log(self, pfn: int, pages: Spans) -> None:
+        """Have a log hold what is saved, instead of objects: the page that seals it, and all pages that it leads to.
+
+        More pages than that may be named: all of the owner's, free ones too. None is copied, so none may be banned.
+        """
+        self._expect_open()
+        if self._writers:
+            raise PkramError("a node has objects or a log, not both", errno.EINVAL)
+        self._log, self._logged = pfn, pages
+
     def finish(self) -> Node:
         """Publish the node by one store. Errors: EEXIST (the name, or a frame saved twice), ENOMEM.
 
@@ -130,10 +147,11 @@ class Save:
         relocated = spans_of(self.relocated)
         if data & self._frames.spans() - relocated:
             raise PkramError("a frame to preserve is in use by the save itself", errno.EINVAL)
+        data = data | self._logged
         table = TableWriter(self._ram, self._frames.pages)
         self._frames.unlisted()
         table.add(data | self._frames.spans())
-        digest = table.close(self._frames.unlisted)
+        digest = table.close(lambda: self._frames.unlisted() - data)
         self._write_node(node_pfn, objects, table.root, digest, (data | self._frames.spans()).total)
         self._node_pfn = node_pfn
         self._place.publish(self.name, node_pfn)
@@ -156,9 +174,10 @@ class Save:
             created=time.time_ns(),
             objects=len(objects),
             name_length=len(self.name),
-            flags=STRICT if self._strict else 0,
+            flags=(STRICT if self._strict else 0) | (LOGGED if self._log else 0),
             name=self.name,
             moved=sum(count for _, count in self.relocated),
+            log=self._log,
         )
 
     def discard(self) -> None:

@@ -40,6 +40,7 @@ from pkramfs.pkram.node import (
     check_frames,
     following,
     list_nodes,
+    own_pages,
     read_node,
     read_objects,
     read_table,
@@ -83,6 +84,10 @@ class Store:
             raise PkramError("no such device: PKRAM is switched off in this kernel", errno.ENODEV)
         return self.super_pfn
 
+    def generation(self) -> int:
+        """Return the boot count of the kernel whose super block this is."""
+        return superblock.check(self.ram, self.root()).generation
+
     # -- listing ---------------------------------------------------------------------------
 
     def nodes(self) -> list[Node]:
@@ -105,17 +110,23 @@ class Store:
         """Return every frame of all nodes of an owner, who may have saved more than one."""
         return Spans.union(self.pages_of(node) for node in self.nodes() if node.tree_id == tree_id)
 
+    def own_pages(self, node: Node) -> Spans:
+        """Return the frames that a node which is published uses for itself, which its owner can free afterwards.
+
+        The log of a node is no part of it: it was there before, and stays.
+        """
+        table = read_table(self.ram, node)
+        if node.log_pfn:
+            return own_pages(node, table)
+        return _metadata(table.spans, read_objects(self.ram, node, table.spans))
+
+    def metadata_pages(self, name: bytes) -> Spans:
+        """Return the frames that the node of this name uses for itself."""
+        return self.own_pages(self._named(name))
+
     def preserved(self) -> Spans:
         """Return every frame of every node."""
         return Spans.union(self.pages_of(node) for node in self.nodes())
-
-    def metadata_pages(self, name: bytes) -> Spans:
-        """Return the frames that a node uses for itself, which its owner can free after a withdrawal."""
-        node = self._named(name)
-        spans = self.pages_of(node)
-        for reader in read_objects(self.ram, node, spans):
-            spans = spans - reader.data
-        return spans
 
     def _named(self, name: bytes) -> Node:
         node = self.find(name)
@@ -139,7 +150,7 @@ class Store:
 
         Errors: ENODEV (off), ENAMETOOLONG, EINVAL (empty), EEXIST (also while being saved).
         """
-        root = self.root()
+        self.root()
         _check_name(name)
         claim = self._claims.take(_SAVE, name)
         if claim is None:
@@ -147,7 +158,7 @@ class Store:
         try:
             if self.find(name) is not None:
                 raise PkramError(f"node {shown(name)} exists already", errno.EEXIST)
-            place = Place(superblock.check(self.ram, root).generation, self._publish, self._is_published)
+            place = Place(self.generation(), self._publish, self._is_published)
             return Save(
                 self.ram, place, name, tree_id, frames, banned or Spans(), strict=strict, align=align, claim=claim
             )
@@ -157,7 +168,7 @@ class Store:
 
     def prepare_unlisted(self, name: bytes, *, tree_id: int, frames: Allocator) -> Save:
         """Begin a node that no list will name: a checkpoint, which whoever knows its pfn opens by `open_unlisted`."""
-        place = Place(superblock.check(self.ram, self.root()).generation, lambda *_: None, lambda _: False, False)
+        place = Place(self.generation(), lambda *_: None, lambda _: False, False)
         claim = Claim(shared=True)
         return Save(self.ram, place, name, tree_id, frames, Spans(), strict=False, align=False, claim=claim)
 
@@ -388,10 +399,11 @@ class Load:
 
     def __init__(self, store: Store, node: Node, claim: Claim) -> None:
         self.store, self.node, self._claim = store, node, claim
-        table = read_table(store.ram, node)
-        self._frames = table.spans
-        self._readers = read_objects(store.ram, node, table.spans)
-        check_frames(node, table, self._readers)
+        self._table = read_table(store.ram, node)
+        self.frames = self._table.spans
+        """Every frame that the node names."""
+        self._readers = read_objects(store.ram, node, self.frames)
+        check_frames(node, self._table, self._readers)
         self._open = True
 
     def __enter__(self) -> "Load":
@@ -405,16 +417,24 @@ class Load:
 
     def metadata(self) -> Spans:
         """Return the frames that the node uses for itself: all but those of its page streams."""
-        spans = self._frames
-        for reader in self._readers:
-            spans = spans - reader.data
-        return spans
+        return _metadata(self.frames, self._readers)
+
+    def own_pages(self) -> Spans:
+        """Return the frames of a node whose tree is in a log: its page, its page table, and the seal."""
+        return own_pages(self.node, self._table)
 
     def finish(self) -> None:
         """End the load and its claim; the node stays published."""
         if self._open:
             self._open = False
             self._claim.release()
+
+
+def _metadata(spans: Spans, readers: list[ObjectReader]) -> Spans:
+    """Return what is left of a node's frames without those of its page streams."""
+    for reader in readers:
+        spans = spans - reader.data
+    return spans
 
 
 def estimate(runs: int, stream_bytes: int, page_count: int = 0) -> int:

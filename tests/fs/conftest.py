@@ -227,6 +227,7 @@ class SmallSave:
 class SmallLoad(list):
     def __init__(self, objects: list) -> None:
         super().__init__(SmallReader(content) for content in objects)
+        self.node = SimpleNamespace(log_pfn=0)
 
     def metadata(self) -> Spans:
         return Spans()

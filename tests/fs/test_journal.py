@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from pkramfs.fs import journal
+from pkramfs.fs.inode import Credentials
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.recover import begin
 from pkramfs.fs.restore import restore
 from pkramfs.fs.save import save
 from pkramfs.fs.tree import Tree
+from pkramfs.units import BLOCK_SIZE
 from tests.support.journals import Checkpoint, Driver, Memory, contents, end, live, state
 
 Audit = Callable[[Tree], None]
@@ -85,6 +87,24 @@ def test_it_goes_on_from_checkpoints(memory: Memory, audit: Audit, seed: int) ->
             assert state(memory.rebuild(live(tree)).tree) == state(tree), f"seed {seed}, request {number}: {did}"
         if number % 25 == 11:
             audit(tree)
+
+
+def test_a_checkpoint_may_name_what_was_given_back_since(memory: Memory, audit: Audit) -> None:
+    """A large file is deleted after a checkpoint, and its page blocks go back to the machine, where others get them."""
+    tree = memory.tree()
+    ino = tree.create(1, b"large", 0o600, Credentials()).ino
+    for block in range(20):
+        tree.write(ino, block * BLOCK_SIZE // 2, bytes(BLOCK_SIZE // 2))
+    tree.commit()
+    Checkpoint(memory, tree).finish()
+    before = memory.leases.blocks_of(memory.frames.tree_id)
+    tree.unlink(1, b"large")
+    tree.forget(ino, 1 << 20)
+    tree.commit()
+    assert before - memory.leases.blocks_of(memory.frames.tree_id)
+    assert state(memory.rebuild(live(tree)).tree) == state(tree)
+    Checkpoint(memory, tree).finish()
+    audit(tree)
 
 
 @pytest.mark.parametrize("seed", range(5))

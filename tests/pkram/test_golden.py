@@ -23,7 +23,7 @@ OFFSETS = {
     "Node": (
         "magic:0:u8 checksum:8:u8 next:16:u8 other:24:u8 generation:32:u8 tree_id:40:u8 object:48:u8 table:56:u8 "
         "table_checksum:64:u8 pages:72:u8 created:80:i8 objects:88:u4 name_length:92:u4 flags:96:u8 "
-        "name:104:256s moved:360:u8 =368"
+        "name:104:256s moved:360:u8 log:368:u8 =376"  # log: only with a flag that older readers refuse
     ),
     "Object": (
         "magic:0:u8 checksum:8:u8 next:16:u8 other:24:u8 generation:32:u8 object:40:u8 pages_head:48:u8 "

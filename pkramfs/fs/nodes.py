@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Read a tree as a node holds it, whichever way it was preserved, without taking it over.
+
+    two objects        as they are
+    a log              checkpoint and log made a tree in this process, and that written as the two objects would be
+
+So who looks into nodes, copies or exports them, has one form to understand: the byte stream and the page stream of
+pkram/treeformat. Nothing is adopted, claimed or changed, and files are not read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pkramfs.fs.limits import Limits
+from pkramfs.fs.picture import complete, take
+from pkramfs.fs.recover import Rebuilt, rebuild_sealed
+from pkramfs.fs.save import stream
+from pkramfs.fs.tree import Tree
+from pkramfs.machine.frames import Frames
+
+if TYPE_CHECKING:
+    from pkramfs.machine.ram import Ram
+    from pkramfs.pkram.node import Node
+    from pkramfs.pkram.store import Load, Store
+    from pkramfs.pkram.streams.runs import Runs
+    from pkramfs.spans import Spans
+
+
+class NoFrames(Frames):
+    """The frames of a tree that is only read: it has none, and gets none."""
+
+    def __init__(self, ram: Ram, tree_id: int) -> None:
+        self.ram, self.tree_id, self.policy = ram, tree_id, None
+
+
+def objects(store: Store, load: Load) -> list[tuple[bytes, Runs]]:
+    """Return the byte stream and the page stream of each object; those of a tree, if a log holds it."""
+    if not load.node.log_pfn:
+        return [(bytes(reader.read()), reader.load_runs()) for reader in load]
+    rebuilt = read_log(store, load.node, load.frames)
+    picture = complete(take(rebuilt.tree))
+    description = b"".join(stream(rebuilt.tree, picture, saved_ns=load.node.created_ns))
+    index, pfn, count = picture.page_stream()
+    return [(description, (index[:0], pfn[:0], count[:0])), (b"", (index, pfn, count))]
+
+
+def read_log(store: Store, node: Node, allowed: Spans) -> Rebuilt:
+    """Make the tree that the log of a node holds; FormatError if anything about it is wrong."""
+    tree = Tree(store.ram, NoFrames(store.ram, node.tree_id), Limits())
+    return complete(rebuild_sealed(store, node, tree, allowed))

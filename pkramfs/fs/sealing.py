@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Preserve a tree: by its log, which takes the same few milliseconds whatever the tree holds, or whole.
+
+    a log?  ──no──▶ whole: every inode and run is written (save)
+      │yes
+    seal    one page: where the log begins and ends, and what the tree must come to
+    node    a page table of the tree's frames, the seal; published by one store
+
+The log and the checkpoint that it begins with are in the tree's frames already, so there is nothing to write but the
+seal. The page table names every frame that the tree uses; where these are scattered so much that the table would take
+time, whole page blocks, free frames included.
+
+While the node is published its daemon appends to the log behind the seal (who has what open), and makes no
+checkpoint. The first change withdraws the node by one store, and checkpoint and log go on where they are.
+
+Written whole are a strict node (PKRAM's own two columns), one of format 1 (which releases before 2 can load), and a
+tree with frames where a loaded kernel will be copied: there they are relocated, and copies are not the log's frames.
+
+Kernel: mm/shmem_pkram.c (shmem_save_pkram); fs/jbd2/journal.c (jbd2_journal_flush) has to write what this leaves
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pkramfs.fs.checkpoint import figures
+from pkramfs.fs.picture import Progress
+from pkramfs.fs.save import SaveReport, report, require_frozen, save
+from pkramfs.spans import Spans
+from pkramfs.units import BLOCK_PAGES
+
+if TYPE_CHECKING:
+    from pkramfs.fs.tree import Tree
+    from pkramfs.pkram.store import Store
+
+SCATTERED = 4096
+"""Free runs in a tree's page blocks above which the page table has whole blocks."""
+
+
+def preserve(
+    tree: Tree,
+    store: Store,
+    node_name: bytes,
+    *,
+    whole: bool = False,
+    strict: bool = False,
+    banned: Spans | None = None,
+) -> Generator[Progress, None, SaveReport]:
+    """Preserve a frozen tree as node `node_name`, by its log if it has one; `whole` and `strict` write all of it."""
+    began = time.monotonic()
+    frames = None if whole or strict or tree.journal is None else _frames(tree, banned or Spans())
+    if frames is None:
+        return (yield from save(tree, store, node_name, strict=strict, banned=banned))
+    yield Progress("publish", 0, 1)
+    _seal(tree, store, node_name, frames)
+    assert tree.journal is not None
+    return report(tree, began, tree.journal.log.size, tree.ledger.runs)
+
+
+def _frames(tree: Tree, banned: Spans) -> Spans | None:
+    """Return the frames for the page table, None if some of them cannot stay where they are."""
+    frames = tree.frames
+    blocks = frames.leases.blocks_of(frames.tree_id).scale(BLOCK_PAGES)
+    used = blocks if frames.free_runs > SCATTERED else frames.used()
+    return None if used & banned else used
+
+
+def _seal(tree: Tree, store: Store, node_name: bytes, frames: Spans) -> None:
+    """Seal the log and publish the node."""
+    journal = tree.journal
+    assert journal is not None
+    require_frozen(tree)
+    tree.commit()
+    with store.prepare_save(node_name, tree_id=tree.frames.tree_id, frames=tree.frames) as saving:
+        (pfn,) = saving.pages(1)
+        journal.log.seal(pfn, figures(tree))
+        saving.log(pfn, frames)
+        saving.finish()
+    tree.preservation.preserve(partial(store.withdraw, node_name), saving.taken)
