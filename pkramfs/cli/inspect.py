@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pkramfs.machine.ram import Ram
     from pkramfs.record import Record
 
-KINDS = ("superblock", "node", "object", "link", "pagetable", "regions")
+KINDS = ("superblock", "node", "object", "link", "pagetable", "regions", "seal", "base")
 
 
 def act(args: argparse.Namespace) -> int:
@@ -51,6 +51,7 @@ def act(args: argparse.Namespace) -> int:
 
 def _records() -> "dict[str, tuple[Record, int]]":
     """Return each kind's record and magic."""
+    from pkramfs.journal import layout as journal
     from pkramfs.pkram import format as layout
 
     return {
@@ -59,6 +60,8 @@ def _records() -> "dict[str, tuple[Record, int]]":
         "object": (layout.OBJECT, layout.OBJECT_MAGIC),
         "link": (layout.LINK, layout.LINK_MAGIC),
         "regions": (layout.REGIONS, layout.REGIONS_MAGIC),
+        "seal": (journal.SEAL, journal.SEAL_MAGIC),
+        "base": (journal.BASE, journal.BASE_MAGIC),
     }
 
 
@@ -84,6 +87,8 @@ def _way(what: str) -> list[tuple[str, str]]:
         "pagetable": [*node, ("node", "table")],
         "object": [*node, ("node", "object")],
         "link": [*node, ("node", "object"), ("object", "bytes_head")],
+        "seal": [*node, ("node", "log")],
+        "base": [*node, ("node", "log"), ("seal", "base")],
     }[what]
 
 
@@ -238,11 +243,12 @@ def act_format(args: argparse.Namespace) -> None:
 
 
 def _declared() -> "list[Record]":
+    from pkramfs.journal.layout import BASE, SEAL, SEGMENT
     from pkramfs.machine.header import HEADER
     from pkramfs.pkram.format import RECORDS
     from pkramfs.pkram.treeformat import TREE
 
-    return [*RECORDS, HEADER, TREE]
+    return [*RECORDS, SEAL, BASE, SEGMENT, HEADER, TREE]
 
 
 def format_tables() -> str:

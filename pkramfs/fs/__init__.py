@@ -3,7 +3,7 @@
 
 A kernel's tmpfs is an index of names over pages of memory. This chapter is the same, but its
 pages have known addresses: a file's pages are *runs* of frames of RAM, so a save only records which
-runs belong to which file, and copies no page.
+runs belong to which file, and copies no page. A tree with a log has recorded that already.
 
     /                            directory    names to inodes, and a place in the listing
     ├── film      inode 17 ────▶ page map     (index 0, pfn 8200, 262144 pages)
@@ -25,9 +25,10 @@ tree's id, and a node appears by one store. It knows neither FUSE nor sockets no
 does not check permissions: the caller has done that (in a mount, the kernel).
 
 Reading order: failure, rules, clock, access, limits, inode, protection, directory, pagecache, preservation, ledger,
-lost, then the tree: core, acl, namespace, truncation, attributes, filling, data, ranges, tree; then what crosses a
-kexec: picture, save, foresight, verify, restore, asleep (`pkram.treeformat` declares the saved form); and collector,
-for processes that serve a large tree.
+lost, then the tree: core, acl, namespace, truncation, attributes, filling, data, ranges, tree; then what outlives a
+daemon's death: records, journal, replay, checkpoint, recover; what crosses a kexec: picture, save, sealing, foresight,
+verify, unpack, restore, asleep, nodes (`pkram.treeformat` declares the saved form); and collector, for processes that
+serve a large tree.
 
 Kernel: mm/shmem.c
 """
