@@ -41,7 +41,8 @@ from pkramfs.control.protocol import LINE_MAX
 from pkramfs.control.replies import Done, Foreseen, Frozen, Status
 from pkramfs.errors import ErrnoError, FormatError, PkramfsError, explain
 from pkramfs.fs.foresight import foresee
-from pkramfs.fs.sealing import preserve
+from pkramfs.fs.save import save
+from pkramfs.fs.sealing import is_long, preserve
 from pkramfs.mounting.names import node_name
 from pkramfs.spans import Spans
 from pkramfs.text import exact
@@ -97,6 +98,7 @@ class Keeper:
         self._writer_gone = trio.Event()
         self._holders = 0  # connections whose freeze holds
         self._kept = False  # frozen by preserve, and so beyond any connection
+        self._sealed = trio.Event()
         self._data_lost = trio.Event()
         self._said: set[int] = set()  # whose loss the log has
         self.stopping, self.leaving = trio.Event(), trio.Event()
@@ -151,6 +153,22 @@ class Keeper:
             if fresh[_NAMED:]:
                 more = plural(len(fresh) - _NAMED, "more file")
                 self._say(f"pkramfs: {self.mountpoint}: data written to {more} are lost")
+
+    async def shorten_logs(self) -> None:
+        """Write a tree whole that was preserved by a long log, so that its restore need not replay it, until cancelled.
+
+        A kexec that comes first finds the tree preserved and goes on; one that comes meanwhile waits.
+        """
+        while True:
+            await self._sealed.wait()
+            self._sealed = trio.Event()
+            async with self._lock:
+                if self._holders or self.stopping.is_set() or not is_long(self.tree):
+                    continue
+                try:
+                    await drive(save(self.tree, self.store, self.node_name, banned=self._banned()))
+                except (PkramfsError, OSError) as error:
+                    log.info("%s stays preserved by its log: %s", self.name, _reason(error))
 
     # -- verbs ----------------------------------------------------------------------------------
 
@@ -236,6 +254,7 @@ class Keeper:
         whole, banned = self._settings.whole, self._banned()
         work = preserve(self.tree, self.store, self.node_name, whole=whole, strict=strict, banned=banned)
         report = await drive(work)
+        self._sealed.set()
         moved = f", {plural(report.moved, 'page')} relocated" if report.moved else ""
         self._say(
             f"pkramfs: {self.name} preserved: {plural(report.files, 'file')}, "

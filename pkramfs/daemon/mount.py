@@ -269,6 +269,7 @@ class Daemon:
             nursery.start_soon(server.serve)
             nursery.start_soon(self._announce)
             nursery.start_soon(keeper.watch_losses)
+            nursery.start_soon(keeper.shorten_logs)
             nursery.start_soon(self._end_on_signal)
             nursery.start_soon(self._end_on_request, server)
             nursery.start_soon(self._leave_on_request, server)

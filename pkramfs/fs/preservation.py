@@ -5,7 +5,7 @@
     --------------------------------------------------------------------------------------------
     freeze      frozen      frozen      kept        kept         no change passes from now on
     thaw        live        live        preserved   preserved    changes pass again
-    preserve    refused     kept        refused     kept         a save has published the node
+    preserve    refused     kept        refused     kept         a save has published the node; one before it goes
     restore     preserved   refused     refused     refused      a restore has read the node
     change      live        EROFS       live        EROFS        a preserved tree withdraws its node first
     withdraw    refused     refused     live        frozen       the node goes by one store
@@ -86,9 +86,14 @@ class Preservation:
         self._enter("thaw")
 
     def preserve(self, withdraw: Callable[[], object], pages: Spans) -> None:
-        """Note that a save has published the tree's node, which `withdraw` withdraws by one store."""
+        """Note that a save has published the tree's node, which `withdraw` withdraws by one store.
+
+        It has taken the place of the node before, if there was one, whose pages are freed.
+        """
         self._enter("preserve")
-        self._withdraw, self.pages = withdraw, pages
+        before, self._withdraw, self.pages = self.pages, withdraw, pages
+        if before:
+            self._free(before)
 
     def restore(self, withdraw: Callable[[], object], pages: Spans) -> None:
         """Note that the tree was made from a published node, which `withdraw` withdraws by one store."""

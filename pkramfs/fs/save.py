@@ -66,14 +66,22 @@ class SaveReport(NamedTuple):
 def save(
     tree: Tree, store: Store, node_name: bytes, *, strict: bool = False, banned: Spans | None = None
 ) -> Generator[Progress, None, SaveReport]:
-    """Save a frozen tree as node `node_name` and publish it; the tree is preserved from then on."""
+    """Save a frozen tree as node `node_name` and publish it; the tree is preserved from then on.
+
+    If it is preserved already, the new node takes the place of the old one by one store.
+    """
     require_frozen(tree)
     if strict:
         refuse_strict(tree)
     began = time.monotonic()
     picture = yield from take(tree)
     with store.prepare_save(
-        node_name, tree_id=tree.frames.tree_id, frames=tree.frames, banned=banned or Spans(), strict=strict
+        node_name,
+        tree_id=tree.frames.tree_id,
+        frames=tree.frames,
+        banned=banned or Spans(),
+        strict=strict,
+        instead=tree.preserved,
     ) as saving:
         stream_bytes = 0
         with saving.object() as writer:
@@ -89,8 +97,8 @@ def save(
         yield Progress("publish", 0, 1)
         node = saving.finish()
         moved = sum(count for _, count in saving.relocated)
-    _begin_with(tree, node, moved)
     tree.preservation.preserve(partial(store.withdraw, node_name), saving.taken)
+    _begin_with(tree, node, moved)
     return report(tree, began, stream_bytes, runs)._replace(pages=int(picture.runs[:, 2].sum()), moved=moved)
 
 

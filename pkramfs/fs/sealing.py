@@ -10,6 +10,9 @@ The log and the checkpoint that it begins with are in the tree's frames already,
 seal. The page table names every frame that the tree uses; where these are scattered so much that the table would take
 time, whole page blocks, free frames included.
 
+A log that is long is quick to seal and slow to replay. So the tree is written whole afterwards, while it can be read
+and programs go on (save): that node takes the place of the first by one store, and the log begins with it.
+
 While the node is published its daemon appends to the log behind the seal (who has what open), and makes no
 checkpoint. The first change withdraws the node by one store, and checkpoint and log go on where they are.
 
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
 SCATTERED = 4096
 """Free runs in a tree's page blocks above which the page table has whole blocks."""
+LONG = 4096
+"""Requests in a log that take a restore longer than is worth saving: a tenth of a second."""
 
 
 def preserve(
@@ -58,6 +63,11 @@ def preserve(
     _seal(tree, store, node_name, frames)
     assert tree.journal is not None
     return report(tree, began, tree.journal.log.size, tree.ledger.runs)
+
+
+def is_long(tree: Tree) -> bool:
+    """Return True if a tree that is preserved by its log had better be written whole."""
+    return tree.preserved and tree.frozen and tree.journal is not None and tree.journal.requests > LONG
 
 
 def _frames(tree: Tree, banned: Spans) -> Spans | None:

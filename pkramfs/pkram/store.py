@@ -145,10 +145,12 @@ class Store:
         banned: Spans | None = None,
         strict: bool = False,
         align: bool = False,
+        instead: bool = False,
     ) -> Save:
         """Begin a node, to be used in a `with`: leaving it without `finish` discards the node.
 
-        Errors: ENODEV (off), ENAMETOOLONG, EINVAL (empty), EEXIST (also while being saved).
+        With `instead` it takes the place of the node of this name by one store, and the old one's own pages are the
+        caller's. Errors: ENODEV (off), ENAMETOOLONG, EINVAL (empty), EEXIST (also while being saved).
         """
         self.root()
         _check_name(name)
@@ -156,9 +158,11 @@ class Store:
         if claim is None:
             raise PkramError(f"node {shown(name)} exists already, it is being saved", errno.EEXIST)
         try:
-            if self.find(name) is not None:
+            old = self.find(name)
+            if old is not None and not instead:
                 raise PkramError(f"node {shown(name)} exists already", errno.EEXIST)
-            place = Place(self.generation(), self._publish, self._is_published)
+            publish = self._publish if old is None else partial(self._replace, old)
+            place = Place(self.generation(), publish, self._is_published)
             return Save(
                 self.ram, place, name, tree_id, frames, banned or Spans(), strict=strict, align=align, claim=claim
             )
@@ -274,18 +278,26 @@ class Store:
         return read_node(self.ram, pfn)
 
     def _exchange(self, old: Node, pfn: int, name: bytes) -> None:
-        """Put a node's twin in its place."""
-        before = self.root()
+        """Put a node's twin, which has another name, in its place."""
         with self._lock():
             if self.find(name) is not None:
                 raise PkramError(f"node {shown(name)} exists already", errno.EEXIST)
-            for node in walk_nodes(self.ram, before):
-                if node.pfn == old.pfn:
-                    write_word(self.ram, pfn, NEXT, read_word(self.ram, old.pfn, NEXT, "Node", "next"))
-                    write_word(self.ram, before, NEXT, pfn)
-                    self.ram.publish(old.pfn << PAGE_SHIFT, WITHDRAWN_MAGIC)
-                    return
-                before = node.pfn
+            self._put_in_place(old, pfn)
+
+    def _replace(self, old: Node, _: bytes, pfn: int) -> None:
+        """Put a node of the same name in the place of another."""
+        with self._lock():
+            self._put_in_place(old, pfn)
+
+    def _put_in_place(self, old: Node, pfn: int) -> None:
+        before = self.root()
+        for node in walk_nodes(self.ram, before):
+            if node.pfn == old.pfn:
+                write_word(self.ram, pfn, NEXT, read_word(self.ram, old.pfn, NEXT, "Node", "next"))
+                write_word(self.ram, before, NEXT, pfn)
+                self.ram.publish(old.pfn << PAGE_SHIFT, WITHDRAWN_MAGIC)
+                return
+            before = node.pfn
         raise PkramError(f"there is no node {shown(old.name)}", errno.ENOENT)
 
     def _owned(self, tree_id: int) -> Node:

@@ -66,7 +66,7 @@ def keeper(said: list[str], monkeypatch: pytest.MonkeyPatch) -> Keeper:
         tree.preservation.preserve(partial(store.withdraw, name), Spans([(10, 12)]))
         return SaveReport(1, 1, 1, 1, 1, 1, 0, [], 0.0)
 
-    monkeypatch.setattr(module, "save", save)
+    monkeypatch.setattr(module, "preserve", save)
     return Keeper(
         tree,
         Store(),
@@ -222,13 +222,13 @@ def test_many_writers_are_counted(keeper: Keeper, autojump_clock: Any) -> None:
 def test_what_is_not_preserved_is_counted_in_the_log(
     keeper: Keeper, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = module.save
+    preserve = module.preserve
 
     def less(*args: Any, **words: Any) -> Iterator[Progress]:
-        report = yield from save(*args, **words)  # type: ignore[misc]
+        report = yield from preserve(*args, **words)  # type: ignore[misc]
         return report._replace(deleted=["/a (deleted)", "/b (deleted)"], deleted_count=1002)  # type: ignore[return-value]
 
-    monkeypatch.setattr(module, "save", less)
+    monkeypatch.setattr(module, "preserve", less)
     ask(keeper.preserve)
     assert said[1:] == [
         "pkramfs: x: /a (deleted) is not preserved",

@@ -12,6 +12,7 @@ from pkramfs.fs.inode import Credentials
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.nodes import objects
 from pkramfs.fs.restore import restore
+from pkramfs.fs.save import save
 from pkramfs.fs.sealing import preserve
 from pkramfs.fs.tree import Tree
 from pkramfs.fs.verify import verify
@@ -167,6 +168,47 @@ def test_a_tree_in_banned_memory_is_written_whole(memory: Memory) -> None:
     report = preserved(memory, tree, banned=Spans([(pfn, pfn + 1)]))
     node = memory.store.find(NODE)
     assert report.moved == 1 and node is not None and not node.log_pfn
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_written_whole_afterwards(memory: Memory, audit: Audit, seed: int) -> None:
+    """The new node takes the place of the first by one store."""
+    tree = driven(memory, seed, checkpoint=60).tree
+    tree.losses.forget()
+    preserved(memory, tree)
+    first = memory.store.find(NODE)
+    with memory.copy() as other:
+        expected = found(restored(other))
+    end(save(tree, memory.store, NODE))
+    (node,) = memory.store.nodes()
+    assert first is not None and first.log_pfn and not node.log_pfn and node.pfn != first.pfn
+    assert tree.preserved and tree.frozen and first.pfn not in tree.frames.used()
+    assert check(memory.ram, SUPER_PFN).problems == []
+    with memory.copy() as other:
+        assert found(restored(other)) == expected
+    with memory.copy() as other:
+        again = other.recover(live(tree), taken=NODE)
+        assert again.preserved and state(again) == state(tree)
+        audit(again)
+    tree.thaw()
+    tree.mkdir(1, b"changed", 0o700, Credentials())
+    tree.commit()
+    assert memory.store.nodes() == []
+    audit(tree)
+
+
+def test_what_cannot_be_written_whole_stays_preserved(memory: Memory) -> None:
+    tree = driven(memory, 5).tree
+    preserved(memory, tree)
+    node = memory.store.find(NODE)
+    memory.frames.hold(0)
+    while (free := memory.frames.room()) > 0:
+        memory.frames.allocate(free)
+    with pytest.raises(PkramError, match="no memory to save node shmem-x"):
+        end(save(tree, memory.store, NODE))
+    assert tree.preserved and memory.store.nodes() == [node]
+    with memory.copy() as other:
+        assert restored(other).preserved
 
 
 def test_no_room_leaves_the_tree_as_it_was(memory: Memory) -> None:
