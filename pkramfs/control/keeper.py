@@ -267,7 +267,8 @@ class Keeper:
 
     async def foresee(self, strict: bool = False, lossy: bool = False) -> Foreseen:
         """Return what `preserve` would do now."""
-        found = foresee(self.tree, self._banned(), strict=strict or self.strict, lossy=lossy)
+        banned, whole = self._banned(), self._settings.whole
+        found = foresee(self.tree, banned, whole=whole, strict=strict or self.strict, lossy=lossy)
         lists = {
             "refused": [f"{exact(path)}: {why}" for path, why in found.refused],
             "lost": _texts(found.lost),

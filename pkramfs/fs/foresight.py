@@ -5,9 +5,9 @@
     lost      files without a name that are still open; where that is allowed, files whose data are lost already
     moved     files with pages where a loaded kernel will be copied; they are relocated, and that takes time
 
-Nothing is frozen and nothing changes, so it is true for this moment only. `seconds` is the time of the save alone,
-from what saves have taken on the machine that README measures; before it the kernel writes back what is dirty, which
-only the kernel knows.
+Nothing is frozen and nothing changes, so it is true for this moment only. `seconds` is the time until the node is
+published, from what that has taken on the machine that README measures; before it the kernel writes back what is dirty,
+which only the kernel knows.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 
 from pkramfs.errors import PkramError
 from pkramfs.fs.save import refuse_strict
+from pkramfs.fs.sealing import frames_to_name
 from pkramfs.units import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
     from pkramfs.pkram.treeformat import Array
     from pkramfs.spans import Spans
 
-_BASE, _PER_INODE, _PER_RUN, _PER_MOVED = 0.002, 1.0e-6, 0.4e-6, 1.5e-6
-"""Seconds of a save: of any, and for each inode, each run, each page that is copied."""
+_BASE, _PER_INODE, _PER_RUN, _PER_MOVED = 0.003, 1.0e-6, 0.4e-6, 1.5e-6
+"""Seconds: of any, and if it is written whole for each inode, each run, each page that is copied."""
 _ALL = 1 << 40
+_FEW = 16
+"""Pages that a node takes whose tree is in its log: its own, its page table, the seal."""
 
 
 class Foresight(NamedTuple):
@@ -47,8 +50,8 @@ class Foresight(NamedTuple):
     seconds: float
 
 
-def foresee(tree: Tree, banned: Spans, *, strict: bool = False, lossy: bool = False) -> Foresight:
-    """Return what a save of the tree would do now."""
+def foresee(tree: Tree, banned: Spans, *, whole: bool = False, strict: bool = False, lossy: bool = False) -> Foresight:
+    """Return what preserving the tree would do now; `whole` and `strict` as in sealing."""
     counts, ledger = tree.counts(), tree.ledger
     moved = list(_moved(tree, banned)) if banned else []
     copied = sum(pages for _, pages in moved)
@@ -57,18 +60,20 @@ def foresee(tree: Tree, banned: Spans, *, strict: bool = False, lossy: bool = Fa
         refused += [(path, _loss(tree, ino)) for ino, path in _losses(tree)]
     if strict:
         refused += _strict(tree)
-    needed = ledger.pages_needed() + copied
+    by_log = not whole and not strict and frames_to_name(tree, banned) is not None
+    needed = _FEW if by_log else ledger.pages_needed() + copied
     if not tree.preserved and needed > tree.frames.room() + tree.frames.held_pages:
         refused.append((b"/", f"no room for the {needed:,} pages that saving it takes"))
     inodes = counts.files + counts.directories
+    described = needed - copied
     return Foresight(
         refused=refused,
         lost=tree.deleted(_ALL) + [path for _, path in (_losses(tree) if lossy else ())],
         moved=[(tree.path(tree.inode(ino)), pages) for ino, pages in moved],
         files=counts.files - len(tree.orphans),
         pages=counts.pages,
-        description=ledger.pages_needed() * PAGE_SIZE,
-        seconds=_BASE + inodes * _PER_INODE + ledger.runs * _PER_RUN + copied * _PER_MOVED,
+        description=described * PAGE_SIZE,
+        seconds=_BASE if by_log else _BASE + inodes * _PER_INODE + ledger.runs * _PER_RUN + copied * _PER_MOVED,
     )
 
 

@@ -56,7 +56,7 @@ def preserve(
 ) -> Generator[Progress, None, SaveReport]:
     """Preserve a frozen tree as node `node_name`, by its log if it has one; `whole` and `strict` write all of it."""
     began = time.monotonic()
-    frames = None if whole or strict or tree.journal is None else _frames(tree, banned or Spans())
+    frames = None if whole or strict else frames_to_name(tree, banned or Spans())
     if frames is None:
         return (yield from save(tree, store, node_name, strict=strict, banned=banned))
     yield Progress("publish", 0, 1)
@@ -70,8 +70,10 @@ def is_long(tree: Tree) -> bool:
     return tree.preserved and tree.frozen and tree.journal is not None and tree.journal.requests > LONG
 
 
-def _frames(tree: Tree, banned: Spans) -> Spans | None:
-    """Return the frames for the page table, None if some of them cannot stay where they are."""
+def frames_to_name(tree: Tree, banned: Spans) -> Spans | None:
+    """Return the frames for the page table; None if some of them cannot stay where they are, or there is no log."""
+    if tree.journal is None:
+        return None
     frames = tree.frames
     blocks = frames.leases.blocks_of(frames.tree_id).scale(BLOCK_PAGES)
     used = blocks if frames.free_runs > SCATTERED else frames.used()

@@ -189,7 +189,7 @@ class SmallStore:
         self.saved: dict[bytes, list[object]] = {}
 
     @contextmanager
-    def prepare_save(self, name, *, tree_id, frames, banned, strict):
+    def prepare_save(self, name, *, tree_id, frames, banned, strict, instead):
         yield SmallSave(self, name)
 
     @contextmanager

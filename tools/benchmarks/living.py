@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from benchmarks.mounts import Lab, command, lab
 from benchmarks.table import Table, milliseconds
 from pkramfs.fs.inode import ROOT
 from pkramfs.fs.limits import Limits
+from pkramfs.fs.picture import complete
 from pkramfs.fs.recover import begin, rebuild
+from pkramfs.fs.sealing import preserve
 from pkramfs.fs.tree import Tree
 from pkramfs.kernel.running import Running, attach
 from pkramfs.machine.directory import Machine
@@ -27,9 +30,10 @@ _IMPORTS = "import pkramfs.cli.remount, pkramfs.control.commands, pkramfs.machin
 
 
 def live(table: Table) -> None:
-    """The log's share of each operation, replay, takeovers, upgrade, and the holder's memory."""
+    """The log's share of each operation, replay, preserving, takeovers, upgrade, and the holder's memory."""
     with lab() as place:
         _operations(table, place)
+        _preserves(table, place)
     for files in (200,) if table.quick else (1_000, 100_000):
         with lab() as place:
             _deaths(table, place, files)
@@ -62,13 +66,8 @@ def _least(kernel: Running, count: int, *, with_log: bool) -> tuple[dict[str, fl
         found[name] = _timed(tree, work, items)
     replayed = (0, 1.0)
     if tree.journal is not None:
-        began, done = time.thread_time(), None
-        steps = rebuild(kernel.store, tree.journal.log.live, kernel.ram, frames, Limits())
-        while done is None:
-            try:
-                next(steps)
-            except StopIteration as end:
-                done = end.value
+        began = time.thread_time()
+        done = complete(rebuild(kernel.store, tree.journal.log.live, kernel.ram, frames, Limits()))
         replayed = done.replay.records, time.thread_time() - began
     frames.release_all()
     return found, replayed
@@ -101,6 +100,46 @@ def _timed(tree: Tree, work: Callable[[Any], Any], items: list[Any]) -> float:
             tree.commit(1)
         best = min(best, (time.thread_time_ns() - began) / len(some) / 1000)
     return best
+
+
+def _preserves(table: Table, place: Lab) -> None:
+    """How long a daemon takes to preserve trees of all shapes by their logs."""
+    kernel, few, many = attach(Machine(str(place.machine))), 1_000, 10_000 if table.quick else 100_000
+    shapes: list[tuple[str, int, int]] = [
+        ("an empty tree", 0, 1),
+        (f"{few:,} files", few, 1),
+        (f"{many:,} files", many, 1),
+        (f"{many:,} files, every other deleted", many, 2),
+    ]
+    for shape, files, step in shapes:
+        frames = Frames(kernel.ram, kernel.leases, new_tree_id())
+        tree = Tree(kernel.ram, frames, Limits())
+        begin(tree, b"bench", kernel.generation)
+        _fill(tree, files, step)
+        runs = table.repeat("preserve", partial(_preserved, tree, kernel))
+        table.add("live", f"preserve, daemon side: {shape}", runs, "ms", target="<10 ms")
+        frames.release_all()
+
+
+def _fill(tree: Tree, files: int, step: int) -> None:
+    """Make files of one page, and delete all but each `step`-th."""
+    data = memoryview(bytes(4096))
+    for number in range(files):
+        tree.write(tree.create(1, b"%d" % number, 0o644).ino, 0, data, stamp=False)
+        tree.commit(1)
+    for number in range(files):
+        if number % step:
+            tree.unlink(1, b"%d" % number)
+            tree.commit(1)
+
+
+def _preserved(tree: Tree, kernel: Running) -> float:
+    """Preserve a tree and take it back; return the milliseconds of the first."""
+    tree.freeze()
+    took = milliseconds(lambda: complete(preserve(tree, kernel.store, b"shmem-bench")))
+    tree.preservation.withdraw()
+    tree.thaw()
+    return took
 
 
 def _entry(place: Lab) -> MountEntry:
