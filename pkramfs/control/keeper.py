@@ -166,7 +166,7 @@ class Keeper:
                 if self._holders or self.stopping.is_set() or not is_long(self.tree):
                     continue
                 try:
-                    await drive(save(self.tree, self.store, self.node_name, banned=self._banned()))
+                    await drive(save(self.tree, self.store, self.node_name, banned=self._banned(), instead=True))
                 except (PkramfsError, OSError) as error:
                     log.info("%s stays preserved by its log: %s", self.name, _reason(error))
 

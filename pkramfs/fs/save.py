@@ -64,11 +64,17 @@ class SaveReport(NamedTuple):
 
 
 def save(
-    tree: Tree, store: Store, node_name: bytes, *, strict: bool = False, banned: Spans | None = None
+    tree: Tree,
+    store: Store,
+    node_name: bytes,
+    *,
+    strict: bool = False,
+    banned: Spans | None = None,
+    instead: bool = False,
 ) -> Generator[Progress, None, SaveReport]:
     """Save a frozen tree as node `node_name` and publish it; the tree is preserved from then on.
 
-    If it is preserved already, the new node takes the place of the old one by one store.
+    With `instead` it is preserved already, and the new node takes the place of the old one by one store.
     """
     require_frozen(tree)
     if strict:
@@ -81,7 +87,7 @@ def save(
         frames=tree.frames,
         banned=banned or Spans(),
         strict=strict,
-        instead=tree.preserved,
+        instead=instead,
     ) as saving:
         stream_bytes = 0
         with saving.object() as writer:

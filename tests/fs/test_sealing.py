@@ -179,7 +179,7 @@ def test_it_is_written_whole_afterwards(memory: Memory, audit: Audit, seed: int)
     first = memory.store.find(NODE)
     with memory.copy() as other:
         expected = found(restored(other))
-    end(save(tree, memory.store, NODE))
+    end(save(tree, memory.store, NODE, instead=True))
     (node,) = memory.store.nodes()
     assert first is not None and first.log_pfn and not node.log_pfn and node.pfn != first.pfn
     assert tree.preserved and tree.frozen and first.pfn not in tree.frames.used()
@@ -205,7 +205,7 @@ def test_what_cannot_be_written_whole_stays_preserved(memory: Memory) -> None:
     while (free := memory.frames.room()) > 0:
         memory.frames.allocate(free)
     with pytest.raises(PkramError, match="no memory to save node shmem-x"):
-        end(save(tree, memory.store, NODE))
+        end(save(tree, memory.store, NODE, instead=True))
     assert tree.preserved and memory.store.nodes() == [node]
     with memory.copy() as other:
         assert restored(other).preserved
