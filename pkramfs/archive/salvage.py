@@ -5,6 +5,7 @@
     object damaged         ─▶ its fields are tried: what they lead to has checksums of its own
     link damaged           ─▶ its entries are lost; its `next`, which has a check, leads on, or a neighbour does
     description damaged    ─▶ if its rules hold (fs/verify) it is taken as it is; else without extended attributes
+    log damaged            ─▶ the tree as it was before the first request that cannot be read
 
 A page of metadata is believed only under its own checksum. Lost entries leave gaps in the page stream, and the files
 there are named. Contents have no checksum, here as everywhere. Nothing is changed, and nothing is claimed.
@@ -22,6 +23,7 @@ import xxhash
 
 from pkramfs.archive.view import SavedTree
 from pkramfs.errors import FormatError, PkramError
+from pkramfs.fs.nodes import sound_part
 from pkramfs.fs.verify import verify
 from pkramfs.pkram.format import LINK, LINK_CAPACITY, LINK_MAGIC, NEXT, OBJECT, OBJECT_MAGIC
 from pkramfs.pkram.node import Node, read_table, shown
@@ -57,6 +59,8 @@ def salvage(kernel: Running, name: bytes) -> Salvaged:
     if node is None:
         unreadable = "".join(f"; unreadable: {problem}" for problem in survey.damaged[:1])
         raise PkramError(f"no node {shown(name)} can be read{unreadable}", errno.ENOENT)
+    if node.log_pfn:
+        return _from_log(kernel, node)
     reading = _Reading(kernel.ram, node, _frames(kernel, node))
     description, contents = reading.objects()
     parts = reading.description(description)
@@ -64,6 +68,18 @@ def salvage(kernel: Running, name: bytes) -> Salvaged:
     reading.expect_tree(parts, runs)
     tree = SavedTree(kernel.ram, node, reading.reduced(parts), runs)
     return Salvaged(tree, _damage(tree), reading.problems)
+
+
+def _from_log(kernel: Running, node: Node) -> Salvaged:
+    """Read the tree of a log as far as that is sound."""
+    allowed, problems = _frames(kernel, node)
+    sound = sound_part(kernel.store, node, allowed)
+    if sound.wrong:
+        later = "what was done from there on is missing, and files deleted since may hold other data"
+        problems.append(f"{sound.wrong}: {later}")
+    (description, _), (_, runs) = sound.objects
+    tree = SavedTree(kernel.ram, node, TreeStream(description), runs)
+    return Salvaged(tree, dict.fromkeys(tree.places_in(sound.log), "deleted later, and overwritten"), problems)
 
 
 def _frames(kernel: Running, node: Node) -> tuple[Spans, list[str]]:

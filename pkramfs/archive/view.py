@@ -260,6 +260,15 @@ class SavedTree:
         counts = np.bincount(where, weights=pieces[rows, 2], minlength=len(places))
         return dict(zip(places.tolist(), counts.astype(np.int64).tolist(), strict=True))
 
+    def places_in(self, frames: Spans) -> list[int]:
+        """Return the files that have pages in some frames."""
+        pieces = self._packed.pieces
+        rows = np.zeros(len(pieces), dtype=bool)
+        for start, end in frames:  # the segments of a log: a few
+            rows |= (pieces[:, 1] < end) & (pieces[:, 1] + pieces[:, 2] > start)
+        owners = np.searchsorted(self._packed.edges, np.flatnonzero(rows), side="right") - 1
+        return [int(place) for place in np.unique(owners)]
+
     # -- figures --------------------------------------------------------------------------------
 
     @property

@@ -10,21 +10,21 @@ pkram/treeformat. Nothing is adopted, claimed or changed, and files are not read
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.picture import complete, take
-from pkramfs.fs.recover import Rebuilt, rebuild_sealed
+from pkramfs.fs.recover import Rebuilt, rebuild_sealed, rebuild_sound
 from pkramfs.fs.save import stream
 from pkramfs.fs.tree import Tree
 from pkramfs.machine.frames import Frames
+from pkramfs.spans import Spans
 
 if TYPE_CHECKING:
     from pkramfs.machine.ram import Ram
     from pkramfs.pkram.node import Node
     from pkramfs.pkram.store import Load, Store
     from pkramfs.pkram.streams.runs import Runs
-    from pkramfs.spans import Spans
 
 
 class NoFrames(Frames):
@@ -38,11 +38,33 @@ def objects(store: Store, load: Load) -> list[tuple[bytes, Runs]]:
     """Return the byte stream and the page stream of each object; those of a tree, if a log holds it."""
     if not load.node.log_pfn:
         return [(bytes(reader.read()), reader.load_runs()) for reader in load]
-    rebuilt = read_log(store, load.node, load.frames)
-    picture = complete(take(rebuilt.tree))
-    description = b"".join(stream(rebuilt.tree, picture, saved_ns=load.node.created_ns))
+    return _as_objects(read_log(store, load.node, load.frames).tree, load.node)
+
+
+def _as_objects(tree: Tree, node: Node) -> list[tuple[bytes, Runs]]:
+    picture = complete(take(tree))
+    description = b"".join(stream(tree, picture, saved_ns=node.created_ns))
     index, pfn, count = picture.page_stream()
     return [(description, (index[:0], pfn[:0], count[:0])), (b"", (index, pfn, count))]
+
+
+class Sound(NamedTuple):
+    """The part of a damaged log that can be read: its tree as two objects, what is wrong, and the log's own frames.
+
+    Files that had such frames were deleted in the part that is missing.
+    """
+
+    objects: list[tuple[bytes, Runs]]
+    wrong: str
+    log: Spans
+
+
+def sound_part(store: Store, node: Node, allowed: Spans) -> Sound:
+    """Read the log of a node as far as it is sound."""
+    tree = Tree(store.ram, NoFrames(store.ram, node.tree_id), Limits())
+    rebuilt, wrong = complete(rebuild_sound(store, node, tree, allowed))
+    seal = Spans([(node.pfn, node.pfn + 1), (node.log_pfn, node.log_pfn + 1)])
+    return Sound(_as_objects(tree, node), wrong, rebuilt.log.pages() | seal)
 
 
 def read_log(store: Store, node: Node, allowed: Spans) -> Rebuilt:

@@ -16,7 +16,7 @@ Kernel: fs/jbd2/recovery.c (jbd2_journal_recover)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,7 +30,7 @@ from pkramfs.fs.tree import Tree
 from pkramfs.fs.unpack import Contents, check_limits, unpack
 from pkramfs.fs.verify import verify
 from pkramfs.journal.log import Log
-from pkramfs.journal.reader import Opened, chunks, open_log, open_sealed
+from pkramfs.journal.reader import Chunk, Opened, chunks, open_log, open_sealed
 from pkramfs.pkram.treeformat import TreeStream
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES
@@ -73,10 +73,38 @@ def rebuild_sealed(store: Store, node: Node, tree: Tree, allowed: Spans) -> Gene
     return rebuilt
 
 
+def rebuild_sound(
+    store: Store, node: Node, tree: Tree, allowed: Spans
+) -> Generator[Progress, None, tuple[Rebuilt, str]]:
+    """Fill an empty tree with what the log of a node describes, up to where it is damaged; tell what is wrong."""
+    log, wrong = open_sealed(store.ram, node.log_pfn, node.tree_id, node.generation, allowed), list[str]()
+    rebuilt = yield from _rebuild(store, log, tree, allowed, sound=wrong)
+    return rebuilt, " ".join(wrong)
+
+
+def _sound(read: Iterator[Chunk], wrong: list[str]) -> Iterator[Chunk]:
+    """Yield the chunks of whole requests before the first that cannot be read; tell what is wrong with that."""
+    request = list[Chunk]()
+    try:
+        for chunk in read:
+            request.append(chunk)
+            if chunk.last:
+                yield from request
+                request.clear()
+    except FormatError as error:
+        wrong.append(str(error))
+
+
 def _rebuild(
-    store: Store, log: Opened, tree: Tree, allowed: Spans, position: int | None = None
+    store: Store,
+    log: Opened,
+    tree: Tree,
+    allowed: Spans,
+    position: int | None = None,
+    *,
+    sound: list[str] | None = None,
 ) -> Generator[Progress, None, Rebuilt]:
-    """Fill an empty tree."""
+    """Fill an empty tree. With `sound` the log counts up to where it is damaged, which is told there."""
     yield Progress("load", 0, 1)
     found = Contents(Spans(), Spans())
     if log.base.node:
@@ -85,7 +113,8 @@ def _rebuild(
             found = unpack(load, tree, Spans([(1, store.ram.pages)]), deleted=True)
     yield Progress("replay", 0, 1)
     replay = Replay(tree, log.live.zeroed)
-    replay.run(chunks(store.ram, log, position))
+    read = chunks(store.ram, log, position)
+    replay.run(read if sound is None else _sound(read, sound))
     data = found.data
     if replay.records:  # else it is what was verified when it was unpacked
         yield Progress("verify", 0, 1)

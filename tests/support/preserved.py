@@ -7,7 +7,9 @@ from typing import Any
 
 from pkramfs.archive.view import SavedTree, open_tree
 from pkramfs.fs.limits import Limits
-from pkramfs.fs.save import save
+from pkramfs.fs.picture import complete
+from pkramfs.fs.recover import begin
+from pkramfs.fs.sealing import preserve
 from pkramfs.fs.tree import Tree
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import new_tree_id
@@ -19,16 +21,17 @@ Fill = Callable[[Tree], object]
 class Trees(Boots):
     """A machine and the trees that are preserved in it."""
 
-    def plant(self, name: str, fill: Fill, *, strict: bool = False) -> None:
-        """Preserve a tree that `fill` makes, as mount NAME would."""
+    def plant(self, name: str, fill: Fill, *, strict: bool = False, by_log: bool = False) -> None:
+        """Preserve a tree that `fill` makes, as mount NAME would: whole, or by its log."""
         kernel = self.up()
         tree_id = new_tree_id()
         lock = kernel.machine.claim(tree_id)
         tree = Tree(kernel.ram, Frames(kernel.ram, kernel.leases, tree_id), Limits())
+        if by_log:
+            begin(tree, name.encode(), kernel.generation)
         fill(tree)
         tree.freeze()
-        for _ in save(tree, kernel.store, b"shmem-" + name.encode(), strict=strict):
-            pass
+        complete(preserve(tree, kernel.store, b"shmem-" + name.encode(), strict=strict))
         lock.release()
 
     def open(self, name: str) -> SavedTree:
