@@ -108,9 +108,7 @@ class Core:
         """
         journal = self.journal
         if journal is not None and not self.preservation.frozen:
-            journal.ensure(room)
-            for inode in inodes:
-                journal.touch(inode)
+            journal.change(inodes, room)
         if self.preservation.guarded:
             self.preservation.change()
 

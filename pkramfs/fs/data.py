@@ -246,7 +246,8 @@ class Data(Filling):
         The host has not given memory yet for frames that fill holes.
         """
         first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
-        pages, runs = inode.pages, list[Run]()
+        pages = inode.pages
+        runs: list[Run] = []
         if pages is not None:
             runs = pages.between(first, last)
             if pages.backed is not None and runs and not self._backed(pages, first, last):

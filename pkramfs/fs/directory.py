@@ -66,15 +66,17 @@ class Directory:
         entry = self.entries.get(name)
         return None if entry is None else entry[0]
 
-    def add(self, name: bytes, inode: Inode, cookie: int = 0) -> None:
-        """Add a name that is not there yet, at the place that `cookie` says if none has come behind it."""
+    def add(self, name: bytes, inode: Inode, cookie: int = 0) -> int:
+        """Add a name that is not there yet, at the place that `cookie` says if none has come behind it; return that."""
         if self.next_cookie > _MOST:
             self._renumber()
-        cookie = max(cookie, self.next_cookie) if cookie <= _MOST else self.next_cookie
+        if not self.next_cookie <= cookie <= _MOST:
+            cookie = self.next_cookie
         self.next_cookie = cookie + 1
         self.entries[name] = (inode, cookie)
         self._cookies.append(cookie)
         self._names.append(name)
+        return cookie
 
     def remove(self, name: bytes) -> None:
         """Remove a name that is there."""

@@ -31,7 +31,7 @@ from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.pagecache import PageMap, Run
 from pkramfs.fs.records import RUN_BYTES
-from pkramfs.journal.log import LESS
+from pkramfs.journal.log import GROWTH, LESS
 from pkramfs.units import BLOCK_ORDER, BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, pages, round_down, round_up
 
 Hole = tuple[int, int]
@@ -76,8 +76,7 @@ class Filling(Attributes):
             try:
                 if back:
                     self._back(frames)
-                self._expect_records(RUN_BYTES * (len(holes) + len(frames) + len(huge) + len(supply)))
-                self._change()
+                self._change(room=GROWTH + RUN_BYTES * (len(holes) + len(frames) + len(huge) + len(supply)))
             except BaseException:
                 self._return(frames)
                 raise

@@ -226,12 +226,12 @@ class Namespace(Core):
 
     def _put_in(self, folder: Inode, name: bytes, inode: Inode) -> None:
         assert folder.entries is not None
-        folder.entries.add(name, inode)
+        cookie = folder.entries.add(name, inode)
         inode.folder, inode.name = folder, name
         self.ledger.add_entry(name)
         folder.size += ENTRY_SIZE
         if self.journal is not None:
-            self.journal.enter(folder, name, inode, folder.entries.entries[name][1])
+            self.journal.enter(folder, name, inode, cookie)
 
     # -- removing -------------------------------------------------------------------------------
 

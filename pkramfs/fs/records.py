@@ -21,7 +21,7 @@ Kernel: fs/ext4/fast_commit.h (EXT4_FC_TAG_…), whose tags are results, too
 """
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from struct import Struct, error
 from typing import Any, NamedTuple
 
@@ -61,45 +61,45 @@ _RANGE = Struct("<HHIQQQ")
 _LOST = Struct("<HHIQIIq")
 _PIECE = Struct("<Q64s")
 
+_PADS = [bytes(-size % 8) for size in range(8)]
+"""What is behind so many bytes, modulo 8, up to the next multiple of 8."""
+
 RUN_BYTES = _RUN.size
 """Bytes of a record of a run; one of a range is shorter."""
 LOST_MOST = 60
 """2 MiB pieces of a file in which lost pages are told one by one; of a file with more everything counts as lost."""
 
 
-def pack_inode(inode: Inode, marks: int) -> bytes:
-    """Return the record of an inode's attributes."""
-    i, target = inode, inode.target
-    if target is None:
-        return _INODE.pack(
-            1, 0, 96, i.ino, i.mode, i.uid, i.gid, i.nlink, i.size, i.atime, i.mtime, i.ctime, i.btime, i.rdev, i.flags,
-            i.opens, i.writers, marks,
-        )  # fmt: skip
-    pad = bytes(-len(target) % 8)
-    head = _INODE.pack(
-        1, len(target), 96 + len(target) + len(pad), i.ino, i.mode, i.uid, i.gid, i.nlink, i.size, i.atime, i.mtime,
-        i.ctime, i.btime, i.rdev, i.flags, i.opens, i.writers, marks,
-    )  # fmt: skip
-    return head + target + pad
+def pack_inode(i: Inode, unnamed: Container[int]) -> bytes:
+    """Return the record of an inode's attributes; it may be one of the `unnamed`."""
+    target, marks = i.target, UNPRIVILEGED if i.unprivileged else 0
+    if not i.nlink and i.ino in unnamed:
+        marks |= UNNAMED
+    size, tail = (0, b"") if target is None else (len(target), target + _PADS[len(target) & 7])
+    return _INODE.pack(
+        1, size, 96 + len(tail), i.ino, i.mode, i.uid, i.gid, i.nlink, i.size, i.atime, i.mtime, i.ctime, i.btime,
+        i.rdev, i.flags, i.opens, i.writers, marks,
+    ) + tail  # fmt: skip
 
 
-def pack_opened(inode: Inode, marks: int) -> bytes:
+def pack_opened(inode: Inode, unnamed: Container[int]) -> bytes:
     """Return the record of how an inode is open."""
+    marks = UNPRIVILEGED if inode.unprivileged else 0
+    if not inode.nlink and inode.ino in unnamed:
+        marks |= UNNAMED
     return _OPENED.pack(2, 0, 32, inode.ino, inode.opens, inode.writers, marks, 0)
 
 
 def pack_enter(folder: int, name: bytes, child: int, cookie: int) -> bytes:
     """Return the record of a new name."""
     size = len(name)
-    pad = -size % 8
-    return _ENTER.pack(3, size, 32 + size + pad, folder, child, cookie) + name + bytes(pad)
+    return _ENTER.pack(3, size, 39 + size & -8, folder, child, cookie) + name + _PADS[size & 7]
 
 
 def pack_leave(folder: int, name: bytes) -> bytes:
     """Return the record of a name that is gone."""
     size = len(name)
-    pad = -size % 8
-    return _ONE.pack(4, size, 16 + size + pad, folder) + name + bytes(pad)
+    return _ONE.pack(4, size, 23 + size & -8, folder) + name + _PADS[size & 7]
 
 
 def pack_run(ino: int, index: int, pfn: int, count: int) -> bytes:
@@ -115,14 +115,13 @@ def pack_range(kind: Kind, ino: int, first: int, second: int) -> bytes:
 def pack_xattr(ino: int, name: bytes, value: bytes) -> bytes:
     """Return the record of an extended attribute."""
     size = len(name) + len(value)
-    pad = -size % 8
-    return b"".join((_TWO.pack(10, len(name), 24 + size + pad, ino, len(value)), name, value, bytes(pad)))
+    return b"".join((_TWO.pack(10, len(name), 31 + size & -8, ino, len(value)), name, value, _PADS[size & 7]))
 
 
 def pack_unset(ino: int, name: bytes) -> bytes:
     """Return the record of an extended attribute that is gone."""
-    pad = -len(name) % 8
-    return _ONE.pack(11, len(name), 16 + len(name) + pad, ino) + name + bytes(pad)
+    size = len(name)
+    return _ONE.pack(11, size, 23 + size & -8, ino) + name + _PADS[size & 7]
 
 
 def pack_reaped(ino: int) -> bytes:

@@ -114,14 +114,14 @@ LAST = 1
 MOST = 1 << 26
 """Bytes of the longest segment."""
 
-_BITS = 48
-_MASK = (1 << _BITS) - 1
-_FACTOR, _WORD = 0x9E3779B97F4A7C15, (1 << 64) - 1
+BITS = 48
+_MASK = (1 << BITS) - 1
+FACTOR, WORD = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
 
 def guard(position: int, address: int) -> int:
     """Return the published word for a position at a physical address: 16 bits of check above the position."""
-    return ((position ^ address << 20) * _FACTOR & _WORD) >> _BITS << _BITS | position
+    return ((position ^ address << 20) * FACTOR & WORD) >> BITS << BITS | position
 
 
 def read_position(ram: Ram, pfn: int, offset: int, field: str) -> int:
@@ -312,5 +312,5 @@ def _segment_digest(head: bytes | bytearray, pfn: int) -> int:
 
 def chunk_digest(length: int, flags: int, position: int, asker: int, body: bytes | memoryview) -> int:
     """Return the checksum of a chunk: of its body, seeded with its header."""
-    seed = (position << 16 ^ asker << 8 ^ length << 40 ^ flags) & _WORD
+    seed = (position << 16 ^ asker << 8 ^ length << 40 ^ flags) & WORD
     return xxhash.xxh3_64_intdigest(body, seed=seed)

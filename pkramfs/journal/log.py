@@ -19,17 +19,22 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import xxhash
+
 from pkramfs.errors import ExhaustedError
 from pkramfs.journal.layout import (
     BASE_AT,
+    BITS,
     CHUNK,
     CHUNK_KIND,
+    FACTOR,
     GROWING_AT,
     GROWN_AT,
     LAST,
     MOST,
     SEGMENT,
     TAIL_AT,
+    WORD,
     ZEROED_AT,
     Base,
     Figures,
@@ -54,6 +59,7 @@ if TYPE_CHECKING:
     from pkramfs.machine.frames import Frames
     from pkramfs.machine.ram import Ram
 
+_HEAD, _pack_head, _digest = CHUNK.size, CHUNK.pack, xxhash.xxh3_64_intdigest
 SEGMENT_PAGES = 64
 """Pages of a segment, 256 KiB; less where RAM is fragmented, more for one request that needs it."""
 _LEAST_PAGES = 8
@@ -85,6 +91,9 @@ class Log:
         """Called when frames for a segment were taken that are held for a save."""
         self._growing, self._grown = 0, 0
         self._tail_at = (live << PAGE_SHIFT) + TAIL_AT
+        self._tail_mark = self._tail_at << 20
+        self._ahead = 0
+        """How far the address of a position in the segment in use is ahead of it."""
 
     @classmethod
     def create(cls, ram: Ram, frames: Frames, name: bytes, generation: int, node: int = 0) -> Log:
@@ -115,7 +124,7 @@ class Log:
         log.base, log.base_page, log.segments, log.position, log.tail = base, base_page, segments, tail, tail
         last = segments[-1]
         log.size = sum(one.pages for one in segments) << PAGE_SHIFT
-        log.left = last.room - (tail - last.base)
+        log.left, log._ahead = last.room - (tail - last.base), last.address(0)
         ram.back_run(last.pfn, last.pages)
         ram.back_run(live, 1)
         link_segment(ram, last.pfn, 0)  # what was begun behind it does not count, and its frames are free
@@ -159,7 +168,7 @@ class Log:
     def write(self, parts: list[bytes], asker: int = 0) -> None:
         """Store records behind the tail, as one chunk or, if they are many, several."""
         body = b"".join(parts)
-        length = CHUNK.size + len(body)
+        length = _HEAD + len(body)
         if length <= self.left:
             self._store(body, LAST, asker)
         elif length <= self._next_room(length):
@@ -176,6 +185,7 @@ class Log:
         except BaseException:
             gone = self.segments[used:]
             self.position, self.left, self.segments = position, left, self.segments[:used]
+            self._ahead = self.segments[-1].address(0)
             if gone:
                 link_segment(self.ram, self.segments[-1].pfn, 0)
                 self.size -= sum(one.pages for one in gone) << PAGE_SHIFT
@@ -183,30 +193,49 @@ class Log:
             raise
 
     def _write_some(self, parts: list[bytes], asker: int) -> None:
-        some, size = list[bytes](), CHUNK.size
+        some, size = list[bytes](), _HEAD
         for part in parts:
             if size + len(part) > self.left:
                 if some:
                     self._store(b"".join(some), 0, asker)
-                self.ensure(len(part) + CHUNK.size)
+                self.ensure(len(part) + _HEAD)
                 self._switch()
-                some, size = [], CHUNK.size
+                some, size = [], _HEAD
             some.append(part)
             size += len(part)
         self._store(b"".join(some), LAST, asker)
 
     def _store(self, body: bytes, flags: int, asker: int) -> None:
-        position, length = self.position, CHUNK.size + len(body)
+        position, length = self.position, _HEAD + len(body)
         digest = chunk_digest(length, flags, position, asker, body)
-        head = CHUNK.pack(length, CHUNK_KIND, flags, digest, position, asker)
-        self.ram.overwrite(self.segments[-1].address(position), head + body)
-        self.position += length
+        head = _pack_head(length, CHUNK_KIND, flags, digest, position, asker)
+        self.ram.overwrite(self._ahead + position, head + body)
+        self.position = position + length
         self.left -= length
 
     def commit(self) -> None:
         """Publish the tail: all that was written counts from now on."""
         self.tail = self.position
         self.ram.publish(self._tail_at, guard(self.position, self._tail_at))
+
+    def append(self, parts: list[bytes], asker: int = 0) -> None:
+        """Write the records of a request and commit them.
+
+        All that changes something comes this way, so that what fits is stored without another call: the checksum is
+        `chunk_digest`, the word that is published `guard`.
+        """
+        body, position = b"".join(parts), self.position
+        length = _HEAD + len(body)
+        if length > self.left:
+            self.write(parts, asker)
+            self.commit()
+            return
+        digest = _digest(body, (position << 16 ^ asker << 8 ^ length << 40 ^ LAST) & WORD)
+        head = _pack_head(length, CHUNK_KIND, LAST, digest, position, asker)
+        self.ram.overwrite(self._ahead + position, head + body)
+        self.position = self.tail = position = position + length
+        self.left -= length
+        self.ram.publish(self._tail_at, ((position ^ self._tail_mark) * FACTOR & WORD) >> BITS << BITS | position)
 
     def note_zeroed(self) -> None:
         """Publish that the parts of pages which were cut are zeros."""
@@ -246,7 +275,7 @@ class Log:
     def _use(self, segment: Segment) -> None:
         write_segment(self.ram, segment, self.frames.tree_id)
         self.segments.append(segment)
-        self.left = segment.room
+        self.left, self._ahead = segment.room, segment.address(0)
         self.size += segment.pages << PAGE_SHIFT
 
     def pages(self) -> Spans:

@@ -54,7 +54,7 @@ def inode_record(ino: int, marks: int = 0, **changed: int) -> bytes:
     inode.nlink = 1
     for field, value in changed.items():
         setattr(inode, field, value)
-    return records.pack_inode(inode, marks)
+    return records.pack_inode(inode, ())[:-4] + marks.to_bytes(4, "little")
 
 
 def pages(memory: Memory, begun: int) -> dict[int, int]:
