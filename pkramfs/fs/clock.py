@@ -28,9 +28,14 @@ def now() -> int:
     """Return nanoseconds since the epoch, not before any time that the kernel has given to a file."""
     pipe = _pipe()
     if pipe is None:
-        return time.clock_gettime_ns(_COARSE)
+        return coarse()
     os.utime(pipe)
     return os.fstat(pipe).st_mtime_ns
+
+
+def coarse() -> int:
+    """Return a time that is at most a tick before `now`: enough to see whether a day has passed, and 3 µs cheaper."""
+    return time.clock_gettime_ns(_COARSE)
 
 
 @functools.cache

@@ -317,13 +317,13 @@ class Core:
         """Note an access, if the mount's flags want it. They are asked for when it is due, and else once a tick."""
         if self.preservation.frozen or inode.flags & NOATIME:
             return
-        now = clock.now()
+        now = clock.coarse()
         due = inode.atime <= inode.mtime or inode.atime <= inode.ctime or now - inode.atime >= _DAY
         if due or now != self._asked:
             self._access, self._asked = self.access(), now
         wanted = self._access
         if (due or wanted.always) and (wanted.files if inode.entries is None else wanted.directories):
-            inode.atime = now
+            inode.atime = clock.now()
 
     # -- figures --------------------------------------------------------------------------------
 

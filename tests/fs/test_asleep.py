@@ -108,6 +108,7 @@ def test_a_tree_half_asleep_changes_as_if_it_were_awake(small_round_trip, other_
     with pytest.MonkeyPatch.context() as patch:
         for moment, step in enumerate(more):
             patch.setattr(clock, "now", lambda moment=moment: 10**18 + moment)
+            patch.setattr(clock, "coarse", clock.now)
             folders = [inode.ino for inode in twins[1].inodes.values() if inode.entries is not None]
             for twin in twins:
                 apply(twin, step, folders)

@@ -45,6 +45,16 @@ def test_runs_are_zero_filled_after_reuse(ram, frames):
     assert all(not ram.words(*r).any() for r in runs)
 
 
+def test_what_another_had_meanwhile_counts_as_unmapped(ram, leases, frames):
+    (run,) = frames.allocate(BLOCK_PAGES)
+    ram.fill(run[0] * 4096, memoryview(b"x"))
+    ram.map(run[0] * 4096, 1)
+    assert ram._is_mapped(run[0] * 4096, 1)
+    leases.release(TREE, leases.blocks_of(TREE))  # as another process does it, after a kexec
+    Frames(ram, leases, TREE).allocate(63 * BLOCK_PAGES)
+    assert not ram._is_mapped(run[0] * 4096, 1)
+
+
 def test_order_aligns(frames):
     frames.allocate(3)
     runs = frames.allocate(2 * BLOCK_PAGES, order=9)

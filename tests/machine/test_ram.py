@@ -89,8 +89,26 @@ def test_overwriting(ram, monkeypatch, size, populates):
         assert bytes(ram.bytes[at - 1 : at + size + 1]) == b"\1" + bytes([value]) * size + b"\1"
         ram.overwrite(at, memoryview(bytes([1]) * size))
     many = size == 300 * PAGE_SIZE
-    assert len(asked) == (0 if not many else 4 if populates else 1)  # where it is refused it is not asked again
+    assert len(asked) == (0 if not many else 2 if populates else 1)  # nobody asks again: it is mapped, or was refused
     assert all(start % PAGE_SIZE == 0 and option == 23 for option, start, _ in asked)
+
+
+def test_what_is_mapped_is_known_until_it_is_punched(ram, monkeypatch):
+    """By us, or by another who had it meanwhile."""
+    asked = []
+    monkeypatch.setattr(ram, "_mapping", Mapping(ram._mapping, asked, populates=True))
+    ram.fill(0, memoryview(bytes([1]) * (40 * PAGE_SIZE)))
+    for at, size in ((5, 1), (5, PAGE_SIZE), (0, 10 * PAGE_SIZE), (4095, 2), (9 * PAGE_SIZE, PAGE_SIZE)):
+        ram.map(at, size)
+    assert asked == [(22, 0, PAGE_SIZE), (22, 0, 2 * PAGE_SIZE), (22, 0, 10 * PAGE_SIZE)]
+    ram.punch_run(3, 2)
+    ram._unmapped(7, 1)
+    for page in range(10):
+        ram.map(page * PAGE_SIZE, PAGE_SIZE)
+    assert [start // PAGE_SIZE for _, start, _ in asked[3:]] == [3, 4, 7]
+    ram._unmapped(0, 1 << 20)
+    ram.map(0, PAGE_SIZE)
+    assert len(asked) == 7
 
 
 class Mapping:
