@@ -21,9 +21,9 @@ Kernel: fs/ext4/fast_commit.h (EXT4_FC_TAG_…), whose tags are results, too
 """
 
 import enum
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from struct import Struct, error
-from typing import Any, NamedTuple
+from typing import Any
 
 from pkramfs.errors import FormatError
 from pkramfs.fs.inode import Inode
@@ -46,6 +46,8 @@ class Kind(enum.IntEnum):
     REAPED = 12
     LOST = 13
 
+
+Values = tuple[Any, ...]
 
 UNPRIVILEGED, UNNAMED = 1, 2
 """Marks of an inode: somebody has it open whose writes drop set-id bits; it may still get its first name."""
@@ -137,78 +139,53 @@ def pack_lost(ino: int, error: int, beyond: int, pieces: dict[int, int]) -> byte
     return _LOST.pack(13, 0, _LOST.size + len(body), ino, error, len(pieces), beyond) + body
 
 
-class Attributes(NamedTuple):
-    """An INODE record."""
+def unpack(body: bytes, position: int) -> Iterator[tuple[int, Values]]:
+    """Yield the records of a chunk's body: kind, and values in the order in which they are packed.
 
-    ino: int
-    mode: int
-    uid: int
-    gid: int
-    nlink: int
-    size: int
-    atime: int
-    mtime: int
-    ctime: int
-    btime: int
-    rdev: int
-    flags: int
-    opens: int
-    writers: int
-    marks: int
-    target: bytes
-
-
-class Record(NamedTuple):
-    """A record: its kind and its values, in the order in which they are packed."""
-
-    kind: Kind
-    values: Any
-
-
-def unpack(body: bytes, position: int) -> Iterator[Record]:
-    """Yield the records of a chunk's body; `position` is the chunk's, for errors."""
+    Of an INODE record the target comes last, b"" if it has none. `position` is the chunk's, for errors.
+    """
     at, size = 0, len(body)
-    while at < size:
-        try:
-            kind, extra, length = _HEAD.unpack_from(body, at)
-            if length < 16 or length % 8 or at + length > size:
+    try:
+        while at < size:
+            kind, extra, length = _unpack_head(body, at)
+            end = at + length
+            if length < 16 or length & 7 or end > size:
                 raise _damaged("length", position, at, length, "a multiple of 8, inside its chunk")
             reader = _READERS.get(kind)
             if reader is None:
                 raise _damaged("kind", position, at, kind, f"1 to {len(Kind)}")
-            yield Record(Kind(kind), reader(body, at, extra, length))
-        except (error, ValueError) as problem:
-            raise _damaged("record", position, at, str(problem), "a whole record") from None
-        at += length
+            yield kind, reader(body, at, extra, end)
+            at = end
+    except (error, ValueError) as problem:
+        raise _damaged("record", position, at, str(problem), "a whole record") from None
 
 
 def _damaged(field: str, position: int, at: int, found: object, expected: str) -> FormatError:
     return FormatError("Journal", f"{field} at position {position}, byte {at}", found=found, expected=expected)
 
 
-def _read_inode(body: bytes, at: int, extra: int, length: int) -> Attributes:
-    target = _bytes(body, at + _INODE.size, extra, at + length)
-    return Attributes._make((*_INODE.unpack_from(body, at)[3:], target))
+def _read_inode(body: bytes, at: int, extra: int, end: int) -> Values:
+    return (*_unpack_inode(body, at), _bytes(body, at + _INODE.size, extra, end) if extra else b"")
 
 
-def _read_enter(body: bytes, at: int, extra: int, length: int) -> tuple[int, bytes, int, int]:
-    *_, folder, child, cookie = _ENTER.unpack_from(body, at)
-    return folder, _bytes(body, at + _ENTER.size, extra, at + length), child, cookie
+def _read_enter(body: bytes, at: int, extra: int, end: int) -> Values:
+    folder, child, cookie = _unpack_enter(body, at)
+    return folder, _bytes(body, at + _ENTER.size, extra, end), child, cookie
 
 
-def _read_named(body: bytes, at: int, extra: int, length: int) -> tuple[int, bytes]:
-    return _ONE.unpack_from(body, at)[3], _bytes(body, at + _ONE.size, extra, at + length)
+def _read_named(body: bytes, at: int, extra: int, end: int) -> Values:
+    return *_unpack_one(body, at), _bytes(body, at + _ONE.size, extra, end)
 
 
-def _read_xattr(body: bytes, at: int, extra: int, length: int) -> tuple[int, bytes, bytes]:
+def _read_xattr(body: bytes, at: int, extra: int, end: int) -> Values:
     *_, ino, size = _TWO.unpack_from(body, at)
-    both = _bytes(body, at + _TWO.size, extra + size, at + length)
+    both = _bytes(body, at + _TWO.size, extra + size, end)
     return ino, both[:extra], both[extra:]
 
 
-def _read_lost(body: bytes, at: int, extra: int, length: int) -> tuple[int, int, int, dict[int, int]]:
+def _read_lost(body: bytes, at: int, extra: int, end: int) -> Values:
     *_, ino, code, count, beyond = _LOST.unpack_from(body, at)
-    raw = _bytes(body, at + _LOST.size, count * _PIECE.size, at + length)
+    raw = _bytes(body, at + _LOST.size, count * _PIECE.size, end)
     return ino, code, beyond, {piece: int.from_bytes(mask, "little") for piece, mask in _PIECE.iter_unpack(raw)}
 
 
@@ -219,22 +196,30 @@ def _bytes(body: bytes, start: int, size: int, end: int) -> bytes:
     return body[start : start + size]
 
 
-def _numbers(struct: Struct) -> Any:
-    return lambda body, at, extra, length: struct.unpack_from(body, at)[3:]
+def _behind_head(struct: Struct) -> Callable[[bytes, int], Values]:
+    """Return what unpacks the values of a record at a place, without its head."""
+    return Struct(struct.format.replace("HHI", "8x")).unpack_from
 
 
-_READERS: dict[int, Any] = {
-    Kind.INODE: _read_inode,
-    Kind.OPENED: _numbers(_OPENED),
-    Kind.ENTER: _read_enter,
-    Kind.LEAVE: _read_named,
-    Kind.RUN: _numbers(_RUN),
-    Kind.CUT: _numbers(_RANGE),
-    Kind.RESERVED: _numbers(_RANGE),
-    Kind.USED: _numbers(_RANGE),
-    Kind.ZERO: _numbers(_RANGE),
-    Kind.XATTR: _read_xattr,
-    Kind.UNSET: _read_named,
-    Kind.REAPED: _numbers(_ONE),
-    Kind.LOST: _read_lost,
+def _numbers(struct: Struct) -> Callable[[bytes, int, int, int], Values]:
+    values = _behind_head(struct)
+    return lambda body, at, extra, end: values(body, at)
+
+
+_unpack_head, _unpack_inode = _HEAD.unpack_from, _behind_head(_INODE)
+_unpack_enter, _unpack_one = _behind_head(_ENTER), _behind_head(_ONE)
+_READERS: dict[int, Callable[[bytes, int, int, int], Values]] = {
+    Kind.INODE.value: _read_inode,
+    Kind.OPENED.value: _numbers(_OPENED),
+    Kind.ENTER.value: _read_enter,
+    Kind.LEAVE.value: _read_named,
+    Kind.RUN.value: _numbers(_RUN),
+    Kind.CUT.value: _numbers(_RANGE),
+    Kind.RESERVED.value: _numbers(_RANGE),
+    Kind.USED.value: _numbers(_RANGE),
+    Kind.ZERO.value: _numbers(_RANGE),
+    Kind.XATTR.value: _read_xattr,
+    Kind.UNSET.value: _read_named,
+    Kind.REAPED.value: _numbers(_ONE),
+    Kind.LOST.value: _read_lost,
 }

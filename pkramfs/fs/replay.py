@@ -15,6 +15,7 @@ Kernel: fs/ext4/fast_commit.c (ext4_fc_replay_…)
 from __future__ import annotations
 
 import stat
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from pkramfs.fs.directory import Directory
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.lost import LostPages
 from pkramfs.fs.pagecache import PageMap
-from pkramfs.fs.records import UNNAMED, UNPRIVILEGED, Attributes, Kind, unpack
+from pkramfs.fs.records import UNNAMED, UNPRIVILEGED, Kind, unpack
 from pkramfs.fs.rules import INO_MASK, MAX_SIZE
 from pkramfs.units import PAGE_SHIFT
 
@@ -49,35 +50,26 @@ class Replay:
         self._to_clear: list[tuple[Inode, int, int]] = []
         self._names = dict[int, tuple[Inode, bytes]]()
         """Where each inode was named last, as long as it has no name."""
-        self._apply: dict[Kind, Callable[..., None]] = {
-            kind: getattr(self, f"_{kind.name.lower()}") for kind in Kind if kind is not Kind.INODE
+        self._apply: dict[int, Callable[..., None]] = {
+            kind.value: getattr(self, f"_{kind.name.lower()}") for kind in Kind
         }
 
     def run(self, chunks: Iterable[Chunk]) -> None:
         """Apply every record; FormatError, with its position, at the first that does not fit."""
-        apply, inode = self._apply, Kind.INODE
-        for chunk in chunks:
-            self._at = chunk.position
-            for kind, values in unpack(chunk.body, chunk.position):
+        apply, done = self._apply, deque[tuple[int, int]](maxlen=_DONE)
+        for position, asker, last, body in chunks:
+            self._at = position
+            for kind, values in unpack(body, position):
                 self.records += 1
-                if kind is inode:
-                    self._inode(values)
-                else:
-                    apply[kind](*values)
-            if chunk.last:
+                apply[kind](*values)
+            if last:
                 self.requests += 1
-                self._note(chunk)
-
-    def _note(self, chunk: Chunk) -> None:
-        """Note that a request was done. An empty chunk says that another connection begins, which counts anew."""
-        if not chunk.body:
-            self.done.clear()
-        elif chunk.asker:
-            self.done.pop(chunk.asker, None)
-            self.done[chunk.asker] = self._made
-            if len(self.done) > _DONE:
-                del self.done[next(iter(self.done))]
-        self._made = 0
+                if not body:  # another connection begins, which counts anew
+                    done.clear()
+                elif asker:
+                    done.append((asker, self._made))
+                self._made = 0
+        self.done = dict(done)
 
     def clear(self) -> None:
         """Clear what the last request had cut, if its daemon did not come to it."""
@@ -113,52 +105,61 @@ class Replay:
         if not good:
             raise self._wrong(field, found, expected)
 
-    def _inode(self, a: Attributes) -> None:
+    def _inode(
+        self, ino: int, mode: int, uid: int, gid: int, nlink: int, size: int, atime: int, mtime: int, ctime: int,
+        btime: int, rdev: int, flags: int, opens: int, writers: int, marks: int, target: bytes,
+    ) -> None:  # fmt: skip
         tree = self.tree
-        inode = tree.inodes.get(a.ino)
-        if inode is None and (a.ino < tree.next_ino and tree.asleep is not None):
-            inode = tree.asleep.find(a.ino)
+        inode = tree.inodes.get(ino)
+        if inode is None and (ino < tree.next_ino and tree.asleep is not None):
+            inode = tree.asleep.find(ino)
         if inode is None:
-            inode = self._new(a)
-        self._require(inode.kind == a.mode & 0o170000, "mode", oct(a.mode), "the type that the inode has")
-        self._require(a.size <= (MAX_SIZE if inode.kind in _SIZED else 0), "size", a.size, "one that its type can have")
-        self._require(a.rdev < _DEVICES, "rdev", a.rdev, f"less than {_DEVICES}")
-        if inode.is_file:
-            tree.ledger.add_bytes(a.size - inode.size)
-        if inode.entries is None:
-            tree.ledger.add_links(max(a.nlink, 1) - max(inode.nlink, 1))
-        inode.mode, inode.uid, inode.gid, inode.nlink, inode.size = a.mode, a.uid, a.gid, a.nlink, a.size
-        inode.atime, inode.mtime, inode.ctime, inode.btime = a.atime, a.mtime, a.ctime, a.btime
-        inode.rdev, inode.flags = a.rdev, a.flags
-        self._set_open(inode, a.opens, a.writers, a.marks)
+            inode = self._new(ino, mode, size, target)
+        kind = mode & 0o170000
+        if inode.mode & 0o170000 != kind:
+            raise self._wrong("mode", oct(mode), "the type that the inode has")
+        if size > MAX_SIZE or (size and kind not in _SIZED):
+            raise self._wrong("size", size, "one that its type can have")
+        if rdev >= _DEVICES:
+            raise self._wrong("rdev", rdev, f"less than {_DEVICES}")
+        if size != inode.size and kind == stat.S_IFREG:
+            tree.ledger.add_bytes(size - inode.size)
+        if nlink != inode.nlink and kind != stat.S_IFDIR:
+            tree.ledger.add_links(max(nlink, 1) - max(inode.nlink, 1))
+        inode.mode, inode.uid, inode.gid, inode.nlink, inode.size = mode, uid, gid, nlink, size
+        inode.atime, inode.mtime, inode.ctime, inode.btime = atime, mtime, ctime, btime
+        inode.rdev, inode.flags = rdev, flags
+        self._set_open(inode, opens, writers, marks)
 
-    def _new(self, a: Attributes) -> Inode:
+    def _new(self, ino: int, mode: int, size: int, target: bytes) -> Inode:
         """Make an inode that the checkpoint does not have."""
         tree = self.tree
-        lowest = tree.next_ino
-        self._require(lowest <= a.ino <= INO_MASK, "ino", a.ino, f"at least {lowest}, or an inode that is there")
-        self._made = a.ino
-        inode = Inode(a.ino, a.mode, a.uid, a.gid, a.atime, a.mtime, a.ctime)
-        tree.inodes[a.ino] = inode
-        tree.next_ino = a.ino + 1
+        if not tree.next_ino <= ino <= INO_MASK:
+            raise self._wrong("ino", ino, f"at least {tree.next_ino}, or an inode that is there")
+        self._made = ino
+        inode = Inode(ino, mode, 0, 0, 0, 0, 0)
+        tree.inodes[ino] = inode
+        tree.next_ino = ino + 1
         tree.ledger.add_inode()
         kind = inode.kind
         if kind == stat.S_IFDIR:
             inode.entries = Directory(tree.root)
             tree.ledger.add_directory()
         elif kind == stat.S_IFLNK:
-            self._require(0 < len(a.target) == a.size, "target", len(a.target), f"{a.size} bytes")
-            inode.target = a.target
+            if not 0 < len(target) == size:
+                raise self._wrong("target", len(target), f"{size} bytes")
+            inode.target = target
             tree.ledger.add_target(inode)
         return inode
 
     def _set_open(self, inode: Inode, opens: int, writers: int, marks: int) -> None:
-        self._require(not (marks & UNNAMED and inode.nlink), "marks", marks, "those of a file that has a name")
         inode.opens, inode.writers, inode.unprivileged = opens, writers, bool(marks & UNPRIVILEGED)
-        if marks & UNNAMED:
-            self.tree.unnamed.add(inode.ino)
-        else:
+        if not marks & UNNAMED:
             self.tree.unnamed.discard(inode.ino)
+        elif inode.nlink:
+            raise self._wrong("marks", marks, "those of a file that has a name")
+        else:
+            self.tree.unnamed.add(inode.ino)
 
     def _opened(self, ino: int, opens: int, writers: int, marks: int, _: int) -> None:
         self._set_open(self._find(ino), opens, writers, marks)
@@ -168,7 +169,8 @@ class Replay:
         entries = above.entries
         if entries is None:
             raise self._wrong("folder", folder, "a directory")
-        self._require(entries.find(name) is None, "name", name, "a name that is not there yet")
+        if name in entries.entries:
+            raise self._wrong("name", name, "a name that is not there yet")
         entries.add(name, inode, cookie)
         inode.folder, inode.name = above, name
         self._names.pop(child, None)
@@ -187,13 +189,17 @@ class Replay:
 
     def _run(self, ino: int, index: int, pfn: int, count: int) -> None:
         inode = self._find(ino)
-        self._require(inode.is_file, "ino", ino, "a regular file")
-        self._require(count > 0 and index + count <= _LAST_PAGE, "count", count, "pages within a file")
-        self._require(pfn > 0 and pfn + count <= self.tree.ram.pages, "pfn", f"{pfn:x}", "frames of RAM")
+        if not inode.is_file:
+            raise self._wrong("ino", ino, "a regular file")
+        if not 0 < count <= _LAST_PAGE - index:
+            raise self._wrong("count", count, "pages within a file")
+        if not 0 < pfn <= self.tree.ram.pages - count:
+            raise self._wrong("pfn", f"{pfn:x}", "frames of RAM")
         if inode.pages is None:
             inode.pages = PageMap()
         there = inode.pages
-        self._require(not there.between(index, index + count), "index", index, "pages that are a hole")
+        if there.count and there.between(index, index + count):
+            raise self._wrong("index", index, "pages that are a hole")
         before = there.runs
         there.insert(index, pfn, count)
         self.tree.ledger.add_pages(count, there.runs - before)

@@ -35,13 +35,8 @@ if TYPE_CHECKING:
     from pkramfs.machine.ram import Ram
 
 
-class Chunk(NamedTuple):
-    """The records of one request, or a part of them."""
-
-    position: int
-    asker: int
-    last: bool
-    body: bytes
+Chunk = tuple[int, int, int, bytes]
+"""Position, who asked, 1 for the last chunk of a request, and the records of the request, or a part of them."""
 
 
 class Opened(NamedTuple):
@@ -117,42 +112,43 @@ def _require_inside(allowed: Spans, pfn: int, count: int, record: str, field: st
 def chunks(ram: Ram, log: Opened, tail: int | None = None) -> Iterator[Chunk]:
     """Yield every chunk from the base's position to the tail, or to an earlier `tail`, which must be an end, too."""
     position, tail = log.base.position, log.live.tail if tail is None else tail
-    last = True
+    flags, head = LAST, CHUNK.size
     ends = [one.base for one in log.segments[1:]] + [tail]
     for segment, end in zip(log.segments, ends, strict=True):
-        end = min(end, tail)
-        data = memoryview(ram.peek(segment.pfn, segment.pages))
+        data = ram.peek(segment.pfn, segment.pages)
+        ahead = SEGMENT.size - segment.base
+        end, size = min(end, tail), len(data) - ahead
         while position < end:
-            chunk = _chunk(data, segment, position, end)
-            yield chunk
-            position, last = position + CHUNK.size + len(chunk.body), chunk.last
-    if position != tail or not last:
+            if position + head > min(end, size):
+                raise _damaged("chunk", segment, position, "cut", "a header")
+            length, kind, flags, checksum, number, asker = CHUNK.unpack_from(data, ahead + position)
+            after = position + length
+            body = data[ahead + position + head : ahead + after]
+            if (
+                after > end or after > size or length < head or length & 7 or kind != CHUNK_KIND or flags & ~LAST
+                or number != position or chunk_digest(length, flags, position, asker, body) != checksum
+            ):  # fmt: skip
+                raise _refused(segment, position, CHUNK.unpack_from(data, ahead + position), body, min(end, size))
+            yield position, asker, flags, body
+            position = after
+    if position != tail or not flags:
         found = position if position != tail else "the middle of a request"
         raise FormatError("Journal", "end", found=found, expected=f"the end of a request at {tail}")
 
 
-def _chunk(data: memoryview, segment: Segment, position: int, end: int) -> Chunk:
-    """Return the chunk at a position; FormatError if it is not whole."""
-    at = SEGMENT.size + position - segment.base
-    where = f"at position {position}"
-    if position + CHUNK.size > end or at + CHUNK.size > len(data):
-        raise FormatError("Journal", f"chunk {where}", pfn=segment.pfn, found="cut", expected="a header")
-    length, kind, flags, checksum, number, asker = CHUNK.unpack_from(data, at)
+def _refused(segment: Segment, position: int, head: tuple[int, ...], body: bytes, end: int) -> FormatError:
+    """Return what is wrong with a chunk, which reaches to `end` at most."""
+    length, kind, flags, checksum, number, asker = head
     if kind != CHUNK_KIND or flags & ~LAST:
-        found = f"kind {kind:#x}, flags {flags:#x}"
-        raise FormatError("Journal", f"kind {where}", pfn=_pfn(segment, at), found=found, expected=f"{CHUNK_KIND:#x}")
+        return _damaged("kind", segment, position, f"kind {kind:#x}, flags {flags:#x}", f"{CHUNK_KIND:#x}")
     if number != position:
-        raise FormatError("Journal", f"position {where}", pfn=_pfn(segment, at), found=number, expected=position)
-    if length % 8 or length < CHUNK.size or position + length > end or at + length > len(data):
-        raise FormatError("Journal", f"length {where}", pfn=_pfn(segment, at), found=length, expected="up to the tail")
-    body = bytes(data[at + CHUNK.size : at + length])
+        return _damaged("position", segment, position, number, position)
+    if length % 8 or length < CHUNK.size or position + length > end:
+        return _damaged("length", segment, position, length, "up to the tail")
     digest = chunk_digest(length, flags, position, asker, body)
-    if digest != checksum:
-        raise FormatError(
-            "Journal", f"checksum {where}", pfn=_pfn(segment, at), found=f"{checksum:016x}", expected=f"{digest:016x}"
-        )
-    return Chunk(position, asker, bool(flags & LAST), body)
+    return _damaged("checksum", segment, position, f"{checksum:016x}", f"{digest:016x}")
 
 
-def _pfn(segment: Segment, at: int) -> int:
-    return segment.pfn + (at >> PAGE_SHIFT)
+def _damaged(field: str, segment: Segment, position: int, found: object, expected: object) -> FormatError:
+    pfn = segment.address(position) >> PAGE_SHIFT
+    return FormatError("Journal", f"{field} at position {position}", pfn=pfn, found=found, expected=expected)
