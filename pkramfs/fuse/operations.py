@@ -35,7 +35,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from pkramfs.fs.attributes import without_set_id
 from pkramfs.fs.failure import fail
-from pkramfs.fs.inode import Inode
+from pkramfs.fs.inode import ROOT, Inode
 from pkramfs.fs.namespace import DOTDOT
 from pkramfs.fs.rules import DIRECT, INO_MASK, WRITING
 from pkramfs.fs.tree import Tree
@@ -334,7 +334,11 @@ class Operations(pyfuse3.Operations):
 
     @request
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        handle = self.tree.open(inode, flags, Asker(ctx) if flags & os.O_TRUNC else ctx)
+        known = self.tree.inode(inode)
+        # Who asks is found in /proc, in ten times the time of the rest: so only if set-id bits or capabilities go
+        # now. (When somebody writes the kernel says so: see change.)
+        cut = flags & os.O_TRUNC and (known.mode & 0o6000 or known.xattrs)
+        handle = self.tree.open_inode(known, flags, Asker(ctx) if cut else ROOT)
         self._count_direct(handle, 1)
         if handle & WRITING:
             self.cache.drop_attributes(inode)  # they are for ever, and from now on blocks come without a word

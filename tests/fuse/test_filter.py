@@ -114,6 +114,29 @@ def test_a_file_is_made_written_read_and_removed(kernel: Kernel) -> None:
     assert entry[0] not in kernel.operations.tree.inodes
 
 
+def test_who_opens_a_file_is_asked_only_if_privileges_go(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel does not say it where mounts may be idmapped, and to read /proc takes longer than all the rest."""
+    asked: list[int] = []
+    monkeypatch.setattr("pkramfs.fuse.requests._ids", lambda pid: asked.append(pid) or (7, 7))  # type: ignore[func-returns-value]
+    tree = kernel.operations.tree
+    inode = tree.create(1, b"file", 0o755)
+    for mode, flags, looks, after in (
+        (0o755, os.O_RDWR, 0, 0o755),
+        (0o755, os.O_WRONLY | os.O_TRUNC, 0, 0o755),
+        (0o6755, os.O_RDONLY, 0, 0o6755),
+        (0o6755, os.O_WRONLY, 0, 0o6755),
+        (0o6755, os.O_WRONLY | os.O_TRUNC, 1, 0o755),
+    ):
+        tree.setattr(inode.ino, mode=mode)
+        kernel.send(Op.OPEN, inode.ino, wire.OPEN.pack(flags, 0), uid=0xFFFFFFFF)
+        kernel.filter.serve()
+        *_, (error, _, body) = kernel.replies()  # of writers the kernel is told to ask for attributes first
+        assert (error, len(asked) > 0, inode.mode & 0o7777) == (0, looks > 0, after)
+        kernel.send(Op.RELEASE, inode.ino, wire.HANDLE.pack(wire.OPENED.unpack_from(body)[0]) + bytes(16))
+        kernel.filter.serve()
+        kernel.replies()
+
+
 def test_a_listing_counts_references_of_what_fits(kernel: Kernel) -> None:
     for number in range(30):
         kernel.ask(Op.MKDIR, 1, wire.MKDIR.pack(0o755, 0) + b"%d\0" % number)
