@@ -88,7 +88,8 @@ def _sound(read: Iterator[Chunk], wrong: list[str]) -> Iterator[Chunk]:
     try:
         for chunk in read:
             request.append(chunk)
-            if chunk.last:
+            _, _, last, _ = chunk
+            if last:
                 yield from request
                 request.clear()
     except FormatError as error:
