@@ -25,10 +25,10 @@ tree's id, and a node appears by one store. It knows neither FUSE nor sockets no
 does not check permissions: the caller has done that (in a mount, the kernel).
 
 Reading order: failure, rules, clock, access, limits, inode, protection, directory, pagecache, preservation, ledger,
-lost, then the tree: core, acl, namespace, truncation, attributes, filling, data, ranges, tree; then what outlives a
-daemon's death: records, journal, replay, checkpoint, recover; what crosses a kexec: picture, save, sealing, foresight,
-verify, unpack, restore, asleep, nodes (`pkram.treeformat` declares the saved form); and collector, for processes that
-serve a large tree.
+lost, then the tree: core, acl, namespace, truncation, attributes, filling, data, ranges, tree; checksums of its data:
+pieces, sumtable, sums, summing; then what outlives a daemon's death: records, journal, replay, checkpoint, recover;
+what crosses a kexec: picture, save, sealing, foresight, verify, unpack, restore, asleep, nodes (`pkram.treeformat`
+declares the saved form); and collector, for processes that serve a large tree.
 
 Kernel: mm/shmem.c
 """

@@ -186,6 +186,21 @@ class Asleep:
         folder = self.inodes.get(int(self._columns["ino"][above]))
         return folder or self.inodes[int(self._columns["ino"][0])], b"/".join(reversed(parts))
 
+    def runs_between(self, number: int, first: int, last: int) -> list[tuple[int, int, int]]:
+        """Return the runs (file page, pfn, pages) of an inode in [first, last), cut to it, as they were saved."""
+        position = self._position(number)
+        if position < 0:
+            return []
+        low, high = self.edges[position : position + 2].tolist()
+        start = low + max(int(np.searchsorted(self.pieces[low:high, 0], first, side="right")) - 1, 0)
+        end = low + int(np.searchsorted(self.pieces[low:high, 0], last))
+        found = []
+        for index, pfn, count in self.pieces[start:end].tolist():
+            begin, stop = max(index, first), min(index + count, last)
+            if begin < stop:
+                found.append((begin, pfn + begin - index, stop - begin))
+        return found
+
     def _row(self, position: int) -> int:
         """Return a row of the entries that names the inode at a position."""
         if self._named is None:

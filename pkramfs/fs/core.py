@@ -55,6 +55,7 @@ from pkramfs.spans import Spans
 
 if TYPE_CHECKING:
     from pkramfs.fs.journal import Journal
+    from pkramfs.fs.sums import Sums
     from pkramfs.machine.frames import Frames
     from pkramfs.machine.ram import Ram
 
@@ -89,6 +90,7 @@ class Core:
         self.asleep: Asleep | None = None
         self.next_ino = ROOT_INO
         self.journal: Journal | None = None
+        self.sums: Sums | None = None
         self.access: Callable[[], Access] = relatime
         self._access, self._asked = RELATIME, 0
         self.orphans: dict[int, tuple[Inode, bytes]] = {}
@@ -258,6 +260,8 @@ class Core:
 
     def _free_pages(self, inode: Inode, pages: PageMap, first: int, last: int = END) -> None:
         """Give the frames of a range of file pages back to the host, once that cannot be undone any more."""
+        if self.sums is not None:
+            self.sums.cut(inode, first, last)
         before = pages.runs
         gone = pages.remove(first, last)
         if not gone:
@@ -282,6 +286,16 @@ class Core:
             self.ledger.add_xattr(name, value)
             xattrs[name] = value
         inode.xattrs = xattrs or None
+
+    def forget_sums(self) -> None:
+        """Have no checksums of data any more; the log is told, for stores will not say any more which they outdate."""
+        if self.sums is not None:
+            rows, damaged = self.sums.size
+            self.ledger.add_sums(-rows)
+            self.ledger.add_damaged(-damaged)
+            self.sums = None
+            if self.journal is not None:
+                self.journal.unsum(0, 0, 0)
 
     # -- handles --------------------------------------------------------------------------------
 

@@ -106,6 +106,8 @@ class Data(Filling):
         if pages is None:
             return zeros(end - offset)
         first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
+        if self.sums is not None and self.sums.doubtful:
+            self.sums.require(inode, first, last)
         runs, view = pages.between(first, last), self._viewer(inode, first, last)
         if view == self._peek:
             return self._gather(runs, offset, end, view)
@@ -187,6 +189,10 @@ class Data(Filling):
     def _write(self, inode: Inode, offset: int, view: memoryview, stamp: bool) -> int:
         size = len(view)
         end = offset + size
+        if self.sums is not None and self.sums.before_write(inode, offset, end):
+            self._change(room=LESS)
+            self.sums.drop(inode, offset, end)
+            self.commit()
         try:
             runs, store, into_holes = self._runs_for_writing(inode, offset, end)
         except OSError as error:
@@ -213,6 +219,8 @@ class Data(Filling):
             self._touch(inode)
         if self.losses.files:
             self.losses.written(inode.ino, offset, end, inode.size)
+        if self.sums is not None:
+            self.sums.stored(inode, offset, end)
         if stamp:
             if inode.mode & 0o6000 or inode.xattrs:
                 self._drop_privileges(inode, ROOT, keep_set_id=inode.opens > 0 and not inode.unprivileged)

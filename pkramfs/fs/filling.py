@@ -108,6 +108,9 @@ class Filling(Attributes):
         if inode.pages is None:
             inode.pages = PageMap()
         there = inode.pages
+        if self.sums is not None:
+            for hole in holes:
+                self.sums.fill(inode, *hole)
         before, held = there.runs, there.count
         one = len(holes) == len(frames) == 1
         made = [(holes[0][0], *frames[0])] if one else list(_distribute(holes, frames))

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Protocol
 from pkramfs.errors import ExhaustedError
 from pkramfs.fs.records import (
     Kind,
+    pack_damaged,
     pack_enter,
     pack_inode,
     pack_leave,
@@ -35,6 +36,7 @@ from pkramfs.fs.records import (
     pack_range,
     pack_reaped,
     pack_run,
+    pack_summed,
     pack_unset,
     pack_xattr,
 )
@@ -180,6 +182,24 @@ class Journal:
     def lose(self, ino: int) -> None:
         """Note that other pages of a file are lost than before."""
         self._losing.add(ino)
+
+    def unsum(self, ino: int, low: int, high: int) -> None:
+        """Note that pieces [low, high) of a file have no checksum any more; of inode 0: nothing has."""
+        self._records.append(pack_range(Kind.UNSUMMED, ino, low, high))
+
+    def sum(self, rows: Sequence[tuple[int, int, int]]) -> bool:
+        """Note checksums (inode number, piece, sum) that were made; False if there is no room for what is optional."""
+        size = sum(map(len, self._records)) + 24 * len(rows)
+        try:
+            self.log.ensure(LESS + size)
+        except ExhaustedError:
+            return False
+        self._records.append(pack_summed(rows))
+        return True
+
+    def damage(self, ino: int, piece: int, mask: int) -> None:
+        """Note which pages of a piece of a file are damaged."""
+        self._records.append(pack_damaged(ino, piece, mask))
 
     def free(self, starts: Sequence[int], counts: Sequence[int]) -> None:
         """Free frames once this is committed."""

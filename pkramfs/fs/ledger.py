@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pkramfs.fs.limits import INODE_SPACE, Limits, xattr_space
 from pkramfs.pkram.store import estimate
-from pkramfs.pkram.treeformat import ENTRIES, EXTENTS, INODES, TREE, UNWRITTEN, XATTRS
+from pkramfs.pkram.treeformat import DAMAGED, ENTRIES, EXTENTS, INODES, SUMS, TREE, UNWRITTEN, XATTRS
 
 if TYPE_CHECKING:
     from pkramfs.fs.inode import Inode
@@ -160,6 +160,14 @@ class Ledger:
     def add_unwritten(self, runs: int) -> None:
         """Count runs of pages that were allocated and never written (a negative number: that are no more)."""
         self.stream_bytes += _UNWRITTEN * runs
+
+    def add_sums(self, count: int) -> None:
+        """Count checksums of data (a negative number: that are no more)."""
+        self.stream_bytes += SUMS.width * count
+
+    def add_damaged(self, count: int) -> None:
+        """Count pieces of files that are damaged (a negative number: that are well again)."""
+        self.stream_bytes += DAMAGED.width * count
 
     # -- room for the save ----------------------------------------------------------------------
 

@@ -25,7 +25,8 @@ from pkramfs.fs import collector
 from pkramfs.fs.directory import Directory
 from pkramfs.fs.inode import FIELDS, Inode
 from pkramfs.fs.pagecache import PageMap
-from pkramfs.pkram.treeformat import Array, Columns
+from pkramfs.fs.pieces import pieces_of
+from pkramfs.pkram.treeformat import DAMAGED, SUMS, Array, Columns
 
 if TYPE_CHECKING:
     from pkramfs.fs.asleep import Snapshot
@@ -39,6 +40,7 @@ _Rows = tuple[Columns, list[tuple[int, bytes]]]
 _STEP = 1 << 12
 """Inodes that are read together: what is read of them, and what it becomes, stays in the cache."""
 _NO_PAGES = PageMap()
+_NOTHING = np.empty(0, dtype=np.uint64)
 
 
 class Progress(NamedTuple):
@@ -65,6 +67,7 @@ class Picture(NamedTuple):
     columns: dict[str, Columns]
     blobs: dict[str, bytes]
     runs: Array  # rows of (file index, pfn, count), all files after one another
+    unsummed: int | None = None  # pieces of files without a checksum; None where nobody makes any
 
     def page_stream(self) -> Runs:
         """Return (index, pfn, count) of all runs, by their place in the stream of all files' pages."""
@@ -129,10 +132,12 @@ def take(tree: Tree, *, deleted: bool = False) -> Generator[Progress, None, Pict
         xattrs, values = _xattr_columns(inodes)
         unwritten = _unwritten_columns(inodes)
         targets = _targets(inodes)
+        sums, unsummed = _sum_columns(tree, table, extents)
     return Picture(
-        {"inodes": table, "entries": entries, "extents": extents, "xattrs": xattrs, "unwritten": unwritten},
+        {"inodes": table, "entries": entries, "extents": extents, "xattrs": xattrs, "unwritten": unwritten, **sums},
         {"names": names, "targets": targets, "values": values},
         runs,
+        unsummed,
     )
 
 
@@ -328,6 +333,20 @@ def _unwritten_columns(inodes: _Inodes) -> Columns:
     asleep = {"inode": inodes.rest.places[table["inode"][rows]]}
     asleep |= {name: table[name][rows].astype(np.int64) for name in ("first", "count")}
     return _merged((columns, []), (asleep, []), "inode")[0]
+
+
+def _sum_columns(tree: Tree, table: Columns, extents: Columns) -> tuple[dict[str, Columns], int | None]:
+    """Return the checksums of data and what is damaged, of the inodes in the table; and how many pieces have none."""
+    if tree.sums is None:
+        return {section.name: {c.name: _NOTHING for c in section.columns} for section in (SUMS, DAMAGED)}, None
+    found = tree.sums.columns()
+    if tree.orphans:  # which may not be there
+        for name, columns in found.items():
+            keep = np.isin(columns["ino"], table["ino"].view(np.uint64))
+            found[name] = {column: values[keep] for column, values in columns.items()}
+    owner = np.repeat(np.arange(len(table["ino"])), table["extents"])
+    pieces = len(pieces_of(owner, extents["first"], extents["count"])[0])
+    return found, pieces - len(found["sums"]["ino"]) - len(found["damaged"]["ino"])
 
 
 # -- the rest ---------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ needs none of the rules by which they came about, and a later version may have o
     XATTR     an extended attribute has a value; UNSET: it is gone
     REAPED    an inode is gone
     LOST      which pages of a file were not stored (see lost); none: all is well
+    SUMMED    checksums of pieces of files (see sums); UNSUMMED: pieces of a file have none, of inode 0: nothing has
+    DAMAGED   which pages of a piece of a file are damaged; none: it is well
 
 A record begins with its kind, a 16-bit number that some use, and its length, a multiple of 8. Bytes are padded with
 zeros.
@@ -21,7 +23,7 @@ Kernel: fs/ext4/fast_commit.h (EXT4_FC_TAG_…), whose tags are results, too
 """
 
 import enum
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from struct import Struct, error
 from typing import Any
 
@@ -45,6 +47,9 @@ class Kind(enum.IntEnum):
     UNSET = 11
     REAPED = 12
     LOST = 13
+    SUMMED = 14
+    UNSUMMED = 15
+    DAMAGED = 16
 
 
 Values = tuple[Any, ...]
@@ -62,6 +67,8 @@ _RUN = Struct("<HHIQQQQ")
 _RANGE = Struct("<HHIQQQ")
 _LOST = Struct("<HHIQIIq")
 _PIECE = Struct("<Q64s")
+_SUM = Struct("<QQQ")
+_DAMAGED = Struct("<HHIQQ32s")
 
 _PADS = [bytes(-size % 8) for size in range(8)]
 """What is behind so many bytes, modulo 8, up to the next multiple of 8."""
@@ -110,7 +117,7 @@ def pack_run(ino: int, index: int, pfn: int, count: int) -> bytes:
 
 
 def pack_range(kind: Kind, ino: int, first: int, second: int) -> bytes:
-    """Return a record of a range: CUT and USED (first, last), RESERVED (first, count), ZERO (start, end)."""
+    """Return a record of a range: CUT, USED, UNSUMMED (first, last), RESERVED (first, count), ZERO (start, end)."""
     return _RANGE.pack(kind, 0, 32, ino, first, second)
 
 
@@ -137,6 +144,16 @@ def pack_lost(ino: int, error: int, beyond: int, pieces: dict[int, int]) -> byte
         beyond, pieces = 0, {}
     body = b"".join(_PIECE.pack(piece, mask.to_bytes(64, "little")) for piece, mask in pieces.items())
     return _LOST.pack(13, 0, _LOST.size + len(body), ino, error, len(pieces), beyond) + body
+
+
+def pack_summed(rows: Sequence[tuple[int, int, int]]) -> bytes:
+    """Return the record of checksums: inode number, piece and sum of each."""
+    return _ONE.pack(14, 0, _ONE.size + _SUM.size * len(rows), len(rows)) + b"".join(_SUM.pack(*row) for row in rows)
+
+
+def pack_damaged(ino: int, piece: int, mask: int) -> bytes:
+    """Return the record of the pages of a piece that are damaged."""
+    return _DAMAGED.pack(16, 0, _DAMAGED.size, ino, piece, mask.to_bytes(32, "little"))
 
 
 def unpack(body: bytes, position: int) -> Iterator[tuple[int, Values]]:
@@ -189,6 +206,16 @@ def _read_lost(body: bytes, at: int, extra: int, end: int) -> Values:
     return ino, code, beyond, {piece: int.from_bytes(mask, "little") for piece, mask in _PIECE.iter_unpack(raw)}
 
 
+def _read_summed(body: bytes, at: int, extra: int, end: int) -> tuple[list[tuple[int, int, int]]]:
+    *_, count = _ONE.unpack_from(body, at)
+    return (list(_SUM.iter_unpack(_bytes(body, at + _ONE.size, count * _SUM.size, end))),)
+
+
+def _read_damaged(body: bytes, at: int, extra: int, end: int) -> tuple[int, int, int]:
+    *_, ino, piece, mask = _DAMAGED.unpack_from(body, at)
+    return ino, piece, int.from_bytes(mask, "little")
+
+
 def _bytes(body: bytes, start: int, size: int, end: int) -> bytes:
     """Return bytes inside a record; raise ValueError if they go beyond its end."""
     if start + size > end:
@@ -222,4 +249,7 @@ _READERS: dict[int, Callable[[bytes, int, int, int], Values]] = {
     Kind.UNSET.value: _read_named,
     Kind.REAPED.value: _numbers(_ONE),
     Kind.LOST.value: _read_lost,
+    Kind.SUMMED.value: _read_summed,
+    Kind.UNSUMMED.value: _numbers(_RANGE),
+    Kind.DAMAGED.value: _read_damaged,
 }

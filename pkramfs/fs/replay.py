@@ -24,8 +24,11 @@ from pkramfs.fs.directory import Directory
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.lost import LostPages
 from pkramfs.fs.pagecache import PageMap
+from pkramfs.fs.pieces import KEY_SHIFT, PIECE_SHIFT
 from pkramfs.fs.records import UNNAMED, UNPRIVILEGED, Kind, unpack
 from pkramfs.fs.rules import INO_MASK, MAX_SIZE
+from pkramfs.fs.sums import Sums
+from pkramfs.fs.sumtable import DOUBTED
 from pkramfs.units import PAGE_SHIFT
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 _SIZED, _DEVICES = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK), 1 << 32
 _DONE = 4096
 """How many are remembered: more than can be unanswered at once."""
+_MOST_PIECES = 1 << 16
+"""Pieces that one store can take the sums of."""
 _LAST_PAGE = (MAX_SIZE >> PAGE_SHIFT) + 1
 
 
@@ -200,6 +205,8 @@ class Replay:
         there = inode.pages
         if there.count and there.between(index, index + count):
             raise self._wrong("index", index, "pages that are a hole")
+        if self.tree.sums is not None:
+            self.tree.sums.forget(ino, index >> PIECE_SHIFT, ((index + count - 1) >> PIECE_SHIFT) + 1)
         before = there.runs
         there.insert(index, pfn, count)
         self.tree.ledger.add_pages(count, there.runs - before)
@@ -208,6 +215,8 @@ class Replay:
         inode = self._find(ino)
         if inode.pages is None:
             raise self._wrong("ino", ino, "a file with pages")
+        if self.tree.sums is not None:
+            self.tree.sums.cut(inode, first, last, compare=False)
         before, held = inode.pages.runs, inode.pages.count
         inode.pages.remove(first, last)
         self.tree.ledger.add_pages(inode.pages.count - held, inode.pages.runs - before)
@@ -237,6 +246,9 @@ class Replay:
 
     def _zero(self, ino: int, start: int, end: int) -> None:
         self._require(start < end and start >> PAGE_SHIFT == end - 1 >> PAGE_SHIFT, "start", start, "bytes of one page")
+        if self.tree.sums is not None:
+            piece = start >> PAGE_SHIFT + PIECE_SHIFT
+            self.tree.sums.forget(ino, piece, piece + 1)
         if self._at >= self._zeroed:
             self._to_clear.append((self._find(ino), start, end))
 
@@ -253,6 +265,8 @@ class Replay:
             tree.ledger.add_links(1 - max(inode.nlink, 1))
         inode.nlink = inode.lookups = inode.opens = 0
         if inode.pages is not None:
+            if tree.sums is not None:
+                tree.sums.cut(inode, 0, compare=False)
             tree.ledger.add_pages(-inode.pages.count, -inode.pages.runs)
             inode.pages = None
         tree.drop_inode(inode)
@@ -270,3 +284,25 @@ class Replay:
             self._require(self._find(ino).is_file, "ino", ino, "a regular file")
             files[ino] = LostPages(error)
             files[ino].set_state(beyond, dict(blocks))
+
+    def _summed(self, rows: Any) -> None:
+        sums = self._sums()
+        for ino, piece, value in rows:
+            self._require(self._find(ino).is_file and piece < 1 << KEY_SHIFT, "ino", ino, "a piece of a regular file")
+            sums.table.put(ino, piece, value, DOUBTED)
+
+    def _unsummed(self, ino: int, low: int, high: int) -> None:
+        if not ino:
+            self.tree.forget_sums()
+        elif self.tree.sums is not None:
+            self._require(low < high <= low + _MOST_PIECES, "low", low, "a few pieces")
+            self.tree.sums.forget(ino, low, high)
+
+    def _damaged(self, ino: int, piece: int, mask: int) -> None:
+        self._require(self._find(ino).is_file and piece < 1 << KEY_SHIFT, "ino", ino, "a piece of a regular file")
+        self._sums().mark_damaged(ino, piece, mask)
+
+    def _sums(self) -> Sums:
+        if self.tree.sums is None:
+            self.tree.sums = Sums(self.tree)
+        return self.tree.sums

@@ -61,6 +61,10 @@ class SaveReport(NamedTuple):
     deleted: list[str]
     seconds: float
     deleted_count: int = 0
+    unsummed: int | None = None
+    """Pieces of files without a checksum; None where nobody makes any."""
+    damaged: int = 0
+    """Pieces of files that are damaged."""
 
 
 def save(
@@ -105,7 +109,12 @@ def save(
         moved = sum(count for _, count in saving.relocated)
     tree.preservation.preserve(partial(store.withdraw, node_name), saving.taken)
     _begin_with(tree, node, moved)
-    return report(tree, began, stream_bytes, runs)._replace(pages=int(picture.runs[:, 2].sum()), moved=moved)
+    return report(tree, began, stream_bytes, runs)._replace(
+        pages=int(picture.runs[:, 2].sum()),
+        moved=moved,
+        unsummed=picture.unsummed,
+        damaged=len(picture.columns["damaged"]["ino"]),
+    )
 
 
 def report(tree: Tree, began: float, described: int, runs: int) -> SaveReport:
@@ -122,6 +131,8 @@ def report(tree: Tree, began: float, described: int, runs: int) -> SaveReport:
         deleted=[exact(path) for path in tree.deleted()],
         seconds=time.monotonic() - began,
         deleted_count=tree.deleted_count,
+        unsummed=None if tree.sums is None else tree.sums.table.pending,
+        damaged=0 if tree.sums is None else len(tree.sums.damaged),
     )
 
 
@@ -214,7 +225,7 @@ def stream(tree: Tree, picture: Picture, saved_ns: int | None = None) -> Iterato
         section.name: len(picture.columns[section.name][section.columns[0].name]) for section in treeformat.SECTIONS
     }
     header |= {name: len(picture.blobs[name]) for name in BLOBS}
-    flags = treeformat.features(picture.columns)
+    flags = treeformat.features(picture.columns) | (0 if picture.unsummed is None else treeformat.HAS_SUMS)
     yield TREE.pack(
         magic=treeformat.TREE_MAGIC,
         version=treeformat.TREE_VERSION,
@@ -222,6 +233,7 @@ def stream(tree: Tree, picture: Picture, saved_ns: int | None = None) -> Iterato
         next_ino=tree.next_ino,
         flags=flags,
         saved_ns=time.time_ns() if saved_ns is None else saved_ns,
+        unsummed=max(picture.unsummed or 0, 0),
         **header,
     )
     for section in treeformat.SECTIONS:

@@ -88,7 +88,7 @@ def _seal(tree: Tree, store: Store, node_name: bytes, frames: Spans) -> None:
     tree.commit()
     with store.prepare_save(node_name, tree_id=tree.frames.tree_id, frames=tree.frames) as saving:
         (pfn,) = saving.pages(1)
-        journal.log.seal(pfn, figures(tree))
+        journal.log.seal(pfn, figures(tree), None if tree.sums is None else tree.sums.table.pending)
         saving.log(pfn, frames)
         saving.finish()
     tree.preservation.preserve(partial(store.withdraw, node_name), saving.taken)

@@ -51,6 +51,8 @@ class Truncation(Core):
         if pages is None or start >= end:
             return
         for _, pfn, _ in pages.between(index, index + 1):
+            if self.sums is not None:
+                self.sums.clear(inode, index)
             address = ((pfn - index) << PAGE_SHIFT) + start
             maybe_hole = pages.backed is not None
             if self.journal is None:

@@ -20,8 +20,9 @@ from pkramfs.errors import ExhaustedError, FormatError
 from pkramfs.fs.asleep import Asleep
 from pkramfs.fs.ledger import Figures
 from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE, Limits
+from pkramfs.fs.sums import Sums
 from pkramfs.fs.verify import verify
-from pkramfs.pkram.treeformat import EXTENTS, INODES, TreeStream
+from pkramfs.pkram.treeformat import EXTENTS, HAS_SUMS, INODES, TreeStream
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SIZE, format_size
 
@@ -78,6 +79,9 @@ def _fill(tree: Tree, parts: TreeStream, saved: _Saved, pages: int, space: int) 
         stream_bytes=_weight(parts, len(saved.stream)),
     )
     tree.install(packed, parts.header.next_ino, figures)
+    if parts.header.flags & HAS_SUMS:
+        tree.sums = Sums(tree)
+        tree.sums.adopt(parts.sums, parts.damaged)
 
 
 def _load(load: Load) -> _Saved:

@@ -12,6 +12,7 @@ files take a fraction of a second. What fails is named: column, row, what was fo
     extents   only in regular files, rising, not overlapping, all pages of the stream and no more
     unwritten each run inside one extent of its file, rising, not overlapping
     frames    inside the page blocks of this tree, none used twice
+    sums      of regular files, one for each piece; the same for damage
 
 PKRAM itself checks nothing here (defects D1 and D34).
 """
@@ -24,6 +25,7 @@ import numpy.typing as npt
 
 from pkramfs.errors import FormatError
 from pkramfs.fs import acl
+from pkramfs.fs.pieces import KEY_SHIFT
 from pkramfs.fs.protection import KNOWN
 from pkramfs.fs.rules import (
     EMPTY_DIRECTORY_SIZE,
@@ -64,6 +66,8 @@ def verify(tree: TreeStream, runs: Runs, allowed: Spans, used: Spans | None = No
     _verify_unwritten(tree)
     _verify_frames(tree, runs, allowed, used)
     _verify_xattrs(tree)
+    _verify_pieces(tree, kinds, "sums")
+    _verify_pieces(tree, kinds, "damaged")
 
 
 def _require(good: Array, record: str, field: str, values: Array, expected: str) -> None:
@@ -225,6 +229,20 @@ def _verify_unwritten(tree: TreeStream) -> None:
     inside = extent >= edges[owner]
     begin, size = (tree.extents[name][np.maximum(extent, 0)] if len(extent) else first for name in ("first", "count"))
     _require(inside & (first + count <= begin + size), "unwritten", "first", first, "pages of an extent of its file")
+
+
+def _verify_pieces(tree: TreeStream, kinds: Array, name: str) -> None:
+    columns = getattr(tree, name)
+    owner, piece, known = columns["ino"], columns["piece"], tree.inodes["ino"]
+    place = np.minimum(np.searchsorted(known, owner), len(known) - 1)
+    file = (known[place] == owner) & (kinds[place] == stat.S_IFREG)
+    _require(file, name, "ino", owner, "the number of a regular file")
+    _require(piece < 1 << KEY_SHIFT, name, "piece", piece, "a piece of a file")
+    order = np.lexsort((piece, owner))
+    again = (owner[order][1:] == owner[order][:-1]) & (piece[order][1:] == piece[order][:-1])
+    if again.any():
+        row = int(order[1:][again][0])
+        raise FormatError(f"Tree {name}", f"piece of row {row}", found=piece[row], expected="each once")
 
 
 def _last_not_behind(values: Array, wanted: Array, low: Array, high: Array) -> Array:

@@ -73,7 +73,7 @@ BASE = Record(
 )
 SEAL = Record(
     "Seal",
-    120,
+    136,
     "The beginning and the end of the log that holds a preserved tree.",
     [
         F("magic", "u8", 0, "PKRAMsl1"),
@@ -89,6 +89,8 @@ SEAL = Record(
         F("pages", "u8", 96, "pages of the tree, as size= counts them"),
         F("bytes", "u8", 104, "sum of the sizes of all files"),
         F("inode_space", "u8", 112, "bytes of inode space, as nr_inodes= counts them"),
+        F("summed", "u4", 120, "1 if data have checksums"),
+        F("unsummed", "u8", 128, "pieces that have frames and no checksum"),
     ],
 )
 SEGMENT = Record(
@@ -236,12 +238,15 @@ class Seal(NamedTuple):
     tail: int
     live: int
     figures: Figures
+    unsummed: int | None = None
+    """Pieces that have frames and no checksum, None if nobody makes any."""
 
 
 def write_seal(ram: Ram, pfn: int, seal: Seal, tree_id: int, generation: int) -> None:
     """Write a seal page."""
     fields = seal._asdict()
     fields |= fields.pop("figures")._asdict()
+    fields["summed"], fields["unsummed"] = int(seal.unsummed is not None), seal.unsummed or 0
     write_page(ram, pfn, SEAL, {}, magic=SEAL_MAGIC, generation=generation, tree_id=tree_id, version=VERSION, **fields)
 
 
@@ -253,7 +258,8 @@ def read_seal(ram: Ram, pfn: int, tree_id: int) -> Seal:
     if found.tree_id != tree_id:
         raise FormatError("Seal", "tree_id", pfn=pfn, found=f"{found.tree_id:016x}", expected=f"{tree_id:016x}")
     figures = Figures(found.inodes, found.pages, found.bytes, found.inode_space)
-    return Seal(found.base, found.segment, found.tail, found.live, figures)
+    unsummed = found.unsummed if found.summed else None
+    return Seal(found.base, found.segment, found.tail, found.live, figures, unsummed)
 
 
 class Segment(NamedTuple):

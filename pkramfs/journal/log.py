@@ -139,9 +139,9 @@ class Log:
         log.commit()
         return log
 
-    def seal(self, pfn: int, figures: Figures) -> None:
+    def seal(self, pfn: int, figures: Figures, unsummed: int | None = None) -> None:
         """Write a seal page: what counts now. What is appended later counts only for who begins at the live page."""
-        seal = Seal(self.base_page, self.segments[-1].pfn, self.tail, self.live, figures)
+        seal = Seal(self.base_page, self.segments[-1].pfn, self.tail, self.live, figures, unsummed)
         write_seal(self.ram, pfn, seal, self.frames.tree_id, self._generation)
 
     # -- appending ------------------------------------------------------------------------------

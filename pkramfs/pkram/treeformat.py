@@ -24,6 +24,10 @@ and a microsecond each. Rows name inodes by their *position* in the inode column
               from `first` on. Between extents are holes.
     xattrs    name and value, one behind the other in the blob
     unwritten pages of extents that read as zeros, and that are holes to who looks for data
+    sums      checksums of the files' data, a row for each piece of 1 MiB that has one, in any order
+    damaged   pages that were not what their sum said, a row for each piece that has some
+
+Sums and damage name inodes by their number, so that they stand for themselves.
 
 What came later is there only if the header's flags say so, so that streams without it are as they were, and whoever
 does not know a flag refuses the stream.
@@ -42,9 +46,9 @@ from pkramfs.record import F, Record
 
 TREE_MAGIC = int.from_bytes(b"pkTREE01", "little")
 TREE_VERSION = 1
-BIRTH, HAS_FLAGS, HAS_UNWRITTEN = 1, 2, 4
+BIRTH, HAS_FLAGS, HAS_UNWRITTEN, HAS_SUMS = 1, 2, 4, 8
 """Features of a stream: flags of its header."""
-FEATURES = BIRTH | HAS_FLAGS | HAS_UNWRITTEN
+FEATURES = BIRTH | HAS_FLAGS | HAS_UNWRITTEN | HAS_SUMS
 
 TREE = Record(
     "Tree",
@@ -53,7 +57,7 @@ TREE = Record(
     [
         F("magic", "u8", 0, "TREE_MAGIC"),
         F("version", "u4", 8, "TREE_VERSION"),
-        F("flags", "u4", 12, "features: BIRTH 1, FLAGS 2, UNWRITTEN 4"),
+        F("flags", "u4", 12, "features: BIRTH 1, FLAGS 2, UNWRITTEN 4, SUMS 8"),
         F("inodes", "u8", 16, "rows of the inode columns"),
         F("entries", "u8", 24, "rows of the entry columns"),
         F("extents", "u8", 32, "rows of the extent columns"),
@@ -65,6 +69,9 @@ TREE = Record(
         F("next_ino", "u8", 80, "first inode number that was never used"),
         F("saved_ns", "i8", 88, "when the tree was saved, ns since the epoch"),
         F("unwritten", "u8", 96, "rows of the unwritten columns; 0 without UNWRITTEN"),
+        F("sums", "u8", 104, "rows of the columns of sums; 0 without SUMS"),
+        F("damaged", "u8", 112, "rows of the columns of damage; 0 without SUMS"),
+        F("unsummed", "u8", 120, "pieces that have frames and no sum; 0 without SUMS"),
     ],
 )
 
@@ -146,7 +153,26 @@ UNWRITTEN = Section(
         Column("count", "u8", "pages that were allocated and never written"),
     ),
 )
-SECTIONS = (INODES, ENTRIES, EXTENTS, XATTRS, UNWRITTEN)
+SUMS = Section(
+    "sums",
+    (
+        Column("ino", "u8", "inode number of a regular file"),
+        Column("piece", "u8", "piece of the file: 256 pages, aligned"),
+        Column("sum", "u8", "XXH3-64 of the piece's frames, seeded with ino << 32 ^ piece"),
+    ),
+)
+DAMAGED = Section(
+    "damaged",
+    (
+        Column("ino", "u8", "inode number of a regular file"),
+        Column("piece", "u8", "piece of the file"),
+        Column("pages0", "u8", "a bit for each damaged page, the first 64"),
+        Column("pages1", "u8", "the next 64"),
+        Column("pages2", "u8", "the next 64"),
+        Column("pages3", "u8", "the last 64"),
+    ),
+)
+SECTIONS = (INODES, ENTRIES, EXTENTS, XATTRS, UNWRITTEN, SUMS, DAMAGED)
 BLOBS = ("names", "targets", "values")
 
 Array = npt.NDArray[Any]
@@ -196,7 +222,7 @@ class TreeStream:
         self.header = _read_header(stream)
         self._at = TREE.size
         sections = (self._section(stream, section) for section in SECTIONS)
-        self.inodes, self.entries, self.extents, self.xattrs, self.unwritten = sections
+        self.inodes, self.entries, self.extents, self.xattrs, self.unwritten, self.sums, self.damaged = sections
         self.names, self.targets, self.values = (self._blob(stream, name) for name in BLOBS)
 
     def _section(self, stream: bytes, section: Section) -> Columns:
@@ -224,7 +250,12 @@ def _read_header(stream: bytes) -> Any:
         raise FormatError("Tree", "magic", found=f"{header.magic:#x}", expected=f"{TREE_MAGIC:#x}")
     if header.version != TREE_VERSION:
         raise VersionError("Tree", "version", found=header.version, expected=TREE_VERSION)
-    if header.flags & ~FEATURES or (header.unwritten and not header.flags & HAS_UNWRITTEN):
+    summed = header.sums or header.damaged or header.unsummed
+    if (
+        header.flags & ~FEATURES
+        or (header.unwritten and not header.flags & HAS_UNWRITTEN)
+        or (summed and not header.flags & HAS_SUMS)
+    ):
         raise FormatError("Tree", "flags", found=f"{header.flags:#x}", expected=f"none but {FEATURES:#x}")
     if stream_length(header) != len(stream):
         raise FormatError("Tree", "length", found=len(stream), expected=stream_length(header))

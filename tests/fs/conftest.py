@@ -24,7 +24,7 @@ from pkramfs.fs.restore import restore
 from pkramfs.fs.save import save
 from pkramfs.fs.tree import Tree
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram.treeformat import ENTRIES, INODES, TREE, UNWRITTEN, XATTRS
+from pkramfs.pkram.treeformat import DAMAGED, ENTRIES, INODES, SUMS, TREE, UNWRITTEN, XATTRS
 from pkramfs.spans import Spans
 
 RAM_PAGES = 16384
@@ -177,6 +177,8 @@ def audit(tree: Tree) -> None:
     stream += sum(ENTRIES.width + len(name) for names in folders for name in names)
     stream += sum(XATTRS.width + len(n) + len(v) for i in tree.inodes.values() for n, v in (i.xattrs or {}).items())
     stream += sum(UNWRITTEN.width * i.unwritten.runs for i in tree.inodes.values() if i.unwritten is not None)
+    if tree.sums is not None:
+        stream += SUMS.width * tree.sums.size[0] + DAMAGED.width * tree.sums.size[1]
     assert 0 <= tree.ledger.stream_bytes - stream < 256
     assert tree.counts().directories == sum(i.entries is not None for i in tree.inodes.values())
     assert tree.counts().bytes == sum(i.size for i in tree.inodes.values() if i.is_file)

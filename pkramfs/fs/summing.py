@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Sums made and compared in steps, while a tree is served.
+
+    take ──▶ some pieces and their frames ──▶ digests, in a thread ──▶ settle: noted, if the piece is as it was
+             first those that crossed a kexec and were not compared yet,
+             then those that have rested, then those that never had a sum
+
+Nothing is locked meanwhile: a piece that is changed loses its row or gets a newer mark, and then a digest that was
+made of it is dropped. What is found to be another than its sum is looked at once more before it is called damaged.
+
+A step is BATCH bytes or so: some 3 ms of a thread that has let go of the interpreter lock, and then has a turn among
+requests. While requests keep the interpreter busy the thread gets it only now and then, and so gives way by itself.
+
+Kernel: fs/btrfs/scrub.c
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from pkramfs.errors import ExhaustedError
+from pkramfs.fs.pagecache import Run
+from pkramfs.fs.pieces import KEY_SHIFT, buffer, digest
+from pkramfs.fs.sumtable import BARE, DOUBTED
+from pkramfs.pkram.parallel import Workbenches, each
+from pkramfs.units import PAGE_SHIFT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pkramfs.fs.sums import Sums
+    from pkramfs.fs.tree import Tree
+    from pkramfs.pkram.treeformat import Array
+
+BATCH = 16 << 20
+_MOST = 64
+"""Pieces of a step, of files that are smaller."""
+_WINDOW = 1 << 14
+"""Rows that are looked through at once for one that is to be worked on."""
+_PIECE_MASK = (1 << KEY_SHIFT) - 1
+
+
+class Job(NamedTuple):
+    """A piece to be digested: what the table said of it (a row, or a mark), and its frames."""
+
+    ino: int
+    piece: int
+    found: int
+    state: int
+    runs: list[Run]
+
+
+class Summing:
+    """The work on the sums of one tree; `threads` is how many digest at once."""
+
+    def __init__(self, tree: Tree, sums: Sums, threads: int = 1) -> None:
+        self._tree, self.sums, self._threads = tree, sums, threads
+        self._at = {DOUBTED: 0, BARE: 0}
+        self._benches = Workbenches(buffer)
+
+    @property
+    def left(self) -> int:
+        """Return how many pieces have no sum, or one that nobody has compared."""
+        return self.sums.table.pending + self.sums.table.doubted
+
+    def take(self, *, compare: bool = True) -> list[Job]:
+        """Return what is to be digested next; without `compare` only what has no sum. Empty: nothing has rested."""
+        jobs, size = list[Job](), 0
+        for ino, piece, found, state in self._next(compare):
+            runs = self.sums.runs(ino, piece)
+            if not runs:
+                self.sums.table.remove(ino, piece)
+                continue
+            jobs.append(Job(ino, piece, found, state, runs))
+            size += sum(count for _, _, count in runs) << PAGE_SHIFT
+            if size >= BATCH or len(jobs) == _MOST:
+                break
+        return jobs
+
+    def _next(self, compare: bool) -> Iterator[tuple[int, int, int, int]]:
+        """Yield inode number, piece, row or mark and state of what may be worked on."""
+        table = self.sums.table
+        if compare and table.doubted:
+            yield from self._rows(DOUBTED)
+        while table.resting:
+            key, _ = table.resting.popitem()
+            if table.late.get(key) == table.rested:
+                yield key >> KEY_SHIFT, key & _PIECE_MASK, table.rested, BARE
+        if table.pending:
+            yield from self._rows(BARE)
+
+    def _rows(self, state: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield the rows in a state, from where the last one was found, once round."""
+        table = self.sums.table
+        end, at = table.sorted, min(self._at[state], table.sorted)
+        for start, stop in ((at, end), (0, at)):
+            for low in range(start, stop, _WINDOW):
+                for row in (low + np.flatnonzero(table.state[low : min(low + _WINDOW, stop)] == state)).tolist():
+                    self._at[state] = row + 1
+                    yield *table.place(row), row, state
+
+    def digests(self, jobs: list[Job]) -> list[int]:
+        """Return the digest of each piece; in any thread."""
+        ram = self._tree.ram
+
+        def one(number: int) -> int:
+            job = jobs[number]
+            with self._benches.lend() as into:
+                return digest(ram, job.ino, job.piece, job.runs, into)
+
+        return each(one, len(jobs), threads=self._threads)
+
+    def settle(self, jobs: list[Job], digests: list[int]) -> None:
+        """Note the sums of what is as it was when it was taken, and find what is damaged."""
+        table, made = self.sums.table, list[tuple[int, int, int]]()
+        for job, value in zip(jobs, digests, strict=True):
+            if table.find(job.ino, job.piece) != job.found or (job.found >= 0 and table.state[job.found] != job.state):
+                continue
+            if job.state == BARE:
+                table.put(job.ino, job.piece, value)
+                made.append((job.ino, job.piece, value))
+            elif int(table.sums[job.found]) == value:
+                table.agree(job.found)
+            else:
+                self.sums.compare(job.ino, job.piece, job.found)
+        if made:
+            self._keep(made)
+        self._tree.commit()
+
+    def _keep(self, made: list[tuple[int, int, int]]) -> None:
+        """Have room for new sums in what a save writes, and tell the log; else they are forgotten again."""
+        tree = self._tree
+        try:
+            tree.ledger.grow()
+        except ExhaustedError:
+            for ino, piece, _ in made:
+                self.sums.table.touch(ino, piece)
+            return
+        if tree.journal is not None and not tree.preserved:
+            tree.journal.sum(made)
+
+    def step(self, *, compare: bool = True) -> int:
+        """Work on some pieces here and now; return how many."""
+        self._tree.commit()  # what was cut is zeros only then
+        jobs = self.take(compare=compare)
+        self.settle(jobs, self.digests(jobs))
+        return len(jobs)
+
+
+def begin(tree: Tree, sums: Sums) -> None:
+    """Have all data of a tree get sums, also what it has without: those there are already are to be compared."""
+    owner, first, count = _extents(tree)
+    sums.begin(owner, first, count)
+
+
+def _extents(tree: Tree) -> tuple[Array, Array, Array]:
+    """Return inode number, first page and pages of the runs of all files, sorted by the first two."""
+    awake = sorted((inode.ino, inode.pages) for inode in tree.inodes.values() if inode.pages is not None)
+    raw = b"".join(leaf for _, pages in awake for leaf in pages.leaves)
+    runs = np.frombuffer(raw, dtype=np.int64).reshape(-1, 3)
+    owner = np.repeat(np.array([ino for ino, _ in awake], dtype=np.int64), [pages.runs for _, pages in awake])
+    if tree.asleep is None:
+        return owner, runs[:, 0], runs[:, 2]
+    snapshot = tree.asleep.snapshot()
+    packed, lengths = snapshot.packed, np.diff(snapshot.packed.edges)
+    sleeping = np.repeat(snapshot.inodes, lengths)
+    owners = np.repeat(packed.parts.inodes["ino"].astype(np.int64), lengths)[sleeping]
+    runs, owner = np.concatenate((runs, packed.pieces[sleeping])), np.concatenate((owner, owners))
+    order = np.lexsort((runs[:, 0], owner))
+    return owner[order], runs[order, 0], runs[order, 2]

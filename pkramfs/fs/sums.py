@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The checksums of a tree's data (`-o verify=data`): what loses them, what asks for them, and what is damaged.
+
+    a store, a hole filled or made ──▶ the piece has no sum; the log is told before the store
+    a read, a copy from it         ──▶ a piece that nobody has compared since it crossed a kexec is compared first
+    a change of a part of it       ──▶ the same: what stays would get a new sum, and a flipped bit would be hidden
+
+A piece that is not what its sum says is *damaged*, page by page: reading one of its pages is EIO, and so is a store to
+a part of one. A page that is written whole, or freed, is well again; when all pages of a piece are, it is like any
+other that was written.
+
+Between the tree and its log: a store over data leaves no record, so the log has one that takes the sum away, and it
+counts before the first byte is stored. Whatever else changes frames has a record, from which a reader takes the sum
+away by itself. So what a log comes to has no sum that could be wrong. Sums that were made are told, too.
+
+Sums are made in steps: see summing. pieces says what a sum is, sumtable what is known of each piece.
+
+Kernel: fs/btrfs/inode.c (btrfs_data_csum_ok), fs/ext4/extents_status.c
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from pkramfs.fs.failure import fail
+from pkramfs.fs.pagecache import END, Run
+from pkramfs.fs.pieces import KEY_SHIFT, PIECE_PAGES, PIECE_SHIFT, bits, buffer, digest, pieces_of
+from pkramfs.fs.sumtable import Rows, SumTable
+from pkramfs.units import PAGE_SHIFT, pages
+
+if TYPE_CHECKING:
+    from pkramfs.fs.asleep import Asleep
+    from pkramfs.fs.inode import Inode
+    from pkramfs.fs.journal import Journal
+    from pkramfs.fs.ledger import Ledger
+    from pkramfs.machine.ram import Ram
+    from pkramfs.pkram.treeformat import Array, Columns
+
+_IN_PAGE = (1 << PAGE_SHIFT) - 1
+_PIECE_MASK = (1 << KEY_SHIFT) - 1
+_PARTS = ("pages0", "pages1", "pages2", "pages3")
+
+
+class Owner(Protocol):
+    """The part of a tree that its sums need."""
+
+    ram: Ram
+    ledger: Ledger
+    journal: Journal | None
+    inodes: dict[int, Inode]
+    asleep: Asleep | None
+
+
+class Sums:
+    """See the module's page. `found` is called with inode number and piece when one is found to be damaged."""
+
+    def __init__(self, tree: Owner) -> None:
+        self._tree, self._ram = tree, tree.ram
+        self.table = SumTable(tree.ledger.add_sums)
+        self.damaged: dict[int, int] = {}
+        """By key: a mask of the pages of a piece that are damaged."""
+        self.found: Callable[[int, int], object] = _nobody
+        self._buffer = buffer()
+
+    @property
+    def doubtful(self) -> bool:
+        """Return True if a read has to ask first."""
+        return bool(self.table.doubted or self.damaged)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return how many sums, and how many damaged pieces, a save writes."""
+        return self.table.known, len(self.damaged)
+
+    # -- before something is read ----------------------------------------------------------------
+
+    def require(self, inode: Inode, first: int, last: int) -> None:
+        """Raise EIO if one of the pages [first, last) is damaged; compare what nobody has compared yet."""
+        for piece in range(first >> PIECE_SHIFT, ((last - 1) >> PIECE_SHIFT) + 1):
+            row = self.table.doubtful(inode.ino, piece)
+            if row is not None:
+                self.compare(inode.ino, piece, row)
+            if self.damaged and self._mask(inode.ino, piece) & bits(piece, first, last):
+                raise fail(errno.EIO)
+
+    def compare(self, ino: int, piece: int, row: int) -> bool:
+        """Compare a piece with the sum in a row of the table; return False if it is damaged."""
+        runs = self.runs(ino, piece)
+        if digest(self._ram, ino, piece, runs, self._buffer) == int(self.table.sums[row]):
+            self.table.agree(row)
+            return True
+        self.table.remove(ino, piece)
+        mask = 0
+        for index, _, count in runs:
+            mask |= bits(piece, index, index + count)
+        if mask:
+            self._set_damage(ino, piece, mask)
+            self.found(ino, piece)
+        return False
+
+    def runs(self, ino: int, piece: int) -> list[Run]:
+        """Return the frames of a piece; a file that sleeps is not woken."""
+        first = piece << PIECE_SHIFT
+        inode = self._tree.inodes.get(ino)
+        if inode is not None:
+            return inode.pages.between(first, first + PIECE_PAGES) if inode.pages is not None else []
+        asleep = self._tree.asleep
+        return asleep.runs_between(ino, first, first + PIECE_PAGES) if asleep is not None else []
+
+    # -- before something is changed -------------------------------------------------------------
+
+    def before_write(self, inode: Inode, offset: int, end: int) -> bool:
+        """Note that bytes [offset, end) are about to be stored; True if there are sums that must go first (`drop`)."""
+        first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
+        low, high, table = first >> PIECE_SHIFT, (last - 1) >> PIECE_SHIFT, self.table
+        if low == high and not self.damaged and table.late.get(inode.ino << KEY_SHIFT | low) == table.mark:
+            return False
+        for piece in {low, high}:
+            self._leave(inode, piece, pages(offset), end >> PAGE_SHIFT)
+        if self.damaged:
+            self._refuse_parts(inode.ino, {first, last - 1} - set(range(*_whole(inode, offset, end))))
+        if any(table.summed(inode.ino, piece) is not None for piece in range(low, high + 1)):
+            return True
+        for piece in range(low, high + 1):
+            self._touch(inode.ino, piece)
+        return False
+
+    def drop(self, inode: Inode, offset: int, end: int) -> None:
+        """Take the sums of bytes [offset, end) away; the log has to be told before they are stored."""
+        low, high = offset >> (PIECE_SHIFT + PAGE_SHIFT), (end - 1) >> (PIECE_SHIFT + PAGE_SHIFT)
+        if self._tree.journal is not None:
+            self._tree.journal.unsum(inode.ino, low, high + 1)
+        for piece in range(low, high + 1):
+            self._touch(inode.ino, piece)
+
+    def stored(self, inode: Inode, offset: int, end: int) -> None:
+        """Note that bytes [offset, end) were stored: damaged pages among them that were written whole are well."""
+        if not self.damaged:
+            return
+        page = end >> PAGE_SHIFT
+        if (
+            end & _IN_PAGE
+            and end >= inode.size
+            and self._mask(inode.ino, page >> PIECE_SHIFT) & bits(page >> PIECE_SHIFT, page, page + 1)
+        ):
+            self._clear_behind(inode.ino, end)
+        self._mend(inode.ino, *_whole(inode, offset, end), tell=True)
+
+    def _clear_behind(self, ino: int, end: int) -> None:
+        """Clear the rest of a page behind the end of its file, which a bit may have flipped in, too."""
+        page = end >> PAGE_SHIFT
+        for index, pfn, count in self.runs(ino, page >> PIECE_SHIFT):
+            if index <= page < index + count:
+                self._ram.overwrite(((pfn - index) << PAGE_SHIFT) + end, bytes(-end & _IN_PAGE))
+
+    def fill(self, inode: Inode, first: int, count: int) -> None:
+        """Note that pages from `first` on, which are a hole, are about to get frames."""
+        table, ino = self.table, inode.ino
+        for piece in range(first >> PIECE_SHIFT, ((first + count - 1) >> PIECE_SHIFT) + 1):
+            if table.late.get(ino << KEY_SHIFT | piece) != table.mark:
+                self._leave(inode, piece, 0, 0)
+                self._touch(ino, piece)
+
+    def clear(self, inode: Inode, page: int) -> None:
+        """Note that a part of a page is about to become zeros."""
+        self._leave(inode, page >> PIECE_SHIFT, 0, 0)
+        self._touch(inode.ino, page >> PIECE_SHIFT)
+
+    def cut(self, inode: Inode, first: int, last: int = END, *, compare: bool = True) -> None:
+        """Note that pages [first, last) are about to lose their frames; without `compare` nothing is looked at."""
+        there, before = inode.pages, -1
+        if there is None:
+            return
+        if compare:
+            for piece in {first >> PIECE_SHIFT, (last - 1) >> PIECE_SHIFT}:
+                self._leave(inode, piece, first, last)
+        if self.damaged:
+            self._mend(inode.ino, first, last, tell=False)
+        for index, _, count in there.between(first, last):
+            for piece in range(max(index >> PIECE_SHIFT, before + 1), ((index + count - 1) >> PIECE_SHIFT) + 1):
+                before = piece
+                if self._is_all(inode, piece, first, last):
+                    self.table.remove(inode.ino, piece)
+                else:
+                    self._touch(inode.ino, piece)
+
+    def _leave(self, inode: Inode, piece: int, first: int, last: int) -> None:
+        """Compare a piece of which only the pages [first, last) will be others: the rest must not get a new sum."""
+        row = self.table.doubtful(inode.ino, piece)
+        if row is not None and not self._is_all(inode, piece, first, last):
+            self.compare(inode.ino, piece, row)
+
+    @staticmethod
+    def _is_all(inode: Inode, piece: int, first: int, last: int) -> bool:
+        """Return True if no page of a piece outside [first, last) has a frame."""
+        start, stop, there = piece << PIECE_SHIFT, (piece + 1) << PIECE_SHIFT, inode.pages
+        if there is None or (first <= start and stop <= last):
+            return True
+        before, after = min(max(first, start), stop), max(min(last, stop), start)
+        if before >= after:
+            return not there.between(start, stop)
+        return not (start < before and there.between(start, before)) and not (
+            after < stop and there.between(after, stop)
+        )
+
+    def _touch(self, ino: int, piece: int) -> None:
+        if not self.damaged or ino << KEY_SHIFT | piece not in self.damaged:
+            self.table.touch(ino, piece)
+
+    # -- damage ----------------------------------------------------------------------------------
+
+    def _mask(self, ino: int, piece: int) -> int:
+        return self.damaged.get(ino << KEY_SHIFT | piece, 0)
+
+    def _set_damage(self, ino: int, piece: int, mask: int) -> None:
+        """Have these pages of a piece be damaged, and tell the log."""
+        self.mark_damaged(ino, piece, mask)
+        if self._tree.journal is not None:
+            self._tree.journal.damage(ino, piece, mask)
+
+    def mark_damaged(self, ino: int, piece: int, mask: int) -> None:
+        """Have these pages of a piece be damaged; with 0 it is well, and has no sum."""
+        key = ino << KEY_SHIFT | piece
+        self._tree.ledger.add_damaged(bool(mask) - (key in self.damaged))
+        if mask:
+            self.table.remove(ino, piece)
+            self.damaged[key] = mask
+        else:
+            self.damaged.pop(key, None)
+
+    def _refuse_parts(self, ino: int, partly: set[int]) -> None:
+        """Raise EIO if one of the pages of which a part is to be written is damaged."""
+        for page in partly:
+            if self._mask(ino, page >> PIECE_SHIFT) & bits(page >> PIECE_SHIFT, page, page + 1):
+                raise fail(errno.EIO)
+
+    def _mend(self, ino: int, first: int, last: int, *, tell: bool) -> None:
+        """Take damage away from the pages [first, last), which are written or gone."""
+        low, high = first >> PIECE_SHIFT, (last - 1) >> PIECE_SHIFT
+        for key in [key for key in self.damaged if key >> KEY_SHIFT == ino and low <= key & _PIECE_MASK <= high]:
+            piece = key & _PIECE_MASK
+            mask = self.damaged[key]
+            left = mask & ~bits(piece, first, last)
+            if left == mask:
+                continue
+            self.mark_damaged(ino, piece, left)
+            if tell and self._tree.journal is not None:
+                self._tree.journal.damage(ino, piece, left)
+            if not left and self.runs(ino, piece):
+                self._touch(ino, piece)
+
+    def broken(self) -> list[tuple[int, int, int]]:
+        """Return inode number, first page and number of pages of all that is damaged, in order."""
+        found = []
+        for key, mask in sorted(self.damaged.items()):
+            start = (key & _PIECE_MASK) << PIECE_SHIFT
+            while mask:
+                low = (mask & -mask).bit_length() - 1
+                count = (~(mask >> low) & ((mask >> low) + 1)).bit_length() - 1
+                found.append((key >> KEY_SHIFT, start + low, count))
+                mask &= ~(((1 << count) - 1) << low)
+        return found
+
+    # -- what a log says -------------------------------------------------------------------------
+
+    def forget(self, ino: int, low: int, high: int) -> None:
+        """Forget the sums of pieces [low, high)."""
+        for piece in range(low, high):
+            self.table.remove(ino, piece)
+
+    # -- what crosses a kexec --------------------------------------------------------------------
+
+    def columns(self) -> dict[str, Columns]:
+        """Return all sums and all damage as columns of treeformat, in any order."""
+        rows = self.table.rows()
+        keys, masks = list(self.damaged), list(self.damaged.values())
+        damaged = {"ino": _u64(key >> KEY_SHIFT for key in keys), "piece": _u64(key & _PIECE_MASK for key in keys)}
+        for number, name in enumerate(_PARTS):
+            damaged[name] = _u64(mask >> 64 * number & (1 << 64) - 1 for mask in masks)
+        return {"sums": rows._asdict(), "damaged": damaged}
+
+    def adopt(self, sums: Columns, damaged: Columns) -> None:
+        """Begin with what `columns` returned, verified: nothing of it was compared yet. It is weighed already."""
+        empty = np.empty(0, dtype=np.uint64)
+        self.table.merge(Rows(**{name: sums[name] for name in Rows._fields}), (empty, empty), (empty, empty))
+        rows = zip(*(damaged[name].tolist() for name in ("ino", "piece", *_PARTS)), strict=True)
+        for ino, piece, *parts in rows:
+            mask = sum(part << 64 * number for number, part in enumerate(parts))
+            self.damaged[ino << KEY_SHIFT | piece] = mask
+
+    def begin(self, owner: Array, first: Array, count: Array) -> None:
+        """Have every piece that has frames get a sum: these are the runs of all files, by inode number, sorted.
+
+        Sums that are known are to be compared.
+        """
+        rows = self.table.rows()
+        keys = list(self.damaged)
+        without = _u64(key >> KEY_SHIFT for key in keys), _u64(key & _PIECE_MASK for key in keys)
+        self.table.merge(rows, pieces_of(owner, first, count), without)
+
+
+def _whole(inode: Inode, offset: int, end: int) -> tuple[int, int]:
+    """Return the pages [first, last) of which a store to bytes [offset, end) leaves nothing as it was."""
+    return pages(offset), pages(end) if end >= inode.size else end >> PAGE_SHIFT
+
+
+def _u64(numbers: object) -> Array:
+    return np.array(list(numbers), dtype=np.uint64)  # type: ignore[call-overload]
+
+
+def _nobody(ino: int, piece: int) -> None:
+    """Do nothing."""
