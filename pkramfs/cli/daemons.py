@@ -68,6 +68,15 @@ def lost(status: "Status") -> str:
     return f"data written to {', '.join(named)}{more} are lost: write them again, or truncate or delete the files"
 
 
+def damaged(status: "Status") -> str:
+    """Return a sentence about data that are not what their checksums say, or nothing if there are none."""
+    count, named = status.get("damaged_count", 0), status.get("damaged", [])[:_NAMED]
+    if not count:
+        return ""
+    more = f" and {count - len(named)} more" if count > len(named) else ""
+    return f"{', '.join(named)}{more} are damaged: write them again, or delete the files"
+
+
 def _why_not(seen: Seen) -> str:
     """Return why a mount whose daemon answered is not preserved."""
     if not seen.entry.name:

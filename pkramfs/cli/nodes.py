@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """pkramctl nodes and free: the preserved nodes, by name.
 
-    NODE            STATE          SIZE      PAGES   RELOCATED   PFN
-    shmem-mytmpfs   mounted     2.0 GiB    524,288           0   3f8
-    shmem-other     preserved   4.0 MiB      1,024          12   4a10
+    NODE            STATE          SIZE      PAGES   RELOCATED   UNCHECKED   PFN
+    shmem-mytmpfs   mounted     2.0 GiB    524,288           0     nothing   3f8
+    shmem-other     preserved   4.0 MiB      1,024          12         all   4a10
+
+UNCHECKED is what has no checksum: all data, or up to so many bytes that were changed too shortly before (verify=data).
 
 `free` takes the node's tree id the way a mount does, by its lock file, so that it cannot free what
 a mount is loading, saving or using; then it withdraws the node by one store, and what the tree had
@@ -23,7 +25,7 @@ from pkramfs.cli.render import Column
 from pkramfs.errors import MachineError, NotPreservedError, PkramError, PkramfsError
 from pkramfs.mounting.names import mount_name, node_name
 from pkramfs.text import exact
-from pkramfs.units import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size, plural
+from pkramfs.units import BLOCK_PAGES, BLOCK_SIZE, MIB, PAGE_SIZE, format_pfn, format_size, plural
 
 if TYPE_CHECKING:
     from pkramfs.kernel.running import Running
@@ -41,10 +43,10 @@ def listing(machine: "Machine") -> list[dict[str, Any]]:
     if running is None or not running.info.pkram:
         return []
     live = machine.live_ids()
-    return [_describe(node, mounted=node.tree_id in live) for node in running.store.nodes()]
+    return [_describe(running, node, mounted=node.tree_id in live) for node in running.store.nodes()]
 
 
-def _describe(node: "Node", *, mounted: bool) -> dict[str, Any]:
+def _describe(running: "Running", node: "Node", *, mounted: bool) -> dict[str, Any]:
     return {
         "name": exact(node.name),
         "state": "mounted" if mounted else "preserved",
@@ -54,7 +56,25 @@ def _describe(node: "Node", *, mounted: bool) -> dict[str, Any]:
         "pfn": node.pfn,
         "tree_id": f"{node.tree_id:016x}",
         "created_ns": node.created_ns,
+        "unchecked": _unchecked(running, node),
     }
+
+
+def _unchecked(running: "Running", node: "Node") -> int | None:
+    """Return how many pieces of files, of 1 MiB at most, have no checksum in a node; None if none has or who knows."""
+    from pkramfs.journal.layout import read_seal
+    from pkramfs.pkram.streams.first import first_page
+    from pkramfs.pkram.treeformat import HAS_SUMS, TREE, TREE_MAGIC
+
+    if mount_name(node.name) is None:
+        return None
+    try:
+        if node.log_pfn:
+            return read_seal(running.ram, node.log_pfn, node.tree_id).unsummed
+        header = TREE.read(first_page(running.ram, node.object_pfn))
+    except PkramfsError:
+        return None  # `verify` says what is wrong
+    return header.unsummed if header.magic == TREE_MAGIC and header.flags & HAS_SUMS else None
 
 
 def refuse_loss(machine: "Machine") -> None:
@@ -118,13 +138,26 @@ def show(found: list[dict[str, Any]]) -> None:
         Column("SIZE", figures=True),
         Column("PAGES", figures=True),
         Column("RELOCATED", figures=True),
+        Column("UNCHECKED", figures=True),
         Column("PFN", figures=True),
     ]
     rows = [
-        (n["name"], n["state"], format_size(n["bytes"]), f"{n['pages']:,}", f"{n['moved']:,}", format_pfn(n["pfn"]))
+        (
+            n["name"],
+            n["state"],
+            format_size(n["bytes"]),
+            f"{n['pages']:,}",
+            f"{n['moved']:,}",
+            _without_sum(n["unchecked"]),
+            format_pfn(n["pfn"]),
+        )
         for n in found
     ]
     render.table(columns, rows)
+
+
+def _without_sum(pieces: int | None) -> str:
+    return "all" if pieces is None else format_size(pieces * MIB) if pieces else "nothing"
 
 
 def need_one(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@
     asked for                 result ro?   what is done
     preserve                  yes          kernel ro ─▶ daemon preserves        fails: kernel rw again
     preserve                  no           refused
+    preserve,verify           yes          as preserve, once all data have checksums
     preserve,lossy            yes          as preserve, also without data that a refused write-back lost
     preserve,dryrun           either       nothing; it says what preserve would do (rehearse.py)
     rw                        no           daemon, if frozen, withdraws and thaws ─▶ kernel rw
@@ -36,7 +37,7 @@ from pkramfs.mounting.helper import PROGRAM, MountError
 from pkramfs.mounting.options import MS_RDONLY, MS_REMOUNT, Options
 from pkramfs.mounting.patience import within
 from pkramfs.mounting.syscalls import FSTYPE, Mounted, holding, is_dead, mount, mount_id, mounts
-from pkramfs.units import PAGE_SHIFT, format_size, plural
+from pkramfs.units import MIB, PAGE_SHIFT, format_size, plural
 
 if TYPE_CHECKING:
     from pkramfs.control.commands import Commands
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.mounts import MountEntry
 
-_OURS = ("size", "nr_blocks", "nr_inodes", "huge", "mpol", "noswap", "format")
+_OURS = ("size", "nr_blocks", "nr_inodes", "huge", "mpol", "noswap", "format", "verify")
 """Options that a daemon may be told again."""
 REMOUNT_SECONDS = 600.0
 """How long the kernel may take to write back before a mount is read-only."""
@@ -186,7 +187,7 @@ def _preserve(target: Target, flags: int, options: Options) -> "Status":
         _make_writable(target, flags, before)
         raise
     try:
-        return daemon.preserve(strict=options.strict, lossy=options.lossy)
+        return daemon.preserve(strict=options.strict, lossy=options.lossy, verify=options.sum_all)
     except KeyboardInterrupt:
         if not before & MS_RDONLY:
             with signals.deferred():
@@ -208,6 +209,8 @@ def _say_preserved(target: Target, status: "Status", verbose: bool) -> None:
         warn(PROGRAM, f"{target.directory}: {plural(more, 'more open file')} not preserved")
     if verbose:
         figures = f"{plural(status['files'], 'file')}, {format_size(status['pages'] << PAGE_SHIFT)}"
+        if unsummed := status.get("unsummed"):
+            figures += f", up to {format_size(unsummed * MIB)} unchecked"
         render.tell(f"{PROGRAM}: {target.entry.name} preserved: {figures}")
 
 

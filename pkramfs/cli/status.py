@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from pkramfs.cli import arguments, daemons, nodes, render
 from pkramfs.cli.render import Column
 from pkramfs.errors import PkramfsError
-from pkramfs.units import BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size, plural
+from pkramfs.units import BLOCK_SIZE, MIB, PAGE_SIZE, format_pfn, format_size, plural
 
 if TYPE_CHECKING:
     from pkramfs.machine.directory import Machine
@@ -142,8 +142,8 @@ def _mount(seen: daemons.Seen) -> dict[str, Any]:
     known = {"mountpoint": seen.entry.mountpoint, "name": seen.entry.name, "pid": seen.entry.pid}
     if seen.status is None:
         return known | {"state": "silent", "problem": seen.silence}
-    lost = daemons.lost(seen.status)
-    problem = {"problem": f"{seen.entry.mountpoint}: {lost}"} if lost else {}
+    said = "; ".join(filter(None, (daemons.lost(seen.status), daemons.damaged(seen.status))))
+    problem = {"problem": f"{seen.entry.mountpoint}: {said}"} if said else {}
     return seen.status | known | {"places": list(seen.places)} | problem
 
 
@@ -222,6 +222,9 @@ def show_mounts(found: list[dict[str, Any]]) -> None:
         if "files" in mount:
             render.say(f"survives  {mount['mountpoint']}: {_survives(mount)}")
     for mount in found:
+        if "unsummed" in mount:
+            render.say(f"checksums {mount['mountpoint']}: {_summed(mount)}")
+    for mount in found:
         if "problem" in mount:
             render.say(f"problem   {mount['problem']}")
 
@@ -237,6 +240,13 @@ def _survives(mount: dict[str, Any]) -> str:
     log = f"log {format_size(mount['log_bytes'])}, {plural(mount['log_requests'], 'request')} since its checkpoint"
     taken = f"; {plural(mount['takeovers'], 'takeover')}" if mount.get("takeovers") else ""
     return f"{', '.join(survives + ['kexec'] * preserved)}; not: {', '.join(lacks)} ({log}{taken})"
+
+
+def _summed(mount: dict[str, Any]) -> str:
+    """Return what is known of the checksums of a tree's data."""
+    lacking, waiting = mount["unsummed"], mount["to_compare"]
+    has = f"up to {format_size(lacking * MIB)} unchecked" if lacking else "all data have one"
+    return f"{has}, up to {format_size(waiting * MIB)} to be compared" if waiting else has
 
 
 def _places(mount: dict[str, Any]) -> str:

@@ -24,14 +24,20 @@ class Commands:
         """Ask for the state of the tree and its figures."""
         return read(Status, call(self.socket, "status", timeout=timeout))
 
-    def preserve(self, *, strict: bool = False, lossy: bool = False) -> Status:
-        """Freeze the tree and publish its node; with `lossy` also without data that a refused write-back lost."""
-        more = {"lossy": True} if lossy else {}  # which a daemon of an older version does not know
+    def preserve(self, *, strict: bool = False, lossy: bool = False, verify: bool = False) -> Status:
+        """Freeze the tree and publish its node; with `lossy` also without data that a refused write-back lost, with
+        `verify` once all data have checksums."""
+        asked = {"lossy": lossy, "verify": verify}
+        more = {name: True for name, wanted in asked.items() if wanted}  # which an older daemon does not know
         return read(Status, call_long(self.socket, "preserve", strict=strict, **more))
 
     def foresee(self, *, strict: bool = False, lossy: bool = False) -> Foreseen:
         """Ask what `preserve` would do now; nothing is changed."""
         return read(Foreseen, call(self.socket, "foresee", strict=strict, lossy=lossy))
+
+    def compare(self) -> None:
+        """Have all data compared with their checksums; `status` says how many pieces are left, and what is damaged."""
+        read(Done, call(self.socket, "compare"))
 
     def unpreserve(self, *, patient: bool = False) -> Status:
         """Withdraw the node and thaw the tree; if `patient`, wait for a save that is under way."""

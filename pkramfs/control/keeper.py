@@ -2,12 +2,14 @@
 """The daemon's side of the verbs: keep one tree, and report its state.
 
     preserve     writers gone? ─▶ freeze ─▶ save ─▶ published          else thaw, and say why
+                 with verify, all data get their checksums between freeze and save
     unpreserve   node withdrawn by one store ─▶ thaw
     freeze       writers gone? ─▶ freeze; says whether the tree is preserved; holds as long as its connection
     release      the connection of a freeze has ended: thaw, unless preserve or another freeze wants it frozen
     thaw         thaw, nothing else: a restored tree that was only frozen stays preserved
     status       figures and options
     foresee      what preserve would do now
+    compare      begin to compare all data with their checksums; status says how many are left
     reconfigure  the options that a remount may change (settings)
 
 A file that is open for writing may have dirty pages that the kernel has not sent yet. RELEASE
@@ -32,7 +34,7 @@ Kernel: fs/super.c (freeze_super), mm/shmem_pkram.c (shmem_save_pkram), patch 24
 import errno
 import logging
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
@@ -46,7 +48,7 @@ from pkramfs.fs.sealing import is_long, preserve
 from pkramfs.mounting.names import node_name
 from pkramfs.spans import Spans
 from pkramfs.text import exact
-from pkramfs.units import format_size, plural
+from pkramfs.units import MIB, format_size, plural
 
 if TYPE_CHECKING:
     from pkramfs.control.settings import Settings, Words
@@ -104,6 +106,13 @@ class Keeper:
         self.stopping, self.leaving = trio.Event(), trio.Event()
         self.outlives: Callable[[], dict[str, int]] = dict
         """Returns the fields of a status that say how the tree outlives this process."""
+        self.summed: Callable[[], dict[str, Any]] = dict
+        """Returns the fields of a status that say what is known of the data's checksums."""
+        self.sum_all: Callable[[], Awaitable[None]] = _nothing
+        """Has all data of a frozen tree get checksums."""
+        self.doubt_all: Callable[[], object] = dict
+        """Has all data compared with their checksums again."""
+        self._complete = False  # the node has a checksum for all data
         tree.preservation.on_withdrawn = self._say_withdrawn
 
     @property
@@ -120,6 +129,7 @@ class Keeper:
             "unpreserve": self.unpreserve,
             "freeze": self.freeze,
             "thaw": self.thaw,
+            "compare": self.compare,
             "reconfigure": self.reconfigure,
             "stop": self.stop,
             "upgrade": self.upgrade,
@@ -197,30 +207,33 @@ class Keeper:
             "options": self._settings.shown(),
             "pid": os.getpid(),
             **self.outlives(),  # type: ignore[typeddict-item]
+            **self.summed(),
         }
 
-    async def preserve(self, strict: bool = False, lossy: bool = False) -> Status:
+    async def preserve(self, strict: bool = False, lossy: bool = False, verify: bool = False) -> Status:
         """Freeze the tree and publish its node, unless that is done already."""
         try:
             async with self._lock:
-                return await self._preserve(strict or self.strict, lossy)
+                return await self._preserve(strict or self.strict, lossy, verify)
         except (PkramfsError, OSError) as error:
             self._say(f"pkramfs: {self.mountpoint} was not preserved: {_reason(error)}")
             raise
 
-    async def _preserve(self, strict: bool, lossy: bool) -> Status:
+    async def _preserve(self, strict: bool, lossy: bool, verify: bool) -> Status:
         if self.name is None:
             raise ErrnoError(
                 f"{self.mountpoint} was mounted without pkram=NAME, so it cannot be preserved: mount it with a name",
                 errno.EINVAL,
             )
         self._notice_loss()
-        if self.tree.preserved and self.tree.frozen:
+        if self.tree.preserved and self.tree.frozen and not (verify and not self._complete):
             self._kept = True
             return await self.status()
         await self._freeze()
         try:
             self._refuse_loss(lossy)
+            if verify:
+                await self._sum_all()
             if not self.tree.preserved:
                 await self._save(strict)
         except BaseException:
@@ -229,6 +242,13 @@ class Keeper:
         self._kept = True
         self._forget_loss()
         return await self.status()
+
+    async def _sum_all(self) -> None:
+        """Have all data get checksums; a node that may lack some is withdrawn, to be saved anew."""
+        self._settings.reconfigure({"verify": "data"})
+        await self.sum_all()
+        if self.tree.preserved and not self._complete:
+            self.tree.preservation.withdraw()
 
     def _refuse_loss(self, lossy: bool) -> None:
         """Raise LostError if files lack data that were written to them, unless `lossy`."""
@@ -255,10 +275,13 @@ class Keeper:
         work = preserve(self.tree, self.store, self.node_name, whole=whole, strict=strict, banned=banned)
         report = await drive(work)
         self._sealed.set()
+        self._complete = report.unsummed == 0
         moved = f", {plural(report.moved, 'page')} relocated" if report.moved else ""
+        unchecked = f", up to {format_size(report.unsummed * MIB)} unchecked" if report.unsummed else ""
+        damaged = f", {plural(report.damaged, 'piece')} damaged" if report.damaged else ""
         self._say(
             f"pkramfs: {self.name} preserved: {plural(report.files, 'file')}, "
-            f"{format_size(report.pages << 12)}{moved}, {report.seconds * 1000:.1f} ms"
+            f"{format_size(report.pages << 12)}{moved}{unchecked}{damaged}, {report.seconds * 1000:.1f} ms"
         )
         for path in report.deleted:
             self._say(f"pkramfs: {self.name}: {path} is not preserved")
@@ -288,6 +311,11 @@ class Keeper:
             "description": found.description,
             "microseconds": round(found.seconds * 1e6),
         }
+
+    async def compare(self) -> Done:
+        """Have all data compared with their checksums."""
+        self.doubt_all()
+        return {}
 
     async def unpreserve(self) -> Status:
         """Withdraw the node and give the tree back to its writers."""
@@ -388,6 +416,10 @@ class Keeper:
     def _say_withdrawn(self) -> None:
         """Tell the kernel log that the tree has let go of its node."""
         self._say(f"pkramfs: {self.name} is no longer preserved: it is changed again")
+
+
+async def _nothing() -> None:
+    """Do nothing."""
 
 
 async def drive(work: Generator[Any, None, T]) -> T:

@@ -4,7 +4,7 @@
     status preserve unpreserve    Status
     foresee                       Foreseen
     freeze thaw                   Frozen
-    reconfigure stop              Done
+    compare reconfigure stop      Done
 
 A reply of another version may have fields that this version does not know, which are left out, or lack those of
 ADDED, which get the value that they had before they were told of. Anything else that is missing or of another type
@@ -50,6 +50,13 @@ class Status(TypedDict):
     """Checkpoints that this daemon has made."""
     takeovers: NotRequired[int]
     """How often a daemon of this mount was replaced."""
+    unsummed: NotRequired[int]
+    """Pieces of files, of 1 MiB at most, that have no checksum yet; absent without verify=data."""
+    to_compare: NotRequired[int]
+    """Pieces that were not compared with their checksum yet since the tree was restored."""
+    damaged: NotRequired[list[str]]
+    """Where data are damaged: path and bytes."""
+    damaged_count: NotRequired[int]
 
 
 class Frozen(TypedDict):
@@ -82,7 +89,8 @@ class Done(TypedDict):
 Reply = Status | Foreseen | Frozen | Done
 LISTS = ("writers", "open_deleted", "lost")
 LOG = ("holder", "log_bytes", "log_requests", "checkpoints", "takeovers")
-ADDED = frozenset((*LISTS, *(f"{name}_count" for name in LISTS), "refused", "busy", "options", "held", *LOG))
+SUMS = ("unsummed", "to_compare", "damaged", "damaged_count")
+ADDED = frozenset((*LISTS, *(f"{name}_count" for name in LISTS), "refused", "busy", "options", "held", *LOG, *SUMS))
 """Fields that replies of older versions lack."""
 
 _MOST = 1 << 127

@@ -4,6 +4,7 @@
     size=  nr_blocks=  nr_inodes=    limits, with tmpfs's refusals
     huge=  mpol=                     where the pages of later writes come from; those that are there stay
     format=                          1: preserve so that older releases can restore it
+    verify=data  verify=none         whether data get checksums; the daemon begins with all that is there
     ro  rw                           noted only: the kernel enforces them, and preserve makes the mount ro besides
 
 A remount changes all that it asks for, or nothing. The new options belong to the mount from then on:
@@ -28,7 +29,8 @@ Words = dict[str, str | bool]
 """Mount options as they were given: `{"size": "1G", "ro": True}`."""
 
 _SAME = {"size": "nr_blocks", "nr_blocks": "size", "ro": "rw", "rw": "ro"}
-_SHOWN = ("mode", "uid", "gid", "huge", "mpol", "noswap", "pkram_strict", "format")
+_SHOWN = ("mode", "uid", "gid", "huge", "mpol", "verify", "noswap", "pkram_strict", "format")
+_VERIFY = ("data", "none")
 
 
 class Settings:
@@ -52,6 +54,8 @@ class Settings:
         huge, mpol = words.get("huge"), words.get("mpol")
         if huge is not None and huge not in HUGE:
             raise ErrnoError(f"invalid huge={huge}: write one of {', '.join(HUGE)}", errno.EINVAL)
+        if words.get("verify", "none") not in _VERIFY:
+            raise ErrnoError(f"invalid verify={words['verify']}: write one of {', '.join(_VERIFY)}", errno.EINVAL)
         if "noswap" in words and "noswap" not in self.words:
             raise ErrnoError("noswap is only for the first mount, not for a remount", errno.EINVAL)
         policy = None if mpol is None else self._policy(str(mpol))
@@ -60,7 +64,7 @@ class Settings:
             self._tree.frames.policy = policy
         if huge is not None:
             self._tree.huge = str(huge)
-        for key in ("size", "nr_blocks", "nr_inodes", "huge", "mpol", "format", "ro", "rw"):
+        for key in ("size", "nr_blocks", "nr_inodes", "huge", "mpol", "format", "verify", "ro", "rw"):
             if key in words:
                 self.words.pop(_SAME.get(key, key), None)
                 self.words[key] = words[key]

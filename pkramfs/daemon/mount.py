@@ -35,6 +35,7 @@ from pkramfs.daemon.claim import Claimed, Claiming, Origin
 from pkramfs.daemon.job import HANDED_OVER, Held, Tell
 from pkramfs.daemon.mountlog import drop_empty, log_to
 from pkramfs.daemon.shadow import Checkpoints
+from pkramfs.daemon.summing import Background
 from pkramfs.errors import MachineError, explain, of_memory
 from pkramfs.fs import collector
 from pkramfs.fs.limits import Limits
@@ -217,6 +218,8 @@ class Daemon:
             tree.ledger.copies = 2 if self.kernel.info.pkram else 1
             tree.hold_for_save()  # a full RAM must not prevent preserving
             self._begin_journal(tree)
+        self.sums = Background(tree, self.mountpoint, self.machine.log)
+        self.sums.switch(on=self._verifies)
         if tree.journal is not None:
             self.checkpoints = Checkpoints(tree, self.machine, self.node_name, self.machine.log)
         self._expect_room()
@@ -251,7 +254,8 @@ class Daemon:
             banned=self.kernel.banned,
             settings=Settings(tree, self._words, policy=self._policy, changed=self._reconfigured),
         )
-        keeper.outlives = self._outliving
+        keeper.outlives, keeper.summed = self._outliving, self.sums.status
+        keeper.sum_all, keeper.doubt_all = self.sums.sum_all, self.sums.compare
         operations.writer_gone, operations.data_lost = keeper.writer_gone, keeper.data_lost
         self.session = Session(
             operations,
@@ -270,6 +274,7 @@ class Daemon:
             nursery.start_soon(self._announce)
             nursery.start_soon(keeper.watch_losses)
             nursery.start_soon(keeper.shorten_logs)
+            nursery.start_soon(self.sums.serve)
             nursery.start_soon(self._end_on_signal)
             nursery.start_soon(self._end_on_request, server)
             nursery.start_soon(self._leave_on_request, server)
@@ -281,6 +286,11 @@ class Daemon:
             await server.idle()  # a save completes, and its command is told
             await keeper.settled()
             nursery.cancel_scope.cancel()
+
+    @property
+    def _verifies(self) -> bool:
+        """Return True if data get checksums: those of a tree that can be preserved."""
+        return self._words.get("verify") == "data" and self.options.name is not None and self.kernel.info.pkram
 
     def _outliving(self) -> dict[str, int]:
         """Return how the tree outlives this process, for its status."""
@@ -356,6 +366,7 @@ class Daemon:
             self.machine.log(
                 f"pkramfs: a kexec will not know that {self.mountpoint} was remounted with {words}: {error}"
             )
+        self.sums.switch(on=self._verifies)
         if "huge" in said:
             self.session.operations.drop_attributes()  # st_blksize is another
 

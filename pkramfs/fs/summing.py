@@ -65,10 +65,10 @@ class Summing:
         """Return how many pieces have no sum, or one that nobody has compared."""
         return self.sums.table.pending + self.sums.table.doubted
 
-    def take(self, *, compare: bool = True) -> list[Job]:
-        """Return what is to be digested next; without `compare` only what has no sum. Empty: nothing has rested."""
+    def take(self, *, compare: bool = True, make: bool = True) -> list[Job]:
+        """Return what is to be digested next: what is to be compared, and what has rested and is to get a sum."""
         jobs, size = list[Job](), 0
-        for ino, piece, found, state in self._next(compare):
+        for ino, piece, found, state in self._next(compare, make):
             runs = self.sums.runs(ino, piece)
             if not runs:
                 self.sums.table.remove(ino, piece)
@@ -79,11 +79,13 @@ class Summing:
                 break
         return jobs
 
-    def _next(self, compare: bool) -> Iterator[tuple[int, int, int, int]]:
+    def _next(self, compare: bool, make: bool) -> Iterator[tuple[int, int, int, int]]:
         """Yield inode number, piece, row or mark and state of what may be worked on."""
         table = self.sums.table
         if compare and table.doubted:
             yield from self._rows(DOUBTED)
+        if not make:
+            return
         while table.resting:
             key, _ = table.resting.popitem()
             if table.late.get(key) == table.rested:
@@ -94,7 +96,7 @@ class Summing:
     def _rows(self, state: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield the rows in a state, from where the last one was found, once round."""
         table = self.sums.table
-        end, at = table.sorted, min(self._at[state], table.sorted)
+        end, at = table.used, min(self._at[state], table.used)
         for start, stop in ((at, end), (0, at)):
             for low in range(start, stop, _WINDOW):
                 for row in (low + np.flatnonzero(table.state[low : min(low + _WINDOW, stop)] == state)).tolist():
@@ -147,6 +149,16 @@ class Summing:
         jobs = self.take(compare=compare)
         self.settle(jobs, self.digests(jobs))
         return len(jobs)
+
+
+def compare_all(tree: Tree, threads: int) -> Iterator[int]:
+    """Compare all data of a tree that nobody changes with their sums; yield how many bytes were, step by step."""
+    assert tree.sums is not None
+    begin(tree, tree.sums)
+    work = Summing(tree, tree.sums, threads)
+    while jobs := work.take(make=False):
+        work.settle(jobs, work.digests(jobs))
+        yield sum(count for job in jobs for _, _, count in job.runs) << PAGE_SHIFT
 
 
 def begin(tree: Tree, sums: Sums) -> None:

@@ -30,6 +30,7 @@ from pkramfs.fs.failure import fail
 from pkramfs.fs.pagecache import END, Run
 from pkramfs.fs.pieces import KEY_SHIFT, PIECE_PAGES, PIECE_SHIFT, bits, buffer, digest, pieces_of
 from pkramfs.fs.sumtable import Rows, SumTable
+from pkramfs.text import exact
 from pkramfs.units import PAGE_SHIFT, pages
 
 if TYPE_CHECKING:
@@ -53,6 +54,12 @@ class Owner(Protocol):
     journal: Journal | None
     inodes: dict[int, Inode]
     asleep: Asleep | None
+
+    def inode(self, number: int) -> Inode:
+        """Return the inode with this number."""
+
+    def path(self, inode: Inode) -> bytes:
+        """Return a path of an inode."""
 
 
 class Sums:
@@ -264,6 +271,14 @@ class Sums:
                 found.append((key >> KEY_SHIFT, start + low, count))
                 mask &= ~(((1 << count) - 1) << low)
         return found
+
+    def lines(self, most: int | None = None) -> list[str]:
+        """Return bytes and path of what is damaged, for people."""
+        tree = self._tree
+        return [
+            f"bytes {first << PAGE_SHIFT}-{((first + count) << PAGE_SHIFT) - 1} of {exact(tree.path(tree.inode(ino)))}"
+            for ino, first, count in self.broken()[:most]
+        ]
 
     # -- what a log says -------------------------------------------------------------------------
 

@@ -46,6 +46,8 @@ class SumTable:
         """By key: a row, or a mark."""
         self.touched: dict[int, None] = {}
         self.resting: dict[int, None] = {}
+        self.stirred: Callable[[], object] = _nobody
+        """Called when the first piece is marked in a round."""
         self.rested = 0
         """The mark of those in `resting` that were not changed since."""
         empty = np.empty(0, dtype=np.uint64)
@@ -55,7 +57,7 @@ class SumTable:
         """Begin with these rows, sorted by inode and piece; sums that are known already were weighed."""
         self._ino, self._piece, self.sums = (np.array(column, dtype=np.uint64) for column in rows)
         self.state = np.array(state, dtype=np.uint8)
-        self.sorted = self._used = len(self.state)
+        self.sorted = self.used = len(self.state)
         self.late.clear()
         self.touched.clear()
         self.resting.clear()
@@ -97,12 +99,12 @@ class SumTable:
     @property
     def known(self) -> int:
         """Return how many pieces have a sum."""
-        return int(np.count_nonzero(self.state[: self._used] >= DOUBTED))
+        return int(np.count_nonzero(self.state[: self.used] >= DOUBTED))
 
     def rows(self) -> Rows:
         """Return all that have a sum, in any order."""
-        state = self.state[: self._used]
-        keep = slice(0, self._used) if state.size and state.min() >= DOUBTED else np.flatnonzero(state >= DOUBTED)
+        state = self.state[: self.used]
+        keep = slice(0, self.used) if state.size and state.min() >= DOUBTED else np.flatnonzero(state >= DOUBTED)
         return Rows(self._ino[keep].copy(), self._piece[keep].copy(), self.sums[keep].copy())
 
     # -- changing -------------------------------------------------------------------------------
@@ -116,6 +118,8 @@ class SumTable:
         elif found >= 0:
             self.pending += self._clear(found) != BARE
         self.late[key] = self.mark
+        if not self.touched:
+            self.stirred()
         self.touched[key] = None
 
     def remove(self, ino: int, piece: int) -> None:
@@ -156,7 +160,7 @@ class SumTable:
         self._weigh(1)
 
     def _append(self) -> int:
-        row = self._used
+        row = self.used
         if row == len(self.state):
             more = max(row, _LEAST)
             self._ino, self._piece, self.sums = (
@@ -164,7 +168,7 @@ class SumTable:
                 for column in (self._ino, self._piece, self.sums)
             )
             self.state = np.concatenate((self.state, np.zeros(more, dtype=np.uint8)))
-        self._used += 1
+        self.used += 1
         return row
 
     def agree(self, row: int) -> None:
@@ -172,6 +176,11 @@ class SumTable:
         if self.state[row] == DOUBTED:
             self.doubted -= 1
         self.state[row] = SOUND
+
+    def doubt(self) -> None:
+        """Have all sums compared again."""
+        self.state[self.state == SOUND] = DOUBTED
+        self.doubted = int(np.count_nonzero(self.state[: self.used] == DOUBTED))
 
     # -- rounds ---------------------------------------------------------------------------------
 
@@ -204,3 +213,7 @@ class SumTable:
         first[1:] = (ino[1:] != ino[:-1]) | (piece[1:] != piece[:-1])
         keep = first & (state != GONE)
         self.load(Rows(ino[keep], piece[keep], sums[keep]), state[keep])
+
+
+def _nobody() -> None:
+    """Do nothing."""

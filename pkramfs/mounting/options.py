@@ -4,6 +4,7 @@
     size=2G  nr_inodes=1m  mode=1777 …      tmpfs's own
     pkram=NAME  preserve  nopreserve        the announcement's
     pkram_strict  format=1  lossy  dryrun  machine=NAME  oom_score_adj=N  fuse=PATH    ours
+    verify=data  verify                     ours: checksums of data; with preserve, wait until all have one
     ro  nosuid  noatime …                   mount flags: a bit that is set or cleared
     fsname=SOURCE                           FUSE's own: what the mount table shows as source
     user_id=0  max_read=…  x-systemd.…      words of other programs: known and ignored
@@ -69,6 +70,7 @@ _WORD = re.compile(r"fsname=(?:\\.|[^,\\]|\\$)*|(?:[^,]|,(?=\d))+", re.DOTALL)
 _HUGE = ("never", "always", "within_size", "advise")
 _PATHS = ("filter", "pyfuse3")
 _FORMATS = ("1", "2")
+_VERIFY = ("data", "none")
 _NODES = r"\d+(-\d+)?(,\d+(-\d+)?)*"
 _FLAGS = "(=static|=relative)"
 _MPOL = re.compile(
@@ -118,6 +120,8 @@ class Options:
     source: str | None = None
     fuse: str | None = None
     format: int | None = None
+    verify: str | None = None
+    sum_all: bool = False
     remount: bool = False
     preserve: bool | None = None
     set_flags: int = 0
@@ -147,7 +151,7 @@ class Options:
         found: dict[str, str | bool] = {}
         for word in self.words:
             key, equals, value = word.partition("=")
-            if key not in ("remount", "preserve", "nopreserve", "lossy", "dryrun"):
+            if key not in ("remount", "preserve", "nopreserve", "lossy", "dryrun") and word != "verify":
                 found[key] = value if equals else True
         return found
 
@@ -176,6 +180,11 @@ def parse(text: str) -> Options:
         _take(found, word)
     if found.lossy and not found.preserve:
         raise UsageError("mount option lossy goes with preserve: mount -o remount,preserve,ro,lossy DIR")
+    if found.sum_all and not found.preserve:
+        raise UsageError(
+            "mount option verify goes with preserve: mount -o remount,preserve,ro,verify DIR; for checksums of data "
+            "write verify=data"
+        )
     if found.dryrun and not (found.remount and found.preserve):
         raise UsageError("mount option dryrun goes with preserve: mount -o remount,preserve,dryrun DIR")
     return found
@@ -200,7 +209,7 @@ def _take(found: Options, word: str) -> None:
     if key in _SET or key in _CLEAR:
         _no_value(word, equals)
         _take_flag(found, key)
-    elif key in _WORDS:
+    elif key in _WORDS and not (equals and key in _VALUES):
         _no_value(word, equals)
         _WORDS[key](found)
     elif key in _VALUES:
@@ -342,6 +351,16 @@ def _format(found: Options, value: str) -> None:
     found.format = int(value)
 
 
+def _verify(found: Options, value: str) -> None:
+    if value not in _VERIFY:
+        raise UsageError(f"mount option verify={value}: write one of {', '.join(_VERIFY)}")
+    found.verify = value
+
+
+def _sum_all(found: Options) -> None:
+    found.sum_all = True
+
+
 def _preserve(found: Options) -> None:
     found.preserve = True
 
@@ -372,6 +391,7 @@ _WORDS = {
     "lossy": _lossy,
     "dryrun": _dryrun,
     "pkram_strict": _strict,
+    "verify": _sum_all,
     "remount": _remount,
 }
 _VALUES = {
@@ -389,4 +409,5 @@ _VALUES = {
     "oom_score_adj": _oom_score_adj,
     "fuse": _fuse,
     "format": _format,
+    "verify": _verify,
 }

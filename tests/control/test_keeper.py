@@ -267,12 +267,13 @@ def test_two_at_once_save_once(keeper: Keeper, said: list[str]) -> None:
 
 def test_verbs_name_themselves(keeper: Keeper) -> None:
     assert set(keeper.verbs()) == {
-        *("status", "preserve", "foresee", "unpreserve", "freeze", "thaw", "reconfigure", "stop", "upgrade"),
+        *("status", "preserve", "foresee", "unpreserve", "freeze", "thaw", "compare", "reconfigure", "stop", "upgrade"),
     }
 
 
 def test_what_is_said_is_what_commands_read(keeper: Keeper) -> None:
     keeper.outlives = lambda: dict.fromkeys(LOG, 1)
+    keeper.summed = lambda: {"unsummed": 1, "to_compare": 1, "damaged": ["bytes 0-4095 of /f"], "damaged_count": 1}
     said: dict[Any, Any] = {Status: ask(keeper.status), Frozen: ask(keeper.thaw), Done: ask(keeper.stop)}
     said[Foreseen] = ask(keeper.foresee)
     assert {kind: read(kind, reply) for kind, reply in said.items()} == said
@@ -341,3 +342,23 @@ def test_the_log_names_each_file_once(keeper: Keeper, said: list[str], autojump_
             nursery.cancel_scope.cancel()
 
     trio.run(scenario, clock=autojump_clock)
+
+
+def test_preserve_with_verify_saves_once_all_data_have_checksums(keeper: Keeper) -> None:
+    done: list[str] = []
+
+    async def sum_all() -> None:
+        assert keeper.tree.frozen and not keeper.tree.preserved
+        done.append("summed")
+
+    keeper.sum_all = sum_all
+    ask(partial(keeper.preserve, verify=True))
+    assert done == ["summed"] and keeper.tree.preserved and keeper._settings.words["verify"] == "data"
+
+
+def test_a_node_that_may_lack_checksums_is_saved_anew(keeper: Keeper) -> None:
+    ask(keeper.preserve)
+    nodes = keeper.store.names  # type: ignore[attr-defined]
+    assert len(nodes) == 1
+    ask(partial(keeper.preserve, verify=True))
+    assert len(nodes) == 1 and keeper.tree.preserved and keeper.tree.frozen

@@ -53,6 +53,7 @@ def test_all_at_once(lab: Remounted) -> None:
     ("said", "limits"),
     [
         ({"huge": "often"}, {}),
+        ({"verify": "all"}, {}),
         ({"noswap": True}, {}),
         ({"mpol": "bind:9"}, {}),
         ({"size": "1"}, {"pages": 1}),

@@ -163,3 +163,12 @@ def test_a_source_said_as_option_counts_most() -> None:
     assert parse("pkram=a\\,ro").name == "a\\", "a backslash is an ordinary letter elsewhere"
     with pytest.raises(UsageError, match="4095 at most"):
         parse("fsname=" + "x" * 4096)
+
+
+def test_verify_is_an_option_and_verify_alone_is_a_wish() -> None:
+    found = parse("remount,preserve,ro,verify=data,verify")
+    assert (found.verify, found.sum_all) == ("data", True) and found.lasting() == {"ro": True, "verify": "data"}
+    assert parse("verify=none").verify == "none" and not parse("verify=data").sum_all
+    for text, words in (("verify=all", "write one of data, none"), ("verify", "goes with preserve")):
+        with pytest.raises(UsageError, match=words):
+            parse(text)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Checksums of data made and compared in the background (`-o verify=data`).
+
+    restored ──▶ all sums are compared ──▶ what has rested gets a sum ──▶ sleep until something is changed
+                 a step at a time, the digests in a thread
+
+While requests are served the steps give way: as long as this process is busy with them, nine tenths of the time
+nothing is digested.
+
+Kernel: fs/btrfs/scrub.c, drivers/md/md.c (speed_limit_min: what a resync leaves to others)
+"""
+
+import contextlib
+import errno
+import time
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from pkramfs.errors import ErrnoError, ExhaustedError
+from pkramfs.fs.pieces import PIECE_SIZE
+from pkramfs.fs.summing import Summing, begin
+from pkramfs.fs.sums import Sums
+from pkramfs.fs.tree import Tree
+from pkramfs.pkram.parallel import workers
+from pkramfs.text import exact
+
+REST_SECONDS = 2.0
+"""How long data must have been left alone before they get a sum."""
+_BUSY, _GIVE_WAY = 0.25, 9
+"""Part of the time for which requests may be served before steps give way; how many times as long as the last one."""
+_NAMED = 10
+"""Damaged pieces that the log names one by one."""
+_MOST_NAMED = 100
+"""Damaged ranges that a status names."""
+_MOST_THREADS = 4
+
+
+class Background:
+    """The sums of one mount. `say` writes to the kernel log."""
+
+    def __init__(self, tree: Tree, mountpoint: str, say: Callable[[str], None]) -> None:
+        self._tree, self._mountpoint, self._say = tree, mountpoint, say
+        self._work: Summing | None = None
+        self._stirred = trio.Event()
+        self._said = 0
+        self._turn = trio.Lock()
+
+    def switch(self, *, on: bool) -> None:
+        """Have data get checksums, or no more; those that there are go with it."""
+        if not on:
+            self._work = None
+            self._tree.forget_sums()
+            with contextlib.suppress(ExhaustedError):  # no store passes before the log has it
+                self._tree.commit()
+        elif self._work is None:
+            self._tree.sums = sums = self._tree.sums or Sums(self._tree)
+            sums.found, sums.table.stirred = self._found, self._stir
+            begin(self._tree, sums)
+            self._work = Summing(self._tree, sums, max(1, min(_MOST_THREADS, workers() // 2)))
+            self._stir()
+
+    def _stir(self) -> None:
+        self._stirred.set()
+
+    def _found(self, ino: int, piece: int) -> None:
+        """Tell the kernel log of a piece that is damaged."""
+        self._said += 1
+        if self._said <= _NAMED:
+            path = exact(self._tree.path(self._tree.inode(ino)))
+            self._say(
+                f"pkramfs: {self._mountpoint}: data of {path} are damaged between byte {piece * PIECE_SIZE} and "
+                f"{(piece + 1) * PIECE_SIZE}: they are not what their checksum says"
+            )
+        elif self._said == _NAMED + 1:
+            self._say(f"pkramfs: {self._mountpoint}: more data are damaged: see pkramctl status")
+
+    def status(self) -> dict[str, Any]:
+        """Return the fields of a status; see control/replies."""
+        sums = self._tree.sums
+        if self._work is None or sums is None:
+            return {}
+        return {
+            "unsummed": sums.table.pending,
+            "to_compare": sums.table.doubted,
+            "damaged": sums.lines(_MOST_NAMED),
+            "damaged_count": len(sums.broken()),
+        }
+
+    def compare(self) -> None:
+        """Have all data compared with their sums again."""
+        if self._work is None:
+            raise ErrnoError(
+                f"{self._mountpoint} was mounted without verify=data: there are no checksums", errno.EINVAL
+            )
+        self._work.sums.table.doubt()
+        self._stir()
+
+    # -- the work -------------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Make and compare sums until cancelled."""
+        while True:
+            self._stirred = trio.Event()
+            work = self._work
+            if work is not None:
+                await self._settle(work)
+                table = work.sums.table
+                if table.touched:
+                    table.turn()
+                    await trio.sleep(REST_SECONDS)
+                    continue
+            await self._stirred.wait()
+
+    async def _settle(self, work: Summing) -> None:
+        """Work on all that has rested, giving way to requests."""
+        busy = _Busy()
+        while work is self._work:
+            began = time.monotonic()
+            if not await self._step(work):
+                return
+            if busy.is_busy():
+                await trio.sleep(_GIVE_WAY * (time.monotonic() - began))
+
+    async def _step(self, work: Summing, *, compare: bool = True) -> bool:
+        """Work on some pieces, in a thread; False if nothing has rested."""
+        async with self._turn:
+            try:
+                self._tree.commit()  # what was cut is zeros only then
+            except ExhaustedError:
+                return False
+            jobs = work.take(compare=compare)
+            if not jobs:
+                return False
+            digests = await trio.to_thread.run_sync(work.digests, jobs)
+            if work is self._work:
+                with contextlib.suppress(ExhaustedError):  # the next commit has it, too
+                    work.settle(jobs, digests)
+            return True
+
+    async def sum_all(self) -> None:
+        """Have all data get a checksum now, of a tree that is frozen."""
+        work = self._work
+        assert work is not None
+        for _ in range(2):  # what was changed just now, and in the round before
+            while await self._step(work, compare=False):
+                pass
+            work.sums.table.turn()
+        while await self._step(work, compare=False):
+            pass
+
+
+class _Busy:
+    """Whether this thread has done much else than wait since it was asked last."""
+
+    def __init__(self) -> None:
+        self._wall, self._own = time.monotonic(), time.thread_time()
+
+    def is_busy(self) -> bool:
+        wall, own = time.monotonic(), time.thread_time()
+        spent, passed = own - self._own, wall - self._wall
+        self._wall, self._own = wall, own
+        return passed > 0 and spent / passed > _BUSY
