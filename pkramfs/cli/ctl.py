@@ -83,6 +83,7 @@ def parser() -> arguments.Parser:
     free.add_argument("-n", "--dry-run", action="store_true", help="only say what would go, and what is refused")
     check = _command(commands, "verify", verify.act, "check all that would cross a kexec")
     check.add_argument("names", nargs="*", metavar="NAME", help="only these nodes")
+    check.add_argument("--data", action="store_true", help="compare all data with their checksums, too (verify=data)")
     progress.add_option(check)
     trees.add(commands, _command)
     _add_files(commands)

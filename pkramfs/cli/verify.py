@@ -7,6 +7,7 @@
     nodes ──────── no page belongs to two
     lease table ── agrees on each page block with nodes, locks and the kernel
     each tree ──── names, links, extents agree (a node of pkramfs's own: shmem-NAME)
+    --data ─────── the contents of files are what their checksums say: datacheck
 
 Every problem is one line. The check goes on after a problem as far as it can. PKRAM itself finds out when it loads.
 """
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pkramfs.cli import arguments, nodes, progress, render
+from pkramfs.cli.datacheck import Check
 from pkramfs.errors import FormatError, PkramfsError
 from pkramfs.mounting.names import mount_name, node_name
 from pkramfs.text import exact
@@ -36,7 +38,7 @@ _LOOKS = 3
 
 
 def act(args: argparse.Namespace) -> int:
-    """Run `pkramctl verify [NAME…]`."""
+    """Run `pkramctl verify [--data] [NAME…]`."""
     machine = arguments.existing(args)
     from pkramfs.kernel.running import look
 
@@ -46,15 +48,19 @@ def act(args: argparse.Namespace) -> int:
         with progress.waiting(args, "verify") as drawn:
             checked, problems = check(running, names, drawn)
             logs, more = check_logs(running, args.names)
-        problems = [one for one in problems if not _is_absent(one, logs)] + more
+            data = Check(running, drawn).run(names, args.names) if args.data else None
+        problems = [one for one in problems if not _is_absent(one, logs)] + more + (data.problems if data else [])
     if arguments.wants_json(args):
-        render.emit_json({"nodes": checked, "logs": len(logs), "problems": problems})
+        known = {"data": {key: value for key, value in data._asdict().items() if key != "problems"}} if data else {}
+        render.emit_json({"nodes": checked, "logs": len(logs), "problems": problems, **known})
     elif problems:
         for problem in problems:
             render.say(problem)
     else:
         and_logs = f" and {plural(len(logs), 'log')}" if logs else ""
         render.say(f"{plural(checked, 'node')}{and_logs} checked, nothing is wrong")
+    if data and not arguments.wants_json(args):
+        render.say(data.describe())
     return FormatError.exit_status if problems else 0
 
 
