@@ -8,7 +8,8 @@
     log damaged            ─▶ the tree as it was before the first request that cannot be read
 
 A page of metadata is believed only under its own checksum. Lost entries leave gaps in the page stream, and the files
-there are named. Contents have no checksum, here as everywhere. Nothing is changed, and nothing is claimed.
+there are named, as are those whose contents are not what their checksums say, where there are any (verify=data).
+Nothing is changed, and nothing is claimed.
 
 Counterparts: debugfs(8) rdump, btrfs-restore(8)
 """
@@ -29,7 +30,7 @@ from pkramfs.pkram.format import LINK, LINK_CAPACITY, LINK_MAGIC, NEXT, OBJECT, 
 from pkramfs.pkram.node import Node, read_table, shown
 from pkramfs.pkram.page import read_page, unseal
 from pkramfs.pkram.streams.link import decode, sizes
-from pkramfs.pkram.treeformat import UNWRITTEN, XATTRS, TreeStream
+from pkramfs.pkram.treeformat import DAMAGED, SUMS, UNWRITTEN, XATTRS, Section, TreeStream
 from pkramfs.spans import U64, Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, pages, plural
 
@@ -91,9 +92,10 @@ def _frames(kernel: Running, node: Node) -> tuple[Spans, list[str]]:
 
 
 def _damage(tree: SavedTree) -> dict[int, str]:
-    """Return the files that have lost pages."""
-    lost = tree.lost_pages(LOST)
-    return {place: f"{plural(count, 'page')} of it cannot be found" for place, count in lost.items()}
+    """Return the files that have lost pages, or whose data are damaged."""
+    lost, damaged = tree.lost_pages(LOST), tree.damaged_data()
+    found = {place: f"{plural(count, 'piece')} of it, 1 MiB each, damaged" for place, count in damaged.items()}
+    return found | {place: f"{plural(count, 'page')} of it cannot be found" for place, count in lost.items()}
 
 
 class _Reading:
@@ -102,7 +104,7 @@ class _Reading:
     def __init__(self, ram: Ram, node: Node, frames: tuple[Spans, list[str]]) -> None:
         self._ram, self._node = ram, node
         self._allowed, self.problems = frames
-        self._without: tuple[str, ...] = ()
+        self._without: tuple[Section, ...] = ()
 
     def objects(self) -> tuple[Any, Any]:
         """Return the records of both objects, checked or as they are."""
@@ -207,7 +209,7 @@ class _Reading:
         try:
             verify(parts, runs, used, used)
         except FormatError as error:
-            self._without = ("xattrs", "unwritten")
+            self._without = (XATTRS, UNWRITTEN, SUMS, DAMAGED)
             try:
                 verify(self.reduced(parts), runs, used, used)
             except FormatError:
@@ -217,8 +219,7 @@ class _Reading:
 
     def reduced(self, parts: TreeStream) -> TreeStream:
         """Return the description without what was given up."""
-        if self._without:
-            parts.xattrs = {column.name: np.zeros(0, dtype=column.dtype) for column in XATTRS.columns}
-            parts.unwritten = {column.name: np.zeros(0, dtype=column.dtype) for column in UNWRITTEN.columns}
+        for section in self._without:
+            setattr(parts, section.name, {c.name: np.zeros(0, dtype=c.dtype) for c in section.columns})
             parts.values = b""
         return parts

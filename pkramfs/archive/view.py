@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from pkramfs.archive.sound import Sound
 from pkramfs.archive.standing import Standing
 from pkramfs.errors import FormatError, PkramError
 from pkramfs.fs.asleep import Asleep
@@ -38,6 +39,7 @@ from pkramfs.mounting.names import mount_name
 from pkramfs.pkram.node import Node, shown
 from pkramfs.pkram.treeformat import Array, TreeStream
 from pkramfs.spans import Spans
+from pkramfs.text import exact
 from pkramfs.units import PAGE_SHIFT
 
 if TYPE_CHECKING:
@@ -93,6 +95,11 @@ class SavedTree:
     @cached_property
     def _packed(self) -> Asleep:
         return Asleep(self.parts, self._runs)
+
+    @cached_property
+    def sound(self) -> Sound:
+        """Return the checksums of the files' data."""
+        return Sound(self._ram, self.parts, self._packed.runs_between)
 
     def __len__(self) -> int:
         return len(self._kinds)
@@ -218,11 +225,17 @@ class SavedTree:
             yield begin, min(end, size) - begin
 
     def data(self, place: int) -> Iterator[tuple[int, bytes]]:
-        """Yield (offset, bytes) of what is no hole, in order, up to 1 MiB at a time; ChangedError if that is over."""
-        size = int(self.parts.inodes["size"][place])
+        """Yield (offset, bytes) of what is no hole, in order, up to 1 MiB at a time.
+
+        Raise ChangedError if that is over, FormatError where data are not what their checksums say.
+        """
+        size, ino, sound = int(self.parts.inodes["size"][place]), int(self.parts.inodes["ino"][place]), self.sound
         for index, pfn, count in self._data_runs(place):
             for at in range(0, count, _PIECE):
                 offset = index + at << PAGE_SHIFT
+                if sound:
+                    self.expect_unchanged()
+                    sound.expect(ino, index + at, index + min(at + _PIECE, count), lambda: self._path(place))
                 data = self._ram.peek(pfn + at, min(count - at, _PIECE))
                 self.expect_unchanged()
                 yield offset, data if offset + len(data) <= size else data[: size - offset]
@@ -250,6 +263,21 @@ class SavedTree:
             return None
         first, count = (table[name][low:high].astype(np.int64) for name in ("first", "count"))
         return PageMap(np.stack((first, first, count), axis=1).tobytes(), int(count.sum()))
+
+    def _path(self, place: int) -> str:
+        """Return a path of a file, for people."""
+        names, rows = list[bytes](), self.parts.entries
+        while place != ROOT:
+            row = int(np.flatnonzero(rows["child"] == place)[0])
+            start, end = self._packed.name_edges[row : row + 2].tolist()
+            names.append(self.parts.names[start:end])
+            place = int(rows["parent"][row])
+        return exact(b"/" + b"/".join(reversed(names)))
+
+    def damaged_data(self) -> dict[int, int]:
+        """Return how many pieces of which places are not what their checksums say; all data are read."""
+        found = self.sound.damaged() if self.sound else {}
+        return {int(np.searchsorted(self.parts.inodes["ino"], ino)): count for ino, count in found.items()}
 
     def lost_pages(self, beyond: int) -> dict[int, int]:
         """Return how many pages of which places have frames from `beyond` on, which salvage gives to what is lost."""

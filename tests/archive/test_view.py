@@ -7,11 +7,13 @@ import stat
 
 import pytest
 
+from pkramfs.archive.salvage import salvage
 from pkramfs.archive.standing import ChangedError
 from pkramfs.archive.view import SavedTree
 from pkramfs.errors import FormatError, PkramError
 from pkramfs.fs.tree import Tree
 from tests.support.preserved import Trees, write
+from tests.support.sums import enable, flip, rest
 
 PAGE = 4096
 
@@ -127,3 +129,24 @@ def test_reading_leaves_no_trace(trees: Trees, tree: SavedTree) -> None:
     backed = trees.up().ram.backed
     assert sum(len(data) for _, place in tree.walk() for _, data in tree.data(place)) > 20_000
     assert trees.up().ram.backed == backed
+
+
+def test_damaged_data_are_not_read(trees: Trees) -> None:
+    """Of a file with a flipped bit the rest is; best effort names it."""
+    numbers: dict[bytes, int] = {}
+
+    def fill(tree: Tree) -> None:
+        for name in (b"dir/bad", b"good"):
+            numbers[name] = write(tree, name, name * 400_000).ino
+        rest(enable(tree))
+        flip(tree, numbers[b"dir/bad"], (1 << 20) + 5)
+
+    trees.plant("x", fill)
+    saved = trees.open("x")
+    assert b"".join(data for _, data in saved.data(saved.find(b"good"))) == b"good" * 400_000
+    parts = saved.data(saved.find(b"dir/bad"))
+    assert next(parts)[0] == 0
+    with pytest.raises(FormatError, match=r"bytes 1048576-2097151 of /dir/bad is damaged"):
+        list(parts)
+    found = salvage(trees.up(), b"shmem-x")
+    assert found.damage == {saved.find(b"dir/bad"): "1 piece of it, 1 MiB each, damaged"} and not found.problems
