@@ -89,15 +89,10 @@ class Check:
 
     def _node(self, node: "Node") -> None:
         from pkramfs.archive.standing import Standing
-        from pkramfs.fs.limits import Limits
-        from pkramfs.fs.restore import load_checkpoint
-        from pkramfs.fs.tree import Tree
-        from pkramfs.machine.frames import Frames
+        from pkramfs.fs.nodes import read_tree
 
-        running, standing = self._running, Standing(self._running.ram, node)
-        tree = Tree(running.ram, Frames(running.ram, running.leases, node.tree_id), Limits())
-        load_checkpoint(running.store, node.pfn, tree, running.store.pages_of(node))
-        self._compare(exact(node.name), tree, standing.expect)
+        standing = Standing(self._running.ram, node)
+        self._compare(exact(node.name), read_tree(self._running.store, node), standing.expect)
 
     def _dead(self, entry: "MountEntry") -> None:
         from pkramfs.fs.limits import Limits

@@ -16,7 +16,10 @@ from pkramfs.fs.limits import Limits
 from pkramfs.fs.picture import complete, take
 from pkramfs.fs.recover import Rebuilt, rebuild_sealed, rebuild_sound
 from pkramfs.fs.save import stream
+from pkramfs.fs.sums import Sums
 from pkramfs.fs.tree import Tree
+from pkramfs.fs.unpack import unpack
+from pkramfs.journal.layout import read_seal
 from pkramfs.machine.frames import Frames
 from pkramfs.spans import Spans
 
@@ -65,6 +68,25 @@ def sound_part(store: Store, node: Node, allowed: Spans) -> Sound:
     rebuilt, wrong = complete(rebuild_sound(store, node, tree, allowed))
     seal = Spans([(node.pfn, node.pfn + 1), (node.log_pfn, node.log_pfn + 1)])
     return Sound(_as_objects(tree, node), wrong, rebuilt.log.pages() | seal)
+
+
+def read_tree(store: Store, node: Node) -> Tree:
+    """Make the tree that a node holds, which nobody else has; FormatError if anything about it is wrong."""
+    with store.open_unlisted(node.pfn, store.pages_of(node)) as load:
+        if node.log_pfn:
+            return _with_sums(read_log(store, node, load.frames).tree, node)
+        tree = Tree(store.ram, NoFrames(store.ram, node.tree_id), Limits())
+        unpack(load, tree, load.frames, deleted=True)
+        return tree
+
+
+def _with_sums(tree: Tree, node: Node) -> Tree:
+    """Have a tree of a log know how many pieces had no checksum, of which a log tells nothing."""
+    unsummed = read_seal(tree.ram, node.log_pfn, node.tree_id).unsummed
+    if unsummed is not None:
+        tree.sums = tree.sums or Sums(tree)
+        tree.sums.table.pending = unsummed
+    return tree
 
 
 def read_log(store: Store, node: Node, allowed: Spans) -> Rebuilt:
