@@ -41,7 +41,7 @@ def objects(store: Store, load: Load) -> list[tuple[bytes, Runs]]:
     """Return the byte stream and the page stream of each object; those of a tree, if a log holds it."""
     if not load.node.log_pfn:
         return [(bytes(reader.read()), reader.load_runs()) for reader in load]
-    return _as_objects(read_log(store, load.node, load.frames).tree, load.node)
+    return _as_objects(_with_sums(read_log(store, load.node, load.frames).tree, load.node), load.node)
 
 
 def _as_objects(tree: Tree, node: Node) -> list[tuple[bytes, Runs]]:
