@@ -124,7 +124,7 @@ def _execute_with(
     args: argparse.Namespace, machine: "Machine", prestarted: "PrestartedDaemons", steps: "_Steps"
 ) -> int:
     from pkramfs.cli import again
-    from pkramfs.kernel import kexec, nvram, running
+    from pkramfs.kernel import history, kexec, nvram, running
 
     going = Freezer(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
     remount: list[dict[str, Any]] = []
@@ -151,9 +151,11 @@ def _execute_with(
             for line in notes:
                 arguments.note(machine, f"kexec: {line}")
             prestarted.start(remount)
+            history.note_foreseen(machine, nvram.next_generation(machine), plan.foreseen)
             _perform(args, plan, steps)
             pause = time.monotonic() - began
             nvram.set_pause(machine, pause - plan.copying)
+            history.note_pause(machine, nvram.next_generation(machine) - 1, pause)
     except BaseException:
         with signals.deferred():
             _undo(machine, going, back, prestarted)

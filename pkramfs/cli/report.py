@@ -8,20 +8,24 @@
     NODE           SIZE   RANGES   PAGES RELOCATED
     shmem-one   100 MiB        2                12
 
+    LAST KEXEC      PREDICTED      SEEN
+    pause              0.51 s    0.48 s
+
     NEXT KERNEL    PAGES      SIZE   COPIED AT MOST
     bans          16,387    64 MiB        512 pages
     scratch       34,816   136 MiB          nothing
 
 After every restart the first question is whether all data came back; this answers it on one page,
-from the report that boot left in kernel.json (`--json` gives that as it is, and `ways`). In a crash
-kernel it tells what is known about the dead one. The last table is there while a kernel is loaded:
+from the report that boot left in kernel.json (`--json` gives that as it is, with `prediction` and `ways`), and
+from what was predicted of the kexec (prediction.py). In a crash kernel it tells what is known about the dead
+one. The last table is there while a kernel is loaded:
 what it costs in PKRAM's way and what it would cost in KHO's (kernel/costs.py).
 """
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, render
+from pkramfs.cli import arguments, prediction, render
 from pkramfs.errors import MachineError, PkramfsError
 from pkramfs.units import PAGE_SIZE, format_pfn, format_size, plural
 
@@ -42,14 +46,17 @@ def show(args: argparse.Namespace) -> None:
     info = kernelrecord.read(machine, any_layout=True)
     if info is None:
         raise MachineError("no kernel is running, so there is no report: mount a tree first")
-    costs = _costs_now(machine)
+    costs, predicted = _costs_now(machine), prediction.of_boot(machine, info)
     if arguments.wants_json(args):
-        render.emit_json(info.report | {"ways": costs.to_json() if costs else None})
+        more = {"prediction": predicted.to_json() if predicted else None, "ways": costs.to_json() if costs else None}
+        render.emit_json(info.report | more)
         return
     report = info.report
     render.fields([*_summary(info), *_dead(report.get("dead") or {})])
     nodes = [[n["name"], _pages(n["pages"]), n["ranges"], n.get("moved", 0)] for n in report.get("nodes") or []]
     _table("NODE", nodes, "RANGES", "PAGES RELOCATED")
+    if predicted:
+        prediction.show(predicted)
     _numa(report.get("numa") or {})
     _phases(report.get("phases") or {})
     _lines("LOADED SEGMENT", report.get("segments") or [])

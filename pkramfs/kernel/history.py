@@ -3,6 +3,7 @@
 
     kernels    the kernels that have ended, the last 32: when, how, what they found, and what their log told
     before     who had which pages when the last kexec was decided (memorymap.py)
+    kexec      what was predicted of the last kexec, and how long it took
 
 A kexec drops the kernel log and kernel.json, as a real one drops dmesg; so their facts are noted on the way. What
 cannot be noted is only logged: no kernel lives longer for it. Lists and texts are bounded, because the file is written
@@ -35,6 +36,12 @@ _EVENTS = (
     (re.compile(r"pkramfs: .* (?:mounted on|preserved:|unmounted,)|pkram: freed node"), RUNS),
 )
 _COUNT = schema.Whole()
+_FACTS: dict[str, schema.Kind] = {name: _COUNT for name in ("mounts", "nodes", "pages", "moved", "lost")}
+_FORESEEN = schema.Object(_FACTS | {"pause": schema.Number(0), "names": schema.ListOf(schema.Text())})
+_KEXEC = schema.Object(
+    {"generation": schema.Whole(1), "foreseen": _FORESEEN, "pause": schema.Maybe(schema.Number(0))},
+    others=schema.Anything(),
+)
 _NODES = schema.ListOf(schema.Object({"name": schema.Text(), "pages": _COUNT}, others=schema.Anything()))
 _EVENT = schema.Object({"at": schema.Number(0), "kind": schema.Text(), "text": schema.Text()})
 _KERNEL = schema.Object(
@@ -61,15 +68,14 @@ def _declared(machine: "Machine") -> schema.Object:
         {"kind": schema.Text(), "owner": schema.Text(), "pages": _COUNT, "ranges": schema.ListOf(schema.Range(frames))}
     )
     before = schema.Object({"generation": schema.Whole(1), "taken": schema.Number(0), "parts": schema.ListOf(part)})
-    return schema.Object(
-        {}, optional={"kernels": schema.ListOf(_KERNEL), "before": schema.Maybe(before)}, others=schema.Anything()
-    )
+    known: dict[str, schema.Kind] = {"kernels": schema.ListOf(_KERNEL), "before": schema.Maybe(before)}
+    return schema.Object({}, optional=known | {"kexec": schema.Maybe(_KEXEC)}, others=schema.Anything())
 
 
 def read(machine: "Machine") -> dict[str, Any]:
-    """Return `kernels`, oldest first, and `before`, or None; raise MachineError if the file is damaged."""
+    """Return `kernels`, oldest first, `before` and `kexec`, or None; raise MachineError if the file is damaged."""
     data = (machine.read_json(NAME, _declared(machine), _REMEDY) or {}) if machine.has(NAME) else {}
-    return {"kernels": [], "before": None} | data
+    return {"kernels": [], "before": None, "kexec": None} | data
 
 
 def events(log: str) -> list[dict[str, Any]]:
@@ -124,10 +130,29 @@ def note_before(machine: "Machine", generation: int, parts: list[dict[str, Any]]
     machine.write_json(NAME, data)
 
 
+def note_foreseen(machine: "Machine", generation: int, facts: dict[str, Any]) -> None:
+    """Note what is predicted of the kexec that brings the kernel of this generation up."""
+    _note_kexec(machine, {"generation": generation, "foreseen": facts, "pause": None})
+
+
+def note_pause(machine: "Machine", generation: int, seconds: float) -> None:
+    """Note beside it how long the kexec took; all else that was seen is in the report of the boot."""
+    found = _kept(machine)["kexec"]
+    if found is not None and found["generation"] == generation:
+        _note_kexec(machine, found | {"pause": round(seconds, 3)})
+
+
+def _note_kexec(machine: "Machine", what: dict[str, Any]) -> None:
+    try:
+        machine.write_json(NAME, _kept(machine) | {"kexec": what})
+    except MachineError as error:
+        machine.log(f"history: kexec is not noted: {error}")
+
+
 def _kept(machine: "Machine") -> dict[str, Any]:
     """Return what was noted before, nothing if it is damaged: it is only shown, and begins anew."""
     try:
         return read(machine)
     except MachineError as error:
         machine.log(f"history: begun anew: {error}")
-        return {"kernels": [], "before": None}
+        return {"kernels": [], "before": None, "kexec": None}

@@ -40,7 +40,7 @@ from typing import Any
 
 from pkramfs.errors import ExhaustedError, FormatError, MachineError, NotPreservedError, PkramfsError
 from pkramfs.kernel import cmdline as words
-from pkramfs.kernel import loading, nvram, placement, running, staging, succession
+from pkramfs.kernel import history, loading, nvram, placement, running, staging, succession
 from pkramfs.kernel.kernelrecord import LAYOUT
 from pkramfs.kernel.salvage import MendList, look
 from pkramfs.kernel.segments import conflicts, destinations
@@ -103,7 +103,23 @@ def plan(
     size = sum(s.size for s in loaded.segments)
     last, copying = nvram.pause(machine), size / _COPY_RATE
     pause = copying + (_BOOT_SECONDS if last is None else last)
-    return Plan(problems, warnings, _relocations(going, mounts), _operations(going, mounts, stop), pause, copying)
+    foreseen = {"pause": round(pause, 3)} | _crossing(going)
+    operations = _operations(going, mounts, stop)
+    return Plan(problems, warnings, _relocations(going, mounts), operations, pause, copying, foreseen)
+
+
+def _crossing(going: Transition) -> dict[str, Any]:
+    """Return the figures of what crosses and what does not, as the report of the boot will count them."""
+    nodes = going.nodes if going.keeps else []
+    trees = {node.tree_id for node in nodes}
+    return {
+        "mounts": sum(int(mount.get("tree", "0"), 16) in trees for mount in going.remount),
+        "nodes": len(nodes),
+        "pages": sum(node.spans.total for node in nodes),
+        "moved": sum(node.relocated for node in nodes),
+        "lost": len(going.lost),
+        "names": [node.name for node in nodes][: history.MOST_NODES],
+    }
 
 
 def _operations(going: Transition, mounts: Sequence[MountReport], stop: Callable[[], None]) -> list[Operation]:

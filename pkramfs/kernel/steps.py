@@ -11,6 +11,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pkramfs.errors import PkramfsError
 
@@ -56,6 +57,8 @@ class Plan:
     """Predicted seconds from the first freeze to the running kernel."""
     copying: float
     """Of these, for copying segments into RAM and summing them."""
+    foreseen: dict[str, Any]
+    """The figures that the report of the boot compares with what was seen (history.py)."""
 
     def describe(self) -> list[str]:
         """Describe the plan for people, one line for each fact."""

@@ -85,3 +85,30 @@ def test_the_dead_kernel_can_be_looked_at(crashed, ctl):
 def test_memory_outside_of_a_crash_kernels_window_is_nobodys(crashed, ctl):
     found = json.loads(ctl("--json", "status")[1])
     assert sum(found["memory"][who] for who in ("free", "tree", "kernel")) == 32 << 20
+
+
+def test_what_was_predicted_of_the_kexec_stands_beside_what_was_seen(machine, ctl, kexec):  # noqa: F811
+    save(machine, b"one").release()
+    save(machine, b"two").release()
+    assert "LAST KEXEC" not in ctl("report")[1]
+    assert json.loads(ctl("--json", "report")[1])["prediction"] is None
+    assert kexec("-le", "builtin:4M", "--reuse-cmdline")[0] == 0
+    found = json.loads(ctl("--json", "report")[1])["prediction"]
+    foreseen, seen = found["foreseen"], found["seen"]
+    assert foreseen["pause"] > 0 and seen["pause"] > 0
+    assert foreseen | {"pause": 0, "names": sorted(foreseen["names"])} == seen | {"pause": 0, "names": ["one", "two"]}
+    assert (seen["nodes"], seen["lost"], seen["mounts"]) == (2, 0, 0) and seen["pages"] > 0
+    shown = rows(ctl("report")[1], "LAST KEXEC")
+    assert [row[0] for row in shown] == ["pause", "nodes", "preserved", "relocated", "lost", "mounted"]
+    assert shown[1] == ["nodes", "2", "2"]
+
+
+def test_a_loss_that_was_forced_was_predicted_and_one_that_was_not_is_named(machine, ctl, kexec):  # noqa: F811
+    save(machine, b"one").release()
+    assert kexec("-l", "builtin:4M", "--append=ro")[0] == 0
+    assert kexec("-e", "--force")[0] == 0
+    assert rows(ctl("report")[1], "LAST KEXEC")[1:5:3] == [["nodes", "0", "0"], ["lost", "1", "1"]]
+    data = machine.read_json("history.json")
+    data["kexec"]["foreseen"] |= {"nodes": 1, "names": ["one"]}
+    machine.write_json("history.json", data)
+    assert "one was predicted, and is not there" in ctl("report")[1]

@@ -295,5 +295,8 @@ def test_pages_in_the_way_of_a_loaded_kernel_are_relocated_and_everybody_says_wh
     assert "copy 4 segments and boot\n  kernel (builtin:16M): " in steps
     assert snapshot(path) == before
     assert f"{moved} of them relocated when saved" in user.dmesg()
-    (found,) = json.loads(user.ok("pkramctl", "--json", "report"))["nodes"]
+    report = json.loads(user.ok("pkramctl", "--json", "report"))
+    (found,) = report["nodes"]
     assert found["moved"] == node["moved"]
+    foreseen, seen = (report["prediction"][side] | {"pause": 0} for side in ("foreseen", "seen"))
+    assert foreseen == seen and (seen["mounts"], seen["moved"]) == (1, node["moved"])
