@@ -28,6 +28,7 @@ COLOURS = {
     "kexec": "#009e73",
     "crash": "#d55e00",
     "died": "#d55e00",
+    "taken": "#f0e442",
     "refused": "#e69f00",
     "lost": "#d55e00",
     "runs": "#404040",

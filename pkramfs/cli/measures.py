@@ -4,7 +4,7 @@
     machine    memory by owner, RAM behind it and what may still be used, NUMA nodes
     kernel     generation, when it was booted, phases of the boot, the pause of the last kexec
     nodes      size, relocated pages, when preserved
-    mounts     state, files, bytes, lost data, the last preserve and restore
+    mounts     state, files, bytes, lost data, the last preserve and restore; the log, takeovers, deaths of daemons
     requests   by kind, with latencies, as each daemon counts them (fuse/counters.py)
 
 Names follow Prometheus' rules: base units (bytes, seconds), `_total` for what only grows. A part that cannot be read
@@ -53,6 +53,7 @@ class Measures:
         yield from self._kernel(found)
         yield from _nodes(found["nodes"])
         yield from _mounts(found["mounts"])
+        yield from _logs(found["mounts"])
         yield from self._last(found)
         yield from _requests(found["mounts"])
 
@@ -83,13 +84,19 @@ class Measures:
 
     def _last(self, found: dict[str, Any]) -> "Iterator[Metric]":
         """Yield the last preserve and restore of each name, from the kernel log."""
+        from pkramfs.kernel import history
+
         if found["kernel"] is None:
             return
+        log = self.machine.dmesg()
+        died = _family("counter", "pkramfs_daemon_deaths", "Daemons that died since the boot, by the kernel log.", ())
+        died.add_metric([], history.deaths(log))
+        yield died
         took = _family("gauge", "pkramfs_last_preserve_seconds", "Duration of the last preserve.", ("name",))
         when = _family("gauge", "pkramfs_last_restore_timestamp_seconds", "When it was restored.", ("name",))
         preserves: dict[str, float] = {}
         restores: dict[str, float] = {}
-        for line in self.machine.dmesg().splitlines():
+        for line in log.splitlines():
             if match := _LINE.fullmatch(line):
                 if said := _PRESERVED.fullmatch(match[2]):
                     preserves[said[1]] = float(said[2].replace(",", "")) / 1000
@@ -154,6 +161,23 @@ def _mounts(mounts: list[dict[str, Any]]) -> "Iterator[Metric]":
         for key, family in families.items():
             family.add_metric(labels, mount[key])
     yield from (up, preserved, refused, *families.values())
+
+
+def _logs(mounts: list[dict[str, Any]]) -> "Iterator[Metric]":
+    """Yield the logs of trees that outlive their daemons, and how often that was needed."""
+    known = {
+        "log_bytes": ("gauge", "pkramfs_journal_bytes", "Memory of the log of a tree."),
+        "log_requests": ("gauge", "pkramfs_journal_requests", "Requests in the log since the last checkpoint."),
+        "log_age": ("gauge", "pkramfs_journal_age_seconds", "Time since the daemon began or made a checkpoint."),
+        "checkpoints": ("counter", "pkramfs_journal_checkpoints", "Checkpoints that the daemon has made."),
+        "takeovers": ("counter", "pkramfs_mount_takeovers", "How often another daemon went on with a mount."),
+    }
+    for key, (kind, name, text) in known.items():
+        family = _family(kind, name, text, _MOUNT)
+        for mount in mounts:
+            if key in mount:
+                family.add_metric(_labels(mount), mount[key])
+        yield family
 
 
 def _requests(mounts: list[dict[str, Any]]) -> "Iterator[Metric]":

@@ -6,7 +6,7 @@
     2  kexec  builtin            ▇▇▇▇▇×▇▇▇▇▇▇▇▇▇▇       up for 3 h 2 min; found 2 nodes, 350 MiB
 
 A bar is at least a few units wide, because a kernel may live for a moment. Deaths, refusals and losses are marked and
-listed; mounts and preserves are ticks.
+listed; a stripe is a takeover: another daemon went on with a mount. Mounts and preserves are ticks.
 """
 
 import time
@@ -20,6 +20,7 @@ _LEFT, _RIGHT = 190, 20
 _LEAST = 3
 _LISTED = 14
 _WORDS = {"died": "died", "refused": "refused", "lost": "lost"}
+_TOLD = {"died": "a daemon or kernel died", "taken": "another daemon took over"}
 _KINDS = {"cold": "cold boot", "kexec": "by kexec", "crash": "crash kernel"}
 
 
@@ -54,11 +55,9 @@ def draw(title: str, kernels: list[dict[str, Any]], now: float) -> Sheet:
             _pause(sheet, axis, (kernels[number - 1], kernel), top + 8 + number * _ROW)
     sheet.bottom = top + 8 + len(kernels) * _ROW
     kinds = sorted({kernel["kind"] for kernel in kernels})
-    said = sorted({event["kind"] for kernel in kernels for event in kernel["events"]} & set(_WORDS))
+    said = sorted({event["kind"] for kernel in kernels for event in kernel["events"]} & {*_WORDS, "taken"})
     rows = [(colour(kind), _KINDS.get(kind, kind), "") for kind in kinds if kind in COLOURS]
-    sheet.legend(
-        [*rows, *((colour(kind), f"a daemon or kernel {kind}" if kind == "died" else kind, "") for kind in said)]
-    )
+    sheet.legend([*rows, *((colour(kind), _TOLD.get(kind, kind), "") for kind in said)])
     _events(sheet, kernels)
     return sheet
 
@@ -83,6 +82,8 @@ def _kernel(sheet: Sheet, axis: Axis, kernel: dict[str, Any], y: float, now: flo
         x = min(axis.x(kernel["booted"] + event["at"]), start + wide)
         if event["kind"] in _WORDS:
             _cross(sheet, x, y + _BAR / 2, colour(event["kind"]))
+        elif event["kind"] == "taken":
+            _stripe(sheet, x, y, colour(event["kind"]))
         else:
             sheet.line([(x, y + _BAR), (x, y + _BAR + 4)], FAINT)
     right = start > _LEFT + (_WIDTH - _LEFT - _RIGHT) / 2
@@ -94,6 +95,12 @@ def _cross(sheet: Sheet, x: float, y: float, stroke: str) -> None:
     for fill, width in (("#ffffff", 5.0), (stroke, 2.4)):
         for way in (1, -1):
             sheet.line([(x - 5, y - 5 * way), (x + 5, y + 5 * way)], fill, width=width)
+
+
+def _stripe(sheet: Sheet, x: float, y: float, stroke: str) -> None:
+    """Mark a moment with a stripe that a cross beside it does not hide."""
+    for fill, width in (("#404040", 4.0), (stroke, 2.4)):
+        sheet.line([(x, y - 3), (x, y + _BAR + 3)], fill, width=width)
 
 
 def _pause(sheet: Sheet, axis: Axis, pair: tuple[dict[str, Any], dict[str, Any]], y: float) -> None:

@@ -46,6 +46,8 @@ class Status(TypedDict):
     log_bytes: NotRequired[int]
     log_requests: NotRequired[int]
     """Requests since the last checkpoint."""
+    log_age: NotRequired[int]
+    """Seconds since this daemon began, or made a checkpoint."""
     checkpoints: NotRequired[int]
     """Checkpoints that this daemon has made."""
     takeovers: NotRequired[int]
@@ -88,7 +90,7 @@ class Done(TypedDict):
 
 Reply = Status | Foreseen | Frozen | Done
 LISTS = ("writers", "open_deleted", "lost")
-LOG = ("holder", "log_bytes", "log_requests", "checkpoints", "takeovers")
+LOG = ("holder", "log_bytes", "log_requests", "log_age", "checkpoints", "takeovers")
 SUMS = ("unsummed", "to_compare", "damaged", "damaged_count")
 ADDED = frozenset((*LISTS, *(f"{name}_count" for name in LISTS), "refused", "busy", "options", "held", *LOG, *SUMS))
 """Fields that replies of older versions lack."""

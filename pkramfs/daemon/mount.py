@@ -21,6 +21,7 @@ import faulthandler
 import logging
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from functools import partial
@@ -298,6 +299,7 @@ class Daemon:
         if journal is None:
             return {}
         found = {"log_bytes": journal.log.size, "log_requests": journal.requests, "checkpoints": self.checkpoints.made}
+        found["log_age"] = int(time.monotonic() - self.checkpoints.at)
         found["takeovers"] = self.held.facts.get("taken", 0) if self.held is not None else 0
         return found | ({"holder": os.getppid()} if self.tell is not None and os.getppid() > 1 else {})
 

@@ -19,6 +19,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -53,7 +54,7 @@ class Checkpoints:
     def __init__(self, tree: Tree, machine: Machine, name: bytes, say: Callable[[str], None]) -> None:
         self._tree, self._machine, self._name, self._say = tree, machine, name, say
         self._due = trio.Event()
-        self.made = 0
+        self.made, self.at = 0, time.monotonic()
         assert tree.journal is not None
         tree.journal.due = self.due
 
@@ -104,7 +105,7 @@ class Checkpoints:
         if rest:
             tree.frames.free(rest.starts, rest.counts)
         tree.commit()
-        self.made += 1
+        self.made, self.at = self.made + 1, time.monotonic()
 
     def _wait_for_change(self) -> None:
         """Ask again at the next request: a published node needs the log as it is, and the first change withdraws it."""

@@ -25,16 +25,19 @@ if TYPE_CHECKING:
 
 NAME = "history.json"
 MOST_KERNELS, MOST_EVENTS, MOST_NODES, _MOST_TEXT = 32, 32, 32, 160
-RUNS, DIED, REFUSED, LOST = "runs", "died", "refused", "lost"
+RUNS, DIED, TAKEN, REFUSED, LOST = "runs", "died", "taken", "refused", "lost"
 _REMEDY = "remove it: it is only shown"
 _LINE = re.compile(r"\[ *([0-9]+\.[0-9]+)\] (.*)")
 _EVENTS = (
     (re.compile(r"pkramfs: daemon of tree .*(?:has died|Fatal Python error)"), DIED),
+    (re.compile(r"pkramfs: the daemon of .*, (?:another takes|and none takes) over"), DIED),
+    (re.compile(r"pkramfs: .* mounted on .* again by daemon [0-9]+"), TAKEN),
     (re.compile(r"(?:Kernel panic|kernel panic) "), DIED),
     (re.compile(r"(?:kexec: refused|kexec: died|mount\.pkramfs: )"), REFUSED),
     (re.compile(r"pkram: .* is lost|pkram: gave up a node"), LOST),
-    (re.compile(r"pkramfs: .* (?:mounted on|preserved:|unmounted,)|pkram: freed node"), RUNS),
+    (re.compile(r"pkramfs: .* (?:mounted on|preserved:|unmounted,|makes room for another)|pkram: freed node"), RUNS),
 )
+_DEATH = re.compile(r"pkramfs: (?:daemon of tree .* has died|the daemon of .*, (?:another takes|and none takes) over)")
 _COUNT = schema.Whole()
 _FACTS: dict[str, schema.Kind] = {name: _COUNT for name in ("mounts", "nodes", "pages", "moved", "lost")}
 _FORESEEN = schema.Object(_FACTS | {"pause": schema.Number(0), "names": schema.ListOf(schema.Text())})
@@ -87,6 +90,12 @@ def events(log: str) -> list[dict[str, Any]]:
             if kind is not None:
                 found.append({"at": float(match[1]), "kind": kind, "text": match[2][:_MOST_TEXT]})
     return found[-MOST_EVENTS:]
+
+
+def deaths(log: str) -> int:
+    """Return how many daemons died, as a kernel log tells."""
+    lines = (match[2] for line in log.splitlines() if (match := _LINE.fullmatch(line)))
+    return sum(_DEATH.match(line) is not None for line in lines)
 
 
 def current(machine: "Machine") -> dict[str, Any] | None:

@@ -130,10 +130,20 @@ def test_a_death_is_on_the_timeline(machine, ctl, place):
     (entry,) = machine.mounts()
     os.kill(entry.pid, signal.SIGKILL)
     assert wait_gone(entry.pid, 10)
-    assert mount(["none", place(), "-o", "pkram=two"]) == 0  # the next mount finds the dead
+    second = place()
+    assert mount(["none", second, "-o", "pkram=two"]) == 0  # the next mount finds the dead
     dead = f"pkramfs: daemon of tree {entry.tree_id:016x} (pid {entry.pid}, {entry.mountpoint}) has died"
     assert dead in ctl("timeline")[1]
     assert any(text.endswith(dead) for text in texts(ctl("timeline", "--svg", "-")[1]))
+    (entry,) = machine.mounts()
+    os.kill(entry.pid, signal.SIGKILL)
+    os.listdir(second)  # waits for the daemon that takes over
+    (kernel_,) = json.loads(ctl("--json", "timeline")[1])
+    assert [event["kind"] for event in kernel_["events"]][-2:] == ["died", "taken"]
+    assert {"a daemon or kernel died", "another daemon took over"} <= {*texts(ctl("timeline", "--svg", "-")[1])}
+    measured = ctl("metrics")[1]
+    assert "pkramfs_daemon_deaths_total 2.0" in measured
+    assert f'pkramfs_mount_takeovers_total{{mountpoint="{second}",name="two"}} 1.0' in measured
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_a_mount_with_its_requests(machine, ctl, place):
     assert value(found, "pkramfs_mount_up", **labels) == value(found, "pkramfs_mount_preserved", **labels) == 1
     assert value(found, "pkramfs_mount_files", **labels) == 1
     assert value(found, "pkramfs_last_preserve_seconds", name="one") > 0
+    assert value(found, "pkramfs_journal_bytes", **labels) > 0 and value(found, "pkramfs_daemon_deaths_total") == 0
     assert value(found, "pkramfs_requests_total", kind="create", **labels) == 1
     assert value(found, "pkramfs_device_bytes_total", direction="received", **labels) > 100_000
     timed = [one for one in found["pkramfs_request_seconds_bucket"] if one.labels["le"] == "+Inf"]

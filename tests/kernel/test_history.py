@@ -124,6 +124,10 @@ LOG = """\
 [    5.000000] pkramfs: daemon of tree 00000000000abcde (pid 7, /mnt) has died
 [    5.000001] pkramfs: daemon of tree 00000000000abcde: Fatal Python error: Aborted
 [    5.000002] pkramfs: daemon of tree 00000000000abcde: Current thread 0x0000
+[    5.100000] pkramfs: the daemon of one was killed by signal 9, another takes over
+[    5.200000] pkramfs: one mounted on /mnt again by daemon 77
+[    5.300000] pkramfs: daemon 77 of one makes room for another
+[    5.400000] pkramfs: the daemon of one was killed by signal 9, and none takes over: mount it again
 [    6.000000] kexec: refused: /mnt: 1 file would be lost
 [    7.000000] pkram: shmem-one is lost (10 pages): given up by a forced kexec
 nonsense
@@ -137,9 +141,14 @@ def test_what_a_log_tells():
         (3.513093, "runs"),
         (5.0, "died"),
         (5.000001, "died"),
+        (5.1, "died"),
+        (5.2, "taken"),
+        (5.3, "runs"),
+        (5.4, "died"),
         (6.0, "refused"),
         (7.0, "lost"),
     ]
+    assert history.deaths(LOG) == 3
     assert len(history.events(LOG * 99)) == history.MOST_EVENTS
     long = json.dumps(history.events(f"[ 1.0] pkramfs: {'x' * 9999} mounted on /\n"))
     assert len(long) < 300
