@@ -58,11 +58,39 @@ def columns() -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and whose options are never guessed from a prefix."""
+    """An ArgumentParser whose errors are one line and whose options are never guessed from a prefix.
 
-    def __init__(self, **settings: Any) -> None:
+    If its options fill more than a screen, `often` names those that --help shows; --help-all shows all.
+    """
+
+    def __init__(self, *, often: Sequence[str] = (), **settings: Any) -> None:
         settings.setdefault("formatter_class", _Formatter)
         super().__init__(allow_abbrev=False, **settings)
+        self._often = often
+        if often:
+            self.add_argument(
+                "--help-all", nargs=0, action=_HelpAll, default=argparse.SUPPRESS, help="show all options"
+            )
+
+    def format_help(self) -> str:
+        """Return the help: of a parser with many options, those that are used often."""
+        if not self._often:
+            return super().format_help()
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [*map(self._named, self._often), *self._get_positional_actions()], [])
+        formatter.add_text(self.description)
+        formatter.start_section("used most")
+        formatter.add_arguments([self._named(name) for name in (*self._often, "--help-all")])
+        formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def format_all(self) -> str:
+        """Return the help with all options."""
+        return super().format_help()
+
+    def _named(self, name: str) -> argparse.Action:
+        return self._option_string_actions[name]
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line, and exit with the status of a usage error."""
@@ -79,6 +107,16 @@ class Parser(argparse.ArgumentParser):
             stdio.say(message.removesuffix("\n"))
         else:
             file.write(message)
+
+
+class _HelpAll(argparse.Action):
+    """--help-all."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert isinstance(parser, Parser)
+        for line in parser.format_all().rstrip("\n").split("\n"):
+            render.say(line)
+        parser.exit()
 
 
 class _Version(argparse.Action):

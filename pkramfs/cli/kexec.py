@@ -31,6 +31,10 @@ _EPILOG = """examples:
   pkram-kexec -e
   pkram-kexec -le builtin --reuse-cmdline
 """
+_OFTEN = (
+    *("--load", "--exec", "--unload", "--resume", "--initrd", "--append", "--reuse-cmdline"),
+    *("--dry-run", "--force", "--no-remount", "--verbose"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +54,7 @@ def _noted(args: argparse.Namespace) -> int:
 def parser() -> arguments.Parser:
     """Build the parser of kexec(8)'s command line."""
     usage = "%(prog)s [-l|-p|-u|-e|-S|--panic|--resume|--cold] [OPTIONS] [IMAGE]"
-    made = arguments.Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG, usage=usage)
+    made = arguments.Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG, usage=usage, often=_OFTEN)
     made.add_argument("image", nargs="?", metavar="IMAGE", help="a bzImage, an ELF kernel, builtin or builtin:SIZE")
     _add_actions(made)
     _add_loading(made)

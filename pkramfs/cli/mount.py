@@ -32,6 +32,7 @@ _EPILOG = """examples:
   mount -o remount,preserve,ro /mnt
   mount.pkramfs none ~/mnt -o pkram=mine,size=1G        (without root)
 """
+_OFTEN = ("-o", "-f", "--read-only", "--verbose", "--machine", "--root")
 
 
 class _Parser(arguments.Parser):
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> arguments.Parser:
     """Build the parser of the command line that mount(8) uses."""
-    made = _Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG)
+    made = _Parser(prog=PROGRAM, description=_DESCRIPTION, epilog=_EPILOG, often=_OFTEN)
     made.add_argument("source", metavar="SOURCE", help="the source shown in the mount table, usually `none`")
     made.add_argument("directory", metavar="DIR", help="the mount point, or the mount to change")
     made.add_argument("-o", dest="options", metavar="OPTIONS", action="append", default=[], help="mount options")

@@ -5,7 +5,7 @@ import argparse
 
 import pytest
 
-from pkramfs.cli import arguments, ctl, overview
+from pkramfs.cli import arguments, ctl, kexec, mount, overview
 
 
 def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -32,6 +32,17 @@ def test_the_help_of_each_command_fits_a_screen(monkeypatch):
         if len(one.format_help().splitlines()) > 24
     }
     assert set(long) <= {"help"}
+
+
+@pytest.mark.parametrize("module", [kexec, mount])
+def test_help_of_a_program_with_many_options_fits_a_screen(module, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    made = module.parser()
+    text, whole = made.format_help(), made.format_all()
+    assert len(text.splitlines()) <= 24 < len(whole.splitlines())
+    assert "--help-all" in text and set(text.split()) - {"used", "most:"} <= set(whole.split()) | {"[-f]"}
+    assert module.main(["--help-all"]) == 0
+    assert capsys.readouterr().out == whole
 
 
 def test_help_has_a_line_for_each_command(ctl):
