@@ -10,11 +10,13 @@ after a boot that stopped at damaged metadata.
 Kernel: what the bootloader calls; arch/x86/boot/compressed/head_64.S
 """
 
+import itertools
 import os
 import signal
 import sys
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from pkramfs import stdio
 from pkramfs.errors import MachineError, PkramfsError
@@ -50,7 +52,7 @@ def _check_limits(directory: str) -> None:
 
 
 def _boot_for(parent: int, directory: str, force: bool) -> None:
-    from pkramfs.kernel.boot import boot
+    from pkramfs.kernel.boot import STEPS, boot
     from pkramfs.kernel.succession import BOOT_LOCK, BOOT_SECONDS
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.locks import held
@@ -61,7 +63,12 @@ def _boot_for(parent: int, directory: str, force: bool) -> None:
     with held(machine.path(BOOT_LOCK), timeout=BOOT_SECONDS, what=f"{directory}, which boots already,"):
         if os.getppid() != parent:
             raise MachineError(f"the process that started this boot (pid {parent}) is gone")
-        boot(machine, force=force)
+        boot(machine, force=force, after_step=partial(_tell, itertools.count(1), len(STEPS)))
+
+
+def _tell(numbers: Iterator[int], total: int, _step: str) -> None:
+    """Tell who waits for this boot that another step is done."""
+    stdio.tell(f"step {next(numbers)} of {total}")
 
 
 def _boot_by_hand(directory: str, force: bool) -> None:

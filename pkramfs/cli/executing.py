@@ -206,7 +206,7 @@ class _Steps:
         for line in step.lines() if self._verbose else []:
             render.tell(line)
         self._done += 1
-        self._drawn.show("kexec", self._done, self.total)
+        self._drawn.begin("kexec", self._done, self.total)
 
 
 def _undo(machine: "Machine", going: Freezer, back: list[dict[str, Any]], prestarted: "PrestartedDaemons") -> None:

@@ -47,6 +47,7 @@ class Bar:
 
     def __init__(self, title: str, mode: str = "auto") -> None:
         self._stage, self._done, self._total = title, 0, 0
+        self._part = 1.0
         self._began = self._next = time.monotonic()
         self._mode = mode if mode != "auto" else "bar" if _fits() else "none"
         self._next += FIRST_SECONDS if self._mode == "bar" else _JSON_SECONDS
@@ -55,6 +56,17 @@ class Bar:
     def show(self, stage: str, done: int, total: int) -> None:
         """Note how far the work is, and draw it if it is time."""
         self._stage, self._done, self._total = stage, done, total
+        self._part = 1.0
+        self.tick()
+
+    def begin(self, stage: str, number: int, total: int) -> None:
+        """Note that the `number`th of `total` steps begins; the bar moves while `within` tells of it."""
+        self._stage, self._done, self._total = stage, number, total
+        self.within(0.0)
+
+    def within(self, part: float) -> None:
+        """Note how much of the present step is done, from 0 to 1."""
+        self._part = min(max(part, 0.0), 1.0)
         self.tick()
 
     def tick(self) -> None:
@@ -112,7 +124,7 @@ class Bar:
                 self._drawn.task_ids[0],
                 description=self._stage,
                 figures=figures,
-                completed=self._done if counted else 0,
+                completed=self._done - 1 + self._part if counted else 0,
                 total=self._total if counted and self._total else None,
             )
             (self._drawn.start if drawn is None else self._drawn.refresh)()
@@ -165,7 +177,7 @@ def waiting(args: argparse.Namespace | None, title: str) -> Iterator[Bar]:
     made = Bar(title, getattr(args, "progress", "auto"))
     _bars.append(made)
     try:
-        with patience.calling(made.tick):
+        with patience.calling(made.tick, made.within):
             yield made
     finally:
         _bars.remove(made)

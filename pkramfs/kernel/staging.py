@@ -19,7 +19,7 @@ import hashlib
 import os
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import FileIO
 from typing import TYPE_CHECKING, Any
@@ -278,17 +278,26 @@ def cmdline_address(params: bytes) -> int:
     return int(high << 32 | low)
 
 
-def copy_into_ram(machine: "Machine", ram: Ram, segments: Sequence[Segment]) -> None:
-    """Copy every segment to its destination; may be repeated."""
-    ram.check_room(sum(s.size for s in segments))
+def copy_into_ram(
+    machine: "Machine", ram: Ram, segments: Sequence[Segment], tell: Callable[[float], None] = lambda _: None
+) -> None:
+    """Copy every segment to its destination, telling which part is done; may be repeated."""
+    total, copied = sum(s.size for s in segments), 0
+    ram.check_room(total)
+
+    def told(count: int) -> None:
+        nonlocal copied
+        copied += count
+        tell(copied / total)
+
     for segment in segments:
         with _staged(machine, segment) as file:
-            done = _copy(file, ram, segment)
+            done = _copy(file, ram, segment, told)
         if done != segment.size:
             raise MachineError(f"the staged {segment.name} has {done} bytes, expected {segment.size}: load it again")
 
 
-def _copy(file: FileIO, ram: Ram, segment: Segment) -> int:
+def _copy(file: FileIO, ram: Ram, segment: Segment, tell: Callable[[int], None]) -> int:
     """Copy a staged file to its destination, and zeros to the end of the last page; return its size.
 
     Pages that are there already are overwritten, not punched first: others could take the host's memory.
@@ -300,6 +309,7 @@ def _copy(file: FileIO, ram: Ram, segment: Segment) -> int:
         buffer[count:whole] = bytes(whole - count)
         ram.fill(at + done, memoryview(buffer)[:whole])
         done += count
+        tell(count)
     behind = segment.pfn + -(-done // PAGE_SIZE)
     if behind < segment.end:
         ram.punch_run(behind, segment.end - behind)

@@ -20,8 +20,11 @@ Kernel: init/main.c (kernel_init, free_initmem), mm/pkram.c (pkram_cleanup, patc
 """
 
 import os
+import re
+import select
 import subprocess
 import sys
+import time
 
 from pkramfs.errors import FormatError, MachineError
 from pkramfs.kernel import cmdline as words
@@ -34,6 +37,7 @@ from pkramfs.machine.host import VARIABLE
 from pkramfs.machine.leases import FREE, KERNEL
 from pkramfs.machine.locks import held
 from pkramfs.machine.ram import Ram
+from pkramfs.mounting import patience
 from pkramfs.pkram import superblock
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SIZE, format_pfn, format_size, plural
@@ -43,6 +47,8 @@ BOOT_SECONDS = 600.0
 """How long a boot may take: copying and summing what was loaded are most of it."""
 BOOT_LOCK = "lock.boot"
 """Held by a boot process as long as it lives: it may outlive the one that started it."""
+_STEPS = re.compile(rb"^step ([0-9]+) of ([1-9][0-9]*)$", re.MULTILINE)
+"""What a boot says after each step."""
 _OF_ONE_KERNEL = ("cmdline", "pkram", "iomem")
 
 
@@ -134,7 +140,7 @@ def resume(machine: Machine, *, force: bool = False) -> None:
     staging.remove(machine, staging.CRASH_JSON)
     if staging.read(machine) is not None:
         if pending.kind == nvram.KEXEC:
-            staging.copy_into_ram(machine, machine.ram(), pending.segments)
+            staging.copy_into_ram(machine, machine.ram(), pending.segments, lambda part: patience.tell(part / 2))
         staging.remove(machine)
     start_boot(machine, force=force)
 
@@ -143,27 +149,43 @@ def start_boot(machine: Machine, *, force: bool = False) -> None:
     """Run the boot in a process that is given nothing but the machine's directory, and wait for it."""
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     command = [sys.executable, "-P", "-m", "pkramfs", "boot", machine.path(), "--parent", str(os.getpid())]
-    try:
-        done = subprocess.run(
-            [*command, *(["--force"] * force)],
-            env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": package, **_host()},
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="surrogateescape",
-            check=False,
-            start_new_session=True,  # neither Ctrl-C nor a closed terminal ends a booting kernel
-            timeout=BOOT_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise MachineError(f"boot did not end within {BOOT_SECONDS:g} s: pkram-kexec --resume tries again") from None
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+    process = subprocess.Popen(
+        [*command, *(["--force"] * force)],
+        env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": package, **_host()},
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # neither Ctrl-C nor a closed terminal ends a booting kernel
+    )
+    with process:
+        try:
+            said = _listen(process)
+        except BaseException:
+            process.kill()
+            raise
+    if status := process.wait():
+        reason = (said or [f"it ended with status {status}"])[-1]
         remedy = ""
-        if done.returncode == FormatError.exit_status:
+        if status == FormatError.exit_status:
             remedy = "; nothing was freed: pkram-kexec --resume --force goes on and loses what is preserved"
         raise MachineError(f"boot failed: {reason.removeprefix('boot: ')}{remedy}")
+
+
+def _listen(process: "subprocess.Popen[bytes]") -> list[str]:
+    """Return what a boot says, until it ends; its steps are for whoever waits for them."""
+    assert process.stdout is not None
+    deadline, said, ready = time.monotonic() + BOOT_SECONDS, b"", select.poll()
+    ready.register(process.stdout, select.POLLIN)
+    while patience.is_ready(ready, deadline):
+        part = os.read(process.stdout.fileno(), 1 << 16)
+        if not part:
+            lines = said.decode("utf-8", "surrogateescape").splitlines()
+            return [line for line in lines if line.strip() and not _STEPS.match(os.fsencode(line))]
+        said += part
+        if steps := _STEPS.findall(said):
+            patience.tell((1 + int(steps[-1][0]) / int(steps[-1][1])) / 2)
+    raise MachineError(f"boot did not end within {BOOT_SECONDS:g} s: pkram-kexec --resume tries again")
 
 
 def _host() -> dict[str, str]:

@@ -34,24 +34,34 @@ class StuckError(ErrnoError):
     default_errno = errno.ETIMEDOUT
 
 
-_meanwhile: list[Callable[[], None]] = []
-"""What a command does while it waits: see `calling`."""
+_meanwhile: list[tuple[Callable[[], None], Callable[[float], None]]] = []
+"""What a command does while it waits, and whom it tells how far that is: see `calling`."""
 TICK_SECONDS = 0.1
 
 
 @contextlib.contextmanager
-def calling(meanwhile: Callable[[], None]) -> Iterator[None]:
-    """Have `meanwhile` called ten times a second while anything in the block waits; it must be short."""
-    _meanwhile.append(meanwhile)
+def calling(meanwhile: Callable[[], None], told: Callable[[float], None] = lambda _: None) -> Iterator[None]:
+    """Have `meanwhile` called ten times a second while anything in the block waits; it must be short.
+
+    `told` gets what `tell` is told.
+    """
+    both = meanwhile, told
+    _meanwhile.append(both)
     try:
         yield
     finally:
-        _meanwhile.remove(meanwhile)
+        _meanwhile.remove(both)
+
+
+def tell(part: float) -> None:
+    """Tell how much of the present step is done, from 0 to 1."""
+    for _, told in _meanwhile[-1:]:
+        told(part)
 
 
 def tick() -> bool:
     """Do what is to be done meanwhile; return True if there is anything."""
-    for meanwhile in _meanwhile[-1:]:
+    for meanwhile, _ in _meanwhile[-1:]:
         meanwhile()
     return bool(_meanwhile)
 

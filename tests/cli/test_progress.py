@@ -149,3 +149,25 @@ def test_steps_on_a_terminal(clock):
         clock.now += 1
         drawn.show("kexec", 4, 12)
         assert re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", read()).rstrip().endswith(" 4 of 12   0:00:01")
+
+
+def test_a_bar_moves_within_a_step(clock):
+    with terminal() as read, progress.waiting(None, "kexec") as drawn:
+        drawn.begin("kexec", 3, 4)
+        places = []
+        for part in (0.0, 0.3, 0.9):
+            clock.now += 1
+            patience.tell(part)
+            shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", read())
+            places.append(re.search("[╺╸]", shown).start())  # where the bright part ends
+            assert "3 of 4" in shown
+    assert places == sorted({*places})
+
+
+def test_a_boot_tells_how_far_it_is(machine, kexec, monkeypatch):
+    parts: list[float] = []
+    monkeypatch.setattr(progress.Bar, "within", lambda _, part: parts.append(part))
+    assert kexec("-le", "builtin:8M", "--reuse-cmdline")[0] == 0
+    assert 0.5 in parts, "the image was copied"
+    booting = parts[parts.index(0.5) + 1 : parts.index(1.0) + 1]
+    assert booting == sorted(booting) and booting[0] > 0.5
