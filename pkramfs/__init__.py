@@ -13,6 +13,7 @@ The chapters, in reading order; imports only point to what stands above in this 
     fuse/                        the kernel's requests, read and answered (the only importer of pyfuse3)
     control/                     the control socket of a mount daemon, both ends
     archive/                     preserved trees without a mount
+    library                      arrays and bytes that a program preserves, for `from pkramfs.library import …`
     daemon                       one mount: composes all of the above
     cli/                         mount.pkramfs, pkram-kexec, pkramctl
     __main__                     dispatches to a command, or to the daemon

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "pkramfs"
 LAYERS = [
     {"cli"},
-    {"daemon"},
+    {"daemon", "library"},
     {"fuse", "control", "archive"},
     {"fs", "kernel"},
     {"journal"},
@@ -22,7 +22,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(reversed(LAYERS)) for name in names}
 RANK |= {"__main__": len(LAYERS), "__init__": -1}
-NUMPY = {"spans", "record", "machine", "pkram", "fs", "kernel", "archive", "daemon"}
+NUMPY = {"spans", "record", "machine", "pkram", "fs", "kernel", "archive", "daemon", "library"}
 ALLOWED = {
     "numpy": NUMPY,
     "xxhash": {"machine", "pkram", "journal", "fs", "archive"},

@@ -20,7 +20,7 @@ SMALL = {
     "postgresql": ["--scale", "1", "--commits", "50"],
     "qemu-guest": ["--data", "2"],
 }
-LARGE = {name: [] for name in SMALL} | {"qemu-guest": ["--fetch"]}
+LARGE = {name: [] for name in ("cache", *SMALL)} | {"qemu-guest": ["--fetch"]}
 CASES = [pytest.param(name, words, id=name) for name, words in SMALL.items()]
 CASES += [pytest.param(name, words, id=f"{name}-large", marks=pytest.mark.slow) for name, words in LARGE.items()]
 

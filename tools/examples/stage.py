@@ -113,13 +113,12 @@ class Stage:
         words = ",".join([f"pkram={self.name}", *options, "mode=1777"])
         self.sh(f"mount.pkramfs none {self.mnt} -o {words}", ours=True)
 
-    def kexec(self) -> float:
-        """Preserve the tree, load a kernel and boot it; return how long that took."""
-        began = time.monotonic()
-        self.sh(f"mount.pkramfs none {self.mnt} -o remount,preserve,ro", ours=True)
+    def kexec(self, *, preserve: bool = True) -> None:
+        """Preserve the tree, load a kernel and boot it."""
+        if preserve:
+            self.sh(f"mount.pkramfs none {self.mnt} -o remount,preserve,ro", ours=True)
         self.sh("pkram-kexec -s -l builtin --reuse-cmdline", ours=True)
         self.sh("pkram-kexec -e --poison", ours=True)
-        return time.monotonic() - began
 
     # -- programs --------------------------------------------------------------------------------
 
