@@ -5,10 +5,16 @@
 
 The pages of a wheel are installed below the prefix that the commands are in, where man(1) looks by itself. An
 editable install gets them, too. A source distribution carries this file, the tools and the tests.
+
+The same source gives the same bytes, whoever builds it, when and where: all times are SOURCE_DATE_EPOCH's, no user and
+no umask shows (reproducible-builds.org).
 """
 
+import gzip
 import os
 import re
+import shutil
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +24,14 @@ from setuptools.build_meta import *  # noqa: F403  # the hooks that need no chan
 
 TOP = Path(__file__).parents[1]
 SOURCES, PAGES = TOP / "pkramfs" / "resources" / "man", TOP / "build" / "man"
-_MANIFEST = "graft tools\ngraft tests\ninclude CHANGELOG.md CONTRIBUTING.md\nglobal-exclude *.py[cod]\n"
+_MANIFEST = """\
+graft tools
+graft tests
+include CHANGELOG.md CONTRIBUTING.md
+prune .ci
+exclude .gitignore
+global-exclude *.py[cod]
+"""
 _SETTINGS = {
     "myst_enable_extensions": ["deflist", "fieldlist"],
     "input_encoding": "unicode",
@@ -69,11 +82,15 @@ def _parts(text: str, name: str, section: str) -> tuple[str, str]:
     return " ".join(summary.split()), re.sub("^##", "#", rest, flags=re.MULTILINE)
 
 
-def _date() -> str:
-    """Return the day of the source: the same source gives the same page (reproducible-builds.org)."""
+def _seconds() -> int:
+    """Return the time of the source, in seconds since the epoch."""
     seconds = os.environ.get("SOURCE_DATE_EPOCH")
-    newest = int(seconds) if seconds else max(int(page.stat().st_mtime) for page in SOURCES.glob("*.md"))
-    return time.strftime("%Y-%m-%d", time.gmtime(newest))
+    return int(seconds) if seconds else max(int(page.stat().st_mtime) for page in SOURCES.glob("*.md"))
+
+
+def _date() -> str:
+    """Return the day of the source."""
+    return time.strftime("%Y-%m-%d", time.gmtime(_seconds()))
 
 
 def _version() -> str:
@@ -90,8 +107,13 @@ def render_all() -> None:
 
 
 def build_wheel(*args: Any, **words: Any) -> str:
-    render_all()
-    return build_meta.build_wheel(*args, **words)
+    shutil.rmtree(TOP / "build" / "lib", ignore_errors=True)  # it keeps modules that are gone
+    before = os.umask(0o022)  # modes are part of the wheel
+    try:
+        render_all()
+        return str(build_meta.build_wheel(*args, **words))
+    finally:
+        os.umask(before)
 
 
 def build_editable(*args: Any, **words: Any) -> str:
@@ -99,12 +121,32 @@ def build_editable(*args: Any, **words: Any) -> str:
     return build_meta.build_editable(*args, **words)
 
 
-def build_sdist(*args: Any, **words: Any) -> str:
+def build_sdist(directory: str, *args: Any, **words: Any) -> str:
     """Build a source distribution with all that building and testing takes."""
     render_all()
     manifest = TOP / "MANIFEST.in"
     manifest.write_text(_MANIFEST)
     try:
-        return build_meta.build_sdist(*args, **words)
+        name: str = build_meta.build_sdist(directory, *args, **words)
     finally:
         manifest.unlink()
+    _settle(Path(directory) / name)
+    return name
+
+
+def _settle(archive: Path) -> None:
+    """Pack an archive again in the order of names, without what tells who packed it, and when."""
+    packed = archive.with_suffix(".new")
+    with (
+        tarfile.open(archive) as old,
+        open(packed, "wb") as file,
+        gzip.GzipFile("", "wb", 9, file, mtime=_seconds()) as squeezed,
+        tarfile.open(fileobj=squeezed, mode="w", format=tarfile.PAX_FORMAT) as new,
+    ):
+        for member in sorted(old, key=lambda member: member.name):
+            member.uid = member.gid = 0
+            member.uname = member.gname = ""
+            member.mtime, member.pax_headers = _seconds(), {}  # else the fractions of seconds stay
+            member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+            new.addfile(member, old.extractfile(member) if member.isfile() else None)
+    packed.replace(archive)
