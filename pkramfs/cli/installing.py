@@ -8,7 +8,8 @@
 
 PREFIX is /usr/local, and mount(8) looks for helpers in /sbin only. With --prefix DIR everything goes below DIR, for
 packagers and for a look. With --etc DIR alone, only units are written, below DIR. A file that is there and is not ours
-stays: it is named, and --force replaces it. All of it may be repeated.
+stays: it is named, and --force replaces it. All of it may be repeated. Where a distribution's package brought pkramfs,
+that one has put all in place, and this adds nothing.
 """
 
 import argparse
@@ -30,6 +31,8 @@ _PREFIX, _ETC, _SBIN = "/usr/local", "/etc", "/sbin"
 _PLACES = {".service": "systemd/system", ".socket": "systemd/system", ".timer": "systemd/system"}
 _PLACES |= {".mount": "systemd/system", ".target": "systemd/system", ".rules": "udev/rules.d"}
 _OURS = "made by pkramctl install"
+_PACKAGERS = {"debian": "Debian", "rpm": "this distribution"}
+"""Who installs for a distribution, as the metadata of the package have it: anybody else is pip."""
 _RESOURCES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "resources")
 
 Parsers = Mapping[str, argparse.ArgumentParser]
@@ -56,6 +59,8 @@ def add(made: argparse.ArgumentParser, parsers: Callable[[], Parsers]) -> None:
 def act(args: argparse.Namespace) -> int:
     """Run `pkramctl install`."""
     wanted = list(items(args.prefix, args.etc, args.parsers()))
+    if args.prefix is None and args.etc is None and (by := packager()):
+        raise MachineError(f"{by}'s package puts all in place, and removes it: --prefix DIR makes another copy")
     try:
         done = _remove(wanted) if args.uninstall else _put(wanted, force=args.force)
     except OSError as error:
@@ -75,6 +80,17 @@ def act(args: argparse.Namespace) -> int:
     for line in _NEXT.splitlines() if units and not args.uninstall else []:
         render.say(line)
     return 0
+
+
+def packager() -> str:
+    """Return the distribution whose package this is, empty if it is none's."""
+    from importlib import metadata
+
+    try:
+        by = (metadata.distribution("pkramfs").read_text("INSTALLER") or "").strip()
+    except metadata.PackageNotFoundError:
+        return ""
+    return _PACKAGERS.get(by, "")
 
 
 def _reload() -> None:
@@ -171,7 +187,7 @@ def _remove(wanted: list[Item]) -> list[Item]:
 def _is_there(item: Item) -> bool:
     """Return True if an item is in place as it should be."""
     if item.target:
-        return os.path.islink(item.path) and os.readlink(item.path) == item.target
+        return os.path.islink(item.path) and os.path.realpath(item.path) == os.path.realpath(item.target)
     return _text(item.path) == item.text
 
 

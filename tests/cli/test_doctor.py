@@ -7,8 +7,10 @@ import resource
 import signal
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
+import xxhash
 
 from pkramfs.cli import checkup, doctor
 from pkramfs.cli.checkup import ERROR, NOTE, OK, WARNING, Finding, Host
@@ -93,6 +95,13 @@ def test_a_package_that_is_missing_or_too_old(top, monkeypatch):
     assert missing.level == old.level == ERROR and said.level == OK
     assert missing.remedy == f"{sys.executable} -m pip install no_such_package"
     assert old.found.endswith("is too old: trio>=99.1 is needed")
+
+
+def test_a_package_that_was_built_without_its_version_says_it_itself(top, monkeypatch):
+    monkeypatch.setattr(checkup, "_requirements", lambda: [("xxhash", "3.0")])
+    monkeypatch.setattr(metadata, "version", lambda name: "0.0.0")
+    (said,) = checkup.versions(Host(str(top), uid=0))
+    assert said.level == OK and said.found.endswith(f"xxhash {xxhash.VERSION}")
 
 
 def test_what_this_package_needs_is_known():

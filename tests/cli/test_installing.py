@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,24 @@ def test_an_earlier_one_of_ours_is_replaced(root, ctl, tmp_path):
     helper.symlink_to("/opt/old/bin/mount.pkramfs")
     assert ctl("install", "--prefix", str(tmp_path))[0] == 0
     assert os.readlink(helper) == checkup.own_helper()
+
+
+def test_a_link_to_a_link_is_in_place(root, ctl, tmp_path):
+    """As Debian has them: where /sbin is /usr/sbin, a link by another way would lead to itself."""
+    between = tmp_path / "bin" / "mount.pkramfs"
+    for path, target in ((between, checkup.own_helper()), (tmp_path / "sbin/mount.pkramfs", "../bin/mount.pkramfs")):
+        path.parent.mkdir()
+        path.symlink_to(target)
+    assert ctl("install", "--prefix", str(tmp_path))[0] == 0
+    assert os.readlink(tmp_path / "sbin/mount.pkramfs") == "../bin/mount.pkramfs"
+
+
+@pytest.mark.parametrize("words", [(), ("--uninstall",)])
+def test_what_a_distribution_installed_is_its_own(root, ctl, words, monkeypatch):
+    monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda self, name: "debian\n")
+    status, out, err = ctl("install", *words)
+    assert (status, out) == (8, "")
+    assert err == "pkramctl: Debian's package puts all in place, and removes it: --prefix DIR makes another copy\n"
 
 
 def test_a_place_that_cannot_be_written(root, ctl, tmp_path):
