@@ -2,6 +2,7 @@
 # What the tools share; sourced, not run. Expects $tool, the name that messages begin with.
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$here/.venv # whose commands are ours
 
 say() { printf '%s: %s\n' "$tool" "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -32,23 +33,23 @@ available_mib() {
 
 helpers=(mount.pkramfs mount.fuse.pkramfs)
 
-# Do both names in /sbin lead to this checkout's helper?
+# Do both names in /sbin lead to our helper?
 helpers_are_ours() {
     local name
     for name in "${helpers[@]}"; do
-        [ "$(readlink -f "/sbin/$name" || true)" = "$here/.venv/bin/mount.pkramfs" ] || return 1
+        [ "$(readlink -f "/sbin/$name" || true)" = "$venv/bin/mount.pkramfs" ] || return 1
     done
 }
 
-# In a mount namespace of our own, as root: have mount(8) find this checkout's helper, whatever the machine's
-# /sbin says. A copy (some MiB, on a tmpfs) takes its place, because the names may not exist there yet.
+# In a mount namespace of our own, as root: have mount(8) find our helper, whatever the machine's /sbin
+# says. A copy (some MiB, on a tmpfs) takes its place, because the names may not exist there yet.
 bind_helpers() {
     local copy name
     ! helpers_are_ours || return 0
     copy=$(mktemp -d)
     mount -t tmpfs -o mode=755 pkramfs-sbin "$copy"
     cp -a /sbin/. "$copy"
-    for name in "${helpers[@]}"; do ln -sfn "$here/.venv/bin/mount.pkramfs" "$copy/$name"; done
+    for name in "${helpers[@]}"; do ln -sfn "$venv/bin/mount.pkramfs" "$copy/$name"; done
     mount --bind "$copy" /sbin/
     umount "$copy"
     rmdir "$copy"

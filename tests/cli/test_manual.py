@@ -12,7 +12,7 @@ from pkramfs.cli import ctl, kexec
 
 PACKAGE = Path(pkramfs.__file__).parent
 MANUAL = PACKAGE / "resources" / "man"
-REPOSITORY = PACKAGE.parent
+TESTS = Path(__file__).parents[2]
 
 
 def parsers(parser: argparse.ArgumentParser):
@@ -60,16 +60,16 @@ def test_all_43_patches_are_in_the_table():
 
 @pytest.mark.parametrize("row", table(), ids=lambda row: row[0])
 def test_each_patch_has_its_code_and_its_test(row):
-    assert (REPOSITORY / row[2]).is_file(), row[2]
+    assert (PACKAGE.parent / row[2]).is_file(), row[2]
     path, _, name = row[3].partition("::")
-    assert f"def {name}(" in (REPOSITORY / path).read_text(), row[3]
+    assert f"def {name}(" in (TESTS / path).read_text(), row[3]
 
 
 @pytest.mark.parametrize("row", table("defects"), ids=lambda row: row[0])
 def test_each_defect_has_its_test(row):
     path, _, name = row[2].partition("::")
     assert name.startswith(f"test_{row[0].lower()}_")
-    assert f"def {name}(" in (REPOSITORY / path).read_text(), row[2]
+    assert f"def {name}(" in (TESTS / path).read_text(), row[2]
 
 
 def test_defects_are_in_order():
