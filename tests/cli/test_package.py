@@ -76,4 +76,4 @@ def test_a_wheel_has_the_package_and_its_pages_only(built: Built) -> None:
 
 def test_a_kind_that_nobody_knows(tmp_path: Path) -> None:
     done = package("rpm", "--out", tmp_path)
-    assert done.returncode == 2 and done.stderr.endswith("unknown kind 'rpm': sdist, wheel are known\n")
+    assert done.returncode == 2 and done.stderr.endswith("unknown kind 'rpm': sdist, wheel, deb are known\n")

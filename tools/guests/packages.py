@@ -60,7 +60,7 @@ class Archive:
             (place / name).mkdir(parents=True, exist_ok=True)
         (place / "status").touch()
         key = "/usr/share/keyrings/debian-archive-keyring.gpg"
-        (place / "sources.list").write_text(f"deb [signed-by={key}] {_mirror()} {self.suite} main\n")
+        (place / "sources.list").write_text(f"deb [signed-by={key}] {mirror()} {self.suite} main\n")
         (place / "conf").write_text(_CONF.format(place))
         self._apt("-qq", "update")
         (place / "ok").touch()
@@ -126,7 +126,7 @@ class Archive:
         return [f"linux-image-{version}", *split]
 
 
-def _mirror() -> str:
+def mirror() -> str:
     """Return the mirror that this host uses, so that a proxy or a copy nearby is used here, too."""
     for line in _run(["apt-get", "indextargets", "--format", "$(REPO_URI)"]).splitlines():
         if line.rstrip("/").endswith("/debian"):
