@@ -106,8 +106,9 @@ class Data(Filling):
         if pages is None:
             return zeros(end - offset)
         first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
-        if self.sums is not None and self.sums.doubtful:
-            self.sums.require(inode, first, last)
+        sums = self.sums
+        if sums is not None and (sums.table.doubted or sums.damaged):
+            sums.require(inode, first, last)
         runs, view = pages.between(first, last), self._viewer(inode, first, last)
         if view == self._peek:
             return self._gather(runs, offset, end, view)

@@ -57,8 +57,9 @@ class Ranges(Data):
             return 0
         self._read_time(giver)
         at, end = offset, offset + size
-        if self.sums is not None and self.sums.doubtful:
-            self.sums.require(giver, offset >> PAGE_SHIFT, pages(end))
+        sums = self.sums
+        if sums is not None and (sums.table.doubted or sums.damaged):
+            sums.require(giver, offset >> PAGE_SHIFT, pages(end))
         view = self._viewer(giver, offset >> PAGE_SHIFT, pages(end))
         for index, pfn, count in written(giver, offset >> PAGE_SHIFT, pages(end)):
             start, stop = max(index << PAGE_SHIFT, offset), min((index + count) << PAGE_SHIFT, end)

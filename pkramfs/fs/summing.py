@@ -118,10 +118,13 @@ class Summing:
         """Note the sums of what is as it was when it was taken, and find what is damaged."""
         table, made = self.sums.table, list[tuple[int, int, int]]()
         for job, value in zip(jobs, digests, strict=True):
-            if table.find(job.ino, job.piece) != job.found or (job.found >= 0 and table.state[job.found] != job.state):
+            if not self._is_as_it_was(job):
                 continue
             if job.state == BARE:
-                table.put(job.ino, job.piece, value)
+                if job.found < 0:
+                    table.put(job.ino, job.piece, value)
+                else:
+                    table.complete(job.found, value)
                 made.append((job.ino, job.piece, value))
             elif int(table.sums[job.found]) == value:
                 table.agree(job.found)
@@ -130,6 +133,15 @@ class Summing:
         if made:
             self._keep(made)
         self._tree.commit()
+
+    def _is_as_it_was(self, job: Job) -> bool:
+        """Return True if a piece was not changed since it was taken."""
+        table = self.sums.table
+        if 0 <= job.found < table.sorted:  # a row that nothing else ever gets
+            return int(table.state[job.found]) == job.state
+        return table.find(job.ino, job.piece) == job.found and (
+            job.found < 0 or int(table.state[job.found]) == job.state
+        )
 
     def _keep(self, made: list[tuple[int, int, int]]) -> None:
         """Have room for new sums in what a save writes, and tell the log; else they are forgotten again."""

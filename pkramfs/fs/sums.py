@@ -29,7 +29,7 @@ import numpy as np
 from pkramfs.fs.failure import fail
 from pkramfs.fs.pagecache import END, Run
 from pkramfs.fs.pieces import KEY_SHIFT, PIECE_PAGES, PIECE_SHIFT, bits, buffer, digest, pieces_of
-from pkramfs.fs.sumtable import Rows, SumTable
+from pkramfs.fs.sumtable import DOUBTED, Rows, SumTable
 from pkramfs.text import exact
 from pkramfs.units import PAGE_SHIFT, pages
 
@@ -72,11 +72,6 @@ class Sums:
         """By key: a mask of the pages of a piece that are damaged."""
         self.found: Callable[[int, int], object] = _nobody
         self._buffer = buffer()
-
-    @property
-    def doubtful(self) -> bool:
-        """Return True if a read has to ask first."""
-        return bool(self.table.doubted or self.damaged)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -126,14 +121,17 @@ class Sums:
         low, high, table = first >> PIECE_SHIFT, (last - 1) >> PIECE_SHIFT, self.table
         if low == high and not self.damaged and table.late.get(inode.ino << KEY_SHIFT | low) == table.mark:
             return False
-        for piece in {low, high}:
-            self._leave(inode, piece, pages(offset), end >> PAGE_SHIFT)
+        if table.doubted:
+            for piece in {low, high}:
+                self._leave(inode, piece, pages(offset), end >> PAGE_SHIFT)
         if self.damaged:
             self._refuse_parts(inode.ino, {first, last - 1} - set(range(*_whole(inode, offset, end))))
-        if any(table.summed(inode.ino, piece) is not None for piece in range(low, high + 1)):
-            return True
         for piece in range(low, high + 1):
-            self._touch(inode.ino, piece)
+            found = table.find(inode.ino, piece)
+            if found is not None and found >= 0 and table.state[found] >= DOUBTED:
+                return True
+            if not self._mask(inode.ino, piece):
+                table.mark_found(inode.ino, piece, found)
         return False
 
     def drop(self, inode: Inode, offset: int, end: int) -> None:
@@ -182,7 +180,7 @@ class Sums:
         there, before = inode.pages, -1
         if there is None:
             return
-        if compare:
+        if compare and self.table.doubted:
             for piece in {first >> PIECE_SHIFT, (last - 1) >> PIECE_SHIFT}:
                 self._leave(inode, piece, first, last)
         if self.damaged:

@@ -58,6 +58,7 @@ class SumTable:
         self._ino, self._piece, self.sums = (np.array(column, dtype=np.uint64) for column in rows)
         self.state = np.array(state, dtype=np.uint8)
         self.sorted = self.used = len(self.state)
+        self._last = int(self._ino[-1]) if self.sorted else -1  # the highest inode number that need be searched for
         self.late.clear()
         self.touched.clear()
         self.resting.clear()
@@ -71,7 +72,7 @@ class SumTable:
     def find(self, ino: int, piece: int) -> int | None:
         """Return the row of a piece, or a mark, which is negative; None if nothing is known of it."""
         found = self.late.get(ino << KEY_SHIFT | piece)
-        return self._search(ino, piece) if found is None and self.sorted else found
+        return self._search(ino, piece) if found is None and ino <= self._last else found
 
     def _search(self, ino: int, piece: int) -> int | None:
         low, high = self._rows(ino)
@@ -111,8 +112,11 @@ class SumTable:
 
     def touch(self, ino: int, piece: int) -> None:
         """Mark a piece: it was changed, and has no sum any more."""
+        self.mark_found(ino, piece, self.find(ino, piece))
+
+    def mark_found(self, ino: int, piece: int, found: int | None) -> None:
+        """Mark a piece likewise, which `find` has found."""
         key = ino << KEY_SHIFT | piece
-        found = self.find(ino, piece)
         if found is None:
             self.pending += 1
         elif found >= 0:
@@ -146,17 +150,17 @@ class SumTable:
 
     def put(self, ino: int, piece: int, value: int, state: int = SOUND) -> None:
         """Note the sum of a piece."""
-        found = self.find(ino, piece)
-        if found is not None and found >= 0 and self.state[found] == BARE:
-            row = found
-            self.pending -= 1
-        else:
-            self.remove(ino, piece)
-            row = self._unused.pop() if self._unused else self._append()
-            self._ino[row], self._piece[row] = ino, piece
-            self.late[ino << KEY_SHIFT | piece] = row
-        self.sums[row], self.state[row] = value, state
+        self.remove(ino, piece)
+        row = self._unused.pop() if self._unused else self._append()
+        self._ino[row], self._piece[row], self.sums[row], self.state[row] = ino, piece, value, state
+        self.late[ino << KEY_SHIFT | piece] = row
         self.doubted += state == DOUBTED
+        self._weigh(1)
+
+    def complete(self, row: int, value: int) -> None:
+        """Note the sum of a piece that has a row without."""
+        self.sums[row], self.state[row] = value, SOUND
+        self.pending -= 1
         self._weigh(1)
 
     def _append(self) -> int:

@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.table import Table
 
-SECTIONS = ("rfc", "scale", "pause", "io", "meta", "memory", "start", "live", "peers")
+SECTIONS = ("rfc", "scale", "pause", "io", "meta", "memory", "start", "live", "sums", "peers")
 
 
 def main() -> int:
@@ -40,9 +40,9 @@ def main() -> int:
 
 
 def section(name: str):  # type: ignore[no-untyped-def]
-    from benchmarks import core, files, living, peers, space, users
+    from benchmarks import core, files, living, peers, space, sums, users
 
-    for module in (core, users, files, space, living, peers):
+    for module in (core, users, files, space, living, sums, peers):
         if hasattr(module, name):
             return getattr(module, name)
     raise AssertionError(name)
