@@ -5,7 +5,7 @@
     --kernel SUITE, --to SUITE      from which Debian suite the two kernels come; they take turns
     --kexecs N                      how many kexecs; odd ones by pkram-kexec, even ones by kexec(8) alone
     --control NAME                  something goes wrong on purpose, and must be refused: nopkram, nomemmap, metadata,
-                                    firmware
+                                    data, firmware
     --systemd                       with /etc/fstab, the unit of `pkramctl install`, and `systemctl kexec`
     --controls                      all of them, one after another
 
@@ -28,7 +28,7 @@ from guests.packages import SYSTEMD, Archive, UnavailableError, missing
 
 MEMORY_MIB, SIZE_MIB, AT_MIB = 1536, 512, 512
 CANNOT = 77
-CONTROLS = ("nopkram", "nomemmap", "metadata", "firmware")
+CONTROLS = ("nopkram", "nomemmap", "metadata", "data", "firmware")
 _QUIET = "console=ttyS0 panic=-1 no_timer_check nowatchdog loglevel=4"
 _SYSTEMD = "pk.systemd=1 systemd.show_status=no systemd.log_target=console systemd.log_level=warning"
 _DEATHS = ("Kernel panic", "Oops:", "BUG:")

@@ -137,7 +137,7 @@ def digest() -> str:
 
 def mount(*, fails: bool = False) -> str:
     MNT.mkdir(exist_ok=True)
-    return sh(f"mount -t pkramfs -o pkram=mytmpfs none {MNT}", fails=fails)
+    return sh(f"mount -t pkramfs -o pkram=mytmpfs{',verify=data' * (CONTROL == 'data')} none {MNT}", fails=fails)
 
 
 def next_line(what: str, *, pkram: bool = True) -> str:
@@ -185,7 +185,7 @@ def first() -> None:
     before = digest()
     say("SUM", before)
     if not SYSTEMD:
-        sh(f"mount -o remount,preserve,ro {MNT}")
+        sh(f"mount -o remount,preserve,ro{',verify' * (CONTROL == 'data')} {MNT}")
         sh("pkramctl status")
     damage()
     kexec(before)
@@ -211,6 +211,14 @@ def damage() -> None:
         from pkramfs.machine.directory import Machine
 
         flip((look(Machine(MACHINE)).store.nodes()[0].pfn << 12) + 200)
+    elif CONTROL == "data":
+        from pkramfs.archive.view import open_tree
+        from pkramfs.kernel.running import look
+        from pkramfs.machine.directory import Machine
+
+        tree = open_tree(look(Machine(MACHINE)).store, b"shmem-mytmpfs")
+        _, pfn, _ = next(tree._data_runs(tree.find(b"/testfile")))
+        flip((pfn << 12) + 5000)
     elif CONTROL == "firmware":
         sh(f"umount {MNT}")
         os.sync()
@@ -224,6 +232,7 @@ CONTROLS = {
     "nomemmap": "cannot open RAM: /dev/dax0.0: No such file or directory",
     "metadata": "checksum",
     "firmware": "memory went through firmware",
+    "data": "are damaged between byte 0 and 1048576",
 }
 
 
@@ -232,6 +241,9 @@ def again() -> None:
         sh("systemctl --no-pager status mnt-pk.mount pkramfs-preserve@mnt-pk.service || true; findmnt /mnt/pk")
     else:
         find_memory()
+        if CONTROL == "data":
+            noticed(CONTROLS[CONTROL])
+            return
         if CONTROL:
             refused(CONTROLS[CONTROL])
             return
@@ -273,6 +285,26 @@ def refused(message: str) -> None:
         sh(words)
         mount()
         compare()
+    print("PK RESULT PASS", flush=True)
+
+
+def noticed(message: str) -> None:
+    """Mount, and find that a flipped bit is an error where it is, and nowhere else."""
+    mount()
+    bad, file = [], os.open(MNT / "testfile", os.O_RDONLY)
+    for piece in range(os.fstat(file).st_size >> 20):
+        try:
+            os.pread(file, 1 << 20, piece << 20)
+        except OSError as error:
+            bad.append((piece, error.errno))
+    os.close(file)
+    say("EIO in", bad)
+    if bad != [(0, 5)] or message not in sh("cat /run/pkram/dmesg"):
+        raise SystemExit(f"expected: {message}")
+    sh("pkramctl status; pkramctl verify")
+    sh("pkramctl verify --data", fails=True)
+    (MNT / "testfile").write_bytes(b"written anew")
+    sh(f"mount -o remount,preserve,ro,verify {MNT}; pkramctl verify --data")
     print("PK RESULT PASS", flush=True)
 
 
