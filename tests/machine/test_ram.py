@@ -173,6 +173,23 @@ def test_some_room_is_left_to_the_host(ram, monkeypatch, whole, free, room):
         ram.check_room(int(room * GIB) - 2 * MIB)
 
 
+@pytest.mark.parametrize(("free", "looks"), [(GIB, 2), (256 * MIB + 8 * PAGE_SIZE, 6)])
+def test_the_host_is_asked_again_soon_and_where_room_is_scarce_each_time(ram, monkeypatch, free, looks):
+    """Nothing is granted beyond a small part of the room that there was."""
+    asked, now = [], [0.0]
+    figures = (4096, 4096, GIB >> 12, 0, free >> 12, 0, 0, 0, 0, 255)
+    monkeypatch.setattr(os, "fstatvfs", lambda _fd: asked.append(1) or os.statvfs_result(figures))
+    monkeypatch.setattr(ram_module.time, "monotonic", lambda: now[0])
+    for moment in (1.0, 1.001, 1.004, 1.006, 1.01):
+        now[0] = moment
+        ram.check_room(PAGE_SIZE)
+    ram.check_room(PAGE_SIZE, floor=0)
+    assert len(asked) == looks
+    ram.check_room(5 * MIB if looks == 2 else PAGE_SIZE)
+    assert len(asked) == looks + 1
+    assert ram._granted <= free >> 6
+
+
 def test_a_file_of_another_size_is_refused_and_closed(ram):
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(MachineError, match=r"cannot map RAM of 64.0 MiB: .*the memory was cut or replaced"):
