@@ -338,6 +338,24 @@ class Keeper:
             self._holders += self.tree.preserved
             return {"preserved": self.tree.preserved}
 
+    async def freeze_in_use(self) -> None:
+        """Freeze and preserve the tree with all that is open; `release` takes the freeze back.
+
+        The caller has seen to it that no request is read until then.
+        """
+        async with self._lock:
+            self._notice_loss()
+            self.tree.freeze()
+            try:
+                self._refuse_loss(lossy=False)
+                if not self.tree.preserved:
+                    await self._save(self.strict)
+            except BaseException:
+                if not self._kept:
+                    self._thaw()
+                raise
+            self._holders += 1
+
     async def release(self, answer: Frozen) -> None:
         """Take back the freeze that had this answer: its connection has ended."""
         async with self._lock:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Which NAME and which tree id a mount gets, and where its tree comes from.
 
-    a node has the NAME              its tree id; the tree is restored
+    a node has the NAME              its tree id; the tree is restored (so, too, under a mount that stayed over a kexec)
     a dead daemon had the NAME       its tree id; the tree is recovered from its log
     neither                          a new tree id; the tree is empty
 
@@ -46,6 +46,8 @@ class Origin(enum.Enum):
     LOG = enum.auto()
     DAEMON = enum.auto()
     """From the log of a daemon that has just died and whose mount is still there."""
+    KEXEC = enum.auto()
+    """From the node that the last kernel has handed over; the mount is still there."""
 
 
 class Claimed(NamedTuple):
@@ -109,11 +111,23 @@ class Claiming:
             lock.write_entry(entry(claimed))
         return claimed
 
-    def inherit(self, kernel: Running, lock: int, *, tree_id: int, live: int, log_at: int, **_: object) -> Claimed:
-        """Take a tree over from a daemon that has died, with its lock; MachineError if a kexec was there before us."""
+    def inherit(
+        self, kernel: Running, lock: int, *, tree_id: int, live: int, log_at: int, generation: int | None = None,
+        **_: object,
+    ) -> Claimed:  # fmt: skip
+        """Take a tree over from a daemon that has ended, with its lock; MachineError if it did not cross a kexec.
+
+        `generation` is the kernel under which that daemon had the tree; an older holder does not tell.
+        """
+        inherited = self.machine.inherit(tree_id, lock)
+        if generation not in (None, kernel.generation):
+            node = kernel.store.find(node_name(self.options.name or "")) if kernel.info.pkram else None
+            if node is None or node.tree_id != tree_id:
+                raise MachineError(f"{self.options.name} has not crossed the kexec to kernel {kernel.generation}")
+            return Claimed(inherited, Origin.KEXEC, None, log_at)
         if not kernel.leases.blocks_of(tree_id):
             raise MachineError(f"{self.options.name} is no longer in RAM: another kernel runs")
-        return Claimed(self.machine.inherit(tree_id, lock), Origin.DAEMON, live, log_at)
+        return Claimed(inherited, Origin.DAEMON, live, log_at)
 
     def _origin(self, kernel: Running) -> tuple[int, Origin, int | None]:
         """Return the tree id, where the tree comes from, and the live page of its log."""

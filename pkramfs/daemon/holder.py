@@ -19,6 +19,7 @@ this memory.
     of a signal we passed on    ends, as with FINAL: it was told to end and did not serve yet
     FINAL                       ends: no other daemon would do better. Programs get ENOTCONN, the tree stays in RAM
     HANDED_OVER                 becomes the code on disk (execve), and starts another daemon
+    CROSSED                     the same, for a kexec; but if the code on disk is what it runs, it starts one at once
     otherwise                   starts another: at once, then after longer and longer (PAUSES)
     more than DEATHS in WITHIN  ends, as with FINAL
 
@@ -26,13 +27,16 @@ What counts is a death of the daemon's own, and any before it was *well*: before
 not seen. Kills from outside (SIGKILL, of the OOM killer too) of daemons that are well are no reason to give up. After
 POISON_DEATHS, requests that the dead did not answer are refused with EIO: one of them may be what kills.
 
+A holder may die, too. Its daemon notices that, and starts another holder, which has not forked that daemon and can only
+watch it: by a pidfd, and by what the daemon says when it leaves. A holder starts a daemon only when the one before has
+ended, and is started only when the one before has ended. So there are never two daemons for a tree.
+
 A mount without a name has no journal, and one with fuse=pyfuse3 cannot tell whether a request was done: they have no
 holder and end with their daemon.
 
 Kernel: fs/fuse/dev.c (fuse_dev_release, fuse_chan_resend), include/uapi/linux/fuse.h (FUSE_NOTIFY_RESEND)
 """
 
-import array
 import contextlib
 import gc
 import json
@@ -44,10 +48,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
-from pkramfs.daemon import serving
-from pkramfs.daemon.job import FINAL, HANDED_OVER, Held, Job
+from pkramfs.daemon import code, leash, serving
+from pkramfs.daemon.job import CROSSED, FINAL, HANDED_OVER, Held, Job, words
+from pkramfs.daemon.leash import Leash, Said
 from pkramfs.errors import PkramfsError
 from pkramfs.machine import process
 from pkramfs.machine.directory import Machine
@@ -60,16 +64,19 @@ DEATHS, WITHIN = 5, 60.0
 """How many deaths in how many seconds may be."""
 POISON_DEATHS = 3
 """How many of them make what was not answered suspect."""
-WELL, ENDS = b"well", b"ends"
-_MESSAGE = 1 << 16
+_UNKNOWN = 1
+"""The status of a daemon that we have not forked, and that has not said with which it leaves."""
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one mount: FD for the answer, mount point, options, FD to read GO from."""
     job = serving.read_job(argv)
-    if job is None:
-        return 0
+    return 0 if job is None else run(job)
+
+
+def run(job: Job) -> int:
+    """Run one mount in this process, with a holder if it is to have one."""
     return Holder(job).run() if _is_held(job.text) else serving.serve(job)
 
 
@@ -83,12 +90,17 @@ def _is_held(text: str) -> bool:
 
 
 def again(argv: Sequence[str]) -> int:
-    """Go on with a mount whose daemon has made room: mount point, options, device, lock, facts."""
-    mountpoint, text, device, lock, facts = argv
-    for fd in (int(device), int(lock)):
-        os.set_inheritable(fd, False)
+    """Go on with a mount: mount point, options, device, lock, facts; then, if there are, the file of users (or -1), and
+    the pidfd and the socket of a daemon that serves."""
+    mountpoint, text, device, lock, facts, *more = argv
+    users, *daemon = map(int, more or ["-1"])
+    for fd in (int(device), int(lock), users, *daemon):
+        if fd >= 0:
+            os.set_inheritable(fd, False)
     holder = Holder(Job(-1, mountpoint, text, ANYTHING))
-    holder.held = Held(int(device), int(lock), json.loads(facts), False)
+    holder.held = Held(int(device), int(lock), json.loads(facts), False, users)
+    if daemon:
+        holder.adopt(*daemon)
     return holder.run()
 
 
@@ -97,11 +109,15 @@ class Holder:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        code.running()
         for number in _FORWARDED:
             signal.signal(number, lambda number, _: self._forward(number))
-        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         self.held: Held | None = None
-        self._child = self._passed = 0
+        self._ours: socket.socket | None = None
+        self._pidfd = self._child = self._shadow = -1
+        self._passed = 0
+        self._left: int | None = None
+        """The status with which a daemon has said to leave."""
         self._well = True
         self._deaths: deque[float] = deque(maxlen=DEATHS + 1)
 
@@ -110,88 +126,103 @@ class Holder:
         gc.freeze()
         process.adopt_orphans()
         while True:
-            status = self._live(self._start())
-            code = os.waitstatus_to_exitcode(status)
-            _end_orphans()
-            if self.held is None or code == 0:
-                return code if code >= 0 else 128 - code
+            if self._pidfd < 0:
+                self._start()
+            status = self._live()
+            self._end_shadow()
+            if self.held is None or status == 0:
+                return status if status >= 0 else 128 - status
             facts = self.held.facts
             self.held = self.held._replace(facts=facts | {"taken": facts.get("taken", 0) + 1})
-            if code == HANDED_OVER:
-                self._become_new(self.held)
-            if self._is_hopeless(code):
+            if status in (HANDED_OVER, CROSSED):
+                self._make_room(self.held, status)
+                continue
+            if self._is_hopeless(status):
                 return 1
             time.sleep(PAUSES[min(self._recent(), len(PAUSES) - 1)] if not self._well else 0)
             self._well = False
 
-    def _start(self) -> int:
-        """Fork a daemon; return its pid."""
+    def adopt(self, pidfd: int, end: int) -> None:
+        """Hold the mount of a daemon that serves and whose holder has died."""
+        self._pidfd, self._ours = pidfd, socket.socket(fileno=end)
+        Leash(self._ours, 0).well()  # it waits for that
+
+    def _start(self) -> None:
+        """Fork a daemon."""
+        ours, theirs = leash.pair()
+        holder = os.getpid()
         pid = os.fork()
         if pid:
-            self._child = pid
-            return pid
+            theirs.close()
+            self._child, self._pidfd, self._ours = pid, os.pidfd_open(pid), ours
+            return
         status = 1
         try:
+            ours.close()
             for number in _FORWARDED:
                 signal.signal(number, signal.SIG_DFL)
             if self.held is None:
                 process.die_with_parent()  # who gives up waiting for us kills our parent
-                status = serving.serve(self._job, self._tell)
-            else:
-                status = serving.serve(self._job, self._tell, self.held)
+            status = serving.serve(self._job, Leash(theirs, holder), self.held)
         finally:
             with contextlib.suppress(OSError):
                 sys.stderr.flush()
             os._exit(status)
 
-    def _tell(
-        self, device: int = -1, lock: int = -1, facts: dict[str, Any] | None = None, *, ends: bool = False
-    ) -> None:
-        """Give the holder what it must keep, or tell it that all is well, or ends; called in the daemon."""
-        if facts is None:
-            with contextlib.suppress(OSError):  # it was killed
-                self._theirs.send(ENDS if ends else WELL)
-            return
-        passed = array.array("i", [device, lock]).tobytes()
-        self._theirs.sendmsg([json.dumps(facts).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])
-        process.die_with_parent(no=True)
-
-    def _live(self, pid: int) -> int:
-        """Wait until a daemon has ended, take what it gives us, pass signals on; return its wait status."""
-        pidfd = os.pidfd_open(pid)
-        try:
-            poll = select.poll()
-            poll.register(self._ours, select.POLLIN)
-            poll.register(pidfd, select.POLLIN)
-            while pidfd not in {fd for fd, _ in poll.poll()}:
-                self._receive()
-        finally:
-            os.close(pidfd)
+    def _live(self) -> int:
+        """Wait until a daemon has ended, take what it gives us; return its status, or minus a signal's number."""
+        assert self._ours is not None
+        self._left = None
+        poll = select.poll()
+        poll.register(self._ours, select.POLLIN)
+        poll.register(self._pidfd, select.POLLIN)
+        while self._pidfd not in (ready := {fd for fd, _ in poll.poll()}):
+            if ready and not self._receive():
+                poll.unregister(self._ours)  # it has closed its end, and will have ended soon
         while self._receive():
             pass
-        self._child = 0
-        return os.waitpid(pid, 0)[1]
+        os.close(self._pidfd)
+        self._ours.close()
+        child, self._child, self._pidfd = self._child, -1, -1
+        if child > 0:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return _UNKNOWN if self._left is None else self._left
 
     def _receive(self) -> bool:
-        """Take the descriptors that a daemon sends, if it does."""
-        size = array.array("i").itemsize
-        try:
-            text, extra, _, _ = self._ours.recvmsg(_MESSAGE, socket.CMSG_SPACE(2 * size), socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        """Take what a daemon says, if it does."""
+        assert self._ours is not None
+        said = leash.receive(self._ours)
+        if said is None:
             return False
-        if text == WELL:
+        if said.say == leash.WELL:
             self._well = True
-            return True
-        if text == ENDS:
+        elif said.say == leash.ENDS:
             self._let_go()
-            return True
-        device, lock = array.array("i", extra[0][2][: 2 * size])
-        for fd in (device, lock):
-            os.set_inheritable(fd, False)
-        if self.held is None:
-            os.close(self._job.fd)  # the daemon answers the command
-        self.held = Held(device, lock, json.loads(text), False)
+        elif said.say == leash.LEAVES:
+            self._left = said.status
+        else:
+            self._take(said)
         return True
+
+    def _take(self, said: Said) -> None:
+        """Take descriptors and facts."""
+        held = self.held
+        if said.say == leash.HELD and len(said.descriptors) == 2:
+            if held is None:
+                os.close(self._job.fd)  # the daemon answers the command
+            else:
+                _close(held)
+            device, lock = said.descriptors
+            self.held = Held(device, lock, said.facts, False)
+        elif said.say == leash.FACTS and held is not None:
+            _close_file(held.users)
+            self.held = held._replace(facts=said.facts, users=-1)
+        elif said.say == leash.CROSSES and held is not None and len(said.descriptors) == 1:
+            _close_file(held.users)
+            self.held = held._replace(users=said.descriptors[0])
+        elif said.say == leash.SHADOW and len(said.descriptors) == 1:
+            _close_file(self._shadow)
+            self._shadow = said.descriptors[0]
 
     def _let_go(self) -> None:
         """Close the connection: its end is the daemon's to give, in order."""
@@ -201,48 +232,64 @@ class Holder:
 
     def _forward(self, number: int) -> None:
         """Pass a signal on to the daemon; without one, end, and leave the tree to who mounts it again."""
-        if not self._child:
+        if self._pidfd < 0:
             os._exit(128 + number)
         self._passed = number
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._child, number)
+            signal.pidfd_send_signal(self._pidfd, number)
 
-    def _become_new(self, held: Held) -> None:
-        """Go on as the code on disk: another holder in this process, which forks the next daemon."""
-        words = [self._job.mountpoint, self._job.text, str(held.device), str(held.lock), json.dumps(held.facts)]
-        for fd in (held.device, held.lock):
-            os.set_inheritable(fd, True)
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "pkramfs", "hold", *words])
+    def _make_room(self, held: Held, status: int) -> None:
+        """Go on as the code on disk: another holder in this process, which forks the next daemon.
+
+        A kexec need not do that if the code is the same: what runs is then there at once.
+        """
+        if status == CROSSED and code.fingerprint() == code.running():
+            return
+        for fd in (held.device, held.lock, held.users):
+            if fd >= 0:
+                os.set_inheritable(fd, True)
+        os.execv(sys.executable, words(self._job, held))
 
     def _recent(self) -> int:
         """Return how many deaths count."""
         return sum(1 for when in self._deaths if when > time.monotonic() - WITHIN)
 
-    def _is_hopeless(self, code: int) -> bool:
+    def _is_hopeless(self, status: int) -> bool:
         """Note a death; return True if no other daemon is to be started, and say so."""
         assert self.held is not None
-        if not self._well or code != -signal.SIGKILL:
+        if not self._well or status != -signal.SIGKILL:
             self._deaths.append(time.monotonic())
         self.held = self.held._replace(suspect=self._recent() >= POISON_DEATHS)
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         often = self._recent() > DEATHS
-        hopeless = code in (FINAL, -self._passed) or often or (code < 0 and serving.panics(self._job, -code))
+        hopeless = status in (FINAL, -self._passed) or often or (status < 0 and serving.panics(self._job, -status))
         why = f": {DEATHS + 1} deaths in {WITHIN:g} s are too many" if often else ""
         then = f", and none takes over{why}: mount it again" if hopeless else ", another takes over"
         self._log(f"pkramfs: the daemon of {self.held.facts['name']} {how}{then}")
         return hopeless
+
+    def _end_shadow(self) -> None:
+        """Kill who makes a checkpoint for a daemon that has ended, and wait for that: its frames are free now."""
+        if self._shadow >= 0:
+            process.end(self._shadow)
+            self._shadow = _close_file(self._shadow)
+        with contextlib.suppress(ChildProcessError):  # we are the parent of all whom it has left
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
     def _log(self, line: str) -> None:
         with contextlib.suppress(PkramfsError):
             Machine.locate(parse(self._job.text).machine).log(line)
 
 
-def _end_orphans() -> None:
-    """Kill who makes a checkpoint for a daemon that has died, and wait until it is gone: its frames are free now."""
-    for pid in process.children():
-        if process.words(pid)[-2:] == [b"pkramfs", b"checkpoint"]:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    with contextlib.suppress(ChildProcessError):  # others, such as fusermount3, may wait for the next daemon
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+def _close(held: Held) -> None:
+    os.close(held.device)
+    os.close(held.lock)
+    _close_file(held.users)
+
+
+def _close_file(fd: int) -> int:
+    """Close a descriptor, if it is one; return what stands for none."""
+    if fd >= 0:
+        os.close(fd)
+    return -1

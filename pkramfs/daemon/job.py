@@ -4,15 +4,15 @@
 Kernel: struct fs_context
 """
 
-from collections.abc import Callable
+import json
+import sys
 from typing import Any, NamedTuple
 
 from pkramfs.mounting.starting import Expected
 
-HANDED_OVER, FINAL = 75, 76
-"""Exit statuses of a daemon that leaves its place to another, and of one that another could not replace."""
-Tell = Callable[..., None]
-"""What gives a holder the device, the lock and facts to go on with; without arguments, that the daemon is well."""
+HANDED_OVER, FINAL, CROSSED = 75, 76, 77
+"""Exit statuses of a daemon that leaves its place to another, of one that another could not replace, and of one whose
+place another takes after a kexec."""
 
 
 class Job(NamedTuple):
@@ -32,3 +32,11 @@ class Held(NamedTuple):
     facts: dict[str, Any]
     suspect: bool
     """Requests that were not answered may be what daemons die of."""
+    users: int = -1
+    """The file that says who uses the tree, if a kexec was to come (crossing.py)."""
+
+
+def words(job: Job, held: Held, *daemon: int) -> list[str]:
+    """Return the command line of a holder that goes on with a mount, and perhaps a pidfd and a socket of its daemon."""
+    said = [str(held.device), str(held.lock), json.dumps(held.facts), str(held.users), *map(str, daemon)]
+    return [sys.executable, "-P", "-m", "pkramfs", "hold", job.mountpoint, job.text, *said]

@@ -22,7 +22,6 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -33,12 +32,16 @@ from pkramfs.control.keeper import Keeper, drive
 from pkramfs.control.server import Server
 from pkramfs.control.settings import Settings, Words
 from pkramfs.daemon.claim import Claimed, Claiming, Origin
-from pkramfs.daemon.job import HANDED_OVER, Held, Tell
+from pkramfs.daemon.crossing import Passage, read_users
+from pkramfs.daemon.holding import Holding, parting
+from pkramfs.daemon.job import HANDED_OVER, Held
 from pkramfs.daemon.mountlog import drop_empty, log_to
 from pkramfs.daemon.shadow import Checkpoints
 from pkramfs.daemon.summing import Background
+from pkramfs.daemon.tasks import flush, in_thread, run
 from pkramfs.errors import MachineError, explain, of_memory
 from pkramfs.fs import collector
+from pkramfs.fs.handles import reopen, unshelter
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.recover import begin, recover
 from pkramfs.fs.restore import restore
@@ -50,6 +53,7 @@ from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.session import Session
 from pkramfs.kernel import crash
 from pkramfs.kernel.running import shared
+from pkramfs.kernel.succession import BOOT_SECONDS
 from pkramfs.machine import process
 from pkramfs.machine.cgroups import MemoryGroups
 from pkramfs.machine.directory import Machine, host_memory
@@ -64,6 +68,7 @@ from pkramfs.units import PAGE_SHIFT, PAGE_SIZE, format_size, plural
 
 log = logging.getLogger("pkramfs")
 
+_NODES = (Origin.NODE, Origin.KEXEC)
 READY_SECONDS = 30.0
 WELL_SECONDS = 0.2
 """How long the requests that a dead daemon has left may take."""
@@ -82,8 +87,9 @@ class Daemon:
         self._live: int | None = None
         """The live page of the tree's log."""
         self._served = self._ended = False
-        self.tell: Tell | None = None
+        self.holding: Holding | None = None
         self.held: Held | None = None
+        self.checkpoints: Checkpoints | None = None
 
     def run(self) -> None:
         """Build, serve, take down."""
@@ -97,7 +103,8 @@ class Daemon:
                 self.kernel = claiming.attach(self._starting)
                 self.claimed = claiming.claim(self.kernel, self._entry)
             else:
-                self.kernel = self._starting.enter_context(shared(self.machine))
+                kexec = shared(self.machine, BOOT_SECONDS)  # which may be on its way, is waited for
+                self.kernel = self._starting.enter_context(kexec)
                 self.claimed = claiming.inherit(self.kernel, self.held.lock, **self.held.facts)
             self._live = self.claimed.live
             try:
@@ -113,7 +120,7 @@ class Daemon:
         try:
             if self.held is None:
                 self.kernel.sweep()
-            _run(self._serve_or_end)
+            run(self._serve_or_end)
             self._ended = True
         finally:
             self._over()
@@ -130,7 +137,7 @@ class Daemon:
     def _over(self) -> None:
         """Free the memory of a live tree whose mount was ended, and log the end."""
         tree = getattr(self, "tree", None)
-        kept = self.claimed.origin is Origin.NODE if tree is None else tree.preserved
+        kept = self.claimed.origin in _NODES if tree is None else tree.preserved
         name, fate = self.options.name or self.mountpoint, "preserved" if kept else "freed"
         if self._outlives and not kept:
             self.machine.log(f"pkramfs: the daemon of {name} ends, its tree is in RAM: mount {name} again")
@@ -166,10 +173,10 @@ class Daemon:
             "options": self._words,
             "dev": dev,
             **({"on_dev": self.session.on[0], "on_ino": self.session.on[1]} if dev and self.session.on else {}),
-            "restored": claimed.origin is Origin.NODE,
+            "restored": claimed.origin in _NODES,
             "log_at": claimed.log_at,
             **({"journal": self._live or claimed.live} if self._live or claimed.live else {}),
-            **({"holder": os.getppid()} if self.tell is not None else {}),
+            **({"holder": self.holding.pid} if self.holding is not None and self.holding.pid else {}),
         }
 
     def _write_entry(self) -> None:
@@ -180,7 +187,7 @@ class Daemon:
         options, ram = self.options, self.kernel.ram
         limits = Limits(*options.limits(self.machine.hardware().pages << PAGE_SHIFT))
         store, origin = self.kernel.store, self.claimed.origin
-        if origin is Origin.NODE:
+        if origin in _NODES:
             return await drive(restore(store, self.node_name, ram, self.frames, limits))
         if self.claimed.live is not None:
             taken = self.node_name if origin is Origin.DAEMON else None
@@ -222,7 +229,7 @@ class Daemon:
         self.sums = Background(tree, self.mountpoint, self.machine.log)
         self.sums.switch(on=self._verifies)
         if tree.journal is not None:
-            self.checkpoints = Checkpoints(tree, self.machine, self.node_name, self.machine.log)
+            self.checkpoints = Checkpoints(tree, self.machine, self.node_name, self.machine.log, self.holding)
         self._expect_room()
         self._prepare(tree)
         if not syscalls.serve_writers():
@@ -265,11 +272,14 @@ class Daemon:
             dirty=MemoryGroups().dirty(),
             filtered=self.options.fuse != "pyfuse3",
         )
+        self.passage = Passage(keeper, self.session, self.checkpoints, self.holding)
 
     async def _live_on(self, tree: Tree) -> None:
         """Serve kernel and commands until the mount ends."""
         keeper = self.keeper
-        server = Server(self.lock.path("sock"), keeper.verbs(), keeper.undo())
+        crossing = self.passage.crossing
+        verbs, undo = keeper.verbs() | crossing.verbs(), keeper.undo() | crossing.undo()
+        server = Server(self.lock.path("sock"), verbs, undo)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.serve)
             nursery.start_soon(self._announce)
@@ -279,9 +289,13 @@ class Daemon:
             nursery.start_soon(self._end_on_signal)
             nursery.start_soon(self._end_on_request, server)
             nursery.start_soon(self._leave_on_request, server)
+            nursery.start_soon(self.passage.depart_on_request, server)
+            nursery.start_soon(self.passage.arrive)
+            if self.holding is not None and self._live is not None:
+                nursery.start_soon(self._watch_holder, self.holding)
             if self.held is not None:
                 nursery.start_soon(self._be_well)
-            if tree.journal is not None:
+            if self.checkpoints is not None:
                 nursery.start_soon(self.checkpoints.serve)
             await self.session.serve()
             await server.idle()  # a save completes, and its command is told
@@ -296,44 +310,68 @@ class Daemon:
     def _outliving(self) -> dict[str, int]:
         """Return how the tree outlives this process, for its status."""
         journal = self.tree.journal
-        if journal is None:
+        if journal is None or self.checkpoints is None:
             return {}
         found = {"log_bytes": journal.log.size, "log_requests": journal.requests, "checkpoints": self.checkpoints.made}
         found["log_age"] = int(time.monotonic() - self.checkpoints.at)
         found["takeovers"] = self.held.facts.get("taken", 0) if self.held is not None else 0
-        return found | ({"holder": os.getppid()} if self.tell is not None and os.getppid() > 1 else {})
+        held = self.holding is not None and self.holding.leash is not None
+        return found | ({"holder": self.holding.pid} if held and self.holding is not None else {})
 
     def _be_held(self) -> None:
         """Give the holder what it needs to start another daemon when this one dies."""
-        if self.tell is None or self._live is None:
+        if self.holding is None or self._live is None:
             return
         facts = {
             "name": self.options.name,
             "tree_id": self.lock.tree_id,
+            "generation": self.kernel.generation,
             "live": self._live,
             "log_at": self.claimed.log_at,
             "init": self.session.init,
             "dev": self.session.dev,
             "on": self.session.on,
+            "taken": self.held.facts.get("taken", 0) if self.held is not None else 0,
         }
-        self.tell(self.session.device, self.lock.fileno(), facts)
+        self.holding.hold(self.session.descriptor, self.lock.fileno(), facts)
 
     def _take_over(self, held: Held) -> None:
-        """Go on with the mount of a daemon that has died."""
+        """Go on with the mount of a daemon that has died, or that has ended for a kexec."""
         facts, tree = held.facts, self.tree
         self._served = True
         self.session.take_over(
             os.dup(held.device), Init(*facts["init"]), facts["dev"], tuple(facts["on"]) if facts["on"] else None
         )
-        if tree.preserved and self._is_read_only():
+        if self.claimed.origin is Origin.KEXEC:
+            self.passage.users = read_users(held.users)
+            reopen(tree, self.passage.users.open)
+        self._be_held()  # the tree may be changed from now on
+        if facts.get("sheltered"):
+            unshelter(tree)
+        if tree.preserved and self.claimed.origin is Origin.DAEMON and self._is_read_only():
             self.keeper.keep_frozen()
         self.session.connected = partial(self._resend, suspect=held.suspect)
+
+    async def _watch_holder(self, holding: Holding) -> None:
+        await self.session.ready.wait()
+        holding.served_by(self.session.descriptor)
+        await holding.watch()
+
+    def held_by_another(self) -> None:
+        """Note in the entry who holds the mount now."""
+        try:
+            self._write_entry()
+        except MachineError as error:
+            log.warning("the entry names a holder that has died: %s", error)
 
     async def _be_well(self) -> None:
         """Tell the holder that what was sent again did no harm."""
         await trio.sleep(WELL_SECONDS)
-        assert self.tell is not None
-        self.tell()
+        self._tell_well()
+
+    def _tell_well(self) -> None:
+        if self.holding is not None and self.holding.leash is not None:
+            self.holding.leash.well()
 
     def _is_read_only(self) -> bool:
         """Return True if the kernel refuses changes of the mount by itself."""
@@ -342,8 +380,7 @@ class Daemon:
     def _resend(self, *, suspect: bool) -> None:
         """Have the kernel send again what was not answered; find out what it has forgotten meanwhile."""
         assert self.session.filter is not None and self.tree.journal is not None
-        assert self.tell is not None
-        self.session.filter.resume(self.tree.journal.done, suspect=suspect, well=self.tell)
+        self.session.filter.resume(self.tree.journal.done, suspect=suspect, well=self._tell_well)
         resume(self.session.operations)
 
     async def _announce(self) -> None:
@@ -413,6 +450,8 @@ class Daemon:
             return ""
         if self.claimed.origin is Origin.DAEMON:
             return f" again by daemon {os.getpid()}"
+        if self.claimed.origin is Origin.KEXEC:
+            return f" still, by daemon {os.getpid()}"
         counts, did = self.tree.counts(), "restored" if self.claimed.origin is Origin.NODE else "recovered"
         return f" ({did} {plural(counts.files, 'file')}, {format_size(counts.pages << PAGE_SHIFT)})"
 
@@ -428,21 +467,13 @@ class Daemon:
     async def _unmount(self) -> None:
         """Flush and unmount; detach what is still in use, which then gets ENOTCONN."""
         try:
-            await _in_thread(partial(syscalls.detach_all, self.session.dev, lazy=False))
+            await in_thread(partial(syscalls.detach_all, self.session.dev, lazy=False))
             # Now the session ends, and this task with it, unless the mount is used in another mount namespace.
             await trio.sleep(LINGER_SECONDS)
         except OSError as error:
             log.info("%s", explain(error))
-            await self._flush()
+            await flush(self.session.dev)
         await self._leave()
-
-    async def _flush(self) -> None:
-        """Have the kernel send what is dirty, through a place where the mount can still be reached."""
-        for place in syscalls.places(self.session.dev)[:1]:
-            try:
-                await _in_thread(partial(syscalls.syncfs, place, self.session.dev))
-            except OSError as error:
-                log.warning("not all was written back: %s", explain(error))
 
     async def _end_on_request(self, server: Server) -> None:
         await self.keeper.stopping.wait()
@@ -455,37 +486,21 @@ class Daemon:
         await server.idle()
         self.tree.commit()
         self.machine.log(f"pkramfs: daemon {os.getpid()} of {self.options.name} makes room for another")
-        os._exit(HANDED_OVER)
+        parting(self.holding, HANDED_OVER)
 
     async def _leave(self) -> None:
         """Detach now, even if the mount is in use."""
         try:
-            await _in_thread(partial(syscalls.detach_all, self.session.dev))
+            await in_thread(partial(syscalls.detach_all, self.session.dev))
         except OSError as error:
             log.warning("cannot detach: %s", explain(error))
         await self.session.operations.cache.close()
         self._ended = True
-        if self.tell is not None:
-            self.tell(ends=True)
+        if self.holding is not None and self.holding.leash is not None:
+            self.holding.leash.ends()
         self.session.terminate()
 
 
 def _generation(tree_id: int) -> int:
     """Return 32 bits that tell file handles of one tree from those of another, and stay the same over a kexec."""
     return (tree_id ^ tree_id >> 32) & 0xFFFF_FFFF
-
-
-async def _in_thread(work: Callable[[], None]) -> None:
-    """Run a call that may wait for our own mount in a thread, so that we can answer meanwhile."""
-    await trio.to_thread.run_sync(work, abandon_on_cancel=True)
-
-
-def _run(function: Callable[[], Awaitable[None]]) -> None:
-    """Run under trio; of several exceptions raise the first, from which the others follow."""
-    try:
-        trio.run(function)
-    except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None

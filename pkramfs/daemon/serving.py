@@ -15,7 +15,9 @@ from collections.abc import Sequence
 
 from pkramfs import stdio
 from pkramfs.daemon.claim import AlreadyMounted
-from pkramfs.daemon.job import FINAL, Held, Job, Tell
+from pkramfs.daemon.holding import Holding
+from pkramfs.daemon.job import FINAL, Held, Job
+from pkramfs.daemon.leash import Leash
 from pkramfs.daemon.mount import Daemon
 from pkramfs.daemon.mountlog import begin_log
 from pkramfs.errors import PkramfsError, UsageError, explain
@@ -42,15 +44,19 @@ def read_job(argv: Sequence[str] | None = None) -> Job | None:
     return None if expected is None else Job(int(fd), mountpoint, text, expected)
 
 
-def serve(job: Job, tell: Tell | None = None, held: Held | None = None) -> int:
-    """Run the daemon of one mount, which a holder keeps if it gave `tell`; `held` is one to be taken over."""
+def serve(job: Job, leash: Leash | None = None, held: Held | None = None) -> int:
+    """Run the daemon of one mount, which a holder keeps if it gave a leash; `held` is one to be taken over."""
     text, mountpoint = job.text, job.mountpoint
     reporter = Reporter(job.fd) if held is None else Reporter(-1)
     begin_log()
     try:
         daemon = Daemon(parse(text if held is None else _words(held, text)), mountpoint, reporter, job.expected)
-        daemon.tell, daemon.held = tell, held
+        daemon.held = held
+        if leash is not None:
+            daemon.holding = Holding(leash, job, daemon.machine.log, daemon.held_by_another)
         daemon.run()
+        if daemon.holding is not None and daemon.holding.leash is not None:
+            daemon.holding.leash.ends()
     except AlreadyMounted as found:
         reporter.serving(str(found))
     except (PkramfsError, OSError) as error:

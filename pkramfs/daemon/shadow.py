@@ -9,7 +9,7 @@
 The shadow does what a daemon does that takes over. So each checkpoint is a rehearsal of recovery, and one that does
 not come to the daemon's own figures is thrown away and reported: the log goes on from the checkpoint before. A shadow
 that dies costs its frames until then. One whose daemon dies is killed, by the kernel and, so that somebody waits for
-that, by the holder: the next daemon takes its frames for free.
+that, by the holder, which has its pidfd: the next daemon takes its frames for free.
 
 Kernel: fs/jbd2/checkpoint.c
 """
@@ -26,6 +26,7 @@ from typing import Any
 
 import trio
 
+from pkramfs.daemon.holding import Holding
 from pkramfs.errors import ExhaustedError, PkramfsError
 from pkramfs.fs.checkpoint import Supply, figures, write
 from pkramfs.fs.journal import REQUESTS
@@ -51,10 +52,16 @@ _ANSWER = Object({}, optional={"node": Maybe(Whole(1)), "pages": ListOf(_RUN), "
 class Checkpoints:
     """The daemon's end: makes checkpoints of one tree when they are due."""
 
-    def __init__(self, tree: Tree, machine: Machine, name: bytes, say: Callable[[str], None]) -> None:
-        self._tree, self._machine, self._name, self._say = tree, machine, name, say
+    def __init__(
+        self, tree: Tree, machine: Machine, name: bytes, say: Callable[[str], None], holding: Holding | None = None
+    ) -> None:
+        self._tree, self._machine, self._name, self._say, self._holding = tree, machine, name, say, holding
         self._due = trio.Event()
         self.made, self.at = 0, time.monotonic()
+        self._off = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._done = trio.Event()
+        self._done.set()
         assert tree.journal is not None
         tree.journal.due = self.due
 
@@ -69,8 +76,23 @@ class Checkpoints:
             self._due = trio.Event()
             if self._tree.preserved:
                 self._wait_for_change()
-            else:
-                await self._make()
+            elif not self._off:
+                self._done = trio.Event()
+                try:
+                    await self._make()
+                finally:
+                    self._done.set()
+
+    async def stop(self) -> None:
+        """Make none any more, and end the process that makes one now."""
+        self._off = True
+        if self._process is not None:
+            self._process.kill()
+        await self._done.wait()
+
+    def go_on(self) -> None:
+        """Make them again."""
+        self._off = False
 
     async def _make(self) -> None:
         tree, journal = self._tree, self._tree.journal
@@ -142,6 +164,7 @@ class Checkpoints:
             env={**os.environ, "PYTHONPATH": package},
             cwd="/",
         )
+        self._tell(process)
         try:
             told = partial(process.communicate, json.dumps(request).encode())
             stdout, _ = await trio.to_thread.run_sync(told, abandon_on_cancel=True)
@@ -153,6 +176,14 @@ class Checkpoints:
         except Invalid:
             return {"error": f"its process died with status {process.returncode}"}
         return answer
+
+    def _tell(self, process: subprocess.Popen[bytes]) -> None:
+        """Tell the holder whom it has to wait for. A shadow whose daemon dies before that has not begun."""
+        self._process = process
+        if self._holding is not None and self._holding.leash is not None:
+            pidfd = os.pidfd_open(process.pid)
+            self._holding.leash.shadow(pidfd)
+            os.close(pidfd)
 
 
 def _free(tree: Tree, runs: list[Run]) -> None:

@@ -292,6 +292,29 @@ class Namespace(Core):
         else:
             self._reap(inode)
 
+    # -- crossing (see handles) -----------------------------------------------------------------
+
+    def name_again(self, inode: Inode, folder: Inode, name: bytes) -> None:
+        """Give a deleted inode a name, and change no time."""
+        self._change(folder, inode)
+        inode.nlink = 1 if inode.entries is None else 2
+        folder.nlink += inode.entries is not None
+        del self.orphans[inode.ino]
+        self.unnamed.discard(inode.ino)
+        self._put_in(folder, name, inode)
+
+    def unname(self, inode: Inode, folder: Inode, name: bytes, *, linkable: bool) -> None:
+        """Take the name back that an inode has from `name_again`."""
+        self._change(folder, inode, room=LESS)
+        self._take_out(folder, name)
+        inode.nlink = 0
+        if inode.entries is not None:
+            folder.nlink -= 1
+            inode.entries.parent = self.root
+        self.orphans[inode.ino] = (self.root, name)
+        if linkable:
+            self.unnamed.add(inode.ino)
+
     def _existing(self, folder: Inode, name: bytes) -> Inode:
         entry = self._entries(folder).entries.get(name)
         if entry is None:

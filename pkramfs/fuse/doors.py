@@ -21,7 +21,8 @@ Kernel: mm/shmem.c (shmem_fallocate), fs/fuse/inode.c (fuse_reverse_inval_inode)
 import contextlib
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import pyfuse3
 import trio
@@ -53,13 +54,19 @@ class Cache:
 
         It may wait for WRITEs to be answered.
         """
+        await self._in_thread(partial(self._drop, number, offset, length))
+
+    async def drop_all(self, numbers: Iterable[int]) -> None:
+        """Have the kernel write back and forget the data, the attributes and the listings of many inodes."""
+        await self._in_thread(partial(self._drop_each, numbers))
+
+    async def _in_thread(self, work: Callable[[], None]) -> None:
         if self._closed is not None:
             raise fail(errno.ENOTCONN)
         self._limit = self._limit or trio.CapacityLimiter(_THREADS)
         self._going += 1
         try:
-            with contextlib.suppress(FileNotFoundError):  # it has none of it
-                await trio.to_thread.run_sync(self._tell, number, offset, length, limiter=self._limit)
+            await trio.to_thread.run_sync(work, limiter=self._limit)
         finally:
             self._going -= 1
             if self._closed is not None and not self._going:
@@ -86,6 +93,16 @@ class Cache:
         except FileNotFoundError:
             return False
         return True
+
+    def _drop_each(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if self._closed is not None:
+                return
+            self._drop(number, 0, 0)
+
+    def _drop(self, number: int, offset: int, length: int) -> None:
+        with contextlib.suppress(FileNotFoundError):  # it has none of it
+            self._tell(number, offset, length)
 
     def _tell(self, number: int, offset: int, length: int) -> None:
         if self.device is not None:

@@ -148,4 +148,5 @@ class Handshake:
         os.set_blocking(self.device, False)
         os.dup2(self.device, self.fd, inheritable=False)
         os.close(self.device)
+        self.device = -1
         self._ours.close()

@@ -44,6 +44,8 @@ _USER_FLAGS = {MS_RDONLY: "ro", MS_NOEXEC: "noexec", MS_NOSUID: "nosuid", MS_NOD
 _TASKS, _MOST = 2, 1000
 """Requests that are worked on at once: as many as wait for something, and one more to answer what they wait for."""
 _MOUNT_SECONDS = 60.0
+_QUIET_SECONDS, _POLL_SECONDS = 3.0, 0.005
+"""How long requests that wait for something, room or the kernel's cache, may take to come to an end."""
 _TUNING = "/sys/class/bdi/{}:{}"
 _DIRTY = 256 << 20
 
@@ -107,9 +109,9 @@ class Session:
             raise MachineError(f"cannot take {self.mountpoint} over: {error}") from None
 
     @property
-    def device(self) -> int:
-        """Return the descriptor of the connection, before it is served."""
-        return self._handshake.device
+    def descriptor(self) -> int:
+        """Return the descriptor of the connection: once it is served, that from which requests are read."""
+        return self._handshake.fd if self._handshake.device < 0 else self._handshake.device
 
     @property
     def init(self) -> Init:
@@ -154,6 +156,26 @@ class Session:
             except* MemoryError:
                 self.operations.spare.let_go()
                 raise  # a request is lost, and only the end of the connection wakes whoever waits for it
+
+    async def stand_still(self) -> bool:
+        """Read no more requests until `go_on`; return False if one that was read is not answered before long.
+
+        Called by a task, so that no request is being read, nor worked on but for those that wait for something.
+        """
+        assert self.filter is not None
+        with trio.move_on_after(_QUIET_SECONDS):
+            while self.filter.waiting:
+                await trio.sleep(_POLL_SECONDS)
+        if self.filter.waiting:
+            return False
+        self._turns.lowlevel.shut = trio.Event()
+        return True
+
+    def go_on(self) -> None:
+        """Read requests again."""
+        shut, self._turns.lowlevel.shut = self._turns.lowlevel.shut, None
+        if shut is not None:
+            shut.set()
 
     def answer_all(self) -> None:
         """Leave nobody waiting for an answer that cannot come."""

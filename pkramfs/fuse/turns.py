@@ -141,6 +141,8 @@ class Device:
         self._watched = -1
         self._window = Window()
         self.filter: Filter | None = None
+        self.shut: trio.Event | None = None
+        """Set when requests may be read again; None while they may."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio.lowlevel, name)
@@ -163,6 +165,8 @@ class Device:
     async def _begin(self, fd: int) -> None:
         """Let all others have their turn, and begin ours with the next request."""
         await trio.lowlevel.wait_readable(fd)
+        while self.shut is not None:  # nobody is at work but those who may wait: see Session.stand_still
+            await self.shut.wait()
         self._turn_ends = time.monotonic() + TURN
         self._window.turn()
 

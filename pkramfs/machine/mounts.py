@@ -133,18 +133,22 @@ def claim(directory: str, tree_id: int) -> MountLock:
 
 
 def kill(entry: MountEntry) -> None:
-    """Kill a mount daemon, and before that who would start another; none whose pid belongs to another program now."""
-    for pid in (entry.holder, entry.pid):
-        if pid > 0:  # else the entry is damaged, and kill(0) would end this process
-            _kill(pid)
+    """Kill a mount daemon and its holder, each of which would replace the other; no other program with their pids."""
+    _signal(entry.pid, signal.SIGSTOP)
+    directory, name = os.path.split(entry.socket)
+    now = _read_entry(directory, name.removesuffix(".sock") + ".json")  # it may have another holder by now
+    _signal(entry.holder if now is None else now.holder, signal.SIGKILL)
+    _signal(entry.pid, signal.SIGKILL)
 
 
-def _kill(pid: int) -> None:
+def _signal(pid: int, number: int) -> None:
+    if pid <= 0:
+        return  # the entry is damaged, and kill(0) would end this process
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as words:
             ours = b"pkramfs" in words.read()
         if ours:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
     except (FileNotFoundError, ProcessLookupError):
         pass  # it has ended already
 

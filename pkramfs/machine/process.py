@@ -16,10 +16,12 @@ below 0.
 Kernel: kernel/sys.c (do_prlimit), fs/proc/base.c (oom_score_adj_write), systemd.exec(5)
 """
 
+import contextlib
 import ctypes
 import logging
 import os
 import resource
+import select
 import signal
 import threading
 
@@ -69,22 +71,13 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def children() -> list[int]:
-    """Return the pids of the children of this process, which has one thread; none where the kernel does not tell."""
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
-            return [int(pid) for pid in file.read().split()]
-    except FileNotFoundError:  # CONFIG_PROC_CHILDREN
-        return []
-
-
-def words(pid: int) -> list[bytes]:
-    """Return the command line of a process, empty if it has ended."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().split(b"\0")[:-1]
-    except FileNotFoundError:
-        return []
+def end(pidfd: int) -> None:
+    """Kill a process, if it has not ended, and wait until it has."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll()
 
 
 def _raise(number: int, wanted: int) -> None:

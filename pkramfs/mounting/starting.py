@@ -60,13 +60,12 @@ class Starting:
     """A daemon that is being started. It waits for `serve` or `give_up`, and ends if we die before."""
 
     def __init__(self, directory: str, text: str) -> None:
-        package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
         self._answer, theirs = os.pipe()
         told, self._go = os.pipe()
         try:
             self._daemon = subprocess.Popen(
                 [sys.executable, "-P", "-m", "pkramfs", "mount-daemon", str(theirs), directory, text, str(told)],
-                env={**os.environ, "PYTHONPATH": package},
+                env=environment(),
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -193,6 +192,11 @@ def _start(mount: Mapping[str, Any]) -> Starting:
 def option_string(options: Mapping[str, Any]) -> str:
     """Return the -o string for the options of a mount's entry."""
     return ",".join(key if value is True else f"{key}={value}" for key, value in options.items() if value is not False)
+
+
+def environment() -> dict[str, str]:
+    """Return the environment in which another process finds this very package."""
+    return {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))}
 
 
 def absolute_root() -> None:

@@ -174,7 +174,7 @@ def test_what_kills_every_daemon_is_refused(lab: Any) -> None:
         assert sorted(os.listdir(at)) == ["after", "before"]
 
 
-@pytest.mark.parametrize("first", ["holder", "daemon", "holder alone"])
+@pytest.mark.parametrize("first", ["holder", "daemon"])
 def test_both_die_and_the_name_is_mounted_again(lab: Any, first: str) -> None:
     """Everything is there but what the kernel had not sent, and files without a name."""
     mount = Held(lab, lab.dir("one"))
@@ -183,24 +183,81 @@ def test_both_die_and_the_name_is_mounted_again(lab: Any, first: str) -> None:
     (at / "sub" / "file").write_bytes(b"x" * 100_000)
     os.sync()
     entry = lab.entry(at)
-    pids = [entry.holder, entry.pid] if first != "daemon" else [entry.pid, entry.holder]
+    pids = [entry.holder, entry.pid] if first == "holder" else [entry.pid, entry.holder]
     assert entry.holder == mount.process.pid
-    if first == "daemon":
-        os.kill(entry.holder, signal.SIGSTOP)
-    for pid in pids[:1] if first == "holder alone" else pids:
+    os.kill(pids[1], signal.SIGSTOP)  # either would replace the other
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
     mount.process.wait(20)
-    if first == "holder alone":
-        assert (at / "sub" / "file").read_bytes() == b"x" * 100_000  # the daemon goes on, without a holder
-        (at / "more").touch()
-        os.kill(entry.pid, signal.SIGKILL)
     lab.gone(entry)
     with pytest.raises(OSError, match="not connected"):
         os.listdir(at)
     assert leased(lab) >= before
     lab.mount("one")
     assert (at / "sub" / "file").read_bytes() == b"x" * 100_000
-    assert sorted(os.listdir(at)) == ["more", "sub"] if first == "holder alone" else ["sub"]
+    assert os.listdir(at) == ["sub"]
+
+
+def test_a_holder_that_dies_is_replaced(lab: Any) -> None:
+    """So is its daemon, in any order: one of the two is enough. There are never two daemons, nor two holders."""
+    at = lab.mount("one")
+    first = lab.entry(at)
+    with open(at / "gone", "wb+", buffering=0) as gone:
+        gone.write(b"gone")
+        (at / "gone").unlink()
+        for number, victims in enumerate(("holder", "pid", "holder", "pid pid", "holder holder", "pid holder")):
+            for victim in victims.split():
+                entry = replaced(lab, at, victim)
+                (at / f"{number}").write_bytes(b"%d" % number)
+            assert os.pread(gone.fileno(), 9, 0) == b"gone"
+            assert len(holders_and_daemons(entry)) == 2
+    assert "holder of" in lab.dmesg() and lab.run("ctl", "verify").returncode == 0
+    assert {lab.entry(at).holder, lab.entry(at).pid}.isdisjoint({first.holder, first.pid})
+    lab.umount(at)
+    until(lambda: not holders_and_daemons(entry))
+
+
+def replaced(lab: Any, at: Path, victim: str) -> Any:
+    """Kill the holder or the daemon, wait until there is another; return the entry of before."""
+    until(lambda: lab.status(at).get("holder"))
+    entry = lab.entry(at)
+    os.kill(getattr(entry, victim), signal.SIGKILL)
+    if victim == "holder":
+        until(lambda: lab.status(at).get("holder", entry.holder) != entry.holder)
+        assert lab.entry(at).pid == entry.pid
+    else:
+        os.statvfs(at)
+        until(lambda: lab.entry(at).pid != entry.pid)
+    return entry
+
+
+def holders_and_daemons(entry: Any) -> list[str]:
+    """Processes that have the lock of a tree open."""
+    found = []
+    for fd in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(fd).startswith(entry.socket.removesuffix("sock") + "lock"):
+                found.append(fd.parts[2])
+    return found
+
+
+def test_without_a_holder_status_says_so(lab: Any) -> None:
+    """While no other can be started the tree would be lost to its programs with its daemon; the name brings it back."""
+    with contextlib.ExitStack() as stack:
+        mount = Held(lab, lab.dir("one"), extra="from pkramfs.daemon import holding\nholding.PAUSES = (9.0,)")
+        stack.callback(mount.process.kill)
+        at, entry = mount.directory, lab.entry(mount.directory)
+        assert "survives" in lab.run("ctl", "status").stdout
+        os.kill(entry.holder, signal.SIGKILL)
+        mount.process.wait(20)
+        until(lambda: "holder" not in lab.status(at))
+        assert "daemon crash, once it is mounted again" in lab.run("ctl", "status").stdout
+        (at / "file").write_bytes(b"x")
+        os.sync()
+        os.kill(entry.pid, signal.SIGKILL)
+        lab.gone(entry)
+        lab.mount("one")
+        assert (at / "file").read_bytes() == b"x"
 
 
 def test_a_takeover_that_fails_frees_nothing(lab: Any) -> None:

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the daemon of one kernel leaves to that of the next, when a mount stays over a kexec.
+
+    daemon of the old kernel                        holder                      daemon of the new kernel
+    stand still, save the tree as a node
+    what the kernel of the host has ──memfd──▶      keeps device and lock
+    end                                             starts a daemon ──────▶     wait for the machine's lock
+                                                                                restore the tree from the node
+                                                                                open what is open, RESEND, serve
+                                                                                have the host's caches let go
+
+Frames and names come from the node, as in every restore. The rest is not the tree's but the host's side of the mount,
+which no kexec of this machine ends: handles, references, requests. So it goes by the holder, which has the connection.
+If it turns out that the old kernel lives on the tree is recovered from its log, as after any death.
+
+Kernel: kernel/kexec_core.c (kernel_kexec), with CONFIG_KEXEC_JUMP
+"""
+
+import json
+import os
+from typing import NamedTuple
+
+from pkramfs.control.crossing import Crossing, Door
+from pkramfs.control.keeper import Keeper
+from pkramfs.control.server import Server
+from pkramfs.daemon.holding import Holding, parting
+from pkramfs.daemon.job import CROSSED
+from pkramfs.daemon.shadow import Checkpoints
+from pkramfs.fs import handles
+from pkramfs.fs.tree import Tree
+from pkramfs.fuse.session import Session
+from pkramfs.schema import Flag, ListOf, Maybe, Object, Row, Whole, parse
+
+_INO = Whole(1)
+_KIND = Object({"open": ListOf(Row((_INO, Whole(1), Whole(), Flag()))), "known": Maybe(ListOf(_INO))})
+
+
+class Users(NamedTuple):
+    """What the kernel has of a tree: open files, and the inodes in its caches; None if that may be all."""
+
+    open: list[handles.Row]
+    known: list[int] | None
+
+
+def write_users(tree: Tree) -> int:
+    """Return the descriptor of a file in memory that says who uses a tree."""
+    found = Users(handles.open_files(tree), handles.known(tree))
+    fd = os.memfd_create("pkramfs-crossing", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(json.dumps(found._asdict()).encode())
+    return fd
+
+
+def read_users(fd: int) -> Users:
+    """Return what such a file says; it may be read again."""
+    return Users(**_KIND.read(parse(os.pread(fd, os.fstat(fd).st_size, 0))))
+
+
+class Passage:
+    """The daemon's part of a crossing: before it, and with `users` after it."""
+
+    def __init__(
+        self, keeper: Keeper, session: Session, checkpoints: Checkpoints | None, holding: Holding | None
+    ) -> None:
+        self.crossing = Crossing(keeper, Door(self._shut, self._open, self._tell_sheltered))
+        self.users: Users | None = None
+        """Who used the tree under the last kernel."""
+        self._tree, self._session, self._checkpoints, self._holding = keeper.tree, session, checkpoints, holding
+
+    async def _shut(self) -> bool:
+        """Read no more requests, and have nobody else work on the tree's frames."""
+        if not await self._session.stand_still():
+            return False
+        if self._checkpoints is not None:
+            await self._checkpoints.stop()
+        return True
+
+    def _open(self) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.go_on()
+        self._session.go_on()
+
+    def _tell_sheltered(self) -> None:
+        if self._holding is not None:
+            self._holding.tell(sheltered=True)
+
+    async def depart_on_request(self, server: Server) -> None:
+        """End for a kexec: who takes over is told who uses the tree."""
+        await self.crossing.departing.wait()
+        await server.idle()
+        self._tree.commit()
+        if self._holding is not None and self._holding.leash is not None:
+            self._holding.leash.crosses(write_users(self._tree))
+        parting(self._holding, CROSSED)
+
+    async def arrive(self) -> None:
+        """Have the kernel of the host let go of what it has cached under the kernel before."""
+        if self.users is not None:
+            await self._session.ready.wait()
+            known = handles.numbers(self._tree) if self.users.known is None else self.users.known
+            await self._session.operations.cache.drop_all(known)
+        self.crossing.has_arrived.set()

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a daemon tells the holder of its mount: a socket between the two, and descriptors that go over it.
+
+    held      device, lock, facts      the mount is there: start another daemon with these when this one dies
+    facts     facts                    the same with other facts
+    shadow    a pidfd                  who makes a checkpoint: it must have ended before another daemon starts
+    crosses   a file                   a kexec comes: the file says who uses the tree (crossing.py)
+    well                               requests are served that the dead daemon had not seen
+    leaves    status                   the daemon makes room, with this exit status
+    ends                               the mount ends: start nobody
+
+A message is one JSON object. Nobody answers: a holder that has died is noticed by its pidfd.
+
+Kernel: net/core/scm.c (scm_detach_fds)
+"""
+
+import array
+import contextlib
+import json
+import os
+import socket
+from typing import Any, NamedTuple
+
+from pkramfs.machine import process
+from pkramfs.schema import Anything, Invalid, Maybe, Object, Text, Whole, parse
+
+HELD, FACTS, SHADOW, CROSSES = "held", "facts", "shadow", "crosses"
+WELL, LEAVES, ENDS = "well", "leaves", "ends"
+_MOST, _DESCRIPTORS = 1 << 16, 2
+_MESSAGE = Object(
+    {"say": Text()}, optional={"facts": Maybe(Object({}, others=Anything())), "status": Maybe(Whole(0, 255))}
+)
+
+
+class Said(NamedTuple):
+    """One message."""
+
+    say: str
+    facts: dict[str, Any]
+    status: int
+    descriptors: list[int]
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Return the holder's end and the daemon's."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+
+
+class Leash:
+    """The daemon's end, with the pid of the holder."""
+
+    def __init__(self, end: socket.socket, holder: int) -> None:
+        self._end, self.holder = end, holder
+
+    def held(self, device: int, lock: int, facts: dict[str, Any]) -> None:
+        """Give the holder what it needs to start another daemon; from now on our death does not end the mount."""
+        self._send(HELD, [device, lock], facts=facts)
+        process.die_with_parent(no=True)
+
+    def facts(self, facts: dict[str, Any]) -> None:
+        """Tell what has become of the facts."""
+        self._send(FACTS, facts=facts)
+
+    def shadow(self, pidfd: int) -> None:
+        """Tell who makes a checkpoint."""
+        self._send(SHADOW, [pidfd])
+
+    def crosses(self, users: int) -> None:
+        """Give a file that says who uses the tree, for a daemon of the next kernel."""
+        self._send(CROSSES, [users])
+
+    def well(self) -> None:
+        """Tell that all is well."""
+        self._send(WELL)
+
+    def leaves(self, status: int) -> None:
+        """Tell with which status we are about to end, for a holder that is not our parent."""
+        self._send(LEAVES, status=status)
+
+    def ends(self) -> None:
+        """Tell that the mount ends."""
+        self._send(ENDS)
+
+    def _send(self, say: str, descriptors: list[int] | None = None, **more: Any) -> None:
+        passed = array.array("i", descriptors or []).tobytes()
+        extra = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)] if passed else []
+        with contextlib.suppress(BrokenPipeError, ConnectionError):  # it was killed
+            self._end.sendmsg([json.dumps({"say": say} | more).encode()], extra)
+
+
+def receive(end: socket.socket) -> Said | None:
+    """Return the next message, None if there is none now."""
+    size = array.array("i").itemsize
+    try:
+        text, extra, _, _ = end.recvmsg(_MOST, socket.CMSG_SPACE(_DESCRIPTORS * size), socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return None
+    if not text:
+        return None  # the other end is closed
+    found = [fd for _, _, data in extra for fd in array.array("i", data[: len(data) // size * size])]
+    for fd in found:
+        os.set_inheritable(fd, False)
+    try:
+        said = _MESSAGE.read(parse(text))
+    except Invalid:
+        return Said("", {}, 0, found)
+    return Said(said["say"], said.get("facts") or {}, said.get("status") or 0, found)
