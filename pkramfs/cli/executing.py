@@ -14,6 +14,8 @@ planner:
     machine lock released
     mount again what was preserved (mounting takes the lock shared)
 
+With --keep-mounts the daemons stand still, and end without detaching: see keeping.py.
+
 Before the point of no return a failure, or a signal (SIGINT, SIGTERM, SIGHUP), leaves the machine as it was. After
 it a signal waits until all is mounted again, and whoever comes next after a failure resumes the boot. A command that
 is killed takes nothing back: the daemons thaw by themselves, and what was stopped already waits for --resume.
@@ -27,7 +29,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, daemons, progress, render, report, signals
+from pkramfs.cli import arguments, daemons, keeping, progress, render, report, signals
 from pkramfs.cli.arguments import complain, need
 from pkramfs.cli.freezer import Freezer
 from pkramfs.errors import MachineError, NotPreservedError
@@ -52,19 +54,31 @@ def dry_run(args: argparse.Namespace, machine: "Machine") -> int:
     from pkramfs.kernel import kexec
 
     seen = daemons.look(machine) if machine.exists() else []
-    reports = [one.report for one in seen] + (daemons.left(machine) if machine.exists() else [])
-    back = _to_remount(args, machine, seen)
+    reports = keeping.reports(seen) if args.keep_mounts else [one.report for one in seen]
+    reports += daemons.left(machine) if machine.exists() else []
+    staying = [one for one in seen if args.keep_mounts and keeping.is_kept(one)]
+    back = _to_remount(args, machine, [one for one in seen if one not in staying])
     plan = kexec.plan(machine, reports, force=args.force, poison=args.poison, remount=back.mounts, notes=back.notes)
+    _refuse_to_keep(args, seen, plan)
     for line in plan.describe():
         render.say(line)
     costs = report.costs(machine) if args.verbose else None
-    for line in [*_noticed(seen), *(costs.describe() if costs else [])]:
+    for line in [*_noticed(seen, staying), *(costs.describe() if costs else [])]:
         render.say(line)
     return plan.problems[0].exit_status if plan.problems else 0
 
 
-def _noticed(seen: "Sequence[Seen]") -> list[str]:
-    """Return a line for each file that cannot survive, and for each program that will lose a mount."""
+def _refuse_to_keep(args: argparse.Namespace, seen: "list[Seen]", plan: "Plan") -> None:
+    """Add to a plan that some mounts cannot be kept, if all are to be."""
+    refusals = keeping.refusals(seen) if args.keep_mounts else []
+    if args.force:
+        plan.warnings.extend(map(str, refusals))
+    else:
+        plan.problems.extend(refusals)
+
+
+def _noticed(seen: "Sequence[Seen]", staying: "Sequence[Seen]") -> list[str]:
+    """Return a line for each file that cannot survive, and for each program that loses a mount, or waits for it."""
     from pkramfs.cli.users import processes
     from pkramfs.cli.users import users as users_of
 
@@ -72,10 +86,11 @@ def _noticed(seen: "Sequence[Seen]") -> list[str]:
     programs = processes() if seen else {}
     for one in seen:
         place = one.entry.mountpoint
-        found += _not_surviving(place, one.status) if one.status else []
+        found += _not_surviving(place, one.status) if one.status and one not in staying else []
+        fate = "will wait a moment" if one in staying else "will get ENOTCONN"
         users = {user.pid: (at, user) for at in one.places or (place,) for user in users_of(at, programs)}
         for at, user in list(users.values())[:_NAMED]:
-            found.append(f"{at}: {user.name} (pid {user.pid}) uses it and will get ENOTCONN")
+            found.append(f"{at}: {user.name} (pid {user.pid}) uses it and {fate}")
         if (more := len(users) - _NAMED) > 0:
             found.append(f"{place}: {plural(more, 'more program')} that {'uses' if more == 1 else 'use'} it")
     return found
@@ -126,7 +141,8 @@ def _execute_with(
     from pkramfs.cli import again
     from pkramfs.kernel import history, kexec, nvram, running
 
-    going = Freezer(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
+    how = keeping.Keeping if args.keep_mounts else Freezer
+    going = how(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
     remount: list[dict[str, Any]] = []
     back: list[dict[str, Any]] = []
     try:
@@ -134,17 +150,19 @@ def _execute_with(
             _need_loaded(machine)
             began = time.monotonic()
             seen = going.freeze()
-            remount, notes = _to_remount(args, machine, seen)
-            back = again.plan(seen).mounts
+            remount, notes = _to_remount(args, machine, going.leaving(seen))
+            back = again.plan(going.leaving(seen)).mounts
+            seen = going.cross(seen)
             plan = kexec.plan(
                 machine,
-                [one.report for one in seen] + daemons.left(machine),
+                going.reports(seen) + daemons.left(machine),
                 force=args.force,
                 poison=args.poison,
                 stop=going.stop,
                 remount=remount,
                 notes=notes,
             )
+            _refuse_to_keep(args, seen, plan)
             if plan.problems:
                 going.thaw()
                 return _refuse(machine, plan)
@@ -160,7 +178,8 @@ def _execute_with(
         with signals.deferred():
             _undo(machine, going, back, prestarted)
         raise
-    return _mount_again(machine, remount, f"in {pause:.2f} s", prestarted)
+    kept, lost = going.arrive()
+    return _mount_again(machine, remount, f"in {pause:.2f} s", prestarted, kept) or int(lost > 0)
 
 
 def _need_loaded(machine: "Machine") -> None:
@@ -215,6 +234,7 @@ def _undo(machine: "Machine", going: Freezer, back: list[dict[str, Any]], presta
     from pkramfs.kernel import kernelrecord, nvram
 
     going.thaw()
+    going.arrive()
     if not machine.exists() or not going.stopped:
         return
     if kernelrecord.read(machine, any_layout=True) is None:
@@ -226,7 +246,11 @@ def _undo(machine: "Machine", going: Freezer, back: list[dict[str, Any]], presta
 
 
 def _mount_again(
-    machine: "Machine", remount: Sequence[dict[str, Any]], how: str, prestarted: "PrestartedDaemons | None" = None
+    machine: "Machine",
+    remount: Sequence[dict[str, Any]],
+    how: str,
+    prestarted: "PrestartedDaemons | None" = None,
+    kept: Sequence[str] = (),
 ) -> int:
     """Mount again what was preserved, and report that the new kernel is up."""
     from pkramfs.cli import again
@@ -242,7 +266,8 @@ def _mount_again(
             nvram.clear_mounts(machine)
     back = ", ".join(place for mount in remount for place in again.places(mount))
     mounted = f"; mounted again: {back}" if back and not failed else ""
-    render.tell(f"kernel {info.generation} ({info.image}) is up {how}{mounted}")
+    stayed = f"; kept: {', '.join(kept)}" if kept else ""
+    render.tell(f"kernel {info.generation} ({info.image}) is up {how}{stayed}{mounted}")
     return 1 if failed else 0
 
 

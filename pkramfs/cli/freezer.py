@@ -26,6 +26,7 @@ from pkramfs.errors import DaemonError, PkramfsError
 
 if TYPE_CHECKING:
     from pkramfs.control.client import Held
+    from pkramfs.kernel.transition import MountReport
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.mounts import MountEntry
 
@@ -44,6 +45,8 @@ class Freezer:
         self.machine, self.force, self.warn = machine, force, warn
         self._frozen: list[tuple[MountEntry, Held]] = []
         self._silent: set[int] = set()
+        self.departed: set[int] = set()
+        """Trees whose daemons have ended and are replaced by others."""
         self.stopped = False
         """Whether daemons were told to end, so that a thaw is not enough to go back."""
 
@@ -60,14 +63,34 @@ class Freezer:
         if seen.status is not None:
             failed = self._flush(entry)
             seen = self._frozen_now(entry, before=seen.status["frozen"])
-            if failed and not (seen.status and seen.status["refused"]):  # else the daemon knows which data are lost
-                self._refuse(f"{entry.mountpoint}: data that were written may be lost: {failed}")
+            self._refuse_loss(seen, failed)
         if seen.status is None:
             if not self.force:
                 raise DaemonError(seen.silence)
             self.warn(seen.silence)
             self._silent.add(entry.tree_id)
         return seen
+
+    def _refuse_loss(self, seen: Seen, failed: str) -> None:
+        """Refuse to go on if flushing has failed, unless the daemon knows which data are lost: then it names them."""
+        if failed and not (seen.status and seen.status["refused"]):
+            self._refuse(f"{seen.entry.mountpoint}: data that were written may be lost: {failed}")
+
+    def leaving(self, seen: list[Seen]) -> list[Seen]:
+        """Return the mounts that will be mounted again: all."""
+        return seen
+
+    def cross(self, seen: list[Seen]) -> list[Seen]:
+        """Have mounts stand still that stay: none. See keeping.py."""
+        return seen
+
+    def reports(self, seen: list[Seen]) -> "list[MountReport]":
+        """Return the reports for the planner."""
+        return [one.report for one in seen]
+
+    def arrive(self) -> tuple[list[str], int]:
+        """Wait for the mounts that stay; return where they are, and how many have failed."""
+        return [], 0
 
     def _frozen_now(self, entry: "MountEntry", *, before: bool) -> Seen:
         """Freeze one mount and see how it is; a refusal (files open for writing) is final unless forced.
@@ -113,7 +136,7 @@ class Freezer:
         """Take back the freezing of every mount that `freeze` froze; one that fails is a warning."""
         while self._frozen:
             entry, held = self._frozen.pop()
-            if entry.tree_id not in self.machine.live_ids():
+            if entry.tree_id in self.departed or entry.tree_id not in self.machine.live_ids():
                 held.close()  # it was stopped
                 continue
             try:
@@ -125,7 +148,7 @@ class Freezer:
 
     def stop(self) -> None:
         """End every daemon and wait until their locks are free."""
-        stopping = alive(self.machine)
+        stopping = [entry for entry in alive(self.machine) if entry.tree_id not in self.departed]
         self.stopped = True
         for entry in stopping:
             if entry.tree_id in self._silent:

@@ -44,6 +44,7 @@ def check(args: argparse.Namespace) -> None:
     """Raise UsageError for what only the simulation can do."""
     need(not args.load_panic, "its memory is the host's: load a crash kernel with kexec -p")
     need(not args.panic, "its memory is the host's: no crash of it is simulated")
+    need(not args.keep_mounts, "--keep-mounts is for the simulation: a kexec of the host ends all programs")
     need(not args.poison, "--poison is for a machine of the simulation")
     need(not args.segment and args.mem_min is None and args.mem_max is None, "kexec(8) places the segments itself")
     if args.image:

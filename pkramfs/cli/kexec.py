@@ -99,6 +99,7 @@ def _add_executing(made: argparse.ArgumentParser) -> None:
     flag("-n", "--dry-run", help="print the plan and change nothing")
     flag("-v", "--verbose", help="print each step as it is done")
     flag("--force", help="go on although trees or nodes will be lost")
+    flag("--keep-mounts", help="keep the mounts, with all that is open on them")
     flag("--no-remount", help="do not mount again what was preserved")
     flag("--poison", help="fill what was not reserved with a pattern (for tests)")
     flag("-x", "--no-ifdown", help=argparse.SUPPRESS)
@@ -127,6 +128,8 @@ def check(args: argparse.Namespace) -> None:
     wants_image = args.load or (args.load_panic and not args.unload)
     need(args.image or not wants_image, "no IMAGE given: a bzImage, an ELF kernel, or builtin")
     need(not args.image or loads, f"what to do with {args.image}? -l loads it, -p loads it as crash kernel")
+    need(args.exec or not args.keep_mounts, "--keep-mounts is for -e")
+    need(not (args.keep_mounts and args.no_remount), "--keep-mounts and --no-remount exclude each other")
     need(args.syscall != "file" or not args.segment, "--segment chooses an address: use -c, not -s")
 
 

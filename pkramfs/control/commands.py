@@ -60,6 +60,24 @@ class Commands:
             raise
         return held
 
+    def cross(self, *, timeout: float = TIMEOUT) -> Held:
+        """Have the daemon stand still with its tree preserved, while the connection lasts."""
+        held = Held(self.socket, "cross", undo="", timeout=timeout)
+        try:
+            read(Frozen, held.answer)
+        except BaseException:
+            held.close()
+            raise
+        return held
+
+    def depart(self, *, timeout: float = TIMEOUT) -> None:
+        """End the daemon, and have its holder start another, which takes over after the kexec."""
+        read(Done, call(self.socket, "depart", timeout=timeout))
+
+    def arrived(self, *, timeout: float = TIMEOUT) -> None:
+        """Wait until the kernel has let go of what it had cached before the kexec."""
+        read(Done, call(self.socket, "arrived", timeout=timeout))
+
     def reconfigure(self, words: dict[str, str | bool], pages: int | None = None, inodes: int | None = None) -> None:
         """Pass on the options of a remount; `pages` and `inodes` are its size= and nr_inodes= as numbers."""
         limits = {"pages": pages, "inodes": inodes}

@@ -139,7 +139,7 @@ def _losses(going: Transition, mounts: Sequence[MountReport]) -> list[PkramfsErr
     """Return an error for each loss, and note in `going` what crosses and what does not."""
     found: list[PkramfsError] = []
     for mount in mounts:
-        if not mount.preserved:
+        if not mount.preserved and not mount.kept:
             why = mount.reason or f"not preserved: mount -o remount,preserve,ro {mount.mountpoint}"
             found.append(NotPreservedError(f"{mount.mountpoint}: {mount.content} would be lost ({why})"))
             going.lost.append((f"{mount.mountpoint} ({mount.name or 'no name'}, not preserved)", 0))
@@ -155,6 +155,10 @@ def _losses(going: Transition, mounts: Sequence[MountReport]) -> list[PkramfsErr
         going.nodes, going.lost = salvage.nodes, going.lost + salvage.lost
         found += salvage.problems
     found += _lost_nodes(going, mounts)
+    to_come = [mount for mount in mounts if mount.kept and not mount.preserved]
+    if to_come and not _names_current(going):
+        where = ", ".join(mount.mountpoint for mount in to_come)
+        found.append(NotPreservedError(f"{where}: cannot be kept: the new command line lacks the right pkram="))
     if going.nodes and not _names_current(going):
         going.keeps = False
         going.lost += [(f"node {n.name}", n.spans.total) for n in going.nodes]

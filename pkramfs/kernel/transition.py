@@ -41,6 +41,8 @@ class MountReport:
     reason: str = ""
     tree_id: int = 0
     """The owner of the page blocks that hold its pages; 0 where nobody knows."""
+    kept: bool = False
+    """Whether the mount stays, and is preserved when the time has come."""
     lost: str = ""
     """The data that were written and are not preserved, in words."""
 
@@ -96,13 +98,16 @@ class Transition:
 
 @dataclass
 class StopMounts(Operation):
-    """6: the daemons detach and end."""
+    """6: the daemons detach and end; those of mounts that stay only end, and others take over under the next kernel."""
 
     mounts: Sequence[MountReport]
     stop: Callable[[], None]
 
     def describe(self) -> str:
-        return f"stop {plural(len(self.mounts), 'mount')}: {', '.join(m.mountpoint for m in self.mounts)}"
+        kept = [mount.mountpoint for mount in self.mounts if mount.kept]
+        stopped = [mount.mountpoint for mount in self.mounts if not mount.kept]
+        said = [f"stop {plural(len(stopped), 'mount')}: {', '.join(stopped)}"] if stopped else []
+        return "; ".join(said + ([f"keep {plural(len(kept), 'mount')}: {', '.join(kept)}"] if kept else []))
 
     def execute(self) -> None:
         self.stop()
