@@ -31,6 +31,7 @@ import trio
 from pkramfs.control.keeper import Keeper, drive
 from pkramfs.control.server import Server
 from pkramfs.control.settings import Settings, Words
+from pkramfs.daemon import notices
 from pkramfs.daemon.claim import Claimed, Claiming, Origin
 from pkramfs.daemon.crossing import Passage, read_users
 from pkramfs.daemon.holding import Holding, parting
@@ -64,7 +65,7 @@ from pkramfs.mounting import syscalls
 from pkramfs.mounting.names import node_name
 from pkramfs.mounting.options import MS_RDONLY, NO_SOURCE, Options
 from pkramfs.mounting.starting import ANYTHING, Expected, Reporter
-from pkramfs.units import PAGE_SHIFT, PAGE_SIZE, format_size, plural
+from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
 log = logging.getLogger("pkramfs")
 
@@ -391,9 +392,11 @@ class Daemon:
             syscalls.detach_all(self.session.dev)
             raise MachineError(f"the kernel did not answer the mount of {self.mountpoint}")
         self._write_entry()
-        self.machine.log(f"pkramfs: {self.options.name or 'a tree'} mounted on {self.mountpoint}{self._what()}")
+        off = notices.off(self.kernel, self.options.name)
+        whence = f": {off}" if off else notices.whence(self.claimed.origin, self.tree)
+        self.machine.log(f"pkramfs: {self.options.name or 'a tree'} mounted on {self.mountpoint}{whence}")
         self._starting.close()
-        said = [line for line in (self._off().removeprefix(": "), self._scarce()) if line]
+        said = [line for line in (off, notices.scarce(self.kernel, self.tree)) if line]
         self.reporter.serving("\n".join(f"{self.options.name or self.mountpoint}: {line}" for line in said))
 
     def _reconfigured(self, said: Words) -> None:
@@ -425,35 +428,6 @@ class Daemon:
         """Raise ExhaustedError if nothing could be written; a restored tree can at least be read."""
         if self.claimed.origin is Origin.NOTHING:
             self.kernel.ram.check_room(PAGE_SIZE)
-
-    def _scarce(self) -> str:
-        """Return a notice if size= is more than the host can ever back."""
-        size, most = self.tree.limits.max_pages << PAGE_SHIFT, self.kernel.ram.most
-        if size <= most:
-            return ""
-        return (
-            f"size={format_size(size)} is more than can be had: the file system behind RAM, or the memory cgroup, has "
-            f"{format_size(most)}"
-        )
-
-    def _off(self) -> str:
-        """Return the notice for a `pkram=NAME` mount when PKRAM is off and only a plain tmpfs is possible."""
-        if not self.options.name or self.kernel.info.pkram:
-            return ""
-        kind = "this is a crash kernel" if self.kernel.info.crash else "pkram=off"
-        return f": PKRAM is off in this kernel ({kind}): nothing of it can be preserved"
-
-    def _what(self) -> str:
-        if self._off():
-            return self._off()
-        if self.claimed.origin is Origin.NOTHING:
-            return ""
-        if self.claimed.origin is Origin.DAEMON:
-            return f" again by daemon {os.getpid()}"
-        if self.claimed.origin is Origin.KEXEC:
-            return f" still, by daemon {os.getpid()}"
-        counts, did = self.tree.counts(), "restored" if self.claimed.origin is Origin.NODE else "recovered"
-        return f" ({did} {plural(counts.files, 'file')}, {format_size(counts.pages << PAGE_SHIFT)})"
 
     # -- the end --------------------------------------------------------------------------------
 

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The words that a mount begins with, in the kernel log and for the user: where its tree comes from, what is off."""
+
+import os
+
+from pkramfs.daemon.claim import Origin
+from pkramfs.fs.tree import Tree
+from pkramfs.kernel.running import Running
+from pkramfs.units import PAGE_SHIFT, format_size, plural
+
+
+def off(kernel: Running, name: str | None) -> str:
+    """Return the notice for a `pkram=NAME` mount when PKRAM is off and only a plain tmpfs is possible."""
+    if not name or kernel.info.pkram:
+        return ""
+    kind = "this is a crash kernel" if kernel.info.crash else "pkram=off"
+    return f"PKRAM is off in this kernel ({kind}): nothing of it can be preserved"
+
+
+def scarce(kernel: Running, tree: Tree) -> str:
+    """Return a notice if size= is more than the host can ever back."""
+    size, most = tree.limits.max_pages << PAGE_SHIFT, kernel.ram.most
+    if size <= most:
+        return ""
+    return (
+        f"size={format_size(size)} is more than can be had: the file system behind RAM, or the memory cgroup, has "
+        f"{format_size(most)}"
+    )
+
+
+def whence(origin: Origin, tree: Tree) -> str:
+    """Return where a tree comes from, to be appended to the line that names its mount."""
+    if origin is Origin.NOTHING:
+        return ""
+    if origin is Origin.DAEMON:
+        return f" again by daemon {os.getpid()}"
+    if origin is Origin.KEXEC:
+        return f" still, by daemon {os.getpid()}"
+    counts, did = tree.counts(), "restored" if origin is Origin.NODE else "recovered"
+    return f" ({did} {plural(counts.files, 'file')}, {format_size(counts.pages << PAGE_SHIFT)})"
