@@ -158,8 +158,7 @@ def _serving(table: Table, place: Lab) -> None:
     def written(path: Path) -> float:
         began = time.perf_counter()
         with open(path / "file", "wb", buffering=0) as file:
-            for _ in range(size):
-                file.write(block)
+            file.writelines(block for _ in range(size))
             os.fsync(file.fileno())
         return size / (time.perf_counter() - began)
 
