@@ -52,6 +52,7 @@ ROOM = MAX_WRITE + (1 << 16)
 """Bytes of the longest request: a WRITE, or the value of a SETXATTR with its name."""
 _RECEIVED, _SENT, _PAGE = counters.RECEIVED, counters.SENT, counters.PAGE
 _NOTHING = (0,) * 9
+_readv, _write, _unpack, _pack = os.readv, os.write, HEADER.unpack_from, REPLY.pack  # once for each request
 _HEADER, _AGAIN = HEADER.size, (errno.EAGAIN, errno.EINTR, errno.ENOENT)
 """Errors of reading after which one reads again: who asked was killed."""
 _DEAD = (errno.ENODEV, errno.ECONNABORTED, errno.ENOTCONN, errno.EPIPE, errno.ECONNRESET)
@@ -83,7 +84,7 @@ class Filter:
     def serve(self) -> bool:
         """Read one request, if there is one, and answer it; False when the device is gone."""
         try:
-            length = os.readv(self.fd, self._into)
+            length = _readv(self.fd, self._into)
         except OSError as error:
             if error.errno in _AGAIN:
                 return True
@@ -92,7 +93,7 @@ class Filter:
             raise
         if length < _HEADER:
             return length > 0
-        header = HEADER.unpack_from(self._buffer)
+        header = _unpack(self._buffer)
         if header[0] == length:
             try:  # noqa: SIM105 - a context manager would cost more than counting
                 self._counts[header[1]] += 1
@@ -140,10 +141,13 @@ class Filter:
             log.exception("request %s of inode %d failed", header[1], header[3])
             code = errno.EIO
         else:
-            if found.__class__ is CoroutineType:
-                self._later(self._when_it_is_done, header, found)
-            elif found.__class__ is int:
+            kind = found.__class__
+            if kind is bytes:
+                self._reply(header[2], found)
+            elif kind is int:
                 self._reply_error(header[2], -found)
+            elif kind is CoroutineType:
+                self._later(self._when_it_is_done, header, found)
             elif found is not None:
                 self._reply(header[2], found)
             else:
@@ -229,14 +233,17 @@ class Filter:
 
     def _reply(self, number: int, body: Any) -> None:
         """Answer with bytes, or several buffers."""
-        if code := self._uncommitted(number):
-            self._send_error(number, code)
-            return
+        try:
+            self._commit(number)
+        except (OSError, MemoryError) as error:
+            if code := commit_again(self.operations, error, number):
+                self._send_error(number, code)
+                return
         try:
             if body.__class__ is bytes and len(body) < 4096:
-                os.write(self.fd, REPLY.pack(16 + len(body), 0, number) + body)
+                _write(self.fd, _pack(16 + len(body), 0, number) + body)
             else:
-                self.words[_SENT] += os.writev(self.fd, (REPLY.pack(16 + len(body), 0, number), body))
+                self.words[_SENT] += os.writev(self.fd, (_pack(16 + len(body), 0, number), body))
         except OSError as error:
             if error.errno not in _NOT_AWAITED:
                 log.warning("the kernel refuses a reply: %s", error.strerror)
@@ -256,7 +263,7 @@ class Filter:
 
     def _send_error(self, number: int, code: int) -> None:
         try:
-            os.write(self.fd, REPLY.pack(16, -code, number))
+            _write(self.fd, _pack(16, -code, number))
         except OSError as error:
             if error.errno not in _NOT_AWAITED:
                 log.warning("the kernel refuses an error: %s", error.strerror)

@@ -8,19 +8,26 @@ one pack() without a tuple in between is on the path of every lookup and getattr
 Kernel: include/uapi/linux/fuse.h (fuse_attr, fuse_entry_out, fuse_attr_out), fs/fuse/inode.c
 """
 
+import functools
 import os
+from collections.abc import Callable, Iterable
+from struct import Struct
 
 from pkramfs.fs.inode import BLOCKS_PER_PAGE, Inode
 from pkramfs.fs.limits import StatFs
+from pkramfs.fs.namespace import DOTDOT
 from pkramfs.fs.tree import Tree
 from pkramfs.fuse import wire
 from pkramfs.fuse.translate import FOREVER, WRITTEN
 from pkramfs.units import PAGE_SIZE
 
 _FOREVER, _HALF = int(FOREVER), int(WRITTEN * 10**9)
-_SECOND = 10**9
-_DEV = 0xFFFFFFFF
-_pack_listing = wire.ENTRY_OF_LISTING.pack_into
+_SECOND, _KEEP_CACHE = 10**9, wire.KEEP_CACHE
+_DEV, _PLUS = 0xFFFFFFFF, wire.ENTRY_OF_LISTING.size
+_pack_entry, _pack_attributes, _pack_opened = wire.ENTRY.pack, wire.ATTRIBUTES.pack, wire.OPENED.pack
+_VALID, _DEVICE = Struct("<QQQII"), Struct("<III")
+"""Parts of wire.ENTRY that are mostly the same: generation and how long it is good; device, block size, flags."""
+_PLAIN = _DEVICE.pack(0, PAGE_SIZE, 0)
 _ABSENT = wire.ENTRY.pack(0, 0, _FOREVER, *(0,) * 19)
 
 
@@ -30,6 +37,8 @@ class Replies:
     def __init__(self, tree: Tree, generation: int = 0) -> None:
         self._tree, self._root, self._generation = tree, tree.root, generation
         self.guessed: set[int] = set()
+        self._known = _VALID.pack(generation, _FOREVER, _FOREVER, 0, 0)
+        self._written = _VALID.pack(generation, _FOREVER, 0, 0, _HALF)
 
     def _blocks(self, inode: Inode) -> int:
         """Return the blocks of a file: at least a page of one that may have data which we have not seen (translate)."""
@@ -43,7 +52,7 @@ class Replies:
         """Return the answer that names `inode`, and describes it."""
         atime, mtime, ctime = inode.atime, inode.mtime, inode.ctime
         valid, nanoseconds = (0, _HALF) if inode.writers else (_FOREVER, 0)
-        return wire.ENTRY.pack(
+        return _pack_entry(
             inode.ino,
             0 if inode is self._root else self._generation,
             _FOREVER,
@@ -68,56 +77,49 @@ class Replies:
             0,
         )
 
-    def plus_into(self, reply: bytearray, at: int, inode: Inode, node: int, cookie: int, length: int) -> None:
-        """Put into a listing what `entry` says of an inode, and where it goes on; a `node` of 0 names nothing."""
-        atime, mtime, ctime, ino, mode = inode.atime, inode.mtime, inode.ctime, inode.ino, inode.mode
-        valid, nanoseconds, pages = _FOREVER, 0, inode.pages
-        if inode.writers:
-            valid, nanoseconds = 0, _HALF
-        if pages is not None and pages.count:
-            blocks = pages.count * BLOCKS_PER_PAGE
-        else:
-            blocks = self._blocks(inode) if inode.writers or inode.target is not None else 0
-        seconds = changed = ctime // _SECOND
-        rest = changed_rest = ctime % _SECOND
-        if mtime != ctime:
-            changed, changed_rest = mtime // _SECOND, mtime % _SECOND
-        _pack_listing(
-            reply,
-            at,
-            node,
-            self._generation,
-            _FOREVER,
-            valid,
-            0,
-            nanoseconds,
-            ino,
-            inode.size,
-            blocks,
-            atime // _SECOND,
-            changed,
-            seconds,
-            atime % _SECOND,
-            changed_rest,
-            rest,
-            mode,
-            inode.nlink,
-            inode.uid,
-            inode.gid,
-            inode.rdev & _DEV,
-            PAGE_SIZE if self._tree.huge == "never" else self._tree.block_size(inode),
-            0,
-            ino,
-            cookie,
-            length,
-            mode >> 12,
-        )
+    def listing(self, reply: bytearray, room: int, entries: Iterable[tuple[bytes, Inode, int]]) -> int:
+        """Put names into a buffer, each with what `entry` says, as far as there is room; return where they end.
+
+        The kernel gets a reference to all but `.` and `..`. This is done for each file of an `ls`: what many have in
+        common is packed once, the name together with the rest, and times that are the same are divided once.
+        """
+        at, remember, plain = 0, self._tree.remember, self._tree.huge == "never"
+        for name, inode, cookie in entries:
+            length = len(name)
+            after = at + _PLUS + length + 7 & ~7
+            if after > room:
+                break
+            ino, mode, atime, mtime, ctime = inode.ino, inode.mode, inode.atime, inode.mtime, inode.ctime
+            node, valid, device, pages, blocks = 0, self._known, _PLAIN, inode.pages, 0
+            if cookie > 2 and name != DOTDOT:  # nor for `.`
+                node = ino
+                remember(inode)
+            if inode.writers:
+                valid, blocks = self._written, self._blocks(inode)
+            elif pages is not None:
+                blocks = pages.count * BLOCKS_PER_PAGE
+            elif inode.target is not None:
+                blocks = inode.blocks
+            if inode.rdev or not plain:
+                device = _DEVICE.pack(inode.rdev & _DEV, PAGE_SIZE if plain else self._tree.block_size(inode), 0)
+            looked = changed = second = ctime // _SECOND
+            looked_rest = changed_rest = rest = ctime % _SECOND
+            if mtime != ctime:
+                changed, changed_rest = mtime // _SECOND, mtime % _SECOND
+            if atime != ctime:
+                looked, looked_rest = atime // _SECOND, atime % _SECOND
+            _line(length)(
+                reply, at, node, valid, ino, inode.size, blocks, looked, changed, second, looked_rest, changed_rest,
+                rest, mode, inode.nlink, inode.uid, inode.gid, device, ino, cookie, length, mode >> 12, name,
+            )  # fmt: skip
+            at = after
+        return at
 
     def attributes(self, inode: Inode) -> bytes:
         """Return the answer that describes `inode`."""
         atime, mtime, ctime = inode.atime, inode.mtime, inode.ctime
         valid, nanoseconds = (0, _HALF) if inode.writers else (_FOREVER, 0)
-        return wire.ATTRIBUTES.pack(
+        return _pack_attributes(
             valid,
             nanoseconds,
             0,
@@ -174,7 +176,7 @@ class Replies:
 
     def opened(self, handle: int) -> bytes:
         """Return the answer that a file is open, whose pages the kernel may keep."""
-        return wire.OPENED.pack(handle, wire.KEEP_CACHE, 0)
+        return _pack_opened(handle, _KEEP_CACHE, 0)
 
     def statfs(self, found: StatFs, room: int) -> bytes:
         """Return the answer to statfs(2), of which `room` pages are to be had."""
@@ -182,6 +184,12 @@ class Replies:
         return wire.STATFS.pack(
             found.blocks, free, min(free, room), found.files, found.files_free, size, found.name_max, size, 0
         )
+
+
+@functools.cache
+def _line(length: int) -> Callable[..., None]:
+    """Return what packs wire.ENTRY_OF_LISTING and a name of so many bytes into a buffer, padded to a multiple of 8."""
+    return Struct(f"<Q32sQQQqqqIIIIIII12sQQII{length}s{-length % 8}x").pack_into
 
 
 def _split(time_ns: int) -> tuple[int, int, int]:

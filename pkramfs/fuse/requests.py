@@ -23,7 +23,6 @@ from typing import Any, cast
 
 from pkramfs.fs import acl, clock, protection
 from pkramfs.fs.failure import fail
-from pkramfs.fs.namespace import DOTDOT
 from pkramfs.fs.rules import INO_MASK, UNNOTED
 from pkramfs.fuse import doors, wire
 from pkramfs.fuse.operations import Operations
@@ -36,12 +35,12 @@ Answer = Any
 Method = Callable[[Header, memoryview], Answer]
 
 MAX_READ = 1 << 20
-_PLUS = wire.ENTRY_OF_LISTING.size
 _GETFLAGS, _SETFLAGS, _FSGETXATTR, _FSSETXATTR = 0x80086601, 0x40086602, 0x801C581F, 0x401C5820
 _XFLAGS = {protection.IMMUTABLE: 0x8, protection.APPEND: 0x10, protection.NOATIME: 0x40, protection.NODUMP: 0x80}
 """Flags of FS_IOC_GETFLAGS and of FS_IOC_FSGETXATTR."""
-_USUAL = frozenset((b"security.capability", b"security.selinux", acl.ACCESS, acl.DEFAULT))
+_USUAL = frozenset((b"security.capability\0", b"security.selinux\0", acl.ACCESS + b"\0", acl.DEFAULT + b"\0"))
 """What the kernel asks of each file before its first write, and ls(1) of each that it lists: hardly one has it."""
+_NO_DATA = -errno.ENODATA
 _SECOND = 10**9
 _UNKNOWN, _NOBODY = 0xFFFFFFFF, 65534
 
@@ -100,7 +99,7 @@ class Requests:
         self._do_lookup, self._do_getattr = hot["lookup"], hot["getattr"]
         self._do_open, self._do_create, self._do_release = hot["open"], hot["create"], hot["release"]
         self._do_read, self._do_write, self._do_unlink = hot["read"], hot["write"], hot["unlink"]
-        self.table: dict[int, Method] = {op: getattr(self, f"_{op.name.lower()}") for op in Op if _has(op.name)}
+        self.table: dict[int, Method] = {op.value: getattr(self, f"_{op.name.lower()}") for op in Op if _has(op.name)}
 
     def _do(self, name: str, *args: Any) -> Answer:
         return self._handlers[name](*args)
@@ -165,26 +164,14 @@ class Requests:
         return wire.OPENED.pack(self._do("opendir", header[3], None, wire.OPEN.unpack_from(body)[0]), 0, 0)
 
     def _readdirplus(self, header: Header, body: memoryview) -> Answer:
-        """List names with their attributes; the kernel gets a reference to all but `.` and `..`."""
         handle, start, size, *_ = wire.READ.unpack_from(body)
-        reply, at, room, remember = self._listing, 0, min(size, MAX_READ), self.tree.remember
-        for name, inode, cookie in self.tree.readdir(handle, start):
-            end = at + _PLUS + len(name)
-            after = end + 7 & ~7
-            if after > room:
-                break
-            node = 0
-            if cookie > 2 and name != DOTDOT:  # nor for `.`
-                node = inode.ino
-                remember(inode)
-            self._replies.plus_into(reply, at, inode, node, cookie, len(name))
-            reply[at + _PLUS : end] = name
-            at = after
-        return bytes(memoryview(reply)[:at])
+        end = self._replies.listing(self._listing, min(size, MAX_READ), self.tree.readdir(handle, start))
+        return bytes(memoryview(self._listing)[:end])
 
     def _readdir(self, header: Header, body: memoryview) -> Answer:
         handle, start, size, *_ = wire.READ.unpack_from(body)
-        reply, room = list[bytes](), min(size, MAX_READ)
+        reply: list[bytes] = []
+        room = min(size, MAX_READ)
         for name, inode, cookie in self.tree.readdir(handle, start):
             room -= wire.DIRENT.size + len(name) + -len(name) % 8
             if room < 0:
@@ -223,11 +210,11 @@ class Requests:
         return self._do("statfs", None)
 
     def _getxattr(self, header: Header, body: memoryview) -> Answer:
+        inode = self.tree.inodes.get(header[3])
+        if inode is not None and inode.xattrs is None and bytes(body[8:]) in _USUAL and inode.target is None:
+            return _NO_DATA
         size, _ = wire.GETXATTR.unpack_from(body)
         name = first_name(body, wire.GETXATTR.size)
-        inode = self.tree.inodes.get(header[3])
-        if inode is not None and inode.xattrs is None and name in _USUAL and inode.target is None:
-            return -errno.ENODATA
         if name.startswith(doors.EXTENTS):
             return _sized_later(self._do("getxattr", header[3], name, None), size)
         return _sized(self.tree.getxattr(header[3], name), size)
@@ -379,7 +366,7 @@ def _plain(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 def first_name(body: memoryview, start: int) -> bytes:
     """Return the name that begins there."""
-    tail = bytes(body[start:])
+    tail = bytes(body[start:] if start else body)
     return tail[: tail.index(0)]
 
 

@@ -315,7 +315,7 @@ def test_a_reply_that_is_refused_becomes_an_error(kernel: Kernel, monkeypatch: p
             raise OSError(errno.EINVAL, "no")
         return write(fd, data)
 
-    monkeypatch.setattr(module.os, "write", once)
+    monkeypatch.setattr(module, "_write", once)
     assert kernel.ask(Op.GETATTR, 1, bytes(16)) == (-errno.EIO, b"")
 
 
