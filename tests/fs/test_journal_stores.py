@@ -4,6 +4,7 @@
 import errno
 import os
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,14 +12,17 @@ import pytest
 from pkramfs.fs import acl
 from pkramfs.fs.inode import Credentials
 from pkramfs.fs.limits import Limits
-from pkramfs.fs.recover import recover
+from pkramfs.fs.recover import begin, recover
+from pkramfs.fs.restore import restore as restore_node
 from pkramfs.fs.save import save
+from pkramfs.fs.sealing import preserve
 from pkramfs.fs.tree import Tree
+from pkramfs.machine.frames import Frames
 from tests.fs.conftest import audit
 from tests.support.journals import Checkpoint, Memory, contents, end, live, state
 from tests.support.stores import Image, Recording, deaths, restore
 
-BLOCKS = 8
+BLOCKS, NODE = 8, b"shmem-x"
 USER = Credentials(1000, 1000, 0o022)
 ACL = acl.pack([(1, 7, 0xFFFFFFFF), (2, 5, 7), (4, 5, 0xFFFFFFFF), (0x10, 7, 0xFFFFFFFF), (0x20, 0, 0xFFFFFFFF)])
 
@@ -215,11 +219,92 @@ def test_all_or_nothing_of_a_preservation(memory: Memory, counted: list[int]) ->
     tree.write(tree.create(1, b"file", 0o644).ino, 0, b"x" * 10_000)
     tree.commit()
 
-    def preserve() -> None:
+    def write_whole() -> None:
         tree.freeze()
-        end(save(tree, memory.store, b"shmem-x"))
+        end(save(tree, memory.store, NODE))
         tree.thaw()
 
-    counted.append(run(memory, tree, preserve, taken=b"shmem-x"))
-    counted.append(run(memory, tree, lambda: tree.mkdir(1, b"new", 0o755), taken=b"shmem-x"))
-    counted.append(run(memory, tree, preserve, taken=b"shmem-x"))
+    counted.append(run(memory, tree, write_whole, taken=NODE))
+    counted.append(run(memory, tree, lambda: tree.mkdir(1, b"new", 0o755), taken=NODE))
+    counted.append(run(memory, tree, write_whole, taken=NODE))
+
+
+def restored(image: Image, path: str, size: int) -> tuple[bool, Any]:
+    """Return whether a memory has the node, and the tree of whoever mounts the NAME: from the node, or the log."""
+    ram = restore(image, path, size)
+    try:
+        other = Memory(ram)
+        node = other.store.find(NODE)
+        if node is None:
+            return False, None
+        tree = end(restore_node(other.store, NODE, ram, other.frames, Limits()))
+        if tree.journal is None:
+            begin(tree, b"x", 1, node.pfn)
+        audit(tree)
+        return True, (state(tree), contents(tree))
+    finally:
+        ram.close()
+        os.unlink(path)
+
+
+def closed(memory: Memory, tree: Tree) -> Any:
+    """Return what a restore must bring back of a tree: nothing is open, and no data are lost any more."""
+    with memory.copy() as other:
+        again = end(recover(other.store, live(tree), other.ram, other.frames, Limits(), 1, None))
+        again.losses.forget()
+        return state(again), contents(again)
+
+
+def test_a_node_is_whole_at_every_store(memory: Memory, counted: list[int]) -> None:
+    """Preserved by a log, then written whole instead, then changed: whenever there is a node, it holds the tree."""
+    tree = memory.tree()
+    prepare(tree)
+    tree.freeze()
+    expected, path, seen = closed(memory, tree), memory.ram.path + ".node", list[bool]()
+    assert isinstance(memory.ram, Recording)
+    for work in (
+        lambda: end(preserve(tree, memory.store, NODE)),
+        lambda: end(save(tree, memory.store, NODE, instead=True)),
+        lambda: (tree.thaw(), tree.mkdir(1, b"new", 0o755), tree.commit()),
+    ):
+        held = memory.ram.record()
+        work()
+        count = 0
+        for what, image in deaths(held, memory.ram.recorded()):
+            there, found = restored(image, path, memory.ram.size)
+            assert not there or found == expected, what
+            seen.append(there)
+            count += 1
+        counted.append(count)
+    assert not seen[0] and not seen[-1] and sum(one != two for one, two in pairwise(seen)) == 2, "no moment without it"
+
+
+def test_a_takeover_while_a_log_is_preserved(memory: Memory, counted: list[int]) -> None:
+    tree = memory.tree()
+    numbers = prepare(tree)
+    tree.freeze()
+    counted.append(run(memory, tree, lambda: end(preserve(tree, memory.store, NODE)), taken=NODE))
+    counted.append(run(memory, tree, lambda: tree.release(numbers["handle"]), taken=NODE))
+    counted.append(run(memory, tree, lambda: end(save(tree, memory.store, NODE, instead=True)), taken=NODE))
+    tree.thaw()
+    counted.append(run(memory, tree, lambda: tree.unlink(1, b"file"), taken=NODE))
+
+
+def test_a_restore_from_a_log_may_be_interrupted(memory: Memory, counted: list[int]) -> None:
+    """Until it is changed the node is there, so whoever comes next begins with it again."""
+    tree = memory.tree()
+    prepare(tree)
+    tree.freeze()
+    expected, path = closed(memory, tree), memory.ram.path + ".node"
+    end(preserve(tree, memory.store, NODE))
+    assert isinstance(memory.ram, Recording)
+    frames = Frames(memory.ram, memory.leases, memory.frames.tree_id)
+    held = memory.ram.record()
+    again = end(restore_node(memory.store, NODE, memory.ram, frames, Limits()))
+    stores = memory.ram.recorded()
+    count = 0
+    for what, image in deaths(held, stores):
+        assert restored(image, path, memory.ram.size) == (True, expected), what
+        count += 1
+    counted.append(count)
+    counted.append(run(memory, again, lambda: again.mkdir(1, b"new", 0o755), taken=NODE))
