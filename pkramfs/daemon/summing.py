@@ -57,7 +57,9 @@ class Background:
         elif self._work is None:
             self._tree.sums = sums = self._tree.sums or Sums(self._tree)
             sums.found, sums.table.stirred = self._found, self._stir
-            begin(self._tree, sums)
+            if not sums.complete:
+                begin(self._tree, sums)
+            sums.complete = False
             self._work = Summing(self._tree, sums, max(1, min(_MOST_THREADS, workers() // 2)))
             self._stir()
 

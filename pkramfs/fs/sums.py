@@ -72,6 +72,8 @@ class Sums:
         """By key: a mask of the pages of a piece that are damaged."""
         self.found: Callable[[int, int], object] = _nobody
         self._buffer = buffer()
+        self.complete = False
+        """No piece with frames is missing here, so that `begin` has nothing to add."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -296,8 +298,9 @@ class Sums:
             damaged[name] = _u64(mask >> 64 * number & (1 << 64) - 1 for mask in masks)
         return {"sums": rows._asdict(), "damaged": damaged}
 
-    def adopt(self, sums: Columns, damaged: Columns) -> None:
+    def adopt(self, sums: Columns, damaged: Columns, *, complete: bool) -> None:
         """Begin with what `columns` returned, verified: nothing of it was compared yet. It is weighed already."""
+        self.complete = complete
         empty = np.empty(0, dtype=np.uint64)
         self.table.merge(Rows(**{name: sums[name] for name in Rows._fields}), (empty, empty), (empty, empty))
         rows = zip(*(damaged[name].tolist() for name in ("ino", "piece", *_PARTS)), strict=True)

@@ -52,6 +52,8 @@ def unpack(load: Load, tree: Tree, allowed: Spans, *, deleted: bool = False) -> 
     if not deleted:
         check_limits(tree.limits, pages, space)
     _fill(tree, parts, saved, pages, space)
+    if tree.sums is not None and deleted:
+        tree.sums.complete = False  # a log may follow
     return Contents(saved.metadata, saved.data)
 
 
@@ -81,7 +83,7 @@ def _fill(tree: Tree, parts: TreeStream, saved: _Saved, pages: int, space: int) 
     tree.install(packed, parts.header.next_ino, figures)
     if parts.header.flags & HAS_SUMS:
         tree.sums = Sums(tree)
-        tree.sums.adopt(parts.sums, parts.damaged)
+        tree.sums.adopt(parts.sums, parts.damaged, complete=not parts.header.unsummed)
 
 
 def _load(load: Load) -> _Saved:
