@@ -192,8 +192,9 @@ class Data(Filling):
         end = offset + size
         if self.sums is not None and self.sums.before_write(inode, offset, end):
             self._change(room=LESS)
-            self.sums.drop(inode, offset, end)
+            self.sums.tell(inode, offset, end)
             self.commit()
+            self.sums.drop(inode, offset, end)
         try:
             runs, store, into_holes = self._runs_for_writing(inode, offset, end)
         except OSError as error:
@@ -317,6 +318,9 @@ class Data(Filling):
         inode = self.inode(number)
         if inode.pages is None:
             return 0
+        if self.sums is not None:
+            for index, _, count in inode.pages.between(first, last):
+                self.sums.require(inode, index, index + count)
         empty = [
             (index + start - pfn, index + end - pfn)
             for index, pfn, count in _pieces(inode.pages.between(first, last))

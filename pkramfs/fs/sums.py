@@ -118,7 +118,10 @@ class Sums:
     # -- before something is changed -------------------------------------------------------------
 
     def before_write(self, inode: Inode, offset: int, end: int) -> bool:
-        """Note that bytes [offset, end) are about to be stored; True if there are sums that must go first (`drop`)."""
+        """Note that bytes [offset, end) are about to be stored.
+
+        Return True if there are sums that must go first: `tell`, then commit, then `drop`.
+        """
         first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
         low, high, table = first >> PIECE_SHIFT, (last - 1) >> PIECE_SHIFT, self.table
         if low == high and not self.damaged and table.late.get(inode.ino << KEY_SHIFT | low) == table.mark:
@@ -136,12 +139,14 @@ class Sums:
                 table.mark_found(inode.ino, piece, found)
         return False
 
-    def drop(self, inode: Inode, offset: int, end: int) -> None:
-        """Take the sums of bytes [offset, end) away; the log has to be told before they are stored."""
-        low, high = offset >> (PIECE_SHIFT + PAGE_SHIFT), (end - 1) >> (PIECE_SHIFT + PAGE_SHIFT)
+    def tell(self, inode: Inode, offset: int, end: int) -> None:
+        """Tell the log that bytes [offset, end) have no sum any more."""
         if self._tree.journal is not None:
-            self._tree.journal.unsum(inode.ino, low, high + 1)
-        for piece in range(low, high + 1):
+            self._tree.journal.unsum(inode.ino, *_pieces(offset, end))
+
+    def drop(self, inode: Inode, offset: int, end: int) -> None:
+        """Take the sums of bytes [offset, end) away, which the log knows by now; else the next store would not wait."""
+        for piece in range(*_pieces(offset, end)):
             self._touch(inode.ino, piece)
 
     def stored(self, inode: Inode, offset: int, end: int) -> None:
@@ -317,6 +322,11 @@ class Sums:
         keys = list(self.damaged)
         without = _u64(key >> KEY_SHIFT for key in keys), _u64(key & _PIECE_MASK for key in keys)
         self.table.merge(rows, pieces_of(owner, first, count), without)
+
+
+def _pieces(offset: int, end: int) -> tuple[int, int]:
+    """Return the pieces [low, high) that bytes [offset, end) lie in."""
+    return offset >> (PIECE_SHIFT + PAGE_SHIFT), ((end - 1) >> (PIECE_SHIFT + PAGE_SHIFT)) + 1
 
 
 def _whole(inode: Inode, offset: int, end: int) -> tuple[int, int]:

@@ -419,6 +419,28 @@ def test_no_death_leaves_a_wrong_sum(store: str) -> None:
                 os.unlink(ram.path + ".death")
 
 
+def test_no_store_passes_before_the_log_was_told(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where telling it fails the next store tries again."""
+    tree = memory.tree()
+    ino = tree.create(1, b"f", 0o644).ino
+    tree.write(ino, 0, b"x" * PIECE)
+    rest(enable(tree))
+    with monkeypatch.context() as patched:
+        patched.setattr(tree.journal.log, "write", lambda *_: (_ for _ in ()).throw(MemoryError))
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                tree.write(ino, 0, b"y")
+    assert tree.read(ino, 0, 1) == b"x"
+    stored = memory.ram.overwrite
+    monkeypatch.setattr(
+        memory.ram, "overwrite", lambda *_: (_ for _ in ()).throw(SystemExit) if _[1] == b"y" else stored(*_)
+    )
+    with pytest.raises(SystemExit):
+        tree.write(ino, 0, b"y")
+    with memory.copy() as other:
+        assert not known(other.recover(live(tree)))
+
+
 def test_a_tree_that_is_preserved_crosses_with_its_log(memory: Memory) -> None:
     """Restored, changed, and recovered: what was not written since keeps its sum, and a bit that flips is found."""
     tree = memory.tree()
