@@ -236,3 +236,11 @@ def _merge(starts: U64, ends: U64) -> tuple[U64, U64]:
     starts, ends = starts[order], np.maximum.accumulate(ends[order])
     fresh = np.concatenate(([True], starts[1:] > ends[:-1]))
     return starts[fresh], ends[np.concatenate((fresh[1:], [True]))]
+
+
+def distinct(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return each number once, in order, as numpy.unique does: that imports numpy.ma, which takes 20 ms and 3 MiB."""
+    found: npt.NDArray[Any] = np.sort(values, axis=None)
+    fresh = np.ones(len(found), dtype=bool)
+    np.not_equal(found[1:], found[:-1], out=fresh[1:])
+    return found[fresh]

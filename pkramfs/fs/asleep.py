@@ -33,6 +33,7 @@ from pkramfs.fs.directory import Directory
 from pkramfs.fs.inode import FIELDS, Inode
 from pkramfs.fs.pagecache import RUN_BYTES, PageMap
 from pkramfs.pkram.treeformat import Array, TreeStream
+from pkramfs.spans import distinct
 
 if TYPE_CHECKING:
     from pkramfs.pkram.streams.runs import Runs
@@ -238,7 +239,7 @@ class Asleep:
         """Return the inodes that names of `parent` stand for; another name may have woken some already."""
         if not self._linked[positions].any():
             return self._make(positions, parent)
-        fresh = np.unique(positions[self._asleep[positions]])
+        fresh = distinct(positions[self._asleep[positions]])
         self._make(fresh, parent)
         return [self.inodes[number] for number in self._columns["ino"][positions].tolist()]
 

@@ -33,7 +33,7 @@ import numpy as np
 from pkramfs.errors import ExhaustedError
 from pkramfs.machine.policy import Policy
 from pkramfs.machine.ram import Ram
-from pkramfs.spans import U64, Spans
+from pkramfs.spans import U64, Spans, distinct
 from pkramfs.units import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, format_size
 
 FREE, KERNEL, HOLE, RESERVE = 0, 1, 2, 3
@@ -196,7 +196,7 @@ class Leases:
     def _owners(self, blocks: Spans) -> U64:
         """Return the owners of `blocks`, each once."""
         empty = np.empty(0, dtype=np.uint64)
-        return np.unique(np.concatenate([empty, *(np.unique(self.ids[start:end]) for start, end in blocks)]))
+        return distinct(np.concatenate([empty, *(distinct(self.ids[start:end]) for start, end in blocks)]))
 
     def _free_dead(self, blocks: Spans, ids: U64) -> int:
         """Free those of `blocks` that `ids` still own, and count them: others may have swept and leased some."""

@@ -46,7 +46,7 @@ import numpy.typing as npt
 
 from pkramfs.errors import ExhaustedError, PkramError
 from pkramfs.machine.firmware import FirmwareMap
-from pkramfs.spans import U64, Spans, first_place
+from pkramfs.spans import U64, Spans, distinct, first_place
 from pkramfs.units import PAGE_SIZE, format_size, round_down, round_up
 
 NO_NODE = -1
@@ -173,7 +173,7 @@ class Regions:
 
     def cut(self, addresses: Iterable[int]) -> None:
         """Make every address inside a region the border of two."""
-        at = np.unique(np.array(list(addresses), dtype=np.uint64))
+        at = distinct(np.array(list(addresses), dtype=np.uint64))
         # owner: the last region that begins at or below each address; inside: the address cuts it. Shape: (addresses,).
         owner = np.searchsorted(self.bases, at, side="right") - 1
         inside = owner >= 0

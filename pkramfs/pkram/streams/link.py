@@ -39,7 +39,7 @@ from pkramfs.pkram.format import (
     OTHER,
 )
 from pkramfs.pkram.page import seal_array, write_word
-from pkramfs.spans import U64
+from pkramfs.spans import U64, distinct
 from pkramfs.units import MAX_ORDER, PAGE_SHIFT, PAGE_SIZE
 
 U8 = npt.NDArray[np.uint8]
@@ -246,7 +246,7 @@ def plain_starts(edges: I64, capacity: int) -> I64:
 def _aligned_starts(blocks: Rows, offsets: I64, first: int, last: int, capacity: int) -> I64:
     """Apply row 43 to rows without a jump: return where links begin, each ending before a group that would not fit."""
     start, end = int(offsets[first]), int(offsets[last])
-    orders = np.unique(blocks.order[first:last])
+    orders = distinct(blocks.order[first:last])
     if len(orders) > 1:
         return np.fromiter(_mixed_starts(blocks, offsets, first, last, capacity), dtype=np.int64)
     order = int(orders[0])

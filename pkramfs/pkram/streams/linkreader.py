@@ -34,7 +34,7 @@ from pkramfs.pkram import parallel
 from pkramfs.pkram.format import COVERED, ENTRY_PFN_SHIFT, LINK_CAPACITY, LINK_MAGIC, NEXT, OTHER
 from pkramfs.pkram.page import letters, seal_array, unseal
 from pkramfs.pkram.streams.link import BATCH, HEAD_WORDS, I64, PAGE_WORDS, U8, decode, sizes
-from pkramfs.spans import U64, Spans
+from pkramfs.spans import U64, Spans, distinct
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
 READ = 512
@@ -259,7 +259,7 @@ def _follow(survey: _Survey, owner: int, head: tuple[str, int], links: int, allo
         total, record, field, holder = total + taken, "Link", "next", pfn + taken - 1
         pfn = unseal(int(survey.kept[NEXT // 8, total - 1]), (holder << PAGE_SHIFT) + NEXT, "Link", "next")
     pages = survey.pages[:total]
-    if not (pages[1:] > pages[:-1]).all() and len(np.unique(pages)) != len(pages):
+    if not (pages[1:] > pages[:-1]).all() and len(distinct(pages)) != len(pages):
         raise FormatError("Link", "next", pfn=int(pages[-1]), found="a link met before", expected="the end")
     return pages
 

@@ -31,7 +31,7 @@ from pkramfs.errors import FormatError
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.format import TABLE_FULL, TABLE_SLOT_MASK
 from pkramfs.pkram.page import check_pfn
-from pkramfs.spans import U64, Spans
+from pkramfs.spans import U64, Spans, distinct
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
 ENTRIES = 512
@@ -67,9 +67,9 @@ def walk(ram: Ram, root: int) -> Walk:
         found = found | full.scale(covers)
         pages.append(entries >> np.uint64(PAGE_SHIFT))
     found = found | read_bitmaps(ram, units, entries)
-    pages[-1] = np.unique(pages[-1])
+    pages[-1] = distinct(pages[-1])
     own = np.concatenate(pages)
-    if len(np.unique(own)) != len(own):
+    if len(distinct(own)) != len(own):
         raise FormatError("PageTable", "entry", pfn=root, found="a table page named twice", expected="each once")
     if found and int(found.ends[-1]) > ram.pages:
         end = int(found.ends[-1])

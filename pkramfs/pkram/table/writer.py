@@ -25,7 +25,7 @@ from pkramfs.errors import PkramError
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.table import reader as pagetable
 from pkramfs.pkram.table.reader import BITMAP_WORDS, ENTRIES, FULL, LOWER, SLOTS, UPPER, gather, places
-from pkramfs.spans import U64, Spans
+from pkramfs.spans import U64, Spans, distinct
 from pkramfs.units import PAGE_SHIFT
 
 _SHIFT = np.uint64(PAGE_SHIFT)
@@ -78,7 +78,7 @@ class TableWriter:
         self.ram.u64[self._upper_places(huge[entries == FULL])] = 0
         split = huge[entries != FULL]  # 512 entries below are FULL, one by one
         whole = np.concatenate((whole, (split[:, None] * np.uint64(ENTRIES) + _column()).reshape(-1)))
-        units = np.unique(np.concatenate((whole, blocks)) // np.uint64(ENTRIES))
+        units = distinct(np.concatenate((whole, blocks)) // np.uint64(ENTRIES))
         self._open_full(units)
         if len(whole):
             self.ram.u64[self._lower_places(whole)] = 0
@@ -150,7 +150,7 @@ class TableWriter:
 
     def _ensure_upper(self, units: U64) -> None:
         """Make the upper pages of 1 GiB units that do not exist."""
-        numbers = np.unique(units // np.uint64(ENTRIES))
+        numbers = distinct(units // np.uint64(ENTRIES))
         roots = np.full(len(numbers), self.root, dtype=np.uint64)
         missing = numbers[gather(self.ram, roots, numbers) == 0]
         if len(missing):
@@ -204,7 +204,7 @@ class TableWriter:
         below = (entries != 0) & (entries != FULL)
         empty = self._empty(entries[below] >> _SHIFT)
         self.ram.u64[self._upper_places(units[below][empty])] = 0
-        above = np.unique(units // np.uint64(ENTRIES))
+        above = distinct(units // np.uint64(ENTRIES))
         roots = np.full(len(above), self.root, dtype=np.uint64)
         uppers = gather(self.ram, roots, above) >> _SHIFT
         bare = self._empty(uppers)
