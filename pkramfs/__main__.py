@@ -4,10 +4,11 @@
     mount, kexec, ctl       the commands mount.pkramfs, pkram-kexec and pkramctl
     boot DIR                the boot of a machine
     mount-daemon            one mount; started by mount.pkramfs
+    mount-daemons           forks mounts; started by pkram-kexec
     checkpoint              a checkpoint of a tree; started by its daemon
     hold                    a mount whose daemon is being replaced; started by its holder
 
-pkramfs itself starts the last four, in a fresh interpreter: they know only their command line and what RAM holds, and
+pkramfs itself starts the last five, in a fresh interpreter: they know only their command line and what RAM holds, and
 first reset the limits and priorities that they inherited from a shell.
 """
 
@@ -24,12 +25,13 @@ _VERBS = {
     "ctl": "pkramfs.cli.ctl",
     "boot": "pkramfs.cli.boot",
     "mount-daemon": "pkramfs.daemon.holder",
+    "mount-daemons": "pkramfs.daemon.forking",
     "checkpoint": "pkramfs.daemon.shadow",
     "hold": "pkramfs.daemon.handover",
 }
 
 
-_SERVICES = ("boot", "mount-daemon", "checkpoint", "hold")
+_SERVICES = ("boot", "mount-daemon", "mount-daemons", "checkpoint", "hold")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,10 +30,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pkramfs.cli.daemons import Seen
 from pkramfs.errors import MachineError, PkramfsError, explain
 from pkramfs.mounting import options, syscalls
+from pkramfs.mounting.forks import Forks
 from pkramfs.mounting.helper import PROGRAM, AnsweredError
 from pkramfs.mounting.mountpoints import prepare
 from pkramfs.mounting.names import node_name
-from pkramfs.mounting.starting import Expected, PrestartedDaemons
+from pkramfs.mounting.starting import Expected
 from pkramfs.mounting.syscalls import Mounted, Table
 from pkramfs.units import plural
 
@@ -286,12 +287,12 @@ def places(mount: Json) -> list[str]:
     return [str(one["mountpoint"]) for one in (mount, *mount.get("binds", ()))]
 
 
-def restart(machine: "Machine", mounts: Sequence[Json], warn: Warn, prestarted: PrestartedDaemons) -> int:
+def restart(machine: "Machine", mounts: Sequence[Json], warn: Warn, forks: Forks) -> int:
     """Mount again what was preserved; warn of each failure, and return how many there are."""
     from pkramfs.cli import arguments
 
     with ExitStack() as held:
-        failures = _run(_steps(mounts), _Work(machine, prestarted, held))
+        failures = _run(_steps(mounts), _Work(machine, forks, held))
     for step, error in failures:
         reason = explain(error) if isinstance(error, OSError) else str(error)
         warn(f"{step.place} was not mounted again: {reason}")
@@ -364,8 +365,8 @@ def _is_bound(held: int, root: int, bind: Json) -> bool:
 class _Work:
     """The work of a step. `held` keeps the roots of trees until all bind mounts are made."""
 
-    def __init__(self, machine: "Machine", prestarted: PrestartedDaemons, held: ExitStack) -> None:
-        self.machine, self._prestarted, self._held = machine, prestarted, held
+    def __init__(self, machine: "Machine", forks: Forks, held: ExitStack) -> None:
+        self.machine, self._forks, self._held = machine, forks, held
         self._roots: dict[int, int] = {}
 
     def __call__(self, step: _Step) -> None:
@@ -377,7 +378,7 @@ class _Work:
     def _mount(self, mount: Json) -> None:
         prepare(mount["mountpoint"])
         tree = int(mount["tree"], 16) if "tree" in mount else None
-        self._prestarted.take(mount).serve(Expected(tree, self._on(mount)))
+        self._forks.serve(mount, Expected(tree, self._on(mount)))
         if mount.get("binds"):
             self._roots[id(mount)] = self._hold(mount)
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pkramfs.control.replies import Status
     from pkramfs.kernel.steps import Operation, Plan
     from pkramfs.machine.directory import Machine
-    from pkramfs.mounting.starting import PrestartedDaemons
+    from pkramfs.mounting.forks import Forks
 
 PROGRAM = "pkram-kexec"
 LOCK_SECONDS = 30.0
@@ -125,19 +125,17 @@ def _to_remount(args: argparse.Namespace, machine: "Machine", seen: "Sequence[Se
 
 def execute(args: argparse.Namespace, machine: "Machine") -> int:
     """Let the running kernel die and the loaded one be born."""
-    from pkramfs.mounting.starting import PrestartedDaemons
+    from pkramfs.mounting.forks import Forks
 
     with (
-        PrestartedDaemons() as prestarted,
+        Forks() as forks,
         signals.Deferral() as waiting,
         progress.waiting(args, "kexec") as drawn,
     ):
-        return _execute_with(args, machine, prestarted, _Steps(waiting, drawn, args.verbose))
+        return _execute_with(args, machine, forks, _Steps(waiting, drawn, args.verbose))
 
 
-def _execute_with(
-    args: argparse.Namespace, machine: "Machine", prestarted: "PrestartedDaemons", steps: "_Steps"
-) -> int:
+def _execute_with(args: argparse.Namespace, machine: "Machine", forks: "Forks", steps: "_Steps") -> int:
     from pkramfs.cli import again
     from pkramfs.kernel import history, kexec, nvram, running
 
@@ -168,7 +166,7 @@ def _execute_with(
                 return _refuse(machine, plan)
             for line in notes:
                 arguments.note(machine, f"kexec: {line}")
-            prestarted.start(remount)
+            forks.begin(remount)
             history.note_foreseen(machine, nvram.next_generation(machine), plan.foreseen)
             _perform(args, plan, steps)
             pause = time.monotonic() - began
@@ -176,10 +174,10 @@ def _execute_with(
             history.note_pause(machine, nvram.next_generation(machine) - 1, pause)
     except BaseException:
         with signals.deferred():
-            _undo(machine, going, back, prestarted)
+            _undo(machine, going, back, forks)
         raise
     kept, lost = going.arrive()
-    return _mount_again(machine, remount, f"in {pause:.2f} s", prestarted, kept) or int(lost > 0)
+    return _mount_again(machine, remount, f"in {pause:.2f} s", forks, kept) or int(lost > 0)
 
 
 def _need_loaded(machine: "Machine") -> None:
@@ -228,7 +226,7 @@ class _Steps:
         self._drawn.begin("kexec", self._done, self.total)
 
 
-def _undo(machine: "Machine", going: Freezer, back: list[dict[str, Any]], prestarted: "PrestartedDaemons") -> None:
+def _undo(machine: "Machine", going: Freezer, back: list[dict[str, Any]], forks: "Forks") -> None:
     """Take back after a failure: while the old kernel lives, put every mount back as it was."""
     from pkramfs.cli import again
     from pkramfs.kernel import kernelrecord, nvram
@@ -240,7 +238,7 @@ def _undo(machine: "Machine", going: Freezer, back: list[dict[str, Any]], presta
     if kernelrecord.read(machine, any_layout=True) is None:
         complain(PROGRAM, "the old kernel is gone and the new one is not up: pkram-kexec --resume goes on from there")
         return
-    if not again.restart(machine, back, partial(arguments.warn, PROGRAM), prestarted):
+    if not again.restart(machine, back, partial(arguments.warn, PROGRAM), forks):
         with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
             nvram.mounted_again(machine, back)
 
@@ -249,18 +247,20 @@ def _mount_again(
     machine: "Machine",
     remount: Sequence[dict[str, Any]],
     how: str,
-    prestarted: "PrestartedDaemons | None" = None,
+    forks: "Forks | None" = None,
     kept: Sequence[str] = (),
 ) -> int:
     """Mount again what was preserved, and report that the new kernel is up."""
     from pkramfs.cli import again
     from pkramfs.kernel import nvram, running
-    from pkramfs.mounting.starting import PrestartedDaemons
+    from pkramfs.mounting.forks import Forks
 
     info = running.look(machine).info
     warn = partial(arguments.warn, PROGRAM)
     remount = again.still_there(machine, remount, warn)
-    failed = again.restart(machine, remount, warn, prestarted or PrestartedDaemons())
+    with forks or Forks() as forking:
+        forking.begin(remount)
+        failed = again.restart(machine, remount, warn, forking)
     if not failed:
         with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
             nvram.clear_mounts(machine)

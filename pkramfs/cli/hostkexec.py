@@ -124,7 +124,7 @@ def execute(args: argparse.Namespace, machine: "Machine") -> int:
 def _execute_alone(args: argparse.Namespace, machine: "Machine", info: "KernelInfo") -> int:
     """Stop the mounts and boot, where there is no systemd. If that fails, mount again what was stopped."""
     from pkramfs.cli import again
-    from pkramfs.mounting.starting import PrestartedDaemons
+    from pkramfs.mounting.forks import Forks
 
     warn = partial(arguments.warn, PROGRAM)
     going = Freezer(machine, force=args.force, warn=warn)
@@ -143,7 +143,9 @@ def _execute_alone(args: argparse.Namespace, machine: "Machine", info: "KernelIn
         with signals.deferred():
             going.thaw()
             if going.stopped:
-                again.restart(machine, back, warn, PrestartedDaemons())
+                with Forks() as forks:
+                    forks.begin(back)
+                    again.restart(machine, back, warn, forks)
         raise
     return 0
 

@@ -7,8 +7,8 @@
       returns its message    ◀── one line of JSON ──   Reporter.serving(message) or Reporter.failed(reason)
     .give_up()               ── closes the pipe ──▶    ends without a trace
 
-Importing takes longer than most trees take to be restored, so a kexec starts daemons (PrestartedDaemons) while
-the old kernel goes and the new one boots. If the command dies, the daemon that waits ends.
+Importing takes longer than most trees take to be restored, so a daemon may be started before it is told to mount. If
+the command dies, the daemon that waits ends. Those of a kexec have a process that forks them: forks.py.
 
 Kernel: pipe(7)
 """
@@ -20,8 +20,7 @@ import select
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -56,55 +55,40 @@ ANYTHING = Expected()
 # -- the command's end ----------------------------------------------------------------------------
 
 
-class Starting:
-    """A daemon that is being started. It waits for `serve` or `give_up`, and ends if we die before."""
+class Answer:
+    """The end of the pipe on which a daemon says that it serves, or why not."""
 
-    def __init__(self, directory: str, text: str) -> None:
-        self._answer, theirs = os.pipe()
-        told, self._go = os.pipe()
-        try:
-            self._daemon = subprocess.Popen(
-                [sys.executable, "-P", "-m", "pkramfs", "mount-daemon", str(theirs), directory, text, str(told)],
-                env=environment(),
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs, told],
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(self._answer)
-            os.close(self._go)
-            raise
-        finally:
-            os.close(theirs)
-            os.close(told)
+    def __init__(self) -> None:
+        self._answer, self._theirs = os.pipe()
+        self.pid = 0
 
-    def serve(self, expected: Expected = ANYTHING) -> str:
-        """Let the daemon mount, wait until it serves, and return its message; raise MountError with its reason."""
-        with suppress(BrokenPipeError):  # it died already, and the line that it does not send says so
-            os.write(self._go, _GO + json.dumps(expected._asdict()).encode())
-        os.close(self._go)
+    def wait(self) -> str:
+        """Wait until the daemon serves, and return its message; raise MountError with its reason."""
         line = self._line()
         if not line:
-            status = self._end()
-            raise MountError(f"the mount daemon (pid {self._daemon.pid}) died with status {status} before it served")
+            raise MountError(f"the mount daemon (pid {self.pid}) died{self.end()} before it served")
         answer = self._understand(line)
         if "error" in answer:
-            self._end()
+            self.end()
             failed = AnsweredError(answer["error"])
             failed.exit_status = USAGE if answer.get("status") else FAILURE
             raise failed
-        self._daemon.returncode = 0  # it lives on; no warning that it does
         return str(answer.get("ok", ""))
+
+    def end(self) -> str:
+        """Wait until the daemon has ended, kill it if it does not, and return its exit status in words."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """Kill the daemon."""
+        raise NotImplementedError
 
     def _understand(self, line: bytes) -> dict[str, Any]:
         """Parse the daemon's answer: it serves, or why it does not."""
         try:
             return _ANSWER.read(parse(line))
         except Invalid as error:
-            raise MountError(f"unexpected answer from the mount daemon (pid {self._daemon.pid}): {error}") from None
+            raise MountError(f"unexpected answer from the mount daemon (pid {self.pid}): {error}") from None
 
     def _line(self) -> bytes:
         """Read the daemon's answer; kill the daemon and raise MountError if nothing comes for too long."""
@@ -113,9 +97,9 @@ class Starting:
         try:
             while not line.endswith(b"\n") and len(line) < _ANSWER_MOST:
                 if not patience.is_ready(ready, deadline):
-                    self._daemon.kill()
+                    self.kill()
                     raise MountError(
-                        f"the mount daemon (pid {self._daemon.pid}) did not serve within {SERVE_SECONDS:g} s and was "
+                        f"the mount daemon (pid {self.pid}) did not serve within {SERVE_SECONDS:g} s and was "
                         "killed; what is preserved stays so"
                     )
                 part = os.read(self._answer, 1 << 16)
@@ -126,67 +110,66 @@ class Starting:
             os.close(self._answer)
         return line
 
-    def _end(self) -> int:
-        """Wait until the daemon has ended, kill it if it does not, and return its exit status."""
+
+class Starting(Answer):
+    """A daemon that is being started. It waits for `serve` or `give_up`, and ends if we die before."""
+
+    def __init__(self, directory: str, text: str) -> None:
+        super().__init__()
+        told, self._go = os.pipe()
         try:
-            return self._daemon.wait(_END_SECONDS)
+            words = ["mount-daemon", str(self._theirs), directory, text, str(told)]
+            self._daemon = start(*words, fds=[self._theirs, told])
+        except BaseException:
+            os.close(self._answer)
+            os.close(self._go)
+            raise
+        finally:
+            os.close(self._theirs)
+            os.close(told)
+        self.pid = self._daemon.pid
+
+    def serve(self, expected: Expected = ANYTHING) -> str:
+        """Let the daemon mount, wait until it serves, and return its message; raise MountError with its reason."""
+        with suppress(BrokenPipeError):  # it died already, and the line that it does not send says so
+            os.write(self._go, _GO + json.dumps(expected._asdict()).encode())
+        os.close(self._go)
+        message = self.wait()
+        self._daemon.returncode = 0  # it lives on; no warning that it does
+        return message
+
+    def end(self) -> str:
+        """Wait until the daemon has ended, kill it if it does not, and return its exit status in words."""
+        try:
+            status = self._daemon.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
             self._daemon.kill()
-        return self._daemon.wait(_END_SECONDS)
+            status = self._daemon.wait(_END_SECONDS)
+        return f" with status {status}"
+
+    def kill(self) -> None:
+        """Kill the daemon."""
+        self._daemon.kill()
 
     def give_up(self) -> None:
         """Have the daemon end without a trace."""
         os.close(self._go)
         os.close(self._answer)
-        self._end()
+        self.end()
 
 
-class PrestartedDaemons:
-    """Daemons that are started before they are needed. A daemon that nobody takes is given up at the end.
-
-    As many wait as there are CPUs: more would delay the boot. For one that is taken the next is started, so that one
-    imports while another mounts.
-
-    A prestarted daemon looks at nothing and touches nothing until it is told to go.
-    """
-
-    def __init__(self) -> None:
-        self._started: dict[str, Starting] = {}
-        """By the names of the trees: two may be mounted on one directory."""
-        self._next: deque[Mapping[str, Any]] = deque()
-
-    def __enter__(self) -> "PrestartedDaemons":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for starting in self._started.values():
-            starting.give_up()
-
-    def start(self, mounts: Iterable[Mapping[str, Any]]) -> None:
-        """Start the daemons of the first few mounts, the others as these are taken."""
-        absolute_root()
-        self._next.extend(mounts)
-        for _ in os.sched_getaffinity(0):
-            self._start_next()
-
-    def take(self, mount: Mapping[str, Any]) -> Starting:
-        """Return the daemon of a mount, started now if it was not."""
-        taken = self._started.pop(mount["name"], None)
-        if taken is None:
-            self._next = deque(other for other in self._next if other["name"] != mount["name"])
-            return _start(mount)
-        self._start_next()
-        return taken
-
-    def _start_next(self) -> None:
-        if self._next:
-            mount = self._next.popleft()
-            self._started[mount["name"]] = _start(mount)
-
-
-def _start(mount: Mapping[str, Any]) -> Starting:
-    """Start the daemon of an entry of nvram.json's list."""
-    return Starting(mount["mountpoint"], option_string(mount.get("options", {})))
+def start(*words: str, fds: Sequence[int]) -> "subprocess.Popen[bytes]":
+    """Start a process of ours that outlives us, with these descriptors."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "pkramfs", *words],
+        env=environment(),
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=fds,
+        start_new_session=True,
+    )
 
 
 def option_string(options: Mapping[str, Any]) -> str:
@@ -212,7 +195,12 @@ def wait_for_go(fd: int) -> Expected | None:
     """Wait for the command's word to mount; return None if the command died or needs no mount after all."""
     with open(fd, "rb") as pipe:
         _, told, expected = pipe.read().partition(b" ")
-    return Expected(**_EXPECTED.read(parse(expected))) if told else None
+    return read_expected(expected) if told else None
+
+
+def read_expected(text: bytes) -> Expected:
+    """Return what a command has said a daemon must find."""
+    return Expected(**_EXPECTED.read(parse(text)))
 
 
 class Reporter:

@@ -13,8 +13,8 @@ from pkramfs.control.replies import Status, read
 from pkramfs.errors import MachineError
 from pkramfs.machine.mounts import MountEntry
 from pkramfs.mounting import options as o
-from pkramfs.mounting import starting, syscalls
-from pkramfs.mounting.starting import PrestartedDaemons
+from pkramfs.mounting import syscalls
+from pkramfs.mounting.forks import Forks
 from pkramfs.mounting.syscalls import FSTYPE, Mounted
 
 ROOT = Mounted(1, "/", "ext4", 0, id=1)
@@ -226,29 +226,11 @@ def test_an_old_list_is_done_in_its_order():
     assert again._needs(steps[1], steps[:1]) == [0]
 
 
-def test_daemons_that_were_started_are_told_apart_by_name(monkeypatch):
-    class Starting:
-        def __init__(self, directory, text):
-            self.text = text
-
-        def give_up(self):
-            given_up.append(self.text)
-
-    given_up: list[str] = []
-    monkeypatch.setattr(starting, "Starting", Starting)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    two = [{"name": name, "mountpoint": "/m", "options": {"pkram": name}} for name in ("one", "two")]
-    with PrestartedDaemons() as ready:
-        ready.start(two)
-        assert [ready.take(mount).text for mount in two] == ["pkram=one", "pkram=two"]
-    assert given_up == []
-
-
 def test_a_failure_is_said_and_counted(monkeypatch):
     said: list[str] = []
     machine = types.SimpleNamespace(exists=lambda: False, mounts=list)
     mount = listed("/nowhere/at/all")[0] | {"on": {"tree": "1"}}
-    with PrestartedDaemons() as ready:
+    with Forks() as ready:
         assert again.restart(machine, [mount], said.append, ready) == 1
     assert said == [
         "/nowhere/at/all was not mounted again: mount point /nowhere/at/all does not exist",

@@ -2,14 +2,16 @@
 """Daemons that are started ahead of need: they know and touch nothing before they are told to mount."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pkramfs.daemon import serving
+from pkramfs.mounting.forks import Forks
 from pkramfs.mounting.helper import MountError
-from pkramfs.mounting.starting import PrestartedDaemons, Starting
+from pkramfs.mounting.starting import Answer, Expected, Starting
 
 pytestmark = pytest.mark.mount
 
@@ -41,20 +43,55 @@ def test_a_daemon_that_died_before_it_was_told_is_an_error(lab: Any) -> None:
         starting.serve()
 
 
-def test_daemons_are_taken_or_given_up(lab: Any) -> None:
-    """As many as there are CPUs are started, one of them is used, the last one only when it is taken."""
-    cpus = len(os.sched_getaffinity(0))
-    names = [f"mount{number}" for number in range(cpus + 1)]
-    places: list[dict[str, Any]] = [
-        {"name": name, "mountpoint": str(lab.dir(name)), "options": {"pkram": name, "rw": True}} for name in names
-    ]
-    with PrestartedDaemons() as ready:
-        ready.start(places)
-        started = list(ready._started.values())
-        assert len(started) == cpus
-        ready.take(places[0]).serve()
-        ready.take(places[-1]).serve()
-    assert [one._daemon.returncode for one in started] == [0] * cpus
-    served = {entry.mountpoint for entry in lab.machine.mounts() if entry.alive}
-    assert served == {places[0]["mountpoint"], places[-1]["mountpoint"]}
-    assert all(Path(place).is_mount() for place in served)
+def places(lab: Any, *names: str) -> list[dict[str, Any]]:
+    """Entries of nvram.json's list."""
+    return [{"name": name, "mountpoint": str(lab.dir(name)), "options": {"pkram": name, "rw": True}} for name in names]
+
+
+def test_one_process_forks_mounts(lab: Any) -> None:
+    """Each is a mount as any other, with a session of its own, and outlives that process; who is refused says why."""
+    mounts = places(lab, "one", "two", "bad")
+    mounts[2]["options"] |= {"size": "1", "nr_inodes": "-7"}
+    with Forks() as forks:
+        forks.begin(mounts)
+        assert forks.serve(mounts[0]) == forks.serve(mounts[1]) == ""
+        with pytest.raises(MountError, match="nr_inodes"):
+            forks.serve(mounts[2])
+        with pytest.raises(MountError, match="another tree has that name"):
+            forks.serve(places(lab, "other")[0], Expected(tree=17))
+        entries = {entry.mountpoint: entry for entry in lab.machine.mounts() if entry.alive}
+    assert set(entries) == {mount["mountpoint"] for mount in mounts[:2]}
+    assert all(Path(place).is_mount() and Path(place, "file").write_bytes(b"x") for place in entries)
+    assert len({os.getsid(entry.holder) for entry in entries.values()}) == 2
+    for entry in entries.values():
+        words = Path(f"/proc/{entry.holder}/stat").read_text().rpartition(")")[2].split()
+        assert int(words[1]) != os.getpid()
+        os.kill(entry.pid, signal.SIGKILL)
+        assert Path(entry.mountpoint, "file").read_bytes() == b"x"
+
+
+def test_without_that_process_mounts_are_started_one_by_one(lab: Any) -> None:
+    (mount,) = places(lab, "one")
+    with Forks() as forks:
+        forks.begin([mount])
+        assert forks._process is not None
+        forks._process.kill()
+        forks._process.wait()
+        assert forks.serve(mount) == ""
+    assert Path(mount["mountpoint"]).is_mount()
+
+
+def test_a_forked_daemon_that_dies_before_it_serves_is_an_error(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (mount,) = places(lab, "one")
+    said = Answer.wait
+    monkeypatch.setattr(Answer, "wait", lambda self: (os.kill(self.pid, signal.SIGKILL), said(self))[1])
+    with Forks() as forks:
+        forks.begin([mount])
+        with pytest.raises(MountError, match="died before it served"):
+            forks.serve(mount)
+
+
+def test_nothing_to_mount_starts_nothing() -> None:
+    with Forks() as forks:
+        forks.begin([])
+        assert forks._process is None

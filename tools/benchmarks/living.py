@@ -3,6 +3,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.mounts import Lab, command, lab
+from benchmarks.mounts import BIN, Lab, command, lab
 from benchmarks.table import Table, milliseconds
 from pkramfs.fs.inode import ROOT
 from pkramfs.fs.limits import Limits
@@ -39,6 +40,9 @@ def live(table: Table) -> None:
             _deaths(table, place, files)
     with lab() as place:
         _commands(table, place)
+    with lab() as place:
+        _kept(table, place)
+    _many(table)
 
 
 def _operations(table: Table, place: Lab) -> None:
@@ -196,3 +200,47 @@ def _commands(table: Table, place: Lab) -> None:
     text = Path(f"/proc/{holder}/smaps_rollup").read_text()
     private = sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_"))
     table.add("live", "private memory of a holder", [private / 1024], "MiB", target="<8 MiB")
+
+
+def _kept(table: Table, place: Lab) -> None:
+    """How long who reads an open file waits for a kexec that keeps the mount."""
+    path = place.mount("one")
+    (path / "file").write_bytes(bytes(1 << 20))
+    file = os.open(path / "file", os.O_RDONLY)
+
+    def once() -> float:
+        place.load()
+        words = [str(BIN / "pkram-kexec"), "-e", "--keep-mounts"]
+        longest, before = 0.0, time.monotonic()
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL) as kexec:
+            while kexec.poll() is None:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.pread(file, 4096, 0)
+                now = time.monotonic()
+                longest, before = max(longest, now - before), now
+        if kexec.returncode:
+            raise SystemExit("tools/bench: pkram-kexec -e --keep-mounts failed")
+        return 1000 * longest
+
+    figures = table.repeat("keep", once)
+    os.close(file)
+    table.add("live", "-e --keep-mounts, until the next read returns", figures, "ms", target="<700 ms")
+
+
+def _many(table: Table) -> None:
+    """How long a kexec takes until all of many mounts serve, beside that of one."""
+    times = {}
+    for number in (1, 3 if table.quick else 30):
+        with lab() as place:
+            paths = [place.mount(f"mount{each}") for each in range(number)]
+
+            def once(place: Lab = place, paths: list[Path] = paths) -> float:
+                for path in paths:
+                    place.preserve(path)
+                place.load()
+                return milliseconds(lambda: command("pkram-kexec", "-e"))
+
+            times[number] = table.repeat(f"kexec of {number}", once)
+    one, many = times.values()
+    name = f"-e of {max(times)} mounts, until all serve"
+    table.add("live", name, many, "ms", reference=one, reference_name="one mount", target="<3x")

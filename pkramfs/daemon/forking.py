@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The mounts of a kexec, started by one process: `python -m pkramfs mount-daemons FD`.
+
+    command                                          this process
+    Forks()             ── fork, exec ──▶            imports all that a daemon needs, once
+    .start(DIR, OPTIONS)                             looks at nothing
+    .serve(expected)    ── JSON, a pipe ──▶          fork ──▶ holder of one mount, which answers through the pipe
+                        ◀── pid, pidfd ──
+    .give_up()          ── closes the socket ──▶     ends; those that were forked stay
+
+A Python that starts takes ten times as long as what a mount does then. So of many mounts each would wait for the
+others' imports.
+
+Kernel: kernel/fork.c (copy_process)
+"""
+
+import array
+import gc
+import json
+import os
+import signal
+import socket
+from collections.abc import Sequence
+
+from pkramfs.daemon import code, holder
+from pkramfs.daemon.job import Job
+from pkramfs.machine import process
+from pkramfs.mounting.starting import read_expected
+
+_MOST = 1 << 17
+
+
+def main(argv: Sequence[str]) -> int:
+    """Fork holders until the command closes its end of the socket FD."""
+    (fd,) = argv
+    os.set_inheritable(int(fd), False)
+    if process.threads() > 1:
+        return 1
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    code.running()
+    gc.freeze()
+    with socket.socket(fileno=int(fd)) as command:
+        while (order := _next(command)) is not None:
+            answer, directory, text, expected = order
+            job = Job(answer, directory, text, read_expected(expected.encode()))
+            if not (pid := os.fork()):
+                _hold(job, command)
+            os.close(answer)
+            _tell(command, pid)
+    return 0
+
+
+def _next(command: socket.socket) -> tuple[int, str, str, str] | None:
+    """Return the descriptor for the answer, the directory, the options, and what must be found; None at the end."""
+    text, extra, _, _ = command.recvmsg(_MOST, socket.CMSG_SPACE(4))
+    if not text:
+        return None
+    answer = array.array("i", extra[0][2][:4])[0]
+    directory, options, expected = json.loads(text)
+    return answer, directory, options, expected
+
+
+def _hold(job: Job, command: socket.socket) -> None:
+    """Be the holder of one mount; never return."""
+    status = 1
+    try:
+        command.close()
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.set_inheritable(job.fd, False)
+        status = holder.run(job)
+    finally:
+        os._exit(status)
+
+
+def _tell(command: socket.socket, pid: int) -> None:
+    """Tell the command whom we have forked, with a pidfd unless it has ended."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        command.send(b"%d" % pid)
+        return
+    passed = array.array("i", [pidfd]).tobytes()
+    command.sendmsg([b"%d" % pid], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)])
+    os.close(pidfd)
