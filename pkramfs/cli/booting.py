@@ -2,15 +2,21 @@
 """pkramctl boot: bring a machine up without mounting anything, for services that have to come first.
 
 What the first mount does: a machine that is not there is made, one without a kernel is booted, a boot that was
-interrupted is finished. If a kernel runs already, nothing is done.
+interrupted is finished. If a kernel runs already, nothing is done. What was mounted before the boot and crossed it is
+not mounted again, but named: as the line by which mount(8) does it.
 
 Kernel: what the bootloader does at power-on
 """
 
 import argparse
+import shlex
+from typing import TYPE_CHECKING, Any
 
 from pkramfs.cli import arguments, render
 from pkramfs.units import format_pfn
+
+if TYPE_CHECKING:
+    from pkramfs.machine.directory import Machine
 
 
 def act(args: argparse.Namespace) -> None:
@@ -24,8 +30,24 @@ def act(args: argparse.Namespace) -> None:
     info = running.attach(machine).info
     if arguments.wants_json(args):
         booted = before is None or before.generation != info.generation
-        render.emit_json({"generation": info.generation, "booted": booted, "super_pfn": info.super_pfn})
+        again = {"remount": [mount["mountpoint"] for mount in _waiting(machine)]}
+        render.emit_json({"generation": info.generation, "booted": booted, "super_pfn": info.super_pfn} | again)
         return
     how = "runs already" if before is not None and before.generation == info.generation else "is up"
     pkram = f"super block at pfn {format_pfn(info.super_pfn)}" if info.pkram else "PKRAM is off"
     render.say(f"kernel {info.generation} ({info.image}) {how}, {pkram}")
+    for mount in _waiting(machine):
+        render.say(f"not mounted again yet: {line(mount)}")
+
+
+def _waiting(machine: "Machine") -> list[dict[str, Any]]:
+    """Return the mounts whose trees are there and not mounted."""
+    from pkramfs.cli import again
+
+    return again.still_there(machine, again.waiting(machine), lambda _: None)
+
+
+def line(mount: dict[str, Any]) -> str:
+    """Return what to type to mount a tree again."""
+    words = [word if value is True else f"{word}={value}" for word, value in mount.get("options", {}).items()]
+    return f"mount -t pkramfs -o {shlex.quote(','.join(words))} none {shlex.quote(str(mount['mountpoint']))}"

@@ -34,7 +34,7 @@ from pkramfs.cli.arguments import warn
 from pkramfs.errors import DaemonError, PkramfsError, UsageError
 from pkramfs.mounting import patience
 from pkramfs.mounting.helper import PROGRAM, MountError
-from pkramfs.mounting.options import MS_RDONLY, MS_REMOUNT, Options
+from pkramfs.mounting.options import MS_RDONLY, MS_REMOUNT, Options, with_flags
 from pkramfs.mounting.patience import within
 from pkramfs.mounting.syscalls import FSTYPE, Mounted, holding, is_dead, mount, mount_id, mounts
 from pkramfs.units import MIB, PAGE_SHIFT, format_size, plural
@@ -107,6 +107,7 @@ def _remount(target: Target, options: Options, verbose: bool) -> int:
     _reconfigure(target, options)
     if options.preserve:
         _say_preserved(target, _preserve(target, flags, options), verbose)
+        _remember(target)
         return 0
     if read_only and options.preserve is None:
         _make_read_only(target, flags)
@@ -212,6 +213,21 @@ def _say_preserved(target: Target, status: "Status", verbose: bool) -> None:
         if unsummed := status.get("unsummed"):
             figures += f", up to {format_size(unsummed * MIB)} unchecked"
         render.tell(f"{PROGRAM}: {target.entry.name} preserved: {figures}")
+
+
+def _remember(target: Target) -> None:
+    """Note how a tree is mounted where memory outlives the host's kernel; in the simulation pkram-kexec notes it."""
+    machine, entry = target.machine, target.entry
+    if entry.name is None or machine.elsewhere() is None:
+        return
+    from pkramfs.kernel import hostboot, running
+    from pkramfs.machine.header import Mount
+
+    with machine.lifecycle(shared=True):
+        nodes = {node.name for node in running.look(machine).store.nodes()}
+        options = with_flags(entry.options, target.mounted.flags)
+        if not hostboot.remember(machine, Mount(entry.name, target.mounted.mountpoint, options), nodes):
+            warn(PROGRAM, f"{target.directory}: no room to note how it is mounted: after a boot, mount it by hand")
 
 
 def _make_writable(target: Target, flags: int, before: int) -> None:

@@ -19,9 +19,13 @@ the command line may say where to look, as in the series. So the next mount deci
 A refusal changes nothing. Of the command line only pkram= is for us: what else it says is for the host's kernel, which
 has understood it.
 
+What comes back after a boot may be mounted again by /etc/fstab, or by --resume: the header has the list that a machine
+of the simulation keeps in nvram.json.
+
 Kernel: drivers/char/random.c (boot_id), arch/x86/kernel/ksysfs.c, mm/pkram.c (pkram_reserve), patches 8 and 13
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +39,7 @@ from pkramfs.machine import header
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.header import Header
 from pkramfs.machine.ram import Ram
+from pkramfs.mounting.names import node_name
 from pkramfs.pkram import superblock
 from pkramfs.text import literal
 from pkramfs.units import BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size, plural
@@ -72,7 +77,9 @@ def decide(machine: Machine, *, append: str = "", force: bool = False) -> None:
             "it is whole, `pkram-kexec --cold --force` gives it up"
         )
     pkram = f"pkram={format_pfn(there.super_pfn)}"
-    nvram.set_pending(machine, Pending(nvram.KEXEC, there.generation + 1, pkram, _image(machine), host=facts(machine)))
+    back = [{"name": one.name, "mountpoint": one.directory, "options": one.options} for one in there.mounts]
+    pending = Pending(nvram.KEXEC, there.generation + 1, pkram, _image(machine), host=facts(machine))
+    nvram.set_pending(machine, pending, back)
 
 
 def waiting(machine: Machine) -> str:
@@ -156,6 +163,23 @@ def _preserved(ram: Ram, there: Header) -> str:
     names = ", ".join([node.name for node in nodes[:_MOST_NAMED]] + ["…"] * (len(nodes) > _MOST_NAMED))
     size = format_size(sum(node.spans.total for node in nodes) * PAGE_SIZE)
     return f"{plural(len(nodes), 'node')} ({names}), {size}, preserved"
+
+
+def remember(machine: Machine, mount: header.Mount, nodes: Collection[bytes]) -> bool:
+    """Note in the header how a tree was mounted that is preserved now; False if the header has no room for it.
+
+    Trees that are in none of the `nodes` any more are forgotten. The machine lock may be held shared.
+    """
+    if machine.elsewhere() is None:
+        return True
+    ram = machine.ram()
+    with machine.tables():  # one at a time
+        there = _header(machine, ram)
+        others = (one for one in there.mounts if one.name != mount.name and node_name(one.name) in nodes)
+        mounts = header.fitting([*others, mount])
+        if mounts != there.mounts:
+            header.write(ram, replace(there, mounts=mounts))
+    return mount in mounts
 
 
 def note(machine: Machine, ram: Ram, info: KernelInfo) -> None:

@@ -2,25 +2,31 @@
 """The header in page 0 of RAM that the user named: all that must cross a boot of the host beside RAM itself.
 
     0        512      2048      2560     4096
-    | slot 0 |........| slot 1 |..........|          page 0 is never usable, so nobody else writes there
+    | slot 0 | mounts | slot 1 | mounts   |          page 0 is never usable, so nobody else writes there
 
 The directory of a machine may lie in /run, and end with the host's kernel. RAM stays, if both kernels set it aside.
 The header says whose it is, how large, what the last kernel was, and where its super block lies: a new directory is
 made from it. A header is written to the slot that does not hold the current one, with a higher sequence number, and
 the last store of it makes its checksum right: a write that was torn at any byte leaves the header before it.
 
+Behind each slot is a list of mounts, so that what was mounted can be mounted again where no fstab says so. The header
+has its length and checksum. A damaged list is an empty one: it must not cost the header.
+
 It is reached through the mapping alone, whatever lies behind RAM. Only the holder of the machine lock writes it.
 
 Kernel: drivers/nvdimm/label.c (two index blocks with sequence numbers), drivers/nvdimm/pfn.h (struct nd_pfn_sb)
 """
 
+import json
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
+from pkramfs import schema
 from pkramfs.errors import FormatError, VersionError
 from pkramfs.machine.ram import Ram
 from pkramfs.record import F, Record
@@ -48,9 +54,23 @@ HEADER = Record(
         F("created", "i8", 96, "when the machine was made, ns since the epoch"),
         F("name_length", "u4", 104, "bytes of the machine's name, 1 to 255"),
         F("name", "255s", 108, "the machine's name, zero-padded"),
+        F("mounts_length", "u4", 364, "bytes of the list of mounts, which begins at the end of this header"),
+        F("mounts_checksum", "u8", 368, "XXH3-64 of that list"),
     ],
 )
 SLOTS = (0, PAGE_SIZE // 2)
+LIST_SIZE = PAGE_SIZE // 2 - HEADER.size
+"""Bytes that a list of mounts may have."""
+_WORDS = schema.MapOf(schema.OneOf((schema.Text(), schema.Flag())))
+_LIST = schema.ListOf(schema.Row((schema.Text(), schema.Text(), _WORDS)))
+
+
+class Mount(NamedTuple):
+    """A mount that can be made again: NAME, mount point, and the options by which it gets the same again."""
+
+    name: str
+    directory: str
+    options: dict[str, str | bool]
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,7 @@ class Header:
     boot_id: str = "0" * 32
     created: int = 0
     sequence: int = 0
+    mounts: tuple[Mount, ...] = ()
     slot: int = field(default=1, compare=False)
     """Where it was read."""
 
@@ -104,14 +125,36 @@ def _slot(page: bytes, slot: int) -> Header | None:
     machine = found.name[: found.name_length].decode("utf-8", "surrogateescape")
     words: dict[str, Any] = {key: getattr(found, key) for key in ("size", "seed", "generation", "super_pfn")}
     words |= {key: getattr(found, key) for key in ("created", "sequence")}
+    words["mounts"] = _listed(page[SLOTS[slot] + HEADER.size :][: found.mounts_length], found.mounts_checksum)
     return Header(found.uuid.hex(), name=machine, boot_id=found.boot_id.hex(), slot=slot, **words)
 
 
+def _listed(data: bytes, checksum: int) -> tuple[Mount, ...]:
+    """Return the mounts of a list, none if it is damaged."""
+    if not data or xxhash.xxh3_64_intdigest(data) != checksum:
+        return ()
+    return tuple(Mount(*row) for row in _LIST.read(json.loads(data)))
+
+
+def fitting(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
+    """Return the first mounts, as many as there is room for."""
+    found = tuple(mounts)
+    while len(_packed(found)) > LIST_SIZE:
+        found = found[:-1]
+    return found
+
+
+def _packed(mounts: Iterable[Mount]) -> bytes:
+    rows = [list(mount) for mount in mounts]
+    return json.dumps(rows, separators=(",", ":")).encode("ascii") if rows else b""
+
+
 def write(ram: Ram, header: Header) -> Header:
-    """Make a header the current one, and return it as it is read."""
+    """Make a header the current one, and return it as it is read. Its mounts are `fitting`."""
     written = replace(header, sequence=header.sequence + 1, slot=1 - header.slot)
-    data, at = encoded(written), SLOTS[written.slot]
+    data, at, listed = encoded(written), SLOTS[written.slot], _packed(written.mounts)
     ram.back_run(0, 1)
+    ram.bytes[at + HEADER.size : at + HEADER.size + len(listed)] = listed
     ram.bytes[at + _COVERED : at + HEADER.size] = data[_COVERED:]
     ram.bytes[at : at + _COVERED] = data[:_COVERED]
     return written
@@ -119,7 +162,7 @@ def write(ram: Ram, header: Header) -> Header:
 
 def encoded(header: Header) -> bytes:
     """Return the bytes of a header, for the slot that it names."""
-    name = header.name.encode("utf-8", "surrogateescape")
+    name, listed = header.name.encode("utf-8", "surrogateescape"), _packed(header.mounts)
     words = {key: getattr(header, key) for key in ("size", "seed", "generation", "super_pfn", "created", "sequence")}
     data = HEADER.pack(
         magic=MAGIC,
@@ -128,6 +171,8 @@ def encoded(header: Header) -> bytes:
         boot_id=bytes.fromhex(header.boot_id),
         name_length=len(name),
         name=name,
+        mounts_length=len(listed),
+        mounts_checksum=xxhash.xxh3_64_intdigest(listed) if listed else 0,
         **words,
     )
     return data[:8] + _checksum(data, header.slot).to_bytes(8, "little") + data[_COVERED:]

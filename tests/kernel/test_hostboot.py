@@ -313,3 +313,19 @@ def test_looking_boots_nothing(lab: RealBoots) -> None:
     with pytest.raises(MachineError, match="no kernel is running"):
         running.look(lab.machine)
     assert os.path.exists(lab.machine.path("kernel.json"))
+
+
+def test_what_was_mounted_is_known_after_a_boot(lab: RealBoots) -> None:
+    lab.preserve("a", 10)
+    lab.preserve("b", 10, seed=2)
+    nodes = {b"shmem-a", b"shmem-b"}
+    one, two = (header.Mount(name, f"/mnt/{name}", {"pkram": name}) for name in "ab")
+    for mount in (one, two, one):
+        assert hostboot.remember(lab.machine, mount, nodes)
+    lab.kexec_for_real()
+    assert lab.header.mounts == (two, one)
+    assert [mount["mountpoint"] for mount in nvram.mounts(lab.machine)] == ["/mnt/b", "/mnt/a"]
+    assert nvram.mounts(lab.machine)[0] == {"name": "b", "mountpoint": "/mnt/b", "options": {"pkram": "b"}}
+    assert hostboot.remember(lab.machine, one, {b"shmem-a"}) and lab.header.mounts == (one,)
+    assert not hostboot.remember(lab.machine, header.Mount("c", "/" * 4000, {}), {b"shmem-a"})
+    assert lab.header.mounts == (one,)

@@ -8,9 +8,13 @@ import pytest
 
 from pkramfs.errors import FormatError, VersionError
 from pkramfs.machine import header
-from pkramfs.machine.header import HEADER, SLOTS, Header
+from pkramfs.machine.header import HEADER, LIST_SIZE, SLOTS, Header, Mount
 from pkramfs.machine.ram import Ram
 from pkramfs.units import PAGE_SIZE
+
+
+ONE = Mount("tree", "/mnt/a b", {"pkram": "tree", "size": "1G", "ro": True})
+TWO = Mount("grün\udcff", "/mnt/\n\udcfe", {"pkram": "grün\udcff"})
 
 
 @pytest.fixture
@@ -89,3 +93,45 @@ def test_memory_that_was_cut_is_named(ram: Ram, there: Header) -> None:
 def test_a_wiped_header_is_gone(ram: Ram, there: Header) -> None:
     header.wipe(ram)
     assert header.read(ram) is None and not ram.words(0).any()
+
+
+def test_a_list_of_mounts_comes_back(ram: Ram, there: Header) -> None:
+    now = header.write(ram, replace(there, mounts=(ONE, TWO)))
+    assert header.read(ram) == now and now.mounts == (ONE, TWO)
+    assert header.write(ram, replace(now, generation=4)).mounts == (ONE, TWO)
+    assert there.mounts == ()  # and a header without it, as all were before there was a list, reads as before
+
+
+def test_a_header_with_a_list_that_was_torn_anywhere_leaves_the_one_before(ram: Ram, there: Header) -> None:
+    before = header.write(ram, replace(there, mounts=(ONE,)))
+    page = bytes(ram.page(0))
+    after = header.write(ram, replace(before, generation=2, mounts=(ONE, TWO)))
+    whole, at = bytes(ram.page(0)), SLOTS[after.slot]
+    end = at + PAGE_SIZE // 2
+    # in the order in which it is written: the list, what the checksum covers, the checksum with the magic number
+    order = [*range(at + HEADER.size, end), *range(at + 16, at + HEADER.size), *range(at, at + 16)]
+    differing = [number for number, place in enumerate(order) if page[place] != whole[place]]
+    half = bytearray(page)
+    for number, place in enumerate(order):
+        assert header.parse(bytes(half)) == (after if number > differing[-1] else before)
+        half[place] = whole[place]
+    assert header.parse(bytes(half)) == after
+
+
+def test_a_damaged_list_does_not_cost_the_header(ram: Ram, there: Header) -> None:
+    now = header.write(ram, replace(there, generation=3, mounts=(ONE,)))
+    at = SLOTS[now.slot] + HEADER.size
+    for place in range(at, at + len(header._packed(now.mounts))):
+        ram.bytes[place] ^= 4
+        assert header.read(ram) == replace(now, mounts=())
+        ram.bytes[place] ^= 4
+    assert header.read(ram) == now
+
+
+def test_no_more_mounts_than_there_is_room_for(ram: Ram, there: Header) -> None:
+    many = [Mount(f"tree{number}", f"/mnt/{number}", {"pkram": f"tree{number}"}) for number in range(99)]
+    some = header.fitting(many)
+    assert 20 < len(some) < 60 and list(some) == many[: len(some)]
+    assert header.write(ram, replace(there, mounts=some)).mounts == some
+    assert header.fitting([Mount("x", "/" * LIST_SIZE, {})]) == ()
+    assert header.read(ram) is not None

@@ -6,6 +6,7 @@ and files say that another kernel was booted.
 """
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -115,6 +116,31 @@ def test_what_a_user_is_told_after_a_boot_without_pkram(real: HostBoots, pkram_r
     real.refused(2, "kexec", "--resume", "--append", f"pkram={pfn}")
     real.mount("tree")
     assert snapshot(mnt) == tree
+
+
+def test_what_was_mounted_is_mounted_again(real: HostBoots, pkram_root: Path) -> None:
+    """Without an fstab, and with /run emptied: the header in memory knows what was where."""
+    real.ok("ctl", "machine", "create", "--ram", f"{pkram_root}/memory:128M")
+    first, second = real.mount("one", "pkram=one,size=40M,noexec"), real.mount("two")
+    trees = []
+    for mnt in (first, second):
+        trees.append(populate(mnt))
+        real.remount(mnt, "preserve,ro")
+    real.boot(f"root=/dev/sda1 pkram={real.pfn()}")
+    said = real.ok("ctl", "boot").splitlines()
+    assert said[0].startswith("kernel 2 (linux 6.12.9-test) is up, super block at pfn ")
+    lines = [line.removeprefix("not mounted again yet: ") for line in said[1:]]
+    assert lines == [
+        f"mount -t pkramfs -o pkram=one,size=40M,noexec none {first}",
+        f"mount -t pkramfs -o pkram=two none {second}",
+    ]
+    assert f"{first}, {second} waits to be mounted again: pkram-kexec --resume" in real.ok("ctl", "status")
+    options = shlex.split(lines[1])[4]
+    assert real.helper(second, options).returncode == 0
+    assert f"mounted again: {first}" in real.ok("kexec", "--resume")
+    assert [snapshot(mnt) for mnt in (first, second)] == trees
+    with pytest.raises(OSError, match="No space left"):
+        (first / "too much").write_bytes(bytes(41 << 20))
 
 
 def test_a_machine_is_taken_again_and_given_back(real: HostBoots, pkram_root: Path) -> None:
