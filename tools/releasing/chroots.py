@@ -34,6 +34,11 @@ for name in dev/shm run tmp; do mount -t tmpfs -o mode=1777 tmpfs "$root/$name";
 exec chroot "$root" /usr/bin/env -i HOME=/root LC_ALL=C.UTF-8 TERM=dumb DEBIAN_FRONTEND=noninteractive \
     PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"
 """
+_CONF = {
+    "etc/dpkg/dpkg.cfg.d/unsafe-io": "force-unsafe-io\n",
+    "etc/apt/apt.conf.d/snapshot": 'Acquire::Check-Valid-Until "false";\n',  # the mirror may be a snapshot
+    "usr/sbin/policy-rc.d": "#!/bin/sh\nexit 101\n",  # no service starts
+}
 _APT = "apt-get -qq -o Dpkg::Use-Pty=0"
 
 
@@ -87,6 +92,9 @@ def builder(cache: Path, suite: str, control: Path) -> Chroot:
         made.run(f"{_APT} build-dep -y --no-install-recommends /root/wanted")
 
     mark = hashlib.sha256(control.read_bytes()).hexdigest()[:8]  # other needs, another chroot
+    for old in cache.glob(f"chroot-{suite}-build-*"):
+        if not old.name.endswith(mark):
+            shutil.rmtree(old)
     return _kept(cache / f"chroot-{suite}-build-{mark}", fill)
 
 
@@ -113,7 +121,6 @@ def _debootstrap(place: Path, suite: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BuildError(f"debootstrap of {suite} failed: {done.stdout[-1000:]}{done.stderr[-1000:]}")
-    conf = {"etc/dpkg/dpkg.cfg.d/unsafe-io": "force-unsafe-io\n", "usr/sbin/policy-rc.d": "#!/bin/sh\nexit 101\n"}
-    for name, text in conf.items():
+    for name, text in _CONF.items():
         (place / name).write_text(text)
     (place / "usr/sbin/policy-rc.d").chmod(0o755)
