@@ -12,7 +12,6 @@ from pkramfs.machine.header import HEADER, LIST_SIZE, SLOTS, Header, Mount
 from pkramfs.machine.ram import Ram
 from pkramfs.units import PAGE_SIZE
 
-
 ONE = Mount("tree", "/mnt/a b", {"pkram": "tree", "size": "1G", "ro": True})
 TWO = Mount("grün\udcff", "/mnt/\n\udcfe", {"pkram": "grün\udcff"})
 
