@@ -43,8 +43,8 @@ from pkramfs.control.protocol import LINE_MAX
 from pkramfs.control.replies import Done, Foreseen, Frozen, Status
 from pkramfs.errors import ErrnoError, FormatError, PkramfsError, explain
 from pkramfs.fs.foresight import foresee
-from pkramfs.fs.save import save
-from pkramfs.fs.sealing import is_long, preserve
+from pkramfs.fs.picture import complete
+from pkramfs.fs.sealing import is_long, preserve, shorten
 from pkramfs.mounting.names import node_name
 from pkramfs.spans import Spans
 from pkramfs.text import exact
@@ -100,7 +100,7 @@ class Keeper:
         self._writer_gone = trio.Event()
         self._holders = 0  # connections whose freeze holds
         self._kept = False  # frozen by preserve, and so beyond any connection
-        self._sealed = trio.Event()
+        self._long = trio.Event()
         self._data_lost = trio.Event()
         self._said: set[int] = set()  # whose loss the log has
         self.stopping, self.leaving = trio.Event(), trio.Event()
@@ -165,20 +165,35 @@ class Keeper:
                 self._say(f"pkramfs: {self.mountpoint}: data written to {more} are lost")
 
     async def shorten_logs(self) -> None:
-        """Write a tree whole that was preserved by a long log, so that its restore need not replay it, until cancelled.
+        """Shorten the log of a preserved tree whenever it has become long, until cancelled: see sealing.
 
         A kexec that comes first finds the tree preserved and goes on; one that comes meanwhile waits.
         """
         while True:
-            await self._sealed.wait()
-            self._sealed = trio.Event()
+            await self._long.wait()
+            self._long = trio.Event()
             async with self._lock:
                 if self._holders or self.stopping.is_set() or not is_long(self.tree):
                     continue
                 try:
-                    await drive(save(self.tree, self.store, self.node_name, banned=self._banned(), instead=True))
+                    await self._shorten()
                 except (PkramfsError, OSError) as error:
-                    log.info("%s stays preserved by its log: %s", self.name, _reason(error))
+                    log.info("the log of %s stays long: %s", self.name, _reason(error))
+
+    async def _shorten(self) -> None:
+        work = shorten(self.tree, self.store, self.node_name, self._banned())
+        if self.tree.frozen:
+            await drive(work)
+            return
+        self.tree.freeze()  # for nobody to see: no request is answered meanwhile
+        try:
+            complete(work)
+        finally:
+            self.tree.thaw()
+
+    def log_is_long(self) -> None:
+        """Note that the log of a preserved tree may have become long."""
+        self._long.set()
 
     # -- verbs ----------------------------------------------------------------------------------
 
@@ -274,7 +289,7 @@ class Keeper:
         whole, banned = self._settings.whole, self._banned()
         work = preserve(self.tree, self.store, self.node_name, whole=whole, strict=strict, banned=banned)
         report = await drive(work)
-        self._sealed.set()
+        self._long.set()
         self._complete = report.unsummed == 0
         moved = f", {plural(report.moved, 'page')} relocated" if report.moved else ""
         unchecked = f", up to {format_size(report.unsummed * MIB)} unchecked" if report.unsummed else ""

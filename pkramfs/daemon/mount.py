@@ -273,6 +273,8 @@ class Daemon:
             dirty=MemoryGroups().dirty(),
             filtered=self.options.fuse != "pyfuse3",
         )
+        if self.checkpoints is not None:
+            self.checkpoints.instead = keeper.log_is_long
         self.passage = Passage(keeper, self.session, self.checkpoints, self.holding)
 
     async def _live_on(self, tree: Tree) -> None:

@@ -33,6 +33,7 @@ from pkramfs.fs.journal import REQUESTS
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.picture import complete
 from pkramfs.fs.recover import rebuild
+from pkramfs.fs.sealing import LONG
 from pkramfs.fs.tree import Tree
 from pkramfs.journal.layout import Figures
 from pkramfs.kernel.running import look
@@ -62,6 +63,8 @@ class Checkpoints:
         self._process: subprocess.Popen[bytes] | None = None
         self._done = trio.Event()
         self._done.set()
+        self.instead: Callable[[], object] = _nothing
+        """Called when one is due of a preserved tree."""
         assert tree.journal is not None
         tree.journal.due = self.due
 
@@ -75,7 +78,7 @@ class Checkpoints:
             await self._due.wait()
             self._due = trio.Event()
             if self._tree.preserved:
-                self._wait_for_change()
+                self._leave_it()
             elif not self._off:
                 self._done = trio.Event()
                 try:
@@ -113,7 +116,7 @@ class Checkpoints:
         if "error" in answer or journal.log.base != base or tree.preserved:
             _free(tree, runs)
             if tree.preserved:
-                self._wait_for_change()
+                self._leave_it()
             elif journal.log.base == base:
                 self._put_off(f"no checkpoint: {answer['error']}")
             return
@@ -129,11 +132,12 @@ class Checkpoints:
         tree.commit()
         self.made, self.at = self.made + 1, time.monotonic()
 
-    def _wait_for_change(self) -> None:
-        """Ask again at the next request: a published node needs the log as it is, and the first change withdraws it."""
+    def _leave_it(self) -> None:
+        """Make none while the tree is preserved: its node needs the log as it is, or is a checkpoint itself."""
         journal = self._tree.journal
         assert journal is not None
-        journal.limit = journal.requests + 1
+        journal.limit = journal.requests + LONG
+        self.instead()
 
     def _put_off(self, why: str) -> None:
         """Try again when as many requests have come as make a checkpoint due."""
@@ -188,6 +192,10 @@ class Checkpoints:
 
 def _free(tree: Tree, runs: list[Run]) -> None:
     tree.frames.free([start for start, _ in runs], [count for _, count in runs])
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 # -- the shadow's end -----------------------------------------------------------------------------

@@ -302,8 +302,12 @@ class Journal:
         self.log.rebase(node, position)
         old, self.pages = self.pages, pages
         self.requests, self.limit = 0, REQUESTS
-        if old:
+        if old and old != pages:
             self._frames.free(old.starts, old.counts)
+
+    def trim(self) -> None:
+        """Begin with the same node now, since which nothing was told but who has what open."""
+        self.rebase(self.log.base.node, self.pages)
 
 
 def _nobody() -> None:

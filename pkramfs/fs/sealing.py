@@ -66,8 +66,23 @@ def preserve(
 
 
 def is_long(tree: Tree) -> bool:
-    """Return True if a tree that is preserved by its log had better be written whole."""
-    return tree.preserved and tree.frozen and tree.journal is not None and tree.journal.requests > LONG
+    """Return True if a tree is preserved and its log had better be shorter."""
+    return tree.preserved and tree.journal is not None and tree.journal.requests > LONG
+
+
+def shorten(tree: Tree, store: Store, node_name: bytes, banned: Spans | None = None) -> Generator[Progress, None, None]:
+    """Shorten the log of a tree that is preserved and frozen.
+
+    If the log holds it, it is written whole instead, and the log begins with that. If the log begins with the node
+    already, it has told nothing since but who has what open.
+    """
+    node, journal = store.find(node_name), tree.journal
+    if node is None or journal is None:
+        return
+    if node.log_pfn:
+        yield from save(tree, store, node_name, banned=banned, instead=True)
+    elif journal.log.base.node == node.pfn:
+        journal.trim()
 
 
 def frames_to_name(tree: Tree, banned: Spans) -> Spans | None:

@@ -11,6 +11,7 @@ from pkramfs.fs import sealing
 from pkramfs.fs.inode import Credentials
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.nodes import objects
+from pkramfs.fs.recover import begin
 from pkramfs.fs.restore import restore
 from pkramfs.fs.save import save
 from pkramfs.fs.sealing import preserve
@@ -195,6 +196,42 @@ def test_it_is_written_whole_afterwards(memory: Memory, audit: Audit, seed: int)
     tree.commit()
     assert memory.store.nodes() == []
     audit(tree)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_log_of_a_tree_that_is_only_read_is_shortened(memory: Memory, audit: Audit, whole: bool) -> None:
+    """Who has what open is known afterwards, and what was there is still preserved."""
+    tree = driven(memory, 3).tree
+    ino = tree.create(1, b"opened", 0o600, Credentials()).ino
+    tree.commit()
+    preserved(memory, tree, whole=whole)
+    with memory.copy() as other:
+        again = restored(other)
+        if again.journal is None:
+            node = other.store.find(NODE)
+            assert node is not None
+            begin(again, b"x", 1, node.pfn)
+        assert again.journal is not None
+        expected = found(again)
+        handles = [again.open(ino, 0, Credentials()) for _ in range(3)]
+        again.commit()
+        while again.journal.log.size < 1 << 20:
+            again.release(again.open(ino, 0, Credentials()))
+            again.commit()
+        again.freeze()
+        end(sealing.shorten(again, other.store, NODE))
+        again.thaw()
+        assert again.preserved and again.journal.requests == 0 and again.journal.log.size < 1 << 19
+        with other.copy() as third:
+            taken = third.recover(live(again), taken=NODE)
+            assert taken.preserved and taken.inode(ino).opens == 3
+            audit(taken)
+        for handle in handles:
+            again.release(handle)
+        again.commit()
+        audit(again)
+        with other.copy() as third:
+            assert found(restored(third)) == expected
 
 
 def test_what_cannot_be_written_whole_stays_preserved(memory: Memory) -> None:
