@@ -47,12 +47,31 @@ class Stream:
         return self.exactly(size + -size % BLOCK)[:size]
 
     def block(self) -> bytes | None:
-        """Return the next header; None at the end of the archive."""
+        """Return the next header; None at the mark that ends an archive. What has none may have been cut off."""
         first = self._read(BLOCK)
         self.at += len(first)
-        if not first or first == bytes(BLOCK):
-            return None
-        return first if len(first) == BLOCK else first + self.exactly(BLOCK - len(first))
+        if not first and self.at:
+            self.wrong(
+                f"the archive has no end, after {self.at:,} bytes: cut off? 1,024 zero bytes behind it are an end"
+            )
+        if not first:
+            self.wrong("it is empty, which is no tar archive")
+        while len(first) < BLOCK and (more := self._read(BLOCK - len(first))):
+            first += more
+            self.at += len(more)
+        if kind := compression(first) if self.at == len(first) else "":
+            self.wrong(f"it is compressed with {kind}: pipe it through that, and import -")
+        if len(first) < BLOCK:
+            self.wrong(f"the archive ends in the middle, after {self.at:,} bytes")
+        return None if first == bytes(BLOCK) else first
+
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def compression(first: bytes) -> str:
+    """Return by what the first bytes of a file say that it is compressed; empty if by nothing."""
+    return next((kind for magic, kind in _COMPRESSED.items() if first.startswith(magic)), "")
 
 
 class Body:

@@ -40,7 +40,6 @@ _KINDS = {
     tarfile.BLKTYPE: stat.S_IFBLK,
     tarfile.LNKTYPE: 0,
 }
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _LONG = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 _WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
@@ -95,10 +94,9 @@ def _parse(stream: Stream, block: bytes) -> tarfile.TarInfo:
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
-        kind = next((kind for magic, kind in _COMPRESSED.items() if block.startswith(magic)), None)
         if stream.at > BLOCK:
             stream.wrong(f"a damaged header at byte {stream.at - BLOCK:,}")
-        stream.wrong(f"it is compressed with {kind}: pipe it through that, and import -" if kind else "no tar archive")
+        stream.wrong("no tar archive")
     if info.size < 0:
         stream.wrong(f"a header at byte {stream.at - BLOCK:,} says a size of {info.size}")
     return info
@@ -125,6 +123,8 @@ def _member(stream: Stream, info: tarfile.TarInfo, block: bytes, records: dict[s
     if info.type not in _KINDS:
         stream.wrong(f"a member of type {info.type!r}, which is not known")
     stored = 0 if info.type in _WITHOUT_DATA else _number(stream, records, "size", int, info.size)
+    if stored < 0:
+        stream.wrong(f"a size of {stored} bytes")
     body = Body(stream, stored)
     size, extents = sparsemap.read(body, block, records, old=info.type == tarfile.GNUTYPE_SPARSE)
     # Archives of 1988 mark a directory by a slash at the end of its name.
