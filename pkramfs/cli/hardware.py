@@ -169,7 +169,9 @@ def destroy(args: argparse.Namespace) -> None:
         _unlink_run(machine)
         _forget(machine)
         shutil.rmtree(machine.path())
-    if not arguments.wants_json(args):
+    if arguments.wants_json(args):
+        render.emit_json({"destroyed": machine.path()})
+    else:
         render.say(f"{machine.path()} is gone")
 
 
