@@ -146,6 +146,8 @@ def _mounts(mounts: list[dict[str, Any]]) -> "Iterator[Metric]":
         "writers_count": ("pkramfs_mount_writers", "Files that are open for writing."),
         "open_deleted_count": ("pkramfs_mount_open_deleted_files", "Deleted files that are in use."),
         "lost_count": ("pkramfs_mount_lost_files", "Files that have lost data."),
+        "unsummed": ("pkramfs_mount_unchecked_pieces", "Pieces of files, of 1 MiB at most, without a checksum."),
+        "damaged_count": ("pkramfs_mount_damaged_ranges", "Ranges of files that are not what their checksums say."),
     }
     up = _family("gauge", "pkramfs_mount_up", "Whether the daemon answers.", _MOUNT)
     preserved = _family("gauge", "pkramfs_mount_preserved", "Whether the tree would survive a kexec.", _MOUNT)
@@ -153,13 +155,14 @@ def _mounts(mounts: list[dict[str, Any]]) -> "Iterator[Metric]":
     families = {key: _family("gauge", name, text, _MOUNT) for key, (name, text) in gauges.items()}
     for mount in mounts:
         labels = _labels(mount)
-        up.add_metric(labels, int(mount["state"] != "silent"))
-        if mount["state"] == "silent":
+        up.add_metric(labels, int("files" in mount))
+        if "files" not in mount:  # its daemon does not answer, or has died
             continue
         preserved.add_metric(labels, int(mount["state"] == "preserved"))
         refused.add_metric(labels, mount["refused"])
         for key, family in families.items():
-            family.add_metric(labels, mount[key])
+            if key in mount:  # of checksums only with verify=data
+                family.add_metric(labels, mount[key])
     yield from (up, preserved, refused, *families.values())
 
 

@@ -16,6 +16,7 @@ import pytest
 
 import pkramfs
 from tests.support.lab import Boots
+from tests.support.preserved import Trees, outlived
 
 DASHBOARD = Path(pkramfs.__file__).parent / "resources" / "grafana" / "pkramfs.json"
 
@@ -65,6 +66,14 @@ def test_what_cannot_be_read_hides_nothing(machine, ctl, damaged):
     lab.up().ram.words(node.pfn)[:] = 7
     found = parsed(ctl("metrics")[1])
     assert value(found, "pkramfs_problems") > 0 and value(found, "pkramfs_kernel_generation") == 1
+
+
+def test_a_tree_that_has_outlived_its_daemon_is_measured_as_down(machine, ctl):
+    lab = Trees(machine)
+    lab.up()
+    with outlived(lab, "z"):
+        found = parsed(ctl("metrics")[1])
+        assert value(found, "pkramfs_mount_up", name="z") == 0 and "pkramfs_mount_files" not in found
 
 
 @pytest.mark.mount
