@@ -138,15 +138,15 @@ class Check:
             self._without.append(entry.name or "")
             return
         daemon.compare()
-        begun = first = daemon.status()
-        while begun["to_compare"]:
+        now = first = daemon.status()
+        while now["to_compare"]:
             time.sleep(_ASK_SECONDS)
-            begun = daemon.status()
-            done = (first["to_compare"] - begun["to_compare"]) * MIB
+            now = daemon.status()
+            done = (first["to_compare"] - now["to_compare"]) * MIB
             self._drawn.show(_STAGE, self._done + done, self._total + first["to_compare"] * MIB)
-        size = min(first["to_compare"] * MIB, first["pages"] * PAGE_SIZE)
+        size = max(now["pages"] * PAGE_SIZE - now["unsummed"] * MIB, 0)
         self._done, self._total = self._done + size, self._total + size
-        self._unchecked += begun["unsummed"]
-        self._problems += [f"{entry.name}: {line} are damaged" for line in begun["damaged"]]
-        if more := begun["damaged_count"] - len(begun["damaged"]):
+        self._unchecked += now["unsummed"]
+        self._problems += [f"{entry.name}: {line} are damaged" for line in now["damaged"]]
+        if more := now["damaged_count"] - len(now["damaged"]):
             self._problems.append(f"{entry.name}: {more} more ranges are damaged")
