@@ -283,8 +283,8 @@ def resume(args: argparse.Namespace, machine: "Machine") -> int:
     with signals.Deferral() as waiting:
         with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
             waiting.begin()
-            _decide(args, machine)
-            succession.bring_up(machine, force=args.force and not args.append)
+            _decide(args, machine, boots)
+            succession.bring_up(machine, force=args.force and not boots)
             back = nvram.mounts(machine)
         return _mount_again(machine, [] if args.no_remount else back, "again")
 
@@ -300,11 +300,11 @@ def _boots_with_the_host(machine: "Machine") -> bool:
     return kernelrecord.read(machine, any_layout=True) is None
 
 
-def _decide(args: argparse.Namespace, machine: "Machine") -> None:
-    """Restore with a pkram= that the command line of this boot lacks."""
+def _decide(args: argparse.Namespace, machine: "Machine", boots: bool) -> None:
+    """Restore after a boot of the host with a pkram= that its command line lacks, or whatever can be restored."""
     from pkramfs.kernel import hostboot
 
-    if args.append:
+    if args.append or (boots and args.force):
         hostboot.decide(machine, append=args.append, force=args.force)
 
 

@@ -15,6 +15,11 @@ the command line may say where to look, as in the series. So the next mount deci
     through firmware                           refuse: it may have overwritten memory
     by kexec, with the current pkram=          boot, and restore
     by kexec, without it or with another       refuse, and name both ways out
+    metadata are damaged                       refuse, and say what can be read
+
+A user who insists (--force) needs no pkram=, for the header has it, and gets what can be read: damaged nodes leave the
+list (`_salvage`), as in a forced kexec of the simulation (salvage.py). That one also searches for nodes behind a
+break of the list; here the lease table is gone by which they are told from the contents of files.
 
 A refusal changes nothing. Of the command line only pkram= is for us: what else it says is for the host's kernel, which
 has understood it.
@@ -26,22 +31,26 @@ Kernel: drivers/char/random.c (boot_id), arch/x86/kernel/ksysfs.c, mm/pkram.c (p
 """
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from pkramfs.errors import FormatError, MachineError
+from pkramfs.errors import FormatError, MachineError, StaleError, VersionError
 from pkramfs.kernel import cmdline as words
 from pkramfs.kernel import incoming, kernelrecord, nvram
 from pkramfs.kernel.image import BUILTIN, load_image
+from pkramfs.kernel.incoming import IncomingNode
 from pkramfs.kernel.kernelrecord import KernelInfo
-from pkramfs.kernel.nvram import ImageInfo, Pending
+from pkramfs.kernel.nvram import ImageInfo, NodePages, Pending
 from pkramfs.machine import header
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.header import Header
 from pkramfs.machine.ram import Ram
 from pkramfs.mounting.names import node_name
 from pkramfs.pkram import superblock
-from pkramfs.text import literal
+from pkramfs.pkram.rescue import Survey
+from pkramfs.pkram.store import Store
+from pkramfs.text import exact, literal
 from pkramfs.units import BLOCK_SIZE, PAGE_SIZE, format_pfn, format_size, plural
 
 _MOST_NAMED = 5
@@ -58,28 +67,42 @@ def is_noticed(machine: Machine, pending: Pending | None) -> bool:
 def decide(machine: Machine, *, append: str = "", force: bool = False) -> None:
     """Make the boot that is due the pending one, or refuse.
 
-    `append` holds words that the command line lacks; `force` goes on although memory went through firmware.
+    `append` holds words that the command line lacks; `force` goes on without them, after a boot through firmware, and
+    without what cannot be read.
     """
     if machine.host.is_crash_kernel:
         raise MachineError("this is a crash kernel (/proc/vmcore is there): what was preserved is left as it is")
     ram = machine.ram()
     there = _header(machine, ram)
     _refuse_users(machine, there)
-    kept = _preserved(ram, there)
-    if not kept:
+    found = _look(ram, there)
+    if not found.nodes and not found.problems:
         cold(machine)
         return
-    if why := _refusal(machine, there, append, force):
-        pfn = format_pfn(there.super_pfn)
-        insists = " --force" * why.startswith(_FIRMWARE)
-        raise MachineError(
-            f"{kept} at super block {pfn}: {why}; `pkram-kexec --resume{insists} --append pkram={pfn}` restores it if "
-            "it is whole, `pkram-kexec --cold --force` gives it up"
-        )
+    why = _refusal(machine, there, append, force)
+    if why or (found.problems and not (force and found.readable)):
+        refusal = MachineError(_ways_out(there, found, why))
+        if found.problems:
+            refusal.exit_status = found.problems[0].exit_status
+        raise refusal
+    lost = tuple(_salvage(machine, ram, there)) if found.problems else ()
     pkram = f"pkram={format_pfn(there.super_pfn)}"
     back = [{"name": one.name, "mountpoint": one.directory, "options": one.options} for one in there.mounts]
-    pending = Pending(nvram.KEXEC, there.generation + 1, pkram, _image(machine), host=facts(machine))
-    nvram.set_pending(machine, pending, back)
+    image, host = _image(machine), facts(machine)
+    nvram.set_pending(machine, Pending(nvram.KEXEC, there.generation + 1, pkram, image, lost=lost, host=host), back)
+
+
+def _ways_out(there: Header, found: "_Found", why: str) -> str:
+    """Return why a boot is refused, and what can be done."""
+    pfn = format_pfn(there.super_pfn)
+    gives_up = "`pkram-kexec --cold --force` gives it up"
+    if found.problems:
+        why = f"{why}, and {found.problems[0]}" if why else str(found.problems[0])
+        some = "`pkram-kexec --resume --force` restores what can be read and loses the rest, " * bool(found.nodes)
+        return f"{found} at super block {pfn}: {why}; {some}{gives_up}"
+    insists = " --force" * why.startswith(_FIRMWARE)
+    again = f"`pkram-kexec --resume{insists} --append pkram={pfn}` restores it if it is whole"
+    return f"{found} at super block {pfn}: {why}; {again}, {gives_up}"
 
 
 def waiting(machine: Machine) -> str:
@@ -87,16 +110,19 @@ def waiting(machine: Machine) -> str:
     if machine.elsewhere() is None or kernelrecord.read(machine, any_layout=True) is not None:
         return ""
     ram = machine.ram()
-    return _preserved(ram, _header(machine, ram))
+    found = _look(ram, _header(machine, ram))
+    return str(found) if found.nodes or found.problems else ""
 
 
 def _refusal(machine: Machine, there: Header, append: str, force: bool) -> str:
     """Return why this boot must not restore what is preserved, empty if it may."""
     host = machine.host
-    if there.boot_id == host.boot_id and not append:
+    if there.boot_id == host.boot_id and not append and not force:
         return "its kernel runs, but the directory of the machine was removed"
     if there.boot_id != host.boot_id and host.kexeced is False and not force:
         return f"{_FIRMWARE} (boot loader type {host.loader:#x}), which may have overwritten it"
+    if force and not append:
+        return ""
     said = [value for value in words.values(append or host.cmdline, words.PKRAM) if value]
     if not said:
         return "the command line of this boot has no pkram="
@@ -149,20 +175,62 @@ def _image(machine: Machine) -> ImageInfo:
     return replace(builtin, kind="linux", name=name, version="", init_size=BLOCK_SIZE, align=BLOCK_SIZE)
 
 
-def _preserved(ram: Ram, there: Header) -> str:
-    """Return in words what is preserved in RAM, empty if nothing is."""
+class _Found(NamedTuple):
+    """What is preserved: nodes that can be read, and what is wrong with the others."""
+
+    nodes: list[IncomingNode]
+    problems: list[FormatError]
+
+    @property
+    def readable(self) -> bool:
+        """Return False for what another version left, or a later kernel took over: nothing in it is to be mended."""
+        return not any(isinstance(error, StaleError | VersionError) for error in self.problems)
+
+    def __str__(self) -> str:
+        if not self.nodes:
+            return "memory that cannot be read"
+        names = ", ".join([node.name for node in self.nodes[:_MOST_NAMED]] + ["…"] * (len(self.nodes) > _MOST_NAMED))
+        size = format_size(sum(node.spans.total for node in self.nodes) * PAGE_SIZE)
+        found = f"{plural(len(self.nodes), 'node')} ({names}), {size}, preserved"
+        return f"{found} beside what cannot be read" if self.problems else found
+
+
+def _look(ram: Ram, there: Header) -> _Found:
+    """Read all that is preserved, and change nothing."""
+    found = _Found([], [])
     if not there.super_pfn:
-        return ""
-    try:
-        superblock.check(ram, there.super_pfn)
-        nodes = incoming.nodes(ram, there.super_pfn)
-    except FormatError as error:
-        return f"memory that cannot be read ({error})"
-    if not nodes:
-        return ""
-    names = ", ".join([node.name for node in nodes[:_MOST_NAMED]] + ["…"] * (len(nodes) > _MOST_NAMED))
-    size = format_size(sum(node.spans.total for node in nodes) * PAGE_SIZE)
-    return f"{plural(len(nodes), 'node')} ({names}), {size}, preserved"
+        return found
+    if error := superblock.damage(ram, there.super_pfn):
+        found.problems.append(error)
+        if not found.readable:
+            return found
+    survey = Store(ram, there.super_pfn, nullcontext).survey()
+    found.problems.extend(error for error in survey.problems if str(error) not in map(str, found.problems))
+    for node in survey.nodes:
+        try:
+            found.nodes.append(incoming.described(ram, node))
+        except FormatError as error:
+            found.problems.append(error)
+    return found
+
+
+def _salvage(machine: Machine, ram: Ram, there: Header) -> list[NodePages]:
+    """Take what cannot be read out of the list of nodes; return what is lost by that. May be repeated."""
+    store, lost = Store(ram, there.super_pfn, machine.tables), list[NodePages]()
+
+    def tell(survey: Survey) -> None:
+        for error in survey.damaged:
+            lost.append((f"a node at pfn {format_pfn(error.pfn or 0)}, which cannot be read,", 0))
+        lost.extend(("whatever the list of nodes named behind a break", 0) for _ in survey.broken)
+
+    store.mend(generation=there.generation, before=tell)
+    for node in store.nodes():
+        try:
+            incoming.described(ram, node)
+        except FormatError:
+            lost.append((f"node {exact(node.name)}", node.pages))
+            store.withdraw(node.name)
+    return lost
 
 
 def remember(machine: Machine, mount: header.Mount, nodes: Collection[bytes]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pkramfs.errors import FormatError, MachineError
+from pkramfs.errors import MachineError
 from pkramfs.kernel import hostboot, kernelrecord, nvram, running, succession
 from pkramfs.kernel.kernelrecord import KernelInfo
 from pkramfs.machine import backing, conf, directory, header, mapped, named
@@ -18,6 +18,7 @@ from pkramfs.machine.backing import BLOCK, Backing
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.header import Header
 from pkramfs.pkram import superblock
+from pkramfs.pkram.node import Node
 from pkramfs.units import BLOCK_PAGES, MIB, PAGE_SIZE
 from tests.support.host import FIRMWARE, KEXEC, FakeHost
 from tests.support.lab import Boots
@@ -241,20 +242,76 @@ def test_a_header_is_written_before_the_old_super_block_is_consumed(
     assert order == ["header", "consume"]
 
 
+def insist(lab: RealBoots) -> KernelInfo:
+    """pkram-kexec --resume --force."""
+    with lab.machine.lifecycle(shared=False):
+        hostboot.decide(lab.machine, force=True)
+        return succession.bring_up(lab.machine)
+
+
 @pytest.mark.usefixtures("damaged")
 def test_damage_stops_a_boot_and_frees_nothing(lab: RealBoots) -> None:
     lab.preserve("a", 700)
     node = lab.up().store.nodes()[0]
     lab.up().ram.bytes[node.pfn * PAGE_SIZE + 200] ^= 1
     lab.reboot(f"pkram={lab.pfn()}")
-    with pytest.raises(FormatError, match=f"Node at pfn {node.pfn:x}: checksum"):
-        lab.up()
     before = lab.header
-    with pytest.raises(FormatError), lab.machine.lifecycle(shared=False):
-        succession.bring_up(lab.machine)
+    for _ in range(2):
+        refusal = lab.refusal()
+        assert (
+            f"memory that cannot be read at super block {before.super_pfn:x}: Node at pfn {node.pfn:x}: chec" in refusal
+        )
+        assert refusal.endswith("; `pkram-kexec --cold --force` gives it up")
     assert lab.header == before
-    with lab.machine.lifecycle(shared=False):
-        assert succession.bring_up(lab.machine, force=True).generation == 2
+    assert insist(lab).generation == 2 and lab.up().store.nodes() == []
+    assert f"pkram: a node at pfn {node.pfn:x}, which cannot be read, is lost: given up" in lab.dmesg()
+
+
+def damage_page(lab: RealBoots, node: Node) -> str:
+    lab.up().ram.bytes[node.pfn * PAGE_SIZE + 200] ^= 1
+    return f"a node at pfn {node.pfn:x}, which cannot be read,"
+
+
+def damage_table(lab: RealBoots, node: Node) -> str:
+    lab.up().ram.bytes[node.table_pfn * PAGE_SIZE + 200] ^= 1
+    return "node b"
+
+
+def damage_nothing(lab: RealBoots, node: Node) -> str:
+    return ""
+
+
+@pytest.mark.usefixtures("damaged")
+@pytest.mark.parametrize("damage", [damage_page, damage_table, damage_nothing])
+@pytest.mark.parametrize(("cmdline", "loader"), [("", KEXEC), ("pkram=7", KEXEC), ("pkram={pfn}", FIRMWARE)])
+def test_who_insists_gets_what_can_be_read(lab: RealBoots, damage: Any, cmdline: str, loader: int) -> None:
+    for seed, name in enumerate("abc"):
+        lab.preserve(name, 300, seed=seed)
+    lost = damage(lab, next(node for node in lab.up().store.nodes() if node.name == b"b"))
+    lab.reboot(cmdline.format(pfn=lab.pfn()), loader)
+    refusal = lab.refusal()
+    assert ("`pkram-kexec --resume --force` restores what can be read and loses the rest" in refusal) is bool(lost)
+    assert ("2 nodes (c, a), 2.4 MiB, preserved beside what cannot be read at super" in refusal) is bool(lost)
+    assert insist(lab).generation == 2
+    assert lab.intact("a") and lab.intact("c") and (lost or lab.intact("b"))
+    assert [node.name for node in lab.up().store.nodes()] == [b"c", b"a"] if lost else [b"c", b"b", b"a"]
+    assert f"pkram: {lost} is lost" in lab.dmesg() or not lost
+
+
+@pytest.mark.usefixtures("damaged")
+def test_what_another_version_left_is_not_mended(lab: RealBoots, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab.preserve("a", 300)
+    pfn, ram = int(lab.pfn(), 16), lab.up().ram
+    first = superblock.check(ram, pfn).node_pfn
+    with monkeypatch.context() as later:
+        later.setattr(superblock, "FORMAT_VERSION", 99)
+        superblock.create(ram, pfn, 1, first)
+    page = ram.peek(pfn)
+    lab.reboot(f"pkram={pfn:x}")
+    assert "version is 99, expected 1" in lab.refusal()
+    with pytest.raises(MachineError, match=r"version is 99, expected 1; `pkram-kexec --cold --force` gives it up"):
+        insist(lab)
+    assert lab.machine.ram().peek(pfn) == page
 
 
 def test_a_directory_that_was_removed_is_not_a_boot(lab: RealBoots, monkeypatch: pytest.MonkeyPatch) -> None:

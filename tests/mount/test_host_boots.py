@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from pkramfs.kernel import running
 from pkramfs.machine.directory import Machine
 from tests.support.host import KEXEC, FakeHost
 from tests.support.lab import Mounts
@@ -116,6 +117,28 @@ def test_what_a_user_is_told_after_a_boot_without_pkram(real: HostBoots, pkram_r
     real.refused(2, "kexec", "--resume", "--append", f"pkram={pfn}")
     real.mount("tree")
     assert snapshot(mnt) == tree
+
+
+@pytest.mark.usefixtures("damaged")
+def test_what_can_be_read_comes_back_by_force(real: HostBoots, pkram_root: Path) -> None:
+    real.ok("ctl", "machine", "create", "--ram", f"{pkram_root}/memory:128M")
+    first, second = real.mount("one"), real.mount("two")
+    tree = populate(first)
+    populate(second)
+    for mnt in (first, second):
+        real.remount(mnt, "preserve,ro")
+    kernel = running.look(real.machine)
+    (node,) = (node for node in kernel.store.nodes() if node.name == b"shmem-two")
+    kernel.ram.bytes[node.pfn * 4096 + 200] ^= 1
+    kernel.ram.close()
+    real.boot(f"root=/dev/sda1 pkram={real.pfn()}")
+    refused = real.helper(first, "pkram=one")
+    assert refused.returncode == 32 and "`pkram-kexec --resume --force` restores what can be read" in refused.stderr
+    assert "1 node (shmem-one)" in real.refused(3, "kexec", "--resume")
+    done = real.run("kexec", "--resume", "--force")
+    assert done.returncode == 0, done.stderr
+    assert f"two is not mounted again on {second}: its tree was lost" in done.stderr
+    assert f"mounted again: {first}" in done.stdout + done.stderr and snapshot(first) == tree
 
 
 def test_what_was_mounted_is_mounted_again(real: HostBoots, pkram_root: Path) -> None:
