@@ -144,7 +144,8 @@ class Background:
     async def sum_all(self) -> None:
         """Have all data get a checksum now, of a tree that is frozen."""
         work = self._work
-        assert work is not None
+        if work is None:
+            return  # PKRAM is off, as preserve is about to say
         for _ in range(2):  # what was changed just now, and in the round before
             while await self._step(work, compare=False):
                 pass

@@ -150,7 +150,7 @@ class Summing:
             tree.ledger.grow()
         except ExhaustedError:
             for ino, piece, _ in made:
-                self.sums.table.touch(ino, piece)
+                self.sums.table.give_up(ino, piece)
             return
         if tree.journal is not None and not tree.preserved:
             tree.journal.sum(made)

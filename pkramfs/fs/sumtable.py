@@ -26,6 +26,8 @@ from pkramfs.pkram.treeformat import Array
 
 GONE, BARE, DOUBTED, SOUND = 0, 1, 2, 3
 _LEAST = 64
+_GIVEN_UP = -(1 << 62)
+"""The mark of no round."""
 
 
 class Rows(NamedTuple):
@@ -125,6 +127,12 @@ class SumTable:
         if not self.touched:
             self.stirred()
         self.touched[key] = None
+
+    def give_up(self, ino: int, piece: int) -> None:
+        """Take the sum of a piece away for which there is no room; it gets none until it is changed again."""
+        self.touch(ino, piece)
+        del self.touched[ino << KEY_SHIFT | piece]
+        self.late[ino << KEY_SHIFT | piece] = _GIVEN_UP
 
     def remove(self, ino: int, piece: int) -> None:
         """Forget a piece: it has no frames any more, or it is damaged."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pkramfs.errors import FormatError
+from pkramfs.errors import ExhaustedError, FormatError
 from pkramfs.fs.inode import ROOT
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.recover import begin, recover
@@ -439,6 +439,24 @@ def test_no_store_passes_before_the_log_was_told(memory: Memory, monkeypatch: py
         tree.write(ino, 0, b"y")
     with memory.copy() as other:
         assert not known(other.recover(live(tree)))
+
+
+def test_where_there_is_no_room_to_save_sums_they_are_given_up(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = memory.tree()
+    ino = tree.create(1, b"f", 0o644).ino
+    tree.write(ino, 0, b"x" * 2 * PIECE)
+    work = enable(tree)
+
+    def full(_: Any) -> None:
+        raise ExhaustedError("RAM is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(tree.ledger), "grow", full)
+        rest(work)
+        assert hold(tree) == 0 and not work.take(), "and nobody tries again and again"
+    tree.write(ino, 0, b"y")
+    rest(work)
+    assert hold(tree) == 1
 
 
 def test_a_tree_that_is_preserved_crosses_with_its_log(memory: Memory) -> None:
