@@ -132,7 +132,7 @@ def reason_against(seen: Seen) -> str:
     if entry.options.get("fuse") == "pyfuse3":
         return "fuse=pyfuse3 has no holder, which would keep it"
     if "holder" not in status:
-        return "its holder has died, and there is no other yet"
+        return "its holder has died, and there is no other yet; or the kernel is older than 6.9"
     if (place := _ours(entry)) is not None:
         return f"{place} lies on it, and nobody can use it meanwhile"
     return ""

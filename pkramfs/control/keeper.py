@@ -398,7 +398,7 @@ class Keeper:
     async def upgrade(self) -> Done:
         """Make room for a daemon that runs the code on disk, once this is answered."""
         if "holder" not in self.outlives():
-            raise BusyError(f"{self.mountpoint} has no holder, which could start another daemon: umount and mount it")
+            raise BusyError(f"{self.mountpoint} has no holder, or a kernel before 6.9: umount and mount it")
         async with self._lock:
             self._refuse_held()
             self.leaving.set()

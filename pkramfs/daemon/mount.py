@@ -318,7 +318,7 @@ class Daemon:
         found = {"log_bytes": journal.log.size, "log_requests": journal.requests, "checkpoints": self.checkpoints.made}
         found["log_age"] = int(time.monotonic() - self.checkpoints.at)
         found["takeovers"] = self.held.facts.get("taken", 0) if self.held is not None else 0
-        held = self.holding is not None and self.holding.leash is not None
+        held = self.holding is not None and self.holding.leash is not None and self.session.sends_again
         return found | ({"holder": self.holding.pid} if held and self.holding is not None else {})
 
     def _be_held(self) -> None:

@@ -48,6 +48,8 @@ ASYNC_READ, ATOMIC_O_TRUNC, EXPORT_SUPPORT, BIG_WRITES, DONT_MASK = 1 << 0, 1 <<
 DO_READDIRPLUS, WRITEBACK_CACHE, PARALLEL_DIROPS = 1 << 13, 1 << 16, 1 << 18
 POSIX_ACL, MAX_PAGES_FLAG, CACHE_SYMLINKS = 1 << 20, 1 << 22, 1 << 23
 HANDLE_KILLPRIV_V2, INIT_EXT = 1 << 28, 1 << 30
+HAS_RESEND = 1 << 7
+"""Of the second word: the kernel (Linux 6.9) can send again what was not answered. It does so unasked, too."""
 ALLOW_IDMAP = 1 << 8
 """Of the second word: only requests that make something say who asks, and mounts may be idmapped."""
 

@@ -33,7 +33,7 @@ import trio
 
 from pkramfs.errors import MachineError, explain
 from pkramfs.fuse.filter import Filter
-from pkramfs.fuse.handshake import ALLOW_IDMAP, MAX_WRITE, Handshake, Init
+from pkramfs.fuse.handshake import ALLOW_IDMAP, HAS_RESEND, MAX_WRITE, Handshake, Init
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.requests import Requests
 from pkramfs.fuse.turns import Turns
@@ -112,6 +112,11 @@ class Session:
     def descriptor(self) -> int:
         """Return the descriptor of the connection: once it is served, that from which requests are read."""
         return self._handshake.fd if self._handshake.device < 0 else self._handshake.device
+
+    @property
+    def sends_again(self) -> bool:
+        """Return True if the kernel can send again what a daemon has not answered."""
+        return bool(self._handshake.init.more & HAS_RESEND)
 
     @property
     def init(self) -> Init:

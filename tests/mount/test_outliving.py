@@ -282,6 +282,33 @@ def test_a_takeover_that_fails_frees_nothing(lab: Any) -> None:
     assert (at / "file").read_bytes() == b"x" * 100_000
 
 
+OLD_KERNEL = """
+from pkramfs.fuse import handshake, session, wire
+wire.RESEND = wire.RESEND[:4] + (99).to_bytes(4, "little") + wire.RESEND[8:]
+session.HAS_RESEND = 0
+"""
+"""What a kernel before 6.9 does: it knows no such notification, and does not offer it."""
+
+
+def test_a_kernel_that_cannot_send_again(lab: Any) -> None:
+    """Its death ends the mount, in order: programs are told, and the name brings all back. Status says so before."""
+    mount = Held(lab, lab.dir("one"), extra=OLD_KERNEL)
+    at = mount.directory
+    (at / "file").write_bytes(b"x" * 100_000)
+    os.sync()
+    entry = lab.entry(at)
+    said = lab.run("ctl", "status").stdout
+    assert "survives" in said and "daemon crash, once it is mounted again" in said and "upgrade" not in said
+    assert "a kernel before 6.9" in lab.run("ctl", "upgrade", "one").stderr
+    os.kill(entry.pid, signal.SIGKILL)
+    assert mount.process.wait(20) == 1
+    with pytest.raises(OSError, match="not connected"):
+        os.listdir(at)
+    assert "Linux 6.9 can send requests again, this kernel cannot" in lab.dmesg()
+    lab.mount("one")
+    assert (at / "file").read_bytes() == b"x" * 100_000
+
+
 @pytest.mark.parametrize("how", ["umount", "lazy", "SIGTERM", "another mount"])
 def test_during_a_takeover(lab: Any, how: str) -> None:
     with contextlib.ExitStack() as stack:
