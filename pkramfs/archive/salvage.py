@@ -4,7 +4,7 @@
     page table damaged     ─▶ the page blocks of the tree's id stand for it
     object damaged         ─▶ its fields are tried: what they lead to has checksums of its own
     link damaged           ─▶ its entries are lost; its `next`, which has a check, leads on, or a neighbour does
-    description damaged    ─▶ if its rules hold (fs/verify) it is taken as it is; else without extended attributes
+    description damaged    ─▶ if its rules hold (fs/verify) it is taken as it is; else rows are given up (mending.py)
     log damaged            ─▶ the tree as it was before the first request that cannot be read
 
 A page of metadata is believed only under its own checksum. Lost entries leave gaps in the page stream, and the files
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import xxhash
 
+from pkramfs.archive.mending import mend
 from pkramfs.archive.view import SavedTree
 from pkramfs.errors import FormatError, PkramError
 from pkramfs.fs.nodes import sound_part
@@ -30,7 +31,7 @@ from pkramfs.pkram.format import LINK, LINK_CAPACITY, LINK_MAGIC, NEXT, OBJECT, 
 from pkramfs.pkram.node import Node, read_table, shown
 from pkramfs.pkram.page import read_page, unseal
 from pkramfs.pkram.streams.link import decode, sizes
-from pkramfs.pkram.treeformat import DAMAGED, SUMS, UNWRITTEN, XATTRS, Section, TreeStream
+from pkramfs.pkram.treeformat import DAMAGED, SUMS, UNWRITTEN, XATTRS, TreeStream
 from pkramfs.spans import U64, Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE, pages, plural
 
@@ -67,8 +68,8 @@ def salvage(kernel: Running, name: bytes) -> Salvaged:
     parts = reading.description(description)
     runs = reading.runs(contents, int(parts.header.pages))
     reading.expect_tree(parts, runs)
-    tree = SavedTree(kernel.ram, node, reading.reduced(parts), runs)
-    return Salvaged(tree, _damage(tree), reading.problems)
+    tree = SavedTree(kernel.ram, node, parts, runs)
+    return Salvaged(tree, _damage(tree) | reading.damage, reading.problems)
 
 
 def _from_log(kernel: Running, node: Node) -> Salvaged:
@@ -104,7 +105,8 @@ class _Reading:
     def __init__(self, ram: Ram, node: Node, frames: tuple[Spans, list[str]]) -> None:
         self._ram, self._node = ram, node
         self._allowed, self.problems = frames
-        self._without: tuple[Section, ...] = ()
+        self.damage: dict[int, str] = {}
+        """Why which files are given up."""
 
     def objects(self) -> tuple[Any, Any]:
         """Return the records of both objects, checked or as they are."""
@@ -204,22 +206,26 @@ class _Reading:
         return index[order], start[order], count[order]
 
     def expect_tree(self, parts: TreeStream, runs: Runs) -> None:
-        """Raise FormatError unless the rules of a tree hold, without extended attributes if need be."""
+        """Raise FormatError unless the rules of a tree hold, or can be made to hold by giving parts of it up."""
         used = Spans.from_runs(runs[1], runs[2])
         try:
             verify(parts, runs, used, used)
-        except FormatError as error:
-            self._without = (XATTRS, UNWRITTEN, SUMS, DAMAGED)
+        except FormatError as broken:
             try:
-                verify(self.reduced(parts), runs, used, used)
+                self.damage, problems = mend(parts)
+                self.problems += [f"the description breaks a rule: {broken}", *problems]
+                self._verify_mended(parts, runs, used)
             except FormatError:
-                error.remedy = "nothing of it can be got out"
-                raise error from None
-            self.problems.append(f"extended attributes and ACLs are given up: {error}")
+                broken.remedy = "nothing of it can be got out"
+                raise broken from None
 
-    def reduced(self, parts: TreeStream) -> TreeStream:
-        """Return the description without what was given up."""
-        for section in self._without:
-            setattr(parts, section.name, {c.name: np.zeros(0, dtype=c.dtype) for c in section.columns})
+    def _verify_mended(self, parts: TreeStream, runs: Runs, used: Spans) -> None:
+        """Raise FormatError unless the rules hold now, without extended attributes and checksums if need be."""
+        try:
+            verify(parts, runs, used, used, deleted=True)
+        except FormatError as error:
+            for section in (XATTRS, UNWRITTEN, SUMS, DAMAGED):
+                setattr(parts, section.name, {c.name: np.zeros(0, dtype=c.dtype) for c in section.columns})
             parts.values = b""
-        return parts
+            verify(parts, runs, used, used, deleted=True)
+            self.problems.append(f"extended attributes and ACLs are given up: {error}")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 STDIO = "-"
 INCOMPLETE = 1
-"""Exit status where an archive lacks files."""
+"""Exit status where an archive lacks files, or holds what is left of a damaged tree."""
 _BUFFER = 1 << 20
 
 
@@ -42,14 +42,15 @@ def act_export(args: argparse.Namespace) -> int:
     """Run `pkramctl export NAME FILE`."""
     from pkramfs.archive.export import export
 
-    tree, damage = _salvaged(args) if args.best_effort else (opening.opened(args, args.name), {})
+    tree, damage, whole = _salvaged(args) if args.best_effort else (opening.opened(args, args.name), {}, True)
     with _destination(args.file) as out:
         report = progress.drive(export(tree, out, damage=damage), args)
-    return _say_exported(args, report)
+    status = _say_exported(args, report)
+    return status if whole else INCOMPLETE
 
 
-def _salvaged(args: argparse.Namespace) -> "tuple[SavedTree, dict[int, str]]":
-    """Return what can be read of a damaged tree, and what cannot; list what is wrong with it."""
+def _salvaged(args: argparse.Namespace) -> "tuple[SavedTree, dict[int, str], bool]":
+    """Return what can be read of a damaged tree, what cannot, and whether nothing is wrong; list what is."""
     from pkramfs.archive.salvage import salvage
     from pkramfs.kernel import running
 
@@ -59,7 +60,7 @@ def _salvaged(args: argparse.Namespace) -> "tuple[SavedTree, dict[int, str]]":
         tree, damage, problems = salvage(kernel, opening.resolve_damaged(kernel, args.name))
     for problem in problems:
         arguments.warn("pkramctl", problem)
-    return tree, damage
+    return tree, damage, not problems
 
 
 def act_import(args: argparse.Namespace) -> int:

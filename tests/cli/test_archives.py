@@ -143,3 +143,9 @@ def test_best_effort(trees, ctl, tmp_path):
     assert "warning: left out: /0\\x1b: 504 pages of it cannot be found\n" in err
     with tarfile.open(out) as archive:
         assert archive.getnames() == [".", "./1\x1b"]
+    kernel.ram.bytes[(head << 12) + 100] ^= 1
+    assert ctl("export", "x", out, "--best-effort")[0] == 0
+    (node,) = kernel.store.nodes()
+    kernel.ram.bytes[node.table_pfn << 12] ^= 1  # all files come out, and something is wrong all the same
+    status, said, err = ctl("export", "x", out, "--best-effort")
+    assert (status, said, err.count("\n")) == (1, f"{out}: 3 names, 6.0 MiB\n", 1)
