@@ -28,6 +28,8 @@ STAGE, KEXECS, BACKEND = int(WORDS["pk.stage"]), int(WORDS["pk.kexecs"]), WORDS[
 CONTROL = WORDS.get("pk.control", "")
 MEMMAP = next(word for word in [*LINE.split(), "memmap="] if word.startswith("memmap="))
 MNT, MACHINE = Path("/mnt/pk"), "/dev/shm/pkram/default"
+OTHER = Path("/mnt/other")
+"""A second tree, which the control `metadata` damages: the first one must come back without it."""
 
 
 def say(*words: object) -> None:
@@ -137,6 +139,7 @@ def digest() -> str:
 
 def mount(*, fails: bool = False) -> str:
     MNT.mkdir(exist_ok=True)
+    OTHER.mkdir(exist_ok=True)
     return sh(f"mount -t pkramfs -o pkram=mytmpfs{',verify=data' * (CONTROL == 'data')} none {MNT}", fails=fails)
 
 
@@ -160,7 +163,7 @@ def kexec(what: str) -> None:
         sh(f'pkram-kexec -s -l {files} --append="$LINE"', fails=True)
     if by_hand:
         sh(f'kexec -s -l {files} --append="$LINE"')
-        sh(f"umount {MNT}")
+        sh(f"umount {MNT} {OTHER if CONTROL == 'metadata' else ''}")
         os.sync()
         say("KEXEC by kexec(8)")
         sh("kexec -e")
@@ -181,6 +184,10 @@ def first() -> None:
         install()
     else:
         mount()
+    if CONTROL == "metadata":
+        sh(f"mount -t pkramfs -o pkram=other none {OTHER}")
+        (OTHER / "file").write_bytes(os.urandom(5 << 20))
+        sh(f"mount -o remount,preserve,ro {OTHER}")
     populate()
     before = digest()
     say("SUM", before)
@@ -210,7 +217,8 @@ def damage() -> None:
         from pkramfs.kernel.running import look
         from pkramfs.machine.directory import Machine
 
-        flip((look(Machine(MACHINE)).store.nodes()[0].pfn << 12) + 200)
+        (node,) = (node for node in look(Machine(MACHINE)).store.nodes() if node.name == b"shmem-other")
+        flip((node.pfn << 12) + 200)
     elif CONTROL == "data":
         from pkramfs.archive.view import open_tree
         from pkramfs.kernel.running import look
@@ -249,7 +257,7 @@ def again() -> None:
             return
         mount()
     compare()
-    sh("cat /run/pkram/dmesg")
+    sh("pkramctl boot; cat /run/pkram/dmesg")
     assert "kexec boot of linux" in Path("/run/pkram/dmesg").read_text()
     sh("pkramctl report | head -4; pkramctl verify")
     if STAGE < KEXECS:
@@ -283,8 +291,13 @@ def refused(message: str) -> None:
     if CONTROL == "nopkram":  # what the refusal tells to do helps
         words = said.partition("`")[2].partition("`")[0]
         sh(words)
-        mount()
+        mount()  # it is mounted already: memory knew where
         compare()
+    elif CONTROL == "metadata":  # what can be read comes back to where it was, and the loss is named
+        sh("pkram-kexec --resume", fails=True)
+        sh("pkram-kexec --resume --force")
+        compare()
+        assert "which cannot be read, is lost" in sh("cat /run/pkram/dmesg")
     print("PK RESULT PASS", flush=True)
 
 
