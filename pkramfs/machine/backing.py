@@ -12,6 +12,9 @@
     block    any other block device, by    are zeroed       processes only                   PATH, forced
              way of the page cache
 
+What is set aside is never given back: blocks that a file on DAX had returned to its file system might be somebody
+else's when they are stored to again, and a store into a mapping cannot fail but by SIGBUS.
+
 A machine's own `ram` file (directory.py) is a `file`, and the only one whose size the machine chooses. The others are
 named by the user, and examined before they are taken: `examine` returns what is wrong with them. Only a regular file is
 ever read or written by its descriptor. With all others a read at an offset may mean another thing than memory at that
