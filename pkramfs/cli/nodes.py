@@ -148,7 +148,7 @@ def show(found: list[dict[str, Any]]) -> None:
             format_size(n["bytes"]),
             f"{n['pages']:,}",
             f"{n['moved']:,}",
-            _without_sum(n["unchecked"]),
+            _without_sum(n["name"], n["unchecked"]),
             format_pfn(n["pfn"]),
         )
         for n in found
@@ -156,7 +156,10 @@ def show(found: list[dict[str, Any]]) -> None:
     render.table(columns, rows)
 
 
-def _without_sum(pieces: int | None) -> str:
+def _without_sum(name: str, pieces: int | None) -> str:
+    """Return how much of a node has no checksum; `-` for one that is no file tree."""
+    if mount_name(os.fsencode(name)) is None:
+        return "-"
     return "all" if pieces is None else format_size(pieces * MIB) if pieces else "nothing"
 
 

@@ -56,7 +56,7 @@ def test_the_report_names_nodes_segments_and_what_was_relocated(machine, ctl, ke
     assert rows(shown, "NODE")[0][-1] == "0"
     assert [row[0] for row in rows(shown, "LOADED SEGMENT")] == ["kernel", "cmdline", "params", "purgatory"]
     title, row = ctl("nodes")[1].splitlines()
-    assert title.split() == ["NODE", "STATE", "SIZE", "PAGES", "RELOCATED", "PFN"]
+    assert title.split() == ["NODE", "STATE", "SIZE", "PAGES", "RELOCATED", "UNCHECKED", "PFN"]
     assert row.split()[5] == "0"
 
 
