@@ -129,6 +129,11 @@ class Core:
         if self.journal is not None:
             self.journal.commit(asker)
 
+    def tell(self) -> None:
+        """Make outlive this process what may come later: who reads which file."""
+        if self.journal is not None:
+            self.journal.tell()
+
     @property
     def frozen(self) -> bool:
         """Return True if every change is refused."""
@@ -227,12 +232,17 @@ class Core:
         if self.asleep is not None:
             self.asleep.lookups = 1
 
-    def forget(self, number: int, count: int = 1) -> None:
-        """Take back `count` references that `remember` had counted."""
+    def forget(self, number: int, count: int = 1, *, closed: bool = False) -> None:
+        """Take back `count` references that `remember` had counted.
+
+        `closed` says that what has no reference any more is not open either, whatever a daemon that died has told.
+        """
         inode = self.inodes.get(number)
         if inode is not None:
             inode.lookups = max(inode.lookups - count, 0)
-            if not inode.nlink:
+            if closed and inode.opens and not inode.lookups:
+                self.close_all(inode)
+            elif not inode.nlink:
                 self._reap(inode)
 
     def _reap(self, inode: Inode) -> None:
@@ -304,15 +314,15 @@ class Core:
         inode = self.inodes.get(handle & INO_MASK)
         if inode is None:
             return
-        inode.opens = max(inode.opens - 1, 0)
         if handle & WRITING:
             inode.writers = max(inode.writers - 1, 0)
+            if not inode.writers:
+                self.writing.pop(inode.ino, None)
+        inode.opens = max(inode.opens - 1, inode.writers)  # whose daemon died may not know the last of its readers
         if not inode.opens:
-            inode.writers, inode.unprivileged = 0, False
-        if not inode.writers:
-            self.writing.pop(inode.ino, None)
+            inode.unprivileged = False
         if self.journal is not None:
-            self.journal.opened(inode)
+            self.journal.opened(inode, late=not handle & WRITING)
         if not inode.opens and not inode.nlink:
             self._reap(inode)
 

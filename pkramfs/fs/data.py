@@ -77,7 +77,7 @@ class Data(Filling):
             if caller.uid:
                 inode.unprivileged = True
         if self.journal is not None:
-            self.journal.opened(inode)
+            self.journal.opened(inode, late=not writing)
         return handle_for(inode.ino, flags)
 
     def _truncate_on_open(self, inode: Inode, caller: Caller) -> None:

@@ -26,6 +26,7 @@ No request ends the mount, and none is left without an answer:
 Kernel: fs/fuse/dev.c (fuse_dev_do_read, fuse_dev_do_write)
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -115,6 +116,11 @@ class Filter:
         if 0 < kind < counters.KINDS:
             counters.note(self.words, kind, took)
         return there
+
+    def rest(self) -> None:
+        """Do what waited until nobody asks for anything."""
+        with contextlib.suppress(OSError, MemoryError):  # it stays noted, and nobody was promised anything
+            self._requests.tree.tell()
 
     def answer(self, header: Header, body: memoryview) -> None:
         """Serve a request that was read."""

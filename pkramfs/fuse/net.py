@@ -97,6 +97,7 @@ def commit(operations: Forgetful) -> None:
     """Commit what a handler has changed; raise FUSEError if that is not possible."""
     try:
         operations.tree.commit()
+        operations.tree.tell()
     except (OSError, MemoryError) as error:
         if code := commit_again(operations, error):
             raise FUSEError(code) from None

@@ -132,7 +132,7 @@ class Operations(pyfuse3.Operations):
         """Take back references that the kernel has given up: pairs of an inode number and how many."""
         for at, (number, count) in enumerate(inodes, 1):
             try:
-                self.tree.forget(number, count)
+                self.tree.forget(number, count, closed=True)
                 if at % _FORGET_MANY == 0:
                     self.tree.commit()  # it has room for some, and frees memory for others
             except Exception:  # nobody waits for an answer; the others must be forgotten too

@@ -164,6 +164,8 @@ class Device:
 
     async def _begin(self, fd: int) -> None:
         """Let all others have their turn, and begin ours with the next request."""
+        if self.filter is not None:
+            self.filter.rest()
         await trio.lowlevel.wait_readable(fd)
         while self.shut is not None:  # nobody is at work but those who may wait: see Session.stand_still
             await self.shut.wait()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A tree that is rebuilt from its journal is the tree, after every request, whatever the log begins with."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from pkramfs.fs.inode import Credentials
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.recover import begin
 from pkramfs.fs.restore import restore
+from pkramfs.fs.rules import WRITING
 from pkramfs.fs.save import save
 from pkramfs.fs.tree import Tree
 from pkramfs.units import BLOCK_SIZE
@@ -141,9 +143,56 @@ def test_it_is_recovered_wherever_its_daemon_died(
             assert found[1] == before[1], where
         unsettled.clear()
         tree.commit()
+        tree.tell()
         for found in [*unsettled, *([recovered()] if number % 10 == 0 else [])]:
             assert found == (state(tree), contents(tree)), where
     audit(tree)
+
+
+def test_who_reads_a_file_is_told_with_others_or_when_nobody_asks(memory: Memory) -> None:
+    """But at once who writes, and who has a file that is deleted, which only that keeps."""
+    tree = memory.tree()
+    made = [tree.create(1, b"%d" % number, 0o644).ino for number in range(70)]
+    tree.commit()
+    assert tree.journal is not None
+
+    def told(request: Callable[[], object]) -> bool:
+        before = tree.journal.log.tail if tree.journal is not None else 0
+        request()
+        tree.commit()
+        return tree.journal is not None and tree.journal.log.tail > before
+
+    def equal() -> bool:
+        return state(memory.rebuild(live(tree)).tree) == state(tree)
+
+    assert not any(told(lambda: tree.open(ino)) for ino in made[:60])  # noqa: B023
+    assert not equal()
+    assert told(lambda: tree.create(1, b"new", 0o644)) and not equal()  # it waits for neither
+    tree.tell()
+    assert equal() and not told(tree.tell)
+    assert not told(lambda: tree.release(made[0]))
+    assert told(lambda: [tree.open(ino) for ino in made[1:70]]) and equal()
+    assert told(lambda: tree.open(made[0], os.O_WRONLY)) and equal()
+    assert told(lambda: tree.release(made[0] | WRITING)) and equal()
+    assert told(lambda: tree.unlink(1, b"1")) and equal()
+    assert told(lambda: tree.release(made[1])) and equal()
+
+
+def test_who_takes_over_keeps_writers_though_it_does_not_know_the_last_readers(memory: Memory) -> None:
+    tree = memory.tree()
+    ino = tree.create(1, b"file", 0o644).ino
+    tree.open(ino, os.O_WRONLY)
+    tree.commit()
+    tree.open(ino)
+    tree.commit()
+    with memory.copy() as other:
+        again = other.recover(live(tree))
+        inode = again.inode(ino)
+        assert (inode.opens, inode.writers) == (1, 1)
+        again.release(ino)
+        assert (inode.opens, inode.writers, again.writer_count) == (1, 1, 1)
+        again.release(ino | WRITING)
+        assert (inode.opens, inode.writers, again.writer_count) == (0, 0, 0)
 
 
 def test_what_was_cut_is_cleared_once(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:

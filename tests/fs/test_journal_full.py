@@ -73,6 +73,7 @@ def test_all_or_nothing_without_frames(memory: Memory, monkeypatch: pytest.Monke
         tree.commit()
         refusing.left = -1
         tree.commit()  # how files are open may have had to wait
+        tree.tell()
         assert state(memory.rebuild(live(tree)).tree) == state(tree)
         audit(tree)
         if not refused:

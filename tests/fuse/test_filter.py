@@ -137,6 +137,16 @@ def test_who_opens_a_file_is_asked_only_if_privileges_go(kernel: Kernel, monkeyp
         kernel.replies()
 
 
+def test_what_the_kernel_has_forgotten_nobody_has_open(kernel: Kernel) -> None:
+    """Whatever a daemon that died has told: its successor frees what is deleted."""
+    tree = kernel.operations.tree
+    inode = tree.create(1, b"file", 0o644)
+    inode.lookups, inode.opens = 1, 3
+    tree.unlink(1, b"file")
+    kernel.send(Op.FORGET, inode.ino, wire.NUMBER.pack(1))
+    assert kernel.filter.serve() and inode.ino not in tree.inodes and not tree.orphans
+
+
 def test_a_listing_counts_references_of_what_fits(kernel: Kernel) -> None:
     for number in range(30):
         kernel.ask(Op.MKDIR, 1, wire.MKDIR.pack(0o755, 0) + b"%d\0" % number)
@@ -319,8 +329,10 @@ def test_a_reply_that_is_refused_becomes_an_error(kernel: Kernel, monkeypatch: p
     assert kernel.ask(Op.GETATTR, 1, bytes(16)) == (-errno.EIO, b"")
 
 
-def test_requests_follow_each_other_without_the_scheduler(kernel: Kernel) -> None:
-    """One call of wait_readable answers all that come, and comes back at the end."""
+def test_requests_follow_each_other_without_the_scheduler(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call of wait_readable answers all that come, and comes back at the end. Between turns it rests."""
+    rested: list[int] = []
+    monkeypatch.setattr(kernel.filter, "rest", lambda: rested.append(1))
     device = turns.Device()
     device.filter = kernel.filter
     for _ in range(100):
@@ -337,7 +349,7 @@ def test_requests_follow_each_other_without_the_scheduler(kernel: Kernel) -> Non
             kernel.socket.close()
 
     trio.run(main)
-    assert all(not error for error, _, _ in answered)
+    assert all(not error for error, _, _ in answered) and len(rested) > 1
 
 
 @pytest.mark.parametrize("name", ["\\rGroups:\\t0", "\\rUid:\\t5", "\\377\\302\\205"])

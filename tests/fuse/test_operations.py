@@ -78,7 +78,7 @@ def test_anything_else_is_eio_and_a_line_in_the_log(ops: Operations, caplog: pyt
 
 
 def test_forget_survives_anything(ops: Operations, caplog: pytest.LogCaptureFixture) -> None:
-    ops.tree.forget = lambda *_: 1 / 0  # type: ignore[method-assign, assignment]
+    ops.tree.forget = lambda *_, **__: 1 / 0  # type: ignore[method-assign, assignment]
     ask(ops.forget, [(2, 1), (3, 1)])
     assert caplog.text.count("ZeroDivisionError") == 2
 

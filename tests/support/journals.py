@@ -170,6 +170,7 @@ class Driver:
         """One request, committed."""
         did = self.change()
         self.tree.commit()
+        self.tree.tell()
         return did
 
     def change(self) -> str:
