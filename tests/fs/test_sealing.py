@@ -123,7 +123,7 @@ def test_what_comes_behind_the_seal_does_not_count(memory: Memory) -> None:
     before = memory.store.pages_of(node)
     while not tree.journal.log.pages() - before:
         tree.release(tree.open(ino, 0, Credentials()))
-        tree.commit()
+        tree.tell()
     with memory.copy() as other:
         assert restored(other).inode(ino).opens == 0
     tree.thaw()
@@ -140,7 +140,7 @@ def test_a_daemon_that_dies_while_it_is_preserved(memory: Memory, audit: Audit) 
     tree.commit()
     preserved(memory, tree)
     tree.open(ino, 0, Credentials())
-    tree.commit()
+    tree.tell()
     with memory.copy() as other:
         again = other.recover(live(tree), taken=NODE)
         assert again.preserved and again.inode(ino).opens == 1
@@ -214,10 +214,10 @@ def test_the_log_of_a_tree_that_is_only_read_is_shortened(memory: Memory, audit:
         assert again.journal is not None
         expected = found(again)
         handles = [again.open(ino, 0, Credentials()) for _ in range(3)]
-        again.commit()
+        again.tell()
         while again.journal.log.size < 1 << 20:
             again.release(again.open(ino, 0, Credentials()))
-            again.commit()
+            again.tell()
         again.freeze()
         end(sealing.shorten(again, other.store, NODE))
         again.thaw()
@@ -228,7 +228,7 @@ def test_the_log_of_a_tree_that_is_only_read_is_shortened(memory: Memory, audit:
             audit(taken)
         for handle in handles:
             again.release(handle)
-        again.commit()
+        again.tell()
         audit(again)
         with other.copy() as third:
             assert found(restored(third)) == expected
