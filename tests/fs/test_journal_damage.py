@@ -93,7 +93,7 @@ def seal(memory: Memory, begun: int) -> None:
     ram = memory.ram
     page = ram.page(begun)
     page[8:16] = xxhash.xxh3_64_intdigest(page[128:], seed=begun).to_bytes(8, "little")
-    with contextlib.suppress(FormatError, ValueError, struct.error):
+    with contextlib.suppress(FormatError, ValueError, OverflowError, struct.error):
         found = layout.read_live(ram, begun)
         base = ram.page(found.base)
         base[8:16] = xxhash.xxh3_64_intdigest(base[32:], seed=found.base).to_bytes(8, "little")
