@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """tools/examples: databases, caches and a guest on a mount, warm after a kexec. Each judges itself."""
 
+import os
 import re
 import signal
 import subprocess
@@ -20,7 +21,15 @@ SMALL = {
     "postgresql": ["--scale", "1", "--commits", "50"],
     "qemu-guest": ["--data", "2"],
 }
-LARGE = {name: [] for name in ("cache", *SMALL)} | {"qemu-guest": ["--fetch"]}
+OUTLIVING = tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 9)
+KILLS = ["--kill-daemons"] * OUTLIVING
+LARGE = {
+    "cache": [],
+    "redis": KILLS,
+    "memcached": KILLS,
+    "postgresql": ["--scale", "3", "--commits", "300", *KILLS],
+    "qemu-guest": ["--fetch", *KILLS],
+}
 CASES = [pytest.param(name, words, id=name) for name, words in SMALL.items()]
 CASES += [pytest.param(name, words, id=f"{name}-large", marks=pytest.mark.slow) for name, words in LARGE.items()]
 

@@ -5,6 +5,9 @@ A script says in a function `walk(stage, args)` what is done, and ends with `pla
 Ctrl-C, the programs that it started are ended, its mount is taken down, its machine removed; the last line is OK, or
 FAIL with the reason. Status 0 or 1, 2 for wrong usage, 77 where something is missing.
 
+With --kill-daemons the daemon of the mount is killed again and again while the programs work: another takes its place
+(Linux 6.9), and they notice nothing but a pause.
+
 Nothing is installed or left behind. As root the programs run as the user nobody; without root as you, and fusermount3
 mounts.
 """
@@ -12,6 +15,7 @@ mounts.
 import argparse
 import contextlib
 import glob
+import json
 import os
 import pwd
 import shlex
@@ -21,6 +25,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +49,7 @@ class MissingError(Exception):
 class Stage:
     """The place where a walk happens: a machine, a mount, a scratch directory on no mount of ours."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, kill_daemons: bool) -> None:
         self.name = name
         self.top = Path(tempfile.mkdtemp(prefix=f"pkram-{name}-", dir=_memory()))
         self.top.chmod(0o755)
@@ -52,6 +57,7 @@ class Stage:
         for path in (self.mnt, self.scratch):
             path.mkdir()
         os.environ["PKRAM_ROOT"] = str(self.machines)
+        self.killer = Killer(self.machines if kill_daemons else None)
         self.root = os.geteuid() == 0
         self.programs: list[subprocess.Popen[bytes]] = []
         self.times: list[tuple[str, float, str]] = []
@@ -112,13 +118,16 @@ class Stage:
     def mount(self, *options: str) -> None:
         words = ",".join([f"pkram={self.name}", *options, "mode=1777"])
         self.sh(f"mount.pkramfs none {self.mnt} -o {words}", ours=True)
+        self.killer.resume()
 
     def kexec(self, *, preserve: bool = True) -> None:
         """Preserve the tree, load a kernel and boot it."""
+        self.killer.pause()
         if preserve:
             self.sh(f"mount.pkramfs none {self.mnt} -o remount,preserve,ro", ours=True)
         self.sh("pkram-kexec -s -l builtin --reuse-cmdline", ours=True)
         self.sh("pkram-kexec -e --poison", ours=True)
+        self.killer.resume()
 
     # -- programs --------------------------------------------------------------------------------
 
@@ -172,11 +181,14 @@ class Stage:
         self.title("Times")
         for what, seconds, meaning in self.times:
             self.say(f"  {what:<6} {seconds:7.2f} s  {meaning}")
+        if self.killer.killed:
+            self.say(f"\n  the daemon of the mount was killed {self.killer.killed} times meanwhile")
 
     # -- the end ---------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Take everything down: programs, mount, daemon, machine."""
+        self.killer.pause()
         for step in reversed(self.at_end):
             step()
         for program in reversed(self.programs):
@@ -190,6 +202,37 @@ class Stage:
         while glob.glob(f"{self.machines}/*/mounts/*.lock") and time.monotonic() < deadline:
             time.sleep(0.01)  # the daemon is about to end
         shutil.rmtree(self.top, ignore_errors=True)
+
+
+class Killer:
+    """Who kills the daemon of the mount once a second, if that is wanted, but not during a kexec."""
+
+    def __init__(self, machines: Path | None) -> None:
+        self.killed = 0
+        self._machines, self._may = machines, threading.Lock()
+        self._may.acquire()
+        if machines is not None:
+            threading.Thread(target=self._kill, daemon=True).start()
+
+    def resume(self) -> None:
+        if self._may.locked():
+            self._may.release()
+
+    def pause(self) -> None:
+        """Let nobody be killed from now on; who was killed last has a successor, which the next command waits for."""
+        self._may.acquire(timeout=SECONDS)
+
+    def _kill(self) -> None:
+        last = 0
+        while True:
+            time.sleep(1)
+            with self._may:
+                for path in glob.glob(f"{self._machines}/*/mounts/*.json"):
+                    with contextlib.suppress(OSError, ValueError, KeyError):
+                        pid = int(json.loads(Path(path).read_text())["pid"])
+                        if pid != last and b"pkramfs" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                            os.kill(pid, signal.SIGKILL)
+                            self.killed, last = self.killed + 1, pid
 
 
 def ask(path: Path, question: bytes, answer: bytes) -> bool:
@@ -220,7 +263,7 @@ def play(
     _find_pkramfs()
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGHUP, _stop)
-    sys.exit(_perform(walk, Stage(name), args))
+    sys.exit(_perform(walk, Stage(name, kill_daemons=args.kill_daemons), args))
 
 
 def _perform(walk: Callable[[Stage, argparse.Namespace], None], stage: Stage, args: argparse.Namespace) -> int:
@@ -253,6 +296,7 @@ def _parse(name: str, about: str, options: Sequence[Option]) -> argparse.Namespa
             parser.add_argument(option, action="store_true", help=what)
         else:
             parser.add_argument(option, type=int, default=default, metavar="N", help=f"{what} (default: {default})")
+    parser.add_argument("--kill-daemons", action="store_true", help="kill the mount's daemon every second meanwhile")
     return parser.parse_args()
 
 
