@@ -33,10 +33,14 @@ def package(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    pytest.importorskip("myst_parser", reason="the build requirements are not installed")
-    out = tmp_path_factory.mktemp("dist")
+def tracked() -> set[str]:
+    done = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not done.stdout:
+        pytest.skip("not a git checkout")
+    return {name for name in done.stdout.splitlines() if (TOP / name).exists()}
+
+
+def build(out: Path) -> Built:
     done = package("--twice", "--out", out)
     assert done.returncode == 0, done.stderr
     (source,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
@@ -48,26 +52,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         return Built(done.stderr, names, set(packed.namelist()))
 
 
-def tracked() -> set[str]:
-    done = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not done.stdout:
-        pytest.skip("not a git checkout")
-    return {name for name in done.stdout.splitlines() if (TOP / name).exists()}
-
-
-def test_the_same_bytes_each_time(built: Built) -> None:
+def test_what_is_built(tmp_path: Path) -> None:
+    """One test, for one build: the same bytes each time, all that is tracked, and nothing else."""
+    known = tracked()
+    pytest.importorskip("myst_parser", reason="the build requirements are not installed")
+    built = build(tmp_path)
     assert built.said.count(" is the same, built twice") == 2
-
-
-def test_a_source_distribution_has_all_that_is_tracked(built: Built) -> None:
-    hidden = {name for name in tracked() if name.startswith(".")}
+    hidden = {name for name in known if name.startswith(".")}
     made = {name for name in built.source if name in SETUP or name.startswith("pkramfs.egg-info/")}
-    assert built.source - made == tracked() - hidden
-
-
-def test_a_wheel_has_the_package_and_its_pages_only(built: Built) -> None:
+    assert built.source - made == known - hidden
     inside = {name for name in built.wheel if name.startswith("pkramfs/")}
-    assert inside == {name for name in tracked() if name.startswith("pkramfs/")}
+    assert inside == {name for name in known if name.startswith("pkramfs/")}
     pages = {name.rpartition("/")[2] for name in built.wheel if ".data/data/share/man/man" in name}
     assert pages == {path.stem for path in (TOP / "pkramfs" / "resources" / "man").glob("*.md")}
     others = {name for name in built.wheel - inside if ".dist-info/" not in name and "/share/man/" not in name}
