@@ -179,6 +179,7 @@ def _put(wanted: list[Item], *, force: bool) -> list[Item]:
 def _remove(wanted: list[Item]) -> list[Item]:
     """Remove items that are in place and ours; return them."""
     there = [item for item in wanted if os.path.lexists(item.path) and (_is_there(item) or _may_replace(item))]
+    there = [item for item in there if not item.target or os.path.islink(item.path)]
     for item in there:
         os.unlink(item.path)
     return there
@@ -187,7 +188,7 @@ def _remove(wanted: list[Item]) -> list[Item]:
 def _is_there(item: Item) -> bool:
     """Return True if an item is in place as it should be."""
     if item.target:
-        return os.path.islink(item.path) and os.path.realpath(item.path) == os.path.realpath(item.target)
+        return os.path.exists(item.path) and os.path.samefile(item.path, item.target)  # or it is the helper itself
     return _text(item.path) == item.text
 
 

@@ -71,6 +71,16 @@ def test_a_link_to_a_link_is_in_place(root, ctl, tmp_path):
     assert os.readlink(tmp_path / "sbin/mount.pkramfs") == "../bin/mount.pkramfs"
 
 
+def test_a_helper_that_is_in_its_place_itself_stays(root, ctl, tmp_path, monkeypatch):
+    helper = tmp_path / "sbin/mount.pkramfs"
+    helper.parent.mkdir()
+    helper.write_text("#!/bin/sh\n")
+    monkeypatch.setattr(checkup, "own_helper", lambda: str(helper))
+    for words in ((), ("--uninstall",)):
+        assert ctl("install", "--prefix", str(tmp_path), *words)[0] == 0
+        assert helper.read_text() == "#!/bin/sh\n" and not helper.is_symlink()
+
+
 @pytest.mark.parametrize("words", [(), ("--uninstall",)])
 def test_what_a_distribution_installed_is_its_own(root, ctl, words, monkeypatch):
     monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda self, name: "debian\n")
