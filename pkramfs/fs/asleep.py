@@ -188,9 +188,9 @@ class Asleep:
         return folder or self.inodes[int(self._columns["ino"][0])], b"/".join(reversed(parts))
 
     def runs_between(self, number: int, first: int, last: int) -> list[tuple[int, int, int]]:
-        """Return the runs (file page, pfn, pages) of an inode in [first, last), cut to it, as they were saved."""
+        """Return the runs (file page, pfn, pages) in [first, last), cut to it, of an inode that has no object."""
         position = self._position(number)
-        if position < 0:
+        if position < 0 or not self._asleep[position]:
             return []
         low, high = self.edges[position : position + 2].tolist()
         start = low + max(int(np.searchsorted(self.pieces[low:high, 0], first, side="right")) - 1, 0)

@@ -85,11 +85,6 @@ class SumTable:
         column = self._ino[: self.sorted]
         return int(np.searchsorted(column, np.uint64(ino))), int(np.searchsorted(column, np.uint64(ino + 1)))
 
-    def summed(self, ino: int, piece: int) -> int | None:
-        """Return the row of a piece that has a sum."""
-        row = self.find(ino, piece)
-        return row if row is not None and row >= 0 and self.state[row] >= DOUBTED else None
-
     def doubtful(self, ino: int, piece: int) -> int | None:
         """Return the row of a piece whose sum nobody has compared."""
         row = self.find(ino, piece) if self.doubted else None

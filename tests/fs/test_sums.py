@@ -158,7 +158,7 @@ def test_wrong_columns_are_named(tree, sh, small_store, section, column, value, 
     work = enable(tree)
     rest(work)
     flip(tree, ino, 2 * PIECE)
-    work.sums.compare(ino, 2, work.sums.table.summed(ino, 2))
+    work.sums.compare(ino, 2, work.sums.table.find(ino, 2))
     tree.freeze()
     end(save(tree, small_store, b"shmem-x"))
     stream, runs = small_store.saved[b"shmem-x"]

@@ -53,7 +53,7 @@ def known(tree: Tree, *states: int) -> dict[tuple[int, int], int]:
     assert len(found) == len(rows.ino), "a piece has two sums"
     if not states:
         return found
-    rowed = {key: tree.sums.table.summed(*key) for key in found}
+    rowed = {key: tree.sums.table.find(*key) for key in found}
     return {key: found[key] for key, row in rowed.items() if int(tree.sums.table.state[row]) in states}
 
 
