@@ -5,9 +5,11 @@
     refused   /a/f: open for writing
     lost      /tmp/x (deleted)
     moved     /big, 512 pages
+    unchecked up to 3.0 MiB
 
 *Refused* is what keeps the tree from being preserved, *lost* what would not be in it, *moved* what is copied because a
-loaded kernel will lie there. The status is 32, mount(8)'s failure, if anything is in the way.
+loaded kernel will lie there, *unchecked* what has no checksum yet (verify=data). The status is 32, mount(8)'s failure,
+if anything is in the way.
 """
 
 from typing import TYPE_CHECKING
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 from pkramfs.cli import render
 from pkramfs.mounting.helper import MountError
 from pkramfs.mounting.options import Options
-from pkramfs.units import PAGE_SHIFT, format_size, plural
+from pkramfs.units import MIB, PAGE_SHIFT, format_size, plural
 
 if TYPE_CHECKING:
     from pkramfs.control.commands import Commands
@@ -36,6 +38,8 @@ def rehearse(directory: str, entry: "MountEntry", daemon: "Commands", options: O
             render.say(f"{what:7}   {line}")
         if more := unnamed(found, what):
             render.say(f"{what:7}   {plural(more, 'more file')}")
+    if unsummed := found.get("unsummed"):
+        render.say(f"unchecked up to {format_size(unsummed * MIB)}")
     return MountError.exit_status if found["refused_count"] else 0
 
 

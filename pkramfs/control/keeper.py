@@ -325,6 +325,7 @@ class Keeper:
             "pages": found.pages,
             "description": found.description,
             "microseconds": round(found.seconds * 1e6),
+            **{name: count for name, count in self.summed().items() if name == "unsummed"},  # type: ignore[typeddict-item]
         }
 
     async def compare(self) -> Done:

@@ -82,6 +82,8 @@ class Foreseen(TypedDict):
     pages: int
     description: int
     microseconds: int
+    unsummed: NotRequired[int]
+    """As in a status."""
 
 
 class Done(TypedDict):

@@ -78,6 +78,7 @@ def test_what_was_changed_just_now_is_counted(lab: Mounts) -> None:
     place = lab.mount("m", OPTIONS)
     (place / "f").write_bytes(b"x")
     assert lab.status(place)["options"] == "verify=data" and lab.status(place)["unsummed"] == 1
+    assert "unchecked up to 1.0 MiB" in lab.helper(place, "remount,preserve,dryrun").stdout
     done = lab.helper(place, "remount,preserve,ro", "-v")
     assert done.returncode == 0 and "up to 1.0 MiB unchecked" in done.stdout
     assert "up to 1.0 MiB unchecked" in lab.dmesg() and "1.0 MiB" in lab.ok("ctl", "nodes")
