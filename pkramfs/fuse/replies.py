@@ -42,11 +42,13 @@ class Replies:
 
     def _blocks(self, inode: Inode) -> int:
         """Return the blocks of a file: at least a page of one that may have data which we have not seen (translate)."""
-        blocks = inode.blocks
-        if not blocks and inode.writers:
+        pages = inode.pages
+        if pages is not None and pages.count:
+            return pages.count * BLOCKS_PER_PAGE
+        if inode.writers:
             self.guessed.add(inode.ino)
             return BLOCKS_PER_PAGE
-        return blocks
+        return inode.blocks if inode.target is not None else 0
 
     def entry(self, inode: Inode) -> bytes:
         """Return the answer that names `inode`, and describes it."""

@@ -189,6 +189,10 @@ class Requests:
         return self._do_getattr(header[3], None)
 
     def _setattr(self, header: Header, body: memoryview) -> Answer:
+        valid, mtime, ctime, mns, cns = wire.STAMP.unpack_from(body)
+        if valid & ~wire.FATTR_FH == wire.FATTR_MTIME | wire.FATTR_CTIME:  # after each write-back
+            inode = self.tree.set_times(header[3], None, mtime * _SECOND + mns, ctime * _SECOND + cns)
+            return self._replies.attributes(inode)
         valid, _, handle, size, _, atime, mtime, ctime, ans, mns, cns, mode, _, uid, gid, _ = wire.SETATTR.unpack_from(
             body
         )

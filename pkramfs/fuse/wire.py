@@ -91,6 +91,8 @@ NUMBER = Struct("<Q")
 FORGET_ONE = Struct("<QQ")
 SETATTR = Struct("<IIQQQqqqIIIIIIII")
 """valid, padding, handle, size, lock owner, seconds and nanoseconds of times, mode, unused, uid, gid, unused"""
+STAMP = Struct("<I36xqq4xII")
+"""Of these valid, and seconds and nanoseconds of mtime and ctime."""
 FATTR_MODE, FATTR_UID, FATTR_GID, FATTR_SIZE, FATTR_ATIME, FATTR_MTIME = 1, 2, 4, 8, 16, 32
 FATTR_FH, FATTR_ATIME_NOW, FATTR_MTIME_NOW, FATTR_CTIME = 1 << 6, 1 << 7, 1 << 8, 1 << 10
 MKNOD = Struct("<IIII")

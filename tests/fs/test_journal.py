@@ -171,7 +171,7 @@ def test_who_reads_a_file_is_told_with_others_or_when_nobody_asks(memory: Memory
     tree.tell()
     assert equal() and not told(tree.tell)
     assert not told(lambda: tree.release(made[0]))
-    assert told(lambda: [tree.open(ino) for ino in made[1:70]]) and equal()
+    assert told(lambda: [tree.open(ino) for ino in made[1:64]]) and equal()  # together 64
     assert told(lambda: tree.open(made[0], os.O_WRONLY)) and equal()
     assert told(lambda: tree.release(made[0] | WRITING)) and equal()
     assert told(lambda: tree.unlink(1, b"1")) and equal()

@@ -137,6 +137,21 @@ def test_who_opens_a_file_is_asked_only_if_privileges_go(kernel: Kernel, monkeyp
         kernel.replies()
 
 
+@pytest.mark.parametrize("others", [0, wire.FATTR_ATIME, wire.FATTR_MODE])
+@pytest.mark.parametrize("handle", [0, wire.FATTR_FH])
+def test_times_are_set_by_themselves_and_with_others(kernel: Kernel, others: int, handle: int) -> None:
+    """Those of a write-back, which are the most frequent, have a path of their own."""
+    inode = kernel.operations.tree.create(1, b"file", 0o644)
+    before = inode.atime
+    valid = wire.FATTR_MTIME | wire.FATTR_CTIME | handle | others
+    body = wire.SETATTR.pack(valid, 0, inode.ino, 0, 0, 9, -2, 4, 11, 22, 33, 0o600, 0, 0, 0, 0)
+    error, answer = kernel.ask(Op.SETATTR, inode.ino, body)
+    assert not error and (inode.mtime, inode.ctime) == (-2 * 10**9 + 22, 4 * 10**9 + 33)
+    assert inode.atime == (9 * 10**9 + 11 if others == wire.FATTR_ATIME else before)
+    assert inode.mode & 0o777 == (0o600 if others == wire.FATTR_MODE else 0o644)
+    assert answer == kernel.ask(Op.GETATTR, inode.ino, bytes(16))[1]
+
+
 def test_what_the_kernel_has_forgotten_nobody_has_open(kernel: Kernel) -> None:
     """Whatever a daemon that died has told: its successor frees what is deleted."""
     tree = kernel.operations.tree
