@@ -138,14 +138,16 @@ def _verified(tree: Tree, picture: Picture) -> Spans:
 
 
 def recover(
-    store: Store, live: int, ram: Ram, frames: Frames, limits: Limits, generation: int, taken: bytes | None = None
-) -> Generator[Progress, None, Tree]:
-    """Recover the tree of a log and go on with both.
+    store: Store, live: int, ram: Ram, frames: Frames, limits: Limits, generation: int, taken: bytes | None = None,
+    rebuilt: Rebuilt | None = None,
+) -> Generator[Progress, None, Tree]:  # fmt: skip
+    """Recover the tree of a log, if it is not `rebuilt` already, and go on with both.
 
     Who has taken over a mount says so by the name of the tree's node, which may hold it still. Otherwise nobody has
     anything open, and what has no name goes.
     """
-    rebuilt = yield from rebuild(store, live, ram, frames, limits)
+    if rebuilt is None:
+        rebuilt = yield from rebuild(store, live, ram, frames, limits)
     node = store.find(taken) if taken is not None else None
     own = Spans() if node is None else store.own_pages(node)
     log = rebuilt.log

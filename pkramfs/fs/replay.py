@@ -47,12 +47,14 @@ class Replay:
     """The records of a journal, applied to a tree. Requests up to position `zeroed` have cleared what they cut."""
 
     def __init__(self, tree: Tree, zeroed: int) -> None:
-        self.tree, self._zeroed, self._at = tree, zeroed, 0
+        self.tree, self.zeroed, self._at = tree, zeroed, 0
         self.requests = self.records = 0
         self.done: dict[int, int] = {}
         """The last requests of this connection that were done, by number, and the inode that each has made or 0."""
         self._made = 0
-        self._to_clear: list[tuple[Inode, int, int]] = []
+        self._to_clear: list[tuple[int, Inode, int, int]] = []
+        self.touched: dict[int, list[tuple[int, int]]] | None = None
+        """If not None, the frames (pfn, count) that files had before their runs were changed, by inode."""
         self._names = dict[int, tuple[Inode, bytes]]()
         """Where each inode was named last, as long as it has no name."""
         self._apply: dict[int, Callable[..., None]] = {
@@ -61,7 +63,7 @@ class Replay:
 
     def run(self, chunks: Iterable[Chunk]) -> None:
         """Apply every record; FormatError, with its position, at the first that does not fit."""
-        apply, done = self._apply, deque[tuple[int, int]](maxlen=_DONE)
+        apply, done = self._apply, deque(self.done.items(), maxlen=_DONE)
         for position, asker, last, body in chunks:
             self._at = position
             for kind, values in unpack(body, position):
@@ -78,13 +80,20 @@ class Replay:
 
     def clear(self) -> None:
         """Clear what the last request had cut, if its daemon did not come to it."""
-        for inode, start, end in self._to_clear:
-            if inode.ino in self.tree.inodes:
+        for at, inode, start, end in self._to_clear:
+            if at >= self.zeroed and inode.ino in self.tree.inodes:
                 self.tree.clear(inode, start, end)
+
+    def go_on(self, zeroed: int) -> None:
+        """Expect more records; requests up to a position have cleared what they cut."""
+        self.zeroed = zeroed
+        self._to_clear = [one for one in self._to_clear if one[0] >= zeroed]
 
     def finish(self) -> None:
         """Note which inodes have no name, and which are open for writing."""
         tree = self.tree
+        tree.orphans.clear()
+        tree.writing.clear()
         for inode in tree.inodes.values():
             if not inode.nlink:
                 tree.orphans[inode.ino] = self._names.get(inode.ino, (tree.root, b"#%d" % inode.ino))
@@ -200,6 +209,8 @@ class Replay:
             raise self._wrong("count", count, "pages within a file")
         if not 0 < pfn <= self.tree.ram.pages - count:
             raise self._wrong("pfn", f"{pfn:x}", "frames of RAM")
+        if self.touched is not None:
+            self._touch(inode)
         if inode.pages is None:
             inode.pages = PageMap()
         there = inode.pages
@@ -211,12 +222,20 @@ class Replay:
         there.insert(index, pfn, count)
         self.tree.ledger.add_pages(count, there.runs - before)
 
+    def _touch(self, inode: Inode) -> None:
+        """Note the frames that a file has, the first time that they change."""
+        assert self.touched is not None
+        if inode.ino not in self.touched:
+            self.touched[inode.ino] = [] if inode.pages is None else [(pfn, count) for _, pfn, count in inode.pages]
+
     def _cut(self, ino: int, first: int, last: int) -> None:
         inode = self._find(ino)
         if inode.pages is None:
             raise self._wrong("ino", ino, "a file with pages")
         if self.tree.sums is not None:
             self.tree.sums.cut(inode, first, last, compare=False)
+        if self.touched is not None:
+            self._touch(inode)
         before, held = inode.pages.runs, inode.pages.count
         inode.pages.remove(first, last)
         self.tree.ledger.add_pages(inode.pages.count - held, inode.pages.runs - before)
@@ -249,8 +268,8 @@ class Replay:
         if self.tree.sums is not None:
             piece = start >> PAGE_SHIFT + PIECE_SHIFT
             self.tree.sums.forget(ino, piece, piece + 1)
-        if self._at >= self._zeroed:
-            self._to_clear.append((self._find(ino), start, end))
+        if self._at >= self.zeroed:
+            self._to_clear.append((self._at, self._find(ino), start, end))
 
     def _xattr(self, ino: int, name: bytes, value: bytes) -> None:
         self.tree.put_xattr(self._find(ino), name, value)
@@ -267,6 +286,8 @@ class Replay:
         if inode.pages is not None:
             if tree.sums is not None:
                 tree.sums.cut(inode, 0, compare=False)
+            if self.touched is not None:
+                self._touch(inode)
             tree.ledger.add_pages(-inode.pages.count, -inode.pages.runs)
             inode.pages = None
         tree.drop_inode(inode)

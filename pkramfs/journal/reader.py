@@ -109,12 +109,15 @@ def _require_inside(allowed: Spans, pfn: int, count: int, record: str, field: st
         raise FormatError(record, field, pfn=at, found=f"pfn {pfn:x}", expected="frames in this tree's page blocks")
 
 
-def chunks(ram: Ram, log: Opened, tail: int | None = None) -> Iterator[Chunk]:
-    """Yield every chunk from the base's position to the tail, or to an earlier `tail`, which must be an end, too."""
-    position, tail = log.base.position, log.live.tail if tail is None else tail
+def chunks(ram: Ram, log: Opened, tail: int | None = None, start: int | None = None) -> Iterator[Chunk]:
+    """Yield every chunk from the base's position, or from `start`, the end of a request, to the tail, or to an earlier
+    `tail`, which must be an end, too."""
+    position, tail = log.base.position if start is None else start, log.live.tail if tail is None else tail
     flags, head = LAST, CHUNK.size
     ends = [one.base for one in log.segments[1:]] + [tail]
     for segment, end in zip(log.segments, ends, strict=True):
+        if end <= position < tail:
+            continue
         data = ram.peek(segment.pfn, segment.pages)
         ahead = SEGMENT.size - segment.base
         end, size = min(end, tail), len(data) - ahead
