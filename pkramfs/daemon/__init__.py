@@ -12,8 +12,8 @@
 Below this chapter nobody knows of both the machine and FUSE; above it are only the commands, which talk to a daemon
 through its socket. Whatever a daemon promises to the kernel is in RAM first, so that its death loses nothing.
 
-Reading order: job, leash, holding, mountlog, tasks, claim, notices, shadow, summing, crossing, mount, serving, code,
-holder, forking.
+Reading order: job, leash, holding, mountlog, tasks, claim, notices, shadow, summing, crossing, standby, mount, serving,
+code, holder, forking.
 
 Kernel: fs/super.c (get_tree_nodev), mm/shmem.c (shmem_fill_super, shmem_put_super)
 """

@@ -73,11 +73,15 @@ class Passage:
             return False
         if self._checkpoints is not None:
             await self._checkpoints.stop()
+        if self._holding is not None:
+            await self._holding.be_alone()
         return True
 
     def _open(self) -> None:
         if self._checkpoints is not None:
             self._checkpoints.go_on()
+        if self._holding is not None and self._holding.leash is not None:
+            self._holding.leash.alone(yes=False)
         self._session.go_on()
 
     def _tell_sheltered(self) -> None:

@@ -52,6 +52,7 @@ from collections.abc import Sequence
 from pkramfs.daemon import code, leash, serving
 from pkramfs.daemon.job import CROSSED, FINAL, HANDED_OVER, Held, Job, words
 from pkramfs.daemon.leash import Leash, Said
+from pkramfs.daemon.standby import STALE, Second
 from pkramfs.errors import PkramfsError
 from pkramfs.machine import process
 from pkramfs.machine.directory import Machine
@@ -89,6 +90,14 @@ def _is_held(text: str) -> bool:
     return options.name is not None and options.fuse != "pyfuse3" and process.threads() == 1
 
 
+def _has_standby(text: str) -> bool:
+    """Return True if a mount with these options is to have a standby."""
+    try:
+        return parse(text).standby
+    except PkramfsError:
+        return False
+
+
 def again(argv: Sequence[str]) -> int:
     """Go on with a mount: mount point, options, device, lock, facts; then, if there are, the file of users (or -1), and
     the pidfd and the socket of a daemon that serves."""
@@ -119,6 +128,7 @@ class Holder:
         self._left: int | None = None
         """The status with which a daemon has said to leave."""
         self._well = True
+        self._second = Second(wanted=_has_standby(job.text))
         self._deaths: deque[float] = deque(maxlen=DEATHS + 1)
 
     def run(self) -> int:
@@ -131,13 +141,18 @@ class Holder:
             status = self._live()
             self._end_shadow()
             if self.held is None or status == 0:
+                self._second.end()
                 return status if status >= 0 else 128 - status
+            if status == STALE:  # nothing has happened
+                continue
             facts = self.held.facts
             self.held = self.held._replace(facts=facts | {"taken": facts.get("taken", 0) + 1})
             if status in (HANDED_OVER, CROSSED):
+                self._second.end()
                 self._make_room(self.held, status)
                 continue
             if self._is_hopeless(status):
+                self._second.end()
                 return 1
             time.sleep(PAUSES[min(self._recent(), len(PAUSES) - 1)] if not self._well else 0)
             self._well = False
@@ -148,14 +163,23 @@ class Holder:
         Leash(self._ours, 0).well()  # it waits for that
 
     def _start(self) -> None:
-        """Fork a daemon."""
+        """Have the standby take over, or fork a daemon."""
+        if self._second.ready and self.held is not None:
+            self._child, self._pidfd, self._ours = self._second.give()
+            Leash(self._ours, 0).go(self.held.facts, suspect=self.held.suspect)
+            return
+        self._second.end()  # it would only compete
+        pid, self._ours = self._fork(standby=False)
+        self._child, self._pidfd = pid, os.pidfd_open(pid)
+
+    def _fork(self, *, standby: bool) -> tuple[int, socket.socket]:
+        """Fork a daemon, or one that stands by; return its pid, and our end of the socket to it."""
         ours, theirs = leash.pair()
         holder = os.getpid()
         pid = os.fork()
         if pid:
             theirs.close()
-            self._child, self._pidfd, self._ours = pid, os.pidfd_open(pid), ours
-            return
+            return pid, ours
         status = 1
         try:
             ours.close()
@@ -163,7 +187,7 @@ class Holder:
                 signal.signal(number, signal.SIG_DFL)
             if self.held is None:
                 process.die_with_parent()  # who gives up waiting for us kills our parent
-            status = serving.serve(self._job, Leash(theirs, holder), self.held)
+            status = serving.serve(self._job, Leash(theirs, holder), self.held, standby=standby)
         finally:
             with contextlib.suppress(OSError):
                 sys.stderr.flush()
@@ -173,12 +197,13 @@ class Holder:
         """Wait until a daemon has ended, take what it gives us; return its status, or minus a signal's number."""
         assert self._ours is not None
         self._left = None
-        poll = select.poll()
-        poll.register(self._ours, select.POLLIN)
-        poll.register(self._pidfd, select.POLLIN)
-        while self._pidfd not in (ready := {fd for fd, _ in poll.poll()}):
-            if ready and not self._receive():
-                poll.unregister(self._ours)  # it has closed its end, and will have ended soon
+        talks = True
+        while self._pidfd not in (ready := self._wait([self._ours.fileno()] * talks)):
+            if self._ours.fileno() in ready and not self._receive():
+                talks = False  # it has closed its end, and will have ended soon
+            self._second.hear(ready)
+            if self.held is not None and self._second.is_due:
+                self._second.began(*self._fork(standby=True))
         while self._receive():
             pass
         os.close(self._pidfd)
@@ -187,6 +212,13 @@ class Holder:
         if child > 0:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         return _UNKNOWN if self._left is None else self._left
+
+    def _wait(self, others: list[int]) -> set[int]:
+        """Wait for the daemon's end, for what it says, and for its standby; return the descriptors that say so."""
+        poll = select.poll()
+        for fd in (self._pidfd, *others, *self._second.watched):
+            poll.register(fd, select.POLLIN)
+        return {fd for fd, _ in poll.poll(self._second.patience)}
 
     def _receive(self) -> bool:
         """Take what a daemon says, if it does."""
@@ -200,6 +232,10 @@ class Holder:
             self._let_go()
         elif said.say == leash.LEAVES:
             self._left = said.status
+        elif said.say == leash.ALONE:
+            self._second.allowed = not said.status and _has_standby(self._job.text)
+            if said.status:
+                self._second.end()
         else:
             self._take(said)
         return True
@@ -214,6 +250,7 @@ class Holder:
                 _close(held)
             device, lock = said.descriptors
             self.held = Held(device, lock, said.facts, False)
+            self._second.allowed = _has_standby(self._job.text)
         elif said.say == leash.FACTS and held is not None:
             _close_file(held.users)
             self.held = held._replace(facts=said.facts, users=-1)

@@ -23,6 +23,7 @@ import trio
 from pkramfs.daemon import leash
 from pkramfs.daemon.job import Held, Job, words
 from pkramfs.daemon.leash import Leash
+from pkramfs.machine import process
 from pkramfs.mounting.starting import environment
 
 READY_SECONDS = 30.0
@@ -55,6 +56,17 @@ class Holding:
             self._held = self._held._replace(facts=self._held.facts | more)
             if self.leash is not None:
                 self.leash.facts(self._held.facts)
+
+    async def be_alone(self) -> None:
+        """See to it that no standby maps RAM, nor will."""
+        if self.leash is not None:
+            self.leash.alone(yes=True)
+            for pid in process.children(self.pid):
+                if pid != os.getpid():
+                    with contextlib.suppress(ProcessLookupError):
+                        pidfd = os.pidfd_open(pid)
+                        await trio.to_thread.run_sync(process.end, pidfd)
+                        os.close(pidfd)
 
     def served_by(self, device: int) -> None:
         """Note that the connection has another descriptor now."""

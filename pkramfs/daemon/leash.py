@@ -4,12 +4,15 @@
     held      device, lock, facts      the mount is there: start another daemon with these when this one dies
     facts     facts                    the same with other facts
     shadow    a pidfd                  who makes a checkpoint: it must have ended before another daemon starts
+    alone     0 or 1                   whether nobody but the daemon may have the tree: no standby
+    ready                              a standby has the tree, and waits for `go`
     crosses   a file                   a kexec comes: the file says who uses the tree (crossing.py)
     well                               requests are served that the dead daemon had not seen
     leaves    status                   the daemon makes room, with this exit status
     ends                               the mount ends: start nobody
 
-A message is one JSON object. Nobody answers: a holder that has died is noticed by its pidfd.
+A message is one JSON object. The holder says one thing only: `go`, with the facts, to a standby. Nobody answers: that a
+holder has died is noticed by its pidfd.
 
 Kernel: net/core/scm.c (scm_detach_fds)
 """
@@ -18,6 +21,7 @@ import array
 import contextlib
 import json
 import os
+import select
 import socket
 from typing import Any, NamedTuple
 
@@ -26,6 +30,7 @@ from pkramfs.schema import Anything, Invalid, Maybe, Object, Text, Whole, parse
 
 HELD, FACTS, SHADOW, CROSSES = "held", "facts", "shadow", "crosses"
 WELL, LEAVES, ENDS = "well", "leaves", "ends"
+ALONE, READY, GO = "alone", "ready", "go"
 _MOST, _DESCRIPTORS = 1 << 16, 2
 _MESSAGE = Object(
     {"say": Text()}, optional={"facts": Maybe(Object({}, others=Anything())), "status": Maybe(Whole(0, 255))}
@@ -64,6 +69,28 @@ class Leash:
     def shadow(self, pidfd: int) -> None:
         """Tell who makes a checkpoint."""
         self._send(SHADOW, [pidfd])
+
+    def alone(self, *, yes: bool) -> None:
+        """Tell whether a standby may not be."""
+        self._send(ALONE, status=int(yes))
+
+    def ready(self) -> None:
+        """Tell that we stand by."""
+        self._send(READY)
+
+    def go(self, facts: dict[str, Any], *, suspect: bool) -> None:
+        """Have a standby take over; said by the holder, through its end."""
+        self._send(GO, facts=facts, status=int(suspect))
+
+    def said(self, seconds: float) -> "Said | None":
+        """Return what the holder says within that time, None if nothing; EOFError if it has died."""
+        poll = select.poll()
+        poll.register(self._end, select.POLLIN)
+        if not poll.poll(seconds * 1000):
+            return None
+        if (found := receive(self._end)) is None:
+            raise EOFError
+        return found
 
     def crosses(self, users: int) -> None:
         """Give a file that says who uses the tree, for a daemon of the next kernel."""

@@ -38,13 +38,14 @@ from pkramfs.daemon.holding import Holding, parting
 from pkramfs.daemon.job import HANDED_OVER, Held
 from pkramfs.daemon.mountlog import drop_empty, log_to
 from pkramfs.daemon.shadow import Checkpoints
+from pkramfs.daemon.standby import Standing
 from pkramfs.daemon.summing import Background
 from pkramfs.daemon.tasks import flush, in_thread, run
 from pkramfs.errors import MachineError, explain, of_memory
 from pkramfs.fs import collector
 from pkramfs.fs.handles import reopen, unshelter
 from pkramfs.fs.limits import Limits
-from pkramfs.fs.recover import begin, recover
+from pkramfs.fs.recover import Rebuilt, begin, recover
 from pkramfs.fs.restore import restore
 from pkramfs.fs.tree import Tree
 from pkramfs.fuse.again import resume
@@ -90,6 +91,9 @@ class Daemon:
         self._served = self._ended = False
         self.holding: Holding | None = None
         self.held: Held | None = None
+        self._stood_by = False
+        self.standing: Standing | None = None
+        """What this process has of the tree already, if it stood by."""
         self.checkpoints: Checkpoints | None = None
 
     def run(self) -> None:
@@ -106,6 +110,8 @@ class Daemon:
             else:
                 kexec = shared(self.machine, BOOT_SECONDS)  # which may be on its way, is waited for
                 self.kernel = self._starting.enter_context(kexec)
+                if self.standing is not None and self.kernel.generation == self.standing.kernel.generation:
+                    self.kernel = self.standing.kernel
                 self.claimed = claiming.inherit(self.kernel, self.held.lock, **self.held.facts)
             self._live = self.claimed.live
             try:
@@ -118,6 +124,8 @@ class Daemon:
         log_to(lock.path("log"))
         faulthandler.enable()  # an abort or a fault leaves its name in the log: panic_on_oops (kernel/crash.py)
         self.frames = Frames(self.kernel.ram, self.kernel.leases, lock.tree_id, self._policy(self.options.mpol))
+        if self.standing is not None and self.kernel is self.standing.kernel:
+            self.frames = self.standing.frames
         try:
             if self.held is None:
                 self.kernel.sweep()
@@ -192,8 +200,8 @@ class Daemon:
             return await drive(restore(store, self.node_name, ram, self.frames, limits))
         if self.claimed.live is not None:
             taken = self.node_name if origin is Origin.DAEMON else None
-            generation = self.kernel.generation
-            return await drive(recover(store, self.claimed.live, ram, self.frames, limits, generation, taken))
+            generation, rebuilt = self.kernel.generation, self._copied(limits)
+            return await drive(recover(store, self.claimed.live, ram, self.frames, limits, generation, taken, rebuilt))
         return Tree(
             ram,
             self.frames,
@@ -202,6 +210,14 @@ class Daemon:
             uid=os.geteuid() if options.uid is None else options.uid,
             gid=os.getegid() if options.gid is None else options.gid,
         )
+
+    def _copied(self, limits: Limits) -> Rebuilt | None:
+        """Return the tree that this process has from standing by, with the limits of now; None if it has none."""
+        if self.standing is None or self.frames is not self.standing.frames:
+            return None
+        rebuilt = self.standing.taken(limits)
+        self._stood_by = rebuilt is not None
+        return rebuilt
 
     # -- the life -------------------------------------------------------------------------------
 
@@ -395,7 +411,7 @@ class Daemon:
             raise MachineError(f"the kernel did not answer the mount of {self.mountpoint}")
         self._write_entry()
         off = notices.off(self.kernel, self.options.name)
-        whence = f": {off}" if off else notices.whence(self.claimed.origin, self.tree)
+        whence = f": {off}" if off else notices.whence(self.claimed.origin, self.tree, stood_by=self._stood_by)
         self.machine.log(f"pkramfs: {self.options.name or 'a tree'} mounted on {self.mountpoint}{whence}")
         self._starting.close()
         said = [line for line in (off, notices.scarce(self.kernel, self.tree)) if line]

@@ -28,12 +28,12 @@ def scarce(kernel: Running, tree: Tree) -> str:
     )
 
 
-def whence(origin: Origin, tree: Tree) -> str:
+def whence(origin: Origin, tree: Tree, *, stood_by: bool) -> str:
     """Return where a tree comes from, to be appended to the line that names its mount."""
     if origin is Origin.NOTHING:
         return ""
     if origin is Origin.DAEMON:
-        return f" again by daemon {os.getpid()}"
+        return f" again by daemon {os.getpid()}" + ", which stood by" * stood_by
     if origin is Origin.KEXEC:
         return f" still, by daemon {os.getpid()}"
     counts, did = tree.counts(), "restored" if origin is Origin.NODE else "recovered"

@@ -20,6 +20,7 @@ from pkramfs.daemon.job import FINAL, Held, Job
 from pkramfs.daemon.leash import Leash
 from pkramfs.daemon.mount import Daemon
 from pkramfs.daemon.mountlog import begin_log
+from pkramfs.daemon.standby import stand_by
 from pkramfs.errors import PkramfsError, UsageError, explain
 from pkramfs.kernel import kernelrecord
 from pkramfs.kernel.cmdline import panics_on_oops
@@ -44,14 +45,18 @@ def read_job(argv: Sequence[str] | None = None) -> Job | None:
     return None if expected is None else Job(int(fd), mountpoint, text, expected)
 
 
-def serve(job: Job, leash: Leash | None = None, held: Held | None = None) -> int:
-    """Run the daemon of one mount, which a holder keeps if it gave a leash; `held` is one to be taken over."""
+def serve(job: Job, leash: Leash | None = None, held: Held | None = None, *, standby: bool = False) -> int:
+    """Run the daemon of one mount, which a holder keeps if it gave a leash; `held` is one to be taken over, for a
+    `standby` when the holder says so."""
     text, mountpoint = job.text, job.mountpoint
     reporter = Reporter(job.fd) if held is None else Reporter(-1)
     begin_log()
+    standing = None
     try:
+        if standby and leash is not None and held is not None:
+            standing, held = stand_by(parse(_words(held, text)), held, leash)
         daemon = Daemon(parse(text if held is None else _words(held, text)), mountpoint, reporter, job.expected)
-        daemon.held = held
+        daemon.held, daemon.standing = held, standing
         if leash is not None:
             daemon.holding = Holding(leash, job, daemon.machine.log, daemon.held_by_another)
         daemon.run()

@@ -71,6 +71,24 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def name(text: str) -> str:
+    """Set the name by which ps shows this process (15 characters); return the one before."""
+    with open("/proc/self/comm", "r+", encoding="utf-8") as file:
+        before = file.read().strip()
+        file.seek(0)
+        file.write(text)
+    return before
+
+
+def children(pid: int) -> list[int]:
+    """Return the children of a process with one thread; none where the kernel does not tell, or it has ended."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+            return [int(child) for child in file.read().split()]
+    except FileNotFoundError:  # CONFIG_PROC_CHILDREN
+        return []
+
+
 def end(pidfd: int) -> None:
     """Kill a process, if it has not ended, and wait until it has."""
     with contextlib.suppress(ProcessLookupError):

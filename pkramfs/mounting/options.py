@@ -3,7 +3,7 @@
 
     size=2G  nr_inodes=1m  mode=1777 …      tmpfs's own
     pkram=NAME  preserve  nopreserve        the announcement's
-    pkram_strict  format=1  lossy  dryrun  machine=NAME  oom_score_adj=N  fuse=PATH    ours
+    pkram_strict  format=1  lossy  dryrun  machine=NAME  oom_score_adj=N  fuse=PATH  standby    ours
     verify=data  verify                     ours: checksums of data; with preserve, wait until all have one
     ro  nosuid  noatime …                   mount flags: a bit that is set or cleared
     fsname=SOURCE                           FUSE's own: what the mount table shows as source
@@ -113,6 +113,7 @@ class Options:
     huge: str | None = None
     mpol: str | None = None
     strict: bool = False
+    standby: bool = False
     lossy: bool = False
     dryrun: bool = False
     machine: str | None = None
@@ -373,6 +374,10 @@ def _strict(found: Options) -> None:
     found.strict = True
 
 
+def _standby(found: Options) -> None:
+    found.standby = True
+
+
 def _lossy(found: Options) -> None:
     found.lossy = True
 
@@ -391,6 +396,7 @@ _WORDS = {
     "lossy": _lossy,
     "dryrun": _dryrun,
     "pkram_strict": _strict,
+    "standby": _standby,
     "verify": _sum_all,
     "remount": _remount,
 }

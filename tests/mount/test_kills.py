@@ -47,10 +47,12 @@ def ended(pids: list[int], seconds: float = 3) -> None:
         time.sleep(0.005)
 
 
-def test_kills_at_random(lab: Any, seed: int, kills: int) -> None:
+@pytest.mark.few(1)
+@pytest.mark.parametrize("options", ["pkram=one", "pkram=one,standby"])
+def test_kills_at_random(lab: Any, seed: int, kills: int, options: str) -> None:
     """No writer sees an error or a wrong byte; what is there at last is preserved, and the same after another mount."""
     choice, stop = random.Random(seed), lab.root / "stop"
-    with held(lab, extra=OFTEN) as mount:
+    with held(lab, extra=OFTEN, options=options) as mount:
         at = mount.directory
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         words = [sys.executable, "-m", "tests.support.writers", str(stop), str(seed)]

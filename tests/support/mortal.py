@@ -100,9 +100,9 @@ class Held:
 
 
 @contextlib.contextmanager
-def held(lab: Any, name: str = "one", extra: str = "") -> Iterator[Held]:
+def held(lab: Any, name: str = "one", extra: str = "", options: str = "pkram=one") -> Iterator[Held]:
     """A mount with mortal daemons, which is unmounted in order."""
-    made = Held(lab, lab.dir(name), extra)
+    made = Held(lab, lab.dir(name), extra, options)
     try:
         yield made
         assert made.end() == 0
