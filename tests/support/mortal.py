@@ -52,8 +52,17 @@ def dying(name, before=None, after=None):
         return found
     setattr(Filter, name, mortal)
 
+def made(self, *args, work=Filter.__init__):
+    work(self, *args)
+    commit = self._commit
+    def mortal(number):
+        die("before")
+        commit(number)
+        die("after")
+    self._commit = mortal
+
 Filter.answer = noted
-dying("_uncommitted", "before", "after")
+Filter.__init__ = made
 dying("_reply", after="replied")
 dying("_reply_error", after="replied")
 dying("resume", "resume", "resent")
