@@ -83,6 +83,7 @@ class Inode:
         "opens",
         "pages",
         "rdev",
+        "sent",
         "size",
         "target",
         "uid",
@@ -112,6 +113,7 @@ class Inode:
         self.nlink, self.size, self.rdev = nlink, size, rdev
         self.btime, self.flags = btime, flags  # 0: nobody knows; see protection
         self.lookups = self.opens = self.writers = 0
+        self.sent = False  # the kernel was told its attributes for ever, and nobody has opened it for writing since
         self.unprivileged = False  # open for writing by somebody whose writes drop set-id bits
         self.entries: Directory | None = None
         self.pages: PageMap | None = None

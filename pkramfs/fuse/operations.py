@@ -335,12 +335,12 @@ class Operations(pyfuse3.Operations):
     @request
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         known = self.tree.inode(inode)
-        # Who asks is found in /proc, in ten times the time of the rest: so only if set-id bits or capabilities go
-        # now. (When somebody writes the kernel says so: see change.)
+        # Who asks is found in /proc, and that is slow. When somebody writes the kernel says so: see change.
         cut = flags & os.O_TRUNC and (known.mode & 0o6000 or known.xattrs)
         handle = self.tree.open_inode(known, flags, Asker(ctx) if cut else ROOT)
         self._count_direct(handle, 1)
         if handle & WRITING:
+            known.sent = False
             self.cache.drop_attributes(inode)  # they are for ever, and from now on blocks come without a word
         return self.translate.opened(handle)
 

@@ -53,7 +53,8 @@ class Replies:
     def entry(self, inode: Inode) -> bytes:
         """Return the answer that names `inode`, and describes it."""
         atime, mtime, ctime = inode.atime, inode.mtime, inode.ctime
-        valid, nanoseconds = (0, _HALF) if inode.writers else (_FOREVER, 0)
+        inode.sent = not inode.writers
+        valid, nanoseconds = (_FOREVER, 0) if inode.sent else (0, _HALF)
         return _pack_entry(
             inode.ino,
             0 if inode is self._root else self._generation,
@@ -82,8 +83,10 @@ class Replies:
     def listing(self, reply: bytearray, room: int, entries: Iterable[tuple[bytes, Inode, int]]) -> int:
         """Put names into a buffer, each with what `entry` says, as far as there is room; return where they end.
 
-        The kernel gets a reference to all but `.` and `..`. This is done for each file of an `ls`: what many have in
-        common is packed once, the name together with the rest, and times that are the same are divided once.
+        The kernel gets a reference to all that it does not know yet. Of what it knows it is told nothing, as of `.` and
+        `..`: it would only forget that there is no ACL, and ask for that again. This is done for each file of an `ls`:
+        what many have in common is packed once, the name together with the rest, and times that are the same are
+        divided once.
         """
         at, remember, plain = 0, self._tree.remember, self._tree.huge == "never"
         for name, inode, cookie in entries:
@@ -91,17 +94,21 @@ class Replies:
             after = at + _PLUS + length + 7 & ~7
             if after > room:
                 break
-            ino, mode, atime, mtime, ctime = inode.ino, inode.mode, inode.atime, inode.mtime, inode.ctime
-            node, valid, device, pages, blocks = 0, self._known, _PLAIN, inode.pages, 0
-            if cookie > 2 and name != DOTDOT:  # nor for `.`
-                node = ino
-                remember(inode)
+            ino, mode = inode.ino, inode.mode
+            if (inode.sent and inode.lookups and inode.entries is None) or cookie <= 2 or name == DOTDOT:
+                _short_line(length)(reply, at, ino, cookie, length, mode >> 12, name)
+                at = after
+                continue
+            atime, mtime, ctime = inode.atime, inode.mtime, inode.ctime
+            valid, device, pages, blocks = self._known, _PLAIN, inode.pages, 0
+            remember(inode)
             if inode.writers:
                 valid, blocks = self._written, self._blocks(inode)
             elif pages is not None:
                 blocks = pages.count * BLOCKS_PER_PAGE
             elif inode.target is not None:
                 blocks = inode.blocks
+            inode.sent = valid is self._known
             if inode.rdev or not plain:
                 device = _DEVICE.pack(inode.rdev & _DEV, PAGE_SIZE if plain else self._tree.block_size(inode), 0)
             looked = changed = second = ctime // _SECOND
@@ -111,7 +118,7 @@ class Replies:
             if atime != ctime:
                 looked, looked_rest = atime // _SECOND, atime % _SECOND
             _line(length)(
-                reply, at, node, valid, ino, inode.size, blocks, looked, changed, second, looked_rest, changed_rest,
+                reply, at, ino, valid, ino, inode.size, blocks, looked, changed, second, looked_rest, changed_rest,
                 rest, mode, inode.nlink, inode.uid, inode.gid, device, ino, cookie, length, mode >> 12, name,
             )  # fmt: skip
             at = after
@@ -120,7 +127,8 @@ class Replies:
     def attributes(self, inode: Inode) -> bytes:
         """Return the answer that describes `inode`."""
         atime, mtime, ctime = inode.atime, inode.mtime, inode.ctime
-        valid, nanoseconds = (0, _HALF) if inode.writers else (_FOREVER, 0)
+        inode.sent = not inode.writers
+        valid, nanoseconds = (_FOREVER, 0) if inode.sent else (0, _HALF)
         return _pack_attributes(
             valid,
             nanoseconds,
@@ -192,6 +200,12 @@ class Replies:
 def _line(length: int) -> Callable[..., None]:
     """Return what packs wire.ENTRY_OF_LISTING and a name of so many bytes into a buffer, padded to a multiple of 8."""
     return Struct(f"<Q32sQQQqqqIIIIIII12sQQII{length}s{-length % 8}x").pack_into
+
+
+@functools.cache
+def _short_line(length: int) -> Callable[..., None]:
+    """Return what packs a name likewise, without its attributes."""
+    return Struct(f"<{wire.ENTRY.size}xQQII{length}s{-length % 8}x").pack_into
 
 
 def _split(time_ns: int) -> tuple[int, int, int]:

@@ -19,6 +19,7 @@ import trio.testing
 
 pyfuse3 = pytest.importorskip("pyfuse3")
 
+from pkramfs.fs.inode import ROOT  # noqa: E402
 from pkramfs.fs.limits import Limits  # noqa: E402
 from pkramfs.fs.recover import begin  # noqa: E402
 from pkramfs.fs.tree import Tree  # noqa: E402
@@ -177,6 +178,35 @@ def test_a_listing_counts_references_of_what_fits(kernel: Kernel) -> None:
         at += 152 + size + -size % 8
     assert names[:3] == [b".", b"..", b"29"]
     assert sum(i.lookups for i in kernel.operations.tree.inodes.values()) - sum(lookups) == len(names) - 2
+
+
+def test_a_listing_says_nothing_of_what_the_kernel_knows(kernel: Kernel) -> None:
+    """Until somebody opens it for writing, or the kernel forgets it; of directories, which others change, always."""
+    tree = kernel.operations.tree
+    made = [tree.create(1, name, 0o644) for name in (b"new", b"known", b"written", b"forgotten", b"looked up")]
+    tree.mkdir(1, b"directory", 0o755)
+    ask = wire.READ.pack(1, 0, 4096, 0, 0, 0, 0)
+
+    def told() -> set[bytes]:
+        body, at, found = kernel.ask(Op.READDIRPLUS, 1, ask)[1], 0, set()
+        while at < len(body):
+            node, (ino, _, size, kind) = body[at : at + 8], wire.DIRENT.unpack_from(body, at + wire.ENTRY.size)
+            assert ino and kind and (any(node) or not any(body[at : at + wire.ENTRY.size]))
+            found |= {bytes(body[at + 152 : at + 152 + size])} if any(node) else set()
+            at += 152 + size + -size % 8
+        return found
+
+    for inode in made[1:]:
+        kernel.ask(Op.LOOKUP, 1, inode.name + b"\0")
+    opened = kernel.operations.tree.open_inode(made[2], os.O_WRONLY, ROOT)
+    made[2].sent = False  # as Operations.open has it
+    kernel.operations.tree.forget(made[3].ino)
+    assert told() == {b"new", b"written", b"forgotten", b"directory"}
+    assert told() == {b"written", b"directory"}
+    tree.release(opened)
+    assert told() == {b"written", b"directory"}
+    assert told() == {b"directory"}
+    assert [inode.lookups for inode in made] == [1, 1, 4, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from pkramfs.fuse import counters
+from pkramfs.fuse.wire import Op
+
 pytestmark = [
     pytest.mark.mount,
     pytest.mark.skipif(os.environ.get("PKRAM_TEST_FUSE") == "pyfuse3", reason="pyfuse3 does not know these"),
@@ -83,6 +86,30 @@ while True:
         except OSError:
             pass
 """
+
+
+def test_a_second_listing_asks_for_no_acl_again(lab: Any) -> None:
+    """READDIRPLUS that repeats what the kernel knows would make it forget that there is none."""
+    mnt = lab.mount("one")
+    names = [mnt / f"file{number}" for number in range(20)]
+    for name in names:
+        name.touch()
+
+    def asked() -> int:
+        found = counters.read(lab.entry(mnt).pid)
+        assert found is not None
+        return found.requests.get(Op.GETXATTR, 0)
+
+    def look() -> int:
+        before = asked()
+        with os.scandir(mnt) as entries:
+            assert sum(entry.stat().st_size for entry in entries) == 0
+        for name in names:
+            with pytest.raises(OSError, match="No data"):
+                os.getxattr(name, "system.posix_acl_access")
+        return asked() - before
+
+    assert (look(), look()) == (20, 0)
 
 
 def test_clients_that_are_killed_leave_a_mount_that_answers(lab: Any) -> None:
