@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The description of a damaged tree made to hold its rules: rows that break one are given up, all others stay.
 
-    numbers   inode numbers that do not rise are made anew
+    numbers   inode numbers that do not rise are made anew, and checksums, which name files by them, given up
     kinds     a row of no type, or with what its type cannot have: a directory if names lead through it, else given up
     targets   of symbolic links: one length that is wrong follows from the others; else all are given up
     extents   the same; a file whose pages do not rise is given up
@@ -37,6 +37,7 @@ from pkramfs.fs.rules import (
     XATTR_NAME_MAX,
     XATTR_SIZE_MAX,
 )
+from pkramfs.pkram.treeformat import DAMAGED, SUMS
 from pkramfs.units import PAGE_SHIFT, plural
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ class _Mending:
             raise FormatError("Tree inodes", "first row", found="none", expected="the root directory")
         if ino[0] != ROOT_INO or not (ino[1:] > ino[:-1]).all() or ino[-1] >= self.parts.header.next_ino:
             ino[:] = np.arange(self.total) + ROOT_INO
-            self.problems.append("inode numbers are damaged, and made anew")
+            for section in (SUMS, DAMAGED):  # they name files by these numbers
+                setattr(self.parts, section.name, {c.name: np.zeros(0, dtype=c.dtype) for c in section.columns})
+            self.problems.append("inode numbers are damaged, and made anew; checksums of data are not compared")
 
     def kinds(self) -> None:
         """Find a type for what names lead through, and give up what breaks the rules of its type."""

@@ -15,6 +15,7 @@ from pkramfs.fs.tree import Tree
 from pkramfs.pkram.format import LINK, OBJECT
 from pkramfs.pkram.treeformat import SECTIONS, TREE, TreeStream, padding
 from tests.support.preserved import Trees, write
+from tests.support.sums import enable, rest
 
 pytestmark = pytest.mark.usefixtures("damaged")
 FILES, PAGES = 30, 100
@@ -205,8 +206,14 @@ def came_out(trees: Trees) -> tuple[set[str], set[str], list[str]]:
 
 
 def test_a_damaged_row_costs_no_other(trees: Trees) -> None:
-    trees.plant("x", mixed)
+    def summed(tree: Tree) -> None:
+        work = enable(tree)
+        mixed(tree)
+        rest(work)
+
+    trees.plant("x", summed)
     ram, (start, stream) = trees.up().ram, description(trees)
+    assert TreeStream(stream).header.sums == 4
     assert came_out(trees) == (WHOLE, set(), [])
     for section, column, row, value, gone, instead in MENDED:
         at, dtype = cell(stream, section, column, row)
