@@ -12,7 +12,7 @@ from guests.packages import Kernel, compile_in
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
 MODULES = ("virtio_pci", "virtio_blk", "ext4", "fuse", "nd_e820", "nd_pmem", "device_dax", "dax_pmem")
-COMMANDS = {"mount.pkramfs": "mount", "mount.fuse.pkramfs": "mount", "pkram-kexec": "kexec", "pkramctl": "ctl"}
+COMMANDS = {"mount.pkramfs": "mount", "pkram-kexec": "kexec", "pkramctl": "ctl"}
 DISK_MIB = 768
 _NEEDLESS = (
     *("serial-getty@ttyS0.service", "getty.target", "systemd-vconsole-setup.service", "systemd-hwdb-update.service"),
@@ -111,6 +111,7 @@ def disk(userland: Path, kernels: list[tuple[Kernel, Path]], work: Path) -> Path
             f"from pkramfs.cli.{module} import main\nsys.exit(main())\n"
         )
         path.chmod(0o755)
+    (top / "usr/sbin/mount.fuse.pkramfs").symlink_to("mount.pkramfs")
     _write_service(top)
     for kernel, ramdisk in kernels:
         shutil.copy(kernel.image, top / "boot" / f"vmlinuz-{kernel.version}")
