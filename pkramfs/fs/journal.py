@@ -59,6 +59,13 @@ _FEW, _MANY = 4, 64
 """Records that surely fit where there is room for a request; readers' opens that are told together at the latest."""
 
 
+class Damage(Protocol):
+    """What knows which data are damaged."""
+
+    def tell_damage(self) -> None:
+        """Note all damage."""
+
+
 class Owner(Protocol):
     """The part of a tree that its journal needs."""
 
@@ -66,6 +73,10 @@ class Owner(Protocol):
     frames: Frames
     losses: Losses
     unnamed: set[int]
+
+    @property
+    def sums(self) -> Damage | None:
+        """Return the checksums of the data, if there are any."""
 
     def zero(self, address: int, size: int, *, maybe_hole: bool) -> None:
         """Zero bytes of one page."""
@@ -332,8 +343,12 @@ class Journal:
             self._frames.free(old.starts, old.counts)
 
     def trim(self) -> None:
-        """Begin with the same node now, since which nothing was told but who has what open."""
-        self.rebase(self.log.base.node, self.pages)
+        """Begin with the same node now, since which nothing was told but who has what open, and what is damaged."""
+        self.commit()
+        position, sums = self.log.tail, self._tree.sums
+        if sums is not None:
+            sums.tell_damage()
+        self.rebase(self.log.base.node, self.pages, position)
 
 
 def _nobody() -> None:

@@ -131,7 +131,7 @@ def report(tree: Tree, began: float, described: int, runs: int) -> SaveReport:
         deleted=[exact(path) for path in tree.deleted()],
         seconds=time.monotonic() - began,
         deleted_count=tree.deleted_count,
-        unsummed=None if tree.sums is None else tree.sums.table.pending,
+        unsummed=None if tree.sums is None else tree.sums.lacking,
         damaged=0 if tree.sums is None else len(tree.sums.damaged),
     )
 
@@ -148,6 +148,8 @@ def _begin_with(tree: Tree, node: Node, moved: int) -> None:
         return
     with contextlib.suppress(ExhaustedError):  # then it begins where it did
         tree.journal.rebase(node.pfn, Spans())
+        if tree.sums is not None:
+            tree.sums.table.tell(slice(None), tree.sums.table.untold)
 
 
 def refuse_strict(tree: Tree) -> None:

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 from pkramfs.fs.checkpoint import figures
 from pkramfs.fs.picture import Progress
 from pkramfs.fs.save import SaveReport, report, require_frozen, save
+from pkramfs.fs.summing import tell
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES
 
@@ -100,10 +101,12 @@ def _seal(tree: Tree, store: Store, node_name: bytes, frames: Spans) -> None:
     journal = tree.journal
     assert journal is not None
     require_frozen(tree)
+    if tree.sums is not None:
+        tell(tree, tree.sums)
     tree.commit()
     with store.prepare_save(node_name, tree_id=tree.frames.tree_id, frames=tree.frames) as saving:
         (pfn,) = saving.pages(1)
-        journal.log.seal(pfn, figures(tree), None if tree.sums is None else tree.sums.table.pending)
+        journal.log.seal(pfn, figures(tree), None if tree.sums is None else tree.sums.lacking)
         saving.log(pfn, frames)
         saving.finish()
     tree.preservation.preserve(partial(store.withdraw, node_name), saving.taken)

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 BATCH = 16 << 20
 _MOST = 64
 """Pieces of a step, of files that are smaller."""
+_TOLD = 1 << 12
+"""Sums in one record: 96 KiB."""
 _WINDOW = 1 << 14
 """Rows that are looked through at once for one that is to be worked on."""
 _PIECE_MASK = (1 << KEY_SHIFT) - 1
@@ -116,16 +118,14 @@ class Summing:
 
     def settle(self, jobs: list[Job], digests: list[int]) -> None:
         """Note the sums of what is as it was when it was taken, and find what is damaged."""
-        table, made = self.sums.table, list[tuple[int, int, int]]()
+        table, made = self.sums.table, list[int]()
         for job, value in zip(jobs, digests, strict=True):
             if not self._is_as_it_was(job):
                 continue
             if job.state == BARE:
-                if job.found < 0:
-                    table.put(job.ino, job.piece, value)
-                else:
+                if job.found >= 0:
                     table.complete(job.found, value)
-                made.append((job.ino, job.piece, value))
+                made.append(job.found if job.found >= 0 else table.put(job.ino, job.piece, value))
             elif int(table.sums[job.found]) == value:
                 table.agree(job.found)
             else:
@@ -143,17 +143,20 @@ class Summing:
             job.found < 0 or int(table.state[job.found]) == job.state
         )
 
-    def _keep(self, made: list[tuple[int, int, int]]) -> None:
-        """Have room for new sums in what a save writes, and tell the log; else they are forgotten again."""
-        tree = self._tree
+    def _keep(self, made: list[int]) -> None:
+        """Have room for the sums of new rows in what a save writes, and tell the log; else they are forgotten again."""
+        tree, table = self._tree, self.sums.table
         try:
             tree.ledger.grow()
         except ExhaustedError:
-            for ino, piece, _ in made:
-                self.sums.table.give_up(ino, piece)
+            for row in made:
+                table.give_up(*table.place(row))
             return
         if tree.journal is not None and not tree.preserved:
-            tree.journal.sum(made)
+            rows = np.array(made)
+            if tree.journal.sum(table.three(rows)):
+                table.tell(rows, len(rows))
+                tell(tree, self.sums)
 
     def step(self, *, compare: bool = True) -> int:
         """Work on some pieces here and now; return how many."""
@@ -161,6 +164,20 @@ class Summing:
         jobs = self.take(compare=compare)
         self.settle(jobs, self.digests(jobs))
         return len(jobs)
+
+
+def tell(tree: Tree, sums: Sums) -> None:
+    """Tell the log of the sums that it does not know: those that were made while the tree was preserved.
+
+    A preserved tree's log may begin anew at any time with a node that lacks them. Where the log has no room they stay
+    unknown to it.
+    """
+    table, journal = sums.table, tree.journal
+    while journal is not None and table.untold:
+        rows = table.unknown(_TOLD)
+        if not journal.sum(table.three(rows)):
+            return
+        table.tell(rows, len(rows))
 
 
 def compare_all(tree: Tree, threads: int) -> Iterator[int]:

@@ -80,6 +80,11 @@ class Sums:
         """Return how many sums, and how many damaged pieces, a save writes."""
         return self.table.known, len(self.damaged)
 
+    @property
+    def lacking(self) -> int:
+        """Return how many pieces have no sum that the log knows."""
+        return self.table.pending + self.table.untold
+
     # -- before something is read ----------------------------------------------------------------
 
     def require(self, inode: Inode, first: int, last: int) -> None:
@@ -233,6 +238,12 @@ class Sums:
         self.mark_damaged(ino, piece, mask)
         if self._tree.journal is not None:
             self._tree.journal.damage(ino, piece, mask)
+
+    def tell_damage(self) -> None:
+        """Tell the log of all damage again."""
+        if self._tree.journal is not None:
+            for key, mask in self.damaged.items():
+                self._tree.journal.damage(key >> KEY_SHIFT, key & _PIECE_MASK, mask)
 
     def mark_damaged(self, ino: int, piece: int, mask: int) -> None:
         """Have these pages of a piece be damaged; with 0 it is well, and has no sum."""

@@ -59,6 +59,9 @@ class SumTable:
         """Begin with these rows, sorted by inode and piece; sums that are known already were weighed."""
         self._ino, self._piece, self.sums = (np.array(column, dtype=np.uint64) for column in rows)
         self.state = np.array(state, dtype=np.uint8)
+        self.told = np.ones(len(self.state), dtype=bool)
+        """Whether the tree's log knows the sum of a row, or the node that it begins with."""
+        self.untold = 0
         self.sorted = self.used = len(self.state)
         self._last = int(self._ino[-1]) if self.sorted else -1  # the highest inode number that need be searched for
         self.late.clear()
@@ -149,22 +152,42 @@ class SumTable:
         if state >= DOUBTED:
             self._weigh(-1)
             self.doubted -= state == DOUBTED
+            if not self.told[row]:
+                self.tell(row, 1)
         return state
 
-    def put(self, ino: int, piece: int, value: int, state: int = SOUND) -> None:
-        """Note the sum of a piece."""
+    def put(self, ino: int, piece: int, value: int, state: int = SOUND) -> int:
+        """Note the sum of a piece, in a row: one that was made (SOUND), or that a log tells of."""
         self.remove(ino, piece)
         row = self._unused.pop() if self._unused else self._append()
         self._ino[row], self._piece[row], self.sums[row], self.state[row] = ino, piece, value, state
         self.late[ino << KEY_SHIFT | piece] = row
+        self.told[row] = state == DOUBTED
         self.doubted += state == DOUBTED
+        self.untold += state != DOUBTED
         self._weigh(1)
+        return row
 
     def complete(self, row: int, value: int) -> None:
         """Note the sum of a piece that has a row without."""
-        self.sums[row], self.state[row] = value, SOUND
+        self.sums[row], self.state[row], self.told[row] = value, SOUND, False
         self.pending -= 1
+        self.untold += 1
         self._weigh(1)
+
+    def tell(self, rows: Array | slice | int, count: int) -> None:
+        """Note that the log knows so many sums more."""
+        self.told[rows] = True
+        self.untold -= count
+
+    def unknown(self, most: int) -> Array:
+        """Return rows with sums that the log does not know, at most so many."""
+        return np.flatnonzero(~self.told[: self.used] & (self.state[: self.used] >= DOUBTED))[:most]
+
+    def three(self, rows: Array) -> list[tuple[int, int, int]]:
+        """Return inode number, piece and sum of rows."""
+        columns = (column[rows].tolist() for column in (self._ino, self._piece, self.sums))
+        return list(zip(*columns, strict=True))
 
     def _append(self) -> int:
         row = self.used
@@ -175,6 +198,7 @@ class SumTable:
                 for column in (self._ino, self._piece, self.sums)
             )
             self.state = np.concatenate((self.state, np.zeros(more, dtype=np.uint8)))
+            self.told = np.concatenate((self.told, np.ones(more, dtype=bool)))
         self.used += 1
         return row
 

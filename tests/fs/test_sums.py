@@ -13,9 +13,11 @@ import pytest
 from pkramfs.errors import ExhaustedError, FormatError
 from pkramfs.fs.inode import ROOT
 from pkramfs.fs.limits import Limits
+from pkramfs.fs.nodes import read_tree
 from pkramfs.fs.recover import begin, recover
 from pkramfs.fs.restore import restore
 from pkramfs.fs.save import save
+from pkramfs.fs.sealing import preserve
 from pkramfs.fs.tree import Tree
 from pkramfs.fs.verify import verify
 from pkramfs.pkram import treeformat
@@ -426,7 +428,7 @@ def test_no_store_passes_before_the_log_was_told(memory: Memory, monkeypatch: py
     tree.write(ino, 0, b"x" * PIECE)
     rest(enable(tree))
     with monkeypatch.context() as patched:
-        patched.setattr(tree.journal.log, "write", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patched.setattr(tree.journal.log, "append", lambda *_: (_ for _ in ()).throw(MemoryError))
         for _ in range(2):
             with pytest.raises(MemoryError):
                 tree.write(ino, 0, b"y")
@@ -439,6 +441,48 @@ def test_no_store_passes_before_the_log_was_told(memory: Memory, monkeypatch: py
         tree.write(ino, 0, b"y")
     with memory.copy() as other:
         assert not known(other.recover(live(tree)))
+
+
+def test_sums_that_were_made_while_it_was_preserved_are_told_before_it_is_again(memory: Memory) -> None:
+    """A seal names a log, which lacks them; then they would count as checked and be in no node."""
+    tree = memory.tree()
+    numbers = [tree.create(1, name, 0o644).ino for name in (b"a", b"b", b"c")]
+    for ino in numbers:
+        tree.write(ino, 0, b"x" * PIECE)
+    tree.freeze()
+    end(save(tree, memory.store, b"shmem-x"))
+    with memory.copy() as other:
+        node = other.store.find(b"shmem-x")
+        again = end(restore(other.store, b"shmem-x", other.ram, other.frames, Limits()))
+        begin(again, b"x", 1, node.pfn)
+        work = enable(again)
+        rest(work)
+        assert again.preserved and again.sums.table.untold == 3 and hold(again) == 3
+        again.write(numbers[0], 0, b"y")
+        again.freeze()
+        report = end(preserve(again, other.store, b"shmem-x"))
+        assert report.unsummed == 1 and not again.sums.table.untold
+        found = read_tree(other.store, other.store.find(b"shmem-x"))
+        assert known(found).keys() == {(numbers[1], 0), (numbers[2], 0)}
+    tree.thaw()
+
+
+def test_damage_is_told_again_where_the_log_of_a_preserved_tree_begins_anew(memory: Memory) -> None:
+    tree = memory.tree()
+    ino = tree.create(1, b"f", 0o644).ino
+    tree.write(ino, 0, b"x" * (PIECE - PAGE))
+    rest(enable(tree))
+    tree.freeze()
+    end(save(tree, memory.store, b"shmem-x"))
+    tree.thaw()
+    flip(tree, ino, 5 * PAGE)
+    enable(tree)
+    assert refused(tree.read, ino, 0, 1)
+    tree.journal.trim()
+    tree.write(ino, PIECE - PAGE, b"y" * PAGE)
+    tree.commit()
+    with memory.copy() as other:
+        assert other.recover(live(tree)).sums.broken() == [(ino, 0, 255)]
 
 
 def test_where_there_is_no_room_to_save_sums_they_are_given_up(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
