@@ -102,6 +102,7 @@ def test_the_answers_about_trees(machine, ctl, kexec, tmp_path) -> None:
     hold(ctl, "status")
     hold(ctl, "nodes")
     hold(ctl, "verify")
+    hold(ctl, "verify", "--data")
     hold(ctl, "ls", HOSTILE)
     hold(ctl, "tree", HOSTILE)
     hold(ctl, "stat", HOSTILE, "/f")
