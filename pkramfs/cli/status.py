@@ -236,7 +236,8 @@ def _survives(mount: dict[str, Any]) -> str:
         return "kexec, daemon crash" if preserved else "nothing: it was mounted without pkram=NAME, or PKRAM is off"
     held = "holder" in mount
     survives = [*(["daemon crash", "upgrade"] if held else ["daemon crash, once it is mounted again"])]
-    lacks = [*(["kexec (preserve it first)"] if not preserved else []), "power loss of the host"]
+    remedy = "kexec (preserve it first, or pkram-kexec -e --keep-mounts)" if held else "kexec (preserve it first)"
+    lacks = [*([] if preserved else [remedy]), "power loss of the host"]
     log = f"log {format_size(mount['log_bytes'])}, {plural(mount['log_requests'], 'request')} since its checkpoint"
     taken = f"; {plural(mount['takeovers'], 'takeover')}" if mount.get("takeovers") else ""
     return f"{', '.join(survives + ['kexec'] * preserved)}; not: {', '.join(lacks)} ({log}{taken})"
