@@ -14,13 +14,16 @@ from typing import Any
 
 from benchmarks.mounts import BIN, Lab, command, lab
 from benchmarks.table import Table, milliseconds
+from pkramfs.daemon.standby import NAME
 from pkramfs.fs.inode import ROOT
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.picture import complete
 from pkramfs.fs.recover import begin, rebuild
+from pkramfs.fs.save import save
 from pkramfs.fs.sealing import preserve
 from pkramfs.fs.tree import Tree
 from pkramfs.kernel.running import Running, attach
+from pkramfs.machine import process
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import new_tree_id
@@ -38,6 +41,8 @@ def live(table: Table) -> None:
     for files in (200,) if table.quick else (1_000, 100_000):
         with lab() as place:
             _deaths(table, place, files)
+    with lab() as place:
+        _standby(table, place, 2_000 if table.quick else 1_000_000)
     with lab() as place:
         _commands(table, place)
     with lab() as place:
@@ -166,6 +171,45 @@ def _deaths(table: Table, place: Lab, files: int) -> None:
 
     target = {1_000: "<300 ms", 100_000: "<1000 ms"}.get(files, "")
     table.add("live", f"pause after SIGKILL, {files:,} files", table.repeat("kill", once), "ms", target=target)
+
+
+def _standby(table: Table, place: Lab, files: int) -> None:
+    """The same with a standby, whose tree is far too large to be recovered in that time."""
+    kernel = attach(Machine(str(place.machine)))
+    tree = Tree(kernel.ram, Frames(kernel.ram, kernel.leases, new_tree_id()), Limits())
+    for number in range(files):
+        if number % 1000 == 0:
+            folder = tree.mkdir(1, b"d%d" % number, 0o755).ino
+        tree.create(folder, b"%d" % number, 0o644)
+    tree.freeze()
+    complete(save(tree, kernel.store, b"shmem-files"))
+    del tree
+    path = place.mount("files", ",standby")
+    runs = iter(range(1_000_000))
+
+    def once() -> float:
+        before = _entry(place)
+        _wait(lambda: _stands_by(before))
+        (path / f"before{next(runs)}").touch()
+        os.kill(before.pid, signal.SIGKILL)
+        waited = milliseconds(lambda: (path / f"new{next(runs)}").touch())
+        with _settled(place, before):
+            return waited
+
+    paused = table.repeat("kill, with a standby", once)
+    table.add("live", f"pause after SIGKILL, {files:,} files, standby", paused, "ms", target="<500 ms")
+
+
+def _stands_by(entry: MountEntry) -> bool:
+    return any(Path(f"/proc/{pid}/comm").read_text() == f"{NAME}\n" for pid in process.children(entry.holder))
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit("tools/bench: what was waited for does not come")
+        time.sleep(0.01)
 
 
 @contextmanager
