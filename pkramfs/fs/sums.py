@@ -129,8 +129,14 @@ class Sums:
         """
         first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
         low, high, table = first >> PIECE_SHIFT, (last - 1) >> PIECE_SHIFT, self.table
-        if low == high and not self.damaged and table.late.get(inode.ino << KEY_SHIFT | low) == table.mark:
-            return False
+        if low == high and not self.damaged:  # the usual: it is marked already, or new
+            key = inode.ino << KEY_SHIFT | low
+            found = table.late.get(key)
+            if found == table.mark:
+                return False
+            if found is None and inode.ino > table.last:
+                table.mark_new(key)
+                return False
         if table.doubted:
             for piece in {low, high}:
                 self._leave(inode, piece, pages(offset), end >> PAGE_SHIFT)

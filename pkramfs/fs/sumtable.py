@@ -63,7 +63,8 @@ class SumTable:
         """Whether the tree's log knows the sum of a row, or the node that it begins with."""
         self.untold = 0
         self.sorted = self.used = len(self.state)
-        self._last = int(self._ino[-1]) if self.sorted else -1  # the highest inode number that need be searched for
+        self.last = int(self._ino[-1]) if self.sorted else -1
+        """The highest inode number that need be searched for."""
         self.late.clear()
         self.touched.clear()
         self.resting.clear()
@@ -77,7 +78,7 @@ class SumTable:
     def find(self, ino: int, piece: int) -> int | None:
         """Return the row of a piece, or a mark, which is negative; None if nothing is known of it."""
         found = self.late.get(ino << KEY_SHIFT | piece)
-        return self._search(ino, piece) if found is None and ino <= self._last else found
+        return self._search(ino, piece) if found is None and ino <= self.last else found
 
     def _search(self, ino: int, piece: int) -> int | None:
         low, high = self._rows(ino)
@@ -116,11 +117,15 @@ class SumTable:
 
     def mark_found(self, ino: int, piece: int, found: int | None) -> None:
         """Mark a piece likewise, which `find` has found."""
-        key = ino << KEY_SHIFT | piece
-        if found is None:
-            self.pending += 1
-        elif found >= 0:
-            self.pending += self._clear(found) != BARE
+        if found is not None:
+            self.pending -= 1
+            if found >= 0:
+                self.pending += self._clear(found) != BARE
+        self.mark_new(ino << KEY_SHIFT | piece)
+
+    def mark_new(self, key: int) -> None:
+        """Mark a piece of which nothing is known."""
+        self.pending += 1
         self.late[key] = self.mark
         if not self.touched:
             self.stirred()
