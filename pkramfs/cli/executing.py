@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, daemons, keeping, progress, render, report, signals
+from pkramfs.cli import arguments, daemons, progress, render, report, signals
 from pkramfs.cli.arguments import complain, need
 from pkramfs.cli.freezer import Freezer
 from pkramfs.errors import MachineError, NotPreservedError
@@ -51,6 +51,7 @@ _NAMED = 10
 
 def dry_run(args: argparse.Namespace, machine: "Machine") -> int:
     """Print what -e would do, and return the exit status that it would have, as far as can be known."""
+    from pkramfs.cli import keeping
     from pkramfs.kernel import kexec
 
     seen = daemons.look(machine) if machine.exists() else []
@@ -70,6 +71,8 @@ def dry_run(args: argparse.Namespace, machine: "Machine") -> int:
 
 def _refuse_to_keep(args: argparse.Namespace, seen: "list[Seen]", plan: "Plan") -> None:
     """Add to a plan that some mounts cannot be kept, if all are to be."""
+    from pkramfs.cli import keeping
+
     refusals = keeping.refusals(seen) if args.keep_mounts else []
     if args.force:
         plan.warnings.extend(map(str, refusals))
@@ -139,7 +142,7 @@ def _execute_with(args: argparse.Namespace, machine: "Machine", forks: "Forks", 
     from pkramfs.cli import again
     from pkramfs.kernel import history, kexec, nvram, running
 
-    how = keeping.Keeping if args.keep_mounts else Freezer
+    how = _keeping() if args.keep_mounts else Freezer
     going = how(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
     remount: list[dict[str, Any]] = []
     back: list[dict[str, Any]] = []
@@ -178,6 +181,12 @@ def _execute_with(args: argparse.Namespace, machine: "Machine", forks: "Forks", 
         raise
     kept, lost = going.arrive()
     return _mount_again(machine, remount, f"in {pause:.2f} s", forks, kept) or int(lost > 0)
+
+
+def _keeping() -> type[Freezer]:
+    from pkramfs.cli.keeping import Keeping
+
+    return Keeping
 
 
 def _need_loaded(machine: "Machine") -> None:
