@@ -37,6 +37,6 @@ class Standing:
         """Raise ChangedError unless the node is still published as it was."""
         if self._ram.load(self._magic) != NODE_MAGIC or self._ram.load(self._magic + 8) != self._sum:
             raise ChangedError(
-                f"{shown(self._name)} is no longer preserved: it was changed or freed while it was read; preserve it "
-                "(`mount -o remount,preserve,ro`) and try again"
+                f"{shown(self._name)} is no longer preserved as it was: it was changed, freed or written anew while it "
+                "was read; preserve it (`mount -o remount,preserve,ro`) and try again"
             )

@@ -43,7 +43,6 @@ from pkramfs.control.protocol import LINE_MAX
 from pkramfs.control.replies import Done, Foreseen, Frozen, Status
 from pkramfs.errors import ErrnoError, FormatError, PkramfsError, explain
 from pkramfs.fs.foresight import foresee
-from pkramfs.fs.picture import complete
 from pkramfs.fs.sealing import is_long, preserve, shorten
 from pkramfs.mounting.names import node_name
 from pkramfs.spans import Spans
@@ -173,23 +172,20 @@ class Keeper:
             await self._long.wait()
             self._long = trio.Event()
             async with self._lock:
-                if self._holders or self.stopping.is_set() or not is_long(self.tree):
-                    continue
-                try:
-                    await self._shorten()
-                except (PkramfsError, OSError) as error:
-                    log.info("the log of %s stays long: %s", self.name, _reason(error))
+                busy = not self._holders and not self.stopping.is_set() and not await self._shorten()
+            if busy:
+                await trio.sleep(LOSS_SECONDS)
+                self._long.set()
 
-    async def _shorten(self) -> None:
-        work = shorten(self.tree, self.store, self.node_name, self._banned())
-        if self.tree.frozen:
-            await drive(work)
-            return
-        self.tree.freeze()  # for nobody to see: no request is answered meanwhile
+    async def _shorten(self) -> bool:
+        """Shorten the log if it is long; return False if that has to be tried again: somebody reads the node."""
         try:
-            complete(work)
-        finally:
-            self.tree.thaw()
+            if is_long(self.tree):
+                await drive(shorten(self.tree, self.store, self.node_name, self._banned()))
+        except (PkramfsError, OSError) as error:
+            log.info("the log of %s stays long: %s", self.name, _reason(error))
+            return getattr(error, "errno", 0) != errno.EBUSY
+        return True
 
     def log_is_long(self) -> None:
         """Note that the log of a preserved tree may have become long."""

@@ -68,7 +68,7 @@ def rebuild_sealed(store: Store, node: Node, tree: Tree, allowed: Spans) -> Gene
     """Fill an empty tree with what the log of a node describes, up to its seal; change nothing else."""
     log = open_sealed(store.ram, node.log_pfn, node.tree_id, node.generation, allowed)
     rebuilt = yield from _rebuild(store, log, tree, allowed)
-    if (found := figures(rebuilt.tree)) != log.figures:
+    if (found := figures(rebuilt.tree).stored()) != log.figures:
         raise FormatError("Seal", "figures", pfn=node.log_pfn, found=log.figures, expected=f"{found}, as the log says")
     return rebuilt
 

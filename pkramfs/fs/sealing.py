@@ -30,7 +30,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pkramfs.fs.checkpoint import figures
-from pkramfs.fs.picture import Progress
+from pkramfs.fs.picture import Progress, complete
 from pkramfs.fs.save import SaveReport, report, require_frozen, save
 from pkramfs.fs.summing import tell
 from pkramfs.spans import Spans
@@ -72,11 +72,19 @@ def is_long(tree: Tree) -> bool:
 
 
 def shorten(tree: Tree, store: Store, node_name: bytes, banned: Spans | None = None) -> Generator[Progress, None, None]:
-    """Shorten the log of a tree that is preserved and frozen.
+    """Shorten the log of a tree that is preserved.
 
     If the log holds it, it is written whole instead, and the log begins with that. If the log begins with the node
-    already, it has told nothing since but who has what open.
+    already, it has told nothing since but who has what open. A tree that is not frozen is frozen for that, in one step,
+    in which nobody sees it.
     """
+    if not tree.frozen:
+        tree.freeze()
+        try:
+            complete(shorten(tree, store, node_name, banned))
+        finally:
+            tree.thaw()
+        return
     node, journal = store.find(node_name), tree.journal
     if node is None or journal is None:
         return

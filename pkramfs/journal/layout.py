@@ -87,7 +87,7 @@ SEAL = Record(
         F("live", "u8", 80, "pfn of the live page, which means nothing to who reads the node"),
         F("inodes", "u8", 88, "inodes of the tree, deleted ones that were open included"),
         F("pages", "u8", 96, "pages of the tree, as size= counts them"),
-        F("bytes", "u8", 104, "sum of the sizes of all files"),
+        F("bytes", "u8", 104, "sum of the sizes of all files, modulo 2^64: sparse files may add up to more"),
         F("inode_space", "u8", 112, "bytes of inode space, as nr_inodes= counts them"),
         F("summed", "u4", 120, "1 if data have checksums"),
         F("unsummed", "u8", 128, "pieces that have frames and no checksum"),
@@ -229,6 +229,10 @@ class Figures(NamedTuple):
     bytes: int
     inode_space: int
 
+    def stored(self) -> "Figures":
+        """Return the figures as a seal page has them."""
+        return self._replace(bytes=self.bytes & WORD)
+
 
 class Seal(NamedTuple):
     """A seal page that was read."""
@@ -245,7 +249,7 @@ class Seal(NamedTuple):
 def write_seal(ram: Ram, pfn: int, seal: Seal, tree_id: int, generation: int) -> None:
     """Write a seal page."""
     fields = seal._asdict()
-    fields |= fields.pop("figures")._asdict()
+    fields |= fields.pop("figures").stored()._asdict()
     fields["summed"], fields["unsummed"] = int(seal.unsummed is not None), seal.unsummed or 0
     write_page(ram, pfn, SEAL, {}, magic=SEAL_MAGIC, generation=generation, tree_id=tree_id, version=VERSION, **fields)
 

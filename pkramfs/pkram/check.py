@@ -29,6 +29,8 @@ from pkramfs.spans import Spans
 from pkramfs.units import format_pfn, plural
 
 _SHARED = "another node's, too"
+_LOOKS = 3
+"""How often all is read before damage is believed of nodes that do not stay."""
 Visit = Callable[[Node, list[ObjectReader], Spans], Iterable[str]]
 Owned = Callable[[int], Spans]
 
@@ -58,7 +60,34 @@ def check(
     `usable` are the pages that are memory; `owned(tree_id)` returns those of an owner's page blocks.
     `visit` looks into a sound node and returns the problems there. Without `handed_over` no kexec is under
     way, and a region list is a meaningless remainder that is not checked.
+
+    A node may be withdrawn, or another take its place, while it is read: then what was read is no damage, and all is
+    read again.
     """
+    for _ in range(_LOOKS - 1):
+        report = _check(ram, super_pfn, usable, owned, names, visit, handed_over)
+        if not report.problems or _stand(ram, report.nodes):
+            return report
+    return _check(ram, super_pfn, usable, owned, names, visit, handed_over)
+
+
+def _stand(ram: Ram, nodes: list[Node]) -> bool:
+    """Return True if nodes that were read are still published as they were."""
+    try:
+        return all(read_node(ram, node.pfn) == node for node in nodes)
+    except FormatError:
+        return False
+
+
+def _check(
+    ram: Ram,
+    super_pfn: int,
+    usable: Spans | None,
+    owned: Owned | None,
+    names: list[bytes] | None,
+    visit: Visit | None,
+    handed_over: bool,
+) -> Report:
     report = Report()
     try:
         found = superblock.check(ram, super_pfn, usable)

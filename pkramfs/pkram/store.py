@@ -284,10 +284,16 @@ class Store:
                 raise PkramError(f"node {shown(name)} exists already", errno.EEXIST)
             self._put_in_place(old, pfn)
 
-    def _replace(self, old: Node, _: bytes, pfn: int) -> None:
-        """Put a node of the same name in the place of another."""
+    def _replace(self, old: Node, name: bytes, pfn: int) -> None:
+        """Put a node of the same name in the place of another; EBUSY while somebody loads that."""
+        claim = self._claims.take(_LOAD, name)
+        if claim is None:
+            raise PkramError(f"node {shown(name)} is being loaded", errno.EBUSY)
         with self._lock():
-            self._put_in_place(old, pfn)
+            try:
+                self._put_in_place(old, pfn)
+            finally:
+                claim.release()
 
     def _put_in_place(self, old: Node, pfn: int) -> None:
         before = self.root()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A tree that is preserved by its log comes back as one that is written whole, and its log goes on."""
 
+import errno
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -218,9 +219,8 @@ def test_the_log_of_a_tree_that_is_only_read_is_shortened(memory: Memory, audit:
         while again.journal.log.size < 1 << 20:
             again.release(again.open(ino, 0, Credentials()))
             again.tell()
-        again.freeze()
         end(sealing.shorten(again, other.store, NODE))
-        again.thaw()
+        assert not again.frozen
         assert again.preserved and again.journal.requests == 0 and again.journal.log.size < 1 << 19
         with other.copy() as third:
             taken = third.recover(live(again), taken=NODE)
@@ -307,3 +307,27 @@ def test_it_is_read_as_two_objects(memory: Memory, seed: int) -> None:
     assert parts.inodes["ino"].tolist() == sorted(inode.ino for inode in named)
     assert data.total == sum(inode.pages.count for inode in named if inode.pages)
     assert PAGE_SIZE * data.total <= tree.counts().pages * PAGE_SIZE
+
+
+def test_a_node_that_is_loaded_is_not_replaced(memory: Memory) -> None:
+    """Whoever reads a node reads it to the end; the log stays long until then."""
+    tree = driven(memory, 1).tree
+    preserved(memory, tree)
+    node = memory.store.find(NODE)
+    with memory.store.prepare_load(NODE) as load:
+        with pytest.raises(PkramError, match="shmem-x is being loaded") as caught:
+            end(save(tree, memory.store, NODE, instead=True))
+        assert caught.value.errno == errno.EBUSY
+        assert len(objects(memory.store, load)) == 2
+    assert tree.preserved and memory.store.nodes() == [node]
+    end(save(tree, memory.store, NODE, instead=True))
+
+
+def test_sparse_files_may_add_up_to_more_than_a_seal_can_say(memory: Memory) -> None:
+    tree = memory.tree()
+    for name in (b"a", b"b", b"c"):
+        tree.setattr(tree.create(1, name, 0o600).ino, size=(1 << 63) - 1)
+    tree.commit()
+    preserved(memory, tree)
+    with memory.copy() as other:
+        assert restored(other).counts().bytes == 3 * ((1 << 63) - 1)
