@@ -50,3 +50,25 @@ def test_pages_of_two_nodes_are_named_with_the_second(ram, store, frames):
         saving.finish()
     (problem,) = check(ram, SUPER_PFN).problems
     assert problem == f"node-1: 1 page from pfn {start:x} on are another node's, too"
+
+
+def test_a_node_that_is_replaced_while_it_is_read_is_read_again(ram, store, frames):
+    """What its frames hold by then is no damage."""
+    save(store, frames, 1)
+    looks = []
+
+    def visit(node, readers, pages):
+        looks.append(node.pfn)
+        if len(looks) > 1:
+            return []
+        old = store.own_pages(node)
+        with store.prepare_save(b"node-1", tree_id=TREE, frames=frames, instead=True) as saving:
+            with saving.object() as writer:
+                writer.write(b"new")
+            saving.finish()
+        frames.free(old.starts, old.counts)
+        return ["its frames hold something else"]
+
+    assert check(ram, SUPER_PFN, visit=visit).problems == []
+    assert len(looks) == 2 and looks[0] != looks[1]
+    assert check(ram, SUPER_PFN, visit=lambda *_: ["damage that stays"]).problems == ["node-1: damage that stays"]
