@@ -42,6 +42,7 @@ POISON = 0x6B
 
 _ROOM_FLOOR, _ROOM_SHARE, _ROOM_MOST = 256 * MIB, 0.05, 0.25
 _KEEP_SIZE, _PUNCH_HOLE_KEEP_SIZE = 0x01, 0x03
+_MAP_NORESERVE = 0x4000  # named by Python 3.13
 _MADV_WIPEONFORK, _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 18, 22, 23  # not named by Python
 _MANY = 16 * PAGE_SIZE
 """Bytes of a store from which it pays to populate all its pages at once."""
@@ -356,7 +357,7 @@ def _marks(pages: int) -> mmap.mmap:
 
     A child process has nothing mapped, hence no mark (before Linux 4.14 it has; but no child here reads for others).
     """
-    marks = mmap.mmap(-1, max(pages, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    marks = mmap.mmap(-1, max(pages, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     with contextlib.suppress(OSError):
         marks.madvise(_MADV_WIPEONFORK)
     return marks
