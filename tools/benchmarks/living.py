@@ -93,6 +93,8 @@ def _workload(tree: Tree, count: int) -> Iterator[tuple[str, Callable[[Any], Any
     yield "create and open", create, names
     yield "a write of a new page", lambda handle: tree.write(handle, 0, data, stamp=False), handles
     yield "an overwrite of a page", lambda handle: tree.write(handle, 0, data, stamp=False), handles
+    yield "a read of a page", lambda handle: tree.read(handle, 0, 4096), handles
+    yield "open to read and release", lambda handle: tree.release(tree.open(handle)), handles
     yield "times", lambda handle: tree.set_times(handle, None, handle, handle), handles
     yield "release", tree.release, handles
     yield "rename", lambda name: tree.rename(1, name, 1, b"x" + name), names
