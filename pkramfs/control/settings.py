@@ -29,7 +29,7 @@ Words = dict[str, str | bool]
 """Mount options as they were given: `{"size": "1G", "ro": True}`."""
 
 _SAME = {"size": "nr_blocks", "nr_blocks": "size", "ro": "rw", "rw": "ro"}
-_SHOWN = ("mode", "uid", "gid", "huge", "mpol", "verify", "noswap", "pkram_strict", "format")
+_SHOWN = ("mode", "uid", "gid", "huge", "mpol", "verify", "noswap", "pkram_strict", "format", "standby")
 _VERIFY = ("data", "none")
 
 
