@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """python -m pkramfs boot DIR: the boot of a machine, in a process that was given nothing else.
 
-Started by pkram-kexec and by the first mount with `--parent PID`, while that process holds the
-machine lock. It holds a lock of its own, so that a boot whose parent was killed is waited for, and
+Started by pkram-kexec and by the first mount with `--parent PID --wait`, and told on its stdin to boot while that
+process holds the machine lock. It holds a lock of its own, so that a boot whose parent was killed is waited for, and
 gives up if its parent was gone before it began. Signals that end commands do not end it: there is no kernel to go
 back to. A user who types it (no --parent) has it take the machine lock itself, for instance to go on with `--force`
 after a boot that stopped at damaged metadata.
@@ -14,7 +14,7 @@ import itertools
 import os
 import signal
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -30,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("directory", metavar="DIR", help="the machine's directory")
     parser.add_argument("--parent", type=int, metavar="PID", help="the process that holds the machine lock for us")
     parser.add_argument("--force", action="store_true", help="give up preserved memory that cannot be read")
+    parser.add_argument("--wait", action="store_true", help="import all, and wait on stdin to be told")
     args = parser.parse_args(argv)
+    if args.wait and not _is_told(args):
+        return 0
     try:
         _check_limits(args.directory)
         if args.parent is None:
@@ -43,6 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _is_told(args: Namespace) -> bool:
+    """Wait until our parent says that we shall boot; return False if it ends, or needs no boot after all."""
+    from pkramfs.kernel import boot, succession  # noqa: F401 - this is what takes the time
+    from pkramfs.kernel.booting import FORCE, GO, READY
+
+    stdio.tell(READY.decode().strip())
+    said = os.read(0, 64)
+    args.force = args.force or said == FORCE
+    return said in (GO, FORCE)
+
+
 def _check_limits(directory: str) -> None:
     """Refuse where a limit is left that RAM exceeds."""
     from pkramfs.machine import process
@@ -53,7 +67,8 @@ def _check_limits(directory: str) -> None:
 
 def _boot_for(parent: int, directory: str, force: bool) -> None:
     from pkramfs.kernel.boot import STEPS, boot
-    from pkramfs.kernel.succession import BOOT_LOCK, BOOT_SECONDS
+    from pkramfs.kernel.booting import BOOT_SECONDS
+    from pkramfs.kernel.succession import BOOT_LOCK
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.locks import held
 

@@ -26,6 +26,7 @@ Kernel: kernel/kexec_core.c (kernel_kexec)
 import argparse
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -140,15 +141,17 @@ def execute(args: argparse.Namespace, machine: "Machine") -> int:
 
 def _execute_with(args: argparse.Namespace, machine: "Machine", forks: "Forks", steps: "_Steps") -> int:
     from pkramfs.cli import again
-    from pkramfs.kernel import history, kexec, nvram, running
+    from pkramfs.kernel import booting, history, kexec, nvram, running
 
     how = _keeping() if args.keep_mounts else Freezer
     going = how(machine, force=args.force, warn=partial(arguments.warn, PROGRAM))
     remount: list[dict[str, Any]] = []
     back: list[dict[str, Any]] = []
     try:
-        with running.exclusively(machine, LOCK_SECONDS):
+        with running.exclusively(machine, LOCK_SECONDS), ExitStack() as ahead:
             _need_loaded(machine)
+            if args.keep_mounts:  # programs wait: not for an interpreter to start
+                ahead.enter_context(booting.prepared(machine)).until_ready()
             began = time.monotonic()
             seen = going.freeze()
             remount, notes = _to_remount(args, machine, going.leaving(seen))

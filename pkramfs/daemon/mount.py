@@ -54,8 +54,8 @@ from pkramfs.fuse.handshake import Init
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.session import Session
 from pkramfs.kernel import crash
+from pkramfs.kernel.booting import BOOT_SECONDS
 from pkramfs.kernel.running import shared
-from pkramfs.kernel.succession import BOOT_SECONDS
 from pkramfs.machine import process
 from pkramfs.machine.cgroups import MemoryGroups
 from pkramfs.machine.directory import Machine, host_memory

@@ -44,6 +44,7 @@ Read in this order:
     boot          the steps from power-on to kernel.json
     hostboot      a boot of the host, noticed by a machine on memory that survived it
     hostload      what must be true of the kernel that kexec(8) boots next
+    booting       the process that boots, perhaps there before its time
     succession    one kernel ends, the next one boots and takes over
     ownership     the owner of a page block, from every witness
     running       find the running kernel; bring it up first if need be

@@ -20,20 +20,15 @@ Kernel: init/main.c (kernel_init, free_initmem), mm/pkram.c (pkram_cleanup, patc
 """
 
 import os
-import re
-import select
-import subprocess
-import sys
-import time
 
 from pkramfs.errors import FormatError, MachineError
+from pkramfs.kernel import booting, history, hostboot, incoming, kernelrecord, leasetable, nvram, staging
 from pkramfs.kernel import cmdline as words
-from pkramfs.kernel import history, hostboot, incoming, kernelrecord, leasetable, nvram, staging
+from pkramfs.kernel.booting import BOOT_SECONDS
 from pkramfs.kernel.image import BUILTIN, load_image
 from pkramfs.kernel.kernelrecord import KernelInfo
 from pkramfs.kernel.nvram import ImageInfo, Pending
 from pkramfs.machine.directory import Machine
-from pkramfs.machine.host import VARIABLE
 from pkramfs.machine.leases import FREE, KERNEL
 from pkramfs.machine.locks import held
 from pkramfs.machine.ram import Ram
@@ -43,12 +38,8 @@ from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES, PAGE_SIZE, format_pfn, format_size, plural
 
 COLD_CMDLINE = "BOOT_IMAGE=builtin ro"
-BOOT_SECONDS = 600.0
-"""How long a boot may take: copying and summing what was loaded are most of it."""
 BOOT_LOCK = "lock.boot"
 """Held by a boot process as long as it lives: it may outlive the one that started it."""
-_STEPS = re.compile(rb"^step ([0-9]+) of ([1-9][0-9]*)$", re.MULTILINE)
-"""What a boot says after each step."""
 _OF_ONE_KERNEL = ("cmdline", "pkram", "iomem")
 
 
@@ -147,50 +138,7 @@ def resume(machine: Machine, *, force: bool = False) -> None:
 
 def start_boot(machine: Machine, *, force: bool = False) -> None:
     """Run the boot in a process that is given nothing but the machine's directory, and wait for it."""
-    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    command = [sys.executable, "-P", "-m", "pkramfs", "boot", machine.path(), "--parent", str(os.getpid())]
-    process = subprocess.Popen(
-        [*command, *(["--force"] * force)],
-        env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONPATH": package, **_host()},
-        cwd="/",
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # neither Ctrl-C nor a closed terminal ends a booting kernel
-    )
-    with process:
-        try:
-            said = _listen(process)
-        except BaseException:
-            process.kill()
-            raise
-    if status := process.wait():
-        reason = (said or [f"it ended with status {status}"])[-1]
-        remedy = ""
-        if status == FormatError.exit_status:
-            remedy = "; nothing was freed: pkram-kexec --resume --force goes on and loses what is preserved"
-        raise MachineError(f"boot failed: {reason.removeprefix('boot: ')}{remedy}")
-
-
-def _listen(process: "subprocess.Popen[bytes]") -> list[str]:
-    """Return what a boot says, until it ends; its steps are for whoever waits for them."""
-    assert process.stdout is not None
-    deadline, said, ready = time.monotonic() + BOOT_SECONDS, b"", select.poll()
-    ready.register(process.stdout, select.POLLIN)
-    while patience.is_ready(ready, deadline):
-        part = os.read(process.stdout.fileno(), 1 << 16)
-        if not part:
-            lines = said.decode("utf-8", "surrogateescape").splitlines()
-            return [line for line in lines if line.strip() and not _STEPS.match(os.fsencode(line))]
-        said += part
-        if steps := _STEPS.findall(said):
-            patience.tell((1 + int(steps[-1][0]) / int(steps[-1][1])) / 2)
-    raise MachineError(f"boot did not end within {BOOT_SECONDS:g} s: pkram-kexec --resume tries again")
-
-
-def _host() -> dict[str, str]:
-    """Return the environment in which a boot sees the same host as we do: tests have one of their own."""
-    return {VARIABLE: place} if (place := os.environ.get(VARIABLE)) else {}
+    booting.run(machine, force=force)
 
 
 def take_over(machine: Machine, info: KernelInfo) -> None:
