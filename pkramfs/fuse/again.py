@@ -33,7 +33,7 @@ def resume(operations: Operations) -> None:
     tree = operations.tree
     tree.assume_known()
     operations.translate.guessed.update(tree.writing)
-    for number in [ino for ino, (inode, _) in tree.orphans.items() if not inode.opens]:
+    for number in [ino for ino in tree.orphans if not tree.inodes[ino].opens]:
         if not operations.cache.knows(number):
             tree.forget(number, _ALL)
     tree.commit()

@@ -90,7 +90,7 @@ class Operations(pyfuse3.Operations):
         orphans = self.tree.orphans
         if not orphans or self._hopeless == orphans.keys():
             return False
-        return any(not inode.opens for inode, _ in orphans.values())
+        return any(not self.tree.inodes[ino].opens for ino in orphans)
 
     async def wait_for_room(self) -> None:
         """Wait until the kernel forgets something; if it does not, do not wait for these orphans again."""
