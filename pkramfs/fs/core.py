@@ -348,6 +348,8 @@ class Core:
         wanted = self._access
         if (due or wanted.always) and (wanted.files if inode.entries is None else wanted.directories):
             inode.atime = clock.now()
+            if self.journal is not None:
+                self.journal.looked(inode)
 
     # -- figures --------------------------------------------------------------------------------
 

@@ -96,6 +96,8 @@ class Journal:
         """The first inode that was made since the last commit, 0: none was."""
         self._opened: dict[int, Inode] = {}
         self._late: dict[int, Inode] = {}
+        self._looked: dict[int, Inode] = {}  # whose access time is another
+        self._looks_due = False
         self._open: dict[int, Inode] = {}  # all that anybody has open
         self._freed: list[tuple[Sequence[int], Sequence[int]]] = []
         self._cut: list[tuple[int, int, bool]] = []
@@ -163,6 +165,12 @@ class Journal:
         else:
             self._open.pop(ino, None)
 
+    def looked(self, inode: Inode) -> None:
+        """Note another access time, which is told late: a read must not fail for want of room, and seldom has one."""
+        self._looked[inode.ino] = inode
+        if len(self._looked) >= _MANY:
+            self._hurry()
+
     def enter(self, folder: Inode, name: bytes, child: Inode, cookie: int) -> None:
         """Note a new name."""
         self._records.append(pack_enter(folder.ino, name, child.ino, cookie))
@@ -203,6 +211,7 @@ class Journal:
             self._dirty.pop(inode.ino, None)
         self._opened.pop(inode.ino, None)
         self._late.pop(inode.ino, None)
+        self._looked.pop(inode.ino, None)
         self._losing.discard(inode.ino)
         self._records.append(pack_reaped(inode.ino))
 
@@ -236,20 +245,21 @@ class Journal:
 
     def commit(self, asker: int = 0) -> None:
         """Make all that was noted count; `asker` is the number of the request that is about to be answered."""
-        if self._dirty or self._records or self._opened or self._losing:
+        if self._dirty or self._records or self._opened or self._losing or self._looks_due:
             self._write(asker)
         if self._cut or self._freed:
             self._settle()
 
     def tell(self) -> None:
         """Tell what may be told late."""
-        if self._late:
+        if self._late or self._looked:
             self._hurry()
             self.commit()
 
     def _hurry(self) -> None:
         self._opened |= self._late
         self._late.clear()
+        self._looks_due = bool(self._looked)
 
     def _write(self, asker: int) -> None:
         """Append what was noted to the log. No comprehensions and no list[bytes]() here: they take 0.2 and 0.4 µs."""
@@ -259,7 +269,7 @@ class Journal:
             parts.append(pack_inode(inode, unnamed))  # noqa: PERF401
         if self._records:
             parts += self._records
-        if self._opened or self._losing:
+        if self._opened or self._losing or self._looked:
             late = self._tell_late(parts)
             if not parts:
                 return
@@ -267,13 +277,15 @@ class Journal:
         if late:
             self._opened.clear()
             self._losing.clear()
+            self._looked.clear()
+            self._looks_due = False
         self._dirty, self._records, self._fresh = {}, [], 0
         self.requests = requests = self.requests + 1
         if requests == self.limit or (log.size > SIZE and not requests & 1023):
             self.due()
 
     def _tell_late(self, parts: list[bytes]) -> bool:
-        """Add what may be told later: how files are open, if their attributes do not tell, and what is lost.
+        """Add what may be told later: how files are open, if their attributes do not tell, access times, what is lost.
 
         Return False if it must be told later.
         """
@@ -281,6 +293,9 @@ class Journal:
         more: list[bytes] = []
         for inode in self._opened.values():
             more.append(pack_opened(inode, unnamed))  # noqa: PERF401
+        for ino, inode in self._looked.items():
+            if ino not in self._dirty:
+                more.append(pack_inode(inode, unnamed))
         for ino in self._losing:
             more.append(self._lost(ino))  # noqa: PERF401
         room = (log.left > GROWTH and len(more) < _FEW) or self._has_room(parts, more)

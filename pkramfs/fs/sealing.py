@@ -111,6 +111,7 @@ def _seal(tree: Tree, store: Store, node_name: bytes, frames: Spans) -> None:
     require_frozen(tree)
     if tree.sums is not None:
         tell(tree, tree.sums)
+    tree.tell()
     tree.commit()
     with store.prepare_save(node_name, tree_id=tree.frames.tree_id, frames=tree.frames) as saving:
         (pfn,) = saving.pages(1)

@@ -209,7 +209,7 @@ def test_a_tree_that_another_log_comes_to_holds(memory: Memory, begun: int, seed
     for number in range(50):
         with memory.copy() as other:
             where = f"seed {seed}, number {number}: " + damage(other.ram, used, choice)
-            seal(other, begun)
+            seal(other, begun, used)
             try:
                 tree = other.recover(begun)
             except FormatError:

@@ -331,3 +331,20 @@ def test_sparse_files_may_add_up_to_more_than_a_seal_can_say(memory: Memory) -> 
     preserved(memory, tree)
     with memory.copy() as other:
         assert restored(other).counts().bytes == 3 * ((1 << 63) - 1)
+
+
+def test_access_times_are_preserved(memory: Memory) -> None:
+    """They change without a request that changes the tree: the log is told of them late, at the latest by the seal."""
+    tree = memory.tree()
+    inode = tree.create(1, b"file", 0o600)
+    tree.write(inode.ino, 0, b"x" * 5000)
+    tree.set_times(inode.ino, 5, 5, 5)
+    tree.commit()
+    tree.read(inode.ino, 0, 10)
+    list(tree.readdir(1, 0))
+    read = [tree.inode(ino).atime for ino in (1, inode.ino)]
+    assert read[1] != 5
+    preserved(memory, tree)
+    with memory.copy() as other:
+        again = restored(other)
+        assert [again.inode(ino).atime for ino in (1, inode.ino)] == read

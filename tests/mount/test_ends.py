@@ -69,8 +69,10 @@ def _end(lab: Any, entry: MountEntry, how: str) -> None:
 def oops(lab: Any, directory: Path, number: int) -> None:
     """Have a daemon die of a signal, and nobody take over."""
     entry = lab.entry(directory)
+    os.kill(entry.pid, signal.SIGSTOP)  # or it would start another holder
     os.kill(entry.holder, signal.SIGKILL)
     os.kill(entry.pid, number)
+    os.kill(entry.pid, signal.SIGCONT)
     lab.gone(entry)
 
 

@@ -30,17 +30,17 @@ from pkramfs.daemon import claim
 from pkramfs.daemon import mount as daemon
 from pkramfs.daemon import serving
 
-save, go = keeper.save, sys.argv.pop(1)
+preserve, go = keeper.preserve, sys.argv.pop(1)
 
 def slowly(*args, **named):
-    work = save(*args, **named)
+    work = preserve(*args, **named)
     yield next(work)
     open(go + ".begun", "w").close()
     while not os.path.exists(go):
         yield time.sleep(0.001)
     return (yield from work)
 
-keeper.save = slowly
+keeper.preserve = slowly
 sys.exit(serving.main())
 """
 """A daemon whose saves wait, half-way, for a file to appear."""
