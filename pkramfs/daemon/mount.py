@@ -387,6 +387,8 @@ class Daemon:
         """Tell the holder that what was sent again did no harm."""
         await trio.sleep(WELL_SECONDS)
         self._tell_well()
+        if self.checkpoints is not None:
+            self.checkpoints.make_here(self.kernel.store)
 
     def _tell_well(self) -> None:
         if self.holding is not None and self.holding.leash is not None:

@@ -40,6 +40,7 @@ from pkramfs.kernel.running import look
 from pkramfs.machine import process as this
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.frames import Frames, Run
+from pkramfs.pkram.store import Store
 from pkramfs.schema import Invalid, ListOf, Maybe, Object, Row, Text, Whole, parse
 from pkramfs.spans import Spans
 
@@ -96,6 +97,34 @@ class Checkpoints:
     def go_on(self) -> None:
         """Make them again."""
         self._off = False
+
+    def make_here(self, store: Store) -> None:
+        """Make one in this process if the daemons before have died too soon to have one made.
+
+        Otherwise the log would grow with every death, and with it the time that each takeover takes. What the dead had
+        done and not answered must be answered by now: the log does not tell it any more.
+        """
+        tree, journal = self._tree, self._tree.journal
+        assert journal is not None
+        if tree.preserved or journal.requests < 2 * REQUESTS:
+            return
+        try:
+            runs = tree.frames.allocate(tree.ledger.pages_needed(), held=True)
+        except ExhaustedError as error:
+            self._put_off(f"no checkpoint: {error}")
+            return
+        try:
+            node, pages = complete(write(tree, store, self._name, Supply(runs)))
+            journal.rebase(node, pages)
+        except (PkramfsError, OSError) as error:
+            _free(tree, runs)
+            self._put_off(f"no checkpoint: {error}")
+            return
+        rest = Spans((start, start + count) for start, count in runs) - pages
+        if rest:
+            tree.frames.free(rest.starts, rest.counts)
+        tree.commit()
+        self.made, self.at = self.made + 1, time.monotonic()
 
     async def _make(self) -> None:
         tree, journal = self._tree, self._tree.journal

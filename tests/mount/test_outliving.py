@@ -343,3 +343,28 @@ def test_during_a_takeover(lab: Any, how: str) -> None:
         lab.gone(entry)
         assert not os.path.ismount(at)
         assert leased(lab) == 0
+
+
+NO_SHADOW = """
+from pkramfs.daemon import shadow
+async def never(self):
+    pass
+shadow.REQUESTS, shadow.Checkpoints._make = 50, never
+"""
+"""Daemons that die too soon for another process to have made a checkpoint."""
+
+
+def test_a_log_that_no_checkpoint_has_shortened(lab: Any) -> None:
+    """Who takes over makes one itself, or each takeover would take longer than the one before."""
+    with held(lab, extra=NO_SHADOW) as mount:
+        at = mount.directory
+        for number in range(60):
+            (at / f"{number}").write_bytes(b"%d" % number)
+        assert lab.status(at)["log_requests"] > 100
+        kill(mount)
+        until(lambda: lab.status(at)["checkpoints"] == 1)
+        assert lab.status(at)["log_requests"] < 50
+        (at / "more").touch()
+        kill(mount)
+        assert sorted(os.listdir(at)) == sorted([*map(str, range(60)), "more"])
+        assert all((at / f"{number}").read_bytes() == b"%d" % number for number in range(60))
