@@ -64,7 +64,7 @@ from pkramfs.machine.mounts import MountLock
 from pkramfs.machine.policy import Policy
 from pkramfs.mounting import syscalls
 from pkramfs.mounting.names import node_name
-from pkramfs.mounting.options import MS_RDONLY, NO_SOURCE, Options
+from pkramfs.mounting.options import NO_SOURCE, Options
 from pkramfs.mounting.starting import ANYTHING, Expected, Reporter
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
@@ -367,7 +367,7 @@ class Daemon:
         self._be_held()  # the tree may be changed from now on
         if facts.get("sheltered"):
             unshelter(tree)
-        if tree.preserved and self.claimed.origin is Origin.DAEMON and self._is_read_only():
+        if tree.preserved and self.claimed.origin is Origin.DAEMON and syscalls.is_read_only(self.session.dev):
             self.keeper.keep_frozen()
         self.session.connected = partial(self._resend, suspect=held.suspect)
 
@@ -387,21 +387,19 @@ class Daemon:
         """Tell the holder that what was sent again did no harm."""
         await trio.sleep(WELL_SECONDS)
         self._tell_well()
-        if self.checkpoints is not None:
-            self.checkpoints.make_here(self.kernel.store)
 
-    def _tell_well(self) -> None:
+    def _tell_well(self, *, answered: bool = False) -> None:
         if self.holding is not None and self.holding.leash is not None:
             self.holding.leash.well()
-
-    def _is_read_only(self) -> bool:
-        """Return True if the kernel refuses changes of the mount by itself."""
-        return any(one.flags & MS_RDONLY for one in syscalls.mounts() if one.dev == self.session.dev)
+        if answered and self.checkpoints is not None:
+            self.checkpoints.all_answered(self.kernel.store)
 
     def _resend(self, *, suspect: bool) -> None:
         """Have the kernel send again what was not answered; find out what it has forgotten meanwhile."""
         assert self.session.filter is not None and self.tree.journal is not None
-        self.session.filter.resume(self.tree.journal.done, suspect=suspect, well=self._tell_well)
+        self.session.filter.resume(
+            self.tree.journal.done, suspect=suspect, well=partial(self._tell_well, answered=True)
+        )
         resume(self.session.operations)
 
     async def _announce(self) -> None:

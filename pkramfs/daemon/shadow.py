@@ -61,6 +61,7 @@ class Checkpoints:
         self._due = trio.Event()
         self.made, self.at = 0, time.monotonic()
         self._off = False
+        self._store: Store | None = None  # by which the next one is made here
         self._process: subprocess.Popen[bytes] | None = None
         self._done = trio.Event()
         self._done.set()
@@ -80,6 +81,8 @@ class Checkpoints:
             self._due = trio.Event()
             if self._tree.preserved:
                 self._leave_it()
+            elif self._store is not None:
+                self._make_here(self._store)
             elif not self._off:
                 self._done = trio.Event()
                 try:
@@ -98,16 +101,23 @@ class Checkpoints:
         """Make them again."""
         self._off = False
 
-    def make_here(self, store: Store) -> None:
+    def all_answered(self, store: Store) -> None:
         """Make one in this process if the daemons before have died too soon to have one made.
 
-        Otherwise the log would grow with every death, and with it the time that each takeover takes. What the dead had
-        done and not answered must be answered by now: the log does not tell it any more.
+        Otherwise the log would grow with every death, and with it the time that each takeover takes. It must not be
+        earlier: what the dead had done and not answered is told by the log that goes.
         """
-        tree, journal = self._tree, self._tree.journal
+        journal = self._tree.journal
         assert journal is not None
-        if tree.preserved or journal.requests < 2 * REQUESTS:
-            return
+        if journal.requests >= 2 * REQUESTS and not self._off:
+            self._store = store
+            if self._process is not None:
+                self._process.kill()
+            self.due()
+
+    def _make_here(self, store: Store) -> None:
+        tree, journal, self._store = self._tree, self._tree.journal, None
+        assert journal is not None
         try:
             runs = tree.frames.allocate(tree.ledger.pages_needed(), held=True)
         except ExhaustedError as error:
@@ -142,6 +152,9 @@ class Checkpoints:
             _free(tree, runs)
             raise
         pages = Spans((start, start + count) for start, count in answer.get("pages", []))
+        if self._store is not None:  # it will be made here
+            _free(tree, runs)
+            return
         if "error" in answer or journal.log.base != base or tree.preserved:
             _free(tree, runs)
             if tree.preserved:

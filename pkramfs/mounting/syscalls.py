@@ -291,6 +291,11 @@ class Table:
         return None
 
 
+def is_read_only(dev: int | None) -> bool:
+    """Return True if the kernel refuses changes of a mount by itself."""
+    return any(one.flags & o.MS_RDONLY for one in mounts() if one.dev == dev)
+
+
 def places(dev: int | None) -> list[str]:
     """Return the places of a file system that nothing covers or hides."""
     table = Table(mounts())
