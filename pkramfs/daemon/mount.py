@@ -268,7 +268,7 @@ class Daemon:
     def _prepare(self, tree: Tree) -> None:
         """Make what serves the kernel and the commands."""
         operations = Operations(tree, _generation(self.lock.tree_id))
-        operations.room = self.frames.room
+        operations.room, operations.cache.write_back = self.frames.room, lambda: flush(self.session.dev)
         self.keeper = keeper = Keeper(
             tree,
             self.kernel.store,

@@ -21,7 +21,7 @@ Kernel: mm/shmem.c (shmem_fallocate), fs/fuse/inode.c (fuse_reverse_inval_inode)
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 
 import pyfuse3
@@ -45,6 +45,8 @@ class Cache:
 
     def __init__(self) -> None:
         self.device: int | None = None
+        self.write_back: Callable[[], Awaitable[None]] = self._nothing_to_do
+        """Has the kernel write back all that is dirty, and waits for it."""
         self._limit: trio.CapacityLimiter | None = None
         self._going = 0
         self._closed: trio.Event | None = None
@@ -93,6 +95,9 @@ class Cache:
         except FileNotFoundError:
             return False
         return True
+
+    async def _nothing_to_do(self) -> None:
+        """Write back nothing: no mount is known."""
 
     def _drop_each(self, numbers: Iterable[int]) -> None:
         for number in numbers:

@@ -21,7 +21,7 @@ from pkramfs.fuse import wire
 from pkramfs.fuse.translate import FOREVER, WRITTEN
 from pkramfs.units import PAGE_SIZE
 
-_FOREVER, _HALF = int(FOREVER), int(WRITTEN * 10**9)
+_FOREVER = int(FOREVER)
 _SECOND, _KEEP_CACHE = 10**9, wire.KEEP_CACHE
 _DEV, _PLUS = 0xFFFFFFFF, wire.ENTRY_OF_LISTING.size
 _pack_entry, _pack_attributes, _pack_opened = wire.ENTRY.pack, wire.ATTRIBUTES.pack, wire.OPENED.pack
@@ -38,7 +38,12 @@ class Replies:
         self._tree, self._root, self._generation = tree, tree.root, generation
         self.guessed: set[int] = set()
         self._known = _VALID.pack(generation, _FOREVER, _FOREVER, 0, 0)
-        self._written = _VALID.pack(generation, _FOREVER, 0, 0, _HALF)
+        self.hold(int(WRITTEN * _SECOND))
+
+    def hold(self, nanoseconds: int) -> None:
+        """Have the attributes of files that are written to be good for so long, less than a second."""
+        self._held = nanoseconds
+        self._written = _VALID.pack(self._generation, _FOREVER, 0, 0, nanoseconds)
 
     def _blocks(self, inode: Inode) -> int:
         """Return the blocks of a file: at least a page of one that may have data which we have not seen (translate)."""
@@ -54,7 +59,7 @@ class Replies:
         """Return the answer that names `inode`, and describes it."""
         atime, mtime, ctime = inode.atime, inode.mtime, inode.ctime
         inode.sent = not inode.writers
-        valid, nanoseconds = (_FOREVER, 0) if inode.sent else (0, _HALF)
+        valid, nanoseconds = (_FOREVER, 0) if inode.sent else (0, self._held)
         return _pack_entry(
             inode.ino,
             0 if inode is self._root else self._generation,
@@ -128,7 +133,7 @@ class Replies:
         """Return the answer that describes `inode`."""
         atime, mtime, ctime = inode.atime, inode.mtime, inode.ctime
         inode.sent = not inode.writers
-        valid, nanoseconds = (_FOREVER, 0) if inode.sent else (0, _HALF)
+        valid, nanoseconds = (_FOREVER, 0) if inode.sent else (0, self._held)
         return _pack_attributes(
             valid,
             nanoseconds,
@@ -153,7 +158,7 @@ class Replies:
 
     def statx(self, inode: Inode) -> bytes:
         """Return the answer that describes `inode`, with its birth if that is known."""
-        valid, nanoseconds = (0, _HALF) if inode.writers else (_FOREVER, 0)
+        valid, nanoseconds = (0, self._held) if inode.writers else (_FOREVER, 0)
         return wire.STATX.pack(
             valid,
             nanoseconds,

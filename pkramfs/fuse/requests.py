@@ -17,14 +17,15 @@ import errno
 import inspect
 import os
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from struct import Struct
 from typing import Any, cast
 
 from pkramfs.fs import acl, clock, protection
 from pkramfs.fs.failure import fail
-from pkramfs.fs.rules import INO_MASK, UNNOTED
+from pkramfs.fs.rules import INO_MASK, UNNOTED, WRITING
 from pkramfs.fuse import doors, wire
+from pkramfs.fuse.brake import Brake
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.replies import Replies
 from pkramfs.fuse.translate import status_fields, supplementary_groups
@@ -94,6 +95,7 @@ class Requests:
         self.operations, self.tree = operations, operations.tree
         self._replies, self._listing = Replies(self.tree, operations.generation), bytearray(MAX_READ + 8)
         operations.answer_with(self._replies)
+        self._brake = Brake(self.tree, operations, self._replies)
         self._handlers = {name: _plain(getattr(operations, name)) for name in dir(operations) if _is_handler(name)}
         hot = self._handlers  # the hot ones are not looked up by name
         self._do_lookup, self._do_getattr = hot["lookup"], hot["getattr"]
@@ -186,7 +188,18 @@ class Requests:
     # -- attributes -----------------------------------------------------------------------------
 
     def _getattr(self, header: Header, body: memoryview) -> Answer:
+        flags, handle = wire.GETATTR.unpack_from(body)
+        if flags & wire.GETATTR_FH and handle & WRITING:  # so asks write(2), but not fstat(2)
+            before = self._brake.ask(header[3], header[6])
+            if before is not None:
+                return self._getattr_after(before, header[3])
+            with self._brake.resting():
+                return self._do_getattr(header[3], None)
         return self._do_getattr(header[3], None)
+
+    async def _getattr_after(self, before: Awaitable[None], number: int) -> bytes:
+        await before
+        return cast(bytes, self._do_getattr(number, None))
 
     def _setattr(self, header: Header, body: memoryview) -> Answer:
         valid, mtime, ctime, mns, cns = wire.STAMP.unpack_from(body)
@@ -247,9 +260,11 @@ class Requests:
     # -- content --------------------------------------------------------------------------------
 
     def _open(self, header: Header, body: memoryview) -> Answer:
+        self._brake.glance()
         return self._do_open(header[3], wire.OPEN.unpack_from(body)[0], Context(header))
 
     def _create(self, header: Header, body: memoryview) -> Answer:
+        self._brake.glance()
         flags, mode, umask, _ = wire.CREATE.unpack_from(body)
         opened, entry = self._do_create(
             header[3], first_name(body, wire.CREATE.size), mode, flags, Context(header, umask)

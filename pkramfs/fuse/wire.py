@@ -89,6 +89,8 @@ COUNT_64 = Struct("<Q")
 
 NUMBER = Struct("<Q")
 FORGET_ONE = Struct("<QQ")
+GETATTR = Struct("<I4xQ")
+GETATTR_FH = 1
 SETATTR = Struct("<IIQQQqqqIIIIIIII")
 """valid, padding, handle, size, lock owner, seconds and nanoseconds of times, mode, unused, uid, gid, unused"""
 STAMP = Struct("<I36xqq4xII")

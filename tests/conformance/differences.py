@@ -85,7 +85,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         "test_a_write_too_large",
         r"write|fsync| a -rw",
-        "behind the kernel's writeback cache a write learns of ENOSPC at fsync or close",
+        "behind the writeback cache a write that brings more than those before learns of ENOSPC at fsync or close",
     ),
     *(
         Difference(

@@ -95,6 +95,36 @@ def test_pages(full: Any, size: int) -> None:
     full(case)
 
 
+@pytest.mark.skipif(os.environ.get("PKRAM_TEST_FUSE") == "pyfuse3", reason="pyfuse3 does not say who asks")
+@pytest.mark.parametrize("size", [4096, 16384])
+def test_written_until_it_is_full(full: Any, size: int) -> None:
+    """write(2) says so, nothing is lost, and all the room is used."""
+
+    def case(t: Any) -> None:
+        for name in ("a", "b"):
+            fd, written = t(os.open, name, os.O_CREAT | os.O_RDWR), 0
+            try:
+                while written < 2 * (PAGES << 12):
+                    written += os.write(fd, b"x" * size)
+            except OSError as error:
+                t.note("write", error.errno)
+            t.note("written", written, os.fstat(fd).st_size)
+            t(os.read, fd, 5)
+            t(os.lseek, fd, 0, os.SEEK_END)
+            if written:
+                t(os.pwrite, fd, b"again", 10)
+            t(os.fsync, fd)
+            t(os.close, fd)
+            figures(t)
+        t(os.unlink, "a")
+        figures(t)
+        fd = t(os.open, "b", os.O_WRONLY)
+        t(os.write, fd, b"x" * size)
+        t(os.close, fd)
+
+    full(case)
+
+
 def test_a_write_too_large(full: Any) -> None:
     def case(t: Any) -> None:
         fd = t(os.open, "a", os.O_CREAT | os.O_WRONLY)

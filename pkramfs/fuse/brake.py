@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""ENOSPC for write(2) before the kernel has taken what there is no room for.
+
+With the writeback cache write(2) is done when the kernel has the data. A lack of room shows when they are written back:
+who writes without end never hears of it, and what was taken meanwhile is lost (fs/lost). But the kernel asks for the
+attributes of a file before it takes data for it, when those it has are too old, and hands our error on:
+
+    write(2) ── attributes good? ─ yes ──────────────────────────────────────▶ the kernel takes the data
+                     └ no ── GETATTR of a descriptor ──▶ room? ─ yes ─────────▶ … and for so long it need not ask
+                                                          └ no ── ENOSPC
+
+So attributes of a file that is written to are good for as long as the fastest writer takes to fill what is left, and
+where that is little, not at all: then each write(2) asks. How much it will bring nobody says, nor how much the kernel
+still has. So each write is believed to bring twice what those before brought, less what has arrived since. When all
+that might be on its way would not fit, the kernel is told to write back, we wait, and know what is left, and what a write
+of each file brings. A file of small writes need not ask for some milliseconds. Those are refused who would not fit:
+
+    a file that grew, by its usual write          a file without a page, or that has lost some
+
+Others may be overwriting what they have. If not, they lose one write, as all did before, and the next is refused.
+
+A store through a mapping asks nobody, as little as a write through pyfuse3, which does not say who asks. Whoever reads
+behind the end, or looks for it, asks the same question: before anybody is refused, /proc says what he is doing.
+
+Kernel: fs/fuse/file.c (fuse_cache_write_iter), fs/fuse/dir.c (fuse_update_get_attr)
+"""
+
+import contextlib
+import errno
+import time
+from collections.abc import Coroutine, Iterator
+from typing import Any, Protocol
+
+import trio
+
+from pkramfs.fs.failure import fail
+from pkramfs.fs.inode import Inode
+from pkramfs.fs.tree import Tree
+from pkramfs.fuse.translate import WRITTEN, only_reads
+from pkramfs.units import PAGE_SHIFT, PAGE_SIZE, pages
+
+SHORT = (256 << 20) >> PAGE_SHIFT
+"""Pages of room below which each write asks: what the kernel may have unwritten (session._tune)."""
+LONG = int(WRITTEN * 10**9)
+"""Nanoseconds for which attributes are good where there is room, so that `du` sees a download grow."""
+_FASTEST = 4
+"""Bytes in a nanosecond that programs write at most."""
+_USUAL, _LEAST, _MORE = 1024, 16, 2
+"""Pages of a write before any was seen; at least; and how many times the last ones it may be."""
+_FEW, _MANY = 4, 64
+"""Questions after which one finds out what a write of the file brings; and what it usually brings."""
+_REST, _WRITES = 4_000_000, 40_000
+"""Nanoseconds for which a writer of little need not ask; how often it can write meanwhile, at most: the kernel makes
+two of its ticks of them."""
+_LOOK = 20_000_000
+"""Nanoseconds after which the room is looked up again when a file is opened."""
+
+
+class Host(Protocol):
+    """What a brake needs of the mount: fuse.operations."""
+
+    cache: Any
+
+    def room(self) -> int:
+        """Return how many pages are to be had, for any tree."""
+
+    def may_forget(self) -> bool:
+        """Return True if the memory of deleted files will come back."""
+
+    async def wait_for_room(self) -> None:
+        """Wait for that."""
+
+
+class Teller(Protocol):
+    """What tells the kernel how long attributes are good: fuse.replies."""
+
+    def hold(self, nanoseconds: int) -> None:
+        """Have the attributes of files that are written to be good for so long."""
+
+
+class _Writer:
+    """A file whose writers ask, as it was when the kernel had written back all, and how often they have asked since."""
+
+    __slots__ = ("asks", "long", "pages", "rested", "size", "usual")
+
+    def __init__(self, inode: Inode, usual: int | None = None, *, long: bool = False) -> None:
+        self.pages, self.size, self.asks, self.rested = _held(inode), inode.size, 0, False
+        self.usual, self.long = usual, long
+        """Bytes that a write adds, if known; True if they are known of many writes, so that not each needs to ask."""
+
+    def again(self, inode: Inode) -> "_Writer":
+        """Return the file as it is now. What is known of many writes is found out again: they may be larger now."""
+        if not self.asks or self.rested:
+            return _Writer(inode, self.usual)
+        grown = max(inode.size - self.size, 0) if _held(inode) > self.pages else 0
+        grown = max(grown, (_held(inode) - self.pages) * PAGE_SIZE if grown < PAGE_SIZE else 0)
+        return _Writer(inode, grown // self.asks, long=self.asks >= _MANY)
+
+    def needs(self, inode: Inode) -> int:
+        """Return the pages that the next write will take, as far as one can know."""
+        return pages(inode.size + self.usual) - pages(inode.size) if self.usual else 0
+
+
+class Brake:
+    """Answers who is about to write whether there is room."""
+
+    def __init__(self, tree: Tree, host: Host, teller: Teller) -> None:
+        self._tree, self._host, self._teller = tree, host, teller
+        self._one = trio.Lock()
+        self._writers: dict[int, _Writer] = {}
+        self._usual, self._expected, self._before = _USUAL, 0, 0
+        """Pages of a write; pages that may have come since all was written back; pages that the tree had then."""
+        self._known = False
+        """False while there may be anything in the kernel's cache."""
+        self._next_look = 0
+        self._rests = False
+        """True if the file for which one has asked last may be written to for a moment without asking."""
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Have the answer to `ask` that is made here tell the kernel not to ask for a moment, if the file is slow."""
+        if self._rests:
+            self._teller.hold(_REST)
+        try:
+            yield
+        finally:
+            if self._rests:
+                self._teller.hold(0)
+                self._rests = False
+
+    def glance(self) -> None:
+        """Look whether room is short, now and then: somebody opens a file to write."""
+        now = time.monotonic_ns()
+        if now >= self._next_look:
+            self._next_look = now + _LOOK
+            self._left()
+
+    def ask(self, number: int, pid: int) -> Coroutine[Any, Any, None] | None:
+        """Return None if a write by a thread to a file may go on, or what comes before: it may end with ENOSPC."""
+        left = self._left()
+        if left >= SHORT:
+            self._known = False
+            self._writers.clear()
+            return None
+        return None if self._granted(self._tree.inode(number), left) else self._settle(number, pid)
+
+    def _granted(self, inode: Inode, left: int) -> bool:
+        """Let another write through if there is room for it and all that may be on its way."""
+        writer = self._writers.get(inode.ino)
+        if not self._known or writer is None:
+            return False
+        if writer.asks >= (_FEW if writer.usual is None else _MANY) and (writer.rested or not writer.long):
+            return False
+        left -= max(self._expected - max(self._tree.limits.pages - self._before, 0), 0)
+        usual = writer.usual
+        if usual is not None and writer.long and usual * _WRITES >> PAGE_SHIFT <= left - _LEAST:
+            writer.rested = self._rests = True
+            self._grant(writer, (usual * _WRITES >> PAGE_SHIFT) + _LEAST)
+            return True
+        count = self._may_bring(writer)
+        if count > left:
+            return False
+        self._grant(writer, count)
+        return True
+
+    def _may_bring(self, writer: _Writer) -> int:
+        """Return the pages that a write may bring."""
+        return self._usual if writer.usual is None else pages(_MORE * writer.usual) + 2
+
+    def _grant(self, writer: _Writer, count: int) -> None:
+        """Expect so many pages of a file."""
+        writer.asks += 1
+        self._expected += count
+
+    async def _settle(self, number: int, pid: int) -> None:
+        """Have what is on its way arrive, and refuse the writer if there is no room for more."""
+        async with self._one:
+            inode = self._tree.inode(number)
+            if self._granted(inode, self._left()):
+                return  # others have settled meanwhile
+            await self._host.cache.write_back()
+            self._start_anew()
+            writer = self._writers.setdefault(inode.ino, _Writer(inode))
+            sure = not _held(inode) or inode.ino in self._tree.losses.files
+            needed = max(writer.needs(inode), int(sure))
+            if self._left() < needed and self._host.may_forget():
+                await self._host.wait_for_room()
+            if self._left() < needed and not only_reads(pid):
+                writer.usual = None  # the next may be smaller
+                raise fail(errno.ENOSPC)
+            self._grant(writer, self._may_bring(writer))
+
+    def _start_anew(self) -> None:
+        """Take all files as they are now: what was written to them is here."""
+        writers = self._writers.items()
+        self._writers = {
+            ino: writer.again(self._tree.writing[ino]) for ino, writer in writers if ino in self._tree.writing
+        }
+        known = [writer.usual for writer in self._writers.values() if writer.usual is not None]
+        if known:
+            self._usual = max(pages(_MORE * max(known)), self._usual >> 1, _LEAST)
+        self._known, self._expected, self._before = True, 0, self._tree.limits.pages
+
+    def _left(self) -> int:
+        """Return the pages of room, and tell for how long that will do."""
+        limits = self._tree.limits
+        left = self._host.room()
+        if limits.max_pages:
+            left = min(left, limits.max_pages - limits.pages)
+        self._teller.hold(0 if left < SHORT else min(LONG, (left << PAGE_SHIFT) // _FASTEST))
+        return left
+
+
+def _held(inode: Inode) -> int:
+    """Return the pages of a file."""
+    return inode.pages.count if inode.pages is not None else 0
