@@ -10,65 +10,65 @@ from pathlib import Path
 
 import pytest
 
-TOP = Path(__file__).parents[2]
-ROOT = TOP / "pkramfs"
-MODULES = sorted(ROOT.rglob("*.py"))
+from tests.support.sources import MODULES, ROOT, functions, parsed, relative
+
+TOP = ROOT.parent
 CHAPTERS = [path.parent for path in sorted(ROOT.glob("*/__init__.py"))]
-
-
-def relative(path: Path) -> str:
-    return str(path.relative_to(TOP))
-
-
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_modules_and_functions_stay_small(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= 500
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} is too long"
-
-
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_every_module_says_what_it_is(path: Path) -> None:
-    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
-    assert docstring, "a module begins with what it is and why"
-    assert not re.search(r"^Kernel: (none|nothing)", docstring, re.MULTILINE), "no counterpart needs no line"
-
-
 NOUNS = {
     *("A", "All", "An", "Each", "Every", "How", "That", "The", "Those"),
     *("What", "Where", "Whether", "Which", "Who", "Whose"),
 }
+PRINTERS = ("cli/render.py", "stdio.py")
+"""One door for all that is printed: render.py, which escapes, and what is below it."""
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_docstrings_begin_with_a_verb(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            first = (ast.get_docstring(node) or "Do").split()[0]
-            assert first not in NOUNS and first[0].isupper(), f"{node.name} begins with {first!r}"
+def test_modules_and_functions_stay_small() -> None:
+    lines = {relative(path): len(path.read_text().splitlines()) for path in MODULES}
+    assert {name: count for name, count in lines.items() if count > 500} == {}
+    sizes = {(relative(path), it.name): (it.end_lineno or 0) - it.lineno for path in MODULES for it in functions(path)}
+    assert {name: size for name, size in sizes.items() if size >= 60} == {}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_public_functions_have_docstrings(path: Path) -> None:
-    functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
-    assert [node.name for node in functions if not node.name.startswith("_") and not ast.get_docstring(node)] == []
+def test_every_module_says_what_it_is_and_why() -> None:
+    said = {relative(path): ast.get_docstring(parsed(path)) or "" for path in MODULES}
+    assert [name for name, docstring in said.items() if not docstring] == []
+    needless = re.compile(r"^Kernel: (none|nothing)", re.MULTILINE)
+    assert [name for name, docstring in said.items() if needless.search(docstring)] == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_all_that_is_printed_goes_through_one_door(path: Path) -> None:
-    """Allow print() in render.py, which escapes, and in stdio.py below it."""
-    if relative(path) in ("pkramfs/cli/render.py", "pkramfs/stdio.py"):
-        return
-    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    assert not [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+def test_docstrings_begin_with_a_verb() -> None:
+    first = {
+        (relative(path), it.name): (ast.get_docstring(it) or "Do").split()[0]
+        for path in MODULES
+        for it in functions(path)
+    }
+    assert {name: word for name, word in first.items() if word in NOUNS or not word[0].isupper()} == {}
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=relative)
-def test_chapters_open_with_an_essay_and_nothing_else(path: Path) -> None:
-    tree = ast.parse((path / "__init__.py").read_text())
-    assert len(tree.body) == 1 and len((ast.get_docstring(tree) or "").splitlines()) >= 15
+def test_public_functions_have_docstrings() -> None:
+    public = [
+        (relative(path), node)
+        for path in MODULES
+        for node in parsed(path).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    ]
+    assert [(name, node.name) for name, node in public if not ast.get_docstring(node)] == []
+
+
+def test_all_that_is_printed_goes_through_one_door() -> None:
+    calls = [
+        (relative(path), node.lineno)
+        for path in MODULES
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert {name for name, _ in calls} == {*PRINTERS}, calls
+
+
+def test_chapters_open_with_an_essay_and_nothing_else() -> None:
+    trees = {path.name: parsed(path / "__init__.py") for path in CHAPTERS}
+    assert [name for name, tree in trees.items() if len(tree.body) != 1] == []
+    assert [name for name, tree in trees.items() if len((ast.get_docstring(tree) or "").splitlines()) < 15] == []
 
 
 @pytest.mark.parametrize("command", [["ruff", "check", "."], ["mypy"]], ids=lambda c: c[0])
