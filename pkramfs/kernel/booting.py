@@ -72,10 +72,7 @@ class Waiting:
                 raise
         if status := self.process.wait():
             reason = (said or [f"it ended with status {status}"])[-1]
-            remedy = ""
-            if status == FormatError.exit_status:
-                remedy = "; nothing was freed: pkram-kexec --resume --force goes on and loses what is preserved"
-            raise MachineError(f"boot failed: {reason.removeprefix('boot: ')}{remedy}")
+            raise failure(reason.removeprefix("boot: "), status)
 
     def give_up(self) -> None:
         """Have it end without a trace."""
@@ -126,6 +123,14 @@ def run(machine: Machine, *, force: bool) -> None:
     if found is not None:
         _prepared.remove(found)
     (found or Waiting(machine)).go(force=force)
+
+
+def failure(reason: str, status: int) -> MachineError:
+    """Return the error of a boot that has ended with this exit status, with the remedy if there is one."""
+    remedy = ""
+    if status == FormatError.exit_status:
+        remedy = "; nothing was freed: pkram-kexec --resume --force goes on and loses what is preserved"
+    return MachineError(f"boot failed: {reason}{remedy}")
 
 
 def _host() -> dict[str, str]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pkramfs.kernel import running
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.firmware import FirmwareMap
+from tests.support import here
 from tests.support.preserved import Trees
 
 
@@ -15,5 +15,5 @@ from tests.support.preserved import Trees
 def trees(pkram_root: Path) -> Trees:
     machine = Machine.locate()
     machine.create(FirmwareMap.default(256 << 20, seed=5))
-    running.attach(machine)
+    here.bring_up(machine)
     return Trees(machine)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from pkramfs.kernel import succession
-from tests.support.here import boot_here
+from tests.support.here import boot_here, run_here
+from tests.support.nursery import forking
 
 Command = Callable[[list[str]], int]
 Run = Callable[..., tuple[int, str, str]]
@@ -25,17 +26,24 @@ def in_this_process(main: Command, capsys: pytest.CaptureFixture[str]) -> Run:
     """Return what runs a command here and tells (status, stdout, stderr)."""
 
     def run(*words: str) -> tuple[int, str, str]:
-        status = main(list(words))
+        with forking():
+            status = main(list(words))
         out, err = capsys.readouterr()
         return status, out, err
 
     return run
 
 
+@pytest.fixture(autouse=True)
+def boots_here(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Boot in this process, unless a test asks for `boots_apart`: what is tested is before and after a boot."""
+    if "boots_apart" not in request.fixturenames:
+        monkeypatch.setattr(succession, "start_boot", boot_here)
+
+
 @pytest.fixture
-def boots_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Boot in this process, for tests of what is before and after a boot."""
-    monkeypatch.setattr(succession, "start_boot", boot_here)
+def boots_apart() -> None:
+    """For tests of what a command hears of a boot in its process."""
 
 
 @pytest.fixture
@@ -52,6 +60,17 @@ def kexec(capsys: pytest.CaptureFixture[str]) -> Run:
     from pkramfs.cli.kexec import main
 
     return in_this_process(main, capsys)
+
+
+@pytest.fixture
+def mount() -> Callable[[str, str], None]:
+    """mount.pkramfs none DIR -o OPTIONS in this process, which must succeed."""
+
+    def run(directory: str, options: str) -> None:
+        done = run_here(["mount", "none", directory, "-o", options], {}, 60)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    return run
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.damage import FILES, places
 
-pytestmark = pytest.mark.usefixtures("damaged", "boots_here")
+pytestmark = pytest.mark.usefixtures("damaged")
 
 LOOKS = [
     *(("ctl", *words.split()) for words in ("status", "--json status", "nodes", "verify", "report", "iomem", "dmesg")),

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.usefixtures("boots_here")
 PAGES = 700
 
 

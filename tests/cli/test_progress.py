@@ -164,7 +164,7 @@ def test_a_bar_moves_within_a_step(clock):
     assert places == sorted({*places})
 
 
-def test_a_boot_tells_how_far_it_is(machine, kexec, monkeypatch):
+def test_a_boot_tells_how_far_it_is(machine, boots_apart, kexec, monkeypatch):
     parts: list[float] = []
     monkeypatch.setattr(progress.Bar, "within", lambda _, part: parts.append(part))
     assert kexec("-le", "builtin:8M", "--reuse-cmdline")[0] == 0

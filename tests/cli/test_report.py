@@ -9,8 +9,6 @@ from pkramfs.units import PAGE_SIZE
 
 from .test_nodes import machine, save  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("boots_here")
-
 
 @pytest.fixture
 def crashed(machine, ctl, kexec):  # noqa: F811

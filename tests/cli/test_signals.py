@@ -81,18 +81,6 @@ def test_a_signal_that_was_ignored_stays_ignored():
 mounted = pytest.mark.skipif(not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="/dev/fuse cannot be opened")
 
 
-@pytest.fixture
-def mount():
-    """mount.pkramfs none DIR -o OPTIONS, which must succeed."""
-
-    def act(directory, options):
-        words = [sys.executable, "-m", "pkramfs", "mount", "none", directory, "-o", options]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-
-    return act
-
-
 def entry_of(machine, directory):
     return next(e for e in machine.mounts() if e.mountpoint == directory and e.alive)
 

@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -16,12 +14,6 @@ pytestmark = [
     pytest.mark.mount,
     pytest.mark.skipif(not os.access("/dev/fuse", os.R_OK | os.W_OK), reason="/dev/fuse cannot be opened"),
 ]
-
-
-def mount(directory: str, options: str) -> None:
-    words = [sys.executable, "-m", "pkramfs", "mount", "none", directory, "-o", options]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def fill(directory: str, seed: int = 1) -> None:
@@ -43,7 +35,7 @@ def state(ctl) -> dict[str, str]:
     return {m["mountpoint"]: m["state"] for m in json.loads(ctl("--json", "status")[1])["mounts"]}
 
 
-def test_a_tree_survives_two_kexecs_with_nothing_in_between(machine, place, ctl, kexec):
+def test_a_tree_survives_two_kexecs_with_nothing_in_between(machine, place, mount, ctl, kexec):
     mnt = place()
     mount(mnt, "pkram=one,size=64M")
     fill(mnt)
@@ -60,7 +52,7 @@ def test_a_tree_survives_two_kexecs_with_nothing_in_between(machine, place, ctl,
     assert json.loads(ctl("--json", "status")[1])["next"]["remount"] == []
 
 
-def test_without_remount_the_node_waits(machine, place, ctl, kexec):
+def test_without_remount_the_node_waits(machine, place, mount, ctl, kexec):
     mnt = place()
     mount(mnt, "pkram=one")
     fill(mnt)
@@ -74,7 +66,7 @@ def test_without_remount_the_node_waits(machine, place, ctl, kexec):
     assert snapshot(mnt) == before
 
 
-def test_a_refused_kexec_names_what_would_be_lost_and_leaves_all_as_it_was(machine, place, ctl, kexec):
+def test_a_refused_kexec_names_what_would_be_lost_and_leaves_all_as_it_was(machine, place, mount, ctl, kexec):
     one, two, three = place(), place(), place()
     mount(one, "pkram=one")
     mount(two, "pkram=two")
@@ -94,7 +86,7 @@ def test_a_refused_kexec_names_what_would_be_lost_and_leaves_all_as_it_was(machi
         file.write("still writable")
 
 
-def test_forced_only_what_was_preserved_comes_back(machine, place, ctl, kexec):
+def test_forced_only_what_was_preserved_comes_back(machine, place, mount, ctl, kexec):
     one, two = place(), place()
     mount(one, "pkram=one")
     mount(two, "pkram=two")
@@ -111,7 +103,7 @@ def test_forced_only_what_was_preserved_comes_back(machine, place, ctl, kexec):
     assert two in ctl("dmesg")[1]
 
 
-def test_a_failure_before_the_point_of_no_return_mounts_again(machine, place, ctl, kexec, monkeypatch):
+def test_a_failure_before_the_point_of_no_return_mounts_again(machine, place, mount, ctl, kexec, monkeypatch):
     from pkramfs.errors import ExhaustedError
     from pkramfs.kernel import transition as planner
 
@@ -131,7 +123,7 @@ def test_a_failure_before_the_point_of_no_return_mounts_again(machine, place, ct
     assert snapshot(mnt) == before
 
 
-def test_a_boot_that_died_is_resumed_and_mounted_again(machine, place, ctl, kexec, monkeypatch):
+def test_a_boot_that_died_is_resumed_and_mounted_again(machine, place, mount, ctl, kexec, monkeypatch):
     from pkramfs.errors import MachineError
     from pkramfs.kernel import succession
 
@@ -157,7 +149,7 @@ def test_a_boot_that_died_is_resumed_and_mounted_again(machine, place, ctl, kexe
     assert kexec("--resume")[1] == "nothing to resume\n"
 
 
-def test_files_open_for_writing_refuse_and_are_named(machine, place, ctl, kexec):
+def test_files_open_for_writing_refuse_and_are_named(machine, place, mount, ctl, kexec):
     mnt = place()
     mount(mnt, "pkram=one")
     fill(mnt)
@@ -173,7 +165,7 @@ def test_files_open_for_writing_refuse_and_are_named(machine, place, ctl, kexec)
     assert state(ctl) == {mnt: "live"}
 
 
-def test_a_stopped_daemon_is_named_and_killed_only_when_forced(machine, place, ctl, kexec, monkeypatch):
+def test_a_stopped_daemon_is_named_and_killed_only_when_forced(machine, place, mount, ctl, kexec, monkeypatch):
     from pkramfs.cli import daemons
 
     monkeypatch.setattr(daemons, "ANSWER_SECONDS", 0.5)
@@ -192,7 +184,7 @@ def test_a_stopped_daemon_is_named_and_killed_only_when_forced(machine, place, c
     assert machine.live_ids() == set()
 
 
-def test_a_crash_boots_the_crash_kernel_and_cold_leaves_it(machine, place, ctl, kexec):
+def test_a_crash_boots_the_crash_kernel_and_cold_leaves_it(machine, place, mount, ctl, kexec):
     mnt = place()
     mount(mnt, "pkram=one")
     assert kexec("--panic")[0] == 8
@@ -211,7 +203,7 @@ def test_a_crash_boots_the_crash_kernel_and_cold_leaves_it(machine, place, ctl, 
     assert os.listdir(mnt) == []
 
 
-def test_free_refuses_a_mounted_tree(machine, place, ctl):
+def test_free_refuses_a_mounted_tree(machine, place, mount, ctl):
     mnt = place()
     mount(mnt, "pkram=one")
     mount(mnt, "remount,preserve,ro")
@@ -221,7 +213,7 @@ def test_free_refuses_a_mounted_tree(machine, place, ctl):
     assert ctl("machine", "destroy", "--force")[0] == 8
 
 
-def test_a_tree_that_a_forced_kexec_lost_is_not_mounted_again_empty(machine, place, ctl, kexec):
+def test_a_tree_that_a_forced_kexec_lost_is_not_mounted_again_empty(machine, place, mount, ctl, kexec):
     mnt = place()
     mount(mnt, "pkram=one")
     fill(mnt)

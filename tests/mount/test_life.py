@@ -184,7 +184,7 @@ def test_sigterm_with_open_files_detaches(lab: Any) -> None:
     with pytest.raises(OSError) as caught:
         os.fstat(fd)
         os.close(fd)
-    assert caught.value.errno == errno.ENOTCONN
+    assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED), "asked after, or just when the connection ended"
 
 
 def test_stop_verb(lab: Any) -> None:

@@ -4,36 +4,37 @@
 import contextlib
 import io
 import os
-import re
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from unittest import mock
 
 from pkramfs import __main__ as program
-from pkramfs.errors import MachineError, PkramfsError
-from pkramfs.kernel import boot, running, succession
+from pkramfs.errors import PkramfsError
+from pkramfs.kernel import boot, booting, running, succession
 from pkramfs.machine.directory import Machine
+from tests.support.nursery import forking
+
+_START_BOOT = succession.start_boot
 
 
 def may_run_here(words: list[str]) -> bool:
-    """Return whether a command starts no process that outlives it, so that it may run in this one."""
-    return _starts_nothing(*words) and threading.current_thread() is threading.main_thread()
+    """Return whether these are a command of ours; whom it has to start is started by `forking`, or is a boot."""
+    return words[0] in ("ctl", "mount", "kexec") and threading.current_thread() is threading.main_thread()
 
 
-def _starts_nothing(verb: str, *words: str) -> bool:
-    match verb:
-        case "ctl":
-            return True
-        case "mount":
-            return "remount" in ",".join(words).split(",")
-        case "kexec":
-            return {"-l", "-p", "-u"} & {*words} != set() and not any(
-                re.match(r"-\w*e|--(cold|resume)", w) for w in words
-            )
-    return False
+@contextlib.contextmanager
+def starting_nothing(words: Sequence[str] = ()) -> Iterator[None]:
+    """Have commands in this process boot here, and the nursery fork their daemons: no Python starts.
+
+    A boot that must be ready before mounts stand still is a process, as it is for users.
+    """
+    with forking(), contextlib.ExitStack() as boots:
+        if "--keep-mounts" not in words and succession.start_boot is _START_BOOT:  # or a test has put another there
+            boots.enter_context(mock.patch.object(succession, "start_boot", boot_here))
+        yield
 
 
 def run_here(words: list[str], environment: Mapping[str, str], seconds: float) -> subprocess.CompletedProcess[str]:
@@ -44,6 +45,7 @@ def run_here(words: list[str], environment: Mapping[str, str], seconds: float) -
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         _bounded(words, seconds),
+        starting_nothing(words),
     ):
         try:
             status = program.main(words)
@@ -71,7 +73,7 @@ def boot_here(machine: Machine, *, force: bool = False) -> None:
     try:
         boot.boot(machine, force=force)
     except PkramfsError as error:
-        raise MachineError(f"boot failed: {error}") from error
+        raise booting.failure(str(error), error.exit_status) from error
 
 
 def bring_up(machine: Machine) -> None:
