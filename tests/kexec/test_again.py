@@ -24,13 +24,6 @@ pytestmark = [
 ODD = os.fsdecode(b"od\xe9d \\ name")
 
 
-@pytest.fixture
-def user(user):
-    """Run what only looks, loads or remounts in this process: test_seven_steps has the programs."""
-    user.in_process = True
-    return user
-
-
 @pytest.fixture(autouse=True)
 def taken_down(user):
     """Whatever a test has bound or moved is gone afterwards, before the machine is taken down."""

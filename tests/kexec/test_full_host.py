@@ -17,6 +17,7 @@ def user(host, monkeypatch, pkram_root):
     root = host.directory / "root"
     monkeypatch.setenv("PKRAM_ROOT", str(root))
     made = User(root)
+    made.in_process = True
     made.directory = lambda name: _directory(pkram_root / name)
     try:
         yield made

@@ -30,13 +30,6 @@ KEEP = ("-e", "--keep-mounts")
 AT_SYMLINK_FOLLOW = 0x400
 
 
-@pytest.fixture
-def user(user: User) -> User:
-    """Run what only looks, loads or remounts in this process."""
-    user.in_process = True
-    return user
-
-
 class Writer(threading.Thread):
     """Appends numbers to a file and reads them back, until it is told to stop or sees something wrong."""
 

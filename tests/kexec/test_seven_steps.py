@@ -13,7 +13,7 @@ from tests.support.trees import fill, snapshot
 pytestmark = pytest.mark.mount
 
 
-def test_a_tree_survives(user):
+def test_a_tree_survives(user, installed):
     path = user.mount("one")
     fill(path)
     before = snapshot(path)
@@ -47,7 +47,7 @@ def test_the_same_walk_twice_with_changes_between(user):
         assert snapshot(path) == before
 
 
-def test_two_names_on_one_machine(user):
+def test_two_names_on_one_machine(user, installed):
     paths = [user.mount("one"), user.mount("two")]
     for path in paths:
         fill(path)
@@ -61,7 +61,7 @@ def test_two_names_on_one_machine(user):
     assert [snapshot(path) for path in paths] == before
 
 
-def test_a_name_is_loaded_without_a_kexec_too(user):
+def test_a_name_is_loaded_without_a_kexec_too(user, installed):
     path = user.mount("one")
     fill(path)
     before = snapshot(path)
@@ -94,7 +94,7 @@ def test_a_change_after_the_restore_withdraws_the_node(user):
     assert (path / "file").read_bytes() == b"new"
 
 
-def test_rw_takes_the_preservation_back(user):
+def test_rw_takes_the_preservation_back(user, installed):
     path = user.mount("one")
     (path / "file").write_bytes(b"data")
     user.preserve(path)
@@ -145,7 +145,7 @@ def test_a_stale_pfn_is_refused_after_a_kexec(user):
     user.refused(6, "pkram-kexec", "-e")
 
 
-def test_forced_without_the_pfn_the_tree_is_gone_and_the_log_says_so(user):
+def test_forced_without_the_pfn_the_tree_is_gone_and_the_log_says_so(user, installed):
     path = user.mount("one")
     (path / "file").write_bytes(bytes(1 << 20))
     user.preserve(path)
