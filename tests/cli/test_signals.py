@@ -18,6 +18,17 @@ from pkramfs.control.client import call
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """What the suite's own shell ignores, as one does for what runs in its background, a user's does not."""
+    ignored = [number for number in NUMBERS if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
