@@ -59,6 +59,7 @@ def test_ten_thousand(both: Any) -> None:
     both(case)
 
 
+@pytest.mark.few(1, each="change")
 @pytest.mark.parametrize("count", [10, 300, 1000])
 @pytest.mark.parametrize("change", ["unlink", "create", "rename", "replace", "exchange", "unlinkall", "recreate"])
 def test_changes_while_reading(both: Any, change: str, count: int) -> None:

@@ -2,7 +2,6 @@
 """Real programs on the mount: git, sqlite, tar, rsync, gcc and Python's own tests of files."""
 
 import importlib.util
-import multiprocessing
 import os
 import shutil
 import sqlite3
@@ -110,12 +109,15 @@ def test_git(top: Path) -> None:
     assert git("two", "rev-parse", "HEAD") == git("one", "rev-parse", "HEAD~2")
 
 
-def insert(path: str, writer: int, rows: int) -> None:
-    with sqlite3.connect(path, timeout=60) as database:
-        for number in range(rows):
-            database.execute("insert into t values (?, ?, ?)", (writer, number, os.urandom(500)))
-            database.commit()
-    database.close()
+INSERT = """
+import os, sqlite3, sys
+path, writer, rows = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+with sqlite3.connect(path, timeout=60) as database:
+    for number in range(rows):
+        database.execute("insert into t values (?, ?, ?)", (writer, number, os.urandom(500)))
+        database.commit()
+database.close()
+"""
 
 
 @pytest.mark.parametrize("mode", ["wal", "delete", "truncate", "persist"])
@@ -125,13 +127,8 @@ def test_sqlite(top: Path, mode: str) -> None:
     assert database.execute(f"pragma journal_mode={mode}").fetchone() == (mode,)
     database.execute("create table t (writer, number, data)")
     database.commit()
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=insert, args=(path, writer, 60)) for writer in range(4)]
-    for process in writers:
-        process.start()
-    for process in writers:
-        process.join(100)
-        assert process.exitcode == 0
+    writers = [subprocess.Popen([sys.executable, "-c", INSERT, path, str(writer), "60"]) for writer in range(4)]
+    assert [writer.wait(100) for writer in writers] == [0] * 4
     assert database.execute("select count(*), count(distinct writer) from t").fetchone() == (240, 4)
     assert database.execute("pragma integrity_check").fetchone() == ("ok",)
     database.execute("delete from t where number % 2")
