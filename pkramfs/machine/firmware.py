@@ -12,6 +12,7 @@ Kernel: arch/x86/kernel/e820.c, arch/x86/mm/srat.c
 """
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class FirmwareMap:
         """Return the bytes of the RAM file: the end of the highest entry."""
         return round_up(max(end for _, end, _ in self.entries), PAGE_SIZE)
 
-    @property
+    @cached_property
     def usable(self) -> Spans:
         """Return the pages that software may use: whole ones only, page 0 excluded."""
         ranges = Spans((start, end) for start, end, kind in self.entries if kind == "usable")
@@ -127,9 +128,15 @@ class FirmwareMap:
         nodes = _rows("nodes", data.get("nodes", []), "node")
         try:
             found = tuple((start, end, str(kind)) for start, end, kind in entries)
-            return cls(found, tuple((s, e, _whole(node)) for s, e, node in nodes), _whole(data.get("seed", 0)))
+            return _known(found, tuple((s, e, _whole(node)) for s, e, node in nodes), _whole(data.get("seed", 0)))
         except TypeError as error:
             raise MachineError(f"firmware map: not what machine.json should hold ({error})") from None
+
+
+@lru_cache(maxsize=8)
+def _known(entries: tuple[Range, ...], nodes: tuple[Range, ...], seed: int) -> FirmwareMap:
+    """Return the one map of this content: a command reads machine.json ten times, and checks it once."""
+    return FirmwareMap(entries, nodes, seed)
 
 
 def _rows(name: str, rows: Any, third: str) -> list[Range]:
