@@ -95,7 +95,9 @@ class Attributes(Truncation):
             refuse_times(inode, given=atime is not None and not touch, written=atime is None and inode.writers > 0)
         if same:
             return inode
-        self._change(inode, room=LESS)
+        self._change(room=LESS)
+        if self.journal is not None:
+            self.journal.timed(inode)
         if atime is not None:
             inode.atime = clock.clamp(atime)
         if mtime is not None:

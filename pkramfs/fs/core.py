@@ -8,7 +8,8 @@ tree lets go of its node, and where the journal learns which inodes a change is 
     checks ──▶ gate ──▶ mutation      EROFS while the tree is frozen; ENOSPC if the journal has no room; the first
                                       change of a preserved tree withdraws its node, then it is applied
 
-Whatever is changed below the gate, a name, a run, an attribute, is told to the journal where it is done.
+Whatever is changed below the gate, a name, a run, an attribute, is told to the journal where it is done, and an inode
+that is made by who makes it.
 
 The states and what leads from one to another are in preservation, the counters in ledger.
 Access times are no change: they are kept when nothing else happens, and skipped while frozen.
@@ -193,8 +194,6 @@ class Core:
         self.inodes[self.next_ino] = inode
         self.next_ino += 1
         self.ledger.add_inode()
-        if self.journal is not None:
-            self.journal.add(inode)
         return inode
 
     def _make_directory(self, inode: Inode, parent: Inode) -> None:

@@ -9,8 +9,9 @@ that was cut is cleared afterwards. So a daemon that dies before the store has d
 it has done everything but what recovery does again.
 
 Attributes are not told one by one: the gate (core) names the inodes that a change is about, and `commit` writes what
-they have become. Data that are written over data need no record, since they are in their frames; nor do reading,
-look-ups and access times.
+they have become. Of the requests that come most one record tells all (brief): the first change that a request notes
+may be such a one, and whatever else it notes comes behind that. Data that are written over data need no record, since
+they are in their frames; nor do reading, look-ups and access times.
 
 Where RAM is so full that the log gets no frames, how files are open is told later: who only reads needs no room. Who
 reads a file that has a name is told late in any case, when nobody asks for anything or with many others: a daemon that
@@ -24,9 +25,19 @@ Kernel: fs/jbd2/transaction.c (jbd2_journal_get_write_access … stop); the defe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pkramfs.errors import ExhaustedError
+from pkramfs.fs.brief import (
+    AHEAD,
+    Packer,
+    pack_gone,
+    pack_made,
+    pack_moved,
+    pack_open,
+    pack_times,
+    pack_wrote,
+)
 from pkramfs.fs.records import (
     Kind,
     pack_damaged,
@@ -57,6 +68,9 @@ REQUESTS, SIZE = 1 << 16, 64 << 20
 """How many requests, or bytes of log, make a checkpoint due."""
 _FEW, _MANY = 4, 64
 """Records that surely fit where there is room for a request; readers' opens that are told together at the latest."""
+_BRIEF = 1024
+"""Bytes in which a chunk with one record of `brief` fits."""
+_TELL_OPEN = (pack_made, pack_gone, pack_open)
 
 
 class Damage(Protocol):
@@ -91,6 +105,8 @@ class Journal:
         self._records: list[bytes] = []
         self._size = self._sized = 0  # the bytes of the first `_sized` records of `_measured`
         self._measured = self._records
+        self._brief: tuple[Packer, Inode, *tuple[Any, ...]] | None = None
+        """What the request has changed first, if one record can tell it: its packer, the inode, what else it needs."""
         self._dirty: dict[int, Inode] = {}
         self._fresh = 0
         """The first inode that was made since the last commit, 0: none was."""
@@ -152,14 +168,17 @@ class Journal:
         Of a file that has a name it may be told `late` that somebody reads it, with others, or when nobody asks for
         anything: the kernel's references keep it as well.
         """
-        ino = inode.ino
-        if ino not in self._dirty:
-            if late and inode.nlink:
-                self._late[ino] = inode
-                if len(self._late) >= _MANY:
-                    self._hurry()
-            else:
-                self._opened[ino] = inode
+        ino, brief = inode.ino, self._brief
+        if ino in self._dirty or (brief is not None and brief[1] is inode and brief[0] in _TELL_OPEN):
+            pass
+        elif late and inode.nlink:
+            self._late[ino] = inode
+            if len(self._late) >= _MANY:
+                self._hurry()
+        elif self._is_first() and not self._opened and self.log.left > GROWTH:
+            self._brief = pack_open, inode, self._tree.unnamed
+        else:
+            self._opened[ino] = inode
         if inode.opens:
             self._open[ino] = inode
         else:
@@ -179,8 +198,66 @@ class Journal:
         """Note that a name is gone."""
         self._records.append(pack_leave(folder.ino, name))
 
+    def _is_first(self) -> bool:
+        """Return True if the request has noted nothing yet that must be told in order."""
+        return self._brief is None and not self._dirty and not self._records
+
+    def made(self, folder: Inode, name: bytes, inode: Inode, cookie: int) -> None:
+        """Note a name that was made for a new inode, which has the times of the directory."""
+        if self._brief is None and not self._dirty and not self._records:
+            self._brief = pack_made, inode, folder, name, cookie, inode.ctime
+        else:
+            self.touch(folder)
+            self.add(inode)
+            self.enter(folder, name, inode, cookie)
+
+    def gone(self, folder: Inode, name: bytes, inode: Inode, now: int) -> None:
+        """Note that a name is gone, since `now`, and what else becomes of its inode."""
+        if self._brief is None and not self._dirty and not self._records:
+            self._brief = pack_gone, inode, folder, name, now
+        else:
+            self.touch(folder)
+            self.touch(inode)
+            self.leave(folder, name)
+
+    def moved(
+        self, source: Inode, name: bytes, inode: Inode, target: Inode, new_name: bytes, cookie: int,
+        victim: Inode | None, now: int,
+    ) -> None:  # fmt: skip
+        """Note that a name became another, since `now`, perhaps in place of a victim, which is as it will be."""
+        if self._is_first():
+            number = 0 if victim is None else victim.ino
+            self._brief = pack_moved, inode, source, name, target, new_name, cookie, number, now
+        else:
+            for changed in (source, target, inode):
+                self.touch(changed)
+            self.leave(source, name)
+            if victim is not None:
+                self.leave(target, new_name)
+            self.enter(target, new_name, inode, cookie)
+        if victim is not None:
+            self.touch(victim)
+
+    def timed(self, inode: Inode) -> None:
+        """Note that times of an inode change."""
+        if self._brief is None and not self._dirty and not self._records:
+            self._brief = pack_times, inode
+        else:
+            self._dirty[inode.ino] = inode
+
+    def wrote(self, inode: Inode) -> None:
+        """Note that size and times of a file change, because it is written."""
+        brief = self._brief
+        if brief is None and not self._dirty and not self._records:
+            self._brief = pack_wrote, inode
+        elif brief is None or brief[1] is not inode or brief[0] is not pack_wrote:
+            self._dirty[inode.ino] = inode
+
     def put(self, inode: Inode, runs: list[tuple[int, int, int]]) -> None:
         """Note runs (file page, pfn, pages) that a file has got."""
+        if len(runs) == 1 and self._brief is None and not self._dirty and not self._records:
+            self._brief = pack_wrote, inode, *runs[0]
+            return
         for index, pfn, count in runs:
             self._records.append(pack_run(inode.ino, index, pfn, count))
 
@@ -245,7 +322,16 @@ class Journal:
 
     def commit(self, asker: int = 0) -> None:
         """Make all that was noted count; `asker` is the number of the request that is about to be answered."""
-        if self._dirty or self._records or self._opened or self._losing or self._looks_due:
+        brief, log = self._brief, self.log
+        more = self._dirty or self._records or self._opened or self._losing or self._looks_due
+        if brief is not None and not more and log.left > _BRIEF:
+            packer, *about = brief
+            log.put(packer(log.position, asker, *about))
+            self._brief = None
+            self.requests = requests = self.requests + 1
+            if requests == self.limit or not requests & 1023:
+                self._look(requests)
+        elif more or brief is not None:
             self._write(asker)
         if self._cut or self._freed:
             self._settle()
@@ -265,6 +351,9 @@ class Journal:
         """Append what was noted to the log. No comprehensions and no list[bytes]() here: they take 0.2 and 0.4 µs."""
         unnamed, log, late = self._tree.unnamed, self.log, False
         parts: list[bytes] = []
+        if self._brief is not None:
+            packer, *about = self._brief
+            parts.append(packer(0, 0, *about)[AHEAD:])
         for inode in self._dirty.values():
             parts.append(pack_inode(inode, unnamed))  # noqa: PERF401
         if self._records:
@@ -279,9 +368,14 @@ class Journal:
             self._losing.clear()
             self._looked.clear()
             self._looks_due = False
-        self._dirty, self._records, self._fresh = {}, [], 0
+        self._brief, self._dirty, self._records, self._fresh = None, {}, [], 0
         self.requests = requests = self.requests + 1
-        if requests == self.limit or (log.size > SIZE and not requests & 1023):
+        if requests == self.limit or not requests & 1023:
+            self._look(requests)
+
+    def _look(self, requests: int) -> None:
+        """Say that a checkpoint is due, if it is."""
+        if requests == self.limit or self.log.size > SIZE:
             self.due()
 
     def _tell_late(self, parts: list[bytes]) -> bool:

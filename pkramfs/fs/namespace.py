@@ -110,21 +110,21 @@ class Namespace(Core):
         if kind not in _TYPES:
             raise fail(errno.EPERM if kind == stat.S_IFDIR else errno.EINVAL)
         folder = self._place_for(parent, name)
-        self._change(folder)
+        self._change()
         inode = self._new_inode(folder, kind | mode & 0o7777, caller)
         if kind in _DEVICES:
             inode.rdev = rdev
-        self._enter(folder, name, inode)
+        self._make(folder, name, inode)
         return inode
 
     def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller = ROOT) -> Inode:
         """Make a directory; return its inode."""
         folder = self._place_for(parent, name)
-        self._change(folder)
+        self._change()
         inode = self._new_inode(folder, stat.S_IFDIR | mode & 0o7777, caller)
         self._make_directory(inode, folder)
         folder.nlink += 1
-        self._enter(folder, name, inode)
+        self._make(folder, name, inode)
         return inode
 
     def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller = ROOT) -> Inode:
@@ -138,6 +138,7 @@ class Namespace(Core):
         self.limits.require_pages(pages)
         self._change(folder)
         inode = self._new_inode(folder, stat.S_IFLNK | 0o777, caller)
+        self._add(inode)
         inode.target, inode.size = bytes(target), len(target)
         self.ledger.add_target(inode)
         self._enter(folder, name, inode)
@@ -173,6 +174,7 @@ class Namespace(Core):
         self._check_place(folder, INODE_SPACE)
         self._change()
         inode = self._new_inode(folder, stat.S_IFREG | mode & 0o7777, caller)
+        self._add(inode)
         inode.nlink = 0
         self.orphans[inode.ino] = (folder, b"#%d" % inode.ino)
         if linkable:
@@ -220,18 +222,34 @@ class Namespace(Core):
             self.put_xattr(inode, name, value)
         return inode
 
+    def _add(self, inode: Inode) -> None:
+        if self.journal is not None:
+            self.journal.add(inode)
+
+    def _make(self, folder: Inode, name: bytes, inode: Inode) -> None:
+        """Give a new inode its name."""
+        cookie = self._place(folder, name, inode)
+        folder.mtime = folder.ctime = inode.ctime
+        if self.journal is not None:
+            self.journal.made(folder, name, inode, cookie)
+
     def _enter(self, folder: Inode, name: bytes, inode: Inode) -> None:
         self._put_in(folder, name, inode)
         folder.mtime = folder.ctime = inode.ctime
 
     def _put_in(self, folder: Inode, name: bytes, inode: Inode) -> None:
+        cookie = self._place(folder, name, inode)
+        if self.journal is not None:
+            self.journal.enter(folder, name, inode, cookie)
+
+    def _place(self, folder: Inode, name: bytes, inode: Inode) -> int:
+        """Put a name into a directory, and return its cookie; the journal is the caller's."""
         assert folder.entries is not None
         cookie = folder.entries.add(name, inode)
         inode.folder, inode.name = folder, name
         self.ledger.add_entry(name)
         folder.size += ENTRY_SIZE
-        if self.journal is not None:
-            self.journal.enter(folder, name, inode, cookie)
+        return cookie
 
     # -- removing -------------------------------------------------------------------------------
 
@@ -243,9 +261,8 @@ class Namespace(Core):
             raise fail(errno.EISDIR)
         if folder.flags | inode.flags:
             refuse_removal(folder, inode)
-        self._change(folder, inode, room=LESS)
-        self._leave(folder, name)
-        self._drop_name(inode, folder, name, folder.ctime)
+        self._change(room=LESS)
+        self._remove(folder, name, inode)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """Remove an empty directory."""
@@ -260,22 +277,29 @@ class Namespace(Core):
         if inode.entries.entries:
             raise fail(errno.ENOTEMPTY)
         refuse_removal(folder, inode)
-        self._change(folder, inode, room=LESS)
-        self._leave(folder, name)
+        self._change(room=LESS)
         folder.nlink -= 1
-        self._drop_name(inode, folder, name, folder.ctime)
+        self._remove(folder, name, inode)
 
-    def _leave(self, folder: Inode, name: bytes) -> None:
-        self._take_out(folder, name)
-        folder.mtime = folder.ctime = clock.now()
+    def _remove(self, folder: Inode, name: bytes, inode: Inode) -> None:
+        """Take a name away from an inode, and the inode if that was all that held it."""
+        self._displace(folder, name)
+        folder.mtime = folder.ctime = now = clock.now()
+        if self.journal is not None:
+            self.journal.gone(folder, name, inode, now)
+        self._drop_name(inode, folder, name, now)
 
     def _take_out(self, folder: Inode, name: bytes) -> None:
+        self._displace(folder, name)
+        if self.journal is not None:
+            self.journal.leave(folder, name)
+
+    def _displace(self, folder: Inode, name: bytes) -> None:
+        """Take a name out of a directory; the journal is the caller's."""
         assert folder.entries is not None
         folder.entries.remove(name)
         self.ledger.remove_entry(name)
         folder.size -= ENTRY_SIZE
-        if self.journal is not None:
-            self.journal.leave(folder, name)
 
     def _drop_name(self, inode: Inode, folder: Inode, name: bytes, now: int) -> None:
         """Account for a name that an inode has lost and that is out of the directory already."""
@@ -356,12 +380,15 @@ class Namespace(Core):
             _check_replacement(inode, victim)
         if flags & RENAME_WHITEOUT:
             self.limits.require_space()
-        self._change(source, target, inode, *((victim,) if victim is not None else ()))
         if flags & RENAME_EXCHANGE and victim is not None:
+            self._change(source, target, inode, victim)
             self._exchange(source, name, inode, target, new_name, victim)
-            return
-        whiteout = self._new_inode(source, stat.S_IFCHR, caller) if flags & RENAME_WHITEOUT else None
-        self._move(source, name, inode, target, new_name, victim, whiteout)
+        elif flags & RENAME_WHITEOUT:
+            self._change(source, target, inode, *((victim,) if victim is not None else ()))
+            self._move(source, name, inode, target, new_name, victim, self._new_inode(source, stat.S_IFCHR, caller))
+        else:
+            self._change()
+            self._move(source, name, inode, target, new_name, victim, None)
 
     @staticmethod
     def _check_new_name(target: Inode, name: bytes, flags: int) -> None:
@@ -399,12 +426,20 @@ class Namespace(Core):
         whiteout: Inode | None,
     ) -> None:
         now = clock.now()
-        self._take_out(source, name)
         if whiteout is not None:
+            self._add(whiteout)
+            self._take_out(source, name)
             self._put_in(source, name, whiteout)
-        if victim is not None:
-            self._take_out(target, new_name)
-        self._put_in(target, new_name, inode)
+            if victim is not None:
+                self._take_out(target, new_name)
+            self._put_in(target, new_name, inode)
+        else:
+            self._displace(source, name)
+            if victim is not None:
+                self._displace(target, new_name)
+            cookie = self._place(target, new_name, inode)
+            if self.journal is not None:
+                self.journal.moved(source, name, inode, target, new_name, cookie, victim, now)
         if inode.entries is not None:
             inode.entries.parent = target
             source.nlink -= 1

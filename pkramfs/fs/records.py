@@ -15,6 +15,7 @@ needs none of the rules by which they came about, and a later version may have o
     LOST      which pages of a file were not stored (see lost); none: all is well
     SUMMED    checksums of pieces of files (see sums); UNSUMMED: pieces of a file have none, of inode 0: nothing has
     DAMAGED   which pages of a piece of a file are damaged; none: it is well
+    MADE, GONE, MOVED, TIMES, WROTE: see brief
 
 A record begins with its kind, a 16-bit number that some use, and its length, a multiple of 8. Bytes are padded with
 zeros.
@@ -50,6 +51,11 @@ class Kind(enum.IntEnum):
     SUMMED = 14
     UNSUMMED = 15
     DAMAGED = 16
+    MADE = 17
+    GONE = 18
+    MOVED = 19
+    TIMES = 20
+    WROTE = 21
 
 
 Values = tuple[Any, ...]
@@ -58,8 +64,10 @@ UNPRIVILEGED, UNNAMED = 1, 2
 """Marks of an inode: somebody has it open whose writes drop set-id bits; it may still get its first name."""
 
 _HEAD = Struct("<HHI")
+MADE, GONE, MOVED = Struct("<HHIQQQqIIIIIIIIQQQQ"), Struct("<HHIQQqQIIIIII"), Struct("<HHIQQQQQqQQIIII")
+TIMES, WROTE = Struct("<HHIQqqq"), Struct("<HHIQQqqQQQ")
 _INODE = Struct("<HHIQIIIIQqqqqQIIII")
-_OPENED = Struct("<HHIQIIII")
+OPENED = Struct("<HHIQIIII")
 _ENTER = Struct("<HHIQQQ")
 _TWO = Struct("<HHIQQ")
 _ONE = Struct("<HHIQ")
@@ -96,7 +104,7 @@ def pack_opened(inode: Inode, unnamed: Container[int]) -> bytes:
     marks = UNPRIVILEGED if inode.unprivileged else 0
     if not inode.nlink and inode.ino in unnamed:
         marks |= UNNAMED
-    return _OPENED.pack(2, 0, 32, inode.ino, inode.opens, inode.writers, marks, 0)
+    return OPENED.pack(2, 0, 32, inode.ino, inode.opens, inode.writers, marks, 0)
 
 
 def pack_enter(folder: int, name: bytes, child: int, cookie: int) -> bytes:
@@ -190,6 +198,18 @@ def _read_enter(body: bytes, at: int, extra: int, end: int) -> Values:
     return folder, _bytes(body, at + _ENTER.size, extra, end), child, cookie
 
 
+def _behind(struct: Struct) -> Callable[[bytes, int, int, int], Values]:
+    """Return what reads a record of numbers with a name behind them."""
+    values, size = _behind_head(struct), struct.size
+    return lambda body, at, extra, end: (*values(body, at), _bytes(body, at + size, extra, end))
+
+
+def _read_moved(body: bytes, at: int, extra: int, end: int) -> Values:
+    *values, size, _ = _unpack_moved(body, at)
+    both = _bytes(body, at + MOVED.size, extra + size, end)
+    return *values, both[:extra], both[extra:]
+
+
 def _read_named(body: bytes, at: int, extra: int, end: int) -> Values:
     return *_unpack_one(body, at), _bytes(body, at + _ONE.size, extra, end)
 
@@ -234,10 +254,10 @@ def _numbers(struct: Struct) -> Callable[[bytes, int, int, int], Values]:
 
 
 _unpack_head, _unpack_inode = _HEAD.unpack_from, _behind_head(_INODE)
-_unpack_enter, _unpack_one = _behind_head(_ENTER), _behind_head(_ONE)
+_unpack_enter, _unpack_one, _unpack_moved = _behind_head(_ENTER), _behind_head(_ONE), _behind_head(MOVED)
 _READERS: dict[int, Callable[[bytes, int, int, int], Values]] = {
     Kind.INODE.value: _read_inode,
-    Kind.OPENED.value: _numbers(_OPENED),
+    Kind.OPENED.value: _numbers(OPENED),
     Kind.ENTER.value: _read_enter,
     Kind.LEAVE.value: _read_named,
     Kind.RUN.value: _numbers(_RUN),
@@ -252,4 +272,9 @@ _READERS: dict[int, Callable[[bytes, int, int, int], Values]] = {
     Kind.SUMMED.value: _read_summed,
     Kind.UNSUMMED.value: _numbers(_RANGE),
     Kind.DAMAGED.value: _read_damaged,
+    Kind.MADE.value: _behind(MADE),
+    Kind.GONE.value: _behind(GONE),
+    Kind.MOVED.value: _read_moved,
+    Kind.TIMES.value: _numbers(TIMES),
+    Kind.WROTE.value: _numbers(WROTE),
 }

@@ -51,7 +51,7 @@ class Replay:
         self.requests = self.records = 0
         self.done: dict[int, int] = {}
         """The last requests of this connection that were done, by number, and the inode that each has made or 0."""
-        self._made = 0
+        self._latest = 0
         self._to_clear: list[tuple[int, Inode, int, int]] = []
         self.touched: dict[int, list[tuple[int, int]]] | None = None
         """If not None, the frames (pfn, count) that files had before their runs were changed, by inode."""
@@ -74,8 +74,8 @@ class Replay:
                 if not body:  # another connection begins, which counts anew
                     done.clear()
                 elif asker:
-                    done.append((asker, self._made))
-                self._made = 0
+                    done.append((asker, self._latest))
+                self._latest = 0
         self.done = dict(done)
 
     def clear(self) -> None:
@@ -150,7 +150,7 @@ class Replay:
         tree = self.tree
         if not tree.next_ino <= ino <= INO_MASK:
             raise self._wrong("ino", ino, f"at least {tree.next_ino}, or an inode that is there")
-        self._made = ino
+        self._latest = ino
         inode = Inode(ino, mode, 0, 0, 0, 0, 0)
         tree.inodes[ino] = inode
         tree.next_ino = ino + 1
@@ -192,10 +192,64 @@ class Replay:
         if inode.entries is not None:
             inode.entries.parent = above
 
-    def _leave(self, folder: int, name: bytes) -> None:
+    def _made(
+        self, folder: int, ino: int, cookie: int, now: int, mode: int, uid: int, gid: int, flags: int, nlink: int,
+        opens: int, writers: int, marks: int, rdev: int, size: int, folder_size: int, folder_nlink: int, name: bytes,
+    ) -> None:  # fmt: skip
+        self._require(ino not in self.tree.inodes, "ino", ino, "a new inode")
+        self._inode(ino, mode, uid, gid, nlink, size, now, now, now, now, rdev, flags, opens, writers, marks, b"")
+        self._enter(folder, name, ino, cookie)
+        self._changed(folder, folder_size, folder_nlink, now)
+
+    def _gone(
+        self, folder: int, ino: int, now: int, folder_size: int, folder_nlink: int, nlink: int, opens: int,
+        writers: int, marks: int, _: int, name: bytes,
+    ) -> None:  # fmt: skip
+        inode = self._find(ino)
+        self._leave(folder, name, inode)
+        self._changed(folder, folder_size, folder_nlink, now)
+        if nlink != inode.nlink and inode.entries is None:
+            self.tree.ledger.add_links(max(nlink, 1) - max(inode.nlink, 1))
+        inode.nlink, inode.ctime = nlink, now
+        self._set_open(inode, opens, writers, marks)
+
+    def _moved(
+        self, source: int, target: int, ino: int, cookie: int, victim: int, now: int, source_size: int,
+        target_size: int, source_nlink: int, target_nlink: int, name: bytes, new_name: bytes,
+    ) -> None:  # fmt: skip
+        inode = self._find(ino)
+        self._leave(source, name, inode)
+        if victim:
+            self._leave(target, new_name, self._find(victim))
+        self._enter(target, new_name, ino, cookie)
+        self._changed(source, source_size, source_nlink, now)
+        self._changed(target, target_size, target_nlink, now)
+        inode.ctime = now
+
+    def _changed(self, folder: int, size: int, nlink: int, now: int) -> None:
+        """Set what a directory is after a change of its names."""
+        inode = self._find(folder)
+        self._require(size <= MAX_SIZE, "size", size, "one that its type can have")
+        inode.size, inode.nlink, inode.mtime, inode.ctime = size, nlink, now, now
+
+    def _times(self, ino: int, atime: int, mtime: int, ctime: int) -> None:
+        inode = self._find(ino)
+        inode.atime, inode.mtime, inode.ctime = atime, mtime, ctime
+
+    def _wrote(self, ino: int, size: int, mtime: int, ctime: int, index: int, pfn: int, count: int) -> None:
+        inode = self._find(ino)
+        if not inode.is_file or size > MAX_SIZE:
+            raise self._wrong("size", size, "one that its type can have")
+        if count:
+            self._run(ino, index, pfn, count)
+        if size != inode.size:
+            self.tree.ledger.add_bytes(size - inode.size)
+        inode.size, inode.mtime, inode.ctime = size, mtime, ctime
+
+    def _leave(self, folder: int, name: bytes, whose: Inode | None = None) -> None:
         above = self._find(folder)
         inode = above.entries.find(name) if above.entries is not None else None
-        if inode is None or above.entries is None:
+        if inode is None or above.entries is None or whose not in (None, inode):
             raise self._wrong("name", name, "a name of the directory")
         above.entries.remove(name)
         self.tree.ledger.remove_entry(name)

@@ -4,6 +4,11 @@
 They cross the death of a daemon, and so the change from one version of this program to the next: hence a version,
 which readers check. All but the live page cross a kexec, too, if a node says that a log holds its tree.
 
+    version 1   chunks of kind 0x4a43, records up to DAMAGED
+    version 2   chunks of kind 0x4a44 behind them, and records that tell a whole request
+
+Who goes on with a log of version 1 makes it one of version 2 (`renew`), which the program that began it refuses.
+
     live page   bytes 16 to 55 are published words, which change; the checksum covers bytes 128 to 4095
     base page   never changes: what counts as the beginning
     seal page   never changes: what counted at the moment at which the tree was preserved
@@ -26,7 +31,7 @@ from pkramfs.pkram.page import check_pfn, letters, read_page, read_word, write_p
 from pkramfs.record import F, Record
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
-VERSION = 1
+VERSION, OLDEST = 2, 1
 NAME_MAX = 255
 
 LIVE_MAGIC = int.from_bytes(b"PKRAMlv1", "little")
@@ -36,7 +41,7 @@ SEAL_MAGIC = int.from_bytes(b"PKRAMsl1", "little")
 
 BASE_AT, TAIL_AT, ZEROED_AT, GROWING_AT, GROWN_AT = 16, 24, 32, 40, 48
 """Byte offsets of the published words of a live page."""
-_COVERED = 128
+_COVERED, _VERSION_AT = 128, 128
 
 LIVE = Record(
     "Live",
@@ -110,7 +115,9 @@ _NEXT_AT, _SEGMENT_COVERED = 16, 24
 
 CHUNK = struct.Struct("<IHHQQQ")
 """Length with this header (a multiple of 8), kind, flags, checksum, position, who asked."""
-CHUNK_KIND = 0x4A43
+CHUNK_KIND, OLD_KIND = 0x4A44, 0x4A43
+COVERED = 16
+"""The checksum of a chunk covers all from this byte on, seeded with the flags."""
 LAST = 1
 """Flag of the last chunk of a request."""
 MOST = 1 << 26
@@ -119,11 +126,12 @@ MOST = 1 << 26
 BITS = 48
 _MASK = (1 << BITS) - 1
 FACTOR, WORD = 0x9E3779B97F4A7C15, (1 << 64) - 1
+CHECK = WORD - _MASK
 
 
 def guard(position: int, address: int) -> int:
     """Return the published word for a position at a physical address: 16 bits of check above the position."""
-    return ((position ^ address << 20) * FACTOR & WORD) >> BITS << BITS | position
+    return (position ^ address << 20) * FACTOR & CHECK | position
 
 
 def read_position(ram: Ram, pfn: int, offset: int, field: str) -> int:
@@ -170,17 +178,16 @@ def write_live(ram: Ram, pfn: int, name: bytes, tree_id: int, generation: int, b
 
 
 def read_live(ram: Ram, pfn: int) -> Live:
-    """Read and check a live page; raise VersionError for one of another version."""
+    """Read and check a live page; raise VersionError for one of a later version."""
     check_pfn(ram, pfn, "Live", "pfn")
     page = ram.peek(pfn)
     found = LIVE.read(page)
     if found.magic != LIVE_MAGIC:
         raise FormatError("Live", "magic", pfn=pfn, found=letters(found.magic), expected=letters(LIVE_MAGIC))
     expected = _live_digest(page, pfn)
-    if found.checksum != expected:
+    if found.checksum not in (expected, _digest_before(page, pfn)):
         raise FormatError("Live", "checksum", pfn=pfn, found=f"{found.checksum:016x}", expected=f"{expected:016x}")
-    if found.version != VERSION:
-        raise VersionError("Live", "version", pfn=pfn, found=found.version, expected=f"{VERSION}, this program's")
+    _check_version("Live", pfn, found.version)
     if not 0 < found.name_length <= NAME_MAX:
         raise FormatError("Live", "name_length", pfn=pfn, found=found.name_length, expected=f"1 to {NAME_MAX}")
     return Live(
@@ -196,8 +203,32 @@ def read_live(ram: Ram, pfn: int) -> Live:
     )
 
 
+def renew(ram: Ram, pfn: int) -> None:
+    """Make a live page say that its log is of this version, whose records will follow.
+
+    Between the two stores the page is of this version with the checksum of the one before, which we accept.
+    """
+    page, at = ram.page(pfn), pfn << PAGE_SHIFT
+    if LIVE.read(page).version != VERSION:
+        word = int.from_bytes(page[_VERSION_AT : _VERSION_AT + 8], "little")
+        ram.publish(at + _VERSION_AT, word >> 32 << 32 | VERSION)
+        ram.publish(at + 8, _live_digest(page, pfn))
+
+
+def _check_version(record: str, pfn: int, version: int) -> None:
+    if not OLDEST <= version <= VERSION:
+        raise VersionError(record, "version", pfn=pfn, found=version, expected=f"at most {VERSION}, this program's")
+
+
 def _live_digest(page: bytes | memoryview, pfn: int) -> int:
     return xxhash.xxh3_64_intdigest(memoryview(page)[_COVERED:], seed=pfn)
+
+
+def _digest_before(page: bytes, pfn: int) -> int:
+    """Return the checksum that a page of this version had before `renew`."""
+    if int.from_bytes(page[_VERSION_AT : _VERSION_AT + 4], "little") != VERSION:
+        return -1
+    return _live_digest(page[:_VERSION_AT] + OLDEST.to_bytes(4, "little") + page[_VERSION_AT + 4 :], pfn)
 
 
 class Base(NamedTuple):
@@ -255,10 +286,9 @@ def write_seal(ram: Ram, pfn: int, seal: Seal, tree_id: int, generation: int) ->
 
 
 def read_seal(ram: Ram, pfn: int, tree_id: int) -> Seal:
-    """Read and check a seal page; raise VersionError for one of another version."""
+    """Read and check a seal page; raise VersionError for one of a later version."""
     found = read_page(ram, pfn, SEAL, SEAL_MAGIC)
-    if found.version != VERSION:
-        raise VersionError("Seal", "version", pfn=pfn, found=found.version, expected=f"{VERSION}, this program's")
+    _check_version("Seal", pfn, found.version)
     if found.tree_id != tree_id:
         raise FormatError("Seal", "tree_id", pfn=pfn, found=f"{found.tree_id:016x}", expected=f"{tree_id:016x}")
     figures = Figures(found.inodes, found.pages, found.bytes, found.inode_space)
@@ -320,7 +350,12 @@ def _segment_digest(head: bytes | bytearray, pfn: int) -> int:
     return xxhash.xxh3_64_intdigest(memoryview(head)[_SEGMENT_COVERED : SEGMENT.size], seed=pfn)
 
 
-def chunk_digest(length: int, flags: int, position: int, asker: int, body: bytes | memoryview) -> int:
-    """Return the checksum of a chunk: of its body, seeded with its header."""
+def old_digest(length: int, flags: int, position: int, asker: int, body: bytes | memoryview) -> int:
+    """Return the checksum of a chunk of version 1: of its records, seeded with its header."""
     seed = (position << 16 ^ asker << 8 ^ length << 40 ^ flags) & WORD
     return xxhash.xxh3_64_intdigest(body, seed=seed)
+
+
+def chunk_digest(covered: bytes | memoryview, flags: int) -> int:
+    """Return the checksum of a chunk: of all behind it, its position first, seeded with its flags."""
+    return xxhash.xxh3_64_intdigest(covered, seed=flags)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from struct import Struct
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -24,9 +25,10 @@ import xxhash
 from pkramfs.errors import ExhaustedError
 from pkramfs.journal.layout import (
     BASE_AT,
-    BITS,
+    CHECK,
     CHUNK,
     CHUNK_KIND,
+    COVERED,
     FACTOR,
     GROWING_AT,
     GROWN_AT,
@@ -34,7 +36,6 @@ from pkramfs.journal.layout import (
     MOST,
     SEGMENT,
     TAIL_AT,
-    WORD,
     ZEROED_AT,
     Base,
     Figures,
@@ -43,6 +44,7 @@ from pkramfs.journal.layout import (
     chunk_digest,
     guard,
     link_segment,
+    renew,
     write_base,
     write_live,
     write_position,
@@ -59,7 +61,9 @@ if TYPE_CHECKING:
     from pkramfs.machine.frames import Frames
     from pkramfs.machine.ram import Ram
 
-_HEAD, _pack_head, _digest = CHUNK.size, CHUNK.pack, xxhash.xxh3_64_intdigest
+_HEAD, _digest = CHUNK.size, xxhash.xxh3_64_intdigest
+_pack_two = Struct("<QQ").pack
+_KIND, _LAST = CHUNK_KIND << 32, CHUNK_KIND << 32 | LAST << 48
 SEGMENT_PAGES = 64
 """Pages of a segment, 256 KiB; less where RAM is fragmented, more for one request that needs it."""
 _LEAST_PAGES = 8
@@ -78,6 +82,7 @@ class Log:
 
     def __init__(self, ram: Ram, frames: Frames, live: int, generation: int) -> None:
         self.ram, self.frames, self.live = ram, frames, live
+        self._overwrite, self._publish = ram.overwrite, ram.publish
         self._generation = generation
         self.base, self.base_page = Base(0, 0, 0), 0
         self.segments: list[Segment] = []
@@ -127,6 +132,7 @@ class Log:
         log.left, log._ahead = last.room - (tail - last.base), last.address(0)
         ram.back_run(last.pfn, last.pages)
         ram.back_run(live, 1)
+        renew(ram, live)
         link_segment(ram, last.pfn, 0)  # what was begun behind it does not count, and its frames are free
         return log
 
@@ -207,9 +213,9 @@ class Log:
 
     def _store(self, body: bytes, flags: int, asker: int) -> None:
         position, length = self.position, _HEAD + len(body)
-        digest = chunk_digest(length, flags, position, asker, body)
-        head = _pack_head(length, CHUNK_KIND, flags, digest, position, asker)
-        self.ram.overwrite(self._ahead + position, head + body)
+        covered = _pack_two(position, asker) + body
+        head = _pack_two(length | _KIND | flags << 48, chunk_digest(covered, flags))
+        self.ram.overwrite(self._ahead + position, head + covered)
         self.position = position + length
         self.left -= length
 
@@ -219,23 +225,25 @@ class Log:
         self.ram.publish(self._tail_at, guard(self.position, self._tail_at))
 
     def append(self, parts: list[bytes], asker: int = 0) -> None:
-        """Write the records of a request and commit them.
-
-        All that changes something comes this way, so that what fits is stored without another call: the checksum is
-        `chunk_digest`, the word that is published `guard`.
-        """
-        body, position = b"".join(parts), self.position
-        length = _HEAD + len(body)
-        if length > self.left:
+        """Write the records of a request and commit them."""
+        covered = _pack_two(self.position, asker) + b"".join(parts)
+        if len(covered) + COVERED > self.left:
             self.write(parts, asker)
             self.commit()
-            return
-        digest = _digest(body, (position << 16 ^ asker << 8 ^ length << 40 ^ LAST) & WORD)
-        head = _pack_head(length, CHUNK_KIND, LAST, digest, position, asker)
-        self.ram.overwrite(self._ahead + position, head + body)
+        else:
+            self.put(covered)
+
+    def put(self, covered: bytes) -> None:
+        """Store what a request has changed, behind its position and who asked, and commit it; it fits.
+
+        All that changes something comes this way, so that it makes few calls: the checksum is `chunk_digest`, the word
+        that is published `guard`.
+        """
+        position, length = self.position, COVERED + len(covered)
+        self._overwrite(self._ahead + position, _pack_two(length | _LAST, _digest(covered, LAST)) + covered)
         self.position = self.tail = position = position + length
         self.left -= length
-        self.ram.publish(self._tail_at, ((position ^ self._tail_mark) * FACTOR & WORD) >> BITS << BITS | position)
+        self._publish(self._tail_at, (position ^ self._tail_mark) * FACTOR & CHECK | position)
 
     def note_zeroed(self) -> None:
         """Publish that the parts of pages which were cut are zeros."""

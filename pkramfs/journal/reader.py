@@ -16,12 +16,15 @@ from pkramfs.errors import FormatError
 from pkramfs.journal.layout import (
     CHUNK,
     CHUNK_KIND,
+    COVERED,
     LAST,
+    OLD_KIND,
     SEGMENT,
     Figures,
     Live,
     Segment,
     chunk_digest,
+    old_digest,
     read_base,
     read_live,
     read_seal,
@@ -113,7 +116,7 @@ def chunks(ram: Ram, log: Opened, tail: int | None = None, start: int | None = N
     """Yield every chunk from the base's position, or from `start`, the end of a request, to the tail, or to an earlier
     `tail`, which must be an end, too."""
     position, tail = log.base.position if start is None else start, log.live.tail if tail is None else tail
-    flags, head = LAST, CHUNK.size
+    flags, head, digest, old = LAST, CHUNK.size, chunk_digest, _old_digest
     ends = [one.base for one in log.segments[1:]] + [tail]
     for segment, end in zip(log.segments, ends, strict=True):
         if end <= position < tail:
@@ -126,29 +129,36 @@ def chunks(ram: Ram, log: Opened, tail: int | None = None, start: int | None = N
                 raise _damaged("chunk", segment, position, "cut", "a header")
             length, kind, flags, checksum, number, asker = CHUNK.unpack_from(data, ahead + position)
             after = position + length
-            body = data[ahead + position + head : ahead + after]
+            covered = data[ahead + position + COVERED : ahead + after]
             if (
-                after > end or after > size or length < head or length & 7 or kind != CHUNK_KIND or flags & ~LAST
-                or number != position or chunk_digest(length, flags, position, asker, body) != checksum
+                after > end or after > size or length < head or length & 7 or flags & ~LAST or number != position
+                or (digest(covered, flags) if kind == CHUNK_KIND else old(kind, length, flags, covered)) != checksum
             ):  # fmt: skip
-                raise _refused(segment, position, CHUNK.unpack_from(data, ahead + position), body, min(end, size))
-            yield position, asker, flags, body
+                raise _refused(segment, position, CHUNK.unpack_from(data, ahead + position), covered, min(end, size))
+            yield position, asker, flags, covered[16:]
             position = after
     if position != tail or not flags:
         found = position if position != tail else "the middle of a request"
         raise FormatError("Journal", "end", found=found, expected=f"the end of a request at {tail}")
 
 
-def _refused(segment: Segment, position: int, head: tuple[int, ...], body: bytes, end: int) -> FormatError:
+def _old_digest(kind: int, length: int, flags: int, covered: bytes) -> int:
+    """Return the checksum that a chunk of version 1 must have, -1 for what is none."""
+    position, asker = int.from_bytes(covered[:8], "little"), int.from_bytes(covered[8:16], "little")
+    return old_digest(length, flags, position, asker, covered[16:]) if kind == OLD_KIND else -1
+
+
+def _refused(segment: Segment, position: int, head: tuple[int, ...], covered: bytes, end: int) -> FormatError:
     """Return what is wrong with a chunk, which reaches to `end` at most."""
-    length, kind, flags, checksum, number, asker = head
-    if kind != CHUNK_KIND or flags & ~LAST:
-        return _damaged("kind", segment, position, f"kind {kind:#x}, flags {flags:#x}", f"{CHUNK_KIND:#x}")
+    length, kind, flags, checksum, number, _ = head
+    if kind not in (CHUNK_KIND, OLD_KIND) or flags & ~LAST:
+        expected = f"{CHUNK_KIND:#x} or {OLD_KIND:#x}"
+        return _damaged("kind", segment, position, f"kind {kind:#x}, flags {flags:#x}", expected)
     if number != position:
         return _damaged("position", segment, position, number, position)
     if length % 8 or length < CHUNK.size or position + length > end:
         return _damaged("length", segment, position, length, "up to the tail")
-    digest = chunk_digest(length, flags, position, asker, body)
+    digest = chunk_digest(covered, flags) if kind == CHUNK_KIND else _old_digest(kind, length, flags, covered)
     return _damaged("checksum", segment, position, f"{checksum:016x}", f"{digest:016x}")
 
 

@@ -12,7 +12,7 @@ import pytest
 import xxhash
 
 from pkramfs.errors import FormatError
-from pkramfs.fs import records
+from pkramfs.fs import brief, records
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.records import Kind
 from pkramfs.journal import layout
@@ -55,6 +55,18 @@ def inode_record(ino: int, marks: int = 0, **changed: int) -> bytes:
     for field, value in changed.items():
         setattr(inode, field, value)
     return records.pack_inode(inode, ())[:-4] + marks.to_bytes(4, "little")
+
+
+def told(packer: brief.Packer, ino: int, *about: Any, **changed: int) -> bytes:
+    """A record that tells a request about an inode that is otherwise like any file."""
+    inode = Inode(ino, changed.pop("mode", 0o100644), 0, 0, 0, 0, 0)
+    for field, value in changed.items():
+        setattr(inode, field, value)
+    return packer(0, 0, inode, *about)[brief.AHEAD :]
+
+
+ROOT, FILE = Inode(1, 0o041777, 0, 0, 0, 0, 0), Inode(2, 0o100644, 0, 0, 0, 0, 0)
+HUGE = Inode(1, 0o041777, 0, 0, 0, 0, 0, size=1 << 63)
 
 
 def pages(memory: Memory, begun: int) -> dict[int, int]:
@@ -112,8 +124,8 @@ def seal(memory: Memory, begun: int, used: dict[int, int]) -> None:
             length, kind, flags, _, _, asker = layout.CHUNK.unpack_from(data, at)
             if length < layout.CHUNK.size or at + length > len(data):
                 return
-            body = data[at + layout.CHUNK.size : at + length]
-            digest = layout.chunk_digest(length, flags, position, asker, body)
+            data[at + 16 : at + 24] = position.to_bytes(8, "little")
+            digest = layout.chunk_digest(data[at + layout.COVERED : at + length], flags)
             data[at : at + layout.CHUNK.size] = layout.CHUNK.pack(length, kind, flags, digest, position, asker)
             position += length
 
@@ -180,6 +192,31 @@ WRONG = [
     (inode_record(ino=2, size=1 << 63), "size"),
     (inode_record(ino=2, rdev=1 << 63), "rdev"),
     (inode_record(ino=2, marks=records.UNNAMED), "marks"),
+    (told(brief.pack_made, 2, ROOT, b"new", 9, 0), "ino"),
+    (told(brief.pack_made, 1 << 63, ROOT, b"new", 9, 0), "ino"),
+    (told(brief.pack_made, 99, ROOT, b"file", 9, 0), "name"),
+    (told(brief.pack_made, 99, FILE, b"new", 9, 0), "folder"),
+    (told(brief.pack_made, 99, HUGE, b"new", 9, 0), "size"),
+    (told(brief.pack_made, 99, ROOT, b"new", 9, 0, mode=0o120777, size=5), "target"),
+    (told(brief.pack_made, 99, ROOT, b"new", 9, 0, rdev=1 << 63), "rdev"),
+    (told(brief.pack_gone, 2, ROOT, b"missing", 0), "name"),
+    (told(brief.pack_gone, 1, ROOT, b"file", 0), "name"),
+    (told(brief.pack_gone, 2, FILE, b"file", 0), "name"),
+    (told(brief.pack_gone, 99, ROOT, b"file", 0), "ino"),
+    (told(brief.pack_moved, 2, ROOT, b"missing", ROOT, b"new", 9, 0, 0), "name"),
+    (told(brief.pack_moved, 1, ROOT, b"file", ROOT, b"new", 9, 0, 0), "name"),
+    (told(brief.pack_moved, 2, ROOT, b"file", ROOT, b"new", 9, 2, 0), "name"),
+    (told(brief.pack_moved, 2, ROOT, b"file", FILE, b"new", 9, 0, 0), "folder"),
+    (told(brief.pack_moved, 2, ROOT, b"file", ROOT, b"new", 9, 99, 0), "ino"),
+    (told(brief.pack_times, 99), "ino"),
+    (told(brief.pack_wrote, 99), "ino"),
+    (told(brief.pack_wrote, 1), "size"),
+    (told(brief.pack_wrote, 2, size=1 << 63), "size"),
+    (told(brief.pack_wrote, 2, 0, 600, 1), "index"),
+    (told(brief.pack_wrote, 2, 1 << 60, 600, 1), "count"),
+    (told(brief.pack_wrote, 2, 9, 1 << 40, 1), "pfn"),
+    (b"\x12\0\x09\0" + told(brief.pack_gone, 2, ROOT, b"file", 0)[4:], "record"),
+    (b"\x13\0\x09\0" + told(brief.pack_moved, 2, ROOT, b"file", ROOT, b"new", 9, 0, 0)[4:], "record"),
     (records.pack_unset(2, b"x")[:-8] + b"y" * 16, "length"),
     (b"\x63\0\0\0\x10\0\0\0" + bytes(8), "kind"),
     (b"\x01\0\0\0\x10\0\0\0" + bytes(8), "record"),

@@ -281,7 +281,7 @@ def test_damage_is_refused_and_nothing_is_taken(memory: Memory, what: str) -> No
             rewrite(base=SUPER_PFN)
         case "version":
             with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(layout, "VERSION", 2)
+                patched.setattr(layout, "VERSION", layout.VERSION + 1)
                 rewrite()
         case _:
             pfn = {"seal": node.log_pfn, "base": seal.base, "segment": seal.segment}[what]
