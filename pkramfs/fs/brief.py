@@ -7,9 +7,10 @@
     TIMES   an inode has these times
     WROTE   a file has this size, these times, and perhaps a run of frames
 
-They say what is, as those of `records` do, two or three of which each of them replaces. Each packer returns what a
-chunk has behind its checksum: position, who asked, the record. It looks at the inodes when the request is committed,
-so that whatever else the request has done is told, too.
+They say what is, as those of `records` do, two or three of which each of them replaces. A request is noted as a tuple:
+its packer, the inode that it is about, and what else the packer needs. That looks at the inodes when the request is
+committed, so that whatever else the request has done is told, too, and returns what a chunk has behind its checksum:
+position, who asked, the record. (A tuple that is passed on is 0.1 µs less than its parts.)
 
 To pack and to store the records of a file that is made took 6.4 µs when they were three, and takes 3 of them now; half
 of that is what any chunk takes.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from struct import Struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pkramfs.fs.records import GONE, MADE, MOVED, OPENED, TIMES, UNNAMED, UNPRIVILEGED, WROTE
 from pkramfs.fs.rules import NAME_MAX
@@ -29,7 +30,8 @@ from pkramfs.fs.rules import NAME_MAX
 if TYPE_CHECKING:
     from pkramfs.fs.inode import Inode
 
-Packer = Callable[..., bytes]
+Brief = tuple[Any, ...]
+Packer = Callable[[Brief, int, int], bytes]
 
 AHEAD = 16
 """Bytes ahead of the record: position and who asked."""
@@ -45,8 +47,9 @@ _MADE_SIZE, _GONE_SIZE, _MOVED_SIZE = MADE.size, GONE.size, MOVED.size
 _TIMES, _WROTE, _OPENED = (Struct("<QQ" + struct.format[1:]).pack for struct in (TIMES, WROTE, OPENED))
 
 
-def pack_made(position: int, asker: int, i: Inode, folder: Inode, name: bytes, cookie: int, now: int) -> bytes:
-    """Pack a name that was made for a new inode."""
+def pack_made(brief: tuple[Packer, Inode, Inode, bytes, int, int], position: int, asker: int) -> bytes:
+    """Pack a name that was made for a new inode: inode, directory, name, cookie, time."""
+    _, i, folder, name, cookie, now = brief
     words = len(name) + 7 >> 3
     return _MADE[words](
         position, asker, 17, len(name), _MADE_SIZE + 8 * words, folder.ino, i.ino, cookie, now,
@@ -55,8 +58,9 @@ def pack_made(position: int, asker: int, i: Inode, folder: Inode, name: bytes, c
     )  # fmt: skip
 
 
-def pack_gone(position: int, asker: int, i: Inode, folder: Inode, name: bytes, now: int) -> bytes:
-    """Pack a name that is gone."""
+def pack_gone(brief: tuple[Packer, Inode, Inode, bytes, int], position: int, asker: int) -> bytes:
+    """Pack a name that is gone: inode, directory, name, time."""
+    _, i, folder, name, now = brief
     words = len(name) + 7 >> 3
     return _GONE[words](
         position, asker, 18, len(name), _GONE_SIZE + 8 * words, folder.ino, i.ino, now, folder.size,
@@ -65,10 +69,10 @@ def pack_gone(position: int, asker: int, i: Inode, folder: Inode, name: bytes, n
 
 
 def pack_moved(
-    position: int, asker: int, i: Inode, source: Inode, name: bytes, target: Inode, new_name: bytes, cookie: int,
-    victim: int, now: int,
-) -> bytes:  # fmt: skip
-    """Pack a name that became another."""
+    brief: tuple[Packer, Inode, Inode, bytes, Inode, bytes, int, int, int], position: int, asker: int
+) -> bytes:
+    """Pack a name that became another: inode, both directories and names, cookie, number of the victim or 0, time."""
+    _, i, source, name, target, new_name, cookie, victim, now = brief
     names = name + new_name
     words = len(names) + 7 >> 3
     return _MOVED[words](
@@ -77,18 +81,21 @@ def pack_moved(
     )  # fmt: skip
 
 
-def pack_times(position: int, asker: int, i: Inode) -> bytes:
+def pack_times(brief: tuple[Packer, Inode], position: int, asker: int) -> bytes:
     """Pack the times of an inode."""
+    _, i = brief
     return _TIMES(position, asker, 20, 0, 40, i.ino, i.atime, i.mtime, i.ctime)
 
 
-def pack_wrote(position: int, asker: int, i: Inode, index: int = 0, pfn: int = 0, count: int = 0) -> bytes:
-    """Pack what a write has changed of a file."""
+def pack_wrote(brief: tuple[Packer, Inode, int, int, int], position: int, asker: int) -> bytes:
+    """Pack what a write has changed of a file: inode, file page, pfn and pages of a run or 0."""
+    _, i, index, pfn, count = brief
     return _WROTE(position, asker, 21, 0, 64, i.ino, i.size, i.mtime, i.ctime, index, pfn, count)
 
 
-def pack_open(position: int, asker: int, i: Inode, unnamed: Container[int]) -> bytes:
+def pack_open(brief: tuple[Packer, Inode, Container[int]], position: int, asker: int) -> bytes:
     """Pack how an inode is open, as `records.pack_opened` does."""
+    _, i, unnamed = brief
     marks = UNPRIVILEGED if i.unprivileged else 0
     if not i.nlink and i.ino in unnamed:
         marks |= UNNAMED

@@ -25,12 +25,12 @@ Kernel: fs/jbd2/transaction.c (jbd2_journal_get_write_access … stop); the defe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pkramfs.errors import ExhaustedError
 from pkramfs.fs.brief import (
     AHEAD,
-    Packer,
+    Brief,
     pack_gone,
     pack_made,
     pack_moved,
@@ -105,7 +105,7 @@ class Journal:
         self._records: list[bytes] = []
         self._size = self._sized = 0  # the bytes of the first `_sized` records of `_measured`
         self._measured = self._records
-        self._brief: tuple[Packer, Inode, *tuple[Any, ...]] | None = None
+        self._brief: Brief | None = None
         """What the request has changed first, if one record can tell it: its packer, the inode, what else it needs."""
         self._dirty: dict[int, Inode] = {}
         self._fresh = 0
@@ -169,7 +169,7 @@ class Journal:
         anything: the kernel's references keep it as well.
         """
         ino, brief = inode.ino, self._brief
-        if ino in self._dirty or (brief is not None and brief[1] is inode and brief[0] in _TELL_OPEN):
+        if (brief is not None and brief[1] is inode and brief[0] in _TELL_OPEN) or ino in self._dirty:
             pass
         elif late and inode.nlink:
             self._late[ino] = inode
@@ -249,7 +249,7 @@ class Journal:
         """Note that size and times of a file change, because it is written."""
         brief = self._brief
         if brief is None and not self._dirty and not self._records:
-            self._brief = pack_wrote, inode
+            self._brief = pack_wrote, inode, 0, 0, 0
         elif brief is None or brief[1] is not inode or brief[0] is not pack_wrote:
             self._dirty[inode.ino] = inode
 
@@ -322,16 +322,18 @@ class Journal:
 
     def commit(self, asker: int = 0) -> None:
         """Make all that was noted count; `asker` is the number of the request that is about to be answered."""
-        brief, log = self._brief, self.log
-        more = self._dirty or self._records or self._opened or self._losing or self._looks_due
-        if brief is not None and not more and log.left > _BRIEF:
-            packer, *about = brief
-            log.put(packer(log.position, asker, *about))
-            self._brief = None
-            self.requests = requests = self.requests + 1
-            if requests == self.limit or not requests & 1023:
-                self._look(requests)
-        elif more or brief is not None:
+        brief = self._brief
+        if self._dirty or self._records or self._opened or self._losing or self._looks_due:
+            self._write(asker)
+        elif brief is not None:
+            log = self.log
+            if log.left > _BRIEF:
+                log.put(brief[0](brief, log.position, asker))
+                self._brief = None
+                self.requests = requests = self.requests + 1
+                if requests == self.limit or not requests & 1023:
+                    self._look(requests)
+                return
             self._write(asker)
         if self._cut or self._freed:
             self._settle()
@@ -352,8 +354,7 @@ class Journal:
         unnamed, log, late = self._tree.unnamed, self.log, False
         parts: list[bytes] = []
         if self._brief is not None:
-            packer, *about = self._brief
-            parts.append(packer(0, 0, *about)[AHEAD:])
+            parts.append(self._brief[0](self._brief, 0, 0)[AHEAD:])
         for inode in self._dirty.values():
             parts.append(pack_inode(inode, unnamed))  # noqa: PERF401
         if self._records:
@@ -389,7 +390,7 @@ class Journal:
             more.append(pack_opened(inode, unnamed))  # noqa: PERF401
         for ino, inode in self._looked.items():
             if ino not in self._dirty:
-                more.append(pack_inode(inode, unnamed))
+                more.append(pack_times((pack_times, inode), 0, 0)[AHEAD:])
         for ino in self._losing:
             more.append(self._lost(ino))  # noqa: PERF401
         room = (log.left > GROWTH and len(more) < _FEW) or self._has_room(parts, more)

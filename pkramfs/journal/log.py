@@ -62,8 +62,7 @@ if TYPE_CHECKING:
     from pkramfs.machine.ram import Ram
 
 _HEAD, _digest = CHUNK.size, xxhash.xxh3_64_intdigest
-_pack_two = Struct("<QQ").pack
-_KIND, _LAST = CHUNK_KIND << 32, CHUNK_KIND << 32 | LAST << 48
+_pack_head, _pack_asked = Struct("<IHHQ").pack, Struct("<QQ").pack
 SEGMENT_PAGES = 64
 """Pages of a segment, 256 KiB; less where RAM is fragmented, more for one request that needs it."""
 _LEAST_PAGES = 8
@@ -82,7 +81,7 @@ class Log:
 
     def __init__(self, ram: Ram, frames: Frames, live: int, generation: int) -> None:
         self.ram, self.frames, self.live = ram, frames, live
-        self._overwrite, self._publish = ram.overwrite, ram.publish
+        self._append = ram.append
         self._generation = generation
         self.base, self.base_page = Base(0, 0, 0), 0
         self.segments: list[Segment] = []
@@ -213,8 +212,8 @@ class Log:
 
     def _store(self, body: bytes, flags: int, asker: int) -> None:
         position, length = self.position, _HEAD + len(body)
-        covered = _pack_two(position, asker) + body
-        head = _pack_two(length | _KIND | flags << 48, chunk_digest(covered, flags))
+        covered = _pack_asked(position, asker) + body
+        head = _pack_head(length, CHUNK_KIND, flags, chunk_digest(covered, flags))
         self.ram.overwrite(self._ahead + position, head + covered)
         self.position = position + length
         self.left -= length
@@ -226,7 +225,7 @@ class Log:
 
     def append(self, parts: list[bytes], asker: int = 0) -> None:
         """Write the records of a request and commit them."""
-        covered = _pack_two(self.position, asker) + b"".join(parts)
+        covered = _pack_asked(self.position, asker) + b"".join(parts)
         if len(covered) + COVERED > self.left:
             self.write(parts, asker)
             self.commit()
@@ -240,10 +239,11 @@ class Log:
         that is published `guard`.
         """
         position, length = self.position, COVERED + len(covered)
-        self._overwrite(self._ahead + position, _pack_two(length | _LAST, _digest(covered, LAST)) + covered)
-        self.position = self.tail = position = position + length
+        self.position = self.tail = tail = position + length
         self.left -= length
-        self._publish(self._tail_at, (position ^ self._tail_mark) * FACTOR & CHECK | position)
+        chunk = _pack_head(length, CHUNK_KIND, LAST, _digest(covered, LAST)) + covered
+        word = (tail ^ self._tail_mark) * FACTOR & CHECK | tail
+        self._append(self._ahead + position, chunk, self._tail_at, word)
 
     def note_zeroed(self) -> None:
         """Publish that the parts of pages which were cut are zeros."""

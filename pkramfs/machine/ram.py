@@ -217,6 +217,14 @@ class Ram:
             raise AssertionError(f"publish to unaligned address {address:#x}")
         self._words[address >> 3] = value
 
+    def append(self, at: int, data: bytes, where: int, word: int) -> None:
+        """Copy some bytes to address `at`, where pages are in use and backed; then publish an aligned word.
+
+        One call for both: it is done for each request that changes a tree.
+        """
+        self.bytes[at : at + len(data)] = data
+        self._words[where >> 3] = word
+
     def zero(self, pfn: int, count: int = 1) -> None:
         """Fill pages with zeros, keeping them backed."""
         self.words(pfn, count)[:] = 0

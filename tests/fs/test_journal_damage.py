@@ -62,7 +62,7 @@ def told(packer: brief.Packer, ino: int, *about: Any, **changed: int) -> bytes:
     inode = Inode(ino, changed.pop("mode", 0o100644), 0, 0, 0, 0, 0)
     for field, value in changed.items():
         setattr(inode, field, value)
-    return packer(0, 0, inode, *about)[brief.AHEAD :]
+    return packer((packer, inode, *about), 0, 0)[brief.AHEAD :]
 
 
 ROOT, FILE = Inode(1, 0o041777, 0, 0, 0, 0, 0), Inode(2, 0o100644, 0, 0, 0, 0, 0)
@@ -209,9 +209,9 @@ WRONG = [
     (told(brief.pack_moved, 2, ROOT, b"file", FILE, b"new", 9, 0, 0), "folder"),
     (told(brief.pack_moved, 2, ROOT, b"file", ROOT, b"new", 9, 99, 0), "ino"),
     (told(brief.pack_times, 99), "ino"),
-    (told(brief.pack_wrote, 99), "ino"),
-    (told(brief.pack_wrote, 1), "size"),
-    (told(brief.pack_wrote, 2, size=1 << 63), "size"),
+    (told(brief.pack_wrote, 99, 0, 0, 0), "ino"),
+    (told(brief.pack_wrote, 1, 0, 0, 0), "size"),
+    (told(brief.pack_wrote, 2, 0, 0, 0, size=1 << 63), "size"),
     (told(brief.pack_wrote, 2, 0, 600, 1), "index"),
     (told(brief.pack_wrote, 2, 1 << 60, 600, 1), "count"),
     (told(brief.pack_wrote, 2, 9, 1 << 40, 1), "pfn"),

@@ -53,6 +53,11 @@ class Recording(Ram):
             self.stores.append(Store(changed, published))
             self._image = now
 
+    def append(self, at: int, data: bytes, where: int, word: int) -> None:
+        """Two stores, whose order must not be left to the processor."""
+        self.overwrite(at, data)
+        self.publish(where, word)
+
 
 def _noting(name: str) -> Any:
     verb = getattr(Ram, name)
