@@ -24,7 +24,7 @@ Kernel: fs/ext4/fast_commit.h (EXT4_FC_TAG_…), whose tags are results, too
 """
 
 import enum
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from struct import Struct, error
 from typing import Any
 
@@ -164,25 +164,31 @@ def pack_damaged(ino: int, piece: int, mask: int) -> bytes:
     return _DAMAGED.pack(16, 0, _DAMAGED.size, ino, piece, mask.to_bytes(32, "little"))
 
 
-def unpack(body: bytes, position: int) -> Iterator[tuple[int, Values]]:
-    """Yield the records of a chunk's body: kind, and values in the order in which they are packed.
+def unpack(body: bytes, at: int, position: int, apply: dict[int, Callable[..., None]]) -> int:
+    """Pass the values of each record of a chunk, from byte `at` on, to what `apply` has for its kind; return how many.
 
-    Of an INODE record the target comes last, b"" if it has none. `position` is the chunk's, for errors.
+    They come in the order in which they are packed, but names, values and targets, b"" if there is none, come last.
+    `position` is the chunk's, for errors.
     """
-    at, size = 0, len(body)
-    try:
-        while at < size:
+    count, size = 0, len(body)
+    while at < size:
+        try:
             kind, extra, length = _unpack_head(body, at)
             end = at + length
+            numbers = _NUMBERS.get(kind)
             if length < 16 or length & 7 or end > size:
                 raise _damaged("length", position, at, length, "a multiple of 8, inside its chunk")
-            reader = _READERS.get(kind)
-            if reader is None:
+            if numbers is not None:
+                values = numbers(body, at)
+            elif kind in _READERS:
+                values = _READERS[kind](body, at, extra, end)
+            else:
                 raise _damaged("kind", position, at, kind, f"1 to {len(Kind)}")
-            yield kind, reader(body, at, extra, end)
-            at = end
-    except (error, ValueError) as problem:
-        raise _damaged("record", position, at, str(problem), "a whole record") from None
+        except (error, ValueError) as problem:
+            raise _damaged("record", position, at, str(problem), "a whole record") from None
+        apply[kind](*values)
+        at, count = end, count + 1
+    return count
 
 
 def _damaged(field: str, position: int, at: int, found: object, expected: str) -> FormatError:
@@ -193,25 +199,23 @@ def _read_inode(body: bytes, at: int, extra: int, end: int) -> Values:
     return (*_unpack_inode(body, at), _bytes(body, at + _INODE.size, extra, end) if extra else b"")
 
 
-def _read_enter(body: bytes, at: int, extra: int, end: int) -> Values:
-    folder, child, cookie = _unpack_enter(body, at)
-    return folder, _bytes(body, at + _ENTER.size, extra, end), child, cookie
-
-
 def _behind(struct: Struct) -> Callable[[bytes, int, int, int], Values]:
     """Return what reads a record of numbers with a name behind them."""
     values, size = _behind_head(struct), struct.size
-    return lambda body, at, extra, end: (*values(body, at), _bytes(body, at + size, extra, end))
+
+    def read(body: bytes, at: int, extra: int, end: int) -> Values:
+        start = at + size
+        if start + extra > end:
+            raise ValueError("bytes beyond its end")
+        return *values(body, at), body[start : start + extra]
+
+    return read
 
 
 def _read_moved(body: bytes, at: int, extra: int, end: int) -> Values:
     *values, size, _ = _unpack_moved(body, at)
     both = _bytes(body, at + MOVED.size, extra + size, end)
     return *values, both[:extra], both[extra:]
-
-
-def _read_named(body: bytes, at: int, extra: int, end: int) -> Values:
-    return *_unpack_one(body, at), _bytes(body, at + _ONE.size, extra, end)
 
 
 def _read_xattr(body: bytes, at: int, extra: int, end: int) -> Values:
@@ -248,33 +252,29 @@ def _behind_head(struct: Struct) -> Callable[[bytes, int], Values]:
     return Struct(struct.format.replace("HHI", "8x")).unpack_from
 
 
-def _numbers(struct: Struct) -> Callable[[bytes, int, int, int], Values]:
-    values = _behind_head(struct)
-    return lambda body, at, extra, end: values(body, at)
-
-
-_unpack_head, _unpack_inode = _HEAD.unpack_from, _behind_head(_INODE)
-_unpack_enter, _unpack_one, _unpack_moved = _behind_head(_ENTER), _behind_head(_ONE), _behind_head(MOVED)
+_unpack_head, _unpack_inode, _unpack_moved = _HEAD.unpack_from, _behind_head(_INODE), _behind_head(MOVED)
+_NUMBERS: dict[int, Callable[[bytes, int], Values]] = {
+    Kind.OPENED.value: _behind_head(OPENED),
+    Kind.RUN.value: _behind_head(_RUN),
+    Kind.CUT.value: _behind_head(_RANGE),
+    Kind.RESERVED.value: _behind_head(_RANGE),
+    Kind.USED.value: _behind_head(_RANGE),
+    Kind.ZERO.value: _behind_head(_RANGE),
+    Kind.REAPED.value: _behind_head(_ONE),
+    Kind.UNSUMMED.value: _behind_head(_RANGE),
+    Kind.TIMES.value: _behind_head(TIMES),
+    Kind.WROTE.value: _behind_head(WROTE),
+}
 _READERS: dict[int, Callable[[bytes, int, int, int], Values]] = {
     Kind.INODE.value: _read_inode,
-    Kind.OPENED.value: _numbers(OPENED),
-    Kind.ENTER.value: _read_enter,
-    Kind.LEAVE.value: _read_named,
-    Kind.RUN.value: _numbers(_RUN),
-    Kind.CUT.value: _numbers(_RANGE),
-    Kind.RESERVED.value: _numbers(_RANGE),
-    Kind.USED.value: _numbers(_RANGE),
-    Kind.ZERO.value: _numbers(_RANGE),
+    Kind.ENTER.value: _behind(_ENTER),
+    Kind.LEAVE.value: _behind(_ONE),
     Kind.XATTR.value: _read_xattr,
-    Kind.UNSET.value: _read_named,
-    Kind.REAPED.value: _numbers(_ONE),
+    Kind.UNSET.value: _behind(_ONE),
     Kind.LOST.value: _read_lost,
     Kind.SUMMED.value: _read_summed,
-    Kind.UNSUMMED.value: _numbers(_RANGE),
     Kind.DAMAGED.value: _read_damaged,
     Kind.MADE.value: _behind(MADE),
     Kind.GONE.value: _behind(GONE),
     Kind.MOVED.value: _read_moved,
-    Kind.TIMES.value: _numbers(TIMES),
-    Kind.WROTE.value: _numbers(WROTE),
 }

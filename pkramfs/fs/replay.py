@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from pkramfs.errors import FormatError
+from pkramfs.fs.collector import paused
 from pkramfs.fs.directory import Directory
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.lost import LostPages
@@ -29,6 +30,7 @@ from pkramfs.fs.records import UNNAMED, UNPRIVILEGED, Kind, unpack
 from pkramfs.fs.rules import INO_MASK, MAX_SIZE
 from pkramfs.fs.sums import Sums
 from pkramfs.fs.sumtable import DOUBTED
+from pkramfs.journal.reader import AHEAD
 from pkramfs.units import PAGE_SHIFT
 
 if TYPE_CHECKING:
@@ -64,18 +66,18 @@ class Replay:
     def run(self, chunks: Iterable[Chunk]) -> None:
         """Apply every record; FormatError, with its position, at the first that does not fit."""
         apply, done = self._apply, deque(self.done.items(), maxlen=_DONE)
-        for position, asker, last, body in chunks:
-            self._at = position
-            for kind, values in unpack(body, position):
-                self.records += 1
-                apply[kind](*values)
-            if last:
-                self.requests += 1
-                if not body:  # another connection begins, which counts anew
-                    done.clear()
-                elif asker:
-                    done.append((asker, self._latest))
-                self._latest = 0
+        with paused():
+            for position, asker, last, body in chunks:
+                self._at = position
+                told = unpack(body, AHEAD, position, apply)
+                self.records += told
+                if last:
+                    self.requests += 1
+                    if not told:  # another connection begins, which counts anew
+                        done.clear()
+                    elif asker:
+                        done.append((asker, self._latest))
+                    self._latest = 0
         self.done = dict(done)
 
     def clear(self) -> None:
@@ -178,16 +180,19 @@ class Replay:
     def _opened(self, ino: int, opens: int, writers: int, marks: int, _: int) -> None:
         self._set_open(self._find(ino), opens, writers, marks)
 
-    def _enter(self, folder: int, name: bytes, child: int, cookie: int) -> None:
-        above, inode = self._find(folder), self._find(child)
+    def _enter(self, folder: int, child: int, cookie: int, name: bytes) -> None:
+        self._name(self._find(folder), self._find(child), cookie, name)
+
+    def _name(self, above: Inode, inode: Inode, cookie: int, name: bytes) -> None:
+        """Give an inode a name in a directory."""
         entries = above.entries
         if entries is None:
-            raise self._wrong("folder", folder, "a directory")
+            raise self._wrong("folder", above.ino, "a directory")
         if name in entries.entries:
             raise self._wrong("name", name, "a name that is not there yet")
         entries.add(name, inode, cookie)
         inode.folder, inode.name = above, name
-        self._names.pop(child, None)
+        self._names.pop(inode.ino, None)
         self.tree.ledger.add_entry(name)
         if inode.entries is not None:
             inode.entries.parent = above
@@ -196,18 +201,29 @@ class Replay:
         self, folder: int, ino: int, cookie: int, now: int, mode: int, uid: int, gid: int, flags: int, nlink: int,
         opens: int, writers: int, marks: int, rdev: int, size: int, folder_size: int, folder_nlink: int, name: bytes,
     ) -> None:  # fmt: skip
-        self._require(ino not in self.tree.inodes, "ino", ino, "a new inode")
-        self._inode(ino, mode, uid, gid, nlink, size, now, now, now, now, rdev, flags, opens, writers, marks, b"")
-        self._enter(folder, name, ino, cookie)
-        self._changed(folder, folder_size, folder_nlink, now)
+        tree, above = self.tree, self.tree.inodes.get(folder) or self._find(folder)
+        if size or rdev or marks or ino in tree.inodes:
+            self._require(ino not in tree.inodes, "ino", ino, "a new inode")
+            self._inode(ino, mode, uid, gid, nlink, size, now, now, now, now, rdev, flags, opens, writers, marks, b"")
+            inode = tree.inodes[ino]
+        else:
+            inode = self._new(ino, mode, 0, b"")
+            inode.uid, inode.gid, inode.flags = uid, gid, flags
+            inode.atime = inode.mtime = inode.ctime = inode.btime = now
+            inode.nlink, inode.opens, inode.writers = nlink, opens, writers
+            if nlink > 1 and inode.entries is None:
+                tree.ledger.add_links(nlink - 1)
+        self._name(above, inode, cookie, name)
+        self._changed(above, folder_size, folder_nlink, now)
 
     def _gone(
         self, folder: int, ino: int, now: int, folder_size: int, folder_nlink: int, nlink: int, opens: int,
         writers: int, marks: int, _: int, name: bytes,
     ) -> None:  # fmt: skip
-        inode = self._find(ino)
-        self._leave(folder, name, inode)
-        self._changed(folder, folder_size, folder_nlink, now)
+        inodes = self.tree.inodes
+        above, inode = inodes.get(folder) or self._find(folder), inodes.get(ino) or self._find(ino)
+        self._unname(above, name, inode)
+        self._changed(above, folder_size, folder_nlink, now)
         if nlink != inode.nlink and inode.entries is None:
             self.tree.ledger.add_links(max(nlink, 1) - max(inode.nlink, 1))
         inode.nlink, inode.ctime = nlink, now
@@ -217,46 +233,59 @@ class Replay:
         self, source: int, target: int, ino: int, cookie: int, victim: int, now: int, source_size: int,
         target_size: int, source_nlink: int, target_nlink: int, name: bytes, new_name: bytes,
     ) -> None:  # fmt: skip
-        inode = self._find(ino)
-        self._leave(source, name, inode)
+        inodes = self.tree.inodes
+        before, inode = inodes.get(source) or self._find(source), inodes.get(ino) or self._find(ino)
+        after = inodes.get(target) or self._find(target)
+        self._unname(before, name, inode)
         if victim:
-            self._leave(target, new_name, self._find(victim))
-        self._enter(target, new_name, ino, cookie)
-        self._changed(source, source_size, source_nlink, now)
-        self._changed(target, target_size, target_nlink, now)
+            self._unname(after, new_name, self._find(victim))
+        self._name(after, inode, cookie, new_name)
+        self._changed(before, source_size, source_nlink, now)
+        self._changed(after, target_size, target_nlink, now)
         inode.ctime = now
 
-    def _changed(self, folder: int, size: int, nlink: int, now: int) -> None:
+    def _changed(self, folder: Inode, size: int, nlink: int, now: int) -> None:
         """Set what a directory is after a change of its names."""
-        inode = self._find(folder)
-        self._require(size <= MAX_SIZE, "size", size, "one that its type can have")
-        inode.size, inode.nlink, inode.mtime, inode.ctime = size, nlink, now, now
+        if size > MAX_SIZE:
+            raise self._wrong("size", size, "one that its type can have")
+        folder.size, folder.nlink, folder.mtime, folder.ctime = size, nlink, now, now
 
     def _times(self, ino: int, atime: int, mtime: int, ctime: int) -> None:
-        inode = self._find(ino)
+        inode = self.tree.inodes.get(ino) or self._find(ino)
         inode.atime, inode.mtime, inode.ctime = atime, mtime, ctime
 
     def _wrote(self, ino: int, size: int, mtime: int, ctime: int, index: int, pfn: int, count: int) -> None:
-        inode = self._find(ino)
+        inode = self.tree.inodes.get(ino) or self._find(ino)
         if not inode.is_file or size > MAX_SIZE:
             raise self._wrong("size", size, "one that its type can have")
         if count:
-            self._run(ino, index, pfn, count)
+            self._give(inode, index, pfn, count)
         if size != inode.size:
             self.tree.ledger.add_bytes(size - inode.size)
         inode.size, inode.mtime, inode.ctime = size, mtime, ctime
 
-    def _leave(self, folder: int, name: bytes, whose: Inode | None = None) -> None:
+    def _leave(self, folder: int, name: bytes) -> None:
         above = self._find(folder)
         inode = above.entries.find(name) if above.entries is not None else None
-        if inode is None or above.entries is None or whose not in (None, inode):
+        if inode is None:
             raise self._wrong("name", name, "a name of the directory")
-        above.entries.remove(name)
+        self._unname(above, name, inode)
+
+    def _unname(self, above: Inode, name: bytes, inode: Inode) -> None:
+        """Take a name from an inode."""
+        entries = above.entries
+        if entries is None or entries.find(name) is not inode:
+            raise self._wrong("name", name, "a name of the directory")
+        entries.remove(name)
         self.tree.ledger.remove_entry(name)
         self._names[inode.ino] = above, name
 
     def _run(self, ino: int, index: int, pfn: int, count: int) -> None:
-        inode = self._find(ino)
+        self._give(self._find(ino), index, pfn, count)
+
+    def _give(self, inode: Inode, index: int, pfn: int, count: int) -> None:
+        """Give a file a run of frames."""
+        ino = inode.ino
         if not inode.is_file:
             raise self._wrong("ino", ino, "a regular file")
         if not 0 < count <= _LAST_PAGE - index:
@@ -265,10 +294,10 @@ class Replay:
             raise self._wrong("pfn", f"{pfn:x}", "frames of RAM")
         if self.touched is not None:
             self._touch(inode)
-        if inode.pages is None:
-            inode.pages = PageMap()
         there = inode.pages
-        if there.count and there.between(index, index + count):
+        if there is None:
+            there = inode.pages = PageMap()
+        elif there.count and there.between(index, index + count):
             raise self._wrong("index", index, "pages that are a hole")
         if self.tree.sums is not None:
             self.tree.sums.forget(ino, index >> PIECE_SHIFT, ((index + count - 1) >> PIECE_SHIFT) + 1)

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+import xxhash
+
 from pkramfs.errors import FormatError
 from pkramfs.journal.layout import (
     CHUNK,
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
 
 
 Chunk = tuple[int, int, int, bytes]
-"""Position, who asked, 1 for the last chunk of a request, and the records of the request, or a part of them."""
+"""Position, who asked, 1 for the last chunk of a request, and behind AHEAD bytes its records, or a part of them."""
+AHEAD = CHUNK.size - COVERED
 
 
 class Opened(NamedTuple):
@@ -114,28 +117,29 @@ def _require_inside(allowed: Spans, pfn: int, count: int, record: str, field: st
 
 def chunks(ram: Ram, log: Opened, tail: int | None = None, start: int | None = None) -> Iterator[Chunk]:
     """Yield every chunk from the base's position, or from `start`, the end of a request, to the tail, or to an earlier
-    `tail`, which must be an end, too."""
+    `tail`, which must be an end, too. The checksum is `chunk_digest`."""
     position, tail = log.base.position if start is None else start, log.live.tail if tail is None else tail
-    flags, head, digest, old = LAST, CHUNK.size, chunk_digest, _old_digest
+    flags, head, unpack, digest, old = LAST, CHUNK.size, CHUNK.unpack_from, xxhash.xxh3_64_intdigest, _old_digest
     ends = [one.base for one in log.segments[1:]] + [tail]
     for segment, end in zip(log.segments, ends, strict=True):
         if end <= position < tail:
             continue
         data = ram.peek(segment.pfn, segment.pages)
         ahead = SEGMENT.size - segment.base
-        end, size = min(end, tail), len(data) - ahead
+        end = min(end, tail)
+        most = min(end, len(data) - ahead)
         while position < end:
-            if position + head > min(end, size):
+            at = ahead + position
+            if position + head > most:
                 raise _damaged("chunk", segment, position, "cut", "a header")
-            length, kind, flags, checksum, number, asker = CHUNK.unpack_from(data, ahead + position)
-            after = position + length
-            covered = data[ahead + position + COVERED : ahead + after]
+            length, kind, flags, checksum, number, asker = unpack(data, at)
+            after, covered = position + length, data[at + COVERED : at + length]
             if (
-                after > end or after > size or length < head or length & 7 or flags & ~LAST or number != position
+                after > most or length < head or length & 7 or flags & ~LAST or number != position
                 or (digest(covered, flags) if kind == CHUNK_KIND else old(kind, length, flags, covered)) != checksum
             ):  # fmt: skip
-                raise _refused(segment, position, CHUNK.unpack_from(data, ahead + position), covered, min(end, size))
-            yield position, asker, flags, covered[16:]
+                raise _refused(segment, position, unpack(data, at), covered, most)
+            yield position, asker, flags, covered
             position = after
     if position != tail or not flags:
         found = position if position != tail else "the middle of a request"

@@ -60,12 +60,13 @@ def _operations(table: Table, place: Lab) -> None:
         table.add(
             "live", f"added to {name}", added, "us", target="<3 us", note=f"on {plain[name]:.1f} us without a log"
         )
-    requests, spent = logged[1]
-    table.add("live", "replay", [requests / spent], "records/s", target=">300000 records/s")
+    records, requests, spent = logged[1]
+    note = f"{requests / spent:,.0f} requests/s, each told by a record or more"
+    table.add("live", "replay", [records / spent], "records/s", target=">300000 records/s", note=note)
 
 
-def _least(kernel: Running, count: int, *, with_log: bool) -> tuple[dict[str, float], tuple[int, float]]:
-    """Return the microseconds of each operation, and records and seconds of a replay."""
+def _least(kernel: Running, count: int, *, with_log: bool) -> tuple[dict[str, float], tuple[int, int, float]]:
+    """Return the microseconds of each operation, and records, requests and seconds of a replay."""
     frames = Frames(kernel.ram, kernel.leases, new_tree_id())
     tree = Tree(kernel.ram, frames, Limits())
     if with_log:
@@ -73,11 +74,11 @@ def _least(kernel: Running, count: int, *, with_log: bool) -> tuple[dict[str, fl
     found: dict[str, float] = {}
     for name, work, items in _workload(tree, count):
         found[name] = _timed(tree, work, items)
-    replayed = (0, 1.0)
+    replayed = (0, 0, 1.0)
     if tree.journal is not None:
         began = time.thread_time()
         done = complete(rebuild(kernel.store, tree.journal.log.live, kernel.ram, frames, Limits()))
-        replayed = done.replay.records, time.thread_time() - began
+        replayed = done.replay.records, done.replay.requests, time.thread_time() - began
     frames.release_all()
     return found, replayed
 
