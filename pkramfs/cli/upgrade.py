@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """pkramctl upgrade: put the code on disk under mounts that are in use.
 
-The daemon makes room between two requests, its holder becomes the new code and starts another daemon, which recovers
-the tree and goes on. Programs wait for that long. Before anything is given up, the new code is imported once.
+The holder becomes the new code while the daemon serves. Then that makes room between two requests, and the holder
+starts another daemon, which recovers the tree and goes on. Programs wait for that only. Before all this a process of
+ours imports the new code once.
 
 Kernel: kernel/livepatch/, by other means
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the daemon of one kernel leaves to that of the next, when a mount stays over a kexec.
+"""What a daemon leaves to the next: that of the next kernel, when a mount stays over a kexec, or one of newer code.
 
     daemon of the old kernel                        holder                      daemon of the new kernel
     stand still, save the tree as a node
@@ -18,13 +18,16 @@ Kernel: kernel/kexec_core.c (kernel_kexec), with CONFIG_KEXEC_JUMP
 
 import json
 import os
+from collections.abc import Callable
 from typing import NamedTuple
+
+import trio
 
 from pkramfs.control.crossing import Crossing, Door
 from pkramfs.control.keeper import Keeper
 from pkramfs.control.server import Server
 from pkramfs.daemon.holding import Holding, parting
-from pkramfs.daemon.job import CROSSED
+from pkramfs.daemon.job import CROSSED, HANDED_OVER
 from pkramfs.daemon.shadow import Checkpoints
 from pkramfs.fs import handles
 from pkramfs.fs.tree import Tree
@@ -57,15 +60,21 @@ def read_users(fd: int) -> Users:
 
 
 class Passage:
-    """The daemon's part of a crossing: before it, and with `users` after it."""
+    """The daemon's part of a crossing: before it, and with `users` after it. `say` writes to the kernel log."""
 
     def __init__(
-        self, keeper: Keeper, session: Session, checkpoints: Checkpoints | None, holding: Holding | None
+        self,
+        keeper: Keeper,
+        session: Session,
+        checkpoints: Checkpoints | None,
+        holding: Holding | None,
+        say: Callable[[str], None],
     ) -> None:
         self.crossing = Crossing(keeper, Door(self._shut, self._open, self._tell_sheltered))
         self.users: Users | None = None
         """Who used the tree under the last kernel."""
         self._tree, self._session, self._checkpoints, self._holding = keeper.tree, session, checkpoints, holding
+        self._keeper, self._say = keeper, say
 
     async def _shut(self) -> bool:
         """Read no more requests, and have nobody else work on the tree's frames."""
@@ -96,6 +105,30 @@ class Passage:
         if self._holding is not None and self._holding.leash is not None:
             self._holding.leash.crosses(write_users(self._tree))
         parting(self._holding, CROSSED)
+
+    async def make_room_on_request(self, server: Server) -> None:
+        """Make room for a daemon of the code on disk, as if this one died, but between two requests."""
+        await self._keeper.leaving.wait()
+        while not await self._renew_holder():
+            self._say(
+                f"pkramfs: the holder of {self._keeper.name} does not become the code on disk: nothing was changed"
+            )
+            self._keeper.leaving = trio.Event()
+            await self._keeper.leaving.wait()
+        await server.idle()
+        self._tree.commit()
+        self._say(f"pkramfs: daemon {os.getpid()} of {self._keeper.name} makes room for another")
+        parting(self._holding, HANDED_OVER)
+
+    async def _renew_holder(self) -> bool:
+        """Have the holder become the code on disk while we serve; it could not wait for who makes a checkpoint now."""
+        if self._checkpoints is not None:
+            await self._checkpoints.stop()
+        if self._holding is not None and await self._holding.renew():
+            return True
+        if self._checkpoints is not None:
+            self._checkpoints.go_on()
+        return False
 
     async def arrive(self) -> None:
         """Have the kernel of the host let go of what it has cached under the kernel before."""

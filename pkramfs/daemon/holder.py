@@ -18,8 +18,8 @@ this memory.
     before it serves            ends with the same status: the command says why
     of a signal we passed on    ends, as with FINAL: it was told to end and did not serve yet
     FINAL                       ends: no other daemon would do better. Programs get ENOTCONN, the tree stays in RAM
-    HANDED_OVER                 becomes the code on disk (execve), and starts another daemon
-    CROSSED                     the same, for a kexec; but if the code on disk is what it runs, it starts one at once
+    HANDED_OVER                 starts another: the code on disk, which it has become while that daemon served
+    CROSSED                     becomes the code on disk (execve), unless it runs that already, and starts another
     otherwise                   starts another: at once, then after longer and longer (PAUSES)
     more than DEATHS in WITHIN  ends, as with FINAL
 
@@ -30,6 +30,9 @@ POISON_DEATHS, requests that the dead did not answer are refused with EIO: one o
 A holder may die, too. Its daemon notices that, and starts another holder, which has not forked that daemon and can only
 watch it: by a pidfd, and by what the daemon says when it leaves. A holder starts a daemon only when the one before has
 ended, and is started only when the one before has ended. So there are never two daemons for a tree.
+
+A daemon that is to be replaced by the code on disk first asks its holder to become that (execve), which takes most of
+the time, and serves meanwhile. That holder knows its child by a pidfd, as one that has not forked it.
 
 A mount without a name has no journal, and one with fuse=pyfuse3 cannot tell whether a request was done: they have no
 holder and end with their daemon.
@@ -125,6 +128,8 @@ class Holder:
         self._ours: socket.socket | None = None
         self._pidfd = self._child = self._shadow = -1
         self._passed = 0
+        self._renewed = False
+        """Whether this is the code that was on disk when a daemon was about to leave."""
         self._left: int | None = None
         """The status with which a daemon has said to leave."""
         self._well = True
@@ -158,8 +163,10 @@ class Holder:
             self._well = False
 
     def adopt(self, pidfd: int, end: int) -> None:
-        """Hold the mount of a daemon that serves and whose holder has died."""
+        """Hold the mount of a daemon that serves and whose holder has died, or was older code in this process."""
         self._pidfd, self._ours = pidfd, socket.socket(fileno=end)
+        self._child = process.child(pidfd)
+        self._renewed = self._child > 0
         Leash(self._ours, 0).well()  # it waits for that
 
     def _start(self) -> None:
@@ -230,6 +237,9 @@ class Holder:
             self._well = True
         elif said.say == leash.ENDS:
             self._let_go()
+        elif said.say == leash.RENEW and self.held is not None:
+            self._second.end()
+            self._become_new_code(self.held, self._pidfd, self._ours.fileno())
         elif said.say == leash.LEAVES:
             self._left = said.status
         elif said.say == leash.ALONE:
@@ -276,16 +286,21 @@ class Holder:
             signal.pidfd_send_signal(self._pidfd, number)
 
     def _make_room(self, held: Held, status: int) -> None:
-        """Go on as the code on disk: another holder in this process, which forks the next daemon.
+        """Go on as the code on disk, which forks the next daemon.
 
-        A kexec need not do that if the code is the same: what runs is then there at once.
+        Who has become that for this need not again; nor for a kexec, if the code is the same: what runs is then there
+        at once.
         """
-        if status == CROSSED and code.fingerprint() == code.running():
-            return
-        for fd in (held.device, held.lock, held.users):
+        if not ((status == CROSSED or self._renewed) and code.fingerprint() == code.running()):
+            self._become_new_code(held)
+        self._renewed = False
+
+    def _become_new_code(self, held: Held, *daemon: int) -> None:
+        """Become another holder in this process, with its daemon if there is one."""
+        for fd in (held.device, held.lock, held.users, *daemon):
             if fd >= 0:
                 os.set_inheritable(fd, True)
-        os.execv(sys.executable, words(self._job, held))
+        os.execv(sys.executable, words(self._job, held, *daemon))
 
     def _recent(self) -> int:
         """Return how many deaths count."""

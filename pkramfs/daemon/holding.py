@@ -68,6 +68,13 @@ class Holding:
                         await trio.to_thread.run_sync(process.end, pidfd)
                         os.close(pidfd)
 
+    async def renew(self) -> bool:
+        """Have the holder become the code on disk while we serve; return False if it does not, or there is none."""
+        if self.leash is None:
+            return False
+        self.leash.renew()
+        return await _is_ready(self.leash.end)
+
     def served_by(self, device: int) -> None:
         """Note that the connection has another descriptor now."""
         if self._held is not None:
@@ -142,7 +149,7 @@ def _spawn(job: Job, held: Held, own: int, end: int) -> "subprocess.Popen[bytes]
 
 
 async def _is_ready(end: socket.socket) -> bool:
-    """Wait until a new holder says that it is one; return False if it does not."""
+    """Wait until a new holder, or one that is new code, says that it is one; return False if it does not."""
     with trio.move_on_after(READY_SECONDS):
         await trio.lowlevel.wait_readable(end)
         said = leash.receive(end)

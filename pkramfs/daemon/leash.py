@@ -6,13 +6,15 @@
     shadow    a pidfd                  who makes a checkpoint: it must have ended before another daemon starts
     alone     0 or 1                   whether nobody but the daemon may have the tree: no standby
     ready                              a standby has the tree, and waits for `go`
+    renew                              become the code on disk, and say `well` when that is done
     crosses   a file                   a kexec comes: the file says who uses the tree (crossing.py)
     well                               requests are served that the dead daemon had not seen
     leaves    status                   the daemon makes room, with this exit status
     ends                               the mount ends: start nobody
 
-A message is one JSON object. The holder says one thing only: `go`, with the facts, to a standby. Nobody answers: that a
-holder has died is noticed by its pidfd.
+A message is one JSON object. The holder says two things only: `go`, with the facts, to a standby, and `well` to a
+daemon when it holds that for the first time, as the code that it is. Nothing else is answered: that a holder has died
+is noticed by its pidfd.
 
 Kernel: net/core/scm.c (scm_detach_fds)
 """
@@ -29,7 +31,7 @@ from pkramfs.machine import process
 from pkramfs.schema import Anything, Invalid, Maybe, Object, Text, Whole, parse
 
 HELD, FACTS, SHADOW, CROSSES = "held", "facts", "shadow", "crosses"
-WELL, LEAVES, ENDS = "well", "leaves", "ends"
+WELL, LEAVES, ENDS, RENEW = "well", "leaves", "ends", "renew"
 ALONE, READY, GO = "alone", "ready", "go"
 _MOST, _DESCRIPTORS = 1 << 16, 2
 _MESSAGE = Object(
@@ -56,6 +58,11 @@ class Leash:
 
     def __init__(self, end: socket.socket, holder: int) -> None:
         self._end, self.holder = end, holder
+
+    @property
+    def end(self) -> socket.socket:
+        """Return our end."""
+        return self._end
 
     def held(self, device: int, lock: int, facts: dict[str, Any]) -> None:
         """Give the holder what it needs to start another daemon; from now on our death does not end the mount."""
@@ -95,6 +102,10 @@ class Leash:
     def crosses(self, users: int) -> None:
         """Give a file that says who uses the tree, for a daemon of the next kernel."""
         self._send(CROSSES, [users])
+
+    def renew(self) -> None:
+        """Have the holder become the code on disk."""
+        self._send(RENEW)
 
     def well(self) -> None:
         """Tell that all is well."""

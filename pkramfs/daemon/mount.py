@@ -34,8 +34,8 @@ from pkramfs.control.settings import Settings, Words
 from pkramfs.daemon import notices
 from pkramfs.daemon.claim import Claimed, Claiming, Origin
 from pkramfs.daemon.crossing import Passage, read_users
-from pkramfs.daemon.holding import Holding, parting
-from pkramfs.daemon.job import HANDED_OVER, Held
+from pkramfs.daemon.holding import Holding
+from pkramfs.daemon.job import Held
 from pkramfs.daemon.mountlog import drop_empty, log_to
 from pkramfs.daemon.shadow import Checkpoints
 from pkramfs.daemon.standby import Standing
@@ -291,7 +291,7 @@ class Daemon:
         )
         if self.checkpoints is not None:
             self.checkpoints.instead = keeper.log_is_long
-        self.passage = Passage(keeper, self.session, self.checkpoints, self.holding)
+        self.passage = Passage(keeper, self.session, self.checkpoints, self.holding, self.machine.log)
 
     async def _live_on(self, tree: Tree) -> None:
         """Serve kernel and commands until the mount ends."""
@@ -307,7 +307,7 @@ class Daemon:
             nursery.start_soon(self.sums.serve)
             nursery.start_soon(self._end_on_signal)
             nursery.start_soon(self._end_on_request, server)
-            nursery.start_soon(self._leave_on_request, server)
+            nursery.start_soon(self.passage.make_room_on_request, server)
             nursery.start_soon(self.passage.depart_on_request, server)
             nursery.start_soon(self.passage.arrive)
             if self.holding is not None and self._live is not None:
@@ -471,14 +471,6 @@ class Daemon:
         await self.keeper.stopping.wait()
         await server.idle()
         await self._leave()
-
-    async def _leave_on_request(self, server: Server) -> None:
-        """Make room for another daemon, as if this one died, but between two requests."""
-        await self.keeper.leaving.wait()
-        await server.idle()
-        self.tree.commit()
-        self.machine.log(f"pkramfs: daemon {os.getpid()} of {self.options.name} makes room for another")
-        parting(self.holding, HANDED_OVER)
 
     async def _leave(self) -> None:
         """Detach now, even if the mount is in use."""

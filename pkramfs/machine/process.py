@@ -89,6 +89,16 @@ def children(pid: int) -> list[int]:
         return []
 
 
+def child(pidfd: int) -> int:
+    """Return the pid of a child of ours, -1 if the process is another's child."""
+    try:
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return -1
+    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
+
+
 def end(pidfd: int) -> None:
     """Kill a process, if it has not ended, and wait until it has."""
     with contextlib.suppress(ProcessLookupError):

@@ -3,9 +3,15 @@
 
 import json
 import os
+import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pkramfs.control.commands import Commands
+from pkramfs.machine import process
 
 pytestmark = pytest.mark.mount
 
@@ -32,6 +38,29 @@ def test_a_mount_in_use_gets_another_daemon(lab: Any) -> None:
     assert (lab.status(mnt)["state"], lab.status(mnt)["frozen"]) == ("preserved", True)
     lab.remount(mnt, "rw")
     (mnt / "more").write_text("y")
+    lab.umount(mnt)
+
+
+def test_a_daemon_that_dies_while_its_holder_becomes_the_new_code(lab: Any) -> None:
+    """The new code finds it dead, knows of what it died, and starts another; nothing was asked for twice."""
+    mnt = lab.mount("one")
+    (mnt / "file").write_text("x")
+    before = lab.entry(mnt)
+    os.kill(before.holder, signal.SIGSTOP)
+    Commands(before.socket).upgrade()
+    Commands(before.socket).status()  # and so the holder was told
+    os.kill(before.pid, signal.SIGKILL)
+    os.kill(before.holder, signal.SIGCONT)
+    (mnt / "new").touch()
+    deadline = time.monotonic() + 60
+    while (after := lab.entry(mnt)).pid == before.pid:
+        assert time.monotonic() < deadline, "the next daemon does not write its entry"
+        time.sleep(0.01)
+    assert after.holder == before.holder and b"hold" in Path(f"/proc/{after.holder}/cmdline").read_bytes()
+    assert "was killed by signal 9, another takes over" in lab.run("ctl", "dmesg").stdout
+    assert lab.run("ctl", "upgrade", "one").returncode == 0
+    (mnt / "more").write_text("y")
+    assert process.children(after.holder) == [lab.entry(mnt).pid]
     lab.umount(mnt)
 
 

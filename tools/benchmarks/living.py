@@ -229,8 +229,9 @@ def _settled(place: Lab, before: MountEntry) -> Iterator[None]:
 def _commands(table: Table, place: Lab) -> None:
     path = place.mount("one")
     (path / "file").write_bytes(bytes(1 << 20))
-    upgrades = table.repeat("upgrade", lambda: milliseconds(lambda: command("pkramctl", "upgrade", path)))
-    table.add("live", "pkramctl upgrade, whole command", upgrades, "ms")
+    upgrades, pauses = zip(*(_upgraded(path) for _ in range(table.runs)), strict=True)
+    table.add("live", "pkramctl upgrade, until a request returns", list(pauses), "ms", target="<700 ms")
+    table.add("live", "pkramctl upgrade, whole command", list(upgrades), "ms")
 
     def preserve() -> float:
         took = milliseconds(lambda: place.preserve(path))
@@ -247,6 +248,20 @@ def _commands(table: Table, place: Lab) -> None:
     text = Path(f"/proc/{holder}/smaps_rollup").read_text()
     private = sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_"))
     table.add("live", "private memory of a holder", [private / 1024], "MiB", target="<8 MiB")
+
+
+def _upgraded(path: Path) -> tuple[float, float]:
+    """Replace a daemon; return the milliseconds of the command, and the longest that a request took meanwhile."""
+    began = before = time.monotonic()
+    longest = 0.0
+    with subprocess.Popen([str(BIN / "pkramctl"), "upgrade", str(path)], stdout=subprocess.DEVNULL) as upgrade:
+        while upgrade.poll() is None:
+            os.utime(path / "file")
+            now = time.monotonic()
+            longest, before = max(longest, now - before), now
+    if upgrade.returncode:
+        raise SystemExit("tools/bench: pkramctl upgrade failed")
+    return 1000 * (before - began), 1000 * longest
 
 
 def _kept(table: Table, place: Lab) -> None:
