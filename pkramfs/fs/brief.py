@@ -12,8 +12,8 @@ its packer, the inode that it is about, and what else the packer needs. That loo
 committed, so that whatever else the request has done is told, too, and returns what a chunk has behind its checksum:
 position, who asked, the record. (A tuple that is passed on is 0.1 µs less than its parts.)
 
-To pack and to store the records of a file that is made took 6.4 µs when they were three, and takes 3 of them now; half
-of that is what any chunk takes.
+To pack and to store the records of a file that is made took 6.4 µs when they were three, and takes 2.3 as one: half of
+that is what any chunk takes. More than one packer for a kind of record, one for each length of names, saves 0.2.
 
 Kernel: fs/ext4/fast_commit.c (ext4_fc_track_create, ext4_fc_track_unlink, ext4_fc_track_range)
 """
@@ -33,38 +33,40 @@ if TYPE_CHECKING:
 Brief = tuple[Any, ...]
 Packer = Callable[[Brief, int, int], bytes]
 
+assert int(True) == UNPRIVILEGED, "inodes have it as a bool"
 AHEAD = 16
 """Bytes ahead of the record: position and who asked."""
 
 
-def _with_name(struct: Struct, most: int) -> list[Callable[..., bytes]]:
-    """Return packers of a record with names behind it, by the words of 8 bytes that these take."""
-    return [Struct(f"<QQ{struct.format[1:]}{8 * words}s").pack for words in range(-(-most // 8) + 1)]
+def _with_name(struct: Struct, most: int) -> list[tuple[Callable[..., bytes], int]]:
+    """Return packer and length of a record with names behind it, by how long these are together."""
+    packers = [Struct(f"<QQ{struct.format[1:]}{8 * words}s").pack for words in range(-(-most // 8) + 1)]
+    return [(packers[-(-size // 8)], struct.size + size + 7 & -8) for size in range(most + 1)]
 
 
 _MADE, _GONE, _MOVED = _with_name(MADE, NAME_MAX), _with_name(GONE, NAME_MAX), _with_name(MOVED, 2 * NAME_MAX)
-_MADE_SIZE, _GONE_SIZE, _MOVED_SIZE = MADE.size, GONE.size, MOVED.size
 _TIMES, _WROTE, _OPENED = (Struct("<QQ" + struct.format[1:]).pack for struct in (TIMES, WROTE, OPENED))
 
 
 def pack_made(brief: tuple[Packer, Inode, Inode, bytes, int, int], position: int, asker: int) -> bytes:
     """Pack a name that was made for a new inode: inode, directory, name, cookie, time."""
     _, i, folder, name, cookie, now = brief
-    words = len(name) + 7 >> 3
-    return _MADE[words](
-        position, asker, 17, len(name), _MADE_SIZE + 8 * words, folder.ino, i.ino, cookie, now,
-        i.mode, i.uid, i.gid, i.flags, i.nlink, i.opens, i.writers, UNPRIVILEGED if i.unprivileged else 0,
-        i.rdev, i.size, folder.size, folder.nlink, name,
+    size = len(name)
+    pack, length = _MADE[size]
+    return pack(
+        position, asker, 17, size, length, folder.ino, i.ino, cookie, now, i.mode, i.uid, i.gid, i.flags, i.nlink,
+        i.opens, i.writers, i.unprivileged, i.rdev, i.size, folder.size, folder.nlink, name,
     )  # fmt: skip
 
 
 def pack_gone(brief: tuple[Packer, Inode, Inode, bytes, int], position: int, asker: int) -> bytes:
     """Pack a name that is gone: inode, directory, name, time."""
     _, i, folder, name, now = brief
-    words = len(name) + 7 >> 3
-    return _GONE[words](
-        position, asker, 18, len(name), _GONE_SIZE + 8 * words, folder.ino, i.ino, now, folder.size,
-        folder.nlink, i.nlink, i.opens, i.writers, UNPRIVILEGED if i.unprivileged else 0, 0, name,
+    size = len(name)
+    pack, length = _GONE[size]
+    return pack(
+        position, asker, 18, size, length, folder.ino, i.ino, now, folder.size, folder.nlink, i.nlink,
+        i.opens, i.writers, i.unprivileged, 0, name,
     )  # fmt: skip
 
 
@@ -74,9 +76,9 @@ def pack_moved(
     """Pack a name that became another: inode, both directories and names, cookie, number of the victim or 0, time."""
     _, i, source, name, target, new_name, cookie, victim, now = brief
     names = name + new_name
-    words = len(names) + 7 >> 3
-    return _MOVED[words](
-        position, asker, 19, len(name), _MOVED_SIZE + 8 * words, source.ino, target.ino, i.ino, cookie, victim,
+    pack, length = _MOVED[len(names)]
+    return pack(
+        position, asker, 19, len(name), length, source.ino, target.ino, i.ino, cookie, victim,
         now, source.size, target.size, source.nlink, target.nlink, len(new_name), 0, names,
     )  # fmt: skip
 
@@ -96,7 +98,7 @@ def pack_wrote(brief: tuple[Packer, Inode, int, int, int], position: int, asker:
 def pack_open(brief: tuple[Packer, Inode, Container[int]], position: int, asker: int) -> bytes:
     """Pack how an inode is open, as `records.pack_opened` does."""
     _, i, unnamed = brief
-    marks = UNPRIVILEGED if i.unprivileged else 0
+    marks: int = i.unprivileged
     if not i.nlink and i.ino in unnamed:
         marks |= UNNAMED
     return _OPENED(position, asker, 2, 0, 32, i.ino, i.opens, i.writers, marks, 0)

@@ -109,11 +109,11 @@ class Core:
 
         What takes no memory says `room=LESS`: it may use the last of the journal.
         """
-        journal = self.journal
-        if journal is not None and not self.preservation.frozen:
+        preservation, journal = self.preservation, self.journal
+        if journal is not None and not preservation.frozen:
             journal.change(inodes, room)
-        if self.preservation.guarded:
-            self.preservation.change()
+        if preservation.guarded:
+            preservation.change()
 
     def _expect_records(self, size: int) -> None:
         """Raise ENOSPC unless the journal has room for a change whose records take so many bytes, and the usual."""

@@ -218,7 +218,8 @@ class Data(Filling):
         if end > inode.size:
             self.ledger.add_bytes(end - inode.size)
             inode.size = end
-            self._wrote(inode)
+            if self.journal is not None:
+                self.journal.wrote(inode)
         if self.losses.files:
             self.losses.written(inode.ino, offset, end, inode.size)
         if self.sums is not None:
@@ -228,13 +229,9 @@ class Data(Filling):
                 self._drop_privileges(inode, ROOT, keep_set_id=inode.opens > 0 and not inode.unprivileged)
                 self._touch(inode)
             inode.mtime = inode.ctime = clock.now()
-            self._wrote(inode)
+            if self.journal is not None:
+                self.journal.wrote(inode)
         return size
-
-    def _wrote(self, inode: Inode) -> None:
-        """Note that size or times of a file change, because it is written."""
-        if self.journal is not None:
-            self.journal.wrote(inode)
 
     def _take_back(self, inode: Inode, offset: int, end: int, *, into_holes: bool) -> None:
         """Free again what a write has allocated, because the host had no memory for it."""
