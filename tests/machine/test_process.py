@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pkramfs.machine import process
 from pkramfs.units import GIB
 
 ROOT = os.geteuid() == 0
@@ -158,3 +159,15 @@ def test_this_process_is_left_alone() -> None:
         [resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in LIMITS],
         signal.getsignal(17),
     )
+
+
+def test_a_pidfd_tells_whether_a_process_is_our_child() -> None:
+    """Also of one that has ended, which is left to be waited for."""
+    with subprocess.Popen(["sleep", "600"]) as child:
+        pidfd, parent = os.pidfd_open(child.pid), os.pidfd_open(os.getppid())
+        assert (process.child(pidfd), process.child(parent)) == (child.pid, -1)
+        process.end(pidfd)
+        assert process.child(pidfd) == child.pid
+        assert child.wait() == -signal.SIGKILL and process.child(pidfd) == -1
+    os.close(pidfd)
+    os.close(parent)
