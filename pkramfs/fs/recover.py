@@ -171,11 +171,12 @@ def go_on(rebuilt: Rebuilt, resume: Callable[[], Log], kept: Spans) -> Generator
     with contextlib.suppress(OSError):  # it is gone
         tree.clear_behind(tree.inode(log.live.growing), log.live.grown)
     resumed.note_zeroed()  # before anything else is written there
-    tree.journal = Journal(tree, resumed, rebuilt.metadata)
-    tree.journal.resume(rebuilt.replay.requests, rebuilt.replay.done)
+    journal = Journal(tree, resumed, rebuilt.metadata)
+    tree.keep(journal)
+    journal.resume(rebuilt.replay.requests, rebuilt.replay.done)
     for inode in tree.inodes.values():
         if inode.opens:
-            tree.journal.opened(inode)
+            journal.opened(inode)
     return tree
 
 
@@ -193,7 +194,8 @@ def close_all(tree: Tree) -> None:
 
 def begin(tree: Tree, name: bytes, generation: int, node: int = 0) -> None:
     """Begin the journal of a tree: one that was restored from `node`, or a new one, which is empty."""
-    tree.journal = Journal(tree, Log.create(tree.ram, tree.frames, name, generation, node))
+    journal = Journal(tree, Log.create(tree.ram, tree.frames, name, generation, node))
+    tree.keep(journal)
     if not node:
-        tree.journal.touch(tree.root)
+        journal.touch(tree.root)
     tree.commit()
