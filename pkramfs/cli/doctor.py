@@ -136,7 +136,7 @@ def _running(machine: "Machine") -> Iterator[Finding]:
         found = f"the kernel runs pkramfs {info.version}, whose tables this version does not touch"
         yield Finding("kernel", WARNING, found, "preserve what is mounted, and pkram-kexec: that is the upgrade")
     elif info is not None and not info.pkram:
-        remedy = "pkram-kexec --cold" if info.crash else "load a kernel with pkram= on its command line"
+        remedy = f"pkram-kexec{machine.words} --cold" if info.crash else "load a kernel with pkram= on its command line"
         yield Finding("kernel", WARNING, "PKRAM is off in this kernel: nothing can be preserved", remedy)
     else:
         yield Finding("kernel", OK, "none runs yet" if info is None else f"generation {info.generation} runs")
@@ -144,7 +144,7 @@ def _running(machine: "Machine") -> Iterator[Finding]:
     following = answer["next"] or {}
     if following.get("pending") or following.get("remount"):
         what = "a boot is not finished" if following["pending"] else "a mount waits to be mounted again"
-        yield Finding("kernel", WARNING, what, "pkram-kexec --resume")
+        yield Finding("kernel", WARNING, what, f"pkram-kexec{machine.words} --resume")
     for problem in answer["problems"]:
         yield Finding("kernel", ERROR, *_parted(problem))
     for mount in answer["mounts"]:

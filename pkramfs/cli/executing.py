@@ -248,7 +248,8 @@ def _undo(machine: "Machine", going: Freezer, back: list[dict[str, Any]], forks:
     if not machine.exists() or not going.stopped:
         return
     if kernelrecord.read(machine, any_layout=True) is None:
-        complain(PROGRAM, "the old kernel is gone and the new one is not up: pkram-kexec --resume goes on from there")
+        resume = f"pkram-kexec{machine.words} --resume"
+        complain(PROGRAM, f"the old kernel is gone and the new one is not up: {resume} goes on from there")
         return
     if not again.restart(machine, back, partial(arguments.warn, PROGRAM), forks):
         with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):

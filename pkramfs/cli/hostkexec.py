@@ -7,8 +7,9 @@
     -u    ─▶ kexec -u
 
 kexec(8) and systemctl kexec work without us, as in the announcement; what they do not do is ask whether the next kernel
-will find anything. A refusal names what would be lost, and `--force` goes on. `--dry-run` prints the checks and the
-commands. After the boot the first mount, or --resume, brings the machine up (kernel/hostboot.py).
+will find anything. All machines of the host end at once, so all of them are looked at, whichever was named. A refusal
+names what would be lost, and `--force` goes on. `--dry-run` prints the checks and the commands. After the boot the
+first mount, or --resume, brings a machine up (kernel/hostboot.py).
 
 Counterparts: kexec-tools kexec/kexec.c; systemd src/systemctl/systemctl-start-special.c
 """
@@ -16,6 +17,7 @@ Counterparts: kexec-tools kexec/kexec.c; systemd src/systemctl/systemctl-start-s
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ from pkramfs.units import plural
 
 if TYPE_CHECKING:
     from pkramfs.cli.daemons import Seen
+    from pkramfs.cli.freezer import Warn
+    from pkramfs.kernel.hostload import Wanted
     from pkramfs.kernel.kernelrecord import KernelInfo
     from pkramfs.machine.directory import Machine
 
@@ -60,7 +64,7 @@ def status(machine: "Machine") -> int:
     if not machine.host.kexec_loaded:
         render.say("kernel: none is loaded")
         return 0
-    loaded = hostload.read(machine) if machine.exists() else None
+    loaded = hostload.read(_machines(machine))
     if loaded is None:
         render.say("kernel: one that kexec(8) was given by somebody else; its command line is unknown")
     else:
@@ -69,27 +73,45 @@ def status(machine: "Machine") -> int:
     return 0
 
 
+def _machines(machine: "Machine") -> "list[Machine]":
+    """Return the machines that end with the host's kernel, the one that was named first; all of them are up or were."""
+    others = [one for one in type(machine).on_host() if one.exists() and one.name != machine.name]
+    return [machine, *others] if machine.exists() else others
+
+
 def load(args: argparse.Namespace, machine: "Machine") -> int:
     """Check the new command line, and have kexec(8) load the kernel; return the exit status."""
     from pkramfs.kernel import hostload, running
 
-    info = running.look(machine).info
-    said = hostload.compose(machine, info, args.append, reuse=args.reuse_cmdline)
-    problems = list(hostload.problems(machine, info, said))
+    needs = _needs(machine, running.look(machine).info)
+    said = hostload.compose(machine, needs, args.append, reuse=args.reuse_cmdline)
+    problems = list(hostload.problems(machine, needs, said))
     command = ["kexec", _HOW[args.syscall], "-l", args.image]
     command += [f"--initrd={args.initrd}"] if args.initrd else []
     command.append(f"--command-line={said}")
     if args.dry_run:
-        for line in [*hostload.kept(machine, info, said), *map(str, problems), _shown(command)]:
+        for line in [*hostload.kept(machine, needs, said), *map(str, problems), _shown(command)]:
             render.say(line)
         return problems[0].exit_status if problems else 0
     if status := _refused(args, machine, problems, "nothing was loaded"):
         return status
     _run(command)
+    for one in _machines(machine):
+        hostload.forget(one)
     hostload.note(machine, args.image, said)
     if args.verbose:
         render.tell(f"loaded {args.image} by kexec(8), with {said}")
     return 0
+
+
+def _needs(machine: "Machine", info: "KernelInfo") -> "list[Wanted]":
+    """Return what the next command line must say, and warn of machines of which that is unknown."""
+    from pkramfs.kernel import hostload
+
+    needs, unknown = hostload.wanted(machine, info)
+    for line in unknown:
+        arguments.warn(PROGRAM, line)
+    return needs
 
 
 def unload(args: argparse.Namespace, machine: "Machine") -> None:
@@ -100,63 +122,81 @@ def unload(args: argparse.Namespace, machine: "Machine") -> None:
         render.say("kexec -u")
         return
     _run(["kexec", "-u"])
-    hostload.forget(machine)
+    for one in _machines(machine):
+        hostload.forget(one)
 
 
 def execute(args: argparse.Namespace, machine: "Machine") -> int:
     """Check all that must survive, and boot the loaded kernel. Returns only if that is left to systemd, or refused."""
     from pkramfs.kernel import running
 
-    info = running.look(machine).info
+    needs = _needs(machine, running.look(machine).info)
     if args.dry_run:
-        return _describe(args, machine, info, daemons.look(machine))
+        return _describe(args, machine, needs)
     if not machine.host.kexec_loaded:
         raise MachineError("no kernel is loaded: pkram-kexec -l IMAGE")
     if machine.host.has_systemd:
-        if status := _refused(args, machine, _problems(machine, info, daemons.look(machine)), "nothing was changed"):
+        seen = [one for each in _machines(machine) for one in daemons.look(each)]
+        if status := _refused(args, machine, _problems(machine, needs, seen), "nothing was changed"):
             return status
         _run(["systemctl", "kexec"])
         render.tell("systemd stops what runs, and boots the loaded kernel")
         return 0
-    return _execute_alone(args, machine, info)
+    return _execute_alone(args, machine, needs)
 
 
-def _execute_alone(args: argparse.Namespace, machine: "Machine", info: "KernelInfo") -> int:
+def _execute_alone(args: argparse.Namespace, machine: "Machine", needs: "Sequence[Wanted]") -> int:
     """Stop the mounts and boot, where there is no systemd. If that fails, mount again what was stopped."""
     from pkramfs.cli import again
-    from pkramfs.mounting.forks import Forks
 
     warn = partial(arguments.warn, PROGRAM)
-    going = Freezer(machine, force=args.force, warn=warn)
-    back: list[dict[str, Any]] = []
+    going = [Freezer(one, force=args.force, warn=warn) for one in _machines(machine)]
+    back: list[tuple[Machine, list[dict[str, Any]]]] = []
     try:
-        with machine.lifecycle(shared=False, timeout=LOCK_SECONDS):
-            seen = going.freeze()
-            if status := _refused(args, machine, _problems(machine, info, seen), "nothing was changed"):
-                going.thaw()
+        with ExitStack() as locks:
+            for one in sorted(going, key=lambda one: one.machine.name):  # in one order, or two commands wait for ever
+                locks.enter_context(one.machine.lifecycle(shared=False, timeout=LOCK_SECONDS))
+            seen = [(one.machine, one.freeze()) for one in going]
+            problems = _problems(machine, needs, [mount for _, mounts in seen for mount in mounts])
+            if status := _refused(args, machine, problems, "nothing was changed"):
+                for one in going:
+                    one.thaw()
                 return status
-            back = again.plan(seen).mounts
-            going.stop()
+            back = [(each, again.plan(mounts).mounts) for each, mounts in seen]
+            for one in going:
+                one.stop()
             os.sync()
             _run(["kexec", "-e"])
     except BaseException:
         with signals.deferred():
-            going.thaw()
-            if going.stopped:
-                with Forks() as forks:
-                    forks.begin(back)
-                    again.restart(machine, back, warn, forks)
+            _go_back(going, back, warn)
         raise
     return 0
 
 
-def _describe(args: argparse.Namespace, machine: "Machine", info: "KernelInfo", seen: "Sequence[Seen]") -> int:
+def _go_back(going: "Sequence[Freezer]", back: "list[tuple[Machine, list[dict[str, Any]]]]", warn: "Warn") -> None:
+    """Thaw what is frozen, and mount again what was stopped."""
+    from pkramfs.cli import again
+    from pkramfs.mounting.forks import Forks
+
+    for one in going:
+        one.thaw()
+    stopped = {one.machine.name for one in going if one.stopped}
+    for machine, mounts in back:
+        if machine.name in stopped:
+            with Forks() as forks:
+                forks.begin(mounts)
+                again.restart(machine, mounts, warn, forks)
+
+
+def _describe(args: argparse.Namespace, machine: "Machine", needs: "Sequence[Wanted]") -> int:
     """Print what -e would do, and return the exit status that it would have."""
     from pkramfs.kernel import hostload
 
-    loaded = hostload.read(machine)
-    lines = hostload.kept(machine, info, loaded.cmdline) if loaded else []
-    problems = _problems(machine, info, seen)
+    seen = [one for each in _machines(machine) for one in daemons.look(each)]
+    loaded = hostload.read(_machines(machine))
+    lines = hostload.kept(machine, needs, loaded.cmdline) if loaded else []
+    problems = _problems(machine, needs, seen)
     if not machine.host.kexec_loaded:
         problems.insert(0, MachineError("no kernel is loaded: pkram-kexec -l IMAGE"))
     for one in seen:
@@ -177,12 +217,13 @@ def _describe(args: argparse.Namespace, machine: "Machine", info: "KernelInfo", 
     return fatal[0].exit_status if fatal else 0
 
 
-def _problems(machine: "Machine", info: "KernelInfo", seen: "Sequence[Seen]") -> list[PkramfsError]:
+def _problems(machine: "Machine", needs: "Sequence[Wanted]", seen: "Sequence[Seen]") -> list[PkramfsError]:
     """Return an error for each thing that would be lost."""
     from pkramfs.kernel import hostload
 
     found: list[PkramfsError] = []
-    for report in [*(one.report for one in seen), *daemons.left(machine)]:
+    left = [report for one in _machines(machine) for report in daemons.left(one)]
+    for report in [*(one.report for one in seen), *left]:
         if not report.preserved:
             if _unit_preserves(machine, report.mountpoint):
                 continue
@@ -190,14 +231,44 @@ def _problems(machine: "Machine", info: "KernelInfo", seen: "Sequence[Seen]") ->
             found.append(NotPreservedError(lost))
         elif report.lost:
             found.append(NotPreservedError(f"{report.mountpoint}: {report.lost}"))
-    loaded = hostload.read(machine)
+    found += _of_simulations(machine)
+    loaded = hostload.read(_machines(machine))
     if loaded is not None:
-        return [*found, *hostload.problems(machine, info, loaded.cmdline)]
+        return [*found, *hostload.problems(machine, needs, loaded.cmdline)]
     if machine.host.kexec_loaded:
         arguments.warn(
             PROGRAM, "the command line of the loaded kernel is unknown, because kexec(8) was given it by hand"
         )
     return found
+
+
+def _of_simulations(machine: "Machine") -> list[PkramfsError]:
+    """Return an error for each machine of the simulation that holds trees: the file that is its RAM ends here."""
+    from pkramfs.kernel import kernelrecord
+
+    found: list[PkramfsError] = []
+    for one in type(machine).all():
+        if one.elsewhere() is not None or kernelrecord.read(one, any_layout=True) is None:
+            continue
+        if held := [*(entry.mountpoint for entry in one.mounts() if entry.alive), *_nodes(one)]:
+            lost = (
+                f"{', '.join(held)} would be lost: {one.path('ram')}, the RAM of machine {one.name}, ends with the host"
+            )
+            found.append(NotPreservedError(lost))
+    return found
+
+
+def _nodes(machine: "Machine") -> list[str]:
+    """Return what is preserved in a machine that is up, in words."""
+    from pkramfs.errors import FormatError
+    from pkramfs.kernel import running
+    from pkramfs.pkram.node import shown
+
+    kernel = running.look(machine, any_layout=True)
+    try:
+        return [f"node {shown(node.name)}" for node in kernel.store.nodes()] if kernel.info.pkram else []
+    except FormatError as error:
+        return [f"what cannot be read ({error})"]
 
 
 def _unit_preserves(machine: "Machine", mountpoint: str) -> bool:

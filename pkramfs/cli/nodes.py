@@ -81,6 +81,7 @@ def refuse_loss(machine: "Machine") -> None:
     """Raise NotPreservedError if emptying the memory would lose a mounted or preserved tree."""
     from pkramfs.kernel import hostboot
 
+    resume = f"pkram-kexec{machine.words} --resume"
     living = [entry.mountpoint for entry in machine.mounts() if entry.alive]
     if living:
         raise NotPreservedError(f"{plural(len(living), 'mount')} would be lost: umount {', '.join(living)} first")
@@ -93,13 +94,9 @@ def refuse_loss(machine: "Machine") -> None:
     except PkramfsError as error:
         raise MachineError(f"the preserved nodes cannot be read ({error}): only --force goes on") from None
     if unfinished:
-        raise NotPreservedError(
-            "a kexec is not finished, and the nodes that it hands over would be lost: pkram-kexec --resume"
-        )
+        raise NotPreservedError(f"a kexec is not finished, and the nodes that it hands over would be lost: {resume}")
     if waiting:
-        raise NotPreservedError(
-            f"{waiting}, would be lost: pkram-kexec --resume says how to restore it, or use --force"
-        )
+        raise NotPreservedError(f"{waiting}, would be lost: {resume} says how to restore it, or use --force")
     if found:
         size = format_size(sum(node["bytes"] for node in found))
         raise NotPreservedError(f"{plural(len(found), 'node')}, {size}, would be lost: free them, or use --force")

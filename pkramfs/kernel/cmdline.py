@@ -11,6 +11,7 @@ the old one, and a forgotten one would make the next kernel restore nothing.
 
     pkram=PFN               hexadecimal pfn of the super block; 0 or absent: restore nothing
     pkram=off               no PKRAM in this kernel: nothing is restored, nothing can be preserved
+    pkram=NAME:PFN          the same for machine NAME alone, of several on memory of the host (hostboot.py)
     nokaslr                 run the kernel where it was loaded
     mem=SIZE                use no RAM above this address
     crashkernel=SIZE[@ADDR] set RAM aside for a crash kernel (-p)
@@ -151,14 +152,32 @@ def put(cmdline: str, name: str, value: str) -> str:
     return join(remove(cmdline, name), f"{name}={value}")
 
 
-def pkram_off(cmdline: str) -> bool:
+def pkram_off(cmdline: str, machine: str = "") -> bool:
     """Return True if the command line switches PKRAM off, as a kernel configured without it would be."""
-    return get(cmdline, "pkram") == PKRAM_OFF
+    said = pkram_of(cmdline, machine) if machine else values(cmdline, PKRAM)
+    return said[-1:] in ([PKRAM_OFF], [f"{machine}:{PKRAM_OFF}"])
 
 
 def names(value: str, pfn: int) -> bool:
-    """Return True if the value of a `pkram=` is this pfn."""
+    """Return True if the value of a `pkram=` is this pfn, whatever machine it names."""
+    value = value.rpartition(":")[2]
     return bool(_PFN.fullmatch(value)) and int(value, 16) == pfn
+
+
+def pkram_of(cmdline: str, machine: str) -> list[str]:
+    """Return the values of `pkram=` that are for a machine on memory of the host, without empty ones.
+
+    They are those that name it, `NAME:PFN`; if there is none, those that name no machine.
+    """
+    said = [(value, *value.rpartition(":")) for value in values(cmdline, PKRAM)]
+    ours = [(value, pfn) for value, name, colon, pfn in said if colon and name == machine]
+    return [value for value, pfn in ours or [(value, value) for value, _, colon, _ in said if not colon] if pfn]
+
+
+def pkram_word(pfn: str, machine: str = "") -> str:
+    """Return the word `pkram=PFN`, or for a machine by its name `pkram=NAME:PFN`, in quotes if the name has blanks."""
+    value = f"{machine}:{pfn}" if machine else pfn
+    return f'{PKRAM}="{value}"' if any(letter in _BLANK for letter in value) else f"{PKRAM}={value}"
 
 
 def only(cmdline: str, name: str) -> str:

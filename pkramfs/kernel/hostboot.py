@@ -22,7 +22,8 @@ list (`_salvage`), as in a forced kexec of the simulation (salvage.py). That one
 break of the list; here the lease table is gone by which they are told from the contents of files.
 
 A refusal changes nothing. Of the command line only pkram= is for us: what else it says is for the host's kernel, which
-has understood it.
+has understood it. Where several machines are on memory of one host, `pkram=NAME:PFN` is for one of them alone; a number
+without a name is for all machines that are not named. Each decides for itself.
 
 What comes back after a boot may be mounted again by /etc/fstab, or by --resume: the header has the list that a machine
 of the simulation keeps in nvram.json.
@@ -81,7 +82,7 @@ def decide(machine: Machine, *, append: str = "", force: bool = False) -> None:
         return
     why = _refusal(machine, there, append, force)
     if why or (found.problems and not (force and found.readable)):
-        refusal = MachineError(_ways_out(there, found, why))
+        refusal = MachineError(_ways_out(machine, there, found, why))
         if found.problems:
             refusal.exit_status = found.problems[0].exit_status
         raise refusal
@@ -92,16 +93,16 @@ def decide(machine: Machine, *, append: str = "", force: bool = False) -> None:
     nvram.set_pending(machine, Pending(nvram.KEXEC, there.generation + 1, pkram, image, lost=lost, host=host), back)
 
 
-def _ways_out(there: Header, found: "_Found", why: str) -> str:
+def _ways_out(machine: Machine, there: Header, found: "_Found", why: str) -> str:
     """Return why a boot is refused, and what can be done."""
-    pfn = format_pfn(there.super_pfn)
-    gives_up = "`pkram-kexec --cold --force` gives it up"
+    pfn, command = format_pfn(there.super_pfn), f"pkram-kexec{machine.words}"
+    gives_up = f"`{command} --cold --force` gives it up"
     if found.problems:
         why = f"{why}, and {found.problems[0]}" if why else str(found.problems[0])
-        some = "`pkram-kexec --resume --force` restores what can be read and loses the rest, " * bool(found.nodes)
+        some = f"`{command} --resume --force` restores what can be read and loses the rest, " * bool(found.nodes)
         return f"{found} at super block {pfn}: {why}; {some}{gives_up}"
     insists = " --force" * why.startswith(_FIRMWARE)
-    again = f"`pkram-kexec --resume{insists} --append pkram={pfn}` restores it if it is whole"
+    again = f"`{command} --resume{insists} --append pkram={pfn}` restores it if it is whole"
     return f"{found} at super block {pfn}: {why}; {again}, {gives_up}"
 
 
@@ -123,7 +124,10 @@ def _refusal(machine: Machine, there: Header, append: str, force: bool) -> str:
         return f"{_FIRMWARE} (boot loader type {host.loader:#x}), which may have overwritten it"
     if force and not append:
         return ""
-    said = [value for value in words.values(append or host.cmdline, words.PKRAM) if value]
+    cmdline = append or host.cmdline
+    said = words.pkram_of(cmdline, machine.name)
+    if not said and any(words.values(cmdline, words.PKRAM)):
+        return f"the command line of this boot has pkram= of other machines, and none of {literal(machine.name)}"
     if not said:
         return "the command line of this boot has no pkram="
     if any(not words.names(value, there.super_pfn) for value in said):
@@ -144,7 +148,7 @@ def cold(machine: Machine) -> None:
     """Make a boot that finds nothing the pending one."""
     there = _header(machine, machine.ram())
     _refuse_users(machine, there)
-    off = words.pkram_off(machine.host.cmdline)
+    off = words.pkram_off(machine.host.cmdline, machine.name)
     said = f"{words.PKRAM}={words.PKRAM_OFF}" if off else ""
     nvram.set_pending(machine, Pending(nvram.COLD, there.generation + 1, said, _image(machine), host=facts(machine)))
 

@@ -2,7 +2,8 @@
 """What must be true of a kernel that kexec(8) loads, if memory of the host is to survive it.
 
     memmap= …     sets memory aside. No kexec hands it on, so the new command line repeats it, word by word
-    pkram=PFN     is the number of this kernel's super block
+    pkram=PFN     is the number of this kernel's super block. Where several machines are on memory of this host,
+                  pkram=NAME:PFN says it for each
 
 kexec(8) does the loading, and nobody can ask the host's kernel for the command line of what was loaded. So what we had
 it load is noted in a file of the machine, which ends with this boot, and looked at again before `-e`.
@@ -10,14 +11,18 @@ it load is noted in a file of the machine, which ends with this boot, and looked
 Kernel: arch/x86/kernel/e820.c (parse_memmap_one), kernel/kexec_core.c; kexec-tools kexec/kexec.c
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pkramfs import schema
-from pkramfs.errors import MachineError, NotPreservedError, PkramfsError
+from pkramfs.errors import FormatError, MachineError, NotPreservedError, PkramfsError
 from pkramfs.kernel import cmdline as words
+from pkramfs.kernel import kernelrecord
 from pkramfs.kernel.kernelrecord import KernelInfo
+from pkramfs.machine import named
 from pkramfs.machine.directory import Machine
+from pkramfs.text import printable
 from pkramfs.units import format_pfn
 
 NAME = "loaded.json"
@@ -48,20 +53,61 @@ def forget(machine: Machine) -> None:
     machine.remove(NAME)
 
 
-def read(machine: Machine) -> HostLoaded | None:
+def read(machines: Sequence[Machine]) -> HostLoaded | None:
     """Return what we had kexec(8) load; None if nothing is loaded, or somebody else had it loaded."""
-    data = machine.read_json(NAME, _LOADED, "remove it and load the kernel again")
-    if data is None or not machine.host.kexec_loaded or data["boot_id"] != machine.host.boot_id:
-        return None
-    return HostLoaded(**data)
+    for machine in machines:
+        data = machine.read_json(NAME, _LOADED, "remove it and load the kernel again")
+        if data is not None and machine.host.kexec_loaded and data["boot_id"] == machine.host.boot_id:
+            return HostLoaded(**data)
+    return None
 
 
-def compose(machine: Machine, info: KernelInfo, append: str | None, *, reuse: bool) -> str:
+class Wanted(NamedTuple):
+    """What the next command line must say for a machine: its super block's pfn."""
+
+    machine: str
+    pfn: int
+    word: str
+    """The word that says so: with the machine's name, if there are several machines."""
+
+    @property
+    def whose(self) -> str:
+        """Return whose super block it is."""
+        return "this kernel" if ":" not in self.word else f"machine {self.machine}"
+
+
+def wanted(machine: Machine, info: KernelInfo) -> tuple[list[Wanted], list[str]]:
+    """Return what the next command line must say for the machines of this host, and what cannot be known, as lines.
+
+    One that is not up in this boot may have preserved trees, too: its header names the super block.
+    """
+    machines, unknown = Machine.on_host(), list[str]()
+    pfns = {machine.name: info.super_pfn}
+    for one in machines:
+        try:
+            pfns.setdefault(one.name, _super_pfn(one))
+        except (MachineError, FormatError) as error:
+            unknown.append(f"machine {printable(one.name)} cannot be looked at: {error}")
+    several = len(pfns) > 1
+    words_of = {name: words.pkram_word(format_pfn(pfn), name if several else "") for name, pfn in pfns.items() if pfn}
+    return [Wanted(name, pfns[name], words_of[name]) for name in sorted(words_of)], unknown
+
+
+def _super_pfn(machine: Machine) -> int:
+    """Return the super block of a machine, 0 if it has none."""
+    info = kernelrecord.read(machine, any_layout=True) if machine.exists() else None
+    said = machine.configuration()
+    if info is not None or said is None:
+        return info.super_pfn if info is not None else 0
+    return named.find(said, machine.host, machine.words).header.super_pfn
+
+
+def compose(machine: Machine, needs: Sequence[Wanted], append: str | None, *, reuse: bool) -> str:
     """Compose the next command line: the running one's with the current pkram=, then what is appended."""
     said = ""
     if reuse:
-        pkram = format_pfn(info.super_pfn) if info.pkram else words.PKRAM_OFF
-        said = words.put(machine.host.cmdline, words.PKRAM, pkram)
+        pkram = " ".join(one.word for one in needs) or f"{words.PKRAM}={words.PKRAM_OFF}"
+        said = words.join(words.remove(machine.host.cmdline, words.PKRAM), pkram)
     if append:
         said = words.join(said, append) if said else append.strip()
     if "\n" in said or "\0" in said:
@@ -77,28 +123,29 @@ def reserving(cmdline: str) -> list[str]:
     return found
 
 
-def problems(machine: Machine, info: KernelInfo, cmdline: str) -> Iterator[PkramfsError]:
+def problems(machine: Machine, needs: Sequence[Wanted], cmdline: str) -> Iterator[PkramfsError]:
     """Yield what would lose preserved memory if this command line were the next kernel's."""
     there = set(words.words(cmdline))
     for word in reserving(machine.host.cmdline):
         if word not in there:
             yield NotPreservedError(f"{word} is missing on the new command line, and no kexec hands it on: append it")
-    if not info.pkram:
-        return
-    said = [value for value in words.values(cmdline, words.PKRAM) if value]
-    right = f"pkram={format_pfn(info.super_pfn)}"
-    if not said:
-        yield NotPreservedError(f"the new command line has no pkram=: append {right}")
-    elif any(not words.names(value, info.super_pfn) for value in said):
-        wrong = " ".join(f"pkram={value}" for value in said)
-        yield NotPreservedError(f"the new command line says {wrong}: leave {right} only")
+    for one in needs:
+        said = words.pkram_of(cmdline, one.machine)
+        if not said:
+            whose = f" of {one.whose}" if any(words.values(cmdline, words.PKRAM)) else ""
+            yield NotPreservedError(f"the new command line has no pkram={whose}: append {one.word}")
+        elif any(not words.names(value, one.pfn) for value in said):
+            wrong, several = " ".join(f"pkram={value}" for value in said), one.whose != "this kernel"
+            remedy = f"for {one.whose} it must say {one.word}" if several else f"leave {one.word} only"
+            yield NotPreservedError(f"the new command line says {wrong}: {remedy}")
 
 
-def kept(machine: Machine, info: KernelInfo, cmdline: str) -> list[str]:
+def kept(machine: Machine, needs: Sequence[Wanted], cmdline: str) -> list[str]:
     """Return the words that do what they must, for a plan."""
     there = words.words(cmdline)
     right = [f"{word} is repeated" for word in reserving(machine.host.cmdline) if word in there]
-    said = words.values(cmdline, words.PKRAM)
-    if info.pkram and said and all(words.names(value, info.super_pfn) for value in said if value):
-        right.append(f"pkram={said[-1]} is the super block of this kernel")
+    for one in needs:
+        said = words.pkram_of(cmdline, one.machine)
+        if said and all(words.names(value, one.pfn) for value in said):
+            right.append(f"pkram={said[-1]} is the super block of {one.whose}")
     return right

@@ -20,6 +20,7 @@ from pkramfs.errors import DamagedError, MachineError, explain
 from pkramfs.machine.files import read_file, replace_file
 
 DIRECTORY = "/etc/pkramfs"
+SUFFIX = ".conf"
 _LINE = re.compile(r"\s*(?P<key>[A-Za-z_]+)\s*=\s*(?P<value>.*?)\s*")
 _UUID = re.compile(r"[0-9a-f]{32}")
 _REMEDY = "write `ram = PATH` and `uuid = UUID`, or remove it and `pkramctl machine create --ram PATH` writes it again"
@@ -31,6 +32,16 @@ class Conf:
 
     ram: str
     uuid: str
+
+
+def files(place: str) -> list[str]:
+    """Return the names of the files in a directory that may name memory, none if there is no such directory."""
+    try:
+        return [name for name in os.listdir(place) if name.endswith(SUFFIX) and name != SUFFIX]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise MachineError(f"cannot read {explain(error)}") from None
 
 
 def read(path: str) -> Conf | None:

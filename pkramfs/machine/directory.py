@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import stat
 import time
 from collections.abc import Container
@@ -85,6 +86,16 @@ class Machine:
         machines = [cls(os.path.join(root, name)) for name in names]
         return [machine for machine in machines if machine.exists() and machine.is_ours()]
 
+    @classmethod
+    def on_host(cls) -> list["Machine"]:
+        """Return our machines whose memory is the host's, by name; those, too, that are not up in this boot yet."""
+        root = os.environ.get("PKRAM_ROOT") or default_root()
+        place = os.path.dirname(cls(os.path.join(root, DEFAULT)).conf_path)
+        names = {machine.name for machine in cls.all() if machine.elsewhere() is not None}
+        names |= {name.removesuffix(conf.SUFFIX) for name in conf.files(place)}
+        machines = [cls(os.path.join(root, name)) for name in sorted(names)]
+        return [one for one in machines if one.exists() or one.configuration() is not None]
+
     def is_ours(self) -> bool:
         """Return True if the directory itself, not what a link leads to, is ours."""
         found = os.lstat(self.directory)
@@ -121,12 +132,17 @@ class Machine:
         return os.path.basename(self.directory)
 
     @property
+    def words(self) -> str:
+        """Return the option by which commands find the machine, with a blank before it; nothing for the default one."""
+        return "" if self.name == DEFAULT else f" --machine {shlex.quote(self.name)}"
+
+    @property
     def conf_path(self) -> str:
         """Return the path of the file that names the machine's memory; it need not exist."""
         place = os.path.dirname(self.directory)
         if place == default_root() and os.geteuid() == 0:
             place = conf.DIRECTORY
-        return os.path.join(place, f"{self.name}.conf")
+        return os.path.join(place, f"{self.name}{conf.SUFFIX}")
 
     def configuration(self) -> conf.Conf | None:
         """Return what names the machine's memory, None if RAM is a file of its own."""
@@ -154,7 +170,7 @@ class Machine:
         """Write machine.json for memory that the user named."""
         if hardware is not None:
             raise MachineError(f"{self.conf_path} says that RAM is {said.ram}: leave the hardware out, or remove it")
-        found = named.find(said, self.host)
+        found = named.find(said, self.host, self.words)
         made = FirmwareMap.flat(found.header.size, found.header.seed)
         self.write_json(HARDWARE_JSON, {"version": 1, **made.to_json(), "backing": found.backing.to_json()})
 

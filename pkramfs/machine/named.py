@@ -39,22 +39,23 @@ class Found(NamedTuple):
     header: Header
 
 
-def find(conf: Conf, host: Host) -> Found:
+def find(conf: Conf, host: Host, words: str = "") -> Found:
     """Find the machine that a configuration names; MachineError if it is not there any more.
 
-    Devices of memory are numbered as they are found: the one that holds the UUID is looked for among all.
+    Devices of memory are numbered as they are found: the one that holds the UUID is looked for among all. `words` are
+    the options by which a command finds the machine, for a remedy.
     """
     spec = backing.parse(conf.ram)
     try:
-        return _look(spec, conf, host)
+        return _look(spec, conf, host, words)
     except MachineError:
         for path in _siblings(spec.path):
             with contextlib.suppress(MachineError, FormatError):
-                return _look(spec._replace(path=path), conf, host)
+                return _look(spec._replace(path=path), conf, host, words)
         raise
 
 
-def _look(spec: backing.Spec, conf: Conf, host: Host) -> Found:
+def _look(spec: backing.Spec, conf: Conf, host: Host, words: str) -> Found:
     """Return what lies at a path; MachineError if that is not the machine of the configuration."""
     found = backing.find(spec, host)
     ram = open_ram(found)
@@ -65,7 +66,7 @@ def _look(spec: backing.Spec, conf: Conf, host: Host) -> Found:
     if there is None:
         raise MachineError(
             f"{conf.ram} holds no machine any more: it lost its contents, or this kernel did not set it aside "
-            f"(memmap=); `pkramctl machine create --ram {conf.ram} --force` makes a new one"
+            f"(memmap=); `pkramctl machine create{words} --ram {conf.ram} --force` makes a new one"
         )
     if there.uuid != conf.uuid:
         raise MachineError(

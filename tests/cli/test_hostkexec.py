@@ -206,15 +206,15 @@ def test_a_kernel_that_was_loaded_by_hand_is_not_known(real: Real, kexec: Any) -
     assert "given by somebody else" in kexec("-S")[1]
     status, _, err = kexec("-e")
     assert status == 0 and "warning: the command line of the loaded kernel is unknown" in err
-    assert hostload.read(real.machine) is None
+    assert hostload.read([real.machine]) is None
 
 
 def test_unloading_is_handed_over(real: Real, kexec: Any) -> None:
     kexec("-l", real.image, "--reuse-cmdline")
-    assert hostload.read(real.machine) is not None
+    assert hostload.read([real.machine]) is not None
     assert kexec("-u", "-n")[1] == "kexec -u\n"
     assert kexec("-u")[0] == 0 and real.told[-1] == "kexec -u"
-    assert hostload.read(real.machine) is None
+    assert hostload.read([real.machine]) is None
 
 
 def test_a_program_that_fails_or_lacks_is_named(real: Real, kexec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,3 +232,93 @@ def test_a_machine_that_is_not_up_says_how_to_bring_it_up(real: Real, kexec: Any
     assert status == 8 and "no kernel is running" in err and "the first mount boots it" in err
     assert hostload.reserving("a memmap=1G%4G-1+7 nokaslr -- memmap=1") == ["memmap=1G%4G-1+7", "nokaslr"]
     assert hostload.reserving("memmap=1G!4G nokaslr") == ["memmap=1G!4G"]
+
+
+# -- several machines -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(real: Real, root: str, ctl: Any) -> Machine:
+    """A second machine on memory of the same host, which is up."""
+    assert ctl("machine", "create", "--machine", "my two", "--ram", f"{root}/other:64M")[0] == 0
+    running.attach(Machine.locate("my two"))
+    return Machine.locate("my two")
+
+
+def both_words(real: Real, two: Machine) -> tuple[str, str]:
+    one, other = ((each.read_text("pkram") or "").strip() for each in (real.machine, two))
+    return f"pkram=default:{one}", f'pkram="my two:{other}"'
+
+
+def test_the_line_names_every_machine_of_the_host(real: Real, two: Machine, kexec: Any) -> None:
+    first, second = both_words(real, two)
+    for words in ([], ["--machine", "my two"]):
+        status, out, err = kexec("-n", "-l", real.image, "--reuse-cmdline", *words)
+        assert (status, err) == (0, "")
+        assert out.splitlines()[:3] == [
+            "memmap=1G!4G is repeated",
+            f"{first} is the super block of machine default",
+            f"{second.replace(chr(34), '')} is the super block of machine my two",
+        ]
+        assert f"{LINE} {first} {second}" in out
+    shutil.rmtree(two.path())  # it is not up in this boot, but its header says what it had
+    assert f"{LINE} {first} {second}" in kexec("-n", "-l", real.image, "--reuse-cmdline")[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("{first}", "the new command line has no pkram= of machine my two: append {second}"),
+        ("{second}", "the new command line has no pkram= of machine default: append {first}"),
+        ("{first} pkram=7", "the new command line says pkram=7: for machine my two it must say {second}"),
+        ("{first} {second} pkram=default:7", "says {first} pkram=default:7: for machine default it must say {first}"),
+        ("", "the new command line has no pkram=: append {first}"),
+    ],
+)
+def test_each_machine_s_number_is_looked_at(real: Real, two: Machine, kexec: Any, said: str, why: str) -> None:
+    first, second = both_words(real, two)
+    said, why = (text.format(first=first, second=second) for text in (said, why))
+    status, _, err = kexec("-l", real.image, f"--append={LINE} {said}")
+    assert status == 6 and why in err and real.told == []
+
+
+def test_what_one_machine_loaded_all_know(real: Real, two: Machine, kexec: Any) -> None:
+    assert kexec("-l", real.image, "--reuse-cmdline", "--append=first")[0] == 0
+    assert kexec("-l", real.image, "--reuse-cmdline", "--append=second", "--machine", "my two")[0] == 0
+    for words in ([], ["--machine", "my two"]):
+        assert kexec("-S", *words)[1].endswith(" second\n")
+    assert kexec("-u")[0] == 0 and hostload.read([real.machine, two]) is None
+
+
+def test_memory_that_is_not_there_is_a_warning(real: Real, two: Machine, root: str, kexec: Any) -> None:
+    shutil.rmtree(two.path())
+    os.rename(f"{root}/other", f"{root}/away")
+    status, _, err = kexec("-l", real.image, "--reuse-cmdline")
+    assert status == 0 and "warning: machine my two cannot be looked at: cannot open RAM" in err
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("systemd", [True, False])
+def test_trees_of_all_machines_are_looked_at(
+    real: Real, two: Machine, kexec: Any, ctl: Any, place: Any, systemd: bool
+) -> None:
+    from pkramfs.cli.mount import main
+
+    if systemd:
+        real.host.write("run/systemd/system/unit", "")
+    here, there, simulated = (Path(place()) for _ in range(3))
+    assert main(["none", str(here), "-o", "pkram=x"]) == 0
+    assert main(["none", str(there), "-o", "pkram=x,machine=my two"]) == 0
+    assert kexec("-l", real.image, "--reuse-cmdline")[0] == 0
+    assert main(["none", str(here), "-o", "remount,preserve,ro"]) == 0
+    status, _, err = kexec("-e")
+    assert status == 6 and f"{there}: 0 files would be lost" in err and len(real.told) == 1
+    assert main(["none", str(there), "-o", "remount,preserve,ro"]) == 0
+    assert ctl("machine", "create", "--machine", "sim", "--ram", "64M")[0] == 0
+    assert main(["none", str(simulated), "-o", "pkram=y,machine=sim"]) == 0
+    status, out, _ = kexec("-e", "-n")
+    lost = f"{simulated} would be lost: {Machine.locate('sim').path('ram')}, the RAM of machine sim, ends with the host"
+    assert status == 6 and lost in out and f"{here} (x) is preserved" in out and f"{there} (x) is preserved" in out
+    assert kexec("-e", "--force")[0] == 0
+    assert real.told[1:] == ["systemctl kexec" if systemd else "kexec -e"]
+    assert here.is_mount() is there.is_mount() is systemd

@@ -133,3 +133,29 @@ def test_more_memory_than_there_can_be_is_no_limit(line: str) -> None:
 def test_a_reservation_beyond_memory_is_refused(value: str) -> None:
     with pytest.raises(UsageError, match="beyond physical memory"):
         cmdline.validate(f"crashkernel={value}")
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("pkram=34f", ["34f"]),
+        ("pkram=1 pkram=2", ["1", "2"]),
+        ("pkram=two:34f", ["two:34f"]),
+        ("pkram=1 pkram=two:34f", ["two:34f"]),
+        ("pkram=1 pkram=other:34f", ["1"]),
+        ("pkram=other:34f", []),
+        ("pkram=1 pkram=two:", []),
+        ("pkram= pkram=:34f ro -- pkram=two:1", []),
+        ("pkram=two:off", ["two:off"]),
+    ],
+)
+def test_one_of_several_machines_is_named(line: str, found: list[str]) -> None:
+    assert cmdline.pkram_of(line, "two") == found
+    assert cmdline.pkram_off(line, "two") is (found == ["two:off"])
+    assert [cmdline.names(value, 0x34F) for value in found] == [value.endswith("34f") for value in found]
+
+
+@pytest.mark.parametrize("name", ["", "two", "a b", "x:y"])
+def test_the_word_for_a_machine_is_read_again(name: str) -> None:
+    (value,) = cmdline.pkram_of(f"ro {cmdline.pkram_word('34f', name)} quiet", name)
+    assert cmdline.names(value, 0x34F)

@@ -32,11 +32,13 @@ class HostBoots(Mounts):
     host: FakeHost
 
     def boot(self, cmdline: str, loader: int = KEXEC) -> None:
-        for entry in self.machine.mounts():
+        machines = [machine for machine in Machine.on_host() if machine.exists()]
+        for entry in [entry for machine in machines for entry in machine.mounts()]:
             os.kill(entry.pid, signal.SIGKILL)
             assert wait_gone(entry.pid, 10)
         self.clean()
-        shutil.rmtree(self.machine.path())
+        for machine in machines:
+            shutil.rmtree(machine.path())
         self.host.boot(cmdline, loader)
 
 
@@ -164,6 +166,37 @@ def test_what_was_mounted_is_mounted_again(real: HostBoots, pkram_root: Path) ->
     assert [snapshot(mnt) for mnt in (first, second)] == trees
     with pytest.raises(OSError, match="No space left"):
         (first / "too much").write_bytes(bytes(41 << 20))
+
+
+def test_two_machines_decide_each_for_itself(real: HostBoots, pkram_root: Path) -> None:
+    two = Machine.locate("two")
+    for name in ("default", "two"):
+        real.ok("ctl", "machine", "create", "--machine", name, "--ram", f"{pkram_root}/memory-{name}:64M")
+    options = {"one": "pkram=tree", "other": "pkram=tree,machine=two,size=9M"}
+    mounts = [real.mount(name, said) for name, said in options.items()]
+    trees = []
+    for number, mnt in enumerate(mounts):
+        (mnt / f"file-{number}").write_bytes(os.urandom(50_000))
+        trees.append(snapshot(mnt))
+        real.remount(mnt, "preserve,ro")
+    pfn = (two.read_text("pkram") or "").strip()
+    for wrong in ("", "pkram=two:77 "):
+        real.boot(f"ro {wrong}pkram=default:{real.pfn()}")
+        real.mount("one", options["one"])
+        assert snapshot(mounts[0]) == trees[0]
+        refused = real.helper(mounts[1], options["other"])
+        said = "says pkram='two:77'" if wrong else "has pkram= of other machines, and none of 'two'"
+        resume = f"pkram-kexec --machine two --resume --append pkram={pfn}"
+        assert refused.returncode == 32 and said in refused.stderr and f"`{resume}` restores" in refused.stderr
+        real.remount(mounts[0], "preserve,ro")
+    assert f"mounted again: {mounts[1]}" in real.ok(*shlex.split(resume.removeprefix("pkram-")))
+    assert snapshot(mounts[1]) == trees[1] and os.statvfs(mounts[1]).f_blocks * 4096 == 9 << 20
+    real.remount(mounts[1], "preserve,ro")
+    pfn = (two.read_text("pkram") or "").strip()
+    real.boot(f"pkram=two:{pfn} pkram={real.pfn()}")
+    for name, said in options.items():
+        real.mount(name, said)
+    assert [snapshot(mnt) for mnt in mounts] == trees
 
 
 def test_a_machine_is_taken_again_and_given_back(real: HostBoots, pkram_root: Path) -> None:
