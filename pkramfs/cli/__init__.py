@@ -38,7 +38,8 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     installing  what belongs in place; completions for shells  │
     overview    --help of pkramctl on one screen               │
     booting     the boot without a mount                       │
-    doctor      what is lacking here; checkup: on any host     │
+    doctor      what is lacking here; checkup: on any host;    │
+                reserving: to survive a kexec of the host      │
     files       holes in files on a mount                      │
     freeing     give nodes up, or say what would go            │
     trees       look, archives, compare, copies: what is in    │

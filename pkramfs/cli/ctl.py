@@ -74,7 +74,13 @@ def parser() -> arguments.Parser:
     _add_shared(made)
     commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=arguments.Parser)
     _command(commands, "status", status.act, "the machine, its kernel, mounts and nodes")
-    _command(commands, "doctor", doctor.act, "what is lacking on this host, and the remedy")
+    look = _command(commands, "doctor", doctor.act, "what is lacking on this host, and the remedy")
+    look.add_argument(
+        "--reserve",
+        type=arguments.size,
+        metavar="SIZE",
+        help="how to set memory aside that survives a kexec of the host",
+    )
     _command(commands, "nodes", nodes.act_nodes, "the preserved nodes, by name")
     free = _command(commands, "free", freeing.act, "give the memory of preserved nodes back")
     free.add_argument("names", nargs="*", metavar="NAME", help="a mount's NAME, or a node's name")

@@ -7,8 +7,9 @@
     note      room       RAM has 64 GiB, /dev/shm (tmpfs) holds 32 GiB, 30 GiB of it may still be used: …
                          → mount -o remount,size=66G /dev/shm
 
-The checks of the host are in checkup.py; those of the machine are here: its place, the room behind RAM, its kernel and
-its mounts. Nothing is changed, and nothing that cannot be checked hides the rest. The exit status says the worst.
+The checks of the host are in checkup.py, those of its own kexec in reserving.py; those of the machine are here: its
+place, the room behind RAM, its kernel and its mounts. Nothing is changed, and nothing that cannot be checked hides the
+rest. The exit status says the worst.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pkramfs.cli import arguments, checkup, render, status
+from pkramfs.cli import arguments, checkup, render, reserving, status
 from pkramfs.cli.checkup import ERROR, LEVELS, NOTE, OK, WARNING, Finding, Host
 from pkramfs.units import GIB, MIB, PAGE_SIZE, format_size, plural
 
@@ -31,13 +32,20 @@ _LITTLE = 256 * MIB
 
 def act(args: argparse.Namespace) -> int:
     """Run `pkramctl doctor`; the exit status is that of the worst finding."""
-    found = list(examine(arguments.machine(args), Host("/", os.geteuid())))
-    worst = max((one.level for one in found), key=LEVELS.index, default=OK)
+    machine = arguments.machine(args)
+    if args.reserve is not None:
+        return STATUS[_worst(reserving.act(args, machine.host))]
+    found = list(examine(machine, Host("/", os.geteuid())))
+    worst = _worst(found)
     if arguments.wants_json(args):
         render.emit_json({"worst": worst, "findings": [one._asdict() for one in found]})
     else:
         show(found)
     return STATUS[worst]
+
+
+def _worst(found: list[Finding]) -> str:
+    return max((one.level for one in found), key=LEVELS.index, default=OK)
 
 
 def examine(machine: "Machine", host: Host) -> Iterator[Finding]:
@@ -55,6 +63,7 @@ def examine(machine: "Machine", host: Host) -> Iterator[Finding]:
     yield from checkup.guarded("cgroup", checkup.cgroup(ram))
     yield from checkup.guarded("room", _room(machine, ram))
     yield from checkup.guarded("logind", checkup.logind(host, machine.path()))
+    yield from checkup.guarded("kexec", reserving.summary(machine.host))
     if sound:
         yield from checkup.guarded("kernel", _running(machine))
 
@@ -63,7 +72,8 @@ def _place(machine: "Machine") -> Iterator[Finding]:
     """Check that the machine's directory is ours and can be used, or made."""
     if machine.exists():
         machine.hardware()  # raises what is wrong with it: another user's, damaged
-        for name in ("", "ram", "mounts", "kexec"):
+        named = machine.elsewhere()
+        for name in ("", "mounts", "kexec", *(["ram"] if named is None else [])):
             path = machine.path(name) if name else machine.path()
             if not os.access(path, os.R_OK | os.W_OK):
                 missing = not os.path.exists(path)
@@ -71,6 +81,8 @@ def _place(machine: "Machine") -> Iterator[Finding]:
                 remedy = "pkram-kexec --cold --force makes what is missing, with empty memory" if missing else ""
                 yield Finding("machine", ERROR, f"{path} {what}", remedy or f"chmod u+rwX {path}")
         yield Finding("machine", OK, f"{machine.path()} can be used")
+        if named is not None:
+            yield Finding("machine", OK, f"RAM is {named.spec} ({named.kind}); it survives {named.traits.survives}")
         return
     above = _nearest(machine.path())
     if not os.access(above, os.W_OK | os.X_OK):

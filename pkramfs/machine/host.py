@@ -5,6 +5,7 @@
     /proc/sys/kernel/bootloader_type     whether a kernel or firmware booted this one
     /proc/cmdline                        pkram=
     /proc/vmcore                         there in a crash kernel only
+    /proc/iomem, /sys/firmware/memmap    what is RAM, and what it is used for
     /sys/dev/char/M:m                    size and alignment of a device of memory
 
 Only a machine on real memory (backing.py) asks. All of it is text, and none of it is trusted to be there: a
@@ -56,7 +57,7 @@ class Host:
     @property
     def loader(self) -> int | None:
         """Return the type of the boot loader; None where the architecture has none."""
-        text = (self._text("proc/sys/kernel/bootloader_type") or "").strip()
+        text = (self.text("proc/sys/kernel/bootloader_type") or "").strip()
         return int(text) if text.isdecimal() else None
 
     @property
@@ -73,7 +74,7 @@ class Host:
     @property
     def kexec_loaded(self) -> bool:
         """Return True if kexec(8) has loaded a kernel."""
-        return (self._text("sys/kernel/kexec_loaded") or "").strip() == "1"
+        return (self.text("sys/kernel/kexec_loaded") or "").strip() == "1"
 
     @property
     def has_systemd(self) -> bool:
@@ -85,7 +86,7 @@ class Host:
         place = f"sys/dev/char/{os.major(number)}:{os.minor(number)}"
         if os.path.basename(os.path.realpath(self.path(place, "subsystem"))) != "dax":
             return None
-        size, align = (self._text(f"{place}/{name}") or "" for name in ("size", "align"))
+        size, align = (self.text(f"{place}/{name}") or "" for name in ("size", "align"))
         return (_number(size), _number(align)) if _number(size) else None
 
     def users(self, path: str) -> list[int]:
@@ -96,21 +97,36 @@ class Host:
 
     def resources(self) -> list[tuple[int, int, str]]:
         """Return the outermost lines of /proc/iomem: first byte, byte behind the last, name."""
+        return [(start, end, name) for depth, start, end, name in self.resources_below() if depth == 0]
+
+    def resources_below(self) -> list[tuple[int, int, int, str]]:
+        """Return all lines of /proc/iomem, with their depth. For all but root the addresses are zeros."""
         found = []
-        for line in (self._text("proc/iomem") or "").splitlines():
+        for line in (self.text("proc/iomem") or "").splitlines():
             addresses, _, name = line.partition(" : ")
             first, _, last = addresses.partition("-")
-            if not line.startswith(" ") and name:
-                found.append((int(first, 16), int(last, 16) + 1, name))
+            if name:
+                found.append(((len(line) - len(line.lstrip(" "))) // 2, int(first, 16), int(last, 16) + 1, name))
         return found
 
+    def firmware_map(self) -> list[tuple[int, int, str]]:
+        """Return what firmware said of memory: first byte, byte behind the last, type; nothing where it is not kept."""
+        place, found = self.path("sys/firmware/memmap"), []
+        for name in os.listdir(place) if os.path.isdir(place) else []:
+            start, end, kind = (
+                self.text(f"sys/firmware/memmap/{name}/{key}") or "" for key in ("start", "end", "type")
+            )
+            if kind:
+                found.append((int(start, 16), int(end, 16) + 1, kind.strip()))
+        return sorted(found)
+
     def _need(self, name: str) -> str:
-        text = self._text(name)
+        text = self.text(name)
         if text is None:
             raise MachineError(f"cannot read {self.path(name)}, by which a boot of the host is noticed")
         return text
 
-    def _text(self, name: str) -> str | None:
+    def text(self, name: str) -> str | None:
         """Return a file's text, None if it is missing."""
         try:
             with open(self.path(name), encoding="utf-8", errors="surrogateescape") as file:
