@@ -260,5 +260,5 @@ def note(machine: Machine, ram: Ram, info: KernelInfo) -> None:
         return
     there = _header(machine, ram)
     now = replace(there, generation=info.generation, super_pfn=info.super_pfn, boot_id=info.boot_id)
-    if now != there:
-        header.write(ram, now)
+    if now != there or header.is_alone(ram, now):
+        header.write_both(ram, now)

@@ -7,7 +7,8 @@
 The directory of a machine may lie in /run, and end with the host's kernel. RAM stays, if both kernels set it aside.
 The header says whose it is, how large, what the last kernel was, and where its super block lies: a new directory is
 made from it. A header is written to the slot that does not hold the current one, with a higher sequence number, and
-the last store of it makes its checksum right: a write that was torn at any byte leaves the header before it.
+the last store of it makes its checksum right: a write that was torn at any byte leaves the header before it. A boot
+writes both, one after the other: then neither names a super block of the past, and damage to one costs nothing.
 
 Behind each slot is a list of mounts, so that what was mounted can be mounted again where no fstab says so. The header
 has its length and checksum. A damaged list is an empty one: it must not cost the header.
@@ -158,6 +159,17 @@ def write(ram: Ram, header: Header) -> Header:
     ram.bytes[at + _COVERED : at + HEADER.size] = data[_COVERED:]
     ram.bytes[at : at + _COVERED] = data[:_COVERED]
     return written
+
+
+def write_both(ram: Ram, header: Header) -> Header:
+    """Make a header the current one in both slots, so that damage to either is harmless."""
+    return write(ram, write(ram, header))
+
+
+def is_alone(ram: Ram, header: Header) -> bool:
+    """Return True if the other slot does not say the same as the current header, lists of mounts aside."""
+    other = _slot(ram.peek(0), 1 - header.slot)
+    return other is None or replace(other, sequence=header.sequence, mounts=header.mounts) != header
 
 
 def encoded(header: Header) -> bytes:

@@ -239,7 +239,17 @@ def test_a_header_is_written_before_the_old_super_block_is_consumed(
     monkeypatch.setattr(superblock, "consume", note("consume", consume))
     monkeypatch.setattr(header, "write", note("header", write))
     lab.kexec_for_real()
-    assert order == ["header", "consume"]
+    assert order == ["header", "header", "consume"]
+
+
+@pytest.mark.parametrize("slot", header.SLOTS)
+def test_damage_to_one_of_the_headers_loses_nothing(lab: RealBoots, slot: int) -> None:
+    lab.preserve("a", 10)
+    for generation in (2, 3):
+        ram = lab.machine.ram()
+        ram.bytes[slot + 70] ^= 1
+        ram.close()
+        assert lab.kexec_for_real().generation == generation and lab.intact("a")
 
 
 def insist(lab: RealBoots) -> KernelInfo:

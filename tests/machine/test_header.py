@@ -68,6 +68,20 @@ def test_any_flipped_bit_leaves_the_header_before_it(ram: Ram, there: Header) ->
         page[SLOTS[now.slot] + byte] ^= 1 << byte % 8
 
 
+def test_either_of_two_that_say_the_same_is_enough(ram: Ram, there: Header) -> None:
+    now = replace(there, generation=2, super_pfn=0x34F)
+    assert header.is_alone(ram, there)
+    written = header.write_both(ram, now)
+    assert not header.is_alone(ram, written) and header.read(ram) == written
+    listed = header.write(ram, replace(written, mounts=(ONE,)))
+    assert not header.is_alone(ram, listed)  # the list is not worth a second write
+    for at in SLOTS:
+        page = bytearray(ram.page(0))
+        page[at + 70] ^= 1
+        found = header.parse(bytes(page))
+        assert found is not None and (found.generation, found.super_pfn) == (2, 0x34F)
+
+
 def test_a_slot_is_not_taken_for_the_other(ram: Ram, there: Header) -> None:
     ram.bytes[SLOTS[1] : SLOTS[1] + HEADER.size] = bytes(ram.bytes[SLOTS[0] : SLOTS[0] + HEADER.size])
     ram.bytes[SLOTS[0] : SLOTS[0] + HEADER.size] = bytes(HEADER.size)
