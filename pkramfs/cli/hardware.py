@@ -68,6 +68,7 @@ def _take(args: argparse.Namespace, machine: "Machine") -> None:
     need(args.seed is None or 0 <= args.seed < 1 << 63, f"--seed {args.seed}: give 0 to 2^63 - 1")
     spelled = machine.name.isprintable() and '"' not in machine.name
     need(spelled, f"invalid machine name {machine.name!r}: a kernel's command line cannot say it")
+    _refuse_overlap(machine, args.ram)
     found = named.take(machine.name, args.ram, machine.host, seed=args.seed, force=args.force)
     conf.write(machine.conf_path, conf.Conf(found.backing.spec, found.header.uuid))
     machine.create()
@@ -76,6 +77,19 @@ def _take(args: argparse.Namespace, machine: "Machine") -> None:
         render.say(
             f"the machine was there: it has had {plural(found.header.generation, 'kernel')}, nothing was changed"
         )
+
+
+def _refuse_overlap(machine: "Machine", spec: "Spec") -> None:
+    """Raise MachineError for a range of /dev/mem of which another machine has a part: its header lies elsewhere."""
+    from pkramfs.machine import backing
+
+    for other in type(machine).on_host():
+        said = other.configuration()
+        if said is not None and other.name != machine.name and backing.overlap(spec, backing.parse(said.ram)):
+            raise MachineError(
+                f"{said.ram} is the memory of machine {other.name}: take another range, or "
+                f"`pkramctl machine destroy{other.words}` first"
+            )
 
 
 def _hardware(args: argparse.Namespace) -> "FirmwareMap | None":
@@ -192,10 +206,14 @@ def _forget(machine: "Machine") -> None:
 
 def _refuse_live(machine: "Machine") -> None:
     """Raise MachineError while a daemon maps the RAM that would go, forced or not."""
+    from pkramfs.machine import backing
+
     living = [entry for entry in machine.mounts() if entry.alive]
     if living:
         places = ", ".join(entry.mountpoint for entry in living)
         raise MachineError(f"{plural(len(living), 'mount')} on this machine ({places}): umount first")
+    if (found := machine.elsewhere()) is not None:  # its daemon may live although its directory was removed
+        backing.refuse_used(found, machine.host)
 
 
 def _unlink_run(machine: "Machine") -> None:

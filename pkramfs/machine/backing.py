@@ -224,8 +224,6 @@ def problems(backing: Backing, host: Host) -> Iterator[str]:
             yield f"{backing.path} can be written by others: chmod go-w"
     elif status.st_mode & 0o002:
         yield f"{backing.path} can be written by everybody: chmod o-w"
-    if pids := host.users(backing.path) if backing.kind != DEVMEM else []:
-        yield f"{backing.path} is open in process {pids[0]}: end it"
     if backing.kind == BLOCK:
         if _is_claimed(backing.path):
             yield f"{backing.path} is in use: it is mounted, swap, or a part of another device"
@@ -235,6 +233,20 @@ def problems(backing: Backing, host: Host) -> Iterator[str]:
         )
     if backing.kind == DEVMEM:
         yield from _of_range(backing, host)
+
+
+def refuse_used(backing: Backing, host: Host) -> None:
+    """Raise MachineError while another process has the memory open: nobody can want two machines in it."""
+    if pids := host.users(backing.path) if backing.kind != DEVMEM else []:
+        raise MachineError(f"{backing.path} is open in process {pids[0]}: end it first")
+
+
+def overlap(one: Spec, other: Spec) -> bool:
+    """Return True if two ranges of the same device have bytes in common."""
+    if None in (one.start, one.size, other.start, other.size) or one.path != other.path:
+        return False
+    assert one.start is not None and one.size is not None and other.start is not None and other.size is not None
+    return one.start < other.start + other.size and other.start < one.start + one.size
 
 
 def _of_range(backing: Backing, host: Host) -> Iterator[str]:

@@ -89,6 +89,7 @@ def take(name: str, spec: backing.Spec, host: Host, *, seed: int | None = None, 
     """Take memory for the machine `name`: as it is if the machine lies in it, else with a new header."""
     backing.make_file(spec)
     found = backing.find(spec, host)
+    backing.refuse_used(found, host)
     _refuse([] if force else list(backing.problems(found, host)))
     backing.allocate(found)
     ram = open_ram(found)

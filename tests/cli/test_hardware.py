@@ -3,10 +3,13 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
+from pkramfs.machine import conf
 from pkramfs.machine.directory import Machine
+from pkramfs.machine.host import Host
 
 
 def test_create_shows_what_it_made(root, ctl):
@@ -99,3 +102,26 @@ def test_destroy_removes_the_directory(root, ctl):
     ctl("machine", "create", "--ram", "64M")
     assert ctl("machine", "destroy")[0] == 0
     assert os.listdir(root) == []
+
+
+def test_two_machines_get_no_memory_in_common(root, ctl):
+    conf.write(f"{root}/one.conf", conf.Conf("/dev/mem:1G@4G", "5" * 32))
+    status, _, err = ctl("machine", "create", "--ram", "/dev/mem:2G@3G", "--force")
+    assert status == 8 and "/dev/mem:1G@4G is the memory of machine one: take another range, or" in err
+    assert "`pkramctl machine destroy --machine one` first" in err
+
+
+def test_memory_in_use_is_not_given_back(root, ctl, monkeypatch):
+    assert ctl("machine", "create", "--ram", f"{root}/memory:64M")[0] == 0
+    shutil.rmtree(f"{root}/default")
+    monkeypatch.setattr(Host, "users", lambda *_: [4242])
+    status, _, err = ctl("machine", "destroy", "--force")
+    assert status == 8 and f"{root}/memory is open in process 4242: end it first" in err
+    monkeypatch.setattr(Host, "users", lambda *_: [])
+    assert ctl("machine", "destroy")[0] == 0 and not os.path.exists(f"{root}/default.conf")
+
+
+def test_a_name_that_no_command_line_can_say(root, ctl):
+    for name in ('a"b', "a\nb"):
+        status, _, err = ctl("machine", "create", "--machine", name, "--ram", f"{root}/memory:64M")
+        assert status == 2 and "a kernel's command line cannot say it" in err and not os.path.exists(f"{root}/memory")

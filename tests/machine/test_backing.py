@@ -126,8 +126,10 @@ def test_memory_that_somebody_has_open_is_not_taken(
 ) -> None:
     backing.make_file(Spec(str(place), 64 * MIB))
     monkeypatch.setattr(Host, "users", lambda *_: [4242])
-    found = Backing(FILE, str(place), 64 * MIB)
-    assert list(backing.problems(found, host)) == [f"{place} is open in process 4242: end it"]
+    for force in (False, True):
+        with pytest.raises(MachineError, match=f"{place} is open in process 4242: end it first"):
+            named.take("one", Spec(str(place), 64 * MIB), host, force=force)
+    assert not any(place.read_bytes()[:4096])
 
 
 def test_a_block_device_is_not_its_memory(place: Path, host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +158,23 @@ def test_physical_memory_must_be_set_aside(place: Path, host: FakeHost, start: i
     found = Backing(DEVMEM, str(place), 512 * MIB, start)
     assert "".join(backing.problems(found, host)) == problem
     assert found.spec == f"{place}:0x20000000@{start:#x}"
+
+
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        ("/dev/mem:1G@4G", True),
+        ("/dev/mem:64M@4992M", True),
+        ("/dev/mem:8G@1G", True),
+        ("/dev/mem:1G@5G", False),
+        ("/dev/mem:1G@3G", False),
+        ("/dev/dax0.0", False),
+        ("/dev/mem2:1G@4G", False),
+    ],
+)
+def test_ranges_that_overlap_are_known(other: str, found: bool) -> None:
+    one, two = backing.parse("/dev/mem:1G@4G"), backing.parse(other)
+    assert backing.overlap(one, two) is backing.overlap(two, one) is found
 
 
 @pytest.mark.parametrize(("at", "sign", "what"), backing._SIGNS)
