@@ -19,6 +19,8 @@ CANNOT = 77
         ["--backend", "devmem", "--kexecs", "1"],
         ["--systemd", "--kexecs", "1"],
         ["--controls"],
+        ["--backend", "both"],
+        ["--backend", "both", "--controls"],
     ],
     ids=" ".join,
 )

@@ -2,12 +2,14 @@
 """Boot a guest, kexec in it for real, and say PASS or FAIL.
 
     --backend devdax|fsdax|devmem   where the machine's memory is
+    --backend both                  two machines at once, on devdax and on fsdax, with a tree each
     --kernel SUITE, --to SUITE      from which Debian suite the two kernels come; they take turns
     --kexecs N                      how many kexecs; odd ones by pkram-kexec, even ones by kexec(8) alone
     --control NAME                  something goes wrong on purpose, and must be refused: nopkram, nomemmap, metadata,
-                                    data, firmware
+                                    data, firmware; with two machines, for one of them alone: two-nopkram, two-stale,
+                                    two-nomemmap
     --systemd                       with /etc/fstab, the unit of `pkramctl install`, and `systemctl kexec`
-    --controls                      all of them, one after another
+    --controls                      all of them that the backend has, one after another
 
 All that is fetched stays in --cache. QEMU emulates in software: /dev/kvm may be there and boot no kernel.
 """
@@ -29,6 +31,9 @@ from guests.packages import SYSTEMD, Archive, UnavailableError, missing
 MEMORY_MIB, SIZE_MIB, AT_MIB = 1536, 512, 512
 CANNOT = 77
 CONTROLS = ("nopkram", "nomemmap", "metadata", "data", "firmware")
+CONTROLS_OF_TWO = ("two-nopkram", "two-stale", "two-nomemmap")
+GAP_MIB = 64
+"""Between the memory of two machines: ranges that touch would be one."""
 _QUIET = "console=ttyS0 panic=-1 no_timer_check nowatchdog loglevel=4"
 _SYSTEMD = "pk.systemd=1 systemd.show_status=no systemd.log_target=console systemd.log_level=warning"
 _DEATHS = ("Kernel panic", "Oops:", "BUG:")
@@ -77,21 +82,32 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="real-kexec", description=summary, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--backend", choices=("devdax", "fsdax", "devmem"), default="devdax")
+    parser.add_argument("--backend", choices=("devdax", "fsdax", "devmem", "both"), default="devdax")
     parser.add_argument("--kernel", default="trixie", metavar="SUITE")
     parser.add_argument("--to", metavar="SUITE")
     parser.add_argument("--userland", default="trixie", metavar="SUITE")
     parser.add_argument("--package", default="linux-image-cloud-amd64")
     parser.add_argument("--kexecs", type=int, default=2)
     parser.add_argument("--systemd", action="store_true", help="with units and `systemctl kexec`, unattended")
-    parser.add_argument("--control", choices=CONTROLS)
+    parser.add_argument("--control", choices=CONTROLS + CONTROLS_OF_TWO)
     parser.add_argument("--controls", action="store_true")
     parser.add_argument("--keep", action="store_true", help="keep images and logs")
     parser.add_argument("--timeout", type=float, default=1800, metavar="SECONDS", help="for each guest")
     parser.add_argument("--cache", default=os.path.expanduser("~/.cache/pkramfs-guests"), metavar="DIR")
     args = parser.parse_args()
-    args.wanted = CONTROLS if args.controls else (args.control or "",)
+    controls = CONTROLS_OF_TWO if args.backend == "both" else CONTROLS
+    if args.control and args.control not in controls:
+        parser.error(f"with --backend {args.backend} the controls are {', '.join(controls)}")
+    args.wanted = controls if args.controls else (args.control or "",)
     return args
+
+
+def memmap(backend: str) -> str:
+    """Return the words that set memory aside."""
+    if backend == "both":
+        half = SIZE_MIB // 2
+        return f"memmap={half}M!{AT_MIB}M memmap={half}M!{AT_MIB + half + GAP_MIB}M"
+    return f"memmap={SIZE_MIB}M{'$' if backend == 'devmem' else '!'}{AT_MIB}M"
 
 
 def say(began: float, *words: object) -> None:
@@ -108,8 +124,7 @@ def boot(
 ) -> bool:
     """Run one guest to its end, and return True if it passed."""
     kernel, ramdisk = first
-    sign = "$" if args.backend == "devmem" else "!"
-    line = f"{_QUIET} memmap={SIZE_MIB}M{sign}{AT_MIB}M pk.stage=0 pk.backend={args.backend} {words}"
+    line = f"{_QUIET} {memmap(args.backend)} pk.stage=0 pk.backend={args.backend} {words}"
     command = [
         *("qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max,-cx16", "-smp", "1"),
         *("-m", f"{MEMORY_MIB}M", "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"),

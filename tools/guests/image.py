@@ -81,7 +81,8 @@ def _write_service(top: Path) -> None:
     wants = units / "multi-user.target.wants"
     wants.mkdir(parents=True, exist_ok=True)
     (units / "walk.service").write_text(
-        "[Unit]\nAfter=local-fs.target mnt-pk.mount pkramfs-preserve@mnt-pk.service\nDefaultDependencies=no\n"
+        "[Unit]\nAfter=local-fs.target mnt-pk.mount pkramfs-preserve@mnt-pk.service "
+        "mnt-two.mount pkramfs-preserve@mnt-two.service\nDefaultDependencies=no\n"
         "Before=shutdown.target\nConflicts=shutdown.target\n"
         "[Service]\nType=oneshot\nTimeoutStartSec=infinity\nExecStart=/usr/bin/python3 /guest/walk.py\n"
         "Environment=HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin\nStandardOutput=tty\nStandardError=tty\n"

@@ -2,6 +2,7 @@
 """In the guest: the user at the keyboard, who types the announcement's steps and compares.
 
     pk.backend=devdax|fsdax|devmem   where the machine's memory is
+    pk.backend=both                  two machines with a tree each: default on devdax, two on fsdax
     pk.stage=N                       how many kexecs there were; pk.kexecs=N are to be
     pk.to=VERSION                    the kernel to boot next
     pk.digest=…                      what the tree was: it travels on the command line, so that memory cannot vouch
@@ -26,8 +27,13 @@ WORDS = dict(([*word.split("=", 1), ""])[:2] for word in LINE.split())
 SYSTEMD = "pk.systemd" in WORDS
 STAGE, KEXECS, BACKEND = int(WORDS["pk.stage"]), int(WORDS["pk.kexecs"]), WORDS["pk.backend"]
 CONTROL = WORDS.get("pk.control", "")
-MEMMAP = next(word for word in [*LINE.split(), "memmap="] if word.startswith("memmap="))
+MEMMAPS = [word for word in LINE.split() if word.startswith("memmap=")]
 MNT, MACHINE = Path("/mnt/pk"), "/dev/shm/pkram/default"
+TWO = Path("/mnt/two")
+"""The tree of the second machine, if there are two."""
+MEMORY = {"default": "devdax", "two": "fsdax"} if BACKEND == "both" else {"default": BACKEND}
+"""Where each machine's memory is; of the ranges that are set aside they take one after the other."""
+TREES = {"default": MNT, "two": TWO} if BACKEND == "both" else {"default": MNT}
 OTHER = Path("/mnt/other")
 """A second tree, which the control `metadata` damages: the first one must come back without it."""
 
@@ -60,35 +66,40 @@ def wait(path: str) -> str:
 # -- memory ---------------------------------------------------------------------------------------
 
 
-def make_memory() -> str:
-    """Make, at the first boot, what --ram names."""
-    if BACKEND == "devmem":
-        size, _, address = MEMMAP.removeprefix("memmap=").partition("$")
+def make_memory(name: str) -> str:
+    """Make, at the first boot, what --ram names for a machine."""
+    backend, number = MEMORY[name], list(MEMORY).index(name)
+    if backend == "devmem":
+        size, _, address = MEMMAPS[0].removeprefix("memmap=").partition("$")
         return f"/dev/mem:{size}@{address}"
-    if BACKEND == "fsdax":
-        wait("/dev/pmem0")
-        sh("mke2fs -q -t ext4 -b 4096 -O ^has_journal -m 0 /dev/pmem0")
-        find_memory()
+    if backend == "fsdax":
+        wait(f"/dev/pmem{number}")
+        sh(f"mke2fs -q -t ext4 -b 4096 -O ^has_journal -m 0 /dev/pmem{number}")
+        find_memory(name)
         size = os.statvfs("/run/pm").f_bavail * 4096 * 9 // 10
         return f"/run/pm/ram:{size >> 20}M"
-    wait("/sys/bus/nd/devices/namespace0.0")
-    seed = wait("/sys/bus/nd/devices/dax0.0")
-    if os.path.islink("/sys/bus/nd/devices/namespace0.0/driver"):
-        put("/sys/bus/nd/devices/namespace0.0/driver/unbind", "namespace0.0")
-    for name, value in (("align", 2 << 20), ("mode", "ram"), ("uuid", uuid.uuid4()), ("namespace", "namespace0.0")):
-        put(f"{seed}/{name}", value)
-    put("/sys/bus/nd/drivers/dax_pmem/bind", "dax0.0")  # what `ndctl create-namespace -m devdax -M mem` does
-    return wait("/dev/dax0.0")
+    space = f"namespace{number}.0"
+    wait(f"/sys/bus/nd/devices/{space}")
+    seed = wait(f"/sys/bus/nd/devices/dax{number}.0")
+    if os.path.islink(f"/sys/bus/nd/devices/{space}/driver"):
+        put(f"/sys/bus/nd/devices/{space}/driver/unbind", space)
+    for key, value in (("align", 2 << 20), ("mode", "ram"), ("uuid", uuid.uuid4()), ("namespace", space)):
+        put(f"{seed}/{key}", value)
+    put("/sys/bus/nd/drivers/dax_pmem/bind", f"dax{number}.0")  # what `ndctl create-namespace -m devdax -M mem` does
+    return wait(f"/dev/dax{number}.0")
 
 
-def find_memory() -> None:
-    """Wait, at every boot, until the memory is there."""
-    if BACKEND == "fsdax":
-        wait("/dev/pmem0")
+def find_memory(name: str) -> None:
+    """Wait, at every boot, until the memory of a machine is there, if it is to be."""
+    backend, number = MEMORY[name], list(MEMORY).index(name)
+    if CONTROL in ("nomemmap", f"{name}-nomemmap"):
+        return
+    if backend == "fsdax":
+        wait(f"/dev/pmem{number}")
         os.makedirs("/run/pm", exist_ok=True)
-        sh("mount -t ext4 -o dax=always /dev/pmem0 /run/pm")
-    elif BACKEND == "devdax" and CONTROL != "nomemmap":
-        wait("/dev/dax0.0")
+        sh(f"mount -t ext4 -o dax=always /dev/pmem{number} /run/pm")
+    elif backend == "devdax":
+        wait(f"/dev/dax{number}.0")
 
 
 def put(path: str, value: object) -> None:
@@ -107,23 +118,27 @@ def flip(address: int) -> None:
 # -- the tree -------------------------------------------------------------------------------------
 
 
-def populate() -> None:
-    (MNT / "dir").mkdir()
+def populate(top: Path) -> None:
+    (top / "dir").mkdir()
     for number in range(50):
-        (MNT / "dir" / f"file-{number}").write_bytes(os.urandom(number * 997))
-    (MNT / "testfile").write_bytes(os.urandom(int(WORDS.get("pk.mib", "24")) << 20))
-    os.link(MNT / "testfile", MNT / "hard")
-    os.symlink("dir/file-1", MNT / "link")
-    os.mkfifo(MNT / "fifo", 0o640)
-    os.setxattr(MNT / "dir", "user.colour", b"grey")
+        (top / "dir" / f"file-{number}").write_bytes(os.urandom(number * 997))
+    (top / "testfile").write_bytes(os.urandom(int(WORDS.get("pk.mib", "24")) << 20))
+    os.link(top / "testfile", top / "hard")
+    os.symlink("dir/file-1", top / "link")
+    os.mkfifo(top / "fifo", 0o640)
+    os.setxattr(top / "dir", "user.colour", b"grey")
 
 
-def digest() -> str:
-    """Return a digest of all names, kinds, links, attributes and bytes."""
+def digest(*tops: Path) -> str:
+    """Return a digest for each tree, of all names, kinds, links, attributes and bytes."""
+    return ",".join(map(_digest, tops or TREES.values()))
+
+
+def _digest(top: Path) -> str:
     whole = hashlib.sha256()
-    for path in [MNT, *sorted(MNT.rglob("*"))]:
+    for path in [top, *sorted(top.rglob("*"))]:
         found = path.lstat()
-        facts: list[object] = [path.relative_to(MNT), found.st_mode, found.st_uid, found.st_nlink, found.st_mtime_ns]
+        facts: list[object] = [path.relative_to(top), found.st_mode, found.st_uid, found.st_nlink, found.st_mtime_ns]
         if path.is_symlink():
             facts.append(os.readlink(path))
         elif path.is_file():
@@ -137,38 +152,58 @@ def digest() -> str:
 # -- the stages -----------------------------------------------------------------------------------
 
 
-def mount(*, fails: bool = False) -> str:
+def mount(name: str = "default", *, fails: bool = False) -> str:
     MNT.mkdir(exist_ok=True)
     OTHER.mkdir(exist_ok=True)
-    return sh(f"mount -t pkramfs -o pkram=mytmpfs{',verify=data' * (CONTROL == 'data')} none {MNT}", fails=fails)
+    TREES[name].mkdir(exist_ok=True)
+    more = f",machine={name}" * (name != "default") + ",verify=data" * (CONTROL == "data")
+    return sh(f"mount -t pkramfs -o pkram=mytmpfs{more} none {TREES[name]}", fails=fails)
 
 
-def next_line(what: str, *, pkram: bool = True) -> str:
+def pfn(name: str) -> str:
+    return Path(f"/dev/shm/pkram/{name}/pkram").read_text().strip()
+
+
+def next_line(what: str) -> str:
     """Return the next command line as the announcement composes it, with the test's own words."""
     kept = [word for word in LINE.split() if not word.startswith(("pk.stage=", "pk.digest=", "pkram="))]
     if CONTROL == "nomemmap":
         kept = [word for word in kept if not word.startswith("memmap=")]
-    said = f" pkram={Path('/run/pkram/pkram').read_text().strip()}" if pkram else ""
-    return f"{' '.join(kept)} pk.stage={STAGE + 1} pk.digest={what}{said}"
+    elif CONTROL == "two-nomemmap":
+        kept = [word for word in kept if word != MEMMAPS[1]]
+    said = [f"pkram={name}:{pfn(name)}" for name in TREES] if len(TREES) > 1 else [f"pkram={pfn('default')}"]
+    if CONTROL == "nopkram":
+        said = []
+    elif CONTROL == "two-nopkram":
+        said = said[:1]
+    elif CONTROL == "two-stale":
+        said = [said[0], f"pkram=two:{int(pfn('two'), 16) + 1:x}"]
+    return f"{' '.join(kept)} pk.stage={STAGE + 1} pk.digest={what} {' '.join(said)}".strip()
 
 
 def kexec(what: str) -> None:
     """Steps 4 and 5: by pkram-kexec, and every other time by kexec(8) alone, as the announcement does."""
     to = WORDS["pk.to"] if STAGE % 2 == 0 else WORDS["pk.from"]
-    line = next_line(what, pkram=CONTROL != "nopkram")
+    line = next_line(what)
     files = f"/boot/vmlinuz-{to} --initrd=/boot/initrd-{to}"
     by_hand = not SYSTEMD and (bool(CONTROL) or STAGE % 2 == 1)
     os.environ["LINE"] = line
-    if CONTROL in ("nopkram", "nomemmap"):  # ours would not
+    if CONTROL.endswith(("nopkram", "nomemmap", "stale")):  # ours would not
         sh(f'pkram-kexec -s -l {files} --append="$LINE"', fails=True)
     if by_hand:
         sh(f'kexec -s -l {files} --append="$LINE"')
-        sh(f"umount {MNT} {OTHER if CONTROL == 'metadata' else ''}")
+        sh(f"umount {' '.join(map(str, TREES.values()))} {OTHER if CONTROL == 'metadata' else ''}")
         os.sync()
         say("KEXEC by kexec(8)")
         sh("kexec -e")
-    sh(f'pkram-kexec -s -l {files} --append="$LINE"')
-    sh("pkram-kexec -e --dry-run")
+    if len(TREES) > 1:  # and whichever machine is named
+        os.environ["LINE"] = f"pk.stage={STAGE + 1} pk.digest={what}"
+        sh(f'pkram-kexec --machine two -s -l {files} --reuse-cmdline --append="$LINE"')
+    else:
+        sh(f'pkram-kexec -s -l {files} --append="$LINE"')
+    plan = sh("pkram-kexec -e --dry-run")
+    if any(f"{top} (mytmpfs) " not in plan for top in TREES.values()):
+        raise SystemExit("the plan does not name every tree")
     say("KEXEC by pkram-kexec")
     sh("pkram-kexec -e")
     if SYSTEMD:
@@ -177,38 +212,52 @@ def kexec(what: str) -> None:
 
 
 def first() -> None:
-    spec = make_memory()
-    sh(f"pkramctl machine create --ram {spec}")
-    sh("cat /etc/pkramfs/default.conf")
+    for name in TREES:
+        sh(f"pkramctl machine create --machine {name} --ram {make_memory(name)}")
+        sh(f"cat /etc/pkramfs/{name}.conf")
     if SYSTEMD:
         install()
     else:
-        mount()
+        for name in TREES:
+            mount(name)
     if CONTROL == "metadata":
         sh(f"mount -t pkramfs -o pkram=other none {OTHER}")
         (OTHER / "file").write_bytes(os.urandom(5 << 20))
         sh(f"mount -o remount,preserve,ro {OTHER}")
-    populate()
+    for top in TREES.values():
+        populate(top)
     before = digest()
     say("SUM", before)
+    preserve()
     if not SYSTEMD:
-        sh(f"mount -o remount,preserve,ro{',verify' * (CONTROL == 'data')} {MNT}")
-        sh("pkramctl status")
+        for name in TREES:
+            sh(f"pkramctl status --machine {name}")
     damage()
     kexec(before)
 
 
+def preserve() -> None:
+    """Step 3, for all trees; with systemd their units do it."""
+    for top in TREES.values() if not SYSTEMD else ():
+        sh(f"mount -o remount,preserve,ro{',verify' * (CONTROL == 'data')} {top}")
+
+
 def install() -> None:
     """What an administrator does once, so that systemd does the rest at every boot."""
-    MNT.mkdir(exist_ok=True)
     sh("pkramctl install; udevadm control --reload; udevadm trigger --settle --subsystem-match=dax")
-    where = "x-systemd.requires-mounts-for=/run/pm" if BACKEND == "fsdax" else "x-systemd.requires=dev-dax0.0.device"
+    units = ""
     with open("/etc/fstab", "a") as fstab:
-        if BACKEND == "fsdax":
-            fstab.write("/dev/pmem0 /run/pm ext4 dax=always 0 0\n")
-        fstab.write(f"none {MNT} pkramfs pkram=mytmpfs,nofail,x-systemd.mount-timeout=20min,{where} 0 0\n")
-    sh("cat /etc/fstab; systemctl daemon-reload; systemctl enable pkramfs-preserve@mnt-pk.service")
-    sh("systemctl start mnt-pk.mount pkramfs-preserve@mnt-pk.service")
+        for number, (name, top) in enumerate(TREES.items()):
+            top.mkdir(exist_ok=True)
+            fsdax = MEMORY[name] == "fsdax"
+            where = "requires-mounts-for=/run/pm" if fsdax else f"requires=dev-dax{number}.0.device"
+            if fsdax:
+                fstab.write(f"/dev/pmem{number} /run/pm ext4 dax=always 0 0\n")
+            words = "pkram=mytmpfs" + f",machine={name}" * (name != "default")
+            fstab.write(f"none {top} pkramfs {words},nofail,x-systemd.mount-timeout=20min,x-systemd.{where} 0 0\n")
+            units += f" pkramfs-preserve@mnt-{top.name}.service"
+    sh(f"cat /etc/fstab; systemctl daemon-reload; systemctl enable {units}")
+    sh(f"systemctl start {' '.join(f'mnt-{top.name}.mount' for top in TREES.values())} {units}")
 
 
 def damage() -> None:
@@ -244,27 +293,42 @@ CONTROLS = {
 }
 
 
+ALONE = {
+    "two-nopkram": "the command line of this boot has pkram= of other machines, and none of 'two'",
+    "two-stale": "the command line of this boot says pkram='two:",
+    "two-nomemmap": "cannot open RAM: /run/pm/ram: No such file or directory",
+}
+"""Controls that concern the second machine alone: the first one must come back."""
+
+
 def again() -> None:
     if SYSTEMD:
-        sh("systemctl --no-pager status mnt-pk.mount pkramfs-preserve@mnt-pk.service || true; findmnt /mnt/pk")
+        units = " ".join(f"mnt-{top.name}.mount pkramfs-preserve@mnt-{top.name}.service" for top in TREES.values())
+        sh(f"systemctl --no-pager status {units} || true; findmnt -t fuse.pkramfs")
     else:
-        find_memory()
+        for name in TREES:
+            find_memory(name)
+        if CONTROL in ALONE:
+            refused_alone(ALONE[CONTROL])
+            return
         if CONTROL == "data":
             noticed(CONTROLS[CONTROL])
             return
         if CONTROL:
             refused(CONTROLS[CONTROL])
             return
-        mount()
+        for name in TREES:
+            mount(name)
     compare()
-    sh("pkramctl boot; cat /run/pkram/dmesg")
-    assert "kexec boot of linux" in Path("/run/pkram/dmesg").read_text()
-    sh("pkramctl report | head -4; pkramctl verify")
+    for name in TREES:
+        sh(f"pkramctl boot --machine {name}; cat /dev/shm/pkram/{name}/dmesg")
+        assert "kexec boot of linux" in Path(f"/dev/shm/pkram/{name}/dmesg").read_text()
+        sh(f"pkramctl report --machine {name} | head -4; pkramctl verify --machine {name}")
     if STAGE < KEXECS:
-        (MNT / f"more-{STAGE}").write_bytes(os.urandom(300_000))
+        for top in TREES.values():
+            (top / f"more-{STAGE}").write_bytes(os.urandom(300_000))
         after = digest()
-        if not SYSTEMD:
-            sh(f"mount -o remount,preserve,ro {MNT}")
+        preserve()
         kexec(after)
     print("PK RESULT PASS", flush=True)
     end()
@@ -277,11 +341,27 @@ def end() -> None:
         sh("busybox poweroff -f")
 
 
-def compare() -> None:
-    found = digest()
+def compare(*names: str) -> None:
+    """Compare all trees, or those of some machines, with what the command line says."""
+    found = digest(*(TREES[name] for name in names))
+    said = dict(zip(TREES, WORDS["pk.digest"].split(","), strict=True))
     say("SUM", found)
-    if found != WORDS["pk.digest"]:
+    if found != ",".join(said[name] for name in names or TREES):
         raise SystemExit("the tree is another one")
+
+
+def refused_alone(message: str) -> None:
+    """Mount both trees: that of the first machine comes back, that of the second is refused, with its remedy."""
+    said = mount("two", fails=True)
+    mount("default")
+    compare("default")
+    if message not in said:
+        raise SystemExit(f"expected: {message}")
+    if CONTROL != "two-nomemmap":  # what the refusal tells to do helps
+        sh(said.partition("`")[2].partition("`")[0])
+        mount("two")  # it is mounted already: memory knew where
+        compare()
+    print("PK RESULT PASS", flush=True)
 
 
 def refused(message: str) -> None:
