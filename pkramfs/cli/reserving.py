@@ -135,6 +135,19 @@ def lacking(host: "Host", arch: str = "") -> Iterator[Finding]:
     if lockdown and lockdown[1] != "none":
         found = f"the kernel is locked down ({lockdown[1]}): /dev/mem is closed, and kexec takes signed kernels only"
         yield Finding("kexec", NOTE, found, "use a device (devdax), and pkram-kexec -s")
+    if _hibernates(host):
+        found = "this host may hibernate, which memory set aside does not survive, and nobody notices"
+        targets = "hibernate.target hybrid-sleep.target suspend-then-hibernate.target"
+        yield Finding("kexec", WARNING, found, f"systemctl mask {targets}")
+
+
+def _hibernates(host: "Host") -> bool:
+    """Return True if this host may hibernate: it can, has a place for its image, and systemd was not told not to."""
+    if "disk" not in (host.text("sys/power/state") or "").split():
+        return False
+    if (host.text("sys/power/resume") or "0:0").strip() == "0:0":
+        return False
+    return os.path.realpath(host.path("etc/systemd/system/hibernate.target")) != "/dev/null"
 
 
 def _configured(host: "Host") -> Iterator[Finding]:

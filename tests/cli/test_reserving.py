@@ -152,6 +152,21 @@ def test_what_a_kernel_lacks_is_named(host: FakeHost, monkeypatch: pytest.Monkey
     assert any("cannot be read" in one.found for one in reserving.lacking(host))
 
 
+def test_a_host_that_may_hibernate_is_named(host: FakeHost) -> None:
+    def warned() -> bool:
+        return any("may hibernate" in one.found for one in reserving.lacking(host))
+
+    host.write("sys/power/state", "freeze mem disk\n")
+    assert not warned()
+    host.write("sys/power/resume", "0:0\n")
+    assert not warned()
+    host.write("sys/power/resume", "254:1\n")
+    assert warned()
+    host.write("etc/systemd/system/x", "")
+    (host.top / "etc/systemd/system/hibernate.target").symlink_to("/dev/null")
+    assert not warned()
+
+
 def test_it_is_all_in_json(host: FakeHost, ctl: Any) -> None:
     host.write("sys/bus/nd/devices/region0/x", "")
     status, out, _ = ctl("--json", "doctor", "--reserve", "8G")
