@@ -71,8 +71,7 @@ def decide(machine: Machine, *, append: str = "", force: bool = False) -> None:
     `append` holds words that the command line lacks; `force` goes on without them, after a boot through firmware, and
     without what cannot be read.
     """
-    if machine.host.is_crash_kernel:
-        raise MachineError("this is a crash kernel (/proc/vmcore is there): what was preserved is left as it is")
+    _refuse_in_crash_kernel(machine)
     ram = machine.ram()
     there = _header(machine, ram)
     _refuse_users(machine, there)
@@ -144,8 +143,15 @@ def _refuse_users(machine: Machine, there: Header) -> None:
         raise MachineError(f"{machine.path()} was removed, but its memory is in use: end process {pids[0]} first")
 
 
+def _refuse_in_crash_kernel(machine: Machine) -> None:
+    """Raise MachineError in a kernel that looks at a dead one, whoever insists."""
+    if machine.host.is_crash_kernel:
+        raise MachineError("this is a crash kernel (/proc/vmcore is there): what was preserved is left as it is")
+
+
 def cold(machine: Machine) -> None:
     """Make a boot that finds nothing the pending one."""
+    _refuse_in_crash_kernel(machine)
     there = _header(machine, machine.ram())
     _refuse_users(machine, there)
     off = words.pkram_off(machine.host.cmdline, machine.name)

@@ -188,6 +188,9 @@ def test_a_crash_kernel_touches_nothing(lab: RealBoots) -> None:
     lab.host.write("proc/vmcore", "")
     lab.reboot(f"pkram={lab.pfn()}")
     assert "this is a crash kernel (/proc/vmcore is there): what was preserved is left as it is" in lab.refusal()
+    for insist_on in (lambda: insist(lab), lambda: succession.power_cycle(lab.machine)):
+        with pytest.raises(MachineError, match="this is a crash kernel"):
+            insist_on()
     assert lab.header == before
 
 

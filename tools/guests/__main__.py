@@ -6,8 +6,8 @@
     --kernel SUITE, --to SUITE      from which Debian suite the two kernels come; they take turns
     --kexecs N                      how many kexecs; odd ones by pkram-kexec, even ones by kexec(8) alone
     --control NAME                  something goes wrong on purpose, and must be refused: nopkram, nomemmap, metadata,
-                                    data, firmware; with two machines, for one of them alone: two-nopkram, two-stale,
-                                    two-nomemmap
+                                    data, firmware, crash; with two machines, for one of them alone: two-nopkram,
+                                    two-stale, two-nomemmap
     --systemd                       with /etc/fstab, the unit of `pkramctl install`, and `systemctl kexec`
     --controls                      all of them that the backend has, one after another
 
@@ -30,13 +30,15 @@ from guests.packages import SYSTEMD, Archive, UnavailableError, missing
 
 MEMORY_MIB, SIZE_MIB, AT_MIB = 1536, 512, 512
 CANNOT = 77
-CONTROLS = ("nopkram", "nomemmap", "metadata", "data", "firmware")
+CONTROLS = ("nopkram", "nomemmap", "metadata", "data", "firmware", "crash")
 CONTROLS_OF_TWO = ("two-nopkram", "two-stale", "two-nomemmap")
 GAP_MIB = 64
 """Between the memory of two machines: ranges that touch would be one."""
 _QUIET = "console=ttyS0 panic=-1 no_timer_check nowatchdog loglevel=4"
 _SYSTEMD = "pk.systemd=1 systemd.show_status=no systemd.log_target=console systemd.log_level=warning"
 _DEATHS = ("Kernel panic", "Oops:", "BUG:")
+_WANTED_DEATH = "sysrq triggered crash"
+_CRASH_MIB = 256
 
 
 def main() -> int:
@@ -124,13 +126,15 @@ def boot(
 ) -> bool:
     """Run one guest to its end, and return True if it passed."""
     kernel, ramdisk = first
+    crash = "pk.control=crash" in words.split()
+    words += f" crashkernel={_CRASH_MIB}M" * crash
     line = f"{_QUIET} {memmap(args.backend)} pk.stage=0 pk.backend={args.backend} {words}"
     command = [
         *("qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max,-cx16", "-smp", "1"),
         *("-m", f"{MEMORY_MIB}M", "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"),
         *("-drive", f"file={disk},format=raw,if=none,id=d0,snapshot=on", "-device", "virtio-blk-pci,drive=d0"),
         *("-kernel", str(kernel.image), "-initrd", str(ramdisk), "-append", line),  # type: ignore[attr-defined]
-        *([] if "firmware" in words else ["-no-reboot"]),
+        *([] if crash or "firmware" in words else ["-no-reboot"]),
     ]
     with (
         open(work / "log", "ab", buffering=0) as log,
@@ -152,7 +156,7 @@ def _passed(output: IO[bytes], log: IO[bytes], began: float) -> bool:
     for raw in output:
         line = raw.decode("utf-8", "replace").rstrip()
         log.write(f"{time.monotonic() - began:8.2f} {line}\n".encode())
-        died = died or any(word in line for word in _DEATHS)
+        died = died or (any(word in line for word in _DEATHS) and _WANTED_DEATH not in line)
         if line.startswith("PK ") or any(word in line for word in (*_DEATHS, "Traceback", "Error")):
             say(began, line.removeprefix("PK "))
         if line.startswith("PK RESULT"):

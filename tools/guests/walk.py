@@ -34,6 +34,8 @@ TWO = Path("/mnt/two")
 MEMORY = {"default": "devdax", "two": "fsdax"} if BACKEND == "both" else {"default": BACKEND}
 """Where each machine's memory is; of the ranges that are set aside they take one after the other."""
 TREES = {"default": MNT, "two": TWO} if BACKEND == "both" else {"default": MNT}
+DIGEST = Path("/var/digest")
+"""What the tree was, on the disk: of a reset through firmware the command line is that of the first boot."""
 OTHER = Path("/mnt/other")
 """A second tree, which the control `metadata` damages: the first one must come back without it."""
 
@@ -233,6 +235,8 @@ def first() -> None:
         for name in TREES:
             sh(f"pkramctl status --machine {name}")
     damage()
+    if CONTROL == "crash":
+        crash(before)
     kexec(before)
 
 
@@ -278,10 +282,36 @@ def damage() -> None:
         flip((pfn << 12) + 5000)
     elif CONTROL == "firmware":
         sh(f"umount {MNT}")
-        os.sync()
-        say("RESET through firmware")
-        put("/proc/sysrq-trigger", "b")
-        time.sleep(60)
+        reset()
+
+
+def reset() -> None:
+    os.sync()
+    say("RESET through firmware")
+    put("/proc/sysrq-trigger", "b")
+    time.sleep(60)
+
+
+def crash(before: str) -> None:
+    """Let the kernel crash, after a kernel for that was loaded, as kdump does it."""
+    DIGEST.write_text(before)
+    os.sync()
+    os.environ["LINE"] = next_line(before)
+    sh(f'kexec -s -p /boot/vmlinuz-{WORDS["pk.to"]} --initrd=/boot/initrd-{WORDS["pk.to"]} --append="$LINE"')
+    say("CRASH")
+    put("/proc/sysrq-trigger", "c")
+
+
+def after_crash() -> None:
+    """The reboot that follows a dump goes through firmware: what was preserved at the crash can still be had."""
+    find_memory("default")
+    said = mount(fails=True)
+    if CONTROLS["firmware"] not in said:
+        raise SystemExit(f"expected: {CONTROLS['firmware']}")
+    sh("pkram-kexec --resume --force")
+    WORDS["pk.digest"] = DIGEST.read_text()
+    compare()
+    print("PK RESULT PASS", flush=True)
 
 
 CONTROLS = {
@@ -289,6 +319,7 @@ CONTROLS = {
     "nomemmap": "cannot open RAM: /dev/dax0.0: No such file or directory",
     "metadata": "checksum",
     "firmware": "memory went through firmware",
+    "crash": "this is a crash kernel (/proc/vmcore is there): what was preserved is left as it is",
     "data": "are damaged between byte 0 and 1048576",
 }
 
@@ -378,6 +409,10 @@ def refused(message: str) -> None:
         sh("pkram-kexec --resume --force")
         compare()
         assert "which cannot be read, is lost" in sh("cat /run/pkram/dmesg")
+    elif CONTROL == "crash":
+        for command in ("pkram-kexec --resume", "pkram-kexec --resume --force", "pkram-kexec --cold --force"):
+            sh(command, fails=True)
+        reset()
     print("PK RESULT PASS", flush=True)
 
 
@@ -403,7 +438,9 @@ def noticed(message: str) -> None:
 
 def main() -> None:
     say(f"stage {STAGE}, Linux {os.uname().release}, Python {sys.version.split()[0]}")
-    if CONTROL == "firmware" and os.path.exists("/etc/pkramfs/default.conf"):
+    if CONTROL == "crash" and STAGE == 0 and DIGEST.exists():
+        after_crash()
+    elif CONTROL == "firmware" and os.path.exists("/etc/pkramfs/default.conf"):
         again()  # QEMU boots with the first command line again
     elif STAGE == 0:
         first()
