@@ -94,7 +94,7 @@ def make_memory(name: str) -> str:
 def find_memory(name: str) -> None:
     """Wait, at every boot, until the memory of a machine is there, if it is to be."""
     backend, number = MEMORY[name], list(MEMORY).index(name)
-    if CONTROL in ("nomemmap", f"{name}-nomemmap"):
+    if STAGE and CONTROL in ("nomemmap", f"{name}-nomemmap"):
         return
     if backend == "fsdax":
         wait(f"/dev/pmem{number}")
