@@ -230,13 +230,18 @@ def memory_limit(cmdline: str) -> int | None:
         raise UsageError(f"mem={text}: {error}") from None
 
 
-def validate(cmdline: str) -> None:
-    """Raise UsageError unless boot will understand every option that it looks at."""
+def check_text(cmdline: str) -> None:
+    """Raise UsageError for what no kernel takes as a command line."""
     if "\n" in cmdline or "\0" in cmdline:
         raise UsageError("the command line has a line break or a NUL in it")
     length = len(cmdline.encode("utf-8", "surrogateescape"))
     if length > MAX_LENGTH:
         raise UsageError(f"the command line has {length} bytes; the kernel takes {MAX_LENGTH}")
+
+
+def validate(cmdline: str) -> None:
+    """Raise UsageError unless boot will understand every option that it looks at."""
+    check_text(cmdline)
     pkram_pfn(cmdline)
     memory_limit(cmdline)
     for name in ("crashkernel", "scratch"):

@@ -110,8 +110,7 @@ def compose(machine: Machine, needs: Sequence[Wanted], append: str | None, *, re
         said = words.join(words.remove(machine.host.cmdline, words.PKRAM), pkram)
     if append:
         said = words.join(said, append) if said else append.strip()
-    if "\n" in said or "\0" in said:
-        raise MachineError("the command line has a line break or a NUL in it")
+    words.check_text(said)
     return said
 
 

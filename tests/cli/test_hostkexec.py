@@ -100,6 +100,12 @@ def test_a_line_that_would_lose_memory_is_refused(real: Real, kexec: Any, append
     assert status == 0 and f"warning: {why}" in err and len(real.told) == 1
 
 
+def test_a_line_that_the_kernel_would_cut_is_refused(real: Real, kexec: Any) -> None:
+    for more, why in (("x" * 2048, "bytes; the kernel takes 2047"), ("a\nb", "a line break or a NUL")):
+        status, _, err = kexec("-l", real.image, "--reuse-cmdline", f"--append={more}")
+        assert status == 2 and why in err and real.told == []
+
+
 def test_a_dry_run_says_what_is_right_and_what_would_be_typed(real: Real, kexec: Any) -> None:
     status, out, _ = kexec("-l", real.image, f"--append={LINE} {real.pkram}", "-n")
     assert status == 0 and real.told == []
