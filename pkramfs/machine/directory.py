@@ -88,13 +88,20 @@ class Machine:
 
     @classmethod
     def on_host(cls) -> list["Machine"]:
-        """Return our machines whose memory is the host's, by name; those, too, that are not up in this boot yet."""
+        """Return our machines whose memory is the host's, by name; those, too, that are not up in this boot yet.
+
+        A copy of a NAME.conf under another name is no other machine.
+        """
         root = os.environ.get("PKRAM_ROOT") or default_root()
         place = os.path.dirname(cls(os.path.join(root, DEFAULT)).conf_path)
         names = {machine.name for machine in cls.all() if machine.elsewhere() is not None}
         names |= {name.removesuffix(conf.SUFFIX) for name in conf.files(place)}
-        machines = [cls(os.path.join(root, name)) for name in sorted(names)]
-        return [one for one in machines if one.exists() or one.configuration() is not None]
+        machines, found = [cls(os.path.join(root, name)) for name in sorted(names)], dict[str, Machine]()
+        for one in sorted(machines, key=lambda one: not one.exists()):
+            said = one.configuration()
+            if said is not None or one.exists():
+                found.setdefault(said.uuid if said else one.name, one)
+        return sorted(found.values(), key=lambda one: one.name)
 
     def is_ours(self) -> bool:
         """Return True if the directory itself, not what a link leads to, is ours."""

@@ -296,6 +296,14 @@ def test_what_one_machine_loaded_all_know(real: Real, two: Machine, kexec: Any) 
     assert kexec("-u")[0] == 0 and hostload.read([real.machine, two]) is None
 
 
+def test_a_copy_of_a_configuration_is_no_machine(real: Real, root: str, kexec: Any) -> None:
+    shutil.copy(f"{root}/default.conf", f"{root}/backup.conf")
+    os.mkdir(f"{root}/directory.conf")
+    assert [one.name for one in Machine.on_host()] == ["default"]
+    status, out, _ = kexec("-n", "-l", real.image, "--reuse-cmdline")
+    assert status == 0 and f"{real.pkram} is the super block of this kernel" in out
+
+
 def test_memory_that_is_not_there_is_a_warning(real: Real, two: Machine, root: str, kexec: Any) -> None:
     shutil.rmtree(two.path())
     os.rename(f"{root}/other", f"{root}/away")
