@@ -19,7 +19,8 @@ the command line may say where to look, as in the series. So the next mount deci
 
 A user who insists (--force) needs no pkram=, for the header has it, and gets what can be read: damaged nodes leave the
 list (`_salvage`), as in a forced kexec of the simulation (salvage.py). That one also searches for nodes behind a
-break of the list; here the lease table is gone by which they are told from the contents of files.
+break of the list; here the lease table is gone by which they are told from the contents of files. A break that is one
+flipped bit is bridged.
 
 A refusal changes nothing. Of the command line only pkram= is for us: what else it says is for the host's kernel, which
 has understood it. Where several machines are on memory of one host, `pkram=NAME:PFN` is for one of them alone; a number
@@ -231,7 +232,7 @@ def _salvage(machine: Machine, ram: Ram, there: Header) -> list[NodePages]:
     def tell(survey: Survey) -> None:
         for error in survey.damaged:
             lost.append((f"a node at pfn {format_pfn(error.pfn or 0)}, which cannot be read,", 0))
-        lost.extend(("whatever the list of nodes named behind a break", 0) for _ in survey.broken)
+        lost.extend([("whatever the list of nodes named behind a break", 0)] * survey.cut)
 
     store.mend(generation=there.generation, before=tell)
     for node in store.nodes():

@@ -51,6 +51,13 @@ def unseal(word: int, address: int, record: str, field: str) -> Pfn:
     return Pfn(pfn)
 
 
+def corrected(word: int, address: int) -> int | None:
+    """Return the pfn of a published word in which one bit has flipped, None if it is damaged in another way."""
+    near = [word ^ 1 << bit for bit in range(64)]
+    found = [one & _PFN_MASK for one in near if seal(one & _PFN_MASK, address) == one]
+    return found[0] if len(found) == 1 else None
+
+
 def read_word(ram: Ram, page: int, offset: int, record: str, field: str) -> Pfn:
     """Return the pfn published at byte `offset` of a page."""
     address = (page << PAGE_SHIFT) + offset

@@ -21,10 +21,11 @@ import numpy as np
 
 from pkramfs.errors import FormatError
 from pkramfs.machine.ram import Ram
-from pkramfs.pkram.format import NODE_MAGIC
+from pkramfs.pkram.format import NEXT, NODE_MAGIC
 from pkramfs.pkram.node import Node, read_node, read_table, shown
+from pkramfs.pkram.page import corrected
 from pkramfs.spans import Spans
-from pkramfs.units import PAGE_SIZE
+from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
 _PAGE_WORDS = PAGE_SIZE // 8
 _STEP = 1 << 18
@@ -44,6 +45,8 @@ class Survey:
     damaged: list[FormatError] = field(default_factory=list)
     problems: list[FormatError] = field(default_factory=list)
     """Both kinds of errors, in the order of the list."""
+    cut: bool = False
+    """Whether nobody knows what the list named behind the last break."""
 
     @property
     def nodes(self) -> list[Node]:
@@ -54,6 +57,21 @@ class Survey:
         """Add an error of a node page, or of a word of the list."""
         self.problems.append(error)
         (self.damaged if page else self.broken).append(error)
+
+
+def behind_break(ram: Ram, at: int, seen: set[int]) -> int | None:
+    """Return the node behind a word of the list in which one bit has flipped (0: none), None if it is not that.
+
+    This is for a boot that has no lease table to search by. The node must be sound, and not met before.
+    """
+    address = (at << PAGE_SHIFT) + NEXT
+    pfn = corrected(ram.load(address), address)
+    if pfn:
+        try:
+            read_node(ram, pfn)
+        except FormatError:
+            return None
+    return None if pfn is None or (pfn in seen and pfn) else pfn
 
 
 def search(ram: Ram, pages: Spans, owner: Callable[[int], int], busy: Callable[[bytes], bool], survey: Survey) -> None:

@@ -50,7 +50,7 @@ from pkramfs.pkram.node import (
 from pkramfs.pkram.page import read_word, seal, write_word
 from pkramfs.pkram.relocate import Allocator
 from pkramfs.pkram.renaming import write_twin
-from pkramfs.pkram.rescue import Survey, search
+from pkramfs.pkram.rescue import Survey, behind_break, search
 from pkramfs.pkram.save import Place, Save, no_memory
 from pkramfs.pkram.saveframes import SaveFrames
 from pkramfs.pkram.streams.reader import ObjectReader
@@ -333,6 +333,7 @@ class Store:
     def survey(self, pages: Spans | None = None, owner: Callable[[int], int] = lambda _: 0) -> Survey:
         """Read the whole list and note what is damaged. If anything is, search for nodes in `pages`, too.
 
+        Without `pages` nothing can be searched for: then a word in which one bit has flipped is read nevertheless.
         `owner(pfn)` returns the tree id that has leased the page block of a page.
         """
         found, at, seen = Survey(), self.root(), set[int]()
@@ -341,7 +342,10 @@ class Store:
                 pfn = following(self.ram, self.root(), at, seen)
             except FormatError as error:
                 found.note(error, page=False)
-                break
+                known = behind_break(self.ram, at, seen) if pages is None else None
+                found.cut = known is None
+                pfn = known or 0
+                seen.add(pfn)
             if not pfn:
                 break
             try:

@@ -18,6 +18,7 @@ from pkramfs.machine.backing import BLOCK, Backing
 from pkramfs.machine.directory import Machine
 from pkramfs.machine.header import Header
 from pkramfs.pkram import superblock
+from pkramfs.pkram.format import NEXT
 from pkramfs.pkram.node import Node
 from pkramfs.units import BLOCK_PAGES, MIB, PAGE_SIZE
 from tests.support.host import FIRMWARE, KEXEC, FakeHost
@@ -309,6 +310,36 @@ def test_who_insists_gets_what_can_be_read(lab: RealBoots, damage: Any, cmdline:
     assert lab.intact("a") and lab.intact("c") and (lost or lab.intact("b"))
     assert [node.name for node in lab.up().store.nodes()] == [b"c", b"a"] if lost else [b"c", b"b", b"a"]
     assert f"pkram: {lost} is lost" in lab.dmesg() or not lost
+
+
+@pytest.mark.usefixtures("damaged")
+@pytest.mark.parametrize("hit", ["super block", "first node", "last node"])
+def test_a_bit_of_the_list_costs_no_node(lab: RealBoots, hit: str, some: Any) -> None:
+    for seed, name in enumerate("ab"):
+        lab.preserve(name, 30, seed=seed)
+    for bit in some(range(64), 4):
+        nodes = lab.up().store.nodes()
+        at = lab.up().info.super_pfn if hit == "super block" else nodes[0 if hit == "first node" else 1].pfn
+        lab.up().ram.bytes[at * PAGE_SIZE + NEXT + bit // 8] ^= 1 << bit % 8
+        lab.reboot(f"pkram={lab.pfn()}")
+        refusal = lab.refusal()
+        assert (
+            "2 nodes (b, a), " in refusal
+            and f"preserved beside what cannot be read at super block {lab.header.super_pfn:x}" in refusal
+        )
+        insist(lab)
+        assert lab.intact("a") and lab.intact("b") and "is lost" not in lab.dmesg()
+
+
+@pytest.mark.usefixtures("damaged")
+def test_two_bits_of_the_list_cost_what_is_behind_them(lab: RealBoots) -> None:
+    for seed, name in enumerate("ab"):
+        lab.preserve(name, 30, seed=seed)
+    lab.up().ram.bytes[lab.up().store.nodes()[0].pfn * PAGE_SIZE + NEXT] ^= 3
+    lab.reboot(f"pkram={lab.pfn()}")
+    assert "1 node (b), " in lab.refusal()
+    insist(lab)
+    assert lab.intact("b") and "whatever the list of nodes named behind a break is lost" in lab.dmesg()
 
 
 @pytest.mark.usefixtures("damaged")
