@@ -84,7 +84,7 @@ class Background:
         if self._work is None or sums is None:
             return {}
         return {
-            "unsummed": sums.table.pending,
+            "unsummed": sums.lacking,
             "to_compare": sums.table.doubted,
             "damaged": sums.lines(_MOST_NAMED),
             "damaged_count": len(sums.broken()),
