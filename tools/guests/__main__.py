@@ -36,7 +36,7 @@ GAP_MIB = 64
 """Between the memory of two machines: ranges that touch would be one."""
 _QUIET = "console=ttyS0 panic=-1 no_timer_check nowatchdog loglevel=4"
 _SYSTEMD = "pk.systemd=1 systemd.show_status=no systemd.log_target=console systemd.log_level=warning"
-_DEATHS = ("Kernel panic", "Oops:", "BUG:")
+_DEATHS = ("Kernel panic", "Oops:", "BUG:", "Freezing execution")
 _WANTED_DEATH = "sysrq triggered crash"
 _CRASH_MIB = 256
 
@@ -161,6 +161,8 @@ def _passed(output: IO[bytes], log: IO[bytes], began: float) -> bool:
             say(began, line.removeprefix("PK "))
         if line.startswith("PK RESULT"):
             passed = line.endswith("PASS")
+        if "Freezing execution" in line:  # by systemd, for ever
+            break
     return passed and not died
 
 

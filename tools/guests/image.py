@@ -92,6 +92,11 @@ def _write_service(top: Path) -> None:
     (units / "default.target").symlink_to("/usr/lib/systemd/system/multi-user.target")
     for name in _NEEDLESS:
         (units / name).symlink_to("/dev/null")
+    generators = top / "etc/systemd/system-generators"
+    generators.mkdir(exist_ok=True)
+    for one in (top / "usr/lib/systemd/system-generators").glob("*"):
+        if one.name != "systemd-fstab-generator":  # a busy host takes longer for all of them than systemd waits
+            (generators / one.name).symlink_to("/dev/null")
     for name in ("etc/.updated", "var/.updated"):  # else a guest makes databases that nobody asks, for minutes
         (top / name).parent.mkdir(exist_ok=True)
         (top / name).touch()
