@@ -129,6 +129,12 @@ def test_what_was_consumed_restores_nothing_twice(lab: RealBoots) -> None:
         ("ro pkram=zebra", KEXEC, "the command line of this boot says pkram='zebra'"),
         ("pkram=7 pkram={pfn}", KEXEC, "the command line of this boot says pkram='7' pkram='{pfn}'"),
         (
+            "ro pkram=two:{pfn}",
+            KEXEC,
+            "the command line of this boot has pkram= of other machines, and none of 'default'",
+        ),
+        ("pkram=default:7 pkram={pfn}", KEXEC, "the command line of this boot says pkram='default:7'"),
+        (
             "ro pkram={pfn}",
             FIRMWARE,
             "memory went through firmware (boot loader type 0xb0), which may have overwritten it",
