@@ -6,7 +6,7 @@ import pytest
 from pkramfs.errors import FormatError
 from pkramfs.pkram.check import check
 from pkramfs.pkram.format import NEXT
-from pkramfs.pkram.page import seal, write_word
+from pkramfs.pkram.page import corrected, seal, write_word
 
 from .conftest import SUPER_PFN, TREE
 
@@ -39,13 +39,22 @@ def test_what_can_be_read_stays(ram, store, nodes, hit):
     assert store.withdraw_damaged() == []
 
 
+@pytest.mark.parametrize("flipped", [1, 3])
 @pytest.mark.parametrize("where", range(-1, 4))
-def test_a_broken_list_ends_where_it_breaks(ram, store, nodes, where):
+def test_a_broken_list_ends_where_it_breaks_but_one_bit_breaks_nothing(ram, store, nodes, where, flipped):
     page = SUPER_PFN if where < 0 else nodes[NAMES[where]]
-    ram.page(page)[NEXT] ^= 1
+    ram.page(page)[NEXT] ^= flipped
     (problem,) = store.withdraw_damaged()
     assert (problem.field, problem.pfn) == ("node" if where < 0 else "next", page)
-    assert [node.name for node in store.nodes()] == NAMES[: where + 1]
+    assert [node.name for node in store.nodes()] == (NAMES if flipped == 1 else NAMES[: where + 1])
+
+
+@pytest.mark.parametrize("bit", range(64))
+def test_one_flipped_bit_of_a_word_is_told(bit):
+    for pfn, address in ((0, 0x5010), (0x34F, 0x5010), (0x12345678, 0xFFFF0010)):
+        assert corrected(seal(pfn, address) ^ 1 << bit, address) == pfn
+        assert corrected(seal(pfn, address), address) is None
+        assert corrected(seal(pfn, address) ^ 1 << bit ^ 1 << (bit + 7) % 64, address) is None
 
 
 @pytest.mark.parametrize("leads_to", ["itself", "outside"])
