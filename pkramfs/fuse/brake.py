@@ -12,8 +12,9 @@ attributes of a file before it takes data for it, when those it has are too old,
 So attributes of a file that is written to are good for as long as the fastest writer takes to fill what is left, and
 where that is little, not at all: then each write(2) asks. How much it will bring nobody says, nor how much the kernel
 still has. So each write is believed to bring twice what those before brought, less what has arrived since. When all
-that might be on its way would not fit, the kernel is told to write back, we wait, and know what is left, and what a write
-of each file brings. A file of small writes need not ask for some milliseconds. Those are refused who would not fit:
+that might be on its way would not fit, the kernel is told to write back, we wait, and know what is left, and what a
+write of each file brings. A file of small writes need not ask for some milliseconds.
+Those are refused who would not fit:
 
     a file that grew, by its usual write          a file without a page, or that has lost some
 
