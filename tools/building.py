@@ -41,6 +41,9 @@ _SETTINGS = {
     "halt_level": 2,  # a page with a slip is not built
     "_disable_config": True,
 }
+_CODE = re.compile(r"\S*[\w)\]][_/(=:.][\w(]\S*")  # a path, a name of Python's, an option with its value
+_JOINT = re.compile(r"(?<=[\w)\]])([_/(=.]|::)(?=\w)")
+_WHOLE = r"\%"  # at the beginning of a word: it is not hyphenated; inside of one it means the contrary
 
 
 def render(source: Path) -> str:
@@ -57,6 +60,7 @@ def render(source: Path) -> str:
 
         def __init__(self, document: Any) -> None:
             super().__init__(document)
+            self._verbatim = False
             self._docinfo |= {
                 "title": name,
                 "title_upper": name,
@@ -67,10 +71,32 @@ def render(source: Path) -> str:
                 "date": _date(),
             }
 
+        def visit_literal_block(self, node: Any) -> None:
+            super().visit_literal_block(node)
+            self._verbatim = True
+
+        def depart_literal_block(self, node: Any) -> None:
+            super().depart_literal_block(node)
+            self._verbatim = False
+
+        def visit_Text(self, node: Any) -> None:
+            """Let no name of a program be hyphenated: it may be broken at its joints, and nothing is added there."""
+            for at in range(len(self.body) - 2, len(self.body)):  # text, and perhaps what makes the next text bold
+                self.body[at] = re.sub(r"(?<=\s)\($", r"\%(", self.body[at])
+            inside = not "".join(self.body[-2:]).removesuffix(self.defs["literal"][0])[-1:].isspace()
+            super().visit_Text(node)
+            if not self._verbatim:
+                text = _CODE.sub(_unhyphenated, self.body[-1])
+                self.body[-1] = text.removeprefix(_WHOLE) if inside else text
+
     writer = manpage.Writer()
     writer.translator_class = Page
     page = publish_string(text, str(source), parser=Parser(), writer=writer, settings_overrides=_SETTINGS)
-    return str(page).replace(".SH Name\n", ".SH NAME\n", 1)
+    return str(page).replace(".SH Name\n", ".ad l\n.SH NAME\n", 1)  # narrow columns cannot be justified
+
+
+def _unhyphenated(word: re.Match[str]) -> str:
+    return _WHOLE + _JOINT.sub(r"\1\:", word[0])
 
 
 def _parts(text: str, name: str, section: str) -> tuple[str, str]:

@@ -24,8 +24,8 @@ def building(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def groff(page: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """Format a page 80 columns wide. Tables may have words too long for a column: `-W break`."""
-    command = ["groff", "-K", "utf8", "-T", "utf8", "-t", "-man", "-ww", "-W", "break", *words]
+    """Format a page as man(1) does on a terminal of 80 columns."""
+    command = ["groff", "-K", "utf8", "-T", "utf8", "-t", "-man", "-ww", "-rLL=78n", "-rLT=78n", *words]
     return subprocess.run(command, input=page, capture_output=True, text=True, check=False)
 
 
@@ -40,6 +40,7 @@ def test_a_page_is_rendered_without_warnings(building: Any, source: Path) -> Non
     assert shown.splitlines()[0].startswith(f"{name}({section})")
     headings = re.findall(r"^##* (.*)$", source.read_text(), re.MULTILINE)[1:]
     assert [heading for heading in headings if heading.replace("`", "") not in shown] == []
+    assert re.findall(r"\S*\w[_/]\w*\u2010", shown) == []  # a hyphen that is not in the name
 
 
 def test_a_warning_is_seen() -> None:
