@@ -4,7 +4,7 @@
     Node at pfn 3f8
     OFFSET   FIELD      VALUE                MEANING
          0   magic      PKRAMnd1             which record this page holds …
-        16   next       0 (check right)      published: next node
+        16   next       pfn 4a10             published: next node
 
 It trusts nothing and follows as little as it can: without a PFN it goes from the super block by the
 fields that this very command shows. Problems (magic, checksum, the check of a published word, a pfn
@@ -217,7 +217,7 @@ def _show(found: dict[str, Any]) -> None:
     render.heading(f"{found['record']} at pfn {format_pfn(found['pfn'])}")
     if found["fields"]:
         columns = [Column("OFFSET", figures=True), Column("FIELD"), Column("VALUE"), Column("MEANING")]
-        render.table(columns, [(f["offset"], f["name"], f["value"], f["meaning"]) for f in found["fields"]])
+        render.table(columns, [(f["offset"], f["name"], _shown(f), f["meaning"]) for f in found["fields"]])
     if found["entries"]:
         render.say()
         names = list(found["entries"][0])
@@ -225,6 +225,11 @@ def _show(found: dict[str, Any]) -> None:
         render.table([Column(name.upper(), figures=True) for name in names], rows)
     for problem in found["problems"]:
         render.say(f"problem: {problem}")
+
+
+def _shown(field: dict[str, Any]) -> Any:
+    """Return a field's value as PFN takes it, if it is one."""
+    return f"pfn {format_pfn(field['value'])}" if field["meaning"].startswith("pfn of") else field["value"]
 
 
 def _figure(name: str, value: Any) -> str:

@@ -47,6 +47,8 @@ def listing(machine: "Machine") -> list[dict[str, Any]]:
 
 
 def _describe(running: "Running", node: "Node", *, mounted: bool) -> dict[str, Any]:
+    from pkramfs.kernel.incoming import unchecked
+
     return {
         "name": exact(node.name),
         "state": "mounted" if mounted else "preserved",
@@ -56,25 +58,8 @@ def _describe(running: "Running", node: "Node", *, mounted: bool) -> dict[str, A
         "pfn": node.pfn,
         "tree_id": f"{node.tree_id:016x}",
         "created_ns": node.created_ns,
-        "unchecked": _unchecked(running, node),
+        "unchecked": unchecked(running.ram, node),
     }
-
-
-def _unchecked(running: "Running", node: "Node") -> int | None:
-    """Return how many pieces of files, of 1 MiB at most, have no checksum in a node; None if none has or who knows."""
-    from pkramfs.journal.layout import read_seal
-    from pkramfs.pkram.streams.first import first_page
-    from pkramfs.pkram.treeformat import HAS_SUMS, TREE, TREE_MAGIC
-
-    if mount_name(node.name) is None:
-        return None
-    try:
-        if node.log_pfn:
-            return read_seal(running.ram, node.log_pfn, node.tree_id).unsummed
-        header = TREE.read(first_page(running.ram, node.object_pfn))
-    except PkramfsError:
-        return None  # `verify` says what is wrong
-    return header.unsummed if header.magic == TREE_MAGIC and header.flags & HAS_SUMS else None
 
 
 def refuse_loss(machine: "Machine") -> None:
@@ -145,7 +130,7 @@ def show(found: list[dict[str, Any]]) -> None:
             format_size(n["bytes"]),
             f"{n['pages']:,}",
             f"{n['moved']:,}",
-            _without_sum(n["name"], n["unchecked"]),
+            without_sum(n["name"], n["unchecked"]),
             format_pfn(n["pfn"]),
         )
         for n in found
@@ -153,7 +138,7 @@ def show(found: list[dict[str, Any]]) -> None:
     render.table(columns, rows)
 
 
-def _without_sum(name: str, pieces: int | None) -> str:
+def without_sum(name: str, pieces: int | None) -> str:
     """Return how much of a node has no checksum; `-` for one that is no file tree."""
     if mount_name(os.fsencode(name)) is None:
         return "-"

@@ -5,8 +5,8 @@
     found      2 nodes, 110 MiB in 3 ranges
     lost       nothing
 
-    NODE           SIZE   RANGES   PAGES RELOCATED
-    shmem-one   100 MiB        2                12
+    NODE           SIZE   RANGES   PAGES RELOCATED   UNCHECKED
+    shmem-one   100 MiB        2                12     nothing
 
     LAST KEXEC      PREDICTED      SEEN
     pause              0.51 s    0.48 s
@@ -26,6 +26,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from pkramfs.cli import arguments, prediction, render
+from pkramfs.cli.nodes import without_sum
 from pkramfs.errors import MachineError, PkramfsError
 from pkramfs.units import PAGE_SIZE, format_pfn, format_size, plural
 
@@ -53,8 +54,11 @@ def show(args: argparse.Namespace) -> None:
         return
     report = info.report
     render.fields([*_summary(info), *_dead(report.get("dead") or {})])
-    nodes = [[n["name"], _pages(n["pages"]), n["ranges"], n.get("moved", 0)] for n in report.get("nodes") or []]
-    _table("NODE", nodes, "RANGES", "PAGES RELOCATED")
+    nodes = [
+        [n["name"], _pages(n["pages"]), n["ranges"], n.get("moved", 0), _unchecked(n)]
+        for n in report.get("nodes") or []
+    ]
+    _table("NODE", nodes, "RANGES", "PAGES RELOCATED", "UNCHECKED")
     if predicted:
         prediction.show(predicted)
     _numa(report.get("numa") or {})
@@ -104,6 +108,11 @@ def _summary(info: "KernelInfo") -> list[tuple[str, Any]]:
 
 def _lost_size(count: int) -> str:
     return f" ({_pages(count)})" if count else ""  # nobody counts the pages of what was never preserved
+
+
+def _unchecked(node: dict[str, Any]) -> str:
+    """Return how much of a node crossed without a checksum; `-` if an older kernel wrote the report."""
+    return without_sum(node["name"], node["unchecked"]) if "unchecked" in node else "-"
 
 
 def _dead(dead: dict[str, Any]) -> list[tuple[str, Any]]:

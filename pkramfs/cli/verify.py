@@ -14,12 +14,13 @@ Every problem is one line. The check goes on after a problem as far as it can. P
 
 import argparse
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pkramfs.cli import arguments, nodes, progress, render
 from pkramfs.cli.datacheck import Check
-from pkramfs.errors import FormatError, PkramfsError
+from pkramfs.errors import FormatError, PkramError, PkramfsError
 from pkramfs.mounting.names import mount_name, node_name
 from pkramfs.text import exact
 from pkramfs.units import PAGE_SIZE, plural
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 
 _ABSENT = "no node {} is preserved"
+_ABSENT_NAME = re.compile(_ABSENT.format(".*"))
 _LOOKS = 3
 """How often a log that is written to meanwhile is read before damage is believed."""
 
@@ -61,7 +63,13 @@ def act(args: argparse.Namespace) -> int:
         render.say(f"{plural(checked, 'node')}{and_logs} checked, nothing is wrong")
     if data and not arguments.wants_json(args):
         render.say(data.describe())
-    return FormatError.exit_status if problems else 0
+    return _status(problems)
+
+
+def _status(problems: list[str]) -> int:
+    """Return the status of damage; of PkramError if names that are not preserved are all that is wrong."""
+    damage = not all(_ABSENT_NAME.fullmatch(one) for one in problems)
+    return 0 if not problems else FormatError.exit_status if damage else PkramError.exit_status
 
 
 def check(running: "Running", names: list[bytes], drawn: progress.Bar | None = None) -> tuple[int, list[str]]:

@@ -86,7 +86,7 @@ SEAL = Record(
         F("generation", "u8", 32, "boot count of the kernel that preserved it"),
         F("tree_id", "u8", 40, "as the live page's"),
         F("version", "u4", 48, "as the live page's"),
-        F("base", "u8", 56, "base page"),
+        F("base", "u8", 56, "pfn of the base page"),
         F("segment", "u8", 64, "pfn of the last segment"),
         F("tail", "u8", 72, "the end of what counts"),
         F("live", "u8", 80, "pfn of the live page, which means nothing to who reads the node"),

@@ -296,7 +296,14 @@ def _report(boot: BootProgress) -> dict[str, Any]:
     return {
         "cmdline": boot.shown,
         "nodes": [
-            {"name": n.name, "pages": n.spans.total, "ranges": len(n.spans), "moved": n.relocated} for n in nodes
+            {
+                "name": n.name,
+                "pages": n.spans.total,
+                "ranges": len(n.spans),
+                "moved": n.relocated,
+                "unchecked": n.unchecked,
+            }
+            for n in nodes
         ],
         "lost": [{"name": name, "pages": count} for name, count in boot.lost],
         "preserved_pages": boot.preserved.total,

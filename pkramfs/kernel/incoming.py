@@ -13,10 +13,14 @@ Kernel: mm/pkram.c (pkram_reserve, pkram_init), patches 10 to 14
 
 from dataclasses import dataclass
 
-from pkramfs.errors import FormatError
+from pkramfs.errors import FormatError, PkramfsError
+from pkramfs.journal.layout import read_seal
 from pkramfs.machine.ram import Ram
+from pkramfs.mounting.names import mount_name
 from pkramfs.pkram import regions, superblock
 from pkramfs.pkram.node import Node, list_nodes, read_table
+from pkramfs.pkram.streams.first import first_page
+from pkramfs.pkram.treeformat import HAS_SUMS, TREE, TREE_MAGIC
 from pkramfs.spans import Spans
 from pkramfs.text import exact
 from pkramfs.units import BLOCK_PAGES
@@ -32,6 +36,8 @@ class IncomingNode:
     spans: Spans
     relocated: int = 0
     """How many of the pages were relocated when the tree was saved."""
+    unchecked: int | None = None
+    """How many pieces of its files have no checksum; None: none has one, or it is no file tree."""
 
 
 @dataclass(frozen=True)
@@ -111,4 +117,18 @@ def nodes(ram: Ram, super_pfn: int) -> list[IncomingNode]:
 
 def described(ram: Ram, node: Node) -> IncomingNode:
     """Return a node with its pages; raise FormatError if its page table cannot be read."""
-    return IncomingNode(exact(node.name), node.tree_id, node.pfn, read_table(ram, node).spans, node.relocated)
+    spans = read_table(ram, node).spans
+    return IncomingNode(exact(node.name), node.tree_id, node.pfn, spans, node.relocated, unchecked(ram, node))
+
+
+def unchecked(ram: Ram, node: Node) -> int | None:
+    """Return how many pieces of files, of 1 MiB at most, have no checksum in a node; None if none has or who knows."""
+    if mount_name(node.name) is None:
+        return None
+    try:
+        if node.log_pfn:
+            return read_seal(ram, node.log_pfn, node.tree_id).unsummed
+        header = TREE.read(first_page(ram, node.object_pfn))
+    except PkramfsError:
+        return None  # `verify` says what is wrong
+    return header.unsummed if header.magic == TREE_MAGIC and header.flags & HAS_SUMS else None

@@ -169,7 +169,10 @@ _REPORT = schema.Object(
     optional={
         "cmdline": schema.Text(),
         "nodes": schema.ListOf(
-            schema.Object({"name": schema.Text(), "pages": _COUNT, "ranges": _COUNT, "moved": _COUNT})
+            schema.Object(
+                {"name": schema.Text(), "pages": _COUNT, "ranges": _COUNT, "moved": _COUNT},
+                optional={"unchecked": schema.Maybe(_COUNT)},
+            )
         ),
         "lost": schema.ListOf(schema.Object({"name": schema.Text(), "pages": _COUNT})),
         "preserved_pages": _COUNT,

@@ -240,7 +240,9 @@ class DecideBoot(Operation):
     _before: Sequence[dict[str, object]] = ()
 
     def describe(self) -> str:
-        return f"decide the boot of {self.going.loaded.image.name}: {self.going.loaded.cmdline}"
+        return (
+            f"decide the boot of {self.going.loaded.image.name}: {self.going.loaded.cmdline or '(empty command line)'}"
+        )
 
     def details(self) -> list[str]:
         return [line for mount in self.going.remount for line in _again(mount)] if self.going.keeps else []

@@ -50,7 +50,7 @@ HEADER = Record(
         F("size", "u8", 48, "bytes of RAM, page 0 included"),
         F("seed", "u8", 56, "seed of all random choices"),
         F("generation", "u8", 64, "how many kernels the machine has had; 0 before the first boot"),
-        F("super_pfn", "u8", 72, "super block of the last kernel, 0 if it had none"),
+        F("super_pfn", "u8", 72, "pfn of the super block of the last kernel, 0 if it had none"),
         F("boot_id", "16s", 80, "the host's boot in which that kernel was booted"),
         F("created", "i8", 96, "when the machine was made, ns since the epoch"),
         F("name_length", "u4", 104, "bytes of the machine's name, 1 to 255"),

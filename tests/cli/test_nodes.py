@@ -169,7 +169,11 @@ def test_inspect_shows_a_sound_record(machine, ctl, what):
     found = json.loads(out)
     assert found["problems"] == []
     assert found["fields"] or found["entries"]
-    assert ctl("inspect", what)[0] == 0
+    for field in found["fields"]:
+        assert field["value"] == "pfn 0" or field["name"] != "other"
+    status, out, _ = ctl("inspect", what)
+    pfn = next((f["value"] for f in found["fields"] if f["name"] in ("object", "bytes_head") and f["value"]), None)
+    assert (status, pfn is None or f" pfn {pfn:x} " in out) == (0, True)
 
 
 @pytest.mark.usefixtures("damaged")
@@ -235,8 +239,8 @@ def test_verify_finds_pages_in_somebody_else_s_blocks(machine, ctl):
 
 def test_verify_of_a_name_that_is_not_there(machine, ctl):
     save(machine, b"one").release()
-    status, out, _ = ctl("verify", "nobody")
-    assert (status, out) == (3, "no node shmem-nobody is preserved\n")
+    status, out, _ = ctl("verify", "nobody", "one")
+    assert (status, out) == (9, "no node shmem-nobody is preserved\n")
 
 
 def test_a_cold_boot_that_died_hands_nothing_over(machine, ctl, kexec, monkeypatch):

@@ -83,6 +83,10 @@ def test_what_was_changed_just_now_is_counted(lab: Mounts) -> None:
     assert done.returncode == 0 and "up to 1.0 MiB unchecked" in done.stdout
     assert "up to 1.0 MiB unchecked" in lab.dmesg() and "1.0 MiB" in lab.ok("ctl", "nodes")
     assert "up to 1.0 MiB unchecked" in lab.ok("ctl", "verify", "--data")
+    lab.ok("kexec", "-le", "builtin", "--reuse-cmdline")
+    assert [line.split()[-2:] for line in lab.ok("ctl", "report").splitlines() if line.startswith("shmem-x ")] == [
+        ["1.0", "MiB"]
+    ]
     lab.remount(place, "rw")
     lab.remount(place, "verify=none")
     assert "unsummed" not in lab.status(place) and lab.status(place)["options"] == "verify=none"
