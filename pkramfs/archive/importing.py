@@ -17,7 +17,8 @@ Counterparts: GNU tar (extract.c)
 import errno
 import os
 import stat
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from pkramfs.archive import keywords
@@ -63,19 +64,29 @@ def fill(
     filling = _Filling(tree, owner)
     names = done = 0
     for member in members:
-        try:
+        with _naming(archive, member):
             for size in filling.add(member):
                 done += size
                 yield Progress("import", done, max(total, done))
-        except ExhaustedError as error:
-            raise ExhaustedError(f"{archive}: {exact(member.path)}: {error}; nothing was imported") from None
-        except _Fault as error:
-            raise ArchiveError(f"{archive}: {error}") from None
-        except OSError as error:
-            raise ArchiveError(f"{archive}: {exact(member.path)}: {error.strerror}") from None
         names += 1
-    filling.finish()
+    for member, inode in filling.folders():
+        with _naming(archive, member):
+            filling.end(inode, member)
+    filling.flag()
     return Report(names, done, filling.left_out)
+
+
+@contextmanager
+def _naming(archive: str, member: Member) -> Iterator[None]:
+    """Name archive and member in the errors of a block."""
+    try:
+        yield
+    except ExhaustedError as error:
+        raise ExhaustedError(f"{archive}: {exact(member.path)}: {error}; nothing was imported") from None
+    except _Fault as error:
+        raise ArchiveError(f"{archive}: {error}") from None
+    except OSError as error:
+        raise ArchiveError(f"{archive}: {exact(member.path)}: {error.strerror}") from None
 
 
 class _Filling:
@@ -141,7 +152,7 @@ class _Filling:
         if kind in (stat.S_IFCHR, stat.S_IFBLK):
             if not self._owner.privileged:
                 raise _Fault(f"{exact(member.path)}: it is a device, and only root may make one")
-            return tree.mknod(folder.ino, name, kind | 0o600, os.makedev(*member.rdev))
+            return tree.mknod(folder.ino, name, kind | 0o600, _device(member))
         return tree.mknod(folder.ino, name, kind | 0o600)
 
     def _forget(self, inode: Inode) -> None:
@@ -184,7 +195,7 @@ class _Filling:
         if inode.entries is not None:
             self._folders[inode.ino] = inode, member
         else:
-            self._end(inode, member)
+            self.end(inode, member)
 
     def _xattr(self, inode: Inode, member: Member, name: bytes, value: bytes) -> None:
         if not self._owner.privileged and name.startswith(_PRIVILEGED):
@@ -197,7 +208,7 @@ class _Filling:
                 raise
             self.left_out.append(LeftOut(member.path, f"{exact(name)}: {error.strerror}"))
 
-    def _end(self, inode: Inode, member: Member) -> None:
+    def end(self, inode: Inode, member: Member) -> None:
         """Set ACLs and times."""
         for key, name in ((keywords.ACL_ACCESS, acl.ACCESS), (keywords.ACL_DEFAULT, acl.DEFAULT)):
             if text := member.records.get(key):
@@ -210,13 +221,23 @@ class _Filling:
         inode.atime = inode.mtime if member.atime is None else clock.clamp(member.atime)
         inode.ctime = inode.ctime if member.ctime is None else clock.clamp(member.ctime)
 
-    def finish(self) -> None:
-        """Give directories their times, and files the flags that would have kept them from being made."""
-        for inode, member in self._folders.values():
-            self._end(inode, member)
+    def folders(self) -> list[tuple[Member, Inode]]:
+        """Return the directories, which get ACLs and times when all is in them."""
+        return [(member, inode) for inode, member in self._folders.values()]
+
+    def flag(self) -> None:
+        """Give files the flags that would have kept them from being made."""
         for inode, flags in self._flagged.values():
             if inode.nlink:
                 self._tree.set_flags(inode.ino, flags, stamp=False)
+
+
+def _device(member: Member) -> int:
+    """Return the number of a device, which the kernel has 12 bits and 20 for."""
+    major, minor = member.rdev
+    if not 0 <= major < 1 << 12 or not 0 <= minor < 1 << 20:
+        raise _Fault(f"{exact(member.path)}: no device has the number {major}:{minor}")
+    return os.makedev(major, minor)
 
 
 def _names(path: bytes) -> list[bytes]:

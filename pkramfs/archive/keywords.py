@@ -111,7 +111,10 @@ def _acl_entry(line: str) -> acl.Entry:
     if other is None:
         raise ValueError(f"ACL entry {line!r}")
     number = rest[1] if len(rest) > 1 and rest[1].isdecimal() else named
-    return other, perms, int(number) if number.isdecimal() else _known(named, user=other == acl.USER)
+    who = int(number) if number.isdecimal() else _known(named, user=other == acl.USER)
+    if who >= _NOBODY:
+        raise ValueError(f"ACL entry {line!r}")
+    return other, perms, who
 
 
 def _known(name: str, *, user: bool) -> int:

@@ -170,6 +170,8 @@ def padded(text: bytes) -> bytes:
 
 HUGE = tarfile.TarInfo("././@PaxHeader")
 HUGE.type, HUGE.size = tarfile.XHDTYPE, 1 << 40
+DEVICE = tarfile.TarInfo("f")
+DEVICE.type, DEVICE.devmajor = tarfile.CHRTYPE, 1 << 40
 LINK = ("a", tarfile.SYMTYPE, "/etc", b"")
 BAD = {
     "../f: its name has `..`": file("../f"),
@@ -200,6 +202,9 @@ BAD = {
     "mtime is 'soon', which is no number": file("f", mtime="soon"),
     "ACL entry 'usr::x'": file("f", **{keywords.ACL_ACCESS: "usr::x"}),
     "user 'nobody here'": file("f", **{keywords.ACL_ACCESS: "user::rwx,user:nobody here:r--"}),
+    "ACL entry 'user:4294967295:r--'": file("f", **{keywords.ACL_ACCESS: "user::rwx,user:4294967295:r--"}),
+    "d: ACL entry 'x'": made(("d", tarfile.DIRTYPE, "", b""), **{keywords.ACL_DEFAULT: "x"}),
+    "f: no device has the number 1099511627776:0": DEVICE.tobuf(tarfile.GNU_FORMAT),
     "is none that a file can have": file("f", uid=str(1 << 40)),
     "a member of type b'V'": made(("f", b"V", "", b"")),
 }
