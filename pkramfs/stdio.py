@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 WRITE_ERROR, BROKEN_PIPE = 1, 141
+_closed = set[int]()
 _NAMES = ((0, "stdin", os.O_RDONLY, "r"), (1, "stdout", os.O_WRONLY, "w"), (2, "stderr", os.O_WRONLY, "w"))
 
 
@@ -75,6 +76,7 @@ def hold() -> None:
             os.dup2(fd, number)
             os.close(fd)
         os.set_inheritable(number, True)
+        _closed.add(number)
         if getattr(sys, name) is None:
             file = open(number, mode, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
             setattr(sys, name, file)
@@ -100,7 +102,9 @@ def answer(program: str, line: str) -> int:
 
 
 def pour(data: bytes | memoryview) -> None:
-    """Write bytes to stdout as they are, behind all that was printed; raise PrintError if that fails."""
+    """Write bytes to stdout as they are, behind all that was printed; raise PrintError if stdout is closed or full."""
+    if 1 in _closed:
+        raise PrintError(errno.EBADF, os.strerror(errno.EBADF))
     try:
         sys.stdout.flush()
         sys.stdout.buffer.write(data)

@@ -17,7 +17,19 @@ Kernel: fs/seq_file.c (mangle_path), lib/string_helpers.c (string_escape_mem)
 """
 
 import reprlib
+import stat
 from typing import Any
+
+FILE_KINDS = {
+    stat.S_IFREG: "regular file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "symbolic link",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "character special file",
+    stat.S_IFBLK: "block special file",
+}
+"""What stat(1) calls files, by the S_IF bits of their mode."""
 
 _LETTERS = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\a": "\\a", "\b": "\\b", "\f": "\\f", "\v": "\\v"}
 

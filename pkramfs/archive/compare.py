@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from pkramfs.archive.view import Attributes, SavedTree
 from pkramfs.fs.inode import BLOCKS_PER_PAGE
 from pkramfs.fs.picture import Progress
-from pkramfs.text import exact
+from pkramfs.text import FILE_KINDS, exact
 from pkramfs.units import PAGE_SHIFT
 
 _PIECE = 1 << 20
@@ -105,7 +105,7 @@ def compare(left: SavedTree, right: Side, top: Any, *, times: bool = True) -> It
         path, here, there = waiting.pop()
         ours, theirs = left.attributes(here), right.attributes(there)
         if ours.kind != theirs.kind:
-            yield Difference(path, "type", stat.filemode(ours.mode)[0], stat.filemode(theirs.mode)[0])
+            yield Difference(path, "type", FILE_KINDS[ours.kind], FILE_KINDS[theirs.kind])
             continue
         yield from _attributes(path, ours, theirs, times)
         yield from _xattrs(path, left.xattrs(here), right.xattrs(there))

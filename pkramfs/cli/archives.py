@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from pkramfs import stdio
 from pkramfs.cli import arguments, opening, progress, render
 from pkramfs.cli.arguments import need
+from pkramfs.mounting.names import expect_name, node_name
 from pkramfs.text import exact
 from pkramfs.units import format_size, plural
 
@@ -67,9 +68,8 @@ def act_import(args: argparse.Namespace) -> int:
     """Run `pkramctl import NAME FILE`. The machine is made and booted if need be, as by a mount."""
     from pkramfs.archive.claiming import claimed
     from pkramfs.kernel import running
-    from pkramfs.mounting.names import node_name
 
-    need(args.name, "invalid NAME '': give the NAME of a mount")
+    expect_name(args.name, "NAME")
     machine, name = arguments.machine(args), node_name(args.name)
     with _source(args.file) as source, running.shared(machine) as kernel, claimed(kernel, name, "import") as frames:
         report = progress.drive(_importing(args.file, source, kernel, name, frames), args)
@@ -141,6 +141,7 @@ def _say_exported(args: argparse.Namespace, report: "Report") -> int:
 @contextmanager
 def _destination(path: str) -> Iterator["Out"]:
     """Give what writes to a file, which appears when the block is over, or to stdout; nothing half is left behind."""
+    need(path, "invalid FILE '': give the archive's name, or - for standard output")
     if path == STDIO:
         need(not sys.stdout.isatty(), "an archive is not for a terminal: name a file, or pipe it")
         yield stdio.pour

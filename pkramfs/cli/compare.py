@@ -16,7 +16,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from pkramfs.cli import arguments, progress, render
+from pkramfs.cli import arguments, look, progress, render
 from pkramfs.text import exact
 
 if TYPE_CHECKING:
@@ -55,5 +55,28 @@ def _line(args: argparse.Namespace, one: "Difference") -> str:
         return f"only in {args.name if one.right is None else args.other}: {path}"
     if one.what == "content":
         return f"{path}: content differs at byte {one.left:,}"
-    left, right = ("absent" if value is None else value for value in (one.left, one.right))
+    left, right = (_value(one.what, value) for value in (one.left, one.right))
     return f"{path}: {one.what} {left} and {right}"
+
+
+def _value(what: str, value: Any) -> str:
+    """Return one side's value as people write it."""
+    if value is None:
+        return "absent"
+    if what == "mtime":
+        return look.exact_time(value)
+    if what == "device":
+        return f"{os.major(value)},{os.minor(value)}"
+    if what.startswith("xattr "):
+        return _acl(os.fsencode(value)) if what.startswith("xattr system.posix_acl_") else f"'{value}'"
+    return str(value)
+
+
+def _acl(value: bytes) -> str:
+    """Return an ACL in its short text form, or its bytes if it is none."""
+    from pkramfs.archive.keywords import acl_text
+
+    try:
+        return acl_text(value)
+    except OSError:
+        return f"'{exact(value)}'"

@@ -8,9 +8,9 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from pkramfs.cli import arguments, nodes, progress, render
+from pkramfs.cli import arguments, nodes, opening, progress, render
 from pkramfs.cli.arguments import need
-from pkramfs.mounting.names import mount_name, node_name
+from pkramfs.mounting.names import expect_name, mount_name, node_name
 from pkramfs.text import exact
 from pkramfs.units import PAGE_SIZE, format_size, plural
 
@@ -26,7 +26,7 @@ def act_cp(args: argparse.Namespace) -> None:
     machine = arguments.existing(args)
     with machine.lifecycle(shared=True, timeout=nodes.LOCK_SECONDS):
         kernel = running.look(machine)
-        source = nodes.resolve(kernel, args.name)
+        source = opening.resolved(machine, kernel, args.name)
         node = progress.drive(copy(kernel, source, _new(args.new, source)), args)
     machine.log(f"pkram: copied node {exact(source)} to {exact(node.name)}, {plural(node.pages, 'page')}")
     _say(args, source, node)
@@ -40,7 +40,7 @@ def act_rename(args: argparse.Namespace) -> None:
     machine = arguments.existing(args)
     with machine.lifecycle(shared=True, timeout=nodes.LOCK_SECONDS):
         kernel = running.look(machine)
-        source = nodes.resolve(kernel, args.name)
+        source = opening.resolved(machine, kernel, args.name)
         node = rename(kernel, source, _new(args.new, source))
     machine.log(f"pkram: renamed node {exact(source)} to {exact(node.name)}")
     _say(args, source, node)
@@ -48,9 +48,13 @@ def act_rename(args: argparse.Namespace) -> None:
 
 def _new(name: str, source: bytes) -> bytes:
     """Return the node's name that NEW means."""
-    need(name, "invalid NEW name '': give a NAME")
     raw = os.fsencode(name)
-    return raw if mount_name(source) is None or mount_name(raw) is not None else node_name(name)
+    if mount_name(source) is None:
+        need(name, "NEW is empty: give a name")
+        return raw
+    mount = mount_name(raw) or name
+    expect_name(mount, "NEW")
+    return node_name(mount)
 
 
 def _say(args: argparse.Namespace, source: bytes, node: "Node") -> None:

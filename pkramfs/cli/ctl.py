@@ -101,7 +101,7 @@ def parser() -> arguments.Parser:
     _command(commands, "iomem", _iomem, "the kernel's resource map")
     _command(commands, "report", report.show, "what the last boot found, reserved and relocated")
     look = _command(commands, "inspect", inspect.act, "a record that crosses a kexec, field by field")
-    look.add_argument("what", choices=inspect.KINDS, help="which kind of record")
+    look.add_argument("what", metavar="WHAT", choices=inspect.KINDS, help=", ".join(inspect.KINDS))
     look.add_argument("pfn", nargs="?", type=arguments.pfn, metavar="PFN", help="where (hexadecimal)")
     _command(commands, "format", inspect.act_format, "the records of pkramfs-format(5), as Markdown")
     made_by = _command(commands, "install", installing.act, "put helper links, manual pages and completions in place")

@@ -50,7 +50,7 @@ def _named(args: argparse.Namespace, machine: "Machine", running: "Running") -> 
         if node is None and dead is not None:
             found.append(_outlived(running, dead))
         elif node is None:
-            problems.append(PkramError(f"no node {exact(name)} is preserved"))
+            problems.append(PkramError(nodes.nothing_to_free(machine, name)))
         elif node.tree_id in live:
             problems.append(PkramError(nodes.in_use(machine, node)))
         else:

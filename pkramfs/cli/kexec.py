@@ -151,6 +151,7 @@ def _act(args: argparse.Namespace) -> int:
         render.say("execute it: load it without --dry-run to see that plan")
         return 0
     if args.exec:
+        arguments.existing(args)  # what has never been cannot be followed by another
         return executing.dry_run(args, machine) if args.dry_run else executing.execute(args, machine)
     for way, go in (("panic", executing.panic), ("resume", executing.resume), ("cold", executing.cold)):
         if getattr(args, way):
@@ -226,7 +227,7 @@ def _unload(args: argparse.Namespace, machine: "Machine") -> None:
 
     if args.dry_run:
         render.say("unload what is loaded")
-    elif not loading.unload(machine, panic=args.load_panic) and args.verbose:
+    elif not (machine.exists() and loading.unload(machine, panic=args.load_panic)) and args.verbose:
         render.tell("nothing was loaded")
 
 

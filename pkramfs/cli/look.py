@@ -22,21 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from pkramfs import stdio
 from pkramfs.cli import arguments, render
-from pkramfs.text import exact
+from pkramfs.text import FILE_KINDS, exact
 from pkramfs.units import PAGE_SIZE, plural
 
 if TYPE_CHECKING:
     from pkramfs.archive.view import Attributes, SavedTree
 
-KINDS = {
-    stat.S_IFREG: "regular file",
-    stat.S_IFDIR: "directory",
-    stat.S_IFLNK: "symbolic link",
-    stat.S_IFIFO: "fifo",
-    stat.S_IFSOCK: "socket",
-    stat.S_IFCHR: "character special file",
-    stat.S_IFBLK: "block special file",
-}
 ENTRY = (
     *("path", "type", "ino", "mode", "uid", "gid", "nlink", "rdev", "size", "blocks"),
     *("atime_ns", "mtime_ns", "ctime_ns", "btime_ns", "flags", "target"),
@@ -54,7 +45,7 @@ def entry(tree: "SavedTree", path: bytes, place: int) -> dict[str, Any]:
     found = tree.attributes(place)
     plain = found._asdict()
     plain |= {f"{name}_ns": plain.pop(name) for name in ("atime", "mtime", "ctime", "btime")}
-    plain |= {"path": exact(path), "type": KINDS[found.kind]}
+    plain |= {"path": exact(path), "type": FILE_KINDS[found.kind]}
     plain["target"] = exact(tree.target(place)) if found.kind == stat.S_IFLNK else None
     return {name: plain[name] for name in ENTRY}
 
@@ -189,22 +180,23 @@ def act_stat(args: argparse.Namespace, tree: "SavedTree") -> None:
 
 def _stat_lines(tree: "SavedTree", path: bytes, place: int, found: "Attributes") -> Iterator[str]:
     link = f" -> {exact(tree.target(place))}" if found.kind == stat.S_IFLNK else ""
-    kind = "regular empty file" if found.kind == stat.S_IFREG and not found.size else KINDS[found.kind]
+    kind = "regular empty file" if found.kind == stat.S_IFREG and not found.size else FILE_KINDS[found.kind]
     yield f"  File: {exact(path)}{link}"
     yield f"  Size: {found.size:<10} Blocks: {found.blocks:<10} IO Block: {PAGE_SIZE:<6} {kind}"
     device = f" Device type: {os.major(found.rdev)},{os.minor(found.rdev)}" if found.kind in _DEVICES else ""
     yield f" Inode: {found.ino:<10} Links: {found.nlink}{device}"
     access = f"({stat.S_IMODE(found.mode):04o}/{stat.filemode(found.mode)})"
     yield f"Access: {access}  Uid: ({found.uid:5}/{user(found.uid):>8})   Gid: ({found.gid:5}/{group_of(found.gid):>8})"
-    yield f"Access: {_exact_time(found.atime)}"
-    yield f"Modify: {_exact_time(found.mtime)}"
-    yield f"Change: {_exact_time(found.ctime)}"
-    yield f" Birth: {_exact_time(found.btime) if found.btime else '-'}"
+    yield f"Access: {exact_time(found.atime)}"
+    yield f"Modify: {exact_time(found.mtime)}"
+    yield f"Change: {exact_time(found.ctime)}"
+    yield f" Birth: {exact_time(found.btime) if found.btime else '-'}"
     if flags := [name for bit, name in _FLAGS if found.flags & bit]:
         yield f" Flags: {', '.join(flags)}"
 
 
-def _exact_time(ns: int) -> str:
+def exact_time(ns: int) -> str:
+    """Return a time as stat(1) shows it."""
     seconds, rest = divmod(ns, 10**9)
     try:
         then = time.localtime(seconds)

@@ -169,7 +169,7 @@ def act_free(args: argparse.Namespace) -> int:
         if args.all:
             freed += [_discard(machine, running, entry) for entry in daemons.outlived(machine)]
         running.sweep()
-    _say_freed(args, freed)
+    _say_freed(args, freed, refused=bool(problems))
     for problem in problems:
         arguments.complain("pkramctl", str(problem))
     return problems[0].exit_status if problems else 0
@@ -245,7 +245,7 @@ def _free(machine: "Machine", running: "Running", name: bytes) -> int:
         dead = next((e for e in daemons.outlived(machine) if node_name(e.name or "") == name), None)
         if dead is not None:
             return int(_discard(machine, running, dead)["pages"])
-        raise PkramError(f"no node {exact(name)} is preserved")
+        raise PkramError(nothing_to_free(machine, name))
     try:
         lock = machine.claim(node.tree_id)
     except MachineError:
@@ -256,6 +256,31 @@ def _free(machine: "Machine", running: "Running", name: bytes) -> int:
         lock.release()
     machine.log(f"pkram: freed node {exact(name)}, {plural(node.pages, 'page')}")
     return node.pages
+
+
+def nothing_to_free(machine: "Machine", node: bytes) -> str:
+    """Return why there is no such node to free."""
+    place = _place(machine, node)
+    return f"no node {exact(node)} is preserved" + (f": umount {place} frees its tree" if place else "")
+
+
+def _place(machine: "Machine", node: bytes) -> str | None:
+    """Return where a living mount has the tree whose node it would be."""
+    name = mount_name(node)
+    return next((e.mountpoint for e in machine.mounts() if e.alive and e.name == name and name is not None), None)
+
+
+def absent(machine: "Machine", node: bytes) -> str:
+    """Return why there is no such node: nobody has the name, or a mount that goes on changing."""
+    name, place = mount_name(node), _place(machine, node)
+    if name is not None and any(entry.outlived and entry.name == name for entry in machine.mounts()):
+        return f"the daemon of {name} has died, and its tree is in RAM: mount {name} to see it"
+    if name is None or place is None:
+        return f"no node {exact(node)} is preserved"
+    return (
+        f"{name} is mounted on {place} and not preserved, so it may change at any time: look there, or preserve it: "
+        f"mount -o remount,preserve,ro {place}"
+    )
 
 
 def _discard(machine: "Machine", running: "Running", entry: "MountEntry") -> dict[str, Any]:
@@ -274,10 +299,12 @@ def in_use(machine: "Machine", node: "Node") -> str:
     )
 
 
-def _say_freed(args: argparse.Namespace, freed: list[dict[str, Any]]) -> None:
+def _say_freed(args: argparse.Namespace, freed: list[dict[str, Any]], *, refused: bool) -> None:
     if arguments.wants_json(args):
         render.emit_json(freed)
         return
+    if args.all and not freed and not refused:
+        render.say("no nodes are preserved")
     for node in freed:
         size = format_size(node["pages"] * PAGE_SIZE)
         render.say(f"{node['name']}: {plural(node['pages'], 'page')} ({size}) given back")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from pkramfs.cli import arguments, nodes
 from pkramfs.errors import FormatError, PkramError
 from pkramfs.mounting.names import mount_name, node_name
-from pkramfs.text import exact
 
 if TYPE_CHECKING:
     from pkramfs.archive.view import SavedTree
@@ -43,22 +42,8 @@ def resolved(machine: "Machine", kernel: "Running", name: str) -> bytes:
     """Return the node that a name means; raise PkramError (ENOENT) if it is not preserved."""
     found = nodes.resolve(kernel, name)
     if kernel.store.find(found) is None:
-        raise PkramError(_absent(machine, found), errno.ENOENT)
+        raise PkramError(nodes.absent(machine, found), errno.ENOENT)
     return found
-
-
-def _absent(machine: "Machine", node: bytes) -> str:
-    """Return why there is no such node: nobody has the name, or a mount that goes on changing."""
-    name = mount_name(node)
-    place = next((entry.mountpoint for entry in machine.mounts() if entry.alive and entry.name == name), None)
-    if name is not None and any(entry.outlived and entry.name == name for entry in machine.mounts()):
-        return f"the daemon of {name} has died, and its tree is in RAM: mount {name} to see it"
-    if name is None or place is None:
-        return f"no node {exact(node)} is preserved"
-    return (
-        f"{name} is mounted on {place} and not preserved, so it may change at any time: look there, or preserve it: "
-        f"mount -o remount,preserve,ro {place}"
-    )
 
 
 def resolve_damaged(kernel: "Running", name: str) -> bytes:

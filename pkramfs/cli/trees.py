@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pkramfs.cli import archives, arguments, compare, copies, look, opening, progress
+from pkramfs.cli.arguments import need
 
 if TYPE_CHECKING:
     from pkramfs.archive.view import SavedTree
@@ -75,6 +76,7 @@ def _at_a_path(commands: Any, command: Command, name: str, act: Any, text: str) 
 
 def _diff(args: argparse.Namespace, left: "SavedTree") -> int:
     if "/" in args.other:
+        need(os.path.isdir(args.other) or not os.path.exists(args.other), f"{args.other} is not a directory")
         return compare.act_diff(args, left, None)
     if os.path.isdir(args.other):
         arguments.warn("pkramctl", f"{args.other} is taken for a NAME; the directory is ./{args.other}")

@@ -46,6 +46,8 @@ def act(args: argparse.Namespace) -> int:
             problems.append(error)
     if arguments.wants_json(args):
         render.emit_json(done)
+    elif args.all and not chosen:
+        render.say("no tree is mounted")
     else:
         for one in done:
             render.say(f"{one['mountpoint']}: daemon {one['before']} replaced by {one['pid']}, {one['seconds']:.2f} s")

@@ -9,7 +9,17 @@ Kernel: mm/shmem_pkram.c (shmem_save_pkram)
 
 import os
 
+from pkramfs.errors import UsageError
+
+NAME_MAX_BYTES = 127
 _PREFIX = b"shmem-"
+
+
+def expect_name(name: str, what: str) -> None:
+    """Raise UsageError for a NAME that no mount can have; `what` names the argument."""
+    size = len(os.fsencode(name))
+    if not 0 < size <= NAME_MAX_BYTES:
+        raise UsageError(f"{what} is {size} bytes long: a name has 1 to {NAME_MAX_BYTES} bytes")
 
 
 def node_name(name: str) -> bytes:

@@ -22,9 +22,9 @@ import re
 from dataclasses import dataclass, field
 
 from pkramfs.errors import UsageError
+from pkramfs.mounting.names import expect_name
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
-NAME_MAX_BYTES = 127
 NO_SOURCE = "none"
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
@@ -242,9 +242,8 @@ def _take_flag(found: Options, key: str) -> None:
 
 
 def _name(found: Options, value: str) -> None:
-    size = len(os.fsencode(value))
-    if size > NAME_MAX_BYTES:
-        raise UsageError(f"pkram= is {size} bytes long: a name has 1 to {NAME_MAX_BYTES} bytes")
+    if value:
+        expect_name(value, "pkram=")
     if found.name not in (None, value):
         raise UsageError(f"pkram= is given twice: {found.name!r} and {value!r}")
     found.name = value

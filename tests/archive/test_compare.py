@@ -61,7 +61,10 @@ CHANGES: list[tuple[Any, list[Difference]]] = [
     ),
     (lambda tree: write(tree, b"new/below"), [Difference(b"/new", "only", None, "new")]),
     (lambda tree: tree.unlink(1, b"way"), [Difference(b"/way", "only", "way", None)]),
-    (lambda tree: (tree.unlink(1, b"x"), tree.mkdir(1, b"x", 0o755)), [Difference(b"/x", "type", "-", "d")]),
+    (
+        lambda tree: (tree.unlink(1, b"x"), tree.mkdir(1, b"x", 0o755)),
+        [Difference(b"/x", "type", "regular file", "directory")],
+    ),
     (
         lambda tree: (tree.unlink(1, b"way"), tree.symlink(1, b"way", b"b")),
         [Difference(b"/way", "target", "a", "b")],

@@ -74,8 +74,10 @@ ERRORS = [
     (["export", "y", "/tmp/x.tar"], 9, "no node shmem-y is preserved"),
     (["export", "x", "/nosuch/x.tar"], 1, "/nosuch/x.tar: No such file or directory"),
     (["import", "x", "/dev/null"], 9, "node shmem-x exists already: free it, or take another name"),
-    (["import", "y" * 250, "/dev/null"], 9, "node name of 256 bytes is too long: at most 255"),
-    (["import", "", "/dev/null"], 2, "invalid NAME '': give the NAME of a mount"),
+    (["import", "y" * 128, "/dev/null"], 2, "NAME is 128 bytes long: a name has 1 to 127 bytes"),
+    (["import", "", "/dev/null"], 2, "NAME is 0 bytes long: a name has 1 to 127 bytes"),
+    (["export", "x", ""], 2, "invalid FILE '': give the archive's name, or - for standard output"),
+    (["diff", "x", "/dev/null"], 2, "/dev/null is not a directory"),
     (["import", "y", "/nosuch"], 1, "/nosuch: No such file or directory"),
     (["import", "y", sys.executable], 1, f"{sys.executable}: no tar archive"),
 ]

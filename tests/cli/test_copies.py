@@ -26,7 +26,8 @@ def test_names_are_of_mounts_or_of_programs(trees, ctl):
     for words, status, said in (
         (["cp", "x", "z"], 9, "node shmem-z exists already: free it, or take another name"),
         (["rename", "nobody", "y"], 9, "no node shmem-nobody is preserved"),
-        (["rename", "x", ""], 2, "invalid NEW name '': give a NAME"),
+        (["rename", "x", ""], 2, "NEW is 0 bytes long: a name has 1 to 127 bytes"),
+        (["cp", "x", "n" * 128], 2, "NEW is 128 bytes long: a name has 1 to 127 bytes"),
     ):
         assert ctl(*words) == (status, "", f"pkramctl: {said}\n")
 

@@ -74,6 +74,12 @@ def test_what_cannot_be_meant_is_refused(text, message):
         parse(text)
 
 
+@pytest.mark.parametrize(("text", "status"), [("-e", 8), ("-e -n", 8), ("-u", 0), ("--resume", 0)])
+def test_where_there_is_no_machine_none_is_made(text, status, pkram_root):
+    assert kexec.main(text.split()) == status
+    assert list(pkram_root.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "text", ["-s -c -l builtin", "--segment nowhere -l builtin", "--segment /a@much -l builtin", "--mem-min x -e"]
 )

@@ -121,6 +121,8 @@ def test_free_all_leaves_what_a_mount_uses(machine, ctl):
     assert "two is in use by a mount" in err
     claim.release()
     assert ctl("free", "--all")[0] == 0
+    assert ctl("free", "--all") == (0, "no nodes are preserved\n", "")
+    assert ctl("upgrade", "--all") == (0, "no tree is mounted\n", "")
 
 
 @pytest.mark.parametrize("words", [["free"], ["free", "a", "--all"], ["free", "--all", "--damaged"]])

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pkramfs.machine.directory import Machine
+from tests.support.preserved import Trees, write
+
 pytestmark = pytest.mark.skipif(not os.path.exists("/bin/bash"), reason="no shell to close descriptors")
 
 CLOSED = ["<&-", ">&-", "2>&-", "<&- >&-", "<&- 2>&-", ">&- 2>&-", "<&- >&- 2>&-"]
@@ -58,6 +61,13 @@ def test_an_error_keeps_its_status_whatever_can_be_printed(machine, some):
             done = shell(words, streams)
             assert done.returncode == status, (words, streams, done)
             assert done.stderr.count("\n") <= 1 and "Traceback" not in done.stderr
+
+
+def test_contents_that_nobody_gets_are_an_error(machine):
+    Trees(Machine.locate()).plant("x", lambda tree: write(tree, b"f", b"x"))
+    for command in ("ctl cat x f", "ctl export x -"):
+        done = shell(command, ">&-")
+        assert (done.returncode, done.stderr) == (1, "pkramctl: write error: Bad file descriptor\n")
 
 
 def test_whose_reader_has_had_enough_ends_silently(machine):
