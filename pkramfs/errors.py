@@ -136,7 +136,8 @@ def explain(error: OSError) -> str:
     if isinstance(error, PkramfsError):
         return str(error)
     text = error.strerror or (os.strerror(error.errno) if error.errno else str(error))
-    return f"{os.fsdecode(error.filename)}: {text}" if error.filename else text
+    path = error.filename2 or error.filename  # of two, as link(2) and rename(2) have, the one that was to be made
+    return f"{os.fsdecode(path)}: {text}" if path else text
 
 
 def of_memory(error: BaseException) -> bool:

@@ -215,6 +215,12 @@ class Machine:
             )
         if os.path.isfile(self.conf_path):
             return f"the machine of {self.conf_path} is not up: a mount brings it up"
+        try:
+            os.stat(self.path(HARDWARE_JSON))
+        except PermissionError as error:
+            return f"cannot look into {self.directory}: {error.strerror}: name a machine of your own (PKRAM_ROOT)"
+        except OSError:
+            pass  # there is none
         return f"there is no machine in {self.directory}: a mount or `pkramctl machine create` makes it"
 
     def _check_owner(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pkramfs.cli import checkup, completions, ctl, installing, kexec, mount
+from pkramfs.errors import explain
 
 PROGRAMS = {"pkramctl": ctl.parser, "pkram-kexec": kexec.parser, "mount.pkramfs": mount.parser}
 
@@ -93,6 +94,12 @@ def test_a_place_that_cannot_be_written(root, ctl, tmp_path):
     (tmp_path / "sbin").write_text("")
     status, out, err = ctl("install", "--prefix", str(tmp_path))
     assert (status, out, err.count("\n")) == (8, "", 1) and err.startswith(f"pkramctl: cannot write {tmp_path}/sbin")
+
+
+def test_the_link_is_named_that_cannot_be_made():
+    with pytest.raises(OSError) as error:
+        os.symlink("/where/it/leads", "/proc/self/link")
+    assert explain(error.value).startswith("/proc/self/link: ")
 
 
 def test_units_go_below_etc(root, ctl, tmp_path, monkeypatch):

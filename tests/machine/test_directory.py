@@ -113,6 +113,17 @@ def test_without_a_description_there_is_no_machine(machine: Machine) -> None:
         Machine(machine.path("other")).ram()
 
 
+def test_a_directory_that_cannot_be_read_is_not_called_missing(machine: Machine) -> None:
+    before = os.geteuid()
+    os.chmod(machine.directory, 0)
+    try:
+        os.seteuid(before or 4321)
+        assert machine.missing().startswith(f"cannot look into {machine.directory}: Permission denied: ")
+    finally:
+        os.seteuid(before)
+        os.chmod(machine.directory, 0o755)
+
+
 @pytest.mark.parametrize("size", [0, 4096, 64 * MIB - 1, 65 * MIB])
 def test_ram_that_was_cut_or_replaced(machine: Machine, size: int) -> None:
     os.truncate(machine.path("ram"), size)
