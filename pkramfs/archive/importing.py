@@ -34,6 +34,7 @@ from pkramfs.fs.rules import NAME_MAX
 from pkramfs.fs.tree import Tree
 from pkramfs.text import exact
 
+_ACLS = (acl.ACCESS, acl.DEFAULT)
 _PRIVILEGED = (b"security.", b"trusted.")
 _FOLDER_MODE = 0o755
 
@@ -187,8 +188,8 @@ class _Filling:
         mode = None if member.kind == stat.S_IFLNK else member.mode
         self._tree.setattr(inode.ino, mode=mode, uid=uid, gid=gid)
         for key, value in member.records.items():
-            if key.startswith(keywords.XATTR):
-                self._xattr(inode, member, keywords.xattr_name(key), value.encode("utf-8", "surrogateescape"))
+            if key.startswith(keywords.XATTR) and keywords.xattr_name(key) not in _ACLS:
+                self._xattr(inode, member, keywords.xattr_name(key), _bytes(value))
         flags = keywords.parse_flags(member.records.get(keywords.FLAGS, ""))
         if flags & ~(0 if self._owner.privileged else IMMUTABLE | APPEND):
             self._flagged[inode.ino] = inode, flags & ~(0 if self._owner.privileged else IMMUTABLE | APPEND)
@@ -209,7 +210,10 @@ class _Filling:
             self.left_out.append(LeftOut(member.path, f"{exact(name)}: {error.strerror}"))
 
     def end(self, inode: Inode, member: Member) -> None:
-        """Set ACLs and times."""
+        """Set ACLs, which files below would inherit, and times."""
+        for key, said in member.records.items():
+            if key.startswith(keywords.XATTR) and keywords.xattr_name(key) in _ACLS:
+                self._xattr(inode, member, keywords.xattr_name(key), _bytes(said))
         for key, name in ((keywords.ACL_ACCESS, acl.ACCESS), (keywords.ACL_DEFAULT, acl.DEFAULT)):
             if text := member.records.get(key):
                 try:
@@ -230,6 +234,10 @@ class _Filling:
         for inode, flags in self._flagged.values():
             if inode.nlink:
                 self._tree.set_flags(inode.ino, flags, stamp=False)
+
+
+def _bytes(value: str) -> bytes:
+    return value.encode("utf-8", "surrogateescape")
 
 
 def _device(member: Member) -> int:

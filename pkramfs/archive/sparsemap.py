@@ -5,8 +5,9 @@
     GNU 0.1    in a record of the extended header, separated by commas
     GNU old    four parts in the header itself, twenty-one in each further block
 
-An archive may say anything here. So parts must rise and lie inside the file, none but the last may be empty, and there
-are at most MAP_MAX: a map takes 16 times as much memory as it says in bytes, and each part takes a page of the tree.
+An archive may say anything here. So parts must rise and lie inside the file, and there are at most MAP_MAX: a map takes
+16 times as much memory as it says in bytes, and each part takes a page of the tree. Empty parts say nothing: GNU tar
+ends with one where a file ends with a hole, bsdtar begins with one where there is nothing but a hole.
 
 Counterparts: GNU tar (sparse.c)
 """
@@ -49,13 +50,13 @@ def _checked(body: Body, size: int, numbers: list[int]) -> Extents:
     if len(numbers) % 2 or len(extents) > MAP_MAX:
         body.stream.wrong(f"a map of {len(extents):,} parts, and at most {MAP_MAX:,} are read")
     for number, (offset, length) in enumerate(extents, 1):
-        if offset < end or offset + length > size or (not length and number < len(extents)):
+        if offset < end or offset + length > size:
             body.stream.wrong(f"part {number:,} of its map, {length} bytes at {offset}, does not follow the one before")
         end = offset + length
     stored = sum(length for _, length in extents)
     if stored != body.left:
         body.stream.wrong(f"its map names {stored:,} bytes, and the archive has {body.left:,} for it")
-    return extents
+    return [extent for extent in extents if extent[1]]
 
 
 def _lines(body: Body) -> list[int]:

@@ -195,7 +195,7 @@ BAD = {
     "a map of 1,000,000,000,000 parts": sparse(padded(b"1000000000000\n") + b"x"),
     "does not follow the one before": sparse(padded(b"2\n4096\n1\n0\n1\n") + b"xy"),
     "part 1 of its map, 1 bytes at 8192": sparse(padded(b"1\n8192\n1\n") + b"x"),
-    "part 1 of its map, 0 bytes at 0": sparse(padded(b"2\n0\n0\n1\n1\n") + b"x"),
+    "part 2 of its map, 0 bytes at 0": sparse(padded(b"2\n0\n1\n0\n0\n") + b"x"),
     "its map names 2 bytes, and the archive has 1": sparse(padded(b"1\n0\n2\n") + b"x"),
     "its map is damaged": sparse(padded(b"1\n0\nx\n") + b"x"),
     "bytes, which no file can have": sparse(padded(b"1\n0\n1\n") + b"x", size=1 << 63),
@@ -219,6 +219,23 @@ def test_a_bad_archive_is_refused_with_one_line_and_leaves_nothing(trees: Trees)
             wrong[said] = str(error.value)
         assert kernel.store.nodes() == [] and not kernel.leases.trees() and not trees.machine.tree_ids()
     assert wrong == {}
+
+
+def test_a_file_that_is_all_hole_as_bsdtar_writes_it(trees: Trees) -> None:
+    imported(trees, "x", sparse(padded(b"2\n0\n0\n8192\n0\n")))
+    tree = trees.open("x")
+    place = tree.find(b"/f")
+    assert tree.attributes(place).size == 8192 and list(tree.extents(place)) == []
+
+
+def test_acls_in_attributes_of_a_directory_are_not_inherited(trees: Trees) -> None:
+    """GNU tar writes ACLs as attributes, too, with --xattrs-include=*."""
+    key = keywords.XATTR + acl.DEFAULT.decode()
+    folder = made(("d", tarfile.DIRTYPE, "", b""), **{key: ACL.decode("utf-8", "surrogateescape")})[:-1024]
+    imported(trees, "x", folder + made(("d/f", tarfile.REGTYPE, "", b""), ("d/e", tarfile.DIRTYPE, "", b"")))
+    tree = trees.open("x")
+    assert [tree.xattrs(tree.find(path)) for path in (b"/d/f", b"/d/e")] == [{}, {}]
+    assert list(tree.xattrs(tree.find(b"/d"))) == [acl.DEFAULT]
 
 
 def test_headers_that_are_too_long_together(trees: Trees) -> None:
