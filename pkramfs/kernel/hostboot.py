@@ -99,7 +99,8 @@ def _ways_out(machine: Machine, there: Header, found: "_Found", why: str) -> str
     gives_up = f"`{command} --cold --force` gives it up"
     if found.problems:
         why = f"{why}, and {found.problems[0]}" if why else str(found.problems[0])
-        some = f"`{command} --resume --force` restores what can be read and loses the rest, " * bool(found.nodes)
+        rest = "the rest and whatever the list of nodes named behind the break" if found.broken else "the rest"
+        some = f"`{command} --resume --force` restores what can be read and loses {rest}, " * bool(found.nodes)
         return f"{found} at super block {pfn}: {why}; {some}{gives_up}"
     insists = " --force" * why.startswith(_FIRMWARE)
     again = f"`{command} --resume{insists} --append pkram={pfn}` restores it if it is whole"
@@ -191,6 +192,8 @@ class _Found(NamedTuple):
 
     nodes: list[IncomingNode]
     problems: list[FormatError]
+    broken: bool = False
+    """The list of nodes ends in a word that cannot be read: nobody knows what it named behind it."""
 
     @property
     def readable(self) -> bool:
@@ -222,7 +225,7 @@ def _look(ram: Ram, there: Header) -> _Found:
             found.nodes.append(incoming.described(ram, node))
         except FormatError as error:
             found.problems.append(error)
-    return found
+    return found._replace(broken=bool(survey.broken))
 
 
 def _salvage(machine: Machine, ram: Ram, there: Header) -> list[NodePages]:

@@ -297,6 +297,17 @@ def damage_table(lab: RealBoots, node: Node) -> str:
     return "node b"
 
 
+@pytest.mark.usefixtures("damaged")
+def test_that_nodes_behind_a_break_would_be_lost_is_said_before_they_are(lab: RealBoots) -> None:
+    for seed, name in enumerate("abc"):
+        lab.preserve(name, 300, seed=seed)
+    second = next(node for node in lab.up().store.nodes() if node.name == b"b")
+    lab.up().ram.words(second.pfn)[2] = 0xDEAD  # the word that leads to a
+    lab.reboot(f"pkram={lab.pfn()}", KEXEC)
+    assert "loses the rest and whatever the list of nodes named behind the break, `pkram-kexec --cold" in lab.refusal()
+    assert insist(lab).generation == 2 and [node.name for node in lab.up().store.nodes()] == [b"c", b"b"]
+
+
 def damage_nothing(lab: RealBoots, node: Node) -> str:
     return ""
 
