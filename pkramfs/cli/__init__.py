@@ -18,6 +18,7 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     logs        -v and --log-json
     signals     what a signal does to a command, and where it has to wait
     render      tables for people, the same as JSON for programs
+    destination a file that appears whole, or not at all
     progress    a bar on a terminal, lines for programs
     daemons     the mount daemons of a machine: find them, ask them
     freezer     all mounts of a machine on the way through a kexec: freeze, thaw, stop

@@ -10,30 +10,27 @@ Counterparts: GNU tar, dump(8)
 """
 
 import argparse
-import errno
 import os
 import stat
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from io import RawIOBase
 from typing import TYPE_CHECKING, BinaryIO
 
-from pkramfs import stdio
 from pkramfs.cli import arguments, opening, progress, render
 from pkramfs.cli.arguments import need
+from pkramfs.cli.destination import STDIO, destination
 from pkramfs.mounting.names import expect_name, node_name
 from pkramfs.text import exact
 from pkramfs.units import format_size, plural
 
 if TYPE_CHECKING:
-    from pkramfs.archive.export import Out, Report
+    from pkramfs.archive.export import Report
     from pkramfs.archive.view import SavedTree
     from pkramfs.fs.picture import Progress
     from pkramfs.kernel.running import Running
     from pkramfs.machine.frames import Frames
 
-STDIO = "-"
 INCOMPLETE = 1
 """Exit status where an archive lacks files, or holds what is left of a damaged tree."""
 _BUFFER = 1 << 20
@@ -44,7 +41,7 @@ def act_export(args: argparse.Namespace) -> int:
     from pkramfs.archive.export import export
 
     tree, damage, whole = _salvaged(args) if args.best_effort else (opening.opened(args, args.name), {}, True)
-    with _destination(args.file) as out:
+    with destination(args.file) as out:
         report = progress.drive(export(tree, out, damage=damage), args)
     status = _say_exported(args, report)
     return status if whole else INCOMPLETE
@@ -136,65 +133,3 @@ def _say_exported(args: argparse.Namespace, report: "Report") -> int:
         else:
             render.say(f"{args.file}: {plural(report.names, 'name')}, {format_size(report.bytes)}")
     return INCOMPLETE if left_out else 0
-
-
-@contextmanager
-def _destination(path: str) -> Iterator["Out"]:
-    """Give what writes to a file, which appears when the block is over, or to stdout; nothing half is left behind."""
-    need(path, "invalid FILE '': give the archive's name, or - for standard output")
-    if path == STDIO:
-        need(not sys.stdout.isatty(), "an archive is not for a terminal: name a file, or pipe it")
-        yield stdio.pour
-        return
-    try:
-        special = not stat.S_ISREG(os.stat(path).st_mode)
-    except FileNotFoundError:
-        special = False
-    if special:  # a device or a pipe is written as it is
-        with open(path, "wb", buffering=0) as file:
-            yield _named(file, path)
-        return
-    import tempfile
-
-    path = os.path.realpath(path)
-    with _naming(path):
-        fd, temporary = tempfile.mkstemp(prefix=".pkramctl-", dir=os.path.dirname(path))
-    try:
-        with open(fd, "wb", buffering=0) as file:
-            yield _named(file, path)
-            with _naming(path):
-                os.fsync(fd)
-                os.fchmod(fd, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _named(file: RawIOBase, path: str) -> "Out":
-    """Return a function that writes, whose errors name the file."""
-
-    def write(data: bytes | memoryview) -> None:
-        with _naming(path):
-            left = memoryview(data)
-            while left:
-                left = left[file.write(left) or 0 :]
-
-    return write
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.EPIPE:
-            raise
-        raise OSError(error.errno, error.strerror, path) from None
-
-
-def _umask() -> int:
-    """Return the umask of this process."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

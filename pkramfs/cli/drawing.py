@@ -12,7 +12,7 @@ lightness as well as in hue (Okabe and Ito's palette, for people who see fewer),
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
-from pkramfs.cli import render
+from pkramfs.cli.destination import destination
 from pkramfs.text import printable
 
 COLOURS = {
@@ -126,11 +126,8 @@ class Sheet:
         self._root.attrib.update(size)
         ElementTree.indent(self._root, " ")
         text = ElementTree.tostring(self._root, encoding="us-ascii").decode() + "\n"  # with references for all else
-        if path == "-":
-            render.emit(text)
-            return
-        with open(path, "w", encoding="ascii") as file:
-            file.write(text)
+        with destination(path, text=True) as write:
+            write(text.encode("ascii"))
 
 
 def wide(text: str) -> float:

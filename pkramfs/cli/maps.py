@@ -54,7 +54,7 @@ def act(args: argparse.Namespace) -> None:
     machine = arguments.existing(args)
     view = View(machine)
     earlier = Earlier(view) if args.before_after else None
-    if args.svg:
+    if args.svg is not None:
         from pkramfs.cli import mapsheet
 
         mapsheet.draw(view, earlier).save(args.svg)

@@ -33,7 +33,7 @@ def act(args: argparse.Namespace) -> None:
     """Run `pkramctl timeline`."""
     machine = arguments.existing(args)
     kernels = gather(machine)
-    if args.svg:
+    if args.svg is not None:
         from pkramfs.cli import timesheet
 
         timesheet.draw(f"Kernels of {machine.path()}", kernels, time.time()).save(args.svg)

@@ -76,7 +76,7 @@ ERRORS = [
     (["import", "x", "/dev/null"], 9, "node shmem-x exists already: free it, or take another name"),
     (["import", "y" * 128, "/dev/null"], 2, "NAME is 128 bytes long: a name has 1 to 127 bytes"),
     (["import", "", "/dev/null"], 2, "NAME is 0 bytes long: a name has 1 to 127 bytes"),
-    (["export", "x", ""], 2, "invalid FILE '': give the archive's name, or - for standard output"),
+    (["export", "x", ""], 2, "invalid FILE '': give its name, or - for standard output"),
     (["diff", "x", "/dev/null"], 2, "/dev/null is not a directory"),
     (["import", "y", "/nosuch"], 1, "/nosuch: No such file or directory"),
     (["import", "y", sys.executable], 1, f"{sys.executable}: no tar archive"),

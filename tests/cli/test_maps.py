@@ -63,6 +63,9 @@ def test_a_map_as_a_picture(lab, ctl, tmp_path):
     path = tmp_path / "map.svg"
     assert ctl("map", "--svg", str(path)) == (0, "", "")
     svg = path.read_text(encoding="ascii")
+    assert ctl("map", "--svg", "-") == (0, svg, "")
+    assert ctl("map", "--svg", "/dev/full") == (1, "", "pkramctl: /dev/full: No space left on device\n")
+    assert ctl("timeline", "--svg", "")[0] == 2
     name = "<one> & \\x1b[31m\\xff"  # XML has no control characters
     assert any(tip.startswith(f"preserved {name}, 2.8 MiB") for tip in tips(svg))
     assert {f"preserved {name}", "Kernel image", "PKRAM reserve", "free", "no memory"} <= set(texts(svg))
