@@ -8,11 +8,15 @@
     checkpoint              a checkpoint of a tree; started by its daemon
     hold                    a mount whose daemon is being replaced; started by its holder
 
+The commands' own scripts come in here, too (pyproject.toml), so that Ctrl-C ends one that has not read its arguments
+yet without a word, as it ends a program in C.
+
 pkramfs itself starts the last five, in a fresh interpreter: they know only their command line and what RAM holds, and
 first reset the limits and priorities that they inherited from a shell.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -51,6 +55,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if status is None else int(status)
 
 
+def pkramctl() -> int:
+    """Run pkramctl as a program."""
+    return _program("ctl")
+
+
+def pkram_kexec() -> int:
+    """Run pkram-kexec as a program."""
+    return _program("kexec")
+
+
+def mount_pkramfs() -> int:
+    """Run mount.pkramfs as a program."""
+    return _program("mount")
+
+
+def _program(*verb: str) -> int:
+    words = [*verb, *sys.argv[1:]]
+    if not {*words[:1]} & {*_SERVICES} and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command hears signals itself
+    return main(words)
+
+
 def _usage(words: list[str]) -> int:
     """Print the usage: on stdout for --help, as an error otherwise."""
     text = f"usage: python -m pkramfs {{{','.join(_VERBS)}}} ARGUMENTS…"
@@ -61,4 +87,4 @@ def _usage(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_program())

@@ -257,6 +257,8 @@ def _report(program: str, error: Exception, *, debug: bool) -> int:
         lines, status = [str(error), *_details(error)], error.exit_status
     elif isinstance(error, OSError):
         lines, status = [explain(error)], PkramfsError.exit_status
+    elif ended := signals.status():
+        return ended  # an import of C code makes an error of its own of the signal
     else:
         kind = type(error).__name__
         lines, status = [f"internal error: {kind}: {error}; --debug shows where, please report it"], BUG

@@ -36,7 +36,7 @@ class _State:
     def __init__(self) -> None:
         self.deferring = 0
         self.came = 0
-        self.leaving = False
+        self.leaving = 0
 
 
 _state = _State()
@@ -46,15 +46,20 @@ def _hear(number: int, _frame: FrameType | None) -> None:
     if _state.deferring:
         _state.came = _state.came or number
     elif not _state.leaving:
-        _state.leaving = True
+        _state.leaving = number
         raise Ended(number)
+
+
+def status() -> int:
+    """Return the exit status of a command that a signal ends, 0 if none does."""
+    return 128 + _state.leaving if _state.leaving else 0
 
 
 @contextmanager
 def heard() -> Iterator[None]:
     """Have signals raise Ended inside the block; in a thread that is not the main one nothing changes."""
     before: dict[int, Any] = {}
-    _state.leaving = False
+    _state.leaving = 0
     try:
         for number in _NUMBERS:
             if signal.getsignal(number) != signal.SIG_IGN:

@@ -51,6 +51,25 @@ def test_a_signal_is_an_exception_and_a_status(number):
     assert signal.getsignal(number) == before
 
 
+def test_a_command_that_begins_is_ended_without_a_word():
+    """Before it hears signals, and when code in C makes another error of one."""
+    began = "m.import_module = lambda name: os.kill(os.getpid(), signal.SIGINT)"
+    line = f"import os, signal, pkramfs.__main__ as m; {began}; m.pkramctl()"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_an_error_that_a_signal_makes_is_the_signal(capsys):
+    def act(_):
+        try:
+            send(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError("a long text that tells how to install numpy") from None
+
+    assert run(Parser(prog="x"), act, []) == 128 + signal.SIGTERM
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_waits_for_what_must_not_be_interrupted(number):
     done = []
