@@ -9,6 +9,7 @@ Kernel: fallocate(2), lseek(2) SEEK_DATA, fallocate(1) --dig-holes
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import stat
@@ -43,9 +44,10 @@ def act_punch(args: argparse.Namespace) -> None:
 
 def act_allocate(args: argparse.Namespace) -> None:
     """Run `pkramctl allocate FILE OFFSET LENGTH [--keep-size]`."""
+    with contextlib.suppress(OSError):  # _open says why
+        before = os.stat(args.file)  # a file that is open for writing counts one page at least
     fd = _open(args.file, os.O_RDWR)
     try:
-        before = os.fstat(fd)
         if not _allocated(fd, args.file, _KEEP_SIZE if args.keep_size else 0, args):
             _order(fd, args.file, b"allocate", b"%d:%d" % (args.offset, args.length))
             end = args.offset + args.length

@@ -106,7 +106,7 @@ def _hardware(args: argparse.Namespace) -> "FirmwareMap | None":
     if args.ram is None and args.nodes is None and args.seed is None:
         return None
     seed = secrets.randbits(63) if args.seed is None else args.seed
-    return FirmwareMap.default(args.ram or host_memory(), nodes=args.nodes or 1, seed=seed)
+    return FirmwareMap.default(host_memory() if args.ram is None else args.ram, nodes=args.nodes or 1, seed=seed)
 
 
 def _read_map(path: str) -> dict[str, Any]:

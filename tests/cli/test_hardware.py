@@ -49,6 +49,7 @@ def test_a_map_comes_back_as_it_was_given(root, ctl, tmp_path):
     ("words", "status", "message"),
     [
         (["--ram", "1K"], 2, "invalid RAM size 1.0 KiB"),
+        (["--ram", "0"], 2, "invalid RAM size 0 B"),
         (["--ram", "lots"], 2, "not a size"),
         (["--nodes", "9000"], 2, "invalid number of NUMA nodes 9000"),
         (["--map", "/nowhere/map"], 2, "cannot read the map: /nowhere/map: No such file or directory"),

@@ -95,6 +95,9 @@ def test_the_commands(lab: Any) -> None:
         "]",
     ]
     assert lab.run("ctl", "allocate", str(file), "4M", "1M").stdout == f"{file}: 1.0 MiB allocated\n"
+    (file.parent / "hole").touch()
+    assert "hole: 1.0 MiB allocated" in lab.run("ctl", "allocate", str(file.parent / "hole"), "0", "1M").stdout
+    (file.parent / "hole").unlink()
     assert (os.stat(file).st_size, blocks(file)) == (5 * MIB, 3 * MIB // 512)
     done = lab.run("ctl", "allocate", str(file), "0", "100M")
     assert (done.returncode, done.stderr) == (1, f"pkramctl: {file}: No space left on device\n")
