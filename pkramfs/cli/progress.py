@@ -33,6 +33,8 @@ FIRST_SECONDS = 0.5
 _DRAW_SECONDS, _JSON_SECONDS = 0.1, 0.5
 _BYTES = frozenset(("export", "import", "copy", "compare", "verify"))
 """Stages that are counted in bytes; others are counted in steps."""
+_BAR_COLUMNS = 72
+"""A narrower terminal has figures only."""
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
@@ -117,9 +119,11 @@ class Bar:
         size = f"{done} of {total}" if counted and self._total else done if counted else ""
         speed = "" if rate is None else f"{format_size(round(rate))}/s"
         time_left = "" if left is None else f"{_clock(left)} left"
-        figures = "   ".join(filter(None, (size, speed, time_left or _clock(seconds))))
         try:
             drawn, self._drawn = self._drawn, self._drawn or _begin()
+            figures = _fitted(
+                self._drawn.console.width - len(self._stage) - 1, size, speed, time_left or _clock(seconds)
+            )
             self._drawn.update(
                 self._drawn.task_ids[0],
                 description=self._stage,
@@ -130,6 +134,13 @@ class Bar:
             (self._drawn.start if drawn is None else self._drawn.refresh)()
         except (OSError, ValueError):
             self._mode = "none"  # a terminal that is gone: printing never decides
+
+
+def _fitted(room: int, size: str, speed: str, time: str) -> str:
+    """Return as many figures as there is room for: the time rather than the size, the size rather than the speed."""
+    ways = ((size, speed, time), (size, time), (time,))
+    lines = ["   ".join(filter(None, way)) for way in ways]
+    return next((line for line in lines if len(line) <= room), lines[-1])
 
 
 def _clock(seconds: float) -> str:
@@ -148,11 +159,12 @@ def _begin() -> "Drawn":
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
+    console = Console(stderr=True, no_color="NO_COLOR" in os.environ, highlight=False)
     drawn = Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        *([BarColumn()] if console.width >= _BAR_COLUMNS else []),
         TextColumn("{task.fields[figures]}", markup=False),
-        console=Console(stderr=True, no_color="NO_COLOR" in os.environ, highlight=False),
+        console=console,
         transient=True,
         auto_refresh=False,
         redirect_stdout=False,

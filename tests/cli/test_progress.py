@@ -42,13 +42,13 @@ def work(clock: Clock, steps: int = 8) -> Iterator[Progress]:
 
 
 @contextmanager
-def terminal() -> Iterator[object]:
+def terminal(columns: int = 100) -> Iterator[object]:
     """Make stderr a terminal; give what reads all that was shown on it. (Not a fixture: pytest would undo it.)"""
     ours, theirs = os.openpty()
     with open(theirs, "w") as stderr, pytest.MonkeyPatch.context() as patched:
         patched.setattr("sys.stderr", stderr)
         patched.setenv("TERM", "xterm")
-        patched.setenv("COLUMNS", "100")
+        patched.setenv("COLUMNS", str(columns))
 
         def read() -> str:
             stderr.flush()
@@ -71,6 +71,21 @@ def test_a_bar_after_half_a_second_that_leaves_nothing(clock):
     assert re.fullmatch(r"export \S+ +2\.0 MiB of 8\.0 MiB   4\.0 MiB/s   0:00:02 left *", first.replace("╺", "━"))
     assert "8.0 MiB of 8.0 MiB   4.0 MiB/s   0:00:00 left" in plain
     assert shown.endswith("\x1b[2K") and shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (50, "export 2.0 MiB of 8.0 MiB   0:00:02 left"),
+        (60, "export 2.0 MiB of 8.0 MiB   4.0 MiB/s   0:00:02 left"),
+        (30, "export 0:00:02 left"),
+    ],
+)
+def test_a_narrow_terminal_has_whole_figures(clock, columns, line):
+    with terminal(columns) as read:
+        assert progress.drive(work(clock)) == "done"
+        plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", read())
+    assert line in [one.strip() for one in re.split(r"[\r\n]+", plain)]
 
 
 def test_a_line_takes_the_bar_away_and_it_comes_again(clock, capsys):
