@@ -17,6 +17,10 @@ lost its set-group-id bit in the kernel already.
 
 xattrs: the namespaces of tmpfs (user., trusted., security.) and ACLs; all but ACLs take inode space.
 
+`ls -l` asks each file for its label of SELinux, and no cache knows that there is none. Only a kernel without SELinux
+passes that on, so until somebody stores a label (as one can) the answer is that there are none here, EOPNOTSUPP in
+place of ENODATA: ls(1) takes it for the whole mount, and does not ask again.
+
 Kernel: fs/attr.c (setattr_copy, setattr_should_drop_sgid), mm/shmem.c (shmem_setattr,
 shmem_xattr_handler_set), fs/xattr.c (simple_xattr_set)
 """
@@ -29,7 +33,7 @@ from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import ROOT, Caller, Inode, in_group
 from pkramfs.fs.limits import xattr_space
 from pkramfs.fs.protection import KNOWN, refuse_change, refuse_size, refuse_times
-from pkramfs.fs.rules import MAX_SIZE, WRITING, XATTR_NAME_MAX, XATTR_SIZE_MAX
+from pkramfs.fs.rules import LABEL, MAX_SIZE, WRITING, XATTR_NAME_MAX, XATTR_SIZE_MAX
 from pkramfs.fs.truncation import Truncation
 from pkramfs.journal.log import LESS
 
@@ -150,12 +154,12 @@ class Attributes(Truncation):
     # -- extended attributes --------------------------------------------------------------------
 
     def getxattr(self, number: int, name: bytes) -> bytes:
-        """Return the value; ENODATA if there is none."""
+        """Return the value; ENODATA if there is none, for labels see the module's page."""
         inode = self.inode(number)
         value = inode.xattrs.get(name) if inode.xattrs is not None else None
         if value is None:
             _check_xattr_name(inode, name)
-            raise fail(errno.ENODATA)
+            raise fail(errno.EOPNOTSUPP if name == LABEL and not self.labelled else errno.ENODATA)
         return value
 
     def listxattr(self, number: int, caller: Caller = ROOT) -> list[bytes]:

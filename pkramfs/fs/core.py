@@ -50,7 +50,7 @@ from pkramfs.fs.lost import Losses
 from pkramfs.fs.pagecache import END, PageMap
 from pkramfs.fs.preservation import Preservation
 from pkramfs.fs.protection import NOATIME
-from pkramfs.fs.rules import EMPTY_DIRECTORY_SIZE, INO_MASK, ROOT_INO, WRITING
+from pkramfs.fs.rules import EMPTY_DIRECTORY_SIZE, INO_MASK, LABEL, ROOT_INO, WRITING
 from pkramfs.journal.log import GROWTH
 from pkramfs.spans import Spans
 
@@ -98,6 +98,7 @@ class Core:
         self.tails: set[int] = set()  # see filling
         self.losses = Losses()
         self.unnamed: set[int] = set()  # orphans that never had a name, and may get one
+        self.labelled = False  # a file has LABEL, or had it: see attributes
         self.root = self._allocate_inode(stat.S_IFDIR | root_mode & 0o7777, uid, gid)
         self.remember(self.root)  # the mount itself
         self._make_directory(self.root, self.root)
@@ -208,6 +209,7 @@ class Core:
         """Replace the whole tree by one that a restore has built, and whose root is awake."""
         self.inodes, self.asleep = packed.inodes, packed if packed.left else None
         packed.done = self._all_awake
+        self.labelled = LABEL in packed.parts.values
         self.root, self.next_ino = self.inodes[ROOT_INO], next_ino
         self.remember(self.root)
         self.ledger.adopt(figures)
@@ -297,6 +299,7 @@ class Core:
         if value is not None:
             self.ledger.add_xattr(name, value)
             xattrs[name] = value
+            self.labelled = self.labelled or name == LABEL
         inode.xattrs = xattrs or None
 
     def forget_sums(self) -> None:

@@ -17,6 +17,8 @@ MAX_SIZE = (1 << 63) - 1
 NAME_MAX = 255
 TARGET_MAX = 4095
 XATTR_NAME_MAX, XATTR_SIZE_MAX = 255, 65536
+LABEL = b"security.selinux"
+"""The xattr that ls(1) asks for of each file."""
 
 EMPTY_DIRECTORY_SIZE = 40
 ENTRY_SIZE = 20

@@ -39,8 +39,8 @@ MAX_READ = 1 << 20
 _GETFLAGS, _SETFLAGS, _FSGETXATTR, _FSSETXATTR = 0x80086601, 0x40086602, 0x801C581F, 0x401C5820
 _XFLAGS = {protection.IMMUTABLE: 0x8, protection.APPEND: 0x10, protection.NOATIME: 0x40, protection.NODUMP: 0x80}
 """Flags of FS_IOC_GETFLAGS and of FS_IOC_FSGETXATTR."""
-_USUAL = frozenset((b"security.capability\0", b"security.selinux\0", acl.ACCESS + b"\0", acl.DEFAULT + b"\0"))
-"""What the kernel asks of each file before its first write, and ls(1) of each that it lists: hardly one has it."""
+_USUAL = frozenset((b"security.capability\0", acl.ACCESS + b"\0", acl.DEFAULT + b"\0"))
+"""What the kernel asks of each file before its first write, and of each that ls(1) lists: hardly one has it."""
 _NO_DATA = -errno.ENODATA
 _SECOND = 10**9
 _UNKNOWN, _NOBODY = 0xFFFFFFFF, 65534

@@ -22,6 +22,7 @@ ROWS = {
     "test_seals": "F_GET_SEALS",
     "test_statx*": "`statx`",
     "test_a_write_too_large": "ENOSPC for data",
+    "test_no_label": "`security.selinux`",
     "test_utimensat*": "times before 1677",
 }
 """Which cases are told of in which row: a part of its first column."""

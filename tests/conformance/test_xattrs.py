@@ -48,6 +48,15 @@ def test_names(both: Any, name: str, kind: str) -> None:
     both(case)
 
 
+def test_no_label(both: Any) -> None:
+    def case(t: Any) -> None:
+        write("a")
+        t(os.getxattr, "a", "security.selinux")
+        t(listed, "a")
+
+    both(case)
+
+
 @pytest.mark.parametrize("flags", [0, os.XATTR_CREATE, os.XATTR_REPLACE, 3, 4])
 @pytest.mark.parametrize("name", ["user.x", "security.x", "system.posix_acl_access"])
 def test_flags(both: Any, flags: int, name: str) -> None:

@@ -92,6 +92,18 @@ def test_truncate_drops_bits_unless_root_does_it(tree, file) -> None:
 # -- xattrs ---------------------------------------------------------------------------------------
 
 
+def test_labels_are_none_until_one_is_stored(tree, file, sh, round_trip) -> None:
+    """ls(1) takes the answer for all files of a mount; it must not once there is a label."""
+    other = sh.write(b"other")
+    for code, store in ((errno.EOPNOTSUPP, False), (errno.ENODATA, True)):
+        if store:
+            tree.setxattr(other, b"security.selinux", b"label")
+        with pytest.raises(OSError) as refused:
+            tree.getxattr(file.ino, b"security.selinux")
+        assert refused.value.errno == code
+    assert tree.getxattr(other, b"security.selinux") == b"label" and round_trip(tree).labelled
+
+
 def test_xattr_flags(tree, file) -> None:
     with refused(errno.ENODATA):
         tree.setxattr(file.ino, b"user.a", b"1", 2)
