@@ -28,6 +28,7 @@ LARGE = {
     "redis": KILLS,
     "memcached": KILLS,
     "postgresql": ["--scale", "3", "--commits", "300", *KILLS],
+    "mariadb": ["--rows", "10000", "--commits", "300", *KILLS],
     "qemu-guest": ["--fetch", *KILLS],
 }
 CASES = [pytest.param(name, words, id=name) for name, words in SMALL.items()]
