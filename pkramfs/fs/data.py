@@ -35,11 +35,13 @@ from pkramfs.fs.protection import refuse_open, refuse_space
 from pkramfs.fs.records import RUN_BYTES
 from pkramfs.fs.rules import DIRECT, INO_MASK, MAX_SIZE, UNNOTED, WRITING
 from pkramfs.journal.log import LESS
+from pkramfs.machine.piped import Piped
+from pkramfs.machine.piped import store as store_piped
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE
 
 Buffer = bytes | memoryview
-Store = Callable[[int, memoryview], None]
+Store = Callable[[int, Any], None]
 Viewer = Callable[[int, int], Buffer]
 
 _ZEROS = memoryview(bytes(1 << 20))
@@ -173,21 +175,21 @@ class Data(Filling):
     # -- writing --------------------------------------------------------------------------------
 
     def write(self, number: int, offset: int, data: Any, *, stamp: bool = True) -> int:
-        """Write bytes at `offset` and return how many were written: all, or what there was room for.
+        """Write bytes, which may be Piped, at `offset`; return how many were written: all, or what there was room for.
 
         Without `stamp` times and privileges stay as they are: for a kernel that owns them and will set them.
         """
         inode = self.inodes.get(number & INO_MASK) or self._find_asleep(number & INO_MASK)
         if not inode.is_file:
             raise fail(errno.EISDIR if inode.entries is not None else errno.EINVAL)
-        view = memoryview(data)
+        view = data if data.__class__ is Piped else memoryview(data)
         if offset + len(view) > MAX_SIZE:
             if offset >= MAX_SIZE:
                 raise fail(errno.EFBIG)
             view = view[: MAX_SIZE - offset]
         return self._write(inode, offset, view, stamp) if len(view) else 0
 
-    def _write(self, inode: Inode, offset: int, view: memoryview, stamp: bool) -> int:
+    def _write(self, inode: Inode, offset: int, view: memoryview | Piped, stamp: bool) -> int:
         size = len(view)
         end = offset + size
         if self.sums is not None and self.sums.before_write(inode, offset, end):
@@ -205,6 +207,8 @@ class Data(Filling):
             return self._write_part(inode, offset, view, cut, stamp)
         if end > inode.size and self.journal is not None and not into_holes:
             self.journal.log.note_growing(inode.ino, end)
+        if view.__class__ is Piped:
+            store = store_piped
         try:
             for index, pfn, count in runs:
                 base = (pfn - index) << PAGE_SHIFT
@@ -241,7 +245,7 @@ class Data(Filling):
         else:
             self._trim(inode, inode.size)
 
-    def _write_part(self, inode: Inode, offset: int, view: memoryview, cut: int, stamp: bool) -> int:
+    def _write_part(self, inode: Inode, offset: int, view: memoryview | Piped, cut: int, stamp: bool) -> int:
         """Write the first `cut` bytes, and as much of the rest as fits."""
         written = self._write(inode, offset, view[:cut], stamp)
         if written < cut:

@@ -45,14 +45,18 @@ from pkramfs.fuse.again import Again
 from pkramfs.fuse.handshake import MAX_WRITE
 from pkramfs.fuse.net import commit_again
 from pkramfs.fuse.requests import Requests
+from pkramfs.fuse.stream import LARGE, Stream
 from pkramfs.fuse.wire import HEADER, REPLY, Header, Op
+from pkramfs.machine.piped import Piped
 
 log = logging.getLogger(__name__)
 
 ROOM = MAX_WRITE + (1 << 16)
-"""Bytes of the longest request: a WRITE, or the value of a SETXATTR with its name."""
+"""Bytes of the longest request: a WRITE, of a MiB where an older daemon has made the mount."""
 _RECEIVED, _SENT, _PAGE = counters.RECEIVED, counters.SENT, counters.PAGE
 _NOTHING = (0,) * 9
+_FLAGS = HEADER.size + 20
+"""Where in a WRITE its flags are."""
 _readv, _write, _unpack, _pack = os.readv, os.write, HEADER.unpack_from, REPLY.pack  # once for each request
 _HEADER, _AGAIN = HEADER.size, (errno.EAGAIN, errno.EINTR, errno.ENOENT)
 """Errors of reading after which one reads again: who asked was killed."""
@@ -80,12 +84,13 @@ class Filter:
         self._counts = self.words[counters.COUNTS : counters.TIMES]
         self._buffer = bytearray(b"\1") * ROOM  # touched: who dies while the kernel faults in a page loses a request
         self._view, self._into = memoryview(self._buffer), [self._buffer]
+        self._stream = Stream(self._buffer, requests.tree.ram)
         self.operations.cache.device = fd
 
     def serve(self) -> bool:
         """Read one request, if there is one, and answer it; False when the device is gone."""
         try:
-            length = _readv(self.fd, self._into)
+            length = self._stream.take(self.fd) if self._stream.left else _readv(self.fd, self._into)
         except OSError as error:
             if error.errno in _AGAIN:
                 return True
@@ -95,6 +100,8 @@ class Filter:
         if length < _HEADER:
             return length > 0
         header = _unpack(self._buffer)
+        if self._stream.left and self._streamed(header, length):
+            return True
         if header[0] == length:
             try:  # noqa: SIM105 - a context manager would cost more than counting
                 self._counts[header[1]] += 1
@@ -102,10 +109,46 @@ class Filter:
                 pass  # an opcode that nobody knows
             if length >= _PAGE:
                 self.words[_RECEIVED] += length
+                if length > LARGE and header[1] == Op.WRITE:
+                    self._look_for_stream(header)
             self.answer(header, self._view[_HEADER:length])
         else:
             self._reply_error(header[2], errno.EINVAL)
         return True
+
+    def _look_for_stream(self, header: Header) -> None:
+        """Take the next requests through a pipe, behind a large WRITE that is new and comes from the page cache."""
+        if self._buffer[_FLAGS] & wire.WRITE_CACHE and not header[2] & RESENT:
+            self._stream.expect()
+
+    def _streamed(self, header: Header, length: int) -> bool:
+        """Serve a large WRITE whose data are still in the pipe; False if it is another request, or was not stored.
+
+        Then all of it is in the buffer, to be served like any other.
+        """
+        if length <= LARGE:
+            self._stream.missed()
+            return False
+        data = self._stream.data(length)
+        if header[1] == Op.WRITE and header[0] == length and not header[2] & RESENT:  # else it may have been done
+            handle, offset, size, flags, *_ = wire.WRITE.unpack_from(self._buffer, _HEADER)
+            if flags & wire.WRITE_CACHE and size == len(data) and self._stored(handle, offset, data):
+                self._counts[Op.WRITE] += 1
+                self.words[_RECEIVED] += length
+                self._reply(header[2], wire.COUNT.pack(size, 0))
+                self._stream.expect()
+                return True
+        self._stream.left = 0
+        data.fetch()
+        return False
+
+    def _stored(self, handle: int, offset: int, data: Piped) -> bool:
+        """Return True if all of it is stored. What is in the way of that the usual way meets, too, and tells."""
+        try:
+            self.operations.spare.expect()
+            return self._requests.tree.write(handle, offset, data, stamp=False) == len(data)
+        except Exception:
+            return False
 
     def serve_timed(self) -> bool:
         """Serve a request likewise, and note how long that took."""

@@ -40,8 +40,9 @@ from pkramfs.errors import MachineError
 FUSE_INIT = 26
 MAJOR, MINOR = 7, 36
 """The protocol that we speak: old enough for every libfuse 3.10 and later."""
-MAX_WRITE = 1 << 20
-MAX_PAGES = MAX_WRITE >> 12
+MAX_PAGES = 255
+"""Pages of a request: one less than fit a pipe of a MiB, see stream."""
+MAX_WRITE = MAX_PAGES << 12
 MAX_BACKGROUND = 64
 
 ASYNC_READ, ATOMIC_O_TRUNC, EXPORT_SUPPORT, BIG_WRITES, DONT_MASK = 1 << 0, 1 << 3, 1 << 4, 1 << 5, 1 << 6
