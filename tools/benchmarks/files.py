@@ -5,10 +5,12 @@ The floor (floor.py) is a file system of pyfuse3 that only keeps names and bytes
 does not reach, nothing behind this door does. The bytes themselves have a floor, too: one plain copy.
 """
 
+import contextlib
 import functools
 import mmap
 import os
 import random
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +45,16 @@ class Bench:
         words = {"reference": theirs, "reference_name": "tmpfs", "floor": floor}
         self.table.add(self.section, name, ours, unit, target=target, **words)  # type: ignore[arg-type]
 
+    def beside_tmpfs(self, name: str, size: int, work: Work, target: str) -> None:
+        """A rate of MiB/s, without the floor, which has no request for it."""
+        ours: list[float] = []
+        theirs: list[float] = []
+        for _ in range(self.table.runs):
+            for directory, rates in zip(self.directories, (ours, theirs), strict=False):
+                rates.append(work(directory))
+        name = f"{name} of {size // MIB} MiB"
+        self.table.add(self.section, name, ours, "MiB/s", target=target, reference=theirs, reference_name="tmpfs")
+
 
 def io(table: Table) -> None:
     """Sequential, random and mapped I/O."""
@@ -61,6 +73,8 @@ def io(table: Table) -> None:
             bench.compare(f"4 KiB random {verb}, cached", "/s", work, f"{target} or {FLOOR}")
         bench.compare("4 KiB write and fsync", "/s", lambda d: _fsync(d, count // 50))
         bench.compare("8 clients, sequential write", "MiB/s", lambda d: _clients(d, size // 8))
+        bench.beside_tmpfs("fallocate", size, lambda d: _allocate(d, size), ">0.67x")
+        bench.beside_tmpfs("copy_file_range", size, lambda d: _copy(d, size), ">0.83x")
 
 
 def _copies(table: Table, size: int) -> None:
@@ -150,6 +164,33 @@ def _fsync(directory: Path, operations: int) -> float:
         os.close(fd)
 
 
+def _allocate(directory: Path, size: int) -> float:
+    fd = os.open(directory / "allocated", os.O_CREAT | os.O_RDWR)
+    try:
+        return _rate(size, seconds(lambda: os.posix_fallocate(fd, 0, size)))
+    finally:
+        os.close(fd)
+        os.unlink(directory / "allocated")
+
+
+def _copy(directory: Path, size: int) -> float:
+    """Copy the file of the rows before by copy_file_range(2), until it is written."""
+    source, target = os.open(directory / "file", os.O_RDONLY), os.open(directory / "copy", os.O_CREAT | os.O_RDWR)
+
+    def work() -> None:
+        done = 0
+        while done < size:
+            done += os.copy_file_range(source, target, size - done, done, done)
+        os.fsync(target)
+
+    try:
+        return _rate(size, seconds(work))
+    finally:
+        os.close(source)
+        os.close(target)
+        os.unlink(directory / "copy")
+
+
 def _clients(directory: Path, size: int) -> float:
     paths = [directory / f"client{number}" for number in range(8)]
     for path in paths:
@@ -186,6 +227,28 @@ def meta(table: Table) -> None:
             for number in range(entries):
                 os.close(os.open(directory / f"entry{number}", os.O_CREAT | os.O_WRONLY))
         bench.compare(f"list {entries:,} entries", "/s", lambda d: entries / seconds(lambda: os.listdir(d)))
+        _list_long(bench, min(entries, 20_000))
+
+
+def _list_long(bench: Bench, count: int) -> None:
+    """`ls -l`, first of what the kernel has forgotten (root can have it forget), then again."""
+    for directory in bench.directories:
+        (directory / "long").mkdir()
+        _each(directory / "long", count, _create)
+
+    def work(directory: Path) -> float:
+        words = ["ls", "-l", str(directory / "long")]
+        return count / seconds(lambda: subprocess.run(words, check=True, stdout=subprocess.DEVNULL))
+
+    if os.geteuid() == 0:
+        bench.compare(f"ls -l of {count:,} files, first", "/s", work, ">33000 /s", _forget)
+    bench.compare(f"ls -l of {count:,} files, again", "/s", work)
+
+
+def _forget(_: Path) -> None:
+    """Have the kernel drop every name and inode that nobody uses."""
+    with contextlib.suppress(OSError):
+        Path("/proc/sys/vm/drop_caches").write_text("2")
 
 
 def _paths(directory: Path, count: int) -> list[str]:

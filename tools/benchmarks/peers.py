@@ -8,26 +8,33 @@ They are built from the examples of the package libfuse3-dev, or from the direct
 `example` of libfuse's unpacked source. What cannot be built here is left out, and it is said why.
 
 Metadata twice: on one processor (nobody is woken across processors: cost, with little spread), and free (latency).
+Of the former also the processor time of each daemon, for all rows together.
 """
 
 import contextlib
+import ctypes
 import gzip
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.files import _create, _each, _fsync, _read_cold, _write_again, _write_new
 from benchmarks.mounts import Lab, lab
-from benchmarks.table import Table
+from benchmarks.table import Table, seconds
 
 _EXAMPLES = Path(os.environ.get("LIBFUSE_EXAMPLES", "/usr/share/doc/libfuse3-dev/examples"))
 _SOURCES = {"passthrough_ll": "passthrough_ll.c", "memfs_ll": "memfs_ll.cc"}
 _DEADLINE = 20.0
 MIB = 1 << 20
+_FORCE_SYNC, _BASIC = 0x2000, 0x7FF  # AT_STATX_SYNC_TYPE, STATX_BASIC_STATS
+_libc = ctypes.CDLL(None, use_errno=True)
+_answer = ctypes.create_string_buffer(256)
 
 Work = Callable[[Path], float]
 
@@ -41,13 +48,48 @@ def peers(table: Table) -> None:
         for label, some in (("one processor", {min(processors)}), ("free", processors)):
             os.sched_setaffinity(0, some)
             _pin(place, some)
-            for name, work in _metadata(count).items():
-                _compare(table, place, others, f"{name}, {label}", "/s", work)
+            times = Times(place.directory / "peers", others)
+            for name, work in _metadata(count, place.directory).items():
+                _compare(table, place, others, f"{name}, {label}", "/s", times.around(work))
+            if len(some) == 1:
+                times.add(table)
         for name, work in _streams(size).items():
             _compare(table, place, others, name, "MiB/s", work)
 
 
-def _metadata(count: int) -> dict[str, Work]:
+class Times:
+    """The processor time that the daemons of some mounts have taken for what was done there."""
+
+    def __init__(self, ours: Path, others: dict[str, Path]) -> None:
+        self._ours, self._others = ours, others
+        self._pids = {path: list(_daemons(path)) for path in (ours, *others.values())}
+        self._spent: dict[Path, float] = dict.fromkeys(self._pids, 0.0)
+
+    def around(self, work: Work) -> Work:
+        """The same work, with its time noted."""
+
+        def timed(directory: Path) -> float:
+            before = self._now(directory)
+            rate = work(directory)
+            self._spent[directory] += self._now(directory) - before
+            return rate
+
+        return timed
+
+    def _now(self, directory: Path) -> float:
+        """Seconds so far: /proc has nanoseconds for each thread."""
+        tasks = [task for pid in self._pids[directory] for task in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+        return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+
+    def add(self, table: Table) -> None:
+        """A row for each peer."""
+        for peer, directory in self._others.items():
+            ours, theirs = [self._spent[self._ours]], [self._spent[directory]]
+            name = "processor time of the daemon for all of these"
+            table.add("peers", name, ours, "s", reference=theirs, reference_name=peer)
+
+
+def _metadata(count: int, scratch: Path) -> dict[str, Work]:
     return {
         "create+close": lambda d: _each(_fresh(d), count, _create),
         "rename": lambda d: _each(
@@ -57,6 +99,8 @@ def _metadata(count: int) -> dict[str, Work]:
         "mkdir": lambda d: _each(_fresh(d), count, os.mkdir),
         "write a file of 4 KiB": lambda d: _each(_fresh(d), count, _small),
         "4 KiB write and fsync": lambda d: _fsync(d, count),
+        "stat, uncached": lambda d: _each(_full(d, count), count, _stat),
+        "untar files of 3 KB": lambda d: _untar(_fresh(d), _archive(scratch, count), count),
     }
 
 
@@ -89,6 +133,29 @@ def _small(path: str) -> None:
     os.close(fd)
 
 
+def _stat(path: str) -> None:
+    """statx(2) that asks the daemon, whatever the kernel has cached."""
+    if _libc.statx(-100, os.fsencode(path), _FORCE_SYNC, _BASIC, _answer):
+        raise OSError(ctypes.get_errno(), path)
+
+
+def _archive(scratch: Path, count: int) -> Path:
+    """A tar archive of so many small files, in directories of 60."""
+    path = scratch / "archive.tar"
+    if not path.exists():
+        with tarfile.open(path, "w") as archive:
+            for number in range(count):
+                entry = tarfile.TarInfo(f"{number // 60}/{number}")
+                entry.size = 3000
+                archive.addfile(entry, io.BytesIO(os.urandom(entry.size)))
+    return path
+
+
+def _untar(directory: Path, archive: Path, count: int) -> float:
+    words = ["tar", "-xf", str(archive), "-C", str(directory)]
+    return count / seconds(lambda: subprocess.run(words, check=True))
+
+
 def _compare(table: Table, place: Lab, others: dict[str, Path], name: str, unit: str, work: Work) -> None:
     """A row for each peer."""
     ours, theirs = place.directory / "peers", {name: list[float]() for name in others}
@@ -107,12 +174,19 @@ def _compare(table: Table, place: Lab, others: dict[str, Path], name: str, unit:
 
 def _pin(place: Lab, processors: set[int]) -> None:
     """Have every daemon below our lab use these processors only."""
+    for pid in _daemons(place.directory):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(int(task.name), processors)
+
+
+def _daemons(directory: Path) -> Iterator[int]:
+    """The processes that were started with this directory, or one below it, in their arguments."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                if str(place.directory).encode() in (entry / "cmdline").read_bytes():
-                    for task in (entry / "task").iterdir():
-                        os.sched_setaffinity(int(task.name), processors)
+                if str(directory).encode() in (entry / "cmdline").read_bytes():
+                    yield int(entry.name)
 
 
 def _mounted(place: Lab, stack: contextlib.ExitStack) -> Iterator[tuple[str, Path]]:
