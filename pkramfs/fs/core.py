@@ -126,13 +126,10 @@ class Core:
         if self.journal is not None:
             self.journal.touch(inode)
 
-    def keep(self, journal: Journal) -> None:
-        """Have a journal told from now on; what commits is its own method then, a call less for each request."""
-        self.journal = journal
-        self.commit = journal.commit  # type: ignore[method-assign]
-
     def commit(self, asker: int = 0) -> None:
         """Make what was changed outlive this process; called before anybody is told that it is done."""
+        if self.journal is not None:
+            self.journal.commit(asker)
 
     def tell(self) -> None:
         """Make outlive this process what may come later: who reads which file."""

@@ -171,12 +171,11 @@ def go_on(rebuilt: Rebuilt, resume: Callable[[], Log], kept: Spans) -> Generator
     with contextlib.suppress(OSError):  # it is gone
         tree.clear_behind(tree.inode(log.live.growing), log.live.grown)
     resumed.note_zeroed()  # before anything else is written there
-    journal = Journal(tree, resumed, rebuilt.metadata)
-    tree.keep(journal)
-    journal.resume(rebuilt.replay.requests, rebuilt.replay.done)
+    tree.journal = Journal(tree, resumed, rebuilt.metadata)
+    tree.journal.resume(rebuilt.replay.requests, rebuilt.replay.done)
     for inode in tree.inodes.values():
         if inode.opens:
-            journal.opened(inode)
+            tree.journal.opened(inode)
     return tree
 
 
@@ -194,8 +193,7 @@ def close_all(tree: Tree) -> None:
 
 def begin(tree: Tree, name: bytes, generation: int, node: int = 0) -> None:
     """Begin the journal of a tree: one that was restored from `node`, or a new one, which is empty."""
-    journal = Journal(tree, Log.create(tree.ram, tree.frames, name, generation, node))
-    tree.keep(journal)
+    tree.journal = Journal(tree, Log.create(tree.ram, tree.frames, name, generation, node))
     if not node:
-        journal.touch(tree.root)
+        tree.journal.touch(tree.root)
     tree.commit()
