@@ -40,6 +40,14 @@ def serving(mount: Held, dead: int) -> int:
     return pid
 
 
+def started(daemon: int, seconds: float = 2) -> list[int]:
+    """Wait until a daemon has a checkpoint made, if it does before long; return who makes it."""
+    deadline = time.monotonic() + seconds
+    while not (found := shadows(daemon)) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return found
+
+
 def ended(pids: list[int], seconds: float = 3) -> None:
     """Wait until processes have ended, if they do before long."""
     deadline = time.monotonic() + seconds
@@ -67,7 +75,7 @@ def test_kills_at_random(lab: Any, seed: int, kills: int, options: str) -> None:
             for _ in range(kills):
                 pid = serving(mount, dead)
                 time.sleep(choice.choice([0.02, 0.1, 0.2, 0.6]))
-                making = shadows(pid)
+                making = shadows(pid) or (started(pid) if choice.random() < 0.2 else [])
                 if making and choice.random() < 0.3:
                     ended(making)  # some become checkpoints
                     making = []
