@@ -66,19 +66,22 @@ class Replay:
     def run(self, chunks: Iterable[Chunk]) -> None:
         """Apply every record; FormatError, with its position, at the first that does not fit."""
         apply, done = self._apply, deque(self.done.items(), maxlen=_DONE)
+        records = requests = 0
         with paused():
             for position, asker, last, body in chunks:
                 self._at = position
                 told = unpack(body, AHEAD, position, apply)
-                self.records += told
+                records += told
                 if last:
-                    self.requests += 1
+                    requests += 1
                     if not told:  # another connection begins, which counts anew
                         done.clear()
                     elif asker:
                         done.append((asker, self._latest))
                     self._latest = 0
         self.done = dict(done)
+        self.records += records
+        self.requests += requests
 
     def clear(self) -> None:
         """Clear what the last request had cut, if its daemon did not come to it."""
@@ -170,15 +173,17 @@ class Replay:
 
     def _set_open(self, inode: Inode, opens: int, writers: int, marks: int) -> None:
         inode.opens, inode.writers, inode.unprivileged = opens, writers, bool(marks & UNPRIVILEGED)
+        unnamed = self.tree.unnamed
         if not marks & UNNAMED:
-            self.tree.unnamed.discard(inode.ino)
+            if unnamed:
+                unnamed.discard(inode.ino)
         elif inode.nlink:
             raise self._wrong("marks", marks, "those of a file that has a name")
         else:
-            self.tree.unnamed.add(inode.ino)
+            unnamed.add(inode.ino)
 
     def _opened(self, ino: int, opens: int, writers: int, marks: int, _: int) -> None:
-        self._set_open(self._find(ino), opens, writers, marks)
+        self._set_open(self.tree.inodes.get(ino) or self._find(ino), opens, writers, marks)
 
     def _enter(self, folder: int, child: int, cookie: int, name: bytes) -> None:
         self._name(self._find(folder), self._find(child), cookie, name)
