@@ -42,6 +42,7 @@ _DONE = 4096
 """How many are remembered: more than can be unanswered at once."""
 _MOST_PIECES = 1 << 16
 """Pieces that one store can take the sums of."""
+_LINKS = (1 << 32) - 1
 _LAST_PAGE = (MAX_SIZE >> PAGE_SHIFT) + 1
 
 
@@ -253,6 +254,8 @@ class Replay:
         """Set what a directory is after a change of its names."""
         if size > MAX_SIZE:
             raise self._wrong("size", size, "one that its type can have")
+        if nlink > _LINKS:
+            raise self._wrong("nlink", nlink, f"at most {_LINKS}")
         folder.size, folder.nlink, folder.mtime, folder.ctime = size, nlink, now, now
 
     def _times(self, ino: int, atime: int, mtime: int, ctime: int) -> None:

@@ -67,6 +67,7 @@ def told(packer: brief.Packer, ino: int, *about: Any, **changed: int) -> bytes:
 
 ROOT, FILE = Inode(1, 0o041777, 0, 0, 0, 0, 0), Inode(2, 0o100644, 0, 0, 0, 0, 0)
 HUGE = Inode(1, 0o041777, 0, 0, 0, 0, 0, size=1 << 63)
+LINKED = Inode(1, 0o041777, 0, 0, 0, 0, 0, nlink=1 << 63)
 
 
 def pages(memory: Memory, begun: int) -> dict[int, int]:
@@ -197,6 +198,7 @@ WRONG = [
     (told(brief.pack_made, 99, ROOT, b"file", 9, 0), "name"),
     (told(brief.pack_made, 99, FILE, b"new", 9, 0), "folder"),
     (told(brief.pack_made, 99, HUGE, b"new", 9, 0), "size"),
+    (told(brief.pack_made, 99, LINKED, b"new", 9, 0), "nlink"),
     (told(brief.pack_made, 99, ROOT, b"new", 9, 0, mode=0o120777, size=5), "target"),
     (told(brief.pack_made, 99, ROOT, b"new", 9, 0, rdev=1 << 63), "rdev"),
     (told(brief.pack_gone, 2, ROOT, b"missing", 0), "name"),
