@@ -149,11 +149,13 @@ def _mount(seen: daemons.Seen) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """Print what `gather` found."""
+    from pkramfs.machine.directory import Machine
+
     render.fields(
         [
             ("machine", _machine_line(found["machine"])),
             ("kernel", _kernel_line(found["kernel"])),
-            ("next", _next_line(found["next"])),
+            ("next", _next_line(found["next"], Machine(found["machine"]["directory"]).words)),
             ("memory", _memory_line(found["memory"])),
             *((f"node {node}", _memory_line(memory)) for node, memory in (found["numa"] or {}).items()),
         ]
@@ -183,16 +185,16 @@ def _kernel_line(kernel: dict[str, Any] | None) -> str:
     return f"generation {kernel['generation']} ({kernel['kind']} boot of {kernel['image']}), {pkram}"
 
 
-def _next_line(following: dict[str, Any] | None) -> str | None:
+def _next_line(following: dict[str, Any] | None, words: str) -> str | None:
     if following is None:
         return None
     said = []
     if following["pending"]:
         said.append(f"the boot of generation {following['pending']} is not finished: the next mount resumes it")
     elif following["remount"]:
-        said.append(f"{', '.join(following['remount'])} waits to be mounted again: pkram-kexec --resume")
+        said.append(f"{', '.join(following['remount'])} waits to be mounted again: pkram-kexec{words} --resume")
     if following["loaded"]:
-        said.append(f"{following['loaded']} is loaded: pkram-kexec -e")
+        said.append(f"{following['loaded']} is loaded: pkram-kexec{words} -e")
     if following["crash"]:
         said.append(f"{following['crash']} is loaded as crash kernel")
     return "; ".join(said) or None
