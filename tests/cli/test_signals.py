@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from pkramfs.cli import signals
 from pkramfs.cli.arguments import Parser, run
 from pkramfs.control.client import call
+from tests.support.waiting import until
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -125,13 +125,6 @@ def restored(mount, machine, directory, name):
     subprocess.run([*(["fusermount3", "-u"] if os.geteuid() else ["umount"]), directory], check=True)
     until(lambda: entry.tree_id not in machine.live_ids())
     mount(directory, f"pkram={name}")
-
-
-def until(condition, what="it never comes to that"):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 @mounted

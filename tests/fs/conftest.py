@@ -8,7 +8,7 @@ freed twice, nothing that is in use is handed out, what is free reads as zeros.
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ from pkramfs.fs.tree import Tree
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.treeformat import DAMAGED, ENTRIES, INODES, SUMS, TREE, UNWRITTEN, XATTRS
 from pkramfs.spans import Spans
+from tests.support.journals import Memory
 
 RAM_PAGES = 16384
 
@@ -182,6 +183,19 @@ def audit(tree: Tree) -> None:
     assert 0 <= tree.ledger.stream_bytes - stream < 256
     assert tree.counts().directories == sum(i.entries is not None for i in tree.inodes.values())
     assert tree.counts().bytes == sum(i.size for i in tree.inodes.values() if i.is_file)
+
+
+@pytest.fixture(name="audit")
+def _audit() -> Callable[[Tree], None]:
+    """See audit()."""
+    return audit
+
+
+@pytest.fixture
+def memory() -> Iterator[Memory]:
+    """Memory in which a tree with a log lives; see Memory."""
+    with Memory.make() as made:
+        yield made
 
 
 class SmallStore:

@@ -2,7 +2,7 @@
 """A tree that is rebuilt from its journal is the tree, after every request, whatever the log begins with."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,19 +19,6 @@ from pkramfs.units import BLOCK_SIZE
 from tests.support.journals import Checkpoint, Driver, Memory, contents, end, live, state
 
 Audit = Callable[[Tree], None]
-
-
-@pytest.fixture
-def audit() -> Audit:
-    from tests.fs.conftest import audit
-
-    return audit
-
-
-@pytest.fixture
-def memory() -> Iterator[Memory]:
-    with Memory.make() as made:
-        yield made
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -2,7 +2,7 @@
 """A tree that is preserved by its log comes back as one that is written whole, and its log goes on."""
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,19 +27,6 @@ from tests.support.journals import SUPER_PFN, Checkpoint, Driver, Memory, conten
 
 NODE = b"shmem-x"
 Audit = Callable[[Tree], None]
-
-
-@pytest.fixture
-def audit() -> Audit:
-    from tests.fs.conftest import audit
-
-    return audit
-
-
-@pytest.fixture
-def memory() -> Iterator[Memory]:
-    with Memory.make() as made:
-        yield made
 
 
 def driven(memory: Memory, seed: int, steps: int = 150, *, checkpoint: int = 0) -> Driver:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A copy that follows a log is what a recovery makes of it, with the same frames, at every moment."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from pkramfs.errors import FormatError
@@ -12,12 +10,6 @@ from pkramfs.fs.standby import Follower
 from pkramfs.fs.tree import Tree
 from pkramfs.machine.frames import Frames
 from tests.support.journals import TREE, Checkpoint, Driver, Memory, contents, end, live, state
-
-
-@pytest.fixture
-def memory() -> Iterator[Memory]:
-    with Memory.make() as made:
-        yield made
 
 
 def follower(memory: Memory, tree: Tree) -> Follower:

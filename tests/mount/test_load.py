@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.mount
 PAGE, MIB = 4096, 1 << 20
@@ -29,12 +30,6 @@ def private(lab: Any, mnt: Path) -> int:
 def fill(directory: Path, names: Iterator[str]) -> None:
     for name in names:
         os.mknod(directory / name, 0o100644)
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, what
 
 
 @contextmanager

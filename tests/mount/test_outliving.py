@@ -9,8 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from pkramfs.fuse.wire import Op
 from pkramfs.kernel.running import look
 from tests.support.mortal import Held, held, shadows
 from tests.support.places import ROOT
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.mount
 UMOUNT = ["umount"] if ROOT else ["fusermount3", "-u"]
@@ -57,13 +56,6 @@ with open(sys.argv[1], "rb+") as file:
         except OSError:
             print("held", end=" ")
 """
-
-
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def leased(lab: Any) -> int:

@@ -3,8 +3,6 @@
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,9 @@ import pytest
 from pkramfs.daemon.standby import NAME
 from pkramfs.machine import process
 from tests.support.mortal import Held
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.mount
-
-
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def second(entry: Any) -> int:

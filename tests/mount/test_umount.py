@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from pkramfs.daemon import claim, serving
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.mount
 ROOT = os.geteuid() == 0
@@ -93,13 +93,6 @@ def start(lab: Any) -> Iterator[Callable[[str, Path, Path], None]]:
     yield begin
     for process in daemons:
         process.wait(20)
-
-
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("how", [UMOUNT, LAZY], ids=["umount", "lazy"])
