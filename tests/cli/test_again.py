@@ -180,7 +180,7 @@ def test_independent_mounts_come_back_at_once_and_not_too_many():
         with lock:
             running += 1
             peak = max(peak, running)
-        meet.wait(20)  # as many as may must come together
+        meet.wait(60)  # as many as may must come together
         with lock:
             running -= 1
 

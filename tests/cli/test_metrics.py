@@ -143,7 +143,7 @@ def serving(where: str) -> tuple[subprocess.Popen[str], str]:
 def ended(server: subprocess.Popen[str]) -> int:
     server.send_signal(signal.SIGTERM)
     try:
-        return server.wait(20)
+        return server.wait(60)
     finally:
         server.kill()
         if server.stdout:

@@ -144,7 +144,7 @@ def test_whoever_ends_between_freezing_and_stopping_leaves_nothing_frozen(machin
         command = subprocess.Popen([sys.executable, "-m", "pkramfs", "kexec", "-e"])
         until(lambda: call(first.socket, "status")["frozen"], "-e freezes nothing")
         command.send_signal(number)
-        status = command.wait(30)
+        status = command.wait(60)
     finally:
         os.kill(second.pid, signal.SIGCONT)
     assert status == (-number if how == "killed" else 128 + number)

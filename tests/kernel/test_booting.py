@@ -48,7 +48,7 @@ def test_it_ends_with_who_has_started_it(machine: Machine) -> None:
     waiting.until_ready()
     assert waiting.process.stdin is not None and waiting.process.stdout is not None
     waiting.process.stdin.close()
-    assert waiting.process.wait(20) == 0 and not machine.has("kernel.json")
+    assert waiting.process.wait(60) == 0 and not machine.has("kernel.json")
     waiting.process.stdout.close()
 
 

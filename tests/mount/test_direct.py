@@ -23,7 +23,7 @@ SIZE = (MAX_BACKGROUND + 2) * MAX_WRITE
 
 
 def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -140,7 +140,7 @@ def group():
         (place / limit).write_text(str(300 * MIB))
         yield place
     finally:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while (place / "cgroup.procs").read_text() and time.monotonic() < deadline:
             time.sleep(0.02)
         place.rmdir()

@@ -27,7 +27,7 @@ def in_shell(lab: Any, setup: str, directory: Path, options: str) -> subprocess.
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
 
@@ -122,7 +122,7 @@ def test_a_kexec_does_without_the_limits_of_its_shell(lab: Any) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
         env=environment,
     )
     assert done.returncode == 0, done

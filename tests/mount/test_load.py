@@ -284,7 +284,7 @@ def test_the_end_while_clients_punch(lab: Any, turn: int) -> None:
         os.kill(entry.pid, signal.SIGTERM)
         lab.gone(entry)
         for client in clients:
-            assert client.wait(20) == 1, "not answered"
+            assert client.wait(60) == 1, "not answered"
     finally:
         for client in clients:
             client.kill()

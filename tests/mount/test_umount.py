@@ -92,7 +92,7 @@ def start(lab: Any) -> Iterator[Callable[[str, Path, Path], None]]:
 
     yield begin
     for process in daemons:
-        process.wait(20)
+        process.wait(60)
 
 
 @pytest.mark.parametrize("how", [UMOUNT, LAZY], ids=["umount", "lazy"])
@@ -111,9 +111,9 @@ def test_umount_during_a_save_completes_it(lab: Any, start: Any, how: list[str])
         assert entry.tree_id in lab.machine.live_ids()
         assert lab.nodes() == []  # all or nothing: nothing yet
         go.touch()
-        assert preserving.wait(30) == 0
+        assert preserving.wait(60) == 0
         assert preserving.stderr is not None and preserving.stderr.read() == ""
-    assert again.wait(30) == 0
+    assert again.wait(60) == 0
     assert (mnt / "file").read_text() == "kept"
     assert lab.status(mnt)["state"] == "preserved"
 
@@ -171,7 +171,7 @@ def test_sigterm_during_a_save_completes_it(lab: Any, start: Any) -> None:
         os.kill(entry.pid, signal.SIGTERM)
         until(lambda: not os.path.ismount(mnt))
         go.touch()
-        assert preserving.wait(30) == 0
+        assert preserving.wait(60) == 0
     lab.gone(entry)
     assert (lab.mount("one") / "file").read_text() == "kept"
 
@@ -185,7 +185,7 @@ def test_sigkill_during_a_save_publishes_nothing(lab: Any, start: Any) -> None:
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as preserving:
         until((lab.root / "go.begun").exists)
         os.kill(entry.pid, signal.SIGKILL)
-        assert preserving.wait(30) != 0
+        assert preserving.wait(60) != 0
         assert preserving.stderr is not None and preserving.stderr.read().count("\n") == 1
     with pytest.raises(OSError) as caught:
         os.listdir(mnt)

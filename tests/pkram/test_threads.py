@@ -34,7 +34,7 @@ def test_one_writer_of_a_frame_wins_and_the_other_hears_of_it(store, frames):
     gate, refused = threading.Barrier(2), []
 
     def write(first: int) -> None:
-        gate.wait(10)
+        gate.wait(60)
         try:
             writer.save_runs([first], [start], [64])
         except PkramError as error:
@@ -46,7 +46,7 @@ def test_one_writer_of_a_frame_wins_and_the_other_hears_of_it(store, frames):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(10)
+            thread.join(60)
     assert refused == ["a frame was saved twice"]
     assert store.nodes() == []
 

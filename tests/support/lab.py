@@ -291,7 +291,7 @@ class Mounts(Lab):
 
     def gone(self, entry: MountEntry) -> None:
         """Wait, with a deadline, until a daemon has let go of its tree."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while entry.tree_id in self.machine.live_ids():
             assert time.monotonic() < deadline, f"the daemon of {entry.mountpoint} stays"
             time.sleep(0.005)
@@ -347,7 +347,7 @@ class Pairs(Lab):
             for lazy in (False, True):
                 if subprocess.run(unmounting(place, lazy=lazy), check=False, capture_output=True).returncode == 0:
                     break
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while any(self.root.glob("*/mounts/*.lock")) and time.monotonic() < deadline:
             time.sleep(0.01)
         shutil.rmtree(self.places, ignore_errors=True)

@@ -102,7 +102,7 @@ class Held:
         """The daemon, of which there may be another soon."""
         return int(self.lab.entry(self.directory).pid)
 
-    def end(self, seconds: float = 20) -> int:
+    def end(self, seconds: float = 60) -> int:
         """Unmount; return the holder's exit status."""
         self.lab.umount(self.directory)
         return self.process.wait(seconds)
