@@ -81,7 +81,11 @@ def _too_deep() -> NoReturn:
 
 
 class Kind:
-    """A declaration of a value; `expected` describes it in words."""
+    """A declaration of a value; `expected` describes it in words.
+
+    Kinds are made once and never changed or compared: a dataclass that forbids the one or does the other is five more
+    functions to compile whenever a command starts.
+    """
 
     expected = "something else"
 
@@ -94,7 +98,7 @@ class Kind:
         raise Invalid(at, literal(value), self.expected)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Whole(Kind):
     """A whole number, not 1.0 and not true."""
 
@@ -111,7 +115,7 @@ class Whole(Kind):
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Number(Kind):
     """A finite number, whole or not."""
 
@@ -128,7 +132,7 @@ class Number(Kind):
         return float(value)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Flag(Kind):
     """True or false."""
 
@@ -140,7 +144,7 @@ class Flag(Kind):
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Text(Kind):
     """Text that can be a name or a path: without NUL, and with surrogates only for bytes that are not UTF-8."""
 
@@ -166,7 +170,7 @@ class Text(Kind):
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class OneOf(Kind):
     """One of some values, or of some kinds."""
 
@@ -188,7 +192,7 @@ class OneOf(Kind):
         return self.refuse(value, at)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Maybe(Kind):
     """A value, or null."""
 
@@ -202,7 +206,7 @@ class Maybe(Kind):
         return None if value is None else self.kind.read(value, at)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class ListOf(Kind):
     """A list whose items are of one kind."""
 
@@ -215,7 +219,7 @@ class ListOf(Kind):
         return [self.kind.read(item, f"{at}[{number}]") for number, item in enumerate(value)]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Row(Kind):
     """A list of fixed length, read as a tuple."""
 
@@ -233,7 +237,7 @@ class Row(Kind):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Range(Kind):
     """A range [start, end) within 0 … `limit`, read as a tuple."""
 
@@ -254,7 +258,7 @@ class Range(Kind):
         return start, end
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class MapOf(Kind):
     """An object whose keys are names and whose values are of one kind."""
 
@@ -270,7 +274,7 @@ class MapOf(Kind):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Object(Kind):
     """An object with these fields, of which `optional` ones may be missing."""
 
@@ -301,7 +305,7 @@ class Object(Kind):
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Empty(Kind):
     """An object without fields."""
 
@@ -313,7 +317,7 @@ class Empty(Kind):
         return {}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Anything(Kind):
     """Any value, kept as it is: another version may have written it."""
 
