@@ -414,7 +414,8 @@ class Daemon:
         whence = f": {off}" if off else notices.whence(self.claimed.origin, self.tree, stood_by=self._stood_by)
         self.machine.log(f"pkramfs: {self.options.name or 'a tree'} mounted on {self.mountpoint}{whence}")
         self._starting.close()
-        said = [line for line in (off, notices.scarce(self.kernel, self.tree)) if line]
+        left = notices.sheltered(self.claimed.origin, self.tree)
+        said = [line for line in (off, notices.scarce(self.kernel, self.tree), left) if line]
         self.reporter.serving("\n".join(f"{self.options.name or self.mountpoint}: {line}" for line in said))
 
     def _reconfigured(self, said: Words) -> None:

@@ -4,8 +4,10 @@
 import os
 
 from pkramfs.daemon.claim import Origin
+from pkramfs.fs import handles
 from pkramfs.fs.tree import Tree
 from pkramfs.kernel.running import Running
+from pkramfs.text import exact
 from pkramfs.units import PAGE_SHIFT, format_size, plural
 
 
@@ -26,6 +28,13 @@ def scarce(kernel: Running, tree: Tree) -> str:
         f"size={format_size(size)} is more than can be had: the file system behind RAM, or the memory cgroup, has "
         f"{format_size(most)}"
     )
+
+
+def sheltered(origin: Origin, tree: Tree) -> str:
+    """Return a notice if a kexec that failed has left deleted files with names, and who had them open is gone."""
+    if origin not in (Origin.NODE, Origin.LOG) or not handles.left_behind(tree):
+        return ""
+    return f"/{exact(handles.SHELTER)} has the files that were deleted but open when its mount was lost: remove it"
 
 
 def whence(origin: Origin, tree: Tree, *, stood_by: bool) -> str:

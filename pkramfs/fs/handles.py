@@ -87,6 +87,19 @@ def unshelter(tree: Tree) -> None:
     _set_times(tree, times)
 
 
+def left_behind(tree: Tree) -> bool:
+    """Return True if deleted files still have the names that they crossed with: whoever had them open is gone.
+
+    Of a tree that sleeps nothing wakes but the root, and only if the name is somewhere.
+    """
+    if tree.asleep is not None and SHELTER not in bytes(tree.asleep.parts.names):
+        return False
+    place = tree.lookup(ROOT_INO, SHELTER)
+    if place is None or not place.entries:
+        return False
+    return all(name.removesuffix(_LINKABLE) == b"%d" % inode.ino for name, inode, _ in tree.readdir(place.ino, 2))
+
+
 def _set_times(tree: Tree, times: tuple[int, int]) -> None:
     root: Any = tree.root
     root.mtime, root.ctime = times

@@ -89,8 +89,9 @@ def test_where_it_does_not_come_to_it_nothing_has_changed() -> None:
         used(tree)
         before, times = describe(tree), (tree.root.mtime, tree.root.ctime)
         handles.shelter(tree)
-        assert tree.lookup(1, handles.SHELTER) is not None and not tree.orphans
+        assert tree.lookup(1, handles.SHELTER) is not None and not tree.orphans and handles.left_behind(tree)
         handles.unshelter(tree)
+        assert not handles.left_behind(tree)
         assert (describe(tree), tree.root.mtime, tree.root.ctime) == (before, *times)
 
 
@@ -99,6 +100,7 @@ def test_what_has_that_name_by_itself_is_left_alone() -> None:
         tree = Tree(memory.ram, memory.frames, Limits())
         begin(tree, b"x", 7)
         folder = tree.mkdir(1, handles.SHELTER, 0o700)
+        assert not handles.left_behind(tree)
         tree.create(folder.ino, b"3000", 0o600)
         handles.unshelter(tree)
         assert tree.lookup(folder.ino, b"3000") is not None

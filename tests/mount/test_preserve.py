@@ -44,6 +44,19 @@ def test_preserve_umount_mount_restores_everything(lab: Any) -> None:
     assert "restored 20 files" in lab.dmesg()
 
 
+def test_that_deleted_files_have_names_is_said(lab: Any) -> None:
+    """As a kexec leaves them that was to keep the mount, if the holder died meanwhile."""
+    mnt = lab.mount("one")
+    (mnt / "file").write_text("x")
+    (mnt / ".pkramfs-deleted").mkdir(mode=0o700)
+    (mnt / "file").rename(mnt / ".pkramfs-deleted" / str(os.stat(mnt / "file").st_ino))
+    lab.remount(mnt, "preserve,ro")
+    lab.umount(mnt)
+    said = "one: /.pkramfs-deleted has the files that were deleted but open when its mount was lost: remove it\n"
+    assert lab.helper(mnt, "pkram=one").stdout == said
+    assert lab.nodes() == ["shmem-one"]
+
+
 def test_preserved_is_read_only_for_everybody(lab: Any) -> None:
     mnt = lab.mount("one")
     (mnt / "file").write_text("x")
