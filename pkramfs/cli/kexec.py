@@ -43,11 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _noted(args: argparse.Namespace) -> int:
-    """Run the actions, and write a refusal to the kernel log as well."""
+    """Run the actions, and write a refusal to the kernel log as well, unless nothing was meant to be done."""
     try:
         return _act(args)
     except PkramfsError as error:
-        arguments.note(arguments.machine(args), f"kexec: {error}")
+        if not args.dry_run:
+            arguments.note(arguments.machine(args), f"kexec: {error}")
         raise
 
 

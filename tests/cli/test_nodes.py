@@ -74,7 +74,9 @@ def test_a_kexec_that_would_lose_a_node_is_refused(machine, ctl, kexec):
     status, _, err = kexec("-l", "builtin:2M", "--append=quiet")
     assert status == 0
     assert err.startswith("pkram-kexec: warning: 1 node (one), ")
+    log = machine.dmesg()
     status, out, err = kexec("-e", "--dry-run")
+    assert machine.dmesg() == log
     assert status == 6
     assert "refused: 1 node (one), " in out
     status, _, err = kexec("-e")
