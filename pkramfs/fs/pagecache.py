@@ -47,8 +47,10 @@ class PageMap:
         self.backed: set[int] | None = _NOTHING if count else None
         self.count, self.runs = count, len(raw) // RUN_BYTES
         self.firsts: list[int] | tuple[()] = ()
-        if self.runs <= LEAF_RUNS:
-            self.leaves: list[array[int]] = [array("q", bytes(raw))]
+        if not raw:
+            self.leaves: list[array[int]] = [array("q")]
+        elif self.runs <= LEAF_RUNS:
+            self.leaves = [array("q", bytes(raw))]
         else:
             step = LEAF_RUNS // 2 * RUN_BYTES
             self.leaves = [array("q", bytes(raw[at : at + step])) for at in range(0, len(raw), step)]
@@ -105,6 +107,12 @@ class PageMap:
         """Make [first, last) a hole; returns the (pfn, count) that were there."""
         if first >= last:
             return []
+        if not first and last == END and not self.firsts:  # what most files lose: all
+            leaf = self.leaves[0]
+            gone = list(zip(leaf[1::3], leaf[2::3], strict=True))
+            del leaf[:]
+            self.count = self.runs = 0
+            return gone
         low = high = 0
         if self.firsts:
             low, high = bisect_right(self.firsts, first), bisect_right(self.firsts, last)

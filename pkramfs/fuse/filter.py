@@ -89,8 +89,9 @@ class Filter:
 
     def serve(self) -> bool:
         """Read one request, if there is one, and answer it; False when the device is gone."""
+        streams = self._stream.left
         try:
-            length = self._stream.take(self.fd) if self._stream.left else _readv(self.fd, self._into)
+            length = self._stream.take(self.fd) if streams else _readv(self.fd, self._into)
         except OSError as error:
             if error.errno in _AGAIN:
                 return True
@@ -100,7 +101,7 @@ class Filter:
         if length < _HEADER:
             return length > 0
         header = _unpack(self._buffer)
-        if self._stream.left and self._streamed(header, length):
+        if streams and self._streamed(header, length):
             return True
         if header[0] == length:
             try:  # noqa: SIM105 - a context manager would cost more than counting
