@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pkramfs.fs import pagecache
-from pkramfs.fs.pagecache import LEAF_RUNS, PageMap
+from pkramfs.fs.pagecache import END, LEAF_RUNS, PageMap
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["insert", "remove"]), st.integers(0, 60), st.integers(0, 25), st.booleans()),
+    st.tuples(st.sampled_from(["insert", "remove", "empty"]), st.integers(0, 60), st.integers(0, 25), st.booleans()),
     max_size=60,
 )
 
@@ -46,7 +46,9 @@ def test_a_map_is_a_dictionary(leaf: int, steps) -> None:
                     model |= {index + k: frame + k for k in range(count)}
                     frame += count
             else:
-                gone = pages.remove(first, last)
+                if action == "empty":
+                    first, last = 0, 100
+                gone = pages.remove(first, END if action == "empty" else last)
                 assert all(count for _, count in gone)
                 expected = [model.pop(k) for k in range(first, last) if k in model]
                 assert [pfn + k for pfn, count in gone for k in range(count)] == expected
