@@ -54,7 +54,21 @@ def gather(machine: "Machine") -> dict[str, Any]:
         except PkramfsError as error:
             found[name] = [] if name in ("mounts", "nodes") else None
             problems.append(f"{name}: {error}")
-    return found | {"problems": problems}
+    return found | {"problems": problems + _super_block(machine)}
+
+
+def _super_block(machine: "Machine") -> list[str]:
+    """Return what is wrong with the super block, which no node need show: nothing can be preserved then."""
+    from pkramfs.pkram import superblock
+
+    try:
+        running = daemons.attached(machine)
+    except PkramfsError:
+        return []  # other parts say so
+    if running is None or not running.info.pkram:
+        return []
+    error = superblock.damage(running.ram, running.store.root())
+    return [f"{error}; nothing can be preserved: `pkramctl free --damaged` mends it"] if error else []
 
 
 def _machine(machine: "Machine") -> dict[str, Any]:

@@ -86,7 +86,11 @@ class Store:
 
     def generation(self) -> int:
         """Return the boot count of the kernel whose super block this is."""
-        return superblock.check(self.ram, self.root()).generation
+        try:
+            return superblock.check(self.ram, self.root()).generation
+        except FormatError as error:
+            error.remedy = "`pkramctl free --damaged` mends it"
+            raise
 
     # -- listing ---------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from pkramfs.errors import FormatError
+
 PAGES = 700
 
 
@@ -211,6 +213,22 @@ def test_status_shows_a_damaged_list_and_all_the_rest(machine, ctl):
     assert status == 0
     assert "problem   nodes: " in out
     assert "generation 1" in out
+
+
+@pytest.mark.usefixtures("damaged")
+def test_a_damaged_super_block_is_a_problem_that_is_mended(machine, ctl):
+    from pkramfs.kernel import running
+
+    save(machine, b"zero").release()
+    assert ctl("free", "zero")[0] == 0
+    pfn = json.loads(ctl("--json", "inspect", "superblock")[1])["pfn"]
+    machine.ram().bytes[(pfn << 12) + 40] ^= 1
+    problem = f"problem   Super at pfn {pfn:x}: checksum is "
+    assert problem in ctl("status")[1] and "`pkramctl free --damaged` mends it" in ctl("status")[1]
+    with pytest.raises(FormatError, match=r"; `pkramctl free --damaged` mends it$"):
+        running.look(machine).store.generation()
+    assert ctl("free", "--damaged")[0] == 0 and "problem" not in ctl("status")[1]
+    save(machine, b"one").release()
 
 
 FLIPPED = [(what, at) for what in ("superblock", "node", "object", "link", "pagetable") for at in (0, 9, 16, 40, 64)]
