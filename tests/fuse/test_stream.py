@@ -92,6 +92,7 @@ def test_small_requests_end_it_and_direct_writes_do_not_begin_it(kernel: Writer,
     kernel.check()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("seed", range(5))
 def test_any_sequence_stores_what_was_written(kernel: Writer, spliced: list[int], seed: int) -> None:
     """Into holes and over data, aligned or not, with holes and other requests between."""
