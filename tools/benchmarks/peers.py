@@ -241,7 +241,8 @@ def _build(file: str, program: Path) -> str:
     flags = subprocess.run(["pkg-config", "--cflags", "--libs", "fuse3"], capture_output=True, text=True, check=False)
     if flags.returncode:
         return "pkg-config does not know fuse3: install libfuse3-dev"
-    words = [compiler, "-O2", "-o", str(program), str(directory / file), *flags.stdout.split()]
+    words = [compiler, "-O2", "-include", "limits.h"]  # some memfs_ll.cc uses PATH_MAX without it
+    words += ["-o", str(program), str(directory / file), *flags.stdout.split()]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     errors = [line for line in done.stderr.splitlines() if "error" in line]
     return errors[0] if done.returncode and errors else f"{compiler} fails" if done.returncode else ""
