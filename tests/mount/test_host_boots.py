@@ -8,7 +8,6 @@ and files say that another kernel was booted.
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +17,12 @@ import pytest
 
 from pkramfs.kernel import running
 from pkramfs.machine.directory import Machine
+from pkramfs.machine.mounts import kill
 from tests.support.host import KEXEC, FakeHost
 from tests.support.lab import Mounts
-from tests.support.places import ROOT, memory_directory, wait_gone
+from tests.support.places import ROOT, memory_directory
 from tests.support.trees import snapshot
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.mount
 
@@ -33,9 +34,11 @@ class HostBoots(Mounts):
 
     def boot(self, cmdline: str, loader: int = KEXEC) -> None:
         machines = [machine for machine in Machine.on_host() if machine.exists()]
-        for entry in [entry for machine in machines for entry in machine.mounts()]:
-            os.kill(entry.pid, signal.SIGKILL)
-            assert wait_gone(entry.pid, 10)
+        for machine in machines:
+            entries = machine.mounts()
+            for entry in entries:
+                kill(entry)
+            until(lambda machine=machine: not machine.live_ids(), "daemons stay")
         self.clean()
         for machine in machines:
             shutil.rmtree(machine.path())
