@@ -214,21 +214,26 @@ class Log:
         position, length = self.position, _HEAD + len(body)
         covered = _pack_asked(position, asker) + body
         head = _pack_head(length, CHUNK_KIND, flags, chunk_digest(covered, flags))
+        after, left = position + length, self.left - length
         self.ram.overwrite(self._ahead + position, head + covered)
-        self.position = position + length
-        self.left -= length
+        self.position, self.left = after, left
 
     def commit(self) -> None:
         """Publish the tail: all that was written counts from now on."""
-        self.tail = self.position
         self.ram.publish(self._tail_at, guard(self.position, self._tail_at))
+        self.tail = self.position
 
     def append(self, parts: list[bytes], asker: int = 0) -> None:
         """Write the records of a request and commit them."""
         covered = _pack_asked(self.position, asker) + b"".join(parts)
         if len(covered) + COVERED > self.left:
             self.write(parts, asker)
-            self.commit()
+            try:
+                self.commit()
+            except MemoryError:  # it will be written again, and must not be there twice
+                if self.segments[-1].base <= self.tail:
+                    self.position, self.left = self.tail, self.left + self.position - self.tail
+                raise
         else:
             self.put(covered)
 
@@ -238,12 +243,12 @@ class Log:
         All that changes something comes this way, so that it makes few calls: the checksum is `chunk_digest`, the word
         that is published `guard`.
         """
-        position, length = self.position, COVERED + len(covered)
-        self.position = self.tail = tail = position + length
-        self.left -= length
+        length, tail = COVERED + len(covered), self.position + COVERED + len(covered)
+        left = self.left - length
         chunk = _pack_head(length, CHUNK_KIND, LAST, _digest(covered, LAST)) + covered
         word = (tail ^ self._tail_mark) * FACTOR & CHECK | tail
-        self._append(self._ahead + position, chunk, self._tail_at, word)
+        self._append(self._ahead + self.position, chunk, self._tail_at, word)
+        self.position, self.tail, self.left = tail, tail, left  # now: memory may have been short for all above
 
     def note_zeroed(self) -> None:
         """Publish that the parts of pages which were cut are zeros."""

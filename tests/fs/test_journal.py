@@ -2,6 +2,7 @@
 """A tree that is rebuilt from its journal is the tree, after every request, whatever the log begins with."""
 
 import os
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,10 @@ from pkramfs.fs.inode import Credentials
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.recover import begin
 from pkramfs.fs.restore import restore
-from pkramfs.fs.rules import WRITING
+from pkramfs.fs.rules import ROOT_INO, WRITING
 from pkramfs.fs.save import save
 from pkramfs.fs.tree import Tree
+from pkramfs.journal import log
 from pkramfs.units import BLOCK_SIZE
 from tests.support.journals import Checkpoint, Driver, Memory, contents, end, live, state
 
@@ -236,3 +238,36 @@ def test_a_checkpoint_that_was_due_is_made_by_the_next_daemon(memory: Memory, mo
         again.mkdir(1, b"another", 0o755)
         again.commit()
         assert due == [1]
+
+
+@pytest.mark.parametrize("name", ["_digest", "_pack_head", "_pack_asked", "chunk_digest", "guard"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_commit_for_which_memory_was_short_is_made_again(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch, name: str, seed: int
+) -> None:
+    """Nothing of the first attempt counts, whatever failed, and what is noted is there once."""
+    tree, choice = memory.tree(), random.Random(seed)
+    driver, work, failed = Driver(tree, seed), getattr(log, name), 0
+
+    def short(*args: Any, **named: Any) -> Any:
+        if choice.random() < 0.2:
+            raise MemoryError
+        return work(*args, **named)
+
+    for number in range(150):
+        driver.change()
+        with monkeypatch.context() as some:
+            some.setattr(log, name, short)
+            while True:
+                try:
+                    tree.commit(2 * number)
+                    break
+                except MemoryError:
+                    failed += 1
+        tree.tell()
+        if number % 10 == 0:
+            assert state(memory.rebuild(live(tree)).tree) == state(tree)
+    tree.setxattr(ROOT_INO, b"user.large", os.urandom(60_000), 0, Credentials())
+    tree.commit()
+    assert state(memory.rebuild(live(tree)).tree) == state(tree)
+    assert failed or name in ("chunk_digest", "guard")
