@@ -2,6 +2,7 @@
 """The command: which sections, how often, where to."""
 
 import argparse
+import signal
 import sys
 
 from benchmarks.table import Table
@@ -20,6 +21,7 @@ def main() -> int:
         parser.error(f"no section {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
     if args.runs < 1:
         parser.error(f"--runs {args.runs}: at least one run is needed")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # timeout(1), and the mounts are to go
     table = Table(args.runs, args.quick)
     if args.json:
         try:
