@@ -129,7 +129,7 @@ class Holder:
         self._pidfd = self._child = self._shadow = -1
         self._passed = 0
         self._renewed = False
-        """Whether this is the code that was on disk when a daemon was about to leave."""
+        """True if this is the code that was on disk when a daemon was about to leave."""
         self._left: int | None = None
         """The status with which a daemon has said to leave."""
         self._well = True
