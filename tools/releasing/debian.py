@@ -40,7 +40,7 @@ def unpack(distribution: Path, place: Path) -> Path:
     place.mkdir(parents=True, exist_ok=True)
     shutil.copy(distribution, place / f"pkramfs_{version()}.orig.tar.gz")
     with tarfile.open(distribution) as archive:
-        archive.extractall(place, filter="data")
+        sources.unpack(archive, place)
     (tree,) = (path for path in place.iterdir() if path.is_dir())
     tree = tree.rename(place / f"pkramfs-{version()}")
     shutil.copytree(TEMPLATES, tree / "debian")

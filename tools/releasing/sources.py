@@ -71,11 +71,16 @@ def build(out: Path, work: Path, *, mask: int = 0o022, **environment: str) -> tu
         shutil.copy(TOP / name, copy / name)
     source = _hook("build_sdist", copy, work / "sdist", mask, environment)
     with tarfile.open(source) as archive:
-        archive.extractall(work / "unpacked", filter="data")
+        unpack(archive, work / "unpacked")
     (unpacked,) = (work / "unpacked").iterdir()
     wheel = _hook("build_wheel", unpacked, work / "wheel", mask, environment)
     made = tuple(Path(shutil.copy(path, out)) for path in (source, wheel))
     return made[0], made[1]
+
+
+def unpack(archive: tarfile.TarFile, place: Path) -> None:
+    """Unpack an archive of ours; Debian 12's Python 3.11.2 has no filters."""
+    archive.extractall(place, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 
 
 def _hook(name: str, tree: Path, out: Path, mask: int, environment: dict[str, str]) -> Path:
