@@ -123,7 +123,7 @@ class Freezer:
             message = f"flushing {entry.mountpoint} took more than {FREEZE_SECONDS:.0f} s"
             self._refuse(message, f"; its daemon is pid {entry.pid}")
         except OSError as error:
-            return f"the kernel could not write back: {os.strerror(error.errno or 0)}"
+            return f"the kernel could not write back: {error.strerror or error}"
         return ""
 
     def _refuse(self, message: str, remedy: str = "") -> None:

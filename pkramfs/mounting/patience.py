@@ -109,6 +109,8 @@ def _work(work: Callable[[], Any], pipe: int) -> None:
             told = (True, work())
         except OSError as error:
             told = (False, (error.errno, error.strerror, error.filename))
+        except Exception as error:  # a fault of ours: who waits is to hear what it is
+            told = (False, (errno.EIO, f"internal error: {error!r}", None))
         os.write(pipe, marshal.dumps(told))
     finally:
         os._exit(0)

@@ -24,6 +24,14 @@ def test_an_error_is_the_same_error():
     assert caught.value.filename == "/absent"
 
 
+def test_a_fault_is_named() -> None:
+    def work() -> None:
+        raise RuntimeError("unexpected")
+
+    with pytest.raises(OSError, match=r"internal error: RuntimeError\('unexpected'\)"):
+        within(work, 20, "that")
+
+
 def test_what_is_late_is_named_and_killed():
     ours, theirs = os.pipe()
     with pytest.raises(StuckError, match=r"waited 0\.05 s for the moon, in vain"):
