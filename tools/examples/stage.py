@@ -210,17 +210,18 @@ class Killer:
     def __init__(self, machines: Path | None) -> None:
         self.killed = 0
         self._machines, self._may = machines, threading.Lock()
-        self._may.acquire()
+        self._paused = self._may.acquire()
         if machines is not None:
             threading.Thread(target=self._kill, daemon=True).start()
 
     def resume(self) -> None:
-        if self._may.locked():
+        if self._paused:
+            self._paused = False
             self._may.release()
 
     def pause(self) -> None:
         """Let nobody be killed from now on; who was killed last has a successor, which the next command waits for."""
-        self._may.acquire(timeout=SECONDS)
+        self._paused = self._paused or self._may.acquire(timeout=SECONDS)
 
     def _kill(self) -> None:
         last = 0
