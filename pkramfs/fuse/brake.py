@@ -138,7 +138,7 @@ class Brake:
 
     def ask(self, number: int, pid: int) -> Coroutine[Any, Any, None] | None:
         """Return None if a write by a thread to a file may go on, or what comes before: it may end with ENOSPC."""
-        left = self._left()
+        left, self._rests = self._left(), False
         if left >= SHORT:
             self._known = False
             self._writers.clear()

@@ -161,6 +161,21 @@ def test_the_less_room_the_sooner_it_is_asked_again() -> None:
     assert machine.good == 0
 
 
+def test_the_rest_of_one_file_is_not_anothers() -> None:
+    """Where an answer was never made, as after others had settled, nobody else may go without asking."""
+    machine = Machine(SHORT // 2)
+    machine.file(1)
+    machine.file(2)
+    for _ in range(100):
+        assert trio.run(machine.write, 1, 100)
+    assert machine.brake.ask(1, NOBODY) is None  # and no answer is made
+    other = machine.brake.ask(2, NOBODY)
+    assert other is not None
+    other.close()
+    with machine.brake.resting():
+        assert machine.good == 0
+
+
 def test_opening_looks_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(1 << 30)
     machine.brake.glance()
