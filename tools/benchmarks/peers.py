@@ -4,6 +4,11 @@
     passthrough_ll  over a kernel tmpfs, cache=always,writeback
     memfs_ll        a file system in memory; from libfuse 3.17 on
 
+Each twice: as it is, when nobody checks who may do what, and `checked` (default_permissions), as our mounts are. That
+is not the same work. After each change of a directory the kernel forgets its attributes, and where it checks it asks
+for them before the next one; where it keeps written data (writeback) it sends the times after each rename and unlink.
+The rows `requests for …` count what the kernel asks of each and waits for (requests.py).
+
 They are built from the examples of the package libfuse3-dev, or from the directory that LIBFUSE_EXAMPLES names, the
 `example` of libfuse's unpacked source. What cannot be built here is left out, and it is said why.
 
@@ -20,16 +25,17 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.files import _create, _each, _fsync, _read_cold, _write_again, _write_new
 from benchmarks.mounts import Lab, lab
+from benchmarks.requests import requests_for_each, served
 from benchmarks.table import Table, seconds
 
 _EXAMPLES = Path(os.environ.get("LIBFUSE_EXAMPLES", "/usr/share/doc/libfuse3-dev/examples"))
 _SOURCES = {"passthrough_ll": "passthrough_ll.c", "memfs_ll": "memfs_ll.cc"}
+_CHECKED = " checked"
 _DEADLINE = 20.0
 MIB = 1 << 20
 _FORCE_SYNC, _BASIC = 0x2000, 0x7FF  # AT_STATX_SYNC_TYPE, STATX_BASIC_STATS
@@ -53,8 +59,10 @@ def peers(table: Table) -> None:
                 _compare(table, place, others, f"{name}, {label}", "/s", times.around(work))
             if len(some) == 1:
                 times.add(table)
+        requests_for_each(table, place, {name: _words(place, name) for name in others})
+        unchecked = {name: path for name, path in others.items() if not name.endswith(_CHECKED)}
         for name, work in _streams(size).items():
-            _compare(table, place, others, name, "MiB/s", work)
+            _compare(table, place, unchecked, name, "MiB/s", work)
 
 
 class Times:
@@ -190,40 +198,31 @@ def _daemons(directory: Path) -> Iterator[int]:
 
 
 def _mounted(place: Lab, stack: contextlib.ExitStack) -> Iterator[tuple[str, Path]]:
-    """The peers that can be built, mounted beside ours."""
+    """The peers that can be built, mounted beside ours, each unchecked and checked."""
     place.mount("peers")
-    source = place.reference() / "source"
-    source.mkdir(exist_ok=True)
     for name, file in _SOURCES.items():
-        program = place.directory / name
-        reason = _build(file, program)
+        reason = _build(file, place.directory / name)
         if reason:
             print(f"tools/bench: peers: without {name}: {reason}", file=sys.stderr)
             continue
-        path = place.directory / f"{name}.mnt"
-        path.mkdir()
-        words = [program, "-f", path]
-        if name == "passthrough_ll":
-            words += ["-o", f"source={source},cache=always,writeback"]
-        stack.enter_context(_served(words, path))
-        place.mounted.append(path)
-        yield name, path
+        for peer in (name, name + _CHECKED):
+            path = place.directory / f"{peer}.mnt".replace(" ", "-")
+            path.mkdir()
+            stack.enter_context(served(_words(place, peer), path))
+            place.mounted.append(path)
+            yield peer, path
 
 
-@contextlib.contextmanager
-def _served(words: list[object], path: Path) -> Iterator[None]:
-    """A program that mounts on a directory, until it is unmounted."""
-    daemon = subprocess.Popen([str(word) for word in words], stdin=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + _DEADLINE
-        while not os.path.ismount(path):
-            if daemon.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"tools/bench: {words[0]} does not mount on {path}")
-            time.sleep(0.01)
-        yield
-    finally:
-        daemon.terminate()
-        daemon.wait(timeout=_DEADLINE)
+def _words(place: Lab, peer: str) -> list[str]:
+    """The command that serves a peer, but for the directory."""
+    name, options = peer.removesuffix(_CHECKED), []
+    if name == "passthrough_ll":
+        source = place.reference() / peer.replace(" ", "-")
+        source.mkdir(exist_ok=True)
+        options.append(f"source={source},cache=always,writeback")
+    if peer.endswith(_CHECKED):
+        options.append("default_permissions")
+    return [str(place.directory / name), "-f", *(["-o", ",".join(options)] if options else [])]
 
 
 def _build(file: str, program: Path) -> str:
@@ -241,7 +240,7 @@ def _build(file: str, program: Path) -> str:
     flags = subprocess.run(["pkg-config", "--cflags", "--libs", "fuse3"], capture_output=True, text=True, check=False)
     if flags.returncode:
         return "pkg-config does not know fuse3: install libfuse3-dev"
-    words = [compiler, "-O2", "-include", "limits.h"]  # some memfs_ll.cc uses PATH_MAX without it
+    words = [compiler, "-O2", "-D_GNU_SOURCE", "-include", "limits.h"]  # which some of them use and do not ask for
     words += ["-o", str(program), str(directory / file), *flags.stdout.split()]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     errors = [line for line in done.stderr.splitlines() if "error" in line]
