@@ -215,7 +215,7 @@ class Frames:
 
     def room(self) -> int:
         """Return the number of pages that `allocate` could return now: free in RAM, and with room on the host."""
-        free = (self.leases.blocks - self.leases.taken().total) * BLOCK_PAGES + self._free.total - self._held
+        free = self.leases.free_blocks() * BLOCK_PAGES + self._free.total - self._held
         return max(0, min(free, self.ram.room() >> PAGE_SHIFT))
 
     def hold(self, pages: int) -> None:

@@ -25,7 +25,9 @@ def test_blocks_come_in_one_piece(leases):
 def test_a_fragmented_table_gives_the_largest_pieces(leases):
     leases.lease(300, 63)
     leases.release(300, Spans([(2, 4), (10, 20), (30, 33)]))
+    assert leases.free_blocks() == 15
     assert leases.lease(301, 12) == Spans([(10, 20), (30, 32)])
+    assert leases.free_blocks() == 3
 
 
 def test_too_little_takes_nothing(leases):
@@ -150,6 +152,7 @@ def test_a_16_tib_table_is_read_without_being_filled(ram_path):
     table.ids[::600_000] = 700  # pages of the table far apart
     assert table.blocks_of(700).total == 14
     assert table.counts() == {"free": blocks - 46, "kernel": 32, "hole": 0, "reserve": 0, "tree": 14}
+    assert table.free_blocks() == blocks - 46
     assert table.lease(701, 400_000).total == 400_000
     assert table.tree_ids() == {700, 701}
     table.sweep(lambda: ())
