@@ -109,6 +109,26 @@ class Attributes(Truncation):
         inode.ctime = clock.now() if ctime is None else clock.clamp(ctime)
         return inode
 
+    def set_nothing(self, number: int, ctime: int | None, caller: Caller) -> Inode:
+        """Serve a change of nothing, or of ctime alone: so FUSE's kernel says that privileges may go.
+
+        Of a file and without ctime, it is somebody's write who may not keep them: from root that is about capabilities,
+        which the kernel removes itself, else about set-id bits. All others are chown(-1, -1).
+        """
+        inode = self.inode(number)
+        writes, mode = inode.is_file and ctime is None, inode.mode
+        if inode.entries is None and mode & 0o6000 and not (writes and caller.uid == 0):
+            mode = without_set_id(inode, caller)
+        if writes and mode == inode.mode:
+            return inode
+        if not writes and mode != inode.mode and caller.uid not in (0, inode.uid):
+            raise fail(errno.EPERM)
+        self._change(inode, room=LESS)
+        inode.mode = mode
+        if not writes:  # else the write's is to come
+            inode.ctime = clock.now() if ctime is None else clock.clamp(ctime)
+        return inode
+
     def _set_owner_and_mode(
         self, inode: Inode, mode: int | None, uid: int | None, gid: int | None, caller: Caller
     ) -> None:

@@ -33,7 +33,6 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
-from pkramfs.fs.attributes import without_set_id
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import ROOT, Inode
 from pkramfs.fs.namespace import DOTDOT
@@ -234,26 +233,19 @@ class Operations(pyfuse3.Operations):
         *,
         touch: bool = False,
     ) -> EntryAttributes:
-        """Serve SETATTR: what is None stays. `touch`: the access time is now's, not one that somebody has chosen.
-
-        One that sets nothing is the kernel's "somebody writes here who may not keep privileges": from root it is about
-        capabilities, which the kernel removes itself, else about set-id bits.
-        """
-        owner = mode is not None or uid is not None or gid is not None
-        times = atime is not None or mtime is not None or ctime is not None
-        if times and size is None and not owner:  # what follows each write-back, and goes before each deletion
+        """Serve SETATTR: what is None stays. `touch`: the access time is now's, not one that somebody has chosen."""
+        if size is None and mode is None and uid is None and gid is None:
+            if atime is None and mtime is None:
+                return self._attributes(self.tree.set_nothing(number, ctime, Asker(ctx)))
+            # What follows each write-back, and goes before each deletion.
             return self._attributes(self.tree.set_times(number, atime, mtime, ctime, touch=touch))
-        asker, known = Asker(ctx), self.tree.inode(number)
         if size is not None and mtime is None:
             # A truncate to the same size: the kernel has not changed its times of the file.
+            known = self.tree.inode(number)
             mtime, ctime = known.mtime, known.ctime if ctime is None else ctime
         changed = self.tree.setattr(
-            number, mode=mode, uid=uid, gid=gid, size=size, atime=atime, mtime=mtime, ctime=ctime, caller=asker
+            number, mode=mode, uid=uid, gid=gid, size=size, atime=atime, mtime=mtime, ctime=ctime, caller=Asker(ctx)
         )
-        nothing = not owner and not times and size is None
-        if nothing and changed.is_file and changed.mode & 0o6000 and asker.uid:
-            mode = without_set_id(changed, asker) & 0o7777
-            changed = self.tree.setattr(number, mode=mode, ctime=changed.ctime, caller=asker)  # the write's is to come
         return self._attributes(changed)
 
     @request

@@ -16,7 +16,6 @@ ROWS = {
     "test_map_grows*": "reading a hole through a map",
     "test_access_time*": "atime",
     "test_set_id_bits*chown*": "`chown(-1, -1)`",
-    "test_chown*": "`chown(-1, -1)`",
     "test_advice_for_maps*REMOVE*": "reading a hole through a map",
     "test_times_of_flags*": "`chattr`",
     "test_seals": "F_GET_SEALS",

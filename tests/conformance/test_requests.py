@@ -317,6 +317,7 @@ _USES: dict[str, Callable[[], object]] = {
     "truncate": lambda: os.truncate("d/a", 3),
     "chmod": lambda: os.chmod("d/a", 0o640),
     "chown": lambda: os.chown("d/a", 5, 5),
+    "chown-none": lambda: os.chown("d/a", -1, -1),
     "utime": lambda: os.utime("d/a", (5, 5)),
     "touch": lambda: os.utime("d/a"),
     "setxattr": lambda: os.setxattr("d/a", "user.x", b"1"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conformance import system
-from tests.conformance.kinds import make, write
+from tests.conformance.kinds import DEVICES, make, write
 from tests.conformance.record import TICK
 from tests.conformance.system import UTIME_NOW, UTIME_OMIT, utimensat
 
@@ -44,6 +44,10 @@ CALLS = {
     "chmod-same": lambda t: t.touched(os.chmod, "a", 0o644),
     "chown": lambda t: t.touched(os.chown, "a", os.getuid(), os.getgid()),
     "chown-none": lambda t: t.touched(os.chown, "a", -1, -1),
+    **{
+        f"chown-none-{kind}": lambda t, kind=kind: (make(kind, "x"), t.touched(os.lchown, "x", -1, -1))
+        for kind in ("dir", "link", "fifo", "socket", *DEVICES)
+    },
     "link": lambda t: t.touched(os.link, "a", "new"),
     "unlink": lambda t: t.touched(os.unlink, "a", watch=("twin",)),
     "rename": lambda t: t.touched(os.rename, "a", "new", watch=("twin",)),

@@ -6,7 +6,7 @@ import errno
 import pytest
 
 from pkramfs.fs import acl
-from pkramfs.fs.inode import Credentials
+from pkramfs.fs.inode import ROOT, Credentials
 
 USER = Credentials(uid=1000, gid=100, umask=0o022)
 
@@ -79,6 +79,39 @@ def test_chown_of_a_directory_keeps_its_bits(tree, sh) -> None:
     tree.setattr(ino, mode=0o6755)
     tree.setattr(ino, uid=5)
     assert tree.inode(ino).mode & 0o7777 == 0o6755
+
+
+@pytest.mark.parametrize(("mode", "after"), [(0o6755, 0o755), (0o6745, 0o745), (0o4644, 0o644), (0o755, 0o755)])
+def test_chown_to_nobody_else_drops_bits_and_sets_ctime(tree, file, mode, after) -> None:
+    tree.setattr(file.ino, mode=mode, uid=1000, gid=7)
+    tree.setattr(file.ino, mode=mode)
+    tree.set_nothing(file.ino, 5, USER)
+    assert (file.mode & 0o7777, file.ctime) == (after, 5)
+
+
+def test_chown_to_nobody_else_takes_bits_only_from_ones_own(tree, file) -> None:
+    tree.setattr(file.ino, mode=0o4755)
+    with refused(errno.EPERM):
+        tree.set_nothing(file.ino, 5, USER)
+    assert file.mode & 0o7777 == 0o4755 and file.ctime != 5
+    tree.set_nothing(file.ino, 5, ROOT)
+    assert file.mode & 0o7777 == 0o755
+
+
+@pytest.mark.parametrize("kind", [0o010000, 0o020000, 0o060000, 0o140000])
+def test_chown_to_nobody_else_of_what_is_no_file_comes_without_ctime(tree, kind) -> None:
+    inode = tree.mknod(1, b"x", kind | 0o755)
+    tree.setattr(inode.ino, mode=0o4755, ctime=5)
+    tree.set_nothing(inode.ino, None, ROOT)
+    assert inode.mode & 0o7777 == 0o755 and inode.ctime > 5
+
+
+def test_a_write_takes_bits_unless_it_is_roots(tree, file) -> None:
+    tree.setattr(file.ino, mode=0o6755, ctime=5)
+    tree.set_nothing(file.ino, None, ROOT)
+    assert file.mode & 0o7777 == 0o6755
+    tree.set_nothing(file.ino, None, USER)
+    assert (file.mode & 0o7777, file.ctime) == (0o755, 5)
 
 
 def test_truncate_drops_bits_unless_root_does_it(tree, file) -> None:
