@@ -91,12 +91,13 @@ class Attributes(Truncation):
     ) -> Inode:
         """Set times alone. The kernel sends this after each write-back and before each deletion, so it is short.
 
-        `touch` says that the access time is the current time, which anybody who may append may set.
+        `touch` says that both are the current time, which anybody who may append may set. By a handle that may write
+        the kernel tells when somebody has written; without one, that ctime alone has changed.
         """
         inode = self.inode(number)
         same = _same_times(inode, atime, mtime, ctime)
-        if inode.flags and not (same and atime is None):
-            refuse_times(inode, given=atime is not None and not touch, written=atime is None and inode.writers > 0)
+        if inode.flags and not number & WRITING and not (atime is None and mtime in (None, inode.mtime)):
+            refuse_times(inode, given=not touch)
         if same:
             return inode
         self._change(room=LESS)

@@ -67,7 +67,7 @@ def refuse_space(inode: Inode, *, punch: bool) -> None:
         raise fail(errno.EPERM)
 
 
-def refuse_times(inode: Inode, *, given: bool, written: bool) -> None:
-    """Raise EPERM if times must not be set: `given` ones, or the current time. Of what is `written` they may."""
-    if not written and inode.flags & (_EITHER if given else IMMUTABLE):
+def refuse_times(inode: Inode, *, given: bool) -> None:
+    """Raise EPERM if times must not be set: `given` ones or one alone, or both to the current time."""
+    if inode.flags & (_EITHER if given else IMMUTABLE):
         raise fail(errno.EPERM)

@@ -233,7 +233,7 @@ class Operations(pyfuse3.Operations):
         *,
         touch: bool = False,
     ) -> EntryAttributes:
-        """Serve SETATTR: what is None stays. `touch`: the access time is now's, not one that somebody has chosen."""
+        """Serve SETATTR: what is None stays. `touch`: both times are now's, not such as somebody has chosen."""
         if size is None and mode is None and uid is None and gid is None:
             if atime is None and mtime is None:
                 return self._attributes(self.tree.set_nothing(number, ctime, Asker(ctx)))

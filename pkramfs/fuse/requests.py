@@ -43,6 +43,7 @@ _USUAL = frozenset((b"security.capability\0", acl.ACCESS + b"\0", acl.DEFAULT + 
 """What the kernel asks of each file before its first write, and of each that ls(1) lists: hardly one has it."""
 _NO_DATA = -errno.ENODATA
 _SECOND = 10**9
+_STAMPED = wire.FATTR_MTIME | wire.FATTR_CTIME
 _UNKNOWN, _NOBODY = 0xFFFFFFFF, 65534
 
 
@@ -203,12 +204,15 @@ class Requests:
 
     def _setattr(self, header: Header, body: memoryview) -> Answer:
         valid, mtime, ctime, mns, cns = wire.STAMP.unpack_from(body)
-        if valid & ~wire.FATTR_FH == wire.FATTR_MTIME | wire.FATTR_CTIME:  # after each write-back
-            inode = self.tree.set_times(header[3], None, mtime * _SECOND + mns, ctime * _SECOND + cns)
+        if valid & ~wire.FATTR_FH == _STAMPED:  # after each write-back
+            number = header[3] | WRITING if valid & wire.FATTR_FH else header[3]
+            inode = self.tree.set_times(number, None, mtime * _SECOND + mns, ctime * _SECOND + cns)
             return self._replies.attributes(inode)
         valid, _, handle, size, _, atime, mtime, ctime, ans, mns, cns, mode, _, uid, gid, _ = wire.SETATTR.unpack_from(
             body
         )
+        # Of the times of files the kernel does not say "now": it sends its own, as ctime and mtime alike.
+        both_now = valid & wire.FATTR_MTIME_NOW or (valid & _STAMPED == _STAMPED and (mtime, mns) == (ctime, cns))
         now = clock.now() if valid & (wire.FATTR_ATIME_NOW | wire.FATTR_MTIME_NOW) else 0
         return self.operations.change(
             handle if valid & wire.FATTR_FH and handle & INO_MASK == header[3] else header[3],
@@ -220,7 +224,7 @@ class Requests:
             _time(valid & wire.FATTR_MTIME, valid & wire.FATTR_MTIME_NOW, mtime, mns, now),
             ctime * _SECOND + cns if valid & wire.FATTR_CTIME else None,
             Context(header),
-            touch=bool(valid & wire.FATTR_ATIME_NOW),
+            touch=bool(valid & wire.FATTR_ATIME_NOW and both_now),
         )
 
     def _statfs(self, header: Header, body: memoryview) -> Answer:

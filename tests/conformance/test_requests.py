@@ -11,6 +11,7 @@ import resource
 import signal
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,7 @@ def test_births(both: Any, kind: str) -> None:
 
 # -- flags ------------------------------------------------------------------------------------------
 
+TIMES = {"now": (0, system.UTIME_NOW), "none": (0, system.UTIME_OMIT), "given": (1, 2)}
 _USES: dict[str, Callable[[], object]] = {
     "read": lambda: Path("d/a").read_bytes(),
     "write": lambda: os.close(os.open("d/a", os.O_WRONLY)),
@@ -320,6 +322,14 @@ _USES: dict[str, Callable[[], object]] = {
     "chown-none": lambda: os.chown("d/a", -1, -1),
     "utime": lambda: os.utime("d/a", (5, 5)),
     "touch": lambda: os.utime("d/a"),
+    "touch-folder": lambda: os.utime("d"),
+    **{
+        f"{access}-{change}-{name}": partial(system.utimensat, name, TIMES[access], TIMES[change])
+        for name in ("d", "d/a")
+        for access in TIMES
+        for change in TIMES
+        if access != change
+    },
     "setxattr": lambda: os.setxattr("d/a", "user.x", b"1"),
     "removexattr": lambda: os.removexattr("d/a", "user.y"),
     "link": lambda: os.link("d/a", "d/l"),
