@@ -272,11 +272,11 @@ class Namespace(Core):
         if name == DOTDOT:
             raise fail(errno.ENOTEMPTY)
         inode = self._existing(folder, name)
+        refuse_removal(folder, inode)
         if inode.entries is None:
             raise fail(errno.ENOTDIR)
         if inode.entries.entries:
             raise fail(errno.ENOTEMPTY)
-        refuse_removal(folder, inode)
         self._change(room=LESS)
         folder.nlink -= 1
         self._remove(folder, name, inode)

@@ -339,6 +339,8 @@ _USES: dict[str, Callable[[], object]] = {
     "create": lambda: os.close(os.open("d/new", os.O_CREAT | os.O_WRONLY, 0o644)),
     "mkdir": lambda: os.mkdir("d/sub"),
     "rmdir": lambda: os.rmdir("d/sub"),
+    "rmdir-full": lambda: os.rmdir("d/full"),
+    "replace-full": lambda: os.rename("d/empty", "d/full"),
     "unlink": lambda: os.unlink("d/a"),
     "list": lambda: sorted(os.listdir("d")),
 }
@@ -349,7 +351,8 @@ _USES: dict[str, Callable[[], object]] = {
 @pytest.mark.parametrize("what", ["d", "d/a"])
 def test_what_flags_forbid(both: Any, what: str, flags: int) -> None:
     def case(t: Any) -> None:
-        os.mkdir("d")
+        os.makedirs("d/full/one")
+        os.mkdir("d/empty")
         write("d/a", b"content")
         write("d/b", b"other")
         os.setxattr("d/a", "user.y", b"1")

@@ -76,6 +76,18 @@ def test_what_flags_forbid(tree, sh, what: str, flags: int, call: str) -> None:
             tree.forget(made.ino, 0)
 
 
+@pytest.mark.parametrize("flags", [APPEND, IMMUTABLE])
+@pytest.mark.parametrize("what", ["folder", "itself"])
+def test_a_protected_directory_is_not_asked_whether_it_is_empty(tree, sh, what: str, flags: int) -> None:
+    folder = sh.mkdir(b"d")
+    full = sh.mkdir(b"full", parent=folder)
+    sh.write(b"f", parent=full)
+    tree.set_flags(folder if what == "folder" else full, flags)
+    with pytest.raises(OSError) as caught:
+        tree.rmdir(folder, b"full")
+    assert caught.value.errno == errno.EPERM
+
+
 def test_who_has_it_open_still_writes(tree, sh) -> None:
     file = sh.write(b"f", b"x" * 100)
     handle = tree.open(file, os.O_RDWR)
