@@ -60,6 +60,11 @@ DIFFERENCES: tuple[Difference, ...] = (
         "reading a hole through a map takes pages of a tmpfs; here they are the kernel's, and the file has none",
     ),
     Difference(
+        "test_a_copy_to_another_mount",
+        r"copy_file_range|pread",
+        "the kernel copies between mounts of one type if the type has a request for copies; a tmpfs has none",
+    ),
+    Difference(
         "test_times_of_flags[[]file]",
         r"set_flags",
         "chattr(1) of a file: the kernel owns ctime of cached files, and does not change it",

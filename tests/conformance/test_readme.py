@@ -17,6 +17,7 @@ ROWS = {
     "test_access_time*": "atime",
     "test_set_id_bits*chown*": "`chown(-1, -1)`",
     "test_advice_for_maps*REMOVE*": "reading a hole through a map",
+    "test_a_copy_to_another_mount": "`copy_file_range` from one mount",
     "test_times_of_flags*": "`chattr`",
     "test_seals": "F_GET_SEALS",
     "test_statx*": "`statx`",

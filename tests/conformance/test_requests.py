@@ -221,6 +221,20 @@ def test_times_and_bits_of_copies(both: Any) -> None:
     both(case)
 
 
+@pytest.mark.skipif(not ROOT, reason="only root has two kernel tmpfs")
+def test_a_copy_to_another_mount(both: Any, pair: tuple[Path, Path], laboratory: Any) -> None:
+    others = dict(zip(pair, laboratory.pair("another", "size=1M"), strict=True))
+
+    def case(t: Any) -> None:
+        write("a", b"content")
+        source = os.open("a", os.O_RDONLY)
+        target = os.open(others[Path.cwd().parent] / "b", os.O_CREAT | os.O_RDWR)
+        t(os.copy_file_range, source, target, 5)
+        t(os.pread, target, 10, 0)
+
+    both(case)
+
+
 # -- files without a name ---------------------------------------------------------------------------
 
 
