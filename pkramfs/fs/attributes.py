@@ -74,8 +74,7 @@ class Attributes(Truncation):
         self._change(inode, room=LESS)
         now = clock.now()
         if size is not None:
-            if size != inode.size:
-                self._resize(inode, size)
+            self._resize(inode, size)
             self.losses.cut(inode.ino, size)
             inode.mtime = now
         self._set_owner_and_mode(inode, mode, uid, gid, caller)

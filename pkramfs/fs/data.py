@@ -85,8 +85,7 @@ class Data(Filling):
     def _truncate_on_open(self, inode: Inode, caller: Caller) -> None:
         """Truncate a file for O_TRUNC, which unlike truncate(2) sets the times even of an empty file."""
         self._change(inode, room=LESS)
-        if inode.size:
-            self._resize(inode, 0)
+        self._resize(inode, 0)
         self.losses.cut(inode.ino, 0)
         if inode.mode & 0o6000 or inode.xattrs:  # else nobody need know who it is
             self._drop_privileges(inode, caller, keep_set_id=caller.uid == 0)

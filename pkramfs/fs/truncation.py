@@ -27,12 +27,19 @@ class Truncation(Core):
     """See the module's page."""
 
     def _resize(self, inode: Inode, size: int) -> None:
-        """Change the size of a file: give pages back if it shrinks, count bytes."""
-        if size < inode.size:
+        """Change the size of a file: give pages back unless it grows, count bytes."""
+        if size == inode.size and not self._has_pages_behind(inode):
+            return
+        if size <= inode.size:
             self._trim(inode, size)
         self.ledger.add_bytes(size - inode.size)
         inode.size = size
         self._touch(inode)
+
+    def _has_pages_behind(self, inode: Inode) -> bool:
+        """Return True if a file has pages behind its end, from fallocate(2): as in tmpfs a truncation to the size
+        that it has frees them."""
+        return inode.pages is not None and bool(inode.pages.between((inode.size + _IN_PAGE) >> PAGE_SHIFT, END))
 
     def _trim(self, inode: Inode, size: int) -> None:
         """Give back the pages beyond a size, and clear the rest of the last one that remains."""

@@ -272,6 +272,20 @@ def test_allocate_and_punch(tree, sh) -> None:
         tree.allocate(ino, 0, 0)
 
 
+def test_truncation_to_the_same_size_takes_what_lies_beyond(tree, sh) -> None:
+    for size in (0, 3 * PAGE, 3 * PAGE + 5):
+        ino = sh.write(b"%d" % size, b"x" * size)
+        inode = tree.inode(ino)
+        before = inode.blocks
+        tree.allocate(ino, 0, 10 * PAGE, keep_size=True)
+        tree.setattr(ino, size=size)
+        assert (inode.size, inode.blocks) == (size, before)
+        assert sh.content(ino) == b"x" * size
+    tree.allocate(ino := sh.write(b"f"), 0, 10 * PAGE, keep_size=True)
+    tree.release(tree.open(ino, os.O_WRONLY | os.O_TRUNC))
+    assert tree.inode(ino).blocks == 0
+
+
 def test_zeros_can_be_given_back(tree, sh) -> None:
     text = b"x" * PAGE + bytes(300 * PAGE) + b"y" + bytes(2 * PAGE)
     ino = sh.write(b"f", text)
