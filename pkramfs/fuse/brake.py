@@ -10,18 +10,23 @@ attributes of a file before it takes data for it, when those it has are too old,
                                                           └ no ── ENOSPC
 
 So attributes of a file that is written to are good for as long as the fastest writer takes to fill what is left, and
-where that is little, not at all: then each write(2) asks. How much it will bring nobody says, nor how much the kernel
-still has. So each write is believed to bring twice what those before brought, less what has arrived since. When all
-that might be on its way would not fit, the kernel is told to write back, we wait, and know what is left, and what a
-write of each file brings. A file of small writes need not ask for some milliseconds.
-Those are refused who would not fit:
+where that is little, not at all: then each write(2) asks. /proc says how much it will bring, and where (callers). How
+much the kernel still has nobody says. So all that was let through is expected, less what has arrived since. When what
+is expected and the next write would not fit, the kernel is told to write back, we wait, and know what is left. A write
+that brings no page, for those are there, goes on whatever is left. One is refused if its pages are more than that.
+
+Where /proc says nothing each write is believed to bring twice what those before brought. Now and then the kernel is
+told to write back, to see what a write of each file brings, and those are refused who would not fit:
 
     a file that grew, by its usual write          a file without a page, or that has lost some
 
-Others may be overwriting what they have. If not, they lose one write, as all did before, and the next is refused.
+Others may be overwriting what they have. If not, they lose one write, and the next is refused.
 
-A store through a mapping asks nobody, as little as a write through pyfuse3, which does not say who asks. Whoever reads
-behind the end, or looks for it, asks the same question: before anybody is refused, /proc says what he is doing.
+Who takes pages without a write (fallocate, copy_file_range) waits for those that are on their way, too.
+
+A file of small writes need not ask for some milliseconds. A store through a mapping asks nobody, as little as a write
+through pyfuse3, which does not say who asks. Whoever reads behind the end, or looks for it, asks the same question, and
+is found out by /proc, too.
 
 Kernel: fs/fuse/file.c (fuse_cache_write_iter), fs/fuse/dir.c (fuse_update_get_attr)
 """
@@ -29,16 +34,19 @@ Kernel: fs/fuse/file.c (fuse_cache_write_iter), fs/fuse/dir.c (fuse_update_get_a
 import contextlib
 import errno
 import time
-from collections.abc import Coroutine, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Protocol, TypeVar
 
 import trio
 
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.tree import Tree
-from pkramfs.fuse.translate import WRITTEN, only_reads
+from pkramfs.fuse.callers import Call, look
+from pkramfs.fuse.translate import WRITTEN
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE, pages
+
+Result = TypeVar("Result")
 
 SHORT = (256 << 20) >> PAGE_SHIFT
 """Pages of room below which each write asks: what the kernel may have unwritten (session._tune)."""
@@ -53,6 +61,12 @@ _FEW, _MANY = 4, 64
 _REST, _WRITES = 4_000_000, 40_000
 """Nanoseconds for which a writer of little need not ask; how often it can write meanwhile, at most: the kernel makes
 two of its ticks of them."""
+_SPARE = 2048
+"""Pages left beside what a file that need not ask may bring: one of its writes may be larger than all before."""
+_FILES = 1000
+"""Files of which it is known how they are written to."""
+_PAUSE, _PAUSES = 0.0005, 40
+"""Seconds between two looks at a thread that does not wait for us yet, and how many."""
 _LOOK = 20_000_000
 """Nanoseconds after which the room is looked up again when a file is opened."""
 
@@ -82,9 +96,10 @@ class Teller(Protocol):
 class _Writer:
     """A file whose writers ask, as it was when the kernel had written back all, and how often they have asked since."""
 
-    __slots__ = ("asks", "long", "pages", "rested", "size", "usual")
+    __slots__ = ("asks", "bytes", "long", "pages", "rested", "size", "usual")
 
     def __init__(self, inode: Inode, usual: int | None = None, *, long: bool = False) -> None:
+        self.bytes = 0  # that the writes brought which asked, where /proc tells
         self.pages, self.size, self.asks, self.rested = _held(inode), inode.size, 0, False
         self.usual, self.long = usual, long
         """Bytes that a write adds, if known; True if they are known of many writes, so that not each needs to ask."""
@@ -111,6 +126,8 @@ class Brake:
         self._writers: dict[int, _Writer] = {}
         self._usual, self._expected, self._before = _USUAL, 0, 0
         """Pages of a write; pages that may have come since all was written back; pages that the tree had then."""
+        self._settling = False
+        """True while the kernel writes back: who brings a page waits for the result."""
         self._known = False
         """False while there may be anything in the kernel's cache."""
         self._next_look = 0
@@ -143,16 +160,89 @@ class Brake:
             self._known = False
             self._writers.clear()
             return None
-        return None if self._granted(self._tree.inode(number), left) else self._settle(number, pid)
+        try:
+            call = look(pid)
+        except BlockingIOError:
+            return self._ask_again(number, pid)
+        return None if self._passes(self._tree.inode(number), call, left) else self._settle(number, call)
+
+    async def _ask_again(self, number: int, pid: int) -> None:
+        """Answer a thread that has asked and does not wait yet."""
+        call = None
+        for _ in range(_PAUSES):
+            await trio.sleep(_PAUSE)
+            with contextlib.suppress(BlockingIOError):
+                call = look(pid)
+                break
+        if not self._passes(self._tree.inode(number), call, self._left()):
+            await self._settle(number, call)
+
+    def taking(self, count: int, act: Callable[[], Result]) -> Result | Coroutine[Any, Any, Result]:
+        """Have an act take up to `count` pages by itself, once what is on its way to those has arrived."""
+        left = self._left()
+        if not count or left >= SHORT or (self._known and not self._settling and count + self._on_its_way() <= left):
+            return self._apart(act)
+        return self._after_all(act)
+
+    async def _after_all(self, act: Callable[[], Result]) -> Result:
+        async with self._one:
+            await self._write_back()
+            return self._apart(act)
+
+    def _apart(self, act: Callable[[], Result]) -> Result:
+        """Do it, and do not take its pages for those that are on their way."""
+        before = self._tree.limits.pages
+        try:
+            return act()
+        finally:
+            self._before += max(self._tree.limits.pages - before, 0)
+
+    def _passes(self, inode: Inode, call: Call | None, left: int) -> bool:
+        """Let another write through if there is room for it, and expect it."""
+        if call is None:
+            return not self._settling and self._granted(inode, left)
+        if not call.count:
+            return True
+        left -= self._on_its_way()
+        count = pages(call.count) + 1
+        if not self._known or self._settling or count > left:
+            count = _missing(inode, call, None, count)  # where it ends the kernel knows better than we, for now
+            if not count:
+                return True
+            if not self._known or self._settling or count > left:
+                return False
+        self._note(inode, call, left - count)
+        self._expect(count)
+        return True
+
+    def _note(self, inode: Inode, call: Call, left: int) -> None:
+        """Count a write; let the file rest if its writes are small ones."""
+        if len(self._writers) > _FILES:
+            self._writers.clear()
+        writer = self._writers.get(inode.ino) or self._writers.setdefault(inode.ino, _Writer(inode))
+        writer.asks += 1
+        writer.bytes += call.count
+        if writer.usual is not None and writer.long:
+            count = (writer.usual * _WRITES >> PAGE_SHIFT) + _LEAST
+            if count + _SPARE <= left:
+                self._rests = True
+                self._expect(count)
+        if writer.asks >= _MANY:
+            writer.usual, writer.long = writer.bytes // writer.asks, True
+            writer.asks = writer.bytes = 0
+
+    def _on_its_way(self) -> int:
+        """Return the pages that the kernel may still bring."""
+        return max(self._expected - max(self._tree.limits.pages - self._before, 0), 0)
 
     def _granted(self, inode: Inode, left: int) -> bool:
-        """Let another write through if there is room for it and all that may be on its way."""
+        """Do as `_passes` for a write of which nothing is known."""
         writer = self._writers.get(inode.ino)
         if not self._known or writer is None:
             return False
         if writer.asks >= (_FEW if writer.usual is None else _MANY) and (writer.rested or not writer.long):
             return False
-        left -= max(self._expected - max(self._tree.limits.pages - self._before, 0), 0)
+        left -= self._on_its_way()
         usual = writer.usual
         if usual is not None and writer.long and usual * _WRITES >> PAGE_SHIFT <= left - _LEAST:
             writer.rested = self._rests = True
@@ -171,25 +261,46 @@ class Brake:
     def _grant(self, writer: _Writer, count: int) -> None:
         """Expect so many pages of a file."""
         writer.asks += 1
+        self._expect(count)
+
+    def _expect(self, count: int) -> None:
+        """Expect so many pages."""
         self._expected += count
 
-    async def _settle(self, number: int, pid: int) -> None:
+    async def _settle(self, number: int, call: Call | None) -> None:
         """Have what is on its way arrive, and refuse the writer if there is no room for more."""
         async with self._one:
             inode = self._tree.inode(number)
-            if self._granted(inode, self._left()):
+            if self._passes(inode, call, self._left()):
                 return  # others have settled meanwhile
-            await self._host.cache.write_back()
-            self._start_anew()
+            await self._write_back()
             writer = self._writers.setdefault(inode.ino, _Writer(inode))
-            sure = not _held(inode) or inode.ino in self._tree.losses.files
-            needed = max(writer.needs(inode), int(sure))
-            if self._left() < needed and self._host.may_forget():
+            needed = self._needed(inode, writer, call)
+            if self._free() < needed and self._host.may_forget():
                 await self._host.wait_for_room()
-            if self._left() < needed and not only_reads(pid):
+            if self._free() < needed:
                 writer.usual = None  # the next may be smaller
                 raise fail(errno.ENOSPC)
-            self._grant(writer, self._may_bring(writer))
+            self._grant(writer, self._may_bring(writer) if call is None else needed)
+
+    def _needed(self, inode: Inode, writer: _Writer, call: Call | None) -> int:
+        """Return the pages without which a write is refused."""
+        if call is not None:
+            return _missing(inode, call, inode.size, pages(call.count))
+        return max(writer.needs(inode), int(not _held(inode) or inode.ino in self._tree.losses.files))
+
+    def _free(self) -> int:
+        """Return the pages of room for which nobody was let through."""
+        return self._left() - self._on_its_way()
+
+    async def _write_back(self) -> None:
+        """Have the kernel write back, and let nobody through meanwhile who brings more."""
+        self._settling = True
+        try:
+            await self._host.cache.write_back()
+        finally:
+            self._settling = False
+        self._start_anew()
 
     def _start_anew(self) -> None:
         """Take all files as they are now: what was written to them is here."""
@@ -215,3 +326,13 @@ class Brake:
 def _held(inode: Inode) -> int:
     """Return the pages of a file."""
     return inode.pages.count if inode.pages is not None else 0
+
+
+def _missing(inode: Inode, call: Call, size: int | None, most: int) -> int:
+    """Return the pages that a write to a file of that size takes; `most` if nobody knows where it goes."""
+    start = call.place(size)
+    if start is None:
+        return most
+    first, last = start >> PAGE_SHIFT, pages(start + call.count)
+    held = sum(count for _, _, count in inode.pages.between(first, last)) if inode.pages is not None else 0
+    return last - first - held

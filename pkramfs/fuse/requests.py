@@ -23,6 +23,8 @@ from typing import Any, cast
 
 from pkramfs.fs import acl, clock, protection
 from pkramfs.fs.failure import fail
+from pkramfs.fs.limits import INLINE_TARGET
+from pkramfs.fs.ranges import MOST
 from pkramfs.fs.rules import INO_MASK, UNNOTED, WRITING
 from pkramfs.fuse import doors, wire
 from pkramfs.fuse.brake import Brake
@@ -30,6 +32,7 @@ from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.replies import Replies
 from pkramfs.fuse.translate import status_fields, supplementary_groups
 from pkramfs.fuse.wire import Header, Op
+from pkramfs.units import pages
 
 Answer = Any
 """bytes, a tuple of buffers, None, a negative errno, or a coroutine that returns bytes"""
@@ -44,6 +47,7 @@ _USUAL = frozenset((b"security.capability\0", acl.ACCESS + b"\0", acl.DEFAULT + 
 _NO_DATA = -errno.ENODATA
 _SECOND = 10**9
 _STAMPED = wire.FATTR_MTIME | wire.FATTR_CTIME
+_PUNCH_HOLE = 2
 _UNKNOWN, _NOBODY = 0xFFFFFFFF, 65534
 
 
@@ -131,7 +135,8 @@ class Requests:
 
     def _symlink(self, header: Header, body: memoryview) -> Answer:
         name, target = _names(body, 0)
-        return self._do("symlink", header[3], name, target, Context(header))
+        count = 1 if len(target) >= INLINE_TARGET else 0
+        return self._brake.taking(count, lambda: self._do("symlink", header[3], name, target, Context(header)))
 
     def _link(self, header: Header, body: memoryview) -> Answer:
         (inode,) = wire.NUMBER.unpack_from(body)
@@ -312,8 +317,12 @@ class Requests:
 
     def _fallocate(self, header: Header, body: memoryview) -> Answer:
         handle, offset, length, mode, _ = wire.FALLOCATE.unpack_from(body)
-        self._do("fallocate", handle, mode, offset, length, header[6])
-        return b""
+
+        def act() -> Answer:
+            self._do("fallocate", handle, mode, offset, length, header[6])
+            return b""
+
+        return act() if mode & _PUNCH_HOLE else self._brake.taking(pages(length) + 1, act)
 
     def _lseek(self, header: Header, body: memoryview) -> Answer:
         handle, offset, whence, _ = wire.LSEEK.unpack_from(body)
@@ -322,14 +331,17 @@ class Requests:
         return wire.NUMBER.pack(self._do("seek", handle, offset, whence))
 
     def _copy_file_range(self, header: Header, body: memoryview) -> Answer:
-        return wire.COUNT.pack(self._copied(body), 0)
+        return self._copied(body, lambda count: wire.COUNT.pack(count, 0))
 
     def _copy_file_range_64(self, header: Header, body: memoryview) -> Answer:
-        return wire.NUMBER.pack(self._copied(body))
+        return self._copied(body, wire.NUMBER.pack)
 
-    def _copied(self, body: memoryview) -> int:
+    def _copied(self, body: memoryview, pack: Callable[[int], bytes]) -> Answer:
         source, offset, _, target, place, length, _ = wire.COPY.unpack_from(body)
-        return cast(int, self._do("copy", source, offset, target, place, length))
+        return self._brake.taking(
+            pages(min(length, MOST)) + 1,
+            lambda: pack(cast(int, self._do("copy", source, offset, target, place, length))),
+        )
 
     def _statx(self, header: Header, body: memoryview) -> Answer:
         return self._replies.statx(self.tree.inode(header[3]))

@@ -18,7 +18,6 @@ Kernel: include/uapi/linux/fuse.h (fuse_attr, fuse_entry_out), fs/fuse/inode.c (
 
 import contextlib
 import errno
-import os
 import sys
 from collections.abc import Collection
 
@@ -32,12 +31,6 @@ from pkramfs.units import PAGE_SIZE
 FOREVER = 1e9
 """Seconds; the kernel's clock of jiffies takes any number."""
 WRITTEN = 0.5
-
-_READING = {
-    "x86_64": {0, 8, 17, 19, 295, 327},
-    "aarch64": {62, 63, 65, 67, 69, 286},
-}.get(os.uname().machine, set())
-"""The numbers of lseek, read, readv, pread64, preadv and preadv2 (asm/unistd.h)."""
 
 
 class Asker:
@@ -92,13 +85,6 @@ def file_size_limit(pid: int) -> int:
             if line.startswith("Max file size"):
                 return int(line.split()[3])  # or ValueError: unlimited
     return sys.maxsize
-
-
-def only_reads(pid: int) -> bool:
-    """Return True if a thread that waits for us is in a system call that reads a file or seeks in it."""
-    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/syscall", encoding="ascii") as file:
-        return int(file.read().split()[0]) in _READING
-    return False
 
 
 class Translator:

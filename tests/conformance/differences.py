@@ -78,7 +78,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         "test_a_write_too_large",
         r"write|fsync| a -rw",
-        "behind the writeback cache a write that brings more than those before learns of ENOSPC at fsync or close",
+        "a write that does not fit whole is refused whole, where a tmpfs writes a part of it",
     ),
     Difference(
         "test_no_label",

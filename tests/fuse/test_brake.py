@@ -2,7 +2,6 @@
 """Who may write when room is short, with a kernel made of dictionaries that keeps what was written until it is told."""
 
 import errno
-import os
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +11,9 @@ import trio
 
 pytest.importorskip("pyfuse3")
 
+from pkramfs.fs.pagecache import PageMap
 from pkramfs.fuse import brake
 from pkramfs.fuse.brake import LONG, SHORT, Brake
-from pkramfs.fuse.translate import only_reads
 from pkramfs.units import PAGE_SIZE, pages
 
 NOBODY = 1 << 30
@@ -188,17 +187,136 @@ def test_opening_looks_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.good == 0
 
 
-def test_who_reads() -> None:
-    """A thread that waits in read(2) is found out; one that is gone, or waits for something else, may be writing."""
-    ours, theirs = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.read(ours, 1)
-        os._exit(0)
-    while os.uname().machine == "x86_64" and not only_reads(pid):
-        pass
-    os.write(theirs, b"x")
-    os.waitpid(pid, 0)
-    for fd in (ours, theirs):
-        os.close(fd)
-    assert not only_reads(pid)
+# -- where /proc says what a write brings ---------------------------------------------------------
+
+
+class Told(Machine):
+    """A machine whose writers are looked at: each says how much it writes, and where (None: it appends)."""
+
+    def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(size)
+        monkeypatch.setattr(brake, "look", self.look)
+        self.running = 0
+
+    def look(self, pid: int) -> Any:
+        if self.running:
+            self.running -= 1
+            raise BlockingIOError
+        return SimpleNamespace(count=self.count, place=lambda size: size if self.at is None else self.at)
+
+    def file(self, number: int, count: int = 0) -> None:
+        runs = PageMap()
+        if count:
+            runs.insert(0, number << 30, count)
+        self.writing[number] = SimpleNamespace(ino=number, size=count * PAGE_SIZE, pages=runs)
+        self.limits.pages += count
+
+    def arrive(self, number: int) -> None:
+        inode, written = self.writing[number], self.unwritten.pop(number, [])
+        for start, count in written:
+            start = inode.size if start is None else start
+            for index, size in inode.pages.holes(start >> 12, pages(start + count)):
+                size = min(size, self.limits.max_pages - self.limits.pages)
+                if size:
+                    inode.pages.insert(index, (number << 30) + index, size)
+                    self.limits.pages += size
+            self.lost += len(inode.pages.holes(start >> 12, pages(start + count)))
+            inode.size = max(inode.size, start + count)
+
+    def put(self, number: int, at: int | None, count: int) -> bool:
+        """Write; False for ENOSPC."""
+        self.at, self.count = at, count
+
+        async def main() -> None:
+            before = self.brake.ask(number, NOBODY)
+            if before is not None:
+                await before
+
+        try:
+            trio.run(main)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            return False
+        if count:
+            self.unwritten.setdefault(number, []).append((at, count))
+        return True
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    """A full machine of 100 pages, 99 of them in file 1, and an empty file 2."""
+    machine = Told(100, monkeypatch)
+    machine.file(1, 99)
+    machine.file(2)
+    return machine
+
+
+def test_overwriting_needs_no_writing_back(told: Told) -> None:
+    for number in range(50):
+        assert told.put(1, number * 1000, 5000)
+    assert (told.written_back, told.lost) == (0, 0)
+    assert told.put(2, 0, 4096)
+    assert told.put(1, 0, 99 * PAGE_SIZE)
+    assert not told.put(1, None, 1), "the last page is another's"
+    assert not told.put(1, 98 * PAGE_SIZE, 5000)
+    assert told.put(1, None, 0)
+
+
+def test_who_only_overwrote_and_appends(told: Told) -> None:
+    for _ in range(100):
+        assert told.put(1, 0, 100)
+    assert not told.put(1, None, 2 * PAGE_SIZE)
+    assert told.put(1, None, PAGE_SIZE)
+    assert not told.put(1, None, 1)
+    told.arrive(1)
+    assert told.lost == 0
+
+
+def test_a_page_that_is_on_its_way_is_counted_once(told: Told) -> None:
+    assert told.put(1, None, 10)
+    assert told.put(1, None, PAGE_SIZE - 10), "where the file ends the kernel knows better"
+    assert not told.put(1, None, 1)
+    told.arrive(1)
+    assert told.lost == 0
+
+
+def test_who_does_not_wait_yet_is_looked_at_again(told: Told) -> None:
+    told.running = 3
+    assert not told.put(1, None, 2 * PAGE_SIZE)
+    told.running = 3
+    assert told.put(1, 0, 1)
+    assert not told.running
+
+
+def test_pages_that_are_taken_without_a_write(told: Told) -> None:
+    """fallocate waits for what is on its way, and its pages are not taken for those."""
+
+    def take() -> int:
+        got = min(told.limits.max_pages - told.limits.pages, 5)
+        told.limits.pages += got
+        return got
+
+    async def main() -> int:
+        taken: Any = told.brake.taking(5, take)
+        return taken if isinstance(taken, int) else await taken
+
+    assert told.put(1, None, 1)
+    assert trio.run(main) == 0, "the last page is the write's"
+    told.limits.max_pages = 120
+    assert told.put(2, 0, 10 * PAGE_SIZE)
+    assert trio.run(main) == 5
+    assert not told.put(2, 10 * PAGE_SIZE, 6 * PAGE_SIZE)
+    assert told.put(2, 10 * PAGE_SIZE, 5 * PAGE_SIZE)
+    told.arrive(2)
+    assert told.lost == 0
+
+
+def test_a_file_of_small_writes_need_not_ask_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Told(SHORT // 2, monkeypatch)
+    machine.file(1)
+    for _ in range(65):
+        assert machine.put(1, None, 100)
+        with machine.brake.resting():
+            rests = machine.good > 0
+    assert rests
+    assert machine.written_back == 1
