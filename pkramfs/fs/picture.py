@@ -94,7 +94,7 @@ class _Inodes(NamedTuple):
         places, folders = self.of_kind(stat.S_IFDIR)
         pairs = zip(places.tolist(), folders, strict=True)
         if self.rest is None:
-            return pairs
+            return (pair for pair in pairs if pair[1].entries is not None and not pair[1].entries.asleep)
         slept = self.rest.slept(np.array([inode.ino for inode in folders], dtype=np.uint64))
         return compress(pairs, (~slept).tolist())
 
@@ -138,6 +138,22 @@ def take(tree: Tree, *, deleted: bool = False) -> Generator[Progress, None, Pict
         {"names": names, "targets": targets, "values": values},
         runs,
         unsummed,
+    )
+
+
+def take_awake(tree: Tree) -> Picture:
+    """Collect the columns of what is awake, deleted inodes too, without names that sleep; but the sums of all."""
+    with collector.paused():
+        inodes, table = _inode_columns(list(tree.inodes.values()), None)
+        entries, names = _entry_columns(inodes)
+        extents, runs = _extent_columns(inodes, table)
+        xattrs, values = _xattr_columns(inodes)
+        unwritten, targets = _unwritten_columns(inodes), _targets(inodes)
+        sums = _no_sums() if tree.sums is None else tree.sums.columns()
+    return Picture(
+        {"inodes": table, "entries": entries, "extents": extents, "xattrs": xattrs, "unwritten": unwritten, **sums},
+        {"names": names, "targets": targets, "values": values},
+        runs,
     )
 
 
@@ -194,8 +210,15 @@ def _awake_entries(inodes: _Inodes) -> _Rows:
         places, sizes = [place for place, _ in folders], [len(entries) for _, entries in folders]
         parts.append(_name_columns(names, children, cookies, places, sizes))
     columns: Columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    columns["child"] = np.searchsorted(inodes.numbers, columns["child"])
+    columns["child"] = _places(inodes.numbers, columns["child"])
     return columns, chunks
+
+
+def _places(numbers: Array, wanted: Array) -> Array:
+    """Return where each wanted number is among numbers, which rise; their length, which is no place, if it is not."""
+    places = np.searchsorted(numbers, wanted)
+    places[numbers[np.minimum(places, len(numbers) - 1)] != wanted] = len(numbers)
+    return places
 
 
 def _folders(inodes: _Inodes) -> Iterator[list[tuple[int, Directory]]]:
@@ -338,7 +361,7 @@ def _unwritten_columns(inodes: _Inodes) -> Columns:
 def _sum_columns(tree: Tree, table: Columns, extents: Columns) -> tuple[dict[str, Columns], int | None]:
     """Return the checksums of data and what is damaged, of the inodes in the table; and how many pieces have none."""
     if tree.sums is None:
-        return {section.name: {c.name: _NOTHING for c in section.columns} for section in (SUMS, DAMAGED)}, None
+        return _no_sums(), None
     found = tree.sums.columns()
     if tree.orphans:  # which may not be there
         for name, columns in found.items():
@@ -347,6 +370,10 @@ def _sum_columns(tree: Tree, table: Columns, extents: Columns) -> tuple[dict[str
     owner = np.repeat(np.arange(len(table["ino"])), table["extents"])
     pieces = len(pieces_of(owner, extents["first"], extents["count"])[0])
     return found, pieces - len(found["sums"]["ino"]) - len(found["damaged"]["ino"])
+
+
+def _no_sums() -> dict[str, Columns]:
+    return {section.name: {column.name: _NOTHING for column in section.columns} for section in (SUMS, DAMAGED)}
 
 
 # -- the rest ---------------------------------------------------------------------------------------

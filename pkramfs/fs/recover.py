@@ -2,8 +2,9 @@
 """Make the tree of a daemon that has died: its checkpoint, and what it did since.
 
     live page ──▶ checkpoint ──▶ replay ──▶ verify ──▶ within limits? ──▶ adopt the frames, go on with the log
-                  a node, or     every      every       size=,
-                  nothing        record     rule        nr_inodes=
+                  a node, or     every      what it     size=,
+                  nothing;       record     may have    nr_inodes=
+                  every rule                changed
 
 Before the last step nothing has been changed: whatever fails leaves log and frames as they were, to be tried again.
 
@@ -23,15 +24,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from pkramfs.errors import ExhaustedError, FormatError
 from pkramfs.fs.checkpoint import figures
 from pkramfs.fs.journal import Journal
-from pkramfs.fs.picture import Picture, Progress, take
+from pkramfs.fs.picture import Progress
+from pkramfs.fs.recheck import frames_of_all, recheck
 from pkramfs.fs.replay import Replay
-from pkramfs.fs.save import stream
 from pkramfs.fs.tree import Tree
 from pkramfs.fs.unpack import Contents, check_limits, unpack
-from pkramfs.fs.verify import verify
 from pkramfs.journal.log import Log
 from pkramfs.journal.reader import Chunk, Opened, chunks, open_log, open_sealed
-from pkramfs.pkram.treeformat import TreeStream
 from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES
 
@@ -119,22 +118,13 @@ def _rebuild(
     data = found.data
     if replay.records:  # else it is what was verified when it was unpacked
         yield Progress("verify", 0, 1)
-        picture = yield from take(tree, deleted=True)
-        data = _verified(tree, picture)
+        recheck(tree)
+        data = frames_of_all(tree, replay.touched, data)
     if outside := data - allowed:
         pfn = int(outside.starts[0])
         raise FormatError("Tree pages", "pfn", found=f"{pfn:x}", expected="a frame in this tree's page blocks")
     replay.finish()
     return Rebuilt(tree, log, found.metadata, data, replay)
-
-
-def _verified(tree: Tree, picture: Picture) -> Spans:
-    """Raise FormatError unless all rules hold but where frames may lie; return the frames of all files."""
-    parts = TreeStream(b"".join(stream(tree, picture)))
-    index, pfn, count = picture.page_stream()
-    data = Spans.from_runs(pfn, count)
-    verify(parts, (index, pfn, count), data, data, deleted=True)
-    return data
 
 
 def recover(

@@ -56,8 +56,8 @@ class Replay:
         """The last requests of this connection that were done, by number, and the inode that each has made or 0."""
         self._latest = 0
         self._to_clear: list[tuple[int, Inode, int, int]] = []
-        self.touched: dict[int, list[tuple[int, int]]] | None = None
-        """If not None, the frames (pfn, count) that files had before their runs were changed, by inode."""
+        self.touched: dict[int, list[tuple[int, int]]] = {}
+        """The frames (pfn, count) that files had before their runs were changed, by inode."""
         self._names = dict[int, tuple[Inode, bytes]]()
         """Where each inode was named last, as long as it has no name."""
         self._apply: dict[int, Callable[..., None]] = {
@@ -300,7 +300,7 @@ class Replay:
             raise self._wrong("count", count, "pages within a file")
         if not 0 < pfn <= self.tree.ram.pages - count:
             raise self._wrong("pfn", f"{pfn:x}", "frames of RAM")
-        if self.touched is not None:
+        if ino not in self.touched:
             self._touch(inode)
         there = inode.pages
         if there is None:
@@ -314,10 +314,8 @@ class Replay:
         self.tree.ledger.add_pages(count, there.runs - before)
 
     def _touch(self, inode: Inode) -> None:
-        """Note the frames that a file has, the first time that they change."""
-        assert self.touched is not None
-        if inode.ino not in self.touched:
-            self.touched[inode.ino] = [] if inode.pages is None else [(pfn, count) for _, pfn, count in inode.pages]
+        """Note the frames that a file has before they change for the first time."""
+        self.touched[inode.ino] = [] if inode.pages is None else [(pfn, count) for _, pfn, count in inode.pages]
 
     def _cut(self, ino: int, first: int, last: int) -> None:
         inode = self._find(ino)
@@ -325,7 +323,7 @@ class Replay:
             raise self._wrong("ino", ino, "a file with pages")
         if self.tree.sums is not None:
             self.tree.sums.cut(inode, first, last, compare=False)
-        if self.touched is not None:
+        if ino not in self.touched:
             self._touch(inode)
         before, held = inode.pages.runs, inode.pages.count
         inode.pages.remove(first, last)
@@ -377,7 +375,7 @@ class Replay:
         if inode.pages is not None:
             if tree.sums is not None:
                 tree.sums.cut(inode, 0, compare=False)
-            if self.touched is not None:
+            if ino not in self.touched:
                 self._touch(inode)
             tree.ledger.add_pages(-inode.pages.count, -inode.pages.runs)
             inode.pages = None

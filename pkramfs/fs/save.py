@@ -223,12 +223,22 @@ def _starts(pfn: Array, count: Array) -> Array:
 
 def stream(tree: Tree, picture: Picture, saved_ns: int | None = None) -> Iterator[bytes]:
     """Yield the bytes of object 0, in parts; `saved_ns` is when the tree was saved, by default now."""
-    header: dict[str, Any] = {
+    flags = treeformat.features(picture.columns) | (0 if picture.unsummed is None else treeformat.HAS_SUMS)
+    yield header(tree, picture, flags, saved_ns)
+    for section in treeformat.SECTIONS:
+        yield from treeformat.encode(section, picture.columns[section.name], flags)
+    for name in BLOBS:
+        blob = picture.blobs[name]
+        yield blob + bytes(treeformat.padding(len(blob)))
+
+
+def header(tree: Tree, picture: Picture, flags: int, saved_ns: int | None = None) -> bytes:
+    """Return the header of object 0 with these features."""
+    rows: dict[str, Any] = {
         section.name: len(picture.columns[section.name][section.columns[0].name]) for section in treeformat.SECTIONS
     }
-    header |= {name: len(picture.blobs[name]) for name in BLOBS}
-    flags = treeformat.features(picture.columns) | (0 if picture.unsummed is None else treeformat.HAS_SUMS)
-    yield TREE.pack(
+    rows |= {name: len(picture.blobs[name]) for name in BLOBS}
+    return TREE.pack(
         magic=treeformat.TREE_MAGIC,
         version=treeformat.TREE_VERSION,
         pages=int(picture.runs[:, 2].sum()),
@@ -236,10 +246,5 @@ def stream(tree: Tree, picture: Picture, saved_ns: int | None = None) -> Iterato
         flags=flags,
         saved_ns=time.time_ns() if saved_ns is None else saved_ns,
         unsummed=max(picture.unsummed or 0, 0),
-        **header,
+        **rows,
     )
-    for section in treeformat.SECTIONS:
-        yield from treeformat.encode(section, picture.columns[section.name], flags)
-    for name in BLOBS:
-        blob = picture.blobs[name]
-        yield blob + bytes(treeformat.padding(len(blob)))

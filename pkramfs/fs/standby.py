@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 
 from pkramfs.errors import FormatError
 from pkramfs.fs.picture import Progress
+from pkramfs.fs.recheck import frames_of_all
 from pkramfs.fs.recover import Rebuilt, rebuild
 from pkramfs.journal.layout import TAIL_AT, read_position
 from pkramfs.journal.reader import Opened, chunks, open_log
-from pkramfs.spans import Spans
 from pkramfs.units import BLOCK_PAGES
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pkramfs.machine.frames import Frames
     from pkramfs.machine.ram import Ram
     from pkramfs.pkram.store import Store
+    from pkramfs.spans import Spans
 
 
 class Follower:
@@ -85,20 +86,10 @@ class Follower:
         """Return the tree as it was when its daemon died, or None if it must be recovered in the ordinary way."""
         log = self._catch_up()
         rebuilt = self._rebuilt
-        if log is None or rebuilt is None or rebuilt.replay.touched is None:
+        if log is None or rebuilt is None:
             return None
         rebuilt.replay.finish()
-        tree, before = rebuilt.tree, [run for runs in rebuilt.replay.touched.values() for run in runs]
-        now = [
-            (pfn, pfn + count)
-            for ino in rebuilt.replay.touched
-            if (inode := tree.inodes.get(ino)) is not None and inode.pages is not None
-            for _, pfn, count in inode.pages
-        ]
-        others, changed = rebuilt.data - Spans((pfn, pfn + count) for pfn, count in before), Spans(now)
-        if changed.total != sum(end - start for start, end in now) or others & changed:
-            raise FormatError("Journal", "pfn", found="a frame in two files", expected="each frame once")
-        data = others | changed
+        data = frames_of_all(rebuilt.tree, rebuilt.replay.touched, rebuilt.data)
         if outside := data - self._allowed():
             pfn = int(outside.starts[0])
             raise FormatError("Journal", "pfn", found=f"{pfn:x}", expected="a frame in this tree's page blocks")

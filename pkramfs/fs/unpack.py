@@ -21,7 +21,7 @@ from pkramfs.fs.asleep import Asleep
 from pkramfs.fs.ledger import Figures
 from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE, Limits
 from pkramfs.fs.sums import Sums
-from pkramfs.fs.verify import verify
+from pkramfs.fs.verify import exact_sum, verify
 from pkramfs.pkram.treeformat import EXTENTS, HAS_SUMS, INODES, TreeStream
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SIZE, format_size
@@ -60,7 +60,7 @@ def unpack(load: Load, tree: Tree, allowed: Spans, *, deleted: bool = False) -> 
 class _Saved(NamedTuple):
     """What a node holds: the byte stream, the runs of the page stream, their frames, and those of the node itself."""
 
-    stream: bytes
+    stream: memoryview
     runs: Runs
     data: Spans
     metadata: Spans
@@ -76,7 +76,7 @@ def _fill(tree: Tree, parts: TreeStream, saved: _Saved, pages: int, space: int) 
         pages=pages,
         inode_space=space,
         directories=int(np.count_nonzero(kinds == stat.S_IFDIR)),
-        bytes=sum(sizes[kinds == stat.S_IFREG].tolist()),
+        bytes=exact_sum(sizes[kinds == stat.S_IFREG]),
         runs=len(packed.pieces),
         stream_bytes=_weight(parts, len(saved.stream)),
     )
@@ -92,7 +92,7 @@ def _load(load: Load) -> _Saved:
     if len(objects) != 2:
         raise FormatError("Node", "objects", found=len(objects), expected="2: a byte stream and a page stream")
     stream, runs = objects
-    return _Saved(bytes(stream.read()), runs.load_runs(), runs.data, load.metadata())
+    return _Saved(stream.load_bytes(), runs.load_runs(), runs.data, load.metadata())
 
 
 def _needs(parts: TreeStream) -> tuple[int, int]:

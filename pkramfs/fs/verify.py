@@ -17,11 +17,12 @@ files take a fraction of a second. What fails is named: column, row, what was fo
 PKRAM itself checks nothing here (defects D1 and D34).
 """
 
+from __future__ import annotations
+
 import stat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from pkramfs.errors import FormatError
 from pkramfs.fs import acl
@@ -43,14 +44,26 @@ from pkramfs.pkram.treeformat import Array, TreeStream
 from pkramfs.spans import Spans
 from pkramfs.units import PAGE_SHIFT
 
-_TYPES = [stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK]
+_SIZED = [stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK]
 _DEVICES = [stat.S_IFCHR, stat.S_IFBLK]
+_TYPES = [*_SIZED, *_DEVICES, stat.S_IFIFO, stat.S_IFSOCK]
 _WEIGHTS = np.arange(1, 258, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 _WEIGHTS = (_WEIGHTS ^ _WEIGHTS >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
 _WEIGHTS = (_WEIGHTS ^ _WEIGHTS >> np.uint64(27)) * np.uint64(0x94D049BB133111EB) | np.uint64(1)
 """Odd numbers without a pattern (SplitMix64): numpy.random takes 10 ms to import, and 3 MiB."""
-_HASHED = 1 << 14
+_HASHED, _WORD = 1 << 14, 8
+_LETTERS = np.array([(1 << 8 * letters) - 1 for letters in range(_WORD + 1)], dtype=np.uint64)
+"""What of a word are its first letters."""
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
+
+
+class Beyond(NamedTuple):
+    """What the columns leave out, for each of their inodes: names that it has there, and of its own names there how
+    many there are, and how many of them are directories."""
+
+    names: Array
+    entries: Array
+    folders: Array
 
 
 def verify(tree: TreeStream, runs: Runs, allowed: Spans, used: Spans | None = None, *, deleted: bool = False) -> None:
@@ -59,15 +72,23 @@ def verify(tree: TreeStream, runs: Runs, allowed: Spans, used: Spans | None = No
     With `deleted` inodes without a name are welcome: those that somebody has open still.
     `used` are the frames of the runs, if they are known: from millions of runs they take seconds to sort.
     """
+    verify_columns(tree, deleted=deleted)
+    _verify_frames(tree, runs, allowed, used)
+
+
+def verify_columns(tree: TreeStream, beyond: Beyond | None = None, *, deleted: bool = False) -> None:
+    """Raise FormatError unless columns are a tree, as `verify` does, or a part of one: all but what is `beyond`."""
     kinds = tree.inodes["mode"] & np.uint32(0o170000)
+    if beyond is None:
+        nothing = np.zeros(len(kinds), dtype=np.int64)
+        beyond = Beyond(nothing, nothing, nothing)
     _verify_inodes(tree, kinds)
     _verify_names(tree)
-    _verify_shape(tree, kinds, deleted)
+    _verify_shape(tree, kinds, beyond, deleted)
     _verify_each_name_once(tree)
-    _verify_links(tree, kinds, deleted)
+    _verify_links(tree, kinds, beyond, deleted)
     _verify_extents(tree, kinds)
     _verify_unwritten(tree)
-    _verify_frames(tree, runs, allowed, used)
     _verify_xattrs(tree)
     _verify_pieces(tree, kinds, "sums")
     _verify_pieces(tree, kinds, "damaged")
@@ -95,15 +116,22 @@ def _verify_inodes(tree: TreeStream, kinds: Array) -> None:
     _require(ino < tree.header.next_ino, "inodes", "ino", ino, f"less than next_ino {tree.header.next_ino}")
     if tree.header.next_ino > INO_MASK:
         raise FormatError("Tree", "next_ino", found=tree.header.next_ino, expected=f"at most {INO_MASK}")
-    _require(np.isin(kinds, _TYPES) & (mode < 1 << 16), "inodes", "mode", mode, "a file type and permissions")
-    _require((rdev == 0) | np.isin(kinds, _DEVICES), "inodes", "rdev", rdev, "0, this is no device")
+    _require(_is_one(kinds, _TYPES) & (mode < 1 << 16), "inodes", "mode", mode, "a file type and permissions")
+    _require((rdev == 0) | _is_one(kinds, _DEVICES), "inodes", "rdev", rdev, "0, this is no device")
     _require(size <= MAX_SIZE, "inodes", "size", size, f"at most {MAX_SIZE}")
     _require(inodes["flags"] & ~np.uint32(KNOWN) == 0, "inodes", "flags", inodes["flags"], "flags that tmpfs has")
-    special = ~np.isin(kinds, [stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK])
-    _require((size == 0) | ~special, "inodes", "size", size, "0 for a special file")
+    _require((size == 0) | _is_one(kinds, _SIZED), "inodes", "size", size, "0 for a special file")
     links = kinds == stat.S_IFLNK
     _require(~links | ((size > 0) & (size <= TARGET_MAX)), "inodes", "size", size, f"a target of 1 to {TARGET_MAX}")
     _require_equal(size[links].sum(), len(tree.targets), "bytes of all targets")
+
+
+def _is_one(kinds: Array, types: list[int]) -> Array:
+    """Return a mask of the kinds that are one of these types."""
+    known = np.zeros(16, dtype=bool)
+    known[np.array(types) >> 12] = True
+    found: Array = known[kinds >> np.uint32(12)]
+    return found
 
 
 def _verify_names(tree: TreeStream) -> None:
@@ -123,7 +151,7 @@ def _verify_names(tree: TreeStream) -> None:
     _require(~dots, "entries", "name", length, "a name other than . and ..")
 
 
-def _verify_shape(tree: TreeStream, kinds: Array, deleted: bool) -> None:
+def _verify_shape(tree: TreeStream, kinds: Array, beyond: Beyond, deleted: bool) -> None:
     """Require one name for every directory but the root, and a way up that ends at the root."""
     entries, total = tree.entries, len(kinds)
     parent, child, cookie = entries["parent"], entries["child"], entries["cookie"]
@@ -136,7 +164,7 @@ def _verify_shape(tree: TreeStream, kinds: Array, deleted: bool) -> None:
     rising = np.concatenate(([True], ~same | (cookie[1:] > cookie[:-1])))
     _require(rising & (cookie >= FIRST_COOKIE) & (cookie < 1 << 62), "entries", "cookie", cookie, "rising cookies")
     down = folder[child]
-    names = np.bincount(child[down], minlength=total)
+    names = np.bincount(child[down], minlength=total) + np.where(folder, beyond.names, 0)
     expected = folder.astype(np.int64)
     expected[0] = 0
     if deleted:
@@ -146,6 +174,8 @@ def _verify_shape(tree: TreeStream, kinds: Array, deleted: bool) -> None:
     up = np.zeros(total, dtype=np.int64)
     up[child[down]] = parent[down]
     for _ in range(max(total.bit_length(), 1)):
+        if not up.any():
+            break
         up = up[up]  # each round doubles the height that was climbed
     _require(up == 0, "inodes", "way up", up, "an end at the root: directories form a cycle")
 
@@ -153,12 +183,12 @@ def _verify_shape(tree: TreeStream, kinds: Array, deleted: bool) -> None:
 def _verify_each_name_once(tree: TreeStream) -> None:
     """Require each name once in its directory: the few names whose hashes collide are compared."""
     parent = tree.entries["parent"].astype(np.uint64)
-    # (entries,): a hash of each name and its directory, their order, and where each name ends in the blob.
+    # (entries,): a hash of each name and its directory; (rows,): where it is that of another, too; where names end.
     key = _hashes(tree) + parent * _WEIGHTS[-1]
-    order = np.argsort(key, kind="stable")
+    rows = _shared(key)
     ends = np.cumsum(tree.entries["length"], dtype=np.int64)
     seen = set[tuple[int, bytes]]()
-    for row in order[_shared(key[order])].tolist():
+    for row in rows.tolist():
         name = int(parent[row]), tree.names[int(ends[row]) - int(tree.entries["length"][row]) : int(ends[row])]
         if name in seen:
             number = int(tree.inodes["ino"][name[0]])
@@ -166,40 +196,42 @@ def _verify_each_name_once(tree: TreeStream) -> None:
         seen.add(name)
 
 
-def _shared(keys: Array) -> npt.NDArray[np.bool_]:
-    """Return a mask of sorted keys that are equal to a neighbour."""
-    same = keys[1:] == keys[:-1]
-    found = np.zeros(len(keys), dtype=bool)
-    found[1:] |= same
-    found[:-1] |= same
-    return found
+def _shared(keys: Array) -> Array:
+    """Return the places of keys that occur more than once. To sort keys alone is much faster than to sort places."""
+    ordered = np.sort(keys)
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    return np.flatnonzero(np.isin(keys, again)) if len(again) else again
 
 
 def _hashes(tree: TreeStream) -> Array:
-    """Return a number for each name, equal for equal names: letters weighted by their place in the name."""
-    length, letters = tree.entries["length"].astype(np.int64), np.frombuffer(tree.names, dtype=np.uint8)
+    """Return a number for each name, equal for equal names: words of its letters, weighted by their place in it."""
+    length, names = tree.entries["length"], tree.names
     found, at = np.empty(len(length), dtype=np.uint64), 0
     for low in range(0, len(length), _HASHED):
-        sizes = length[low : low + _HASHED]
-        # (names of the slice,): where each begins; (letters of the slice,): the place of each letter in its name.
-        starts = np.cumsum(sizes) - sizes
-        total = int(sizes.sum())
-        place = np.arange(total) - np.repeat(starts, sizes)
-        found[low : low + _HASHED] = np.add.reduceat(_WEIGHTS[place] * letters[at : at + total], starts)
-        at += total
+        sizes = length[low : low + _HASHED].astype(np.int64)
+        # (names of the slice,): where each begins; (letters of the slice + 1,): a word from each letter on.
+        starts, total = np.cumsum(sizes) - sizes, int(sizes.sum())
+        words = np.ndarray((total + 1,), "<u8", names[at : at + total] + bytes(_WORD), strides=(1,))
+        keys = np.zeros(len(sizes), dtype=np.uint64)
+        for place in range(0, int(sizes.max()), _WORD):
+            rows = np.flatnonzero(sizes > place) if place else slice(None)
+            word = words[starts[rows] + place] & _LETTERS[np.minimum(sizes[rows] - place, _WORD)]
+            keys[rows] += (word ^ word >> np.uint64(29)) * _WEIGHTS[place]
+        found[low : low + _HASHED], at = keys, at + total
     return found
 
 
-def _verify_links(tree: TreeStream, kinds: Array, deleted: bool) -> None:
+def _verify_links(tree: TreeStream, kinds: Array, beyond: Beyond, deleted: bool) -> None:
     parent, child = tree.entries["parent"], tree.entries["child"]
     total, nlink, folder = len(kinds), tree.inodes["nlink"], kinds == stat.S_IFDIR
-    names = np.bincount(child, minlength=total)
+    names = np.bincount(child, minlength=total) + beyond.names
+    entries = np.bincount(parent, minlength=total) + beyond.entries
     _require(folder | ((names == nlink) & ((names > 0) | deleted)), "inodes", "nlink", nlink, "the number of its names")
-    below = np.bincount(parent[folder[child]], minlength=total)
-    gone = (nlink == 0) & (np.bincount(parent, minlength=total) == 0) & deleted
+    below = np.bincount(parent[folder[child]], minlength=total) + beyond.folders
+    gone = (nlink == 0) & (entries == 0) & deleted
     gone[0] = False
     _require(~folder | gone | (nlink == 2 + below), "inodes", "nlink", nlink, "2 and one for each subdirectory")
-    size = EMPTY_DIRECTORY_SIZE + ENTRY_SIZE * np.bincount(parent, minlength=total)
+    size = EMPTY_DIRECTORY_SIZE + ENTRY_SIZE * entries
     _require(~folder | (tree.inodes["size"] == size), "inodes", "size", tree.inodes["size"], "20 for each entry")
 
 
@@ -214,7 +246,7 @@ def _verify_extents(tree: TreeStream, kinds: Array) -> None:
     owner = np.repeat(np.arange(len(per_inode)), per_inode)
     after = np.concatenate(([True], (owner[1:] != owner[:-1]) | (first[1:] >= first[:-1] + count[:-1])))
     _require(after, "extents", "first", first, "more than the end of the extent before")
-    _require_equal(_exact_sum(count), tree.header.pages, "pages of all extents")
+    _require_equal(exact_sum(count), tree.header.pages, "pages of all extents")
 
 
 def _verify_unwritten(tree: TreeStream) -> None:
@@ -259,8 +291,8 @@ def _last_not_behind(values: Array, wanted: Array, low: Array, high: Array) -> A
     return low - 1
 
 
-def _exact_sum(counts: Array) -> int:
-    """Return a sum that does not wrap round: hostile counts are at most 2**51, so summing halves is safe."""
+def exact_sum(counts: Array) -> int:
+    """Return a sum that does not wrap round: of halves it is safe, for there are less than 2**32 numbers."""
     low, high = counts & np.uint64(0xFFFFFFFF), counts >> np.uint64(32)
     return int(low.sum()) + (int(high.sum()) << 32)
 
@@ -270,7 +302,7 @@ def _verify_frames(tree: TreeStream, runs: Runs, allowed: Spans, used: Spans | N
     _require((count > 0) & (count < 1 << 52), "pages", "count", count, "at least one page")
     ends = np.cumsum(count)
     _require(index == ends - count, "pages", "index", index, "the end of the run before")
-    _require_equal(_exact_sum(count), tree.header.pages, "pages of the page stream")
+    _require_equal(exact_sum(count), tree.header.pages, "pages of the page stream")
     _require((pfn > 0) & (pfn < 1 << 52), "pages", "pfn", pfn, "a frame")
     used = Spans.from_runs(pfn, count) if used is None else used
     if used.total != tree.header.pages:

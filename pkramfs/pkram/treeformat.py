@@ -218,14 +218,25 @@ def encode(section: Section, columns: Columns, flags: int) -> Iterator[bytes]:
 class TreeStream:
     """A tree's byte stream, taken apart. Only lengths are checked here; `fs.verify` checks the rest."""
 
-    def __init__(self, stream: bytes) -> None:
+    def __init__(self, stream: bytes | memoryview) -> None:
         self.header = _read_header(stream)
         self._at = TREE.size
         sections = (self._section(stream, section) for section in SECTIONS)
         self.inodes, self.entries, self.extents, self.xattrs, self.unwritten, self.sums, self.damaged = sections
         self.names, self.targets, self.values = (self._blob(stream, name) for name in BLOBS)
 
-    def _section(self, stream: bytes, section: Section) -> Columns:
+    @classmethod
+    def of(cls, header: bytes, columns: dict[str, Columns], blobs: dict[str, bytes]) -> "TreeStream":
+        """Return what reading a stream of these columns would give, without writing it."""
+        made = cls.__new__(cls)
+        made.header = TREE.read(header)
+        for section in SECTIONS:
+            found = {column.name: columns[section.name][column.name].astype(column.dtype) for column in section.columns}
+            setattr(made, section.name, found)
+        made.names, made.targets, made.values = (blobs[name] for name in BLOBS)
+        return made
+
+    def _section(self, stream: bytes | memoryview, section: Section) -> Columns:
         rows, columns = getattr(self.header, section.name), {}
         for column in section.columns:
             if column.feature & ~self.header.flags:
@@ -236,13 +247,13 @@ class TreeStream:
             self._at += size + padding(size)
         return columns
 
-    def _blob(self, stream: bytes, name: str) -> bytes:
+    def _blob(self, stream: bytes | memoryview, name: str) -> bytes:
         size, at = getattr(self.header, name), self._at
         self._at += size + padding(size)
-        return stream[at : at + size]
+        return bytes(stream[at : at + size])
 
 
-def _read_header(stream: bytes) -> Any:
+def _read_header(stream: bytes | memoryview) -> Any:
     if len(stream) < TREE.size:
         raise FormatError("Tree", "length", found=len(stream), expected=f"at least {TREE.size}")
     header = TREE.read(stream)

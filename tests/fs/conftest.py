@@ -259,6 +259,9 @@ class SmallReader:
     def read(self) -> bytes:
         return self.content
 
+    def load_bytes(self) -> memoryview:
+        return memoryview(self.content)
+
     def load_runs(self):
         return self.content
 

@@ -19,6 +19,7 @@ from pkramfs.fs.inode import ROOT
 from pkramfs.fs.limits import Limits
 from pkramfs.fs.picture import complete
 from pkramfs.fs.recover import begin, rebuild
+from pkramfs.fs.restore import restore
 from pkramfs.fs.save import save
 from pkramfs.fs.sealing import preserve
 from pkramfs.fs.tree import Tree
@@ -43,6 +44,8 @@ def live(table: Table) -> None:
             _deaths(table, place, files)
     with lab() as place:
         _standby(table, place, 2_000 if table.quick else 1_000_000)
+    with lab() as place:
+        _recovery(table, place, 2_000 if table.quick else 1_000_000, 640 if table.quick else 64_000)
     with lab() as place:
         _commands(table, place)
     with lab() as place:
@@ -183,15 +186,7 @@ def _deaths(table: Table, place: Lab, files: int) -> None:
 
 def _standby(table: Table, place: Lab, files: int) -> None:
     """The same with a standby, whose tree is far too large to be recovered in that time."""
-    kernel = attach(Machine(str(place.machine)))
-    tree = Tree(kernel.ram, Frames(kernel.ram, kernel.leases, new_tree_id()), Limits())
-    for number in range(files):
-        if number % 1000 == 0:
-            folder = tree.mkdir(1, b"d%d" % number, 0o755).ino
-        tree.create(folder, b"%d" % number, 0o644)
-    tree.freeze()
-    complete(save(tree, kernel.store, b"shmem-files"))
-    del tree
+    _save_files(attach(Machine(str(place.machine))), files)
     path = place.mount("files", ",standby")
     runs = iter(range(1_000_000))
 
@@ -206,6 +201,56 @@ def _standby(table: Table, place: Lab, files: int) -> None:
 
     paused = table.repeat("kill, with a standby", once)
     table.add("live", f"pause after SIGKILL, {files:,} files, standby", paused, "ms", target="<500 ms")
+
+
+def _save_files(kernel: Running, files: int) -> None:
+    """Preserve a tree of empty files, a thousand in each directory."""
+    tree = Tree(kernel.ram, Frames(kernel.ram, kernel.leases, new_tree_id()), Limits())
+    for number in range(files):
+        if number % 1000 == 0:
+            folder = tree.mkdir(1, b"d%d" % number, 0o755).ino
+        tree.create(folder, b"%d" % number, 0o644)
+    tree.freeze()
+    complete(save(tree, kernel.store, b"shmem-files"))
+
+
+def _recovery(table: Table, place: Lab, files: int, requests: int) -> None:
+    """The processor time in which a tree is restored, and recovered with what was done since, in one directory."""
+    kernel = attach(Machine(str(place.machine)))
+    _save_files(kernel, files)
+    node = kernel.store.find(b"shmem-files")
+    assert node is not None
+
+    def restored() -> Tree:
+        frames = Frames(kernel.ram, kernel.leases, node.tree_id)
+        return complete(restore(kernel.store, b"shmem-files", kernel.ram, frames, Limits()))
+
+    table.add("live", f"restore of {files:,} files", _seconds(table, restored), "ms", target="<600 ms")
+    tree = restored()
+    begin(tree, b"files", kernel.generation, node.pfn)
+    assert tree.journal is not None
+    folder = tree.mkdir(1, b"new", 0o755).ino
+    for number in range(requests):
+        tree.create(folder, b"%d" % number, 0o644)
+        tree.commit(1)
+
+    def recovered() -> Any:
+        frames = Frames(kernel.ram, kernel.leases, node.tree_id)
+        return complete(rebuild(kernel.store, tree.journal.log.live, kernel.ram, frames, Limits()))
+
+    name = f"recovery of {files:,} files behind {requests:,} requests"
+    table.add("live", name, _seconds(table, recovered), "ms")
+
+
+def _seconds(table: Table, work: Callable[[], object]) -> list[float]:
+    """Return the milliseconds of processor time of each run."""
+
+    def once() -> float:
+        began = time.thread_time()
+        work()
+        return 1000 * (time.thread_time() - began)
+
+    return [once() for _ in range(table.runs)]
 
 
 def _stands_by(entry: MountEntry) -> bool:

@@ -12,6 +12,7 @@ by several threads (`batches`), in memory that does not grow with the file.
 Kernel: mm/pkram.c (pkram_read, pkram_load_file_page, pkram_load_file_pages), patches 4, 6 and 36
 """
 
+import mmap
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -144,6 +145,18 @@ class ObjectReader:
             at += len(view)
         self._at = end
         return b"".join(parts)
+
+    def load_bytes(self) -> memoryview:
+        """Return the whole byte stream, in memory of its own; `read` of it would copy it twice."""
+        size = max(pages(self.length), 1) * PAGE_SIZE
+        into, at = (
+            memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)),
+            0,
+        )  # which nobody clears first
+        for start, count in self._byte_runs:
+            self._ram.read(start, into[at : at + count * PAGE_SIZE])
+            at += count * PAGE_SIZE
+        return into[: self.length].toreadonly()
 
     def load_runs(self) -> Runs:
         """Return the page stream as the fewest runs: read-only arrays (u64) of index, pfn and count, by index."""
