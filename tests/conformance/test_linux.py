@@ -6,12 +6,15 @@ import errno
 import fcntl
 import mmap
 import os
+import re
+import select
 import signal
 import stat
 import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +26,7 @@ from tests.conformance.system import NOREPLACE, renameat2
 
 pytestmark = pytest.mark.mount
 ROOT = os.geteuid() == 0
+FS_IOC_GETFSUUID = 0x80111500
 THINGS = [kind for kind in KINDS if kind != "none"]
 
 
@@ -388,5 +392,29 @@ def test_sync_of_every_kind(both: Any) -> None:
         t(system.sync_file_range, directory, 0, 0, 7)
         t(system.readahead, fd, 0, 4096)
         t(system.readahead, directory, 0, 4096)
+
+    both(case)
+
+
+def unnamed() -> str:
+    fd = os.open(".", os.O_TMPFILE | os.O_RDWR)
+    return re.sub(r"#\d+", "#0", os.readlink(f"/proc/self/fd/{fd}").rpartition("/")[2])
+
+
+DECIDED: dict[str, Callable[[int, int], object]] = {
+    "folder-end": lambda file, folder: os.lseek(folder, 0, os.SEEK_END),
+    "folder-data": lambda file, folder: os.lseek(folder, 0, os.SEEK_DATA),
+    "epoll": lambda file, folder: select.epoll().register(file),
+    "uuid": lambda file, folder: len(fcntl.ioctl(file, FS_IOC_GETFSUUID, bytes(17))),
+    "unnamed": lambda file, folder: unnamed(),
+}
+
+
+@pytest.mark.parametrize("what", DECIDED)
+def test_what_a_file_system_in_the_kernel_decides(both: Any, what: str) -> None:
+    def case(t: Any) -> None:
+        write("a", b"content")
+        file, folder = os.open("a", os.O_RDWR), os.open(".", os.O_RDONLY)
+        t(DECIDED[what], file, folder)
 
     both(case)
