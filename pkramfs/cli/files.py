@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pkramfs.cli import arguments, render
 from pkramfs.cli.render import Column
 from pkramfs.errors import ErrnoError, UsageError
-from pkramfs.units import format_size, plural
+from pkramfs.units import PAGE_SIZE, format_size, plural
 
 _PREFIX = b"user.pkramfs."
 _NOT_OURS = (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS)
@@ -61,18 +61,24 @@ def act_allocate(args: argparse.Namespace) -> None:
 
 def act_sparsify(args: argparse.Namespace) -> None:
     """Run `pkramctl sparsify PATH…`."""
-    files = blocks = 0
+    files = pages = 0
     for path in args.paths:
         for file in _files(path):
             fd = _open(file, os.O_RDWR)
             try:
                 os.fsync(fd)  # the daemon sees only what is written back
-                before = os.fstat(fd).st_blocks
-                _order(fd, file, b"sparsify", b"")
-                files, blocks = files + 1, blocks + before - os.fstat(fd).st_blocks
+                files, pages = files + 1, pages + _sparsified(fd, file)
             finally:
                 os.close(fd)
-    _say(args, plural(files, "file"), blocks, "given back")
+    _say(args, plural(files, "file"), pages * PAGE_SIZE // _BLOCK, "of zeros given back")
+
+
+def _sparsified(fd: int, path: str) -> int:
+    """Make holes of a file's zeros, and return how many pages that were. One that has none does not change."""
+    try:
+        return int(os.getxattr(fd, _PREFIX + b"sparsify"))
+    except OSError as error:
+        raise ErrnoError(f"{path}: {os.strerror(error.errno or 0)}", error.errno) from None
 
 
 def act_extents(args: argparse.Namespace) -> None:

@@ -4,10 +4,13 @@
     setfattr -n user.pkramfs.punch    -v OFFSET:LENGTH FILE     FALLOC_FL_PUNCH_HOLE
     setfattr -n user.pkramfs.allocate -v OFFSET:LENGTH FILE     FALLOC_FL_KEEP_SIZE: pages now, or ENOSPC
     setfattr -n user.pkramfs.sparsify FILE                      pages that are all zeros become holes
+    getfattr -n user.pkramfs.sparsify --only-values FILE        the same, and how many pages that were
     getfattr -n user.pkramfs.extents[.OFFSET] --only-values FILE    what is no hole: `offset:length` lines
 
 pyfuse3 has no request for any of them, and setxattr(2) is the one call that carries a file and a text.
-These attributes are orders, not values: they are in no listing and in no preserved tree.
+These attributes are orders, not values: they are in no listing and in no preserved tree. After a setxattr(2) the kernel
+sets the change time of the file. So there is a way around it for the order that changes no contents, while somebody has
+the file open for writing: a restored tree without zeros stays preserved.
 
 A page that is punched may also lie in the kernel's cache, changed or not. So the kernel is told to let
 go of the file before (what is changed reaches us first) and after (what was read meanwhile). Telling
@@ -145,6 +148,15 @@ def listing(extents: Iterable[tuple[int, int]]) -> bytes:
         if len(found) > _ROOM:
             break
     return bytes(found)
+
+
+async def in_turn(act: Callable[[int, int], Awaitable[int]], windows: Iterable[tuple[int, int]]) -> int:
+    """Do it to each window, others having a turn in between, and return the sum."""
+    found = 0
+    for first, last in list(windows):
+        found += await act(first, last)
+        await trio.lowlevel.checkpoint()
+    return found
 
 
 def windows(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

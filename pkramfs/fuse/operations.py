@@ -47,8 +47,7 @@ from pkramfs.units import PAGE_SIZE
 
 log = logging.getLogger(__name__)
 
-_FORGET_SECONDS = 0.1
-_ENOUGH, _FORGET_MANY = 1 << 60, 64
+_FORGET_SECONDS, _ENOUGH, _FORGET_MANY = 0.1, 1 << 60, 64
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 
 
@@ -254,12 +253,13 @@ class Operations(pyfuse3.Operations):
 
     @waiting
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        if name == doors.SPARSIFY and self.tree.inode(inode).writers:  # the kernel has asked who may read alone
+            return b"%d" % await self._sparsify_all(inode)
         if not name.startswith(doors.EXTENTS):
             return self.tree.getxattr(inode, name)
-        start = doors.parse_start(name)
         if self.tree.inode(inode).writers:
             await self.cache.drop(inode)  # what was not written back is no hole either
-        return doors.listing(self.tree.extents(inode, start))
+        return doors.listing(self.tree.extents(inode, doors.parse_start(name)))
 
     @request
     def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
@@ -288,12 +288,16 @@ class Operations(pyfuse3.Operations):
             await self._allocate(inode, *await self._range(inode, value))
             self.cache.drop_attributes(inode)
         elif name == doors.SPARSIFY:
-            for first, last in await self._windows(inode):
-                await self._sparsify(inode, first, last)
-                await trio.lowlevel.checkpoint()
-            self.cache.drop_attributes(inode)
+            await self._sparsify_all(inode)
         else:
             raise FUSEError(errno.EOPNOTSUPP)
+
+    async def _sparsify_all(self, inode: int) -> int:
+        """Make holes of a file's zeros, and return how many pages that were."""
+        windows = doors.windows(self.tree.extents(inode, allocated=True))
+        found = await doors.in_turn(lambda *window: self._sparsify(inode, *window), windows)
+        self.cache.drop_attributes(inode)
+        return found
 
     @request
     def _range(self, inode: int, value: bytes) -> tuple[int, int]:
@@ -311,12 +315,8 @@ class Operations(pyfuse3.Operations):
         self.tree.allocate(inode, offset, length, keep_size=True)
 
     @request
-    def _windows(self, inode: int) -> list[tuple[int, int]]:
-        return list(doors.windows(self.tree.extents(inode, allocated=True)))
-
-    @request
-    def _sparsify(self, inode: int, first: int, last: int) -> None:
-        self.tree.sparsify(inode, first, last)
+    def _sparsify(self, inode: int, first: int, last: int) -> int:
+        return self.tree.sparsify(inode, first, last)
 
     @request
     def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:

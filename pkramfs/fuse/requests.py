@@ -241,7 +241,7 @@ class Requests:
             return _NO_DATA
         size, _ = wire.GETXATTR.unpack_from(body)
         name = first_name(body, wire.GETXATTR.size)
-        if name.startswith(doors.EXTENTS):
+        if name.startswith((doors.EXTENTS, doors.SPARSIFY)):
             return _sized_later(self._do("getxattr", header[3], name, None), size)
         return _sized(self.tree.getxattr(header[3], name), size)
 

@@ -107,11 +107,29 @@ def test_the_commands(lab: Any) -> None:
     before = os.stat(mnt / "d" / "zeros").st_mtime_ns
     os.sync()
     backed = lab.machine.ram().backed
-    assert lab.run("ctl", "sparsify", str(mnt)).stdout == "2 files: 3.0 MiB given back\n"
+    assert lab.run("ctl", "sparsify", str(mnt)).stdout == "2 files: 3.0 MiB of zeros given back\n"
     assert backed - lab.machine.ram().backed >= 2 * MIB - 64 * PAGE  # what was only allocated has never cost the host
     assert (mnt / "d" / "zeros").read_bytes() == bytes(2 * MIB) + b"end"
     assert os.stat(mnt / "d" / "zeros").st_mtime_ns == before
     assert os.listxattr(file) == []
+
+
+def test_a_restored_tree_without_zeros_stays_preserved(lab: Any) -> None:
+    mnt = lab.mount("one")
+    (mnt / "f").write_bytes(b"x" * PAGE)
+    (mnt / "zeros").write_bytes(bytes(10 * PAGE))
+    before = os.stat(mnt / "zeros")
+    lab.remount(mnt, "preserve,ro")
+    lab.umount(mnt)
+    mnt = lab.mount("one")
+    with pytest.raises(OSError, match=os.strerror(errno.ENODATA)):
+        os.getxattr(mnt / "zeros", "user.pkramfs.sparsify")  # nobody has it open for writing
+    assert lab.run("ctl", "sparsify", str(mnt / "f")).stdout == "1 file: 0 B of zeros given back\n"
+    assert lab.status(mnt)["state"] == "preserved"
+    assert lab.run("ctl", "sparsify", str(mnt)).stdout == "2 files: 40.0 KiB of zeros given back\n"
+    assert lab.status(mnt)["state"] == "live"
+    after = os.stat(mnt / "zeros")
+    assert (after.st_ctime_ns, after.st_mtime_ns) == (before.st_ctime_ns, before.st_mtime_ns)
 
 
 def test_what_is_refused(lab: Any, tmp_path: Path) -> None:
