@@ -2,13 +2,19 @@
 """pkramctl upgrade: put the code on disk under mounts that are in use.
 
 The holder becomes the new code while the daemon serves. Then that makes room between two requests, and the holder
-starts another daemon, which recovers the tree and goes on. Programs wait for that only. Before all this a process of
-ours imports the new code once.
+starts another daemon, which recovers the tree and goes on. Programs wait for that only.
+
+    this command      imports what a holder needs, and recovers each tree in its own memory: it is the code on disk
+    the holder        becomes that code, and says so; if it ends instead, its daemon notices that at once
+    the next daemon   takes over
+
+What fails in the first two steps is told in one line, and the daemon that serves goes on.
 
 Kernel: kernel/livepatch/, by other means
 """
 
 import argparse
+import contextlib
 import os
 import time
 from typing import TYPE_CHECKING, Any
@@ -41,6 +47,7 @@ def act(args: argparse.Namespace) -> int:
     done, problems = [], []
     for entry in chosen:
         try:
+            _rehearse(machine, entry)
             done.append(_upgrade(machine, entry))
         except PkramfsError as error:
             problems.append(error)
@@ -69,21 +76,32 @@ def _chosen(machine: "Machine", wanted: list[str]) -> "list[MountEntry]":
 
 
 def _try_new_code() -> None:
-    """Raise MachineError if the code on disk cannot be imported: a holder that becomes it would end."""
-    import subprocess
-    import sys
+    """Raise MachineError if the code on disk, which is ours, cannot be imported: a holder that becomes it would end."""
+    try:
+        import pkramfs.daemon.handover  # noqa: F401
+    except Exception as error:
+        raise MachineError(f"the code on disk cannot be imported ({_told(error)}): nothing was changed") from error
 
-    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", "import pkramfs.daemon.handover"],
-        env={**os.environ, "PYTHONPATH": package},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise MachineError(f"the code on disk cannot be imported ({last}): nothing was changed")
+
+def _rehearse(machine: "Machine", entry: "MountEntry") -> None:
+    """Raise DaemonError if our code cannot recover the tree, as the next daemon will; nothing is changed."""
+    from pkramfs.cli import nodes, verify
+    from pkramfs.kernel.running import look
+
+    if entry.journal is None:
+        return  # it has no holder, as its daemon will say
+    try:
+        with machine.lifecycle(shared=True, timeout=nodes.LOCK_SECONDS):
+            problem = verify.log_problem(look(machine), entry)
+    except Exception as error:
+        problem = _told(error)
+    if problem:
+        raise DaemonError(f"the code on disk cannot take over {entry.mountpoint} ({problem}): nothing was changed")
+
+
+def _told(error: Exception) -> str:
+    """Return what an error says, with its kind unless it is one of ours."""
+    return str(error) if isinstance(error, PkramfsError) else f"{type(error).__name__}: {error}"
 
 
 def _upgrade(machine: "Machine", entry: "MountEntry") -> dict[str, Any]:
@@ -91,7 +109,8 @@ def _upgrade(machine: "Machine", entry: "MountEntry") -> dict[str, Any]:
     from pkramfs.control.commands import Commands
 
     began = time.monotonic()
-    Commands(entry.socket).upgrade()
+    with contextlib.suppress(DaemonError):  # it died: then another takes over, or none
+        Commands(entry.socket).upgrade()
     while True:
         now = next((e for e in machine.mounts() if e.tree_id == entry.tree_id), None)
         if now is None or not now.alive:

@@ -104,12 +104,12 @@ def check_logs(running: "Running", names: list[str]) -> tuple[list[str], list[st
         if not running.leases.blocks_of(entry.tree_id):
             continue  # of a kernel that is gone
         checked.append(entry.name)
-        if problem := _log_problem(running, entry):
+        if problem := log_problem(running, entry):
             problems.append(f"{entry.name}: {problem}")
     return checked, problems
 
 
-def _log_problem(running: "Running", entry: "MountEntry") -> str:
+def log_problem(running: "Running", entry: "MountEntry") -> str:
     """Return what is wrong with a log. One that is written to may be read while its checkpoint changes: look again."""
     from pkramfs.fs.limits import Limits
     from pkramfs.fs.recover import rebuild

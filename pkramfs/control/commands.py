@@ -44,8 +44,8 @@ class Commands:
         return read(Status, (call_long if patient else call)(self.socket, "unpreserve"))
 
     def upgrade(self) -> None:
-        """Have another daemon take over, which runs the code on disk; the answer comes before that."""
-        read(Done, call(self.socket, "upgrade"))
+        """Have another daemon take over, which runs the code on disk; the answer comes before that, when it is sure."""
+        read(Done, call_long(self.socket, "upgrade"))
 
     def freeze(self, *, undo: bool = True, timeout: float = TIMEOUT) -> Held:
         """Freeze the tree while the connection lasts.

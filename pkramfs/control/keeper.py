@@ -131,7 +131,6 @@ class Keeper:
             "compare": self.compare,
             "reconfigure": self.reconfigure,
             "stop": self.stop,
-            "upgrade": self.upgrade,
         }
 
     def undo(self) -> dict[str, Any]:
@@ -393,7 +392,7 @@ class Keeper:
         return {}
 
     async def upgrade(self) -> Done:
-        """Make room for a daemon that runs the code on disk, once this is answered."""
+        """Have room made for a daemon that runs the code on disk, unless there is a reason against it."""
         if "holder" not in self.outlives():
             raise BusyError(f"{self.mountpoint} has no holder, or a kernel before 6.9: umount and mount it")
         async with self._lock:

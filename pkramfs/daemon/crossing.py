@@ -25,10 +25,12 @@ import trio
 
 from pkramfs.control.crossing import Crossing, Door
 from pkramfs.control.keeper import Keeper
+from pkramfs.control.replies import Done
 from pkramfs.control.server import Server
 from pkramfs.daemon.holding import Holding, parting
 from pkramfs.daemon.job import CROSSED, HANDED_OVER
 from pkramfs.daemon.shadow import Checkpoints
+from pkramfs.errors import DaemonError
 from pkramfs.fs import handles
 from pkramfs.fs.tree import Tree
 from pkramfs.fuse.session import Session
@@ -75,6 +77,7 @@ class Passage:
         """Who used the tree under the last kernel."""
         self._tree, self._session, self._checkpoints, self._holding = keeper.tree, session, checkpoints, holding
         self._keeper, self._say = keeper, say
+        self._decided, self._leaves = trio.Event(), False
 
     async def _shut(self) -> bool:
         """Read no more requests, and have nobody else work on the tree's frames."""
@@ -106,15 +109,33 @@ class Passage:
             self._holding.leash.crosses(write_users(self._tree))
         parting(self._holding, CROSSED)
 
+    async def upgrade(self) -> Done:
+        """Make room for a daemon that runs the code on disk, once this is answered; DaemonError if it cannot be had."""
+        await self._keeper.upgrade()
+        await self._decided.wait()
+        if not self._leaves:
+            raise DaemonError(self._unchanged)
+        return {}
+
+    @property
+    def _unchanged(self) -> str:
+        return f"the holder of {self._keeper.name} does not become the code on disk: daemon {os.getpid()} goes on"
+
+    def _decide(self, *, leaves: bool) -> None:
+        """Tell who has asked for the code on disk whether it comes."""
+        self._leaves = leaves
+        self._decided.set()
+        if not leaves:
+            self._keeper.leaving, self._decided = trio.Event(), trio.Event()
+
     async def make_room_on_request(self, server: Server) -> None:
         """Make room for a daemon of the code on disk, as if this one died, but between two requests."""
         await self._keeper.leaving.wait()
         while not await self._renew_holder():
-            self._say(
-                f"pkramfs: the holder of {self._keeper.name} does not become the code on disk: nothing was changed"
-            )
-            self._keeper.leaving = trio.Event()
+            self._say(f"pkramfs: {self._unchanged}")
+            self._decide(leaves=False)
             await self._keeper.leaving.wait()
+        self._decide(leaves=True)
         await server.idle()
         self._tree.commit()
         self._say(f"pkramfs: daemon {os.getpid()} of {self._keeper.name} makes room for another")
@@ -124,6 +145,7 @@ class Passage:
         """Have the holder become the code on disk while we serve; it could not wait for who makes a checkpoint now."""
         if self._checkpoints is not None:
             await self._checkpoints.stop()
+        self._say(f"pkramfs: the holder of {self._keeper.name} is to become the code on disk")
         if self._holding is not None and await self._holding.renew():
             return True
         if self._checkpoints is not None:

@@ -297,7 +297,8 @@ class Daemon:
         """Serve kernel and commands until the mount ends."""
         keeper = self.keeper
         crossing = self.passage.crossing
-        verbs, undo = keeper.verbs() | crossing.verbs(), keeper.undo() | crossing.undo()
+        verbs = keeper.verbs() | crossing.verbs() | {"upgrade": self.passage.upgrade}
+        undo = keeper.undo() | crossing.undo()
         server = Server(self.lock.path("sock"), verbs, undo)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.serve)

@@ -3,7 +3,11 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,10 @@ from typing import Any
 import pytest
 
 from pkramfs.control.commands import Commands
+from pkramfs.errors import DaemonError
 from pkramfs.machine import process
+from tests.support.lab import REPOSITORY
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.mount
 
@@ -41,16 +48,25 @@ def test_a_mount_in_use_gets_another_daemon(lab: Any) -> None:
     lab.umount(mnt)
 
 
+def ask(socket: str) -> None:
+    """Ask a daemon for the upgrade that it will not live to see."""
+    with pytest.raises(DaemonError):
+        Commands(socket).upgrade()
+
+
 def test_a_daemon_that_dies_while_its_holder_becomes_the_new_code(lab: Any) -> None:
     """The new code finds it dead, knows of what it died, and starts another; nothing was asked for twice."""
     mnt = lab.mount("one")
     (mnt / "file").write_text("x")
     before = lab.entry(mnt)
     os.kill(before.holder, signal.SIGSTOP)
-    Commands(before.socket).upgrade()
+    asking = threading.Thread(target=ask, args=[before.socket])
+    asking.start()
+    until(lambda: "is to become the code on disk" in lab.run("ctl", "dmesg").stdout)
     Commands(before.socket).status()  # and so the holder was told
     os.kill(before.pid, signal.SIGKILL)
     os.kill(before.holder, signal.SIGCONT)
+    asking.join()
     (mnt / "new").touch()
     deadline = time.monotonic() + 60
     while (after := lab.entry(mnt)).pid == before.pid:
@@ -61,6 +77,48 @@ def test_a_daemon_that_dies_while_its_holder_becomes_the_new_code(lab: Any) -> N
     assert lab.run("ctl", "upgrade", "one").returncode == 0
     (mnt / "more").write_text("y")
     assert process.children(after.holder) == [lab.entry(mnt).pid]
+    lab.umount(mnt)
+
+
+def broken(place: Path, module: str, function: str) -> dict[str, str]:
+    """The environment in which the code on disk is a copy of ours, in which a function fails."""
+    shutil.copytree(REPOSITORY / "pkramfs", place / "pkramfs")
+    with open(place / "pkramfs" / f"{module}.py", "a") as file:
+        file.write(f"\n\ndef {function}(*_: object, **__: object) -> None:\n    raise RuntimeError('it is broken')\n")
+    return {"PYTHONPATH": str(place)}
+
+
+@pytest.mark.parametrize("module", ["fs/recover", "daemon/handover"])
+def test_code_that_cannot_take_over_is_not_put_under_a_mount(lab: Any, tmp_path: Path, module: str) -> None:
+    mnt = lab.mount("one")
+    (mnt / "file").write_text("x")
+    before, broke = lab.entry(mnt), broken(tmp_path, module, "rebuild")
+    if module == "daemon/handover":
+        (tmp_path / "pkramfs" / "daemon" / "handover.py").write_text("import nothing_that_is_there\n")
+    words = [sys.executable, "-P", "-m", "pkramfs", "ctl", "upgrade", "one"]
+    done = subprocess.run(words, env=lab.environment | broke, capture_output=True, text=True, check=False)
+    assert done.returncode in (7, 8) and done.stderr.count("\n") == 1, done.stderr
+    assert "the code on disk cannot" in done.stderr and "nothing was changed" in done.stderr
+    assert (lab.entry(mnt).pid, lab.entry(mnt).holder) == (before.pid, before.holder)
+    (mnt / "more").write_text("y")
+    lab.umount(mnt)
+
+
+def test_a_holder_that_does_not_become_the_code_on_disk(lab: Any, tmp_path: Path) -> None:
+    """Its daemon notices at once that it has ended, goes on, and starts another holder."""
+    broke = lab.environment | broken(tmp_path, "daemon/holder", "again")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(lab), "environment", property(lambda _: broke))
+        mnt = lab.mount("one")
+    (mnt / "file").write_text("x")
+    before = lab.entry(mnt)
+    done = lab.run("ctl", "upgrade", "one")
+    said = f"the holder of one does not become the code on disk: daemon {before.pid} goes on"
+    assert (done.returncode, done.stderr) == (7, f"pkramctl: {said}\n")
+    assert said in lab.run("ctl", "dmesg").stdout
+    until(lambda: (now := lab.entry(mnt)).pid == before.pid and now.holder not in (None, before.holder))
+    os.kill(before.pid, signal.SIGKILL)
+    (mnt / "more").write_text("y")
     lab.umount(mnt)
 
 
