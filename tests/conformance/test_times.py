@@ -32,11 +32,11 @@ def with_fd(function: Any, *args: Any, flags: int = os.O_RDWR, name: str = "a") 
 
 def mapped(fd: int, how: str) -> None:
     with mmap.mmap(fd, 7) as memory:
-        if how == "write":
+        if "read" in how:
+            memory[:2]
+        if "write" in how:
             memory[:2] = b"XX"
             memory.flush()
-        else:
-            memory[:2]
 
 
 CALLS = {
@@ -86,6 +86,7 @@ CALLS = {
     "fchmod": with_fd(os.fchmod, 0o600),
     "map-read": with_fd(mapped, "read"),
     "map-write": with_fd(mapped, "write"),
+    "map-read-write": with_fd(mapped, "read-write"),
     "fallocate": with_fd(os.posix_fallocate, 0, 10_000),
     "copy-range": lambda t: t.touched(copy_range, "a", "b"),
     "setxattr": lambda t: t.touched(os.setxattr, "a", "user.x", b"1"),
