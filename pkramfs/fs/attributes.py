@@ -203,12 +203,12 @@ class Attributes(Truncation):
         if name in _ACLS:
             self._set_acl(inode, name, bytes(value), caller)
             return
+        self.ledger.require_space(xattr_space(name, value))
         old = inode.xattrs.get(name) if inode.xattrs is not None else None
         if old is None and flags & XATTR_REPLACE:
             raise fail(errno.ENODATA)
         if old is not None and flags & XATTR_CREATE:
             raise fail(errno.EEXIST)
-        self.ledger.require_space(xattr_space(name, value))
         self._expect_records(len(name) + len(value))
         self._change(inode)
         self.put_xattr(inode, name, bytes(value))

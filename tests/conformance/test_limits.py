@@ -175,6 +175,8 @@ def test_xattrs_take_inodes(full: Any, size: int) -> None:
         for number in range(8):
             t(os.setxattr, "a", f"user.{number}", b"v" * size)
             figures(t)
+        t(os.setxattr, "a", "user.none", b"v" * size, os.XATTR_REPLACE)
+        t(os.setxattr, "a", "user.0", b"v" * size, os.XATTR_CREATE)
         t(os.setxattr, "a", "user.0", b"v" * (size // 2))
         figures(t)
         t(os.removexattr, "a", "user.1")
