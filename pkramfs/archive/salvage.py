@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 
 from pkramfs.archive.mending import mend
-from pkramfs.archive.view import SavedTree
+from pkramfs.archive.view import SavedTree, open_tree
 from pkramfs.errors import FormatError, PkramError
 from pkramfs.fs.nodes import sound_part
 from pkramfs.fs.verify import verify
@@ -61,8 +61,21 @@ def salvage(kernel: Running, name: bytes) -> Salvaged:
     if node is None:
         unreadable = "".join(f"; unreadable: {problem}" for problem in survey.damaged[:1])
         raise PkramError(f"no node {shown(name)} can be read{unreadable}", errno.ENOENT)
-    if node.log_pfn:
-        return _from_log(kernel, node)
+    found = _from_log(kernel, node) if node.log_pfn else _from_objects(kernel, node)
+    return found if found.problems else found._replace(problems=_refused(kernel, name))
+
+
+def _refused(kernel: Running, name: bytes) -> list[str]:
+    """Return why a tree would be refused all of which came out: a word is damaged that nothing of it needs."""
+    try:
+        open_tree(kernel.store, name)
+    except FormatError as error:
+        return [str(error)]
+    return []
+
+
+def _from_objects(kernel: Running, node: Node) -> Salvaged:
+    """Read what can be read of a tree that was saved whole."""
     reading = _Reading(kernel.ram, node, _frames(kernel, node))
     description, contents = reading.objects()
     parts = reading.description(description)

@@ -12,7 +12,7 @@ import pytest
 from pkramfs.archive.salvage import Salvaged, salvage
 from pkramfs.errors import FormatError, PkramError
 from pkramfs.fs.tree import Tree
-from pkramfs.pkram.format import LINK, OBJECT
+from pkramfs.pkram.format import LINK, NEXT, OBJECT, OTHER
 from pkramfs.pkram.treeformat import SECTIONS, TREE, TreeStream, padding
 from tests.support.preserved import Trees, write
 from tests.support.sums import enable, rest
@@ -66,6 +66,15 @@ def look(trees: Trees) -> tuple[Salvaged, set[int]]:
 def test_a_sound_node(trees: Trees, node: Any) -> None:
     found, whole = look(trees)
     assert (found.damage, found.problems, len(whole)) == ({}, [], FILES)
+
+
+@pytest.mark.parametrize("field", ["next of the node", "next", "other"])
+def test_a_damaged_word_that_nothing_needs(trees: Trees, node: Any, field: str) -> None:
+    """All files come out, but the tree would be refused, and why is said."""
+    flip(trees, node.pfn if " " in field else node.object_pfn, OTHER if field == "other" else NEXT)
+    found, whole = look(trees)
+    assert (found.damage, len(whole), len(found.problems)) == ({}, FILES, 1)
+    assert f"{field.split()[0]} is 0x" in found.problems[0]
 
 
 def test_a_damaged_page_table(trees: Trees, node: Any) -> None:
