@@ -111,6 +111,23 @@ def test_what_is_mapped_is_known_until_it_is_punched(ram, monkeypatch):
     assert len(asked) == 7
 
 
+def test_who_stored_bytes_has_their_pages_mapped(ram, monkeypatch):
+    """Until they are punched; `fill` goes past the mapping."""
+    asked = []
+    monkeypatch.setattr(ram, "_mapping", Mapping(ram._mapping, asked, populates=True))
+    ram.fill(0, memoryview(bytes([1]) * (40 * PAGE_SIZE)))
+    ram.overwrite(0, b"x" * PAGE_SIZE)
+    ram.overwrite(2 * PAGE_SIZE - 1, b"xy")
+    ram.overwrite(40 * PAGE_SIZE, b"")
+    ram.overwrite(ram.size, b"")
+    ram.map(0, 3 * PAGE_SIZE)
+    assert asked == []
+    ram.punch_run(1, 1)
+    ram.map(0, 3 * PAGE_SIZE)
+    ram.map(3 * PAGE_SIZE, 1)
+    assert asked == [(22, 0, 3 * PAGE_SIZE), (22, 3 * PAGE_SIZE, PAGE_SIZE)]
+
+
 class Mapping:
     """A mapping that notes what is asked of it."""
 
