@@ -30,7 +30,7 @@ import stat
 
 from pkramfs.fs import acl, clock
 from pkramfs.fs.failure import fail
-from pkramfs.fs.inode import ROOT, Caller, Inode, in_group
+from pkramfs.fs.inode import FOWNER, FSETID, ROOT, SYS_ADMIN, Caller, Inode, capable, in_group
 from pkramfs.fs.limits import xattr_space
 from pkramfs.fs.protection import KNOWN, refuse_change, refuse_size, refuse_times
 from pkramfs.fs.rules import LABEL, MAX_SIZE, WRITING, XATTR_NAME_MAX, XATTR_SIZE_MAX
@@ -69,6 +69,8 @@ class Attributes(Truncation):
             return self.set_times(number, atime, mtime, ctime)
         else:
             refuse_change(inode)
+            if mode is None and inode.entries is None and inode.mode & 0o6000:
+                _refuse_mode(inode, without_set_id(inode, caller), caller)
         if mode is not None and inode.xattrs is not None and acl.ACCESS in inode.xattrs:
             self._expect_records(len(inode.xattrs[acl.ACCESS]))
         self._change(inode, room=LESS)
@@ -79,7 +81,7 @@ class Attributes(Truncation):
             inode.mtime = now
         self._set_owner_and_mode(inode, mode, uid, gid, caller)
         if size is not None and (inode.mode & 0o6000 or inode.xattrs):
-            self._drop_privileges(inode, caller, keep_set_id=caller.uid == 0)
+            self._drop_privileges(inode, caller, keep_set_id=capable(caller, FSETID))
         inode.atime = inode.atime if atime is None else clock.clamp(atime)
         inode.mtime = inode.mtime if mtime is None else clock.clamp(mtime)
         inode.ctime = now if ctime is None else clock.clamp(ctime)
@@ -112,17 +114,17 @@ class Attributes(Truncation):
     def set_nothing(self, number: int, ctime: int | None, caller: Caller) -> Inode:
         """Serve a change of nothing, or of ctime alone: so FUSE's kernel says that privileges may go.
 
-        Of a file and without ctime, it is somebody's write who may not keep them: from root that is about capabilities,
-        which the kernel removes itself, else about set-id bits. All others are chown(-1, -1).
+        Of a file and without ctime, it is a write by somebody who may not keep them: with CAP_FSETID that is about
+        capabilities of the file, which the kernel removes itself, else about set-id bits. All others are chown(-1, -1).
         """
         inode = self.inode(number)
         writes, mode = inode.is_file and ctime is None, inode.mode
-        if inode.entries is None and mode & 0o6000 and not (writes and caller.uid == 0):
+        if inode.entries is None and mode & 0o6000 and not (writes and capable(caller, FSETID)):
             mode = without_set_id(inode, caller)
         if writes and mode == inode.mode:
             return inode
-        if not writes and mode != inode.mode and caller.uid not in (0, inode.uid):
-            raise fail(errno.EPERM)
+        if not writes:
+            _refuse_mode(inode, mode, caller)
         self._change(inode, room=LESS)
         inode.mode = mode
         if not writes:  # else the write's is to come
@@ -183,12 +185,13 @@ class Attributes(Truncation):
         return value
 
     def listxattr(self, number: int, caller: Caller = ROOT) -> list[bytes]:
-        """Return the names, ACLs first and the others in falling order, as tmpfs does; `trusted.` only for root."""
+        """Return the names, ACLs first and the others in falling order, as tmpfs does; `trusted.` for CAP_SYS_ADMIN."""
         xattrs = self.inode(number).xattrs
         if not xattrs:
             return []
-        seen = (name for name in xattrs if caller.uid == 0 or not name.startswith(b"trusted."))
-        names = sorted(seen, reverse=True)
+        names = sorted(xattrs, reverse=True)
+        if any(name.startswith(b"trusted.") for name in names) and not capable(caller, SYS_ADMIN):
+            names = [name for name in names if not name.startswith(b"trusted.")]
         return [name for name in _ACLS if name in xattrs] + [name for name in names if name not in _ACLS]
 
     def setxattr(self, number: int, name: bytes, value: bytes, flags: int = 0, caller: Caller = ROOT) -> None:
@@ -244,6 +247,12 @@ class Attributes(Truncation):
                 inode.mode &= ~stat.S_ISGID
         self.put_xattr(inode, name, value if keep else None)
         inode.ctime = clock.now()
+
+
+def _refuse_mode(inode: Inode, mode: int, caller: Caller) -> None:
+    """Raise EPERM if an inode does not have this mode yet, and the caller must not set it."""
+    if mode != inode.mode and caller.uid != inode.uid and not capable(caller, FOWNER):
+        raise fail(errno.EPERM)
 
 
 def without_set_id(inode: Inode, caller: Caller) -> int:

@@ -29,7 +29,7 @@ from pkramfs.errors import ExhaustedError
 from pkramfs.fs import clock
 from pkramfs.fs.failure import fail
 from pkramfs.fs.filling import Filling
-from pkramfs.fs.inode import ROOT, Caller, Inode
+from pkramfs.fs.inode import FSETID, ROOT, Caller, Inode, capable
 from pkramfs.fs.pagecache import END, PageMap, Run
 from pkramfs.fs.protection import refuse_open, refuse_space
 from pkramfs.fs.records import RUN_BYTES
@@ -88,7 +88,7 @@ class Data(Filling):
         self._resize(inode, 0)
         self.losses.cut(inode.ino, 0)
         if inode.mode & 0o6000 or inode.xattrs:  # else nobody need know who it is
-            self._drop_privileges(inode, caller, keep_set_id=caller.uid == 0)
+            self._drop_privileges(inode, caller, keep_set_id=capable(caller, FSETID))
         inode.mtime = inode.ctime = clock.now()
 
     # -- reading --------------------------------------------------------------------------------

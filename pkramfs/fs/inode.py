@@ -19,6 +19,7 @@ Kernel: struct inode, struct shmem_inode_info
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pkramfs.fs.limits import INLINE_TARGET
@@ -34,8 +35,15 @@ FIELDS = ("ino", "mode", "uid", "gid", "atime", "mtime", "ctime", "nlink", "size
 """The numbers that make an Inode, in the order of its arguments: what crosses a kexec as columns of the same names."""
 
 
+FOWNER, FSETID, SYS_ADMIN = 3, 4, 21
+"""Capabilities, see capabilities(7)."""
+
+
 class Caller(Protocol):
-    """The user of a request; pyfuse3's request context fits. `groups`, where present, are supplementary groups."""
+    """The user of a request; pyfuse3's request context fits.
+
+    `groups`, where present, are supplementary groups; `capable` tells of a capability, else root has all.
+    """
 
     @property
     def uid(self) -> int: ...
@@ -58,9 +66,15 @@ class Credentials(NamedTuple):
 ROOT = Credentials()
 
 
+def capable(caller: Caller, capability: int) -> bool:
+    """Return True if the caller has a capability."""
+    known: Callable[[int], bool] | None = getattr(caller, "capable", None)
+    return caller.uid == 0 if known is None else known(capability)
+
+
 def in_group(caller: Caller, gid: int) -> bool:
     """Return True if the caller may keep the set-group-id bit of a file of that group."""
-    return caller.uid == 0 or caller.gid == gid or gid in getattr(caller, "groups", ())
+    return caller.gid == gid or gid in getattr(caller, "groups", ()) or capable(caller, FSETID)
 
 
 class Inode:

@@ -30,7 +30,7 @@ from pkramfs.fuse import doors, wire
 from pkramfs.fuse.brake import Brake
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.replies import Replies
-from pkramfs.fuse.translate import status_fields, supplementary_groups
+from pkramfs.fuse.translate import capable, status_fields, supplementary_groups
 from pkramfs.fuse.wire import Header, Op
 from pkramfs.units import pages
 
@@ -82,6 +82,10 @@ class Context:
     def groups(self) -> Collection[int]:
         """Return the supplementary groups, read from /proc."""
         return supplementary_groups(self.pid)
+
+    def capable(self, capability: int) -> bool:
+        """Return True if the thread that asks has a capability, as /proc says; of others root."""
+        return capable(self.pid, capability) if self.pid else self.uid == 0
 
 
 def _ids(pid: int) -> tuple[int, int]:

@@ -56,8 +56,12 @@ class Asker:
         """Return the supplementary groups, read from /proc."""
         return supplementary_groups(self._context.pid)
 
+    def capable(self, capability: int) -> bool:
+        """Return True if the thread that asks has a capability, as /proc says; of others root."""
+        return capable(self._context.pid, capability) if self._context.pid else self.uid == 0
 
-def status_fields(pid: int, *names: bytes) -> list[list[int]]:
+
+def status_fields(pid: int, *names: bytes, base: int = 10) -> list[list[int]]:
     """Return the numbers of fields of /proc/PID/status, e.g. `Groups`, read once; raise OSError if it is gone.
 
     The file is read as bytes and in lines that end with a newline: its first field is the name of the command, which
@@ -67,7 +71,7 @@ def status_fields(pid: int, *names: bytes) -> list[list[int]]:
         found = {name: words for name, _, words in (line.partition(b":") for line in file) if name in names}
     if len(found) < len(names):
         raise OSError(errno.EIO, "a field is missing", f"/proc/{pid}/status")
-    return [[int(word) for word in found[name].split()] for name in names]
+    return [[int(word, base) for word in found[name].split()] for name in names]
 
 
 def supplementary_groups(pid: int) -> Collection[int]:
@@ -76,6 +80,22 @@ def supplementary_groups(pid: int) -> Collection[int]:
         return status_fields(pid, b"Groups")[0]
     except OSError:
         return ()
+
+
+def capable(pid: int, capability: int) -> bool:
+    """Return True if a thread has a capability. Those that it has in another user namespace are for what is there.
+
+    A daemon without privileges may not see the namespaces of others: there root is believed.
+    """
+    try:
+        if not status_fields(pid, b"CapEff", base=16)[0][0] >> capability & 1:
+            return False
+        try:
+            return os.readlink(f"/proc/{pid}/ns/user") == os.readlink("/proc/self/ns/user")
+        except PermissionError:
+            return status_fields(pid, b"Uid")[0][3] == 0
+    except OSError:
+        return False
 
 
 def file_size_limit(pid: int) -> int:

@@ -55,6 +55,19 @@ def utimensat(path: str | bytes, access: tuple[int, int], change: tuple[int, int
     _check(_libc.utimensat(AT_FDCWD, _bytes(path), times, flags))
 
 
+def keep_capabilities(mask: int) -> None:
+    """Have these capabilities of those that are permitted, and no others."""
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    _check(_libc.capget(header, sets))
+    low, high = sets[1] & mask & 0xFFFFFFFF, sets[4] & mask >> 32
+    _check(_libc.capset(header, (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)))
+
+
+def keep_over_setuid(keep: bool) -> None:
+    """Have the next setuid(2) from root leave capabilities permitted (PR_SET_KEEPCAPS)."""
+    _check(_libc.prctl(8, int(keep), 0, 0, 0))
+
+
 def syncfs(fd: int) -> None:
     _check(_libc.syncfs(fd))
 

@@ -88,6 +88,48 @@ def test_set_id_bits(both: Any, call: str, mode: int, who: str) -> None:
     both(case)
 
 
+ALL, CAPABILITIES = (1 << 64) - 1, {"CHOWN": 0, "DAC_OVERRIDE": 1, "FOWNER": 3, "FSETID": 4, "SYS_ADMIN": 21}
+DEFAULT_ACL = acl((1, 7, 0xFFFFFFFF), (4, 5, 0xFFFFFFFF), (32, 5, 0xFFFFFFFF))
+CAREFUL = {
+    **{
+        name: DROPPING[name] for name in ("write", "truncate", "truncate-same", "open-trunc", "fallocate", "chown-none")
+    },
+    "chmod": lambda t: t(os.chmod, "a", 0o2755),
+    "chgrp": lambda t: t(os.chown, "a", -1, USER),
+    "acl": lambda t: t(os.setxattr, "a", "system.posix_acl_access", DEFAULT_ACL),
+    "list": lambda t: t(os.listxattr, "a"),
+}
+
+
+@pytest.mark.few(20)
+@pytest.mark.parametrize("call", CAREFUL)
+@pytest.mark.parametrize("uid", [0, USER])
+@pytest.mark.parametrize("owner", [0, USER, OTHER])
+@pytest.mark.parametrize("kept", ["none", "but", "only"])
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_capabilities(both: Any, name: str, kept: str, owner: int, uid: int, call: str) -> None:
+    """Root who lacks one, as in containers, and others who have one."""
+    bit = 1 << CAPABILITIES[name]
+
+    def case(t: Any) -> None:
+        write("a", b"content")
+        os.chown("a", owner, 77)
+        os.setxattr("a", "trusted.x", b"1")
+        os.chmod("a", 0o6777)
+
+        def user(u: Any) -> None:
+            system.keep_capabilities({"none": 0, "but": ALL & ~bit, "only": bit}[kept])
+            CAREFUL[call](u)
+
+        system.keep_over_setuid(keep=True)
+        try:
+            t.other(user, uid, uid)
+        finally:
+            system.keep_over_setuid(keep=False)
+
+    both(case)
+
+
 def test_set_id_bits_of_an_open_file(both: Any) -> None:
     """Bits that are set between two writes of one descriptor."""
 

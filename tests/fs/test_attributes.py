@@ -6,7 +6,7 @@ import errno
 import pytest
 
 from pkramfs.fs import acl
-from pkramfs.fs.inode import ROOT, Credentials
+from pkramfs.fs.inode import FOWNER, FSETID, ROOT, SYS_ADMIN, Credentials
 
 USER = Credentials(uid=1000, gid=100, umask=0o022)
 
@@ -104,6 +104,40 @@ def test_chown_to_nobody_else_of_what_is_no_file_comes_without_ctime(tree, kind)
     tree.setattr(inode.ino, mode=0o4755, ctime=5)
     tree.set_nothing(inode.ino, None, ROOT)
     assert inode.mode & 0o7777 == 0o755 and inode.ctime > 5
+
+
+class Container(Credentials):
+    """Root without all of root's capabilities, and others with some."""
+
+    have: tuple[int, ...] = ()
+
+    def capable(self, capability: int) -> bool:
+        return capability in self.have
+
+
+def test_rules_ask_for_capabilities_not_for_root(tree, file) -> None:
+    def held(*some: int, uid: int = 0) -> Container:
+        made = Container(uid=uid, gid=7)
+        made.have = some
+        return made
+
+    tree.setxattr(file.ino, b"trusted.a", b"1")
+    assert tree.listxattr(file.ino, held()) == [] and tree.listxattr(file.ino, held(SYS_ADMIN, uid=5)) == [b"trusted.a"]
+    tree.setattr(file.ino, mode=0o6755, uid=1)
+    for change in (
+        lambda who: tree.setattr(file.ino, gid=9, caller=who),
+        lambda who: tree.set_nothing(file.ino, 5, who),
+    ):
+        with refused(errno.EPERM):
+            change(held(FSETID))
+    tree.setattr(file.ino, size=1, caller=held(FSETID, uid=5))
+    tree.set_nothing(file.ino, None, held(FSETID, uid=5))
+    assert file.mode & 0o7777 == 0o6755
+    tree.setattr(file.ino, size=2, caller=held(FOWNER))
+    assert file.mode & 0o7777 == 0o755
+    tree.setattr(file.ino, mode=0o6755)
+    tree.set_nothing(file.ino, 5, held(FOWNER, uid=5))
+    assert file.mode & 0o7777 == 0o755
 
 
 def test_a_write_takes_bits_unless_it_is_roots(tree, file) -> None:

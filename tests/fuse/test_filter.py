@@ -28,7 +28,7 @@ from pkramfs.fuse import turns, wire  # noqa: E402
 from pkramfs.fuse.filter import RESENT, Filter  # noqa: E402
 from pkramfs.fuse.operations import Operations  # noqa: E402
 from pkramfs.fuse.requests import Requests  # noqa: E402
-from pkramfs.fuse.translate import status_fields, supplementary_groups  # noqa: E402
+from pkramfs.fuse.translate import capable, status_fields, supplementary_groups  # noqa: E402
 from pkramfs.fuse.wire import HEADER, REPLY, Op  # noqa: E402
 from tests.fs.conftest import SmallFrames, audit, small_ram  # noqa: E402
 
@@ -119,6 +119,7 @@ def test_who_opens_a_file_is_asked_only_if_privileges_go(kernel: Kernel, monkeyp
     """The kernel does not say it where mounts may be idmapped, and to read /proc takes longer than all the rest."""
     asked: list[int] = []
     monkeypatch.setattr("pkramfs.fuse.requests._ids", lambda pid: asked.append(pid) or (7, 7))  # type: ignore[func-returns-value]
+    monkeypatch.setattr("pkramfs.fuse.translate.capable", lambda pid, capability: asked.append(pid))
     tree = kernel.operations.tree
     inode = tree.create(1, b"file", 0o755)
     for mode, flags, looks, after in (
@@ -410,6 +411,20 @@ def test_the_name_of_a_command_is_no_field_of_its_status(name):
         assert sorted(supplementary_groups(child.pid)) == sorted(groups)
         child.communicate(b"\n")
     assert supplementary_groups(child.pid) == ()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has capabilities to lose")
+def test_capabilities_are_those_that_a_thread_has_here():
+    """Nobody has any who is gone, or who has them in another user namespace."""
+    pipe = subprocess.PIPE
+    inside = "unshare --user --map-root-user true 2>/dev/null && exec unshare --user --map-root-user "
+    script = {"root": "", "nobody": "exec setpriv --bounding-set -all --inh-caps -all ", "elsewhere": inside}
+    for name, prefix in script.items():
+        with subprocess.Popen(["sh", "-c", f"{prefix}sh -c 'echo ready; read line'"], stdin=pipe, stdout=pipe) as child:
+            if child.stdout.readline():  # else this host has no user namespaces
+                assert capable(child.pid, 4) == (name == "root"), name
+            child.communicate(b"\n")
+        assert not capable(child.pid, 4)
 
 
 def test_what_a_write_gave_back_is_cleared_before_others_write_there(
