@@ -30,7 +30,7 @@ import stat
 
 from pkramfs.fs import acl, clock
 from pkramfs.fs.failure import fail
-from pkramfs.fs.inode import FOWNER, FSETID, ROOT, SYS_ADMIN, Caller, Inode, capable, in_group
+from pkramfs.fs.inode import CHOWN, FOWNER, FSETID, ROOT, SYS_ADMIN, Caller, Inode, capable, in_group
 from pkramfs.fs.limits import xattr_space
 from pkramfs.fs.protection import KNOWN, refuse_change, refuse_size, refuse_times
 from pkramfs.fs.rules import LABEL, MAX_SIZE, WRITING, XATTR_NAME_MAX, XATTR_SIZE_MAX
@@ -69,8 +69,8 @@ class Attributes(Truncation):
             return self.set_times(number, atime, mtime, ctime)
         else:
             refuse_change(inode)
-            if mode is None and inode.entries is None and inode.mode & 0o6000:
-                _refuse_mode(inode, without_set_id(inode, caller), caller)
+            if mode is None and inode.entries is None and inode.mode & 0o6000 and capable(caller, CHOWN):
+                _refuse_mode(inode, without_set_id(inode, caller), caller)  # without, the kernel knows that it is his
         if mode is not None and inode.xattrs is not None and acl.ACCESS in inode.xattrs:
             self._expect_records(len(inode.xattrs[acl.ACCESS]))
         self._change(inode, room=LESS)

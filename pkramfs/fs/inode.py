@@ -35,7 +35,7 @@ FIELDS = ("ino", "mode", "uid", "gid", "atime", "mtime", "ctime", "nlink", "size
 """The numbers that make an Inode, in the order of its arguments: what crosses a kexec as columns of the same names."""
 
 
-FOWNER, FSETID, SYS_ADMIN = 3, 4, 21
+CHOWN, FOWNER, FSETID, SYS_ADMIN = 0, 3, 4, 21
 """Capabilities, see capabilities(7)."""
 
 
