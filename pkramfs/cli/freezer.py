@@ -116,9 +116,10 @@ class Freezer:
         The kernel tells an error once, and may tell an old one that was mended since.
         """
         from pkramfs.mounting.patience import StuckError, within
+        from pkramfs.mounting.syscalls import sync_held
 
         try:
-            within(lambda: _sync(entry), FREEZE_SECONDS, "the kernel's writing back")
+            within(lambda: _sync(entry, sync_held), FREEZE_SECONDS, "the kernel's writing back")
         except StuckError:
             message = f"flushing {entry.mountpoint} took more than {FREEZE_SECONDS:.0f} s"
             self._refuse(message, f"; its daemon is pid {entry.pid}")
@@ -201,16 +202,17 @@ class Freezer:
         return [entry for entry in entries if entry.tree_id in living]
 
 
-def _sync(entry: "MountEntry") -> None:
-    """Call syncfs(2) on a mount, if it is mounted where its entry says; OSError if data did not arrive."""
-    from pkramfs.mounting.syscalls import sync_held
+def _sync(entry: "MountEntry", sync: "Callable[[int, str], None]") -> None:
+    """Call syncfs(2) on a mount, if it is mounted where its entry says; OSError if data did not arrive.
 
+    It imports nothing: a process that was forked for it does not read the code, which somebody may be replacing.
+    """
     try:
         directory = os.open(entry.mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return  # detached, or in another namespace: only its daemon can say what has arrived
     try:
         if entry.dev is None or os.fstat(directory).st_dev == entry.dev:
-            sync_held(directory, entry.mountpoint)
+            sync(directory, entry.mountpoint)
     finally:
         os.close(directory)

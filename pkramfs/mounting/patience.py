@@ -89,12 +89,13 @@ def within(work: Callable[[], T], seconds: float, what: str) -> T:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)  # it has sent all, or its time is over
         os.close(ours)
+    status = 0
     with contextlib.suppress(ChildProcessError):  # who started us may have us ignore SIGCHLD: it is gone already
-        os.waitpid(child, os.WNOHANG if answer is None else 0)  # it may be a while until it ends
+        _, status = os.waitpid(child, os.WNOHANG if answer is None else 0)  # it may be a while until it ends
     if answer is None:
         raise StuckError(f"waited {seconds:g} s for {what}, in vain")
     if not answer:
-        raise ErrnoError(f"the process that waited for {what} was killed", errno.EINTR)
+        raise ErrnoError(f"the process that waited for {what} was killed{_by(status)}", errno.EINTR)
     done, value = marshal.loads(answer)
     if not done:
         raise OSError(*value)
@@ -106,14 +107,22 @@ def _work(work: Callable[[], Any], pipe: int) -> None:
     """Run in the child: do the work, send its result, and end without any of the parent's clean-up."""
     try:
         try:
-            told = (True, work())
+            told = marshal.dumps((True, work()))
         except OSError as error:
-            told = (False, (error.errno, error.strerror, error.filename))
-        except Exception as error:  # a fault of ours: who waits is to hear what it is
-            told = (False, (errno.EIO, f"internal error: {error!r}", None))
-        os.write(pipe, marshal.dumps(told))
+            path = error.filename
+            file = os.fspath(path) if isinstance(path, os.PathLike) else path
+            told = marshal.dumps((False, (error.errno, error.strerror, file)))
+        except BaseException as error:  # of ours, or of a handler of signals: it is told
+            told = marshal.dumps((False, (errno.EIO, f"internal error: {error!r}", None)))
+        while told:
+            told = told[os.write(pipe, told) :]
     finally:
         os._exit(0)
+
+
+def _by(status: int) -> str:
+    """Return the signal that a child with this status was killed by, as the end of a sentence."""
+    return f" by {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else ""
 
 
 def _read(pipe: int, deadline: float) -> bytes | None:

@@ -125,7 +125,7 @@ def test_forced_a_silent_daemon_is_a_warning(machine):
 
 
 def failing(monkeypatch, error):
-    def sync(entry):
+    def sync(entry, _):
         raise error
 
     monkeypatch.setattr(freezer, "_sync", sync)

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,20 @@ def test_a_fault_is_named() -> None:
         within(work, 20, "that")
 
 
+def test_what_a_handler_of_signals_raises_is_named() -> None:
+    """It runs in the process that waits, too, if the signal is sent to all of a group."""
+    with pytest.raises(OSError, match=r"internal error: KeyboardInterrupt\(\)"):
+        within(lambda: os.kill(os.getpid(), signal.SIGINT), 20, "that")
+
+
+def test_an_answer_that_cannot_be_sent_is_named() -> None:
+    with pytest.raises(OSError, match="internal error: ValueError"):
+        within(object, 20, "that")
+    with pytest.raises(FileNotFoundError) as caught:
+        within(Path("/absent").stat, 20, "that")
+    assert caught.value.filename == "/absent"
+
+
 def test_what_is_late_is_named_and_killed():
     ours, theirs = os.pipe()
     with pytest.raises(StuckError, match=r"waited 0\.05 s for the moon, in vain"):
@@ -42,7 +57,7 @@ def test_what_is_late_is_named_and_killed():
 
 
 def test_a_child_that_is_killed():
-    with pytest.raises(ErrnoError, match="the process that waited for it was killed"):
+    with pytest.raises(ErrnoError, match=r"^the process that waited for it was killed by SIGKILL$"):
         within(lambda: os.kill(os.getpid(), signal.SIGKILL), 10, "it")
 
 
