@@ -14,6 +14,7 @@ where that is little, not at all: then each write(2) asks. /proc says how much i
 much the kernel still has nobody says. So all that was let through is expected, less what has arrived since. When what
 is expected and the next write would not fit, the kernel is told to write back, we wait, and know what is left. A write
 that brings no page, for those are there, goes on whatever is left. One is refused if its pages are more than that.
+Before the kernel is told, those are waited for who were let through and have not written yet, some milliseconds.
 
 Where /proc says nothing each write is believed to bring twice what those before brought. Now and then the kernel is
 told to write back, to see what a write of each file brings, and those are refused who would not fit:
@@ -67,6 +68,8 @@ _FILES = 1000
 """Files of which it is known how they are written to."""
 _PAUSE, _PAUSES = 0.0005, 40
 """Seconds between two looks at a thread that does not wait for us yet, and how many."""
+_FLIGHT = 50_000_000
+"""Nanoseconds after which a thread that was let through has written, whatever it seems to do."""
 _LOOK = 20_000_000
 """Nanoseconds after which the room is looked up again when a file is opened."""
 
@@ -130,6 +133,8 @@ class Brake:
         """True while the kernel writes back: who brings a page waits for the result."""
         self._known = False
         """False while there may be anything in the kernel's cache."""
+        self._flying: dict[int, int] = {}
+        """Threads that were let through and have not asked again, and when that was."""
         self._next_look = 0
         self._rests = False
         """True if the file for which one has asked last may be written to for a moment without asking."""
@@ -156,6 +161,7 @@ class Brake:
     def ask(self, number: int, pid: int) -> Coroutine[Any, Any, None] | None:
         """Return None if a write by a thread to a file may go on, or what comes before: it may end with ENOSPC."""
         left, self._rests = self._left(), False
+        self._flying.pop(pid, None)  # who asks again has written
         if left >= SHORT:
             self._known = False
             self._writers.clear()
@@ -164,7 +170,7 @@ class Brake:
             call = look(pid)
         except BlockingIOError:
             return self._ask_again(number, pid)
-        return None if self._passes(self._tree.inode(number), call, left) else self._settle(number, call)
+        return None if self._passes(self._tree.inode(number), call, left, pid) else self._settle(number, call, pid)
 
     async def _ask_again(self, number: int, pid: int) -> None:
         """Answer a thread that has asked and does not wait yet."""
@@ -174,8 +180,8 @@ class Brake:
             with contextlib.suppress(BlockingIOError):
                 call = look(pid)
                 break
-        if not self._passes(self._tree.inode(number), call, self._left()):
-            await self._settle(number, call)
+        if not self._passes(self._tree.inode(number), call, self._left(), pid):
+            await self._settle(number, call, pid)
 
     def taking(self, count: int, act: Callable[[], Result]) -> Result | Coroutine[Any, Any, Result]:
         """Have an act take up to `count` pages by itself, once what is on its way to those has arrived."""
@@ -197,7 +203,7 @@ class Brake:
         finally:
             self._before += max(self._tree.limits.pages - before, 0)
 
-    def _passes(self, inode: Inode, call: Call | None, left: int) -> bool:
+    def _passes(self, inode: Inode, call: Call | None, left: int, pid: int) -> bool:
         """Let another write through if there is room for it, and expect it."""
         if call is None:
             return not self._settling and self._granted(inode, left)
@@ -213,7 +219,21 @@ class Brake:
                 return False
         self._note(inode, call, left - count)
         self._expect(count)
+        self._fly(pid)
         return True
+
+    def _fly(self, pid: int) -> None:
+        """Note that a thread was let through, and may not have written yet."""
+        if len(self._flying) > _FILES:
+            self._flying.clear()
+        self._flying[pid] = time.monotonic_ns()
+
+    async def _landed(self) -> None:
+        """Wait until those have written who were let through: what they write is to be written back, too."""
+        while self._flying:
+            late = time.monotonic_ns() - _FLIGHT
+            self._flying = {pid: since for pid, since in self._flying.items() if since > late and _may_write(pid)}
+            await trio.sleep(_PAUSE if self._flying else 0)
 
     def _note(self, inode: Inode, call: Call, left: int) -> None:
         """Count a write; let the file rest if its writes are small ones."""
@@ -267,11 +287,11 @@ class Brake:
         """Expect so many pages."""
         self._expected += count
 
-    async def _settle(self, number: int, call: Call | None) -> None:
+    async def _settle(self, number: int, call: Call | None, pid: int) -> None:
         """Have what is on its way arrive, and refuse the writer if there is no room for more."""
         async with self._one:
             inode = self._tree.inode(number)
-            if self._passes(inode, call, self._left()):
+            if self._passes(inode, call, self._left(), pid):
                 return  # others have settled meanwhile
             await self._write_back()
             writer = self._writers.setdefault(inode.ino, _Writer(inode))
@@ -282,6 +302,7 @@ class Brake:
                 writer.usual = None  # the next may be smaller
                 raise fail(errno.ENOSPC)
             self._grant(writer, self._may_bring(writer) if call is None else needed)
+            self._fly(pid)
 
     def _needed(self, inode: Inode, writer: _Writer, call: Call | None) -> int:
         """Return the pages without which a write is refused."""
@@ -297,6 +318,7 @@ class Brake:
         """Have the kernel write back, and let nobody through meanwhile who brings more."""
         self._settling = True
         try:
+            await self._landed()
             await self._host.cache.write_back()
         finally:
             self._settling = False
@@ -336,3 +358,12 @@ def _missing(inode: Inode, call: Call, size: int | None, most: int) -> int:
     first, last = start >> PAGE_SHIFT, pages(start + call.count)
     held = sum(count for _, _, count in inode.pages.between(first, last)) if inode.pages is not None else 0
     return last - first - held
+
+
+def _may_write(pid: int) -> bool:
+    """Return True if a thread is writing, or is not known not to."""
+    try:
+        call = look(pid)
+    except BlockingIOError:
+        return True
+    return call is not None and call.count > 0

@@ -288,6 +288,29 @@ def test_who_does_not_wait_yet_is_looked_at_again(told: Told) -> None:
     assert not told.running
 
 
+def test_who_was_let_through_and_has_not_written_yet(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread is looked at until it has, so that the kernel writes that back, too."""
+    slow, looks = 7, 0
+
+    def look(pid: int) -> Any:
+        nonlocal looks
+        looks += pid == slow
+        if looks == 4:
+            told.unwritten[2] = [(0, 1)]
+        return told.look(pid) if pid != slow or looks < 4 else None
+
+    assert told.put(1, None, PAGE_SIZE)
+    told.arrive(1)
+    told.limits.max_pages = 105
+    told.at, told.count = 0, 1
+    monkeypatch.setattr(brake, "look", look)
+    assert told.brake.ask(2, slow) is None
+    assert not told.put(1, None, 5 * PAGE_SIZE)
+    assert told.put(1, None, 4 * PAGE_SIZE)
+    told.arrive(1)
+    assert (told.lost, looks) == (0, 4)
+
+
 def test_pages_that_are_taken_without_a_write(told: Told) -> None:
     """fallocate waits for what is on its way, and its pages are not taken for those."""
 
