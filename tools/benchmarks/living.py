@@ -229,6 +229,7 @@ def _recovery(table: Table, place: Lab, files: int, requests: int) -> None:
     tree = restored()
     begin(tree, b"files", kernel.generation, node.pfn)
     assert tree.journal is not None
+    live = tree.journal.log.live
     folder = tree.mkdir(1, b"new", 0o755).ino
     for number in range(requests):
         tree.create(folder, b"%d" % number, 0o644)
@@ -236,7 +237,7 @@ def _recovery(table: Table, place: Lab, files: int, requests: int) -> None:
 
     def recovered() -> Any:
         frames = Frames(kernel.ram, kernel.leases, node.tree_id)
-        return complete(rebuild(kernel.store, tree.journal.log.live, kernel.ram, frames, Limits()))
+        return complete(rebuild(kernel.store, live, kernel.ram, frames, Limits()))
 
     name = f"recovery of {files:,} files behind {requests:,} requests"
     table.add("live", name, _seconds(table, recovered), "ms")
