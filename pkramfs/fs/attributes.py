@@ -59,8 +59,12 @@ class Attributes(Truncation):
         mtime: int | None = None,
         ctime: int | None = None,
         caller: Caller = ROOT,
+        keep: bool = False,
     ) -> Inode:
-        """Change what is given and return the inode."""
+        """Change what is given and return the inode.
+
+        With `keep` a new owner takes no privileges away, and a new size no capabilities.
+        """
         inode = self.inode(number)
         if size is not None:
             self._check_size(inode, size)
@@ -69,7 +73,7 @@ class Attributes(Truncation):
             return self.set_times(number, atime, mtime, ctime)
         else:
             refuse_change(inode)
-            if mode is None and inode.entries is None and inode.mode & 0o6000 and capable(caller, CHOWN):
+            if mode is None and inode.entries is None and inode.mode & 0o6000 and not keep and capable(caller, CHOWN):
                 _refuse_mode(inode, without_set_id(inode, caller), caller)  # without, the kernel knows that it is his
         if mode is not None and inode.xattrs is not None and acl.ACCESS in inode.xattrs:
             self._expect_records(len(inode.xattrs[acl.ACCESS]))
@@ -79,9 +83,11 @@ class Attributes(Truncation):
             self._resize(inode, size)
             self.losses.cut(inode.ino, size)
             inode.mtime = now
-        self._set_owner_and_mode(inode, mode, uid, gid, caller)
+        if not keep and inode.entries is None and (uid is not None or gid is not None):
+            self._drop_privileges(inode, caller, keep_set_id=False)
+        self._set_owner_and_mode(inode, mode, uid, gid)
         if size is not None and (inode.mode & 0o6000 or inode.xattrs):
-            self._drop_privileges(inode, caller, keep_set_id=capable(caller, FSETID))
+            self._drop_privileges(inode, caller, keep_set_id=capable(caller, FSETID), keep_capabilities=keep)
         inode.atime = inode.atime if atime is None else clock.clamp(atime)
         inode.mtime = inode.mtime if mtime is None else clock.clamp(mtime)
         inode.ctime = now if ctime is None else clock.clamp(ctime)
@@ -131,11 +137,7 @@ class Attributes(Truncation):
             inode.ctime = clock.now() if ctime is None else clock.clamp(ctime)
         return inode
 
-    def _set_owner_and_mode(
-        self, inode: Inode, mode: int | None, uid: int | None, gid: int | None, caller: Caller
-    ) -> None:
-        if (uid is not None or gid is not None) and inode.entries is None:
-            self._drop_privileges(inode, caller, keep_set_id=False)
+    def _set_owner_and_mode(self, inode: Inode, mode: int | None, uid: int | None, gid: int | None) -> None:
         inode.uid = inode.uid if uid is None else uid
         inode.gid = inode.gid if gid is None else gid
         if mode is not None:
@@ -143,13 +145,15 @@ class Attributes(Truncation):
             if inode.xattrs is not None and acl.ACCESS in inode.xattrs:
                 self.put_xattr(inode, acl.ACCESS, acl.with_mode(inode.xattrs[acl.ACCESS], mode))
 
-    def _drop_privileges(self, inode: Inode, caller: Caller, *, keep_set_id: bool) -> None:
+    def _drop_privileges(
+        self, inode: Inode, caller: Caller, *, keep_set_id: bool, keep_capabilities: bool = False
+    ) -> None:
         """Remove set-id bits and capabilities, because content or owner has changed."""
         if inode.entries is not None:
             return
         if not keep_set_id and inode.mode & 0o6000:
             inode.mode = without_set_id(inode, caller)
-        if inode.xattrs is not None and CAPABILITY in inode.xattrs:
+        if not keep_capabilities and inode.xattrs is not None and CAPABILITY in inode.xattrs:
             self.put_xattr(inode, CAPABILITY, None)
 
     @staticmethod

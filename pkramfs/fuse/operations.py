@@ -238,12 +238,15 @@ class Operations(pyfuse3.Operations):
                 return self._attributes(self.tree.set_nothing(number, ctime, Asker(ctx)))
             # What follows each write-back, and goes before each deletion.
             return self._attributes(self.tree.set_times(number, atime, mtime, ctime, touch=touch))
+        who, known = Asker(ctx), self.tree.inode(number)
+        # chown(2) of a file comes with ctime. Without, overlayfs gives its copy the owner, bits and all, or the size,
+        # and keeps capabilities: for truncate(2) the kernel takes them away itself.
+        keep = known.is_file and ctime is None
         if size is not None and mtime is None:
             # A truncate to the same size: the kernel has not changed its times of the file.
-            known = self.tree.inode(number)
             mtime, ctime = known.mtime, known.ctime if ctime is None else ctime
         changed = self.tree.setattr(
-            number, mode=mode, uid=uid, gid=gid, size=size, atime=atime, mtime=mtime, ctime=ctime, caller=Asker(ctx)
+            number, mode=mode, uid=uid, gid=gid, size=size, atime=atime, mtime=mtime, ctime=ctime, caller=who, keep=keep
         )
         return self._attributes(changed)
 

@@ -3,7 +3,10 @@
 
 import mmap
 import os
+import shutil
 import struct
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,6 +129,35 @@ def test_capabilities(both: Any, name: str, kept: str, owner: int, uid: int, cal
             t.other(user, uid, uid)
         finally:
             system.keep_over_setuid(keep=False)
+
+    both(case)
+
+
+@pytest.mark.skipif("\toverlay" not in Path("/proc/filesystems").read_text(), reason="no overlayfs here")
+@pytest.mark.parametrize("call", ["append", "chgrp", "utime"])
+def test_overlayfs_copies_privileges(both: Any, call: str) -> None:
+    """It sets the owner of its copy behind the mode."""
+
+    def case(t: Any) -> None:
+        for name in ("lower", "upper", "work", "merged"):
+            os.mkdir(name)
+        write("lower/a", b"content")
+        os.chown("lower/a", USER, GROUP)
+        os.chmod("lower/a", 0o6755)
+        os.setxattr("lower/a", "security.capability", CAPABILITY)
+        options = "lowerdir=lower,upperdir=upper,workdir=work"
+        subprocess.run(["mount", "-t", "overlay", "-o", options, "none", "merged"], check=True)
+        try:
+            os.chdir("merged")
+            DROPPING[call](t)
+            t(os.stat, "a")
+            t(os.listxattr, "a")
+        finally:
+            os.chdir("..")
+            system.umount("merged")
+        t(os.stat, "upper/a")
+        for name in ("upper", "work"):
+            shutil.rmtree(name)
 
     both(case)
 

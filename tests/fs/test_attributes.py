@@ -74,6 +74,13 @@ def test_chown_drops_set_id_bits_even_for_root(tree, file, mode, after) -> None:
     assert tree.listxattr(file.ino) == []
 
 
+def test_a_copy_gets_its_owner_and_keeps_its_bits(tree, file) -> None:
+    tree.setattr(file.ino, mode=0o6755)
+    tree.setxattr(file.ino, b"security.capability", b"cap")
+    tree.setattr(file.ino, uid=5, gid=7, keep=True)
+    assert (file.mode & 0o7777, file.uid, tree.listxattr(file.ino)) == (0o6755, 5, [b"security.capability"])
+
+
 def test_chown_of_a_directory_keeps_its_bits(tree, sh) -> None:
     ino = sh.mkdir(b"d")
     tree.setattr(ino, mode=0o6755)
