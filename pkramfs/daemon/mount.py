@@ -152,9 +152,18 @@ class Daemon:
             self.machine.log(f"pkramfs: the daemon of {name} ends, its tree is in RAM: mount {name} again")
             return
         if not kept:
+            self._forget_log()
             self.frames.release_all()
         self.machine.log(f"pkramfs: {name} unmounted, its tree is {fate}")
         drop_empty(self.lock.path("log"))
+
+    def _forget_log(self) -> None:
+        """Have the entry name no log any more: who is killed while it frees a tree leaves none to recover."""
+        self._live, self.claimed = None, self.claimed._replace(live=None)
+        try:
+            self._write_entry()
+        except MachineError as error:
+            log.warning("the entry names a log that is being freed: %s", error)
 
     def _let_go(self) -> None:
         """Give the tree id back, or leave it to who mounts the NAME again."""

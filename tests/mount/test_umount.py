@@ -74,6 +74,23 @@ sys.exit(serving.main())
 """
 """A daemon that tells what its files held when it gave them back."""
 
+DYING = """
+import os, signal, sys
+from pkramfs.daemon import serving
+from pkramfs.machine.leases import Leases
+from pkramfs.machine.ram import Ram
+
+punch, release, _ = Ram.punch, Leases.release, sys.argv.pop(1)
+
+def dying(self, *args):
+    Ram.punch = lambda *args: (punch(*args), os.kill(os.getpid(), signal.SIGKILL))
+    release(self, *args)
+
+Leases.release = dying
+sys.exit(serving.main())
+"""
+"""A daemon that is killed while it frees its tree: the memory has gone back, and its page blocks are still leased."""
+
 
 @pytest.fixture
 def start(lab: Any) -> Iterator[Callable[[str, Path, Path], None]]:
@@ -158,6 +175,16 @@ def test_sigterm_flushes(lab: Any, start: Any, held: bool) -> None:
     for fd in descriptors if held else []:
         with contextlib.suppress(OSError):  # ENOTCONN
             os.close(fd)
+
+
+@pytest.mark.parametrize("process", ["serving", "holder"])
+def test_sigkill_while_a_tree_is_freed(lab: Any, start: Any, process: str) -> None:
+    """It was unmounted: the NAME is free, and nobody looks for a log where there is none any more."""
+    mnt = lab.dir("one")
+    start(DYING.replace("serving", process), lab.root, mnt)
+    (mnt / "file").write_text("lost")
+    lab.umount(mnt)
+    assert os.listdir(lab.mount("one")) == []
 
 
 def test_sigterm_during_a_save_completes_it(lab: Any, start: Any) -> None:
