@@ -13,7 +13,7 @@ from tests.conformance.conftest import compare
 from tests.conformance.kinds import write
 from tests.conformance.record import TICK
 from tests.conformance.system import acl
-from tests.support.lab import Pairs
+from tests.support.lab import FUSE_PATH, Pairs
 
 pytestmark = [pytest.mark.mount, pytest.mark.skipif(os.geteuid() != 0, reason="needs a tmpfs of its own")]
 PAGES, INODES = 64, 40
@@ -175,8 +175,9 @@ def test_xattrs_take_inodes(full: Any, size: int) -> None:
         for number in range(8):
             t(os.setxattr, "a", f"user.{number}", b"v" * size)
             figures(t)
-        t(os.setxattr, "a", "user.none", b"v" * size, os.XATTR_REPLACE)
-        t(os.setxattr, "a", "user.0", b"v" * size, os.XATTR_CREATE)
+        if FUSE_PATH != "pyfuse3":  # which looks at the flags itself, before it asks
+            t(os.setxattr, "a", "user.none", b"v" * size, os.XATTR_REPLACE)
+            t(os.setxattr, "a", "user.0", b"v" * size, os.XATTR_CREATE)
         t(os.setxattr, "a", "user.0", b"v" * (size // 2))
         figures(t)
         t(os.removexattr, "a", "user.1")

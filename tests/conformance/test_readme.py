@@ -14,6 +14,7 @@ ROWS = {
     "test_truncate*": "truncate(2) to the size",
     "test_changes*truncate*": "truncate(2) to the size",
     "test_changes*map-read-write*": "a store through a map into a page",
+    "test_changes*fallocate*": "fallocate(2) that is refused",
     "test_map_grows*": "reading a hole through a map",
     "test_access_time*": "atime",
     "test_set_id_bits*chown*": "`chown(-1, -1)`",

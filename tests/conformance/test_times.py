@@ -88,6 +88,7 @@ CALLS = {
     "map-write": with_fd(mapped, "write"),
     "map-read-write": with_fd(mapped, "read-write"),
     "fallocate": with_fd(os.posix_fallocate, 0, 10_000),
+    "fallocate-refused": with_fd(system.fallocate, system.ZERO_RANGE, 0, 7),
     "copy-range": lambda t: t.touched(copy_range, "a", "b"),
     "setxattr": lambda t: t.touched(os.setxattr, "a", "user.x", b"1"),
     "setxattr-same": lambda t: (os.setxattr("a", "user.x", b"1"), t.touched(os.setxattr, "a", "user.x", b"1")),
