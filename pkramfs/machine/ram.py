@@ -270,12 +270,14 @@ class Ram:
     def punch_run(self, pfn: int, count: int) -> None:
         """Punch one run."""
         self._unmapped(pfn, count)
-        if _libc.fallocate(self.fd, _PUNCH_HOLE_KEEP_SIZE, pfn << PAGE_SHIFT, count << PAGE_SHIFT) == 0:
+        while _libc.fallocate(self.fd, _PUNCH_HOLE_KEEP_SIZE, pfn << PAGE_SHIFT, count << PAGE_SHIFT):
+            code = ctypes.get_errno()
+            if code == errno.EINTR:
+                continue
+            if code not in _NO_FALLOCATE:
+                raise OSError(code, os.strerror(code), self.path)
+            self.zero(pfn, count)  # a backing without holes, such as devdax
             return
-        code = ctypes.get_errno()
-        if code not in _NO_FALLOCATE:
-            raise OSError(code, os.strerror(code), self.path)
-        self.zero(pfn, count)  # a backing without holes, such as devdax
 
     def poison(self, spans: Spans) -> None:
         """Fill pages with a pattern, so that a test finds data that would survive only by accident."""

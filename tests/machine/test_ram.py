@@ -223,12 +223,15 @@ def test_backing_takes_memory_once_and_changes_nothing(ram):
     assert ram.backed == 7 * PAGE_SIZE
 
 
-def test_backing_goes_on_after_a_signal(ram, monkeypatch):
+def test_backing_and_punching_go_on_after_a_signal(ram, monkeypatch):
     answers, fallocate = iter([-1, -1]), ram_module._libc.fallocate
     monkeypatch.setattr(ram_module._libc, "fallocate", lambda *words: next(answers, None) or fallocate(*words))
     monkeypatch.setattr(ram_module.ctypes, "get_errno", lambda: errno.EINTR)
     ram.back_run(3, 2)
     assert ram.backed == 2 * PAGE_SIZE
+    answers = iter([-1, -1])
+    ram.punch_run(3, 2)
+    assert ram.backed == 0
 
 
 @pytest.fixture
