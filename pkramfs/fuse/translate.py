@@ -18,6 +18,7 @@ Kernel: include/uapi/linux/fuse.h (fuse_attr, fuse_entry_out), fs/fuse/inode.c (
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Collection
 
