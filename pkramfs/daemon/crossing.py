@@ -19,7 +19,7 @@ Kernel: kernel/kexec_core.c (kernel_kexec), with CONFIG_KEXEC_JUMP
 import json
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import trio
 
@@ -108,6 +108,10 @@ class Passage:
         if self._holding is not None and self._holding.leash is not None:
             self._holding.leash.crosses(write_users(self._tree))
         parting(self._holding, CROSSED)
+
+    def verbs(self) -> dict[str, Any]:
+        """Return all verbs of the daemon by name."""
+        return self._keeper.verbs() | self.crossing.verbs() | {"upgrade": self.upgrade}
 
     async def upgrade(self) -> Done:
         """Make room for a daemon that runs the code on disk, once this is answered; DaemonError if it cannot be had."""

@@ -305,9 +305,7 @@ class Daemon:
     async def _live_on(self, tree: Tree) -> None:
         """Serve kernel and commands until the mount ends."""
         keeper = self.keeper
-        crossing = self.passage.crossing
-        verbs = keeper.verbs() | crossing.verbs() | {"upgrade": self.passage.upgrade}
-        undo = keeper.undo() | crossing.undo()
+        verbs, undo = self.passage.verbs(), keeper.undo() | self.passage.crossing.undo()
         server = Server(self.lock.path("sock"), verbs, undo)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.serve)

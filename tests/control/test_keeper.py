@@ -267,7 +267,7 @@ def test_two_at_once_save_once(keeper: Keeper, said: list[str]) -> None:
 
 def test_verbs_name_themselves(keeper: Keeper) -> None:
     assert set(keeper.verbs()) == {
-        *("status", "preserve", "foresee", "unpreserve", "freeze", "thaw", "compare", "reconfigure", "stop", "upgrade"),
+        *("status", "preserve", "foresee", "unpreserve", "freeze", "thaw", "compare", "reconfigure", "stop"),
     }
 
 

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.mount
 ROOT = os.geteuid() == 0
 MIB = 1 << 20
 OPTIONS = "pkram=one,size=4M"
+UNASKED = f"{OPTIONS},fuse=pyfuse3"
+"""Nobody is asked whether there is room for a write."""
 
 
 def store(path: Path, size: int = 8 * MIB) -> None:
@@ -45,9 +47,11 @@ def settled(lab: Any, directory: Path) -> dict[str, Any]:
         assert time.monotonic() < deadline
 
 
-@pytest.mark.parametrize("lose", [store, careless_write])
-def test_what_is_lost_is_named_everywhere_and_not_preserved(lab: Any, lose: Callable[[Path], None]) -> None:
-    mnt = lab.mount("one", OPTIONS)
+@pytest.mark.parametrize(("lose", "options"), [(store, OPTIONS), (careless_write, UNASKED)])
+def test_what_is_lost_is_named_everywhere_and_not_preserved(
+    lab: Any, lose: Callable[[Path], None], options: str
+) -> None:
+    mnt = lab.mount("one", options)
     lose(mnt / "file")
     status = settled(lab, mnt)
     assert (status["lost"], status["lost_count"]) == (["/file"], 1)
@@ -63,10 +67,10 @@ def test_what_is_lost_is_named_everywhere_and_not_preserved(lab: Any, lose: Call
     assert lab.nodes() == ["shmem-one"]
 
 
-@pytest.mark.parametrize("lose", [store, careless_write])
-def test_the_next_who_asks_is_told(lab: Any, lose: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(("lose", "options"), [(store, OPTIONS), (careless_write, UNASKED)])
+def test_the_next_who_asks_is_told(lab: Any, lose: Callable[[Path], None], options: str) -> None:
     """errseq: each descriptor that did not see the error before has it once, at fsync; those opened later have not."""
-    mnt = lab.mount("one", OPTIONS)
+    mnt = lab.mount("one", options)
     with open(mnt / "file", "w+b") as early:
         lose(mnt / "file")
         if lose is store:  # close has told nobody yet
