@@ -185,8 +185,10 @@ class Brake:
 
     def taking(self, count: int, act: Callable[[], Result]) -> Result | Coroutine[Any, Any, Result]:
         """Have an act take up to `count` pages by itself, once what is on its way to those has arrived."""
+        if not count:
+            return act()
         left = self._left()
-        if not count or left >= SHORT or (self._known and not self._settling and count + self._on_its_way() <= left):
+        if left >= SHORT or (self._known and not self._settling and count + self._on_its_way() <= left):
             return self._apart(act)
         return self._after_all(act)
 

@@ -9,10 +9,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from pkramfs.machine.directory import Machine
 
 BIN = Path(sys.executable).parent
+_SECONDS = 20.0
+"""How long a program may take to mount, or to end."""
 
 
 def command(*words: object) -> str:
@@ -121,3 +124,19 @@ def lab(size: int = 0) -> Iterator[Lab]:
             os.environ.pop("PKRAM_ROOT")
             if before is not None:
                 os.environ["PKRAM_ROOT"] = before
+
+
+@contextlib.contextmanager
+def served(words: list[str], path: Path, output: IO[bytes] | None = None) -> Iterator[None]:
+    """A program that mounts on a directory, until it is unmounted."""
+    daemon = subprocess.Popen([*words, str(path)], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + _SECONDS
+        while not os.path.ismount(path):
+            if daemon.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"tools/bench: {words[0]} does not mount on {path}")
+            time.sleep(0.01)
+        yield
+    finally:
+        daemon.terminate()
+        daemon.wait(timeout=_SECONDS)

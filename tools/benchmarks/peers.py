@@ -29,14 +29,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.files import _create, _each, _fsync, _read_cold, _write_again, _write_new
-from benchmarks.mounts import Lab, lab
-from benchmarks.requests import requests_for_each, served
+from benchmarks.mounts import Lab, lab, served
+from benchmarks.requests import requests_for_each
 from benchmarks.table import Table, seconds
 
 _EXAMPLES = Path(os.environ.get("LIBFUSE_EXAMPLES", "/usr/share/doc/libfuse3-dev/examples"))
 _SOURCES = {"passthrough_ll": "passthrough_ll.c", "memfs_ll": "memfs_ll.cc"}
 _CHECKED = " checked"
-_DEADLINE = 20.0
 MIB = 1 << 20
 _FORCE_SYNC, _BASIC = 0x2000, 0x7FF  # AT_STATX_SYNC_TYPE, STATX_BASIC_STATS
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -4,21 +4,16 @@
 Ours counts them (pkramctl metrics); a program of libfuse prints each with -d.
 """
 
-import contextlib
 import os
 import re
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 from benchmarks.files import _create
-from benchmarks.mounts import Lab, command
+from benchmarks.mounts import Lab, command, served
 from benchmarks.table import Table
 
 _COUNT = 50
-_DEADLINE = 20.0
 _PRINTED = re.compile(r"opcode: (\w+)")
 _OURS = re.compile(r'^pkramfs_requests_total{kind="(\w+)",mountpoint="([^"]*)".*} ([0-9.]+)$', re.MULTILINE)
 _NOT_AWAITED = ("FORGET", "BATCH_FORGET")
@@ -75,19 +70,3 @@ def _counted(directory: Path) -> float:
 def _printed(said: Path) -> float:
     """The requests that a program of libfuse has printed."""
     return sum(kind not in _NOT_AWAITED for kind in _PRINTED.findall(said.read_text(errors="replace")))
-
-
-@contextlib.contextmanager
-def served(words: list[str], path: Path, output: IO[bytes] | None = None) -> Iterator[None]:
-    """A program that mounts on a directory, until it is unmounted."""
-    daemon = subprocess.Popen([*words, str(path)], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-    try:
-        deadline = time.monotonic() + _DEADLINE
-        while not os.path.ismount(path):
-            if daemon.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"tools/bench: {words[0]} does not mount on {path}")
-            time.sleep(0.01)
-        yield
-    finally:
-        daemon.terminate()
-        daemon.wait(timeout=_DEADLINE)
