@@ -71,7 +71,7 @@ _PAUSE, _PAUSES = 0.0005, 40
 _FLIGHT = 50_000_000
 """Nanoseconds after which a thread that was let through has written, whatever it seems to do."""
 _LOOK = 20_000_000
-"""Nanoseconds after which the room is looked up again when a file is opened."""
+"""Nanoseconds after which the room is looked up again when a file is opened, or takes pages by itself."""
 
 
 class Host(Protocol):
@@ -135,7 +135,8 @@ class Brake:
         """False while there may be anything in the kernel's cache."""
         self._flying: dict[int, int] = {}
         """Threads that were let through and have not asked again, and when that was."""
-        self._next_look = 0
+        self._next_look = self._seen = 0
+        """When the room is to be looked up again, and how many pages it was."""
         self._rests = False
         """True if the file for which one has asked last may be written to for a moment without asking."""
 
@@ -153,9 +154,7 @@ class Brake:
 
     def glance(self) -> None:
         """Look whether room is short, now and then: somebody opens a file to write."""
-        now = time.monotonic_ns()
-        if now >= self._next_look:
-            self._next_look = now + _LOOK
+        if time.monotonic_ns() >= self._next_look:
             self._left()
 
     def ask(self, number: int, pid: int) -> Coroutine[Any, Any, None] | None:
@@ -187,6 +186,10 @@ class Brake:
         """Have an act take up to `count` pages by itself, once what is on its way to those has arrived."""
         if not count:
             return act()
+        recent = time.monotonic_ns() < self._next_look
+        if recent and self._seen - count >= 2 * SHORT:  # nobody fills half of that so soon
+            self._seen -= count
+            return self._apart(act)
         left = self._left()
         if left >= SHORT or (self._known and not self._settling and count + self._on_its_way() <= left):
             return self._apart(act)
@@ -343,6 +346,7 @@ class Brake:
         left = self._host.room()
         if limits.max_pages:
             left = min(left, limits.max_pages - limits.pages)
+        self._seen, self._next_look = left, time.monotonic_ns() + _LOOK
         self._teller.hold(0 if left < SHORT else min(LONG, (left << PAGE_SHIFT) // _FASTEST))
         return left
 

@@ -334,6 +334,21 @@ def test_pages_that_are_taken_without_a_write(told: Told) -> None:
     assert told.lost == 0
 
 
+def test_who_takes_pages_where_there_is_room_looks_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until what has been taken since leaves less than twice what is short."""
+    machine, looks = Machine(3 * SHORT), 0
+
+    def room() -> int:
+        nonlocal looks
+        looks += 1
+        return 1 << 40
+
+    monkeypatch.setattr(machine, "room", room)
+    monkeypatch.setattr(brake, "_LOOK", 1 << 62)
+    assert [machine.brake.taking(SHORT // 4, lambda: looks) for _ in range(7)] == [1, 1, 1, 1, 1, 2, 2]
+    assert [machine.brake.taking(0, lambda: looks) for _ in range(3)] == [2, 2, 2]
+
+
 def test_a_file_of_small_writes_need_not_ask_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Told(SHORT // 2, monkeypatch)
     machine.file(1)
