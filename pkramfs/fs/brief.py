@@ -89,9 +89,9 @@ def pack_times(brief: tuple[Packer, Inode], position: int, asker: int) -> bytes:
     return _TIMES(position, asker, 20, 0, 40, i.ino, i.atime, i.mtime, i.ctime)
 
 
-def pack_wrote(brief: tuple[Packer, Inode, int, int, int], position: int, asker: int) -> bytes:
-    """Pack what a write has changed of a file: inode, file page, pfn and pages of a run or 0."""
-    _, i, index, pfn, count = brief
+def pack_wrote(brief: tuple[Packer, Inode, tuple[int, int, int]], position: int, asker: int) -> bytes:
+    """Pack what a write has changed of a file: inode, a run (file page, pfn, pages) or zeros."""
+    _, i, (index, pfn, count) = brief
     return _WROTE(position, asker, 21, 0, 64, i.ino, i.size, i.mtime, i.ctime, index, pfn, count)
 
 

@@ -111,7 +111,7 @@ class Core:
         What takes no memory says `room=LESS`: it may use the last of the journal.
         """
         preservation, journal = self.preservation, self.journal
-        if journal is not None and not preservation.frozen:
+        if journal is not None and not preservation.frozen and (inodes or journal.records or journal.log.left < room):
             journal.change(inodes, room)
         if preservation.guarded:
             preservation.change()

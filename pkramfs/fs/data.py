@@ -221,7 +221,7 @@ class Data(Filling):
         if end > inode.size:
             self.ledger.add_bytes(end - inode.size)
             inode.size = end
-            if self.journal is not None:
+            if self.journal is not None and not into_holes:  # else the frames were noted, and with them all this
                 self.journal.wrote(inode)
         if self.losses.files:
             self.losses.written(inode.ino, offset, end, inode.size)

@@ -70,6 +70,7 @@ _FEW, _MANY = 4, 64
 """Records that surely fit where there is room for a request; readers' opens that are told together at the latest."""
 _BRIEF = 1024
 """Bytes in which a chunk with one record of `brief` fits."""
+_NO_RUN = (0, 0, 0)
 _TELL_OPEN = (pack_made, pack_gone, pack_open)
 
 
@@ -102,9 +103,10 @@ class Journal:
     def __init__(self, tree: Owner, log: Log, pages: Spans | None = None) -> None:
         self.log, self.pages = log, pages or Spans()
         self._tree, self._frames = tree, tree.frames
-        self._records: list[bytes] = []
+        self.records: list[bytes] = []
+        """The records of this request that are noted already."""
         self._size = self._sized = 0  # the bytes of the first `_sized` records of `_measured`
-        self._measured = self._records
+        self._measured = self.records
         self._brief: Brief | None = None
         """What the request has changed first, if one record can tell it: its packer, the inode, what else it needs."""
         self._dirty: dict[int, Inode] = {}
@@ -136,18 +138,18 @@ class Journal:
 
     def ensure(self, size: int = GROWTH) -> None:
         """Have room for so many bytes of records beside those that are noted already; raise ENOSPC if there is none."""
-        if self._records:
-            if self._measured is not self._records:
-                self._measured, self._size, self._sized = self._records, 0, 0
-            self._size += sum(map(len, self._records[self._sized :]))
-            self._sized = len(self._records)
+        if self.records:
+            if self._measured is not self.records:
+                self._measured, self._size, self._sized = self.records, 0, 0
+            self._size += sum(map(len, self.records[self._sized :]))
+            self._sized = len(self.records)
             size += self._size
         if self.log.left < size:
             self.log.ensure(size)
 
     def change(self, inodes: tuple[Inode, ...], room: int) -> None:
         """Note that attributes of inodes change; have room for so many bytes of records, or raise ENOSPC."""
-        if self._records or self.log.left < room:
+        if self.records or self.log.left < room:
             self.ensure(room)
         for inode in inodes:
             self._dirty[inode.ino] = inode
@@ -192,19 +194,19 @@ class Journal:
 
     def enter(self, folder: Inode, name: bytes, child: Inode, cookie: int) -> None:
         """Note a new name."""
-        self._records.append(pack_enter(folder.ino, name, child.ino, cookie))
+        self.records.append(pack_enter(folder.ino, name, child.ino, cookie))
 
     def leave(self, folder: Inode, name: bytes) -> None:
         """Note that a name is gone."""
-        self._records.append(pack_leave(folder.ino, name))
+        self.records.append(pack_leave(folder.ino, name))
 
     def _is_first(self) -> bool:
         """Return True if the request has noted nothing yet that must be told in order."""
-        return self._brief is None and not self._dirty and not self._records
+        return self._brief is None and not self._dirty and not self.records
 
     def made(self, folder: Inode, name: bytes, inode: Inode, cookie: int) -> None:
         """Note a name that was made for a new inode, which has the times of the directory."""
-        if self._brief is None and not self._dirty and not self._records:
+        if self._brief is None and not self._dirty and not self.records:
             self._brief = pack_made, inode, folder, name, cookie, inode.ctime
         else:
             self.touch(folder)
@@ -213,7 +215,7 @@ class Journal:
 
     def gone(self, folder: Inode, name: bytes, inode: Inode, now: int) -> None:
         """Note that a name is gone, since `now`, and what else becomes of its inode."""
-        if self._brief is None and not self._dirty and not self._records:
+        if self._brief is None and not self._dirty and not self.records:
             self._brief = pack_gone, inode, folder, name, now
         else:
             self.touch(folder)
@@ -240,7 +242,7 @@ class Journal:
 
     def timed(self, inode: Inode) -> None:
         """Note that times of an inode change."""
-        if self._brief is None and not self._dirty and not self._records:
+        if self._brief is None and not self._dirty and not self.records:
             self._brief = pack_times, inode
         else:
             self._dirty[inode.ino] = inode
@@ -248,39 +250,40 @@ class Journal:
     def wrote(self, inode: Inode) -> None:
         """Note that size and times of a file change, because it is written."""
         brief = self._brief
-        if brief is None and not self._dirty and not self._records:
-            self._brief = pack_wrote, inode, 0, 0, 0
+        if brief is None and not self._dirty and not self.records:
+            self._brief = pack_wrote, inode, _NO_RUN
         elif brief is None or brief[1] is not inode or brief[0] is not pack_wrote:
             self._dirty[inode.ino] = inode
 
     def put(self, inode: Inode, runs: list[tuple[int, int, int]]) -> None:
-        """Note runs (file page, pfn, pages) that a file has got."""
-        if len(runs) == 1 and self._brief is None and not self._dirty and not self._records:
-            self._brief = pack_wrote, inode, *runs[0]
+        """Note runs (file page, pfn, pages) that a file has got, and, as `wrote` does, its new size and times."""
+        if len(runs) == 1 and self._brief is None and not self._dirty and not self.records:
+            self._brief = pack_wrote, inode, runs[0]
             return
+        self._dirty[inode.ino] = inode
         for index, pfn, count in runs:
-            self._records.append(pack_run(inode.ino, index, pfn, count))
+            self.records.append(pack_run(inode.ino, index, pfn, count))
 
     def cut(self, inode: Inode, first: int, last: int) -> None:
         """Note that a file has no pages in [first, last)."""
-        self._records.append(pack_range(Kind.CUT, inode.ino, first, last))
+        self.records.append(pack_range(Kind.CUT, inode.ino, first, last))
 
     def reserve(self, inode: Inode, first: int, count: int) -> None:
         """Note pages that were allocated and never written."""
-        self._records.append(pack_range(Kind.RESERVED, inode.ino, first, count))
+        self.records.append(pack_range(Kind.RESERVED, inode.ino, first, count))
 
     def use(self, inode: Inode, first: int, last: int) -> None:
         """Note that no pages in [first, last) are unwritten any more."""
-        self._records.append(pack_range(Kind.USED, inode.ino, first, last))
+        self.records.append(pack_range(Kind.USED, inode.ino, first, last))
 
     def clear(self, inode: Inode, start: int, end: int, address: int, *, maybe_hole: bool) -> None:
         """Note bytes [start, end) of a file, at an address of RAM, that are to be zeros once this is committed."""
-        self._records.append(pack_range(Kind.ZERO, inode.ino, start, end))
+        self.records.append(pack_range(Kind.ZERO, inode.ino, start, end))
         self._cut.append((address, end - start, maybe_hole))
 
     def set_xattr(self, inode: Inode, name: bytes, value: bytes | None) -> None:
         """Note an extended attribute, or with None that it is gone."""
-        self._records.append(pack_unset(inode.ino, name) if value is None else pack_xattr(inode.ino, name, value))
+        self.records.append(pack_unset(inode.ino, name) if value is None else pack_xattr(inode.ino, name, value))
 
     def reap(self, inode: Inode) -> None:
         """Note that an inode is gone."""
@@ -290,7 +293,7 @@ class Journal:
         self._late.pop(inode.ino, None)
         self._looked.pop(inode.ino, None)
         self._losing.discard(inode.ino)
-        self._records.append(pack_reaped(inode.ino))
+        self.records.append(pack_reaped(inode.ino))
 
     def lose(self, ino: int) -> None:
         """Note that other pages of a file are lost than before."""
@@ -298,21 +301,21 @@ class Journal:
 
     def unsum(self, ino: int, low: int, high: int) -> None:
         """Note that pieces [low, high) of a file have no checksum any more; of inode 0: nothing has."""
-        self._records.append(pack_range(Kind.UNSUMMED, ino, low, high))
+        self.records.append(pack_range(Kind.UNSUMMED, ino, low, high))
 
     def sum(self, rows: Sequence[tuple[int, int, int]]) -> bool:
         """Note checksums (inode number, piece, sum) that were made; False if there is no room for what is optional."""
-        size = sum(map(len, self._records)) + 24 * len(rows)
+        size = sum(map(len, self.records)) + 24 * len(rows)
         try:
             self.log.ensure(LESS + size)
         except ExhaustedError:
             return False
-        self._records.append(pack_summed(rows))
+        self.records.append(pack_summed(rows))
         return True
 
     def damage(self, ino: int, piece: int, mask: int) -> None:
         """Note which pages of a piece of a file are damaged."""
-        self._records.append(pack_damaged(ino, piece, mask))
+        self.records.append(pack_damaged(ino, piece, mask))
 
     def free(self, starts: Sequence[int], counts: Sequence[int]) -> None:
         """Free frames once this is committed."""
@@ -323,7 +326,7 @@ class Journal:
     def commit(self, asker: int = 0) -> None:
         """Make all that was noted count; `asker` is the number of the request that is about to be answered."""
         brief = self._brief
-        if self._dirty or self._records or self._opened or self._losing or self._looks_due:
+        if self._dirty or self.records or self._opened or self._losing or self._looks_due:
             self._write(asker)
         elif brief is not None:
             log = self.log
@@ -359,8 +362,8 @@ class Journal:
             parts.append(self._brief[0](self._brief, 0, 0)[AHEAD:])
         for inode in self._dirty.values():
             parts.append(pack_inode(inode, unnamed))  # noqa: PERF401
-        if self._records:
-            parts += self._records
+        if self.records:
+            parts += self.records
         if self._opened or self._losing or self._looked:
             late = self._tell_late(parts)
             if not parts:
@@ -371,7 +374,7 @@ class Journal:
             self._losing.clear()
             self._looked.clear()
             self._looks_due = False
-        self._brief, self._dirty, self._records, self._fresh = None, dirty, records, 0
+        self._brief, self._dirty, self.records, self._fresh = None, dirty, records, 0
         self.requests = requests = self.requests + 1
         if requests == self.limit or not requests & 1023:
             self._look(requests)

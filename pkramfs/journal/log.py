@@ -243,11 +243,11 @@ class Log:
         All that changes something comes this way, so that it makes few calls: the checksum is `chunk_digest`, the word
         that is published `guard`.
         """
-        length, tail = COVERED + len(covered), self.position + COVERED + len(covered)
-        left = self.left - length
+        length, position = COVERED + len(covered), self.position
+        tail, left = position + length, self.left - length
         chunk = _pack_head(length, CHUNK_KIND, LAST, _digest(covered, LAST)) + covered
         word = (tail ^ self._tail_mark) * FACTOR & CHECK | tail
-        self._append(self._ahead + self.position, chunk, self._tail_at, word)
+        self._append(self._ahead + position, chunk, self._tail_at, word)
         self.position, self.tail, self.left = tail, tail, left  # now: memory may have been short for all above
 
     def note_zeroed(self) -> None:
