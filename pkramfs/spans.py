@@ -244,3 +244,12 @@ def distinct(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     fresh = np.ones(len(found), dtype=bool)
     np.not_equal(found[1:], found[:-1], out=fresh[1:])
     return found[fresh]
+
+
+def among(values: npt.NDArray[Any], some: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Return a mask of the values that `some` holds, as numpy.isin does; see `distinct`."""
+    ordered = np.sort(np.asarray(some, dtype=values.dtype), axis=None)
+    if not len(ordered):
+        return np.zeros(values.shape, dtype=bool)
+    found: npt.NDArray[np.bool_] = ordered[np.searchsorted(ordered[1:], values, side="right")] == values
+    return found

@@ -38,6 +38,7 @@ from pkramfs.fs.rules import (
     XATTR_SIZE_MAX,
 )
 from pkramfs.pkram.treeformat import DAMAGED, SUMS
+from pkramfs.spans import among
 from pkramfs.units import PAGE_SHIFT, plural
 
 if TYPE_CHECKING:
@@ -112,8 +113,8 @@ class _Mending:
         holds = np.bincount(parent[parent < self.total], minlength=self.total) > 0
         holds[0] = True
         stored, kinds = self.inodes["extents"] > 0, self._kinds
-        known = np.isin(kinds, _TYPES) & (mode < 1 << 16)
-        special = np.isin(kinds, [stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK])
+        known = among(kinds, _TYPES) & (mode < 1 << 16)
+        special = among(kinds, [stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK])
         folder = holds & ~stored & (kinds != stat.S_IFDIR) & (~known | (special & (size > 0)))
         folder[0] = kinds[0] != stat.S_IFDIR
         mode[folder] = stat.S_IFDIR | np.where(mode[folder] & 0o777, mode[folder] & 0o7777, 0o700)
@@ -123,7 +124,7 @@ class _Mending:
         directory = kinds == stat.S_IFDIR
         self.inodes["rdev"][directory] = 0
         self.inodes["flags"][directory] &= np.uint32(KNOWN)
-        device = np.isin(kinds, [stat.S_IFCHR, stat.S_IFBLK])
+        device = among(kinds, [stat.S_IFCHR, stat.S_IFBLK])
         self.typeless = ~known & ~folder & ~stored
         self._was = size.copy()
         self.give_up(~known & ~folder | (stored & (kinds != stat.S_IFREG)), "its type is damaged")

@@ -38,7 +38,7 @@ from pkramfs.fs.verify import verify
 from pkramfs.mounting.names import mount_name
 from pkramfs.pkram.node import Node, shown
 from pkramfs.pkram.treeformat import Array, TreeStream
-from pkramfs.spans import Spans
+from pkramfs.spans import Spans, distinct
 from pkramfs.text import exact
 from pkramfs.units import PAGE_SHIFT
 
@@ -295,7 +295,7 @@ class SavedTree:
         for start, end in frames:  # the segments of a log: a few
             rows |= (pieces[:, 1] < end) & (pieces[:, 1] + pieces[:, 2] > start)
         owners = np.searchsorted(self._packed.edges, np.flatnonzero(rows), side="right") - 1
-        return [int(place) for place in np.unique(owners)]
+        return [int(place) for place in distinct(owners)]
 
     # -- figures --------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from pkramfs.fs.inode import FIELDS, Inode
 from pkramfs.fs.pagecache import PageMap
 from pkramfs.fs.pieces import pieces_of
 from pkramfs.pkram.treeformat import DAMAGED, SUMS, Array, Columns
+from pkramfs.spans import among
 
 if TYPE_CHECKING:
     from pkramfs.fs.asleep import Snapshot
@@ -365,7 +366,7 @@ def _sum_columns(tree: Tree, table: Columns, extents: Columns) -> tuple[dict[str
     found = tree.sums.columns()
     if tree.orphans:  # which may not be there
         for name, columns in found.items():
-            keep = np.isin(columns["ino"], table["ino"].view(np.uint64))
+            keep = among(columns["ino"], table["ino"].view(np.uint64))
             found[name] = {column: values[keep] for column, values in columns.items()}
     owner = np.repeat(np.arange(len(table["ino"])), table["extents"])
     pieces = len(pieces_of(owner, extents["first"], extents["count"])[0])

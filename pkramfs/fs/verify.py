@@ -41,7 +41,7 @@ from pkramfs.fs.rules import (
 )
 from pkramfs.pkram.streams.runs import Runs
 from pkramfs.pkram.treeformat import Array, TreeStream
-from pkramfs.spans import Spans
+from pkramfs.spans import Spans, among
 from pkramfs.units import PAGE_SHIFT
 
 _SIZED = [stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK]
@@ -200,7 +200,7 @@ def _shared(keys: Array) -> Array:
     """Return the places of keys that occur more than once. To sort keys alone is much faster than to sort places."""
     ordered = np.sort(keys)
     again = ordered[1:][ordered[1:] == ordered[:-1]]
-    return np.flatnonzero(np.isin(keys, again)) if len(again) else again
+    return np.flatnonzero(among(keys, again)) if len(again) else again
 
 
 def _hashes(tree: TreeStream) -> Array:

@@ -33,7 +33,7 @@ import numpy as np
 from pkramfs.errors import ExhaustedError
 from pkramfs.machine.policy import Policy
 from pkramfs.machine.ram import Ram
-from pkramfs.spans import U64, Spans, distinct
+from pkramfs.spans import U64, Spans, among, distinct
 from pkramfs.units import BLOCK_PAGES, BLOCK_SIZE, PAGE_SIZE, format_size
 
 FREE, KERNEL, HOLE, RESERVE = 0, 1, 2, 3
@@ -183,7 +183,7 @@ class Leases:
         """Free every block whose tree id `keep()`, called under the lock, does not name; return how many."""
         with self._lock():
             kept = np.array(sorted(keep()), dtype=np.uint64)
-            dead = self._where(lambda words: (words >= FIRST_TREE_ID) & ~np.isin(words, kept))
+            dead = self._where(lambda words: (words >= FIRST_TREE_ID) & ~among(words, kept))
             ids = self._owners(dead)
         swept = 0
         for low in range(0, dead.total, _SWEEP_BLOCKS):
@@ -205,7 +205,7 @@ class Leases:
     def _free_dead(self, blocks: Spans, ids: U64) -> int:
         """Free those of `blocks` that `ids` still own, and count them: others may have swept and leased some."""
         # One mask for each range of blocks: the words that still name a dead owner.
-        masks = [(start, np.isin(self.ids[start:end], ids)) for start, end in blocks]
+        masks = [(start, among(self.ids[start:end], ids)) for start, end in blocks]
         still = Spans(run for start, mask in masks for run in Spans.from_mask(mask, start))
         self.ram.punch(still.scale(BLOCK_PAGES))
         self._set(still, FREE)

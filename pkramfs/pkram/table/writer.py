@@ -25,7 +25,7 @@ from pkramfs.errors import PkramError
 from pkramfs.machine.ram import Ram
 from pkramfs.pkram.table import reader as pagetable
 from pkramfs.pkram.table.reader import BITMAP_WORDS, ENTRIES, FULL, LOWER, SLOTS, UPPER, gather, places
-from pkramfs.spans import U64, Spans, distinct
+from pkramfs.spans import U64, Spans, among, distinct
 from pkramfs.units import PAGE_SHIFT
 
 _SHIFT = np.uint64(PAGE_SHIFT)
@@ -211,7 +211,7 @@ class TableWriter:
         self.ram.u64[places(roots[bare], above[bare])] = 0
         holders, free = np.unique(self._slots >> _SHIFT, return_counts=True)
         unused = holders[free == SLOTS]
-        self._slots = self._slots[~np.isin(self._slots >> _SHIFT, unused)]
+        self._slots = self._slots[~among(self._slots >> _SHIFT, unused)]
         self.spare = np.concatenate((self.spare, (entries[below] >> _SHIFT)[empty], uppers[bare], unused))
 
     def _empty(self, pages: U64) -> npt.NDArray[np.bool_]:
