@@ -9,12 +9,14 @@
     .give_up()          ── closes the socket ──▶     ends; those that were forked stay
 
 A Python that starts takes ten times as long as what a mount does then. So of many mounts each would wait for the
-others' imports.
+others' imports. And each mount reads the page tables of all preserved trees, which it must not lease: this process
+reads them once, before it forks, and those that it forks only compare checksums.
 
 Kernel: kernel/fork.c (copy_process)
 """
 
 import array
+import contextlib
 import gc
 import json
 import os
@@ -24,7 +26,12 @@ from collections.abc import Sequence
 
 from pkramfs.daemon import code, holder
 from pkramfs.daemon.job import Job
+from pkramfs.errors import PkramfsError
+from pkramfs.kernel import nvram
+from pkramfs.kernel.running import look
 from pkramfs.machine import process
+from pkramfs.machine.directory import Machine
+from pkramfs.mounting.options import parse
 from pkramfs.mounting.starting import read_expected
 
 _MOST = 1 << 17
@@ -39,9 +46,12 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     code.running()
     gc.freeze()
+    looked = False
     with socket.socket(fileno=int(fd)) as command:
         while (order := _next(command)) is not None:
             answer, directory, text, expected = order
+            if not looked:
+                looked = _look_ahead(text)
             job = Job(answer, directory, text, read_expected(expected.encode()))
             if not (pid := os.fork()):
                 _hold(job, command)
@@ -58,6 +68,15 @@ def _next(command: socket.socket) -> tuple[int, str, str, str] | None:
     answer = array.array("i", extra[0][2][:4])[0]
     directory, options, expected = json.loads(text)
     return answer, directory, options, expected
+
+
+def _look_ahead(text: str) -> bool:
+    """Read what all mounts will read; what cannot be read they report. Return True."""
+    with contextlib.suppress(PkramfsError, OSError):
+        machine = Machine.locate(parse(text).machine)
+        nvram.read(machine)
+        look(machine).ownership.guarded()
+    return True
 
 
 def _hold(job: Job, command: socket.socket) -> None:

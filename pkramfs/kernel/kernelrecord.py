@@ -17,6 +17,7 @@ Kernel: boot_params, /sys/kernel/pkram, the symbols _text … _end
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pkramfs import __version__, schema
@@ -29,7 +30,6 @@ from pkramfs.units import BLOCK_PAGES, PAGE_SHIFT, PAGE_SIZE
 
 if TYPE_CHECKING:
     from pkramfs.machine.directory import Machine
-    from pkramfs.machine.firmware import FirmwareMap
 
 NAME = "kernel.json"
 LAYOUT = 2
@@ -99,8 +99,7 @@ def read(machine: "Machine", *, any_layout: bool = False) -> KernelInfo | None:
     """
     if not machine.has(NAME):
         return None
-    hardware = machine.hardware()
-    data = machine.read_json(NAME, Sealed(declared(hardware), _is_ours), _REMEDY)
+    data = machine.read_json(NAME, _sealed(machine.hardware().size >> PAGE_SHIFT), _REMEDY)
     if data is None:
         return None  # removed since has() saw it
     info = KernelInfo(**data)
@@ -125,9 +124,14 @@ def _is_ours(data: dict[str, Any]) -> bool:
     return data.get("layout") == LAYOUT
 
 
-def declared(hardware: "FirmwareMap") -> schema.Object:
-    """Declare kernel.json for this RAM."""
-    frames = hardware.size >> PAGE_SHIFT
+@cache
+def _sealed(frames: int) -> Sealed:
+    """Declare kernel.json for RAM of so many pages; once, since it is read again and again."""
+    return Sealed(declared(frames), _is_ours)
+
+
+def declared(frames: int) -> schema.Object:
+    """Declare the fields of kernel.json for RAM of so many pages."""
     blocks = -(-frames // BLOCK_PAGES)
     pfn, part = schema.Whole(0, frames - 1), schema.Range(frames)
     return schema.Object(

@@ -21,6 +21,7 @@ Kernel: drivers/firmware/efi/vars.c; struct kimage, which this record replaces o
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pkramfs import schema
@@ -143,9 +144,18 @@ _REMEDY = (
 )
 
 
-def _declared(machine: "Machine") -> schema.Object:
-    """Declare nvram.json for this machine."""
-    frames = machine.hardware().size >> PAGE_SHIFT
+def _frames(machine: "Machine") -> int:
+    return machine.hardware().size >> PAGE_SHIFT
+
+
+@cache
+def _sealed(frames: int) -> Sealed:
+    """Declare nvram.json for RAM of so many pages; once, since it is read again and again."""
+    return Sealed(_declared(frames))
+
+
+def _declared(frames: int) -> schema.Object:
+    """Declare the fields of nvram.json for RAM of so many pages."""
     part = schema.Maybe(schema.Range(frames))
     nodes = schema.ListOf(schema.Row((schema.Text(), schema.Whole())))
     boot = schema.Object(
@@ -182,14 +192,14 @@ def _declared(machine: "Machine") -> schema.Object:
 
 def read(machine: "Machine") -> dict[str, Any]:
     """Read all of nvram.json; fields that were never written are those of a machine that never booted."""
-    data = (machine.read_json(NAME, Sealed(_declared(machine)), _REMEDY) or {}) if machine.has(NAME) else {}
+    data = (machine.read_json(NAME, _sealed(_frames(machine)), _REMEDY) or {}) if machine.has(NAME) else {}
     return {"boot_count": 0, "pending": None, "mounts": []} | data
 
 
 def _write(machine: "Machine", data: dict[str, Any]) -> None:
     """Replace nvram.json, sealed; raise MachineError rather than write what could not be read again."""
     try:
-        _declared(machine).read(data)
+        _declared(_frames(machine)).read(data)
     except schema.Invalid as error:
         raise MachineError(f"{machine.path(NAME)} cannot hold this: {error}") from None
     machine.write_json(NAME, sealed(data))

@@ -19,6 +19,7 @@ import stat
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 from pkramfs.mounting import options as o
@@ -206,6 +207,7 @@ def places_of(dev: int) -> list[Mounted]:
     return [mounted for mounted in found if mounted.dev == dev]
 
 
+@lru_cache(maxsize=4096)
 def _line(line: bytes) -> Mounted:
     left, _, right = line.partition(b" - ")
     words, tail = left.split(b" "), right.rstrip(b"\n").split(b" ")  # a source may be empty

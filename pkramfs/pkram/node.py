@@ -50,8 +50,26 @@ class Node:
     """The page that seals a log, which holds the tree; 0 if objects hold it."""
 
 
+_known: dict[int, tuple[bytes, Node]] = {}
+"""Pages of nodes that were read, by pfn: the list is read again and again, and few of its pages change."""
+_KNOWN = 1024
+
+
 def read_node(ram: Ram, pfn: int, *, listed: bool = True) -> Node:
     """Read and check a node page; one that was withdrawn, too, unless it must be `listed`."""
+    check_pfn(ram, pfn, NODE.name, "pfn")
+    page, known = ram.peek(pfn), _known.get(pfn)
+    if listed and known is not None and known[0] == page:
+        return known[1]
+    node = _read_node(ram, pfn, listed)
+    if listed:
+        if len(_known) >= _KNOWN:
+            _known.clear()
+        _known[pfn] = page, node
+    return node
+
+
+def _read_node(ram: Ram, pfn: int, listed: bool) -> Node:
     withdrawn = not listed and ram.load(pfn << PAGE_SHIFT) == WITHDRAWN_MAGIC
     page = read_page(ram, pfn, NODE, WITHDRAWN_MAGIC if withdrawn else NODE_MAGIC)
     if not 0 < page.name_length <= NAME_MAX:

@@ -17,9 +17,13 @@ address above the end of RAM, which bounds whatever damage can make a reader do.
 range read only what they need. Bounds given in bytes are aligned outwards: a range that begins in
 the middle of a page includes the page, which the original overlooks.
 
+A command and the daemons of a kexec read the same tables again and again. A small one that was read before is not
+taken apart again: its pages are read and their checksum is compared, so that damage is found as before.
+
 Kernel: mm/pkram_pagetable.c, patches 9 and 17
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -45,6 +49,8 @@ FULL = np.uint64(TABLE_FULL)
 _STEP = 64 * UPPER
 """Pages that a question about a long range looks at in one step: 64 GiB."""
 _WORD = np.arange(BITMAP_WORDS, dtype=np.uint64)
+_SMALL = 64
+"""Most pages of a table that is remembered."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,26 @@ class Walk:
     checksum: int
 
 
+_known: OrderedDict[tuple[int, int], Walk] = OrderedDict()
+"""Small tables that were read last, by the size of RAM and their root; those of _KNOWN trees at most."""
+_KNOWN = 1024
+
+
 def walk(ram: Ram, root: int) -> Walk:
     """Read a whole table; FormatError for anything that cannot be."""
+    key = ram.pages, root
+    found = _known.get(key)
+    if found is not None and _digest(ram, found.pages) == found.checksum:
+        return found
+    found = _walk(ram, root)
+    if len(found.pages) <= _SMALL:
+        _known[key] = found
+        while len(_known) > _KNOWN:
+            _known.popitem(last=False)
+    return found
+
+
+def _walk(ram: Ram, root: int) -> Walk:
     check_pfn(ram, root, "PageTable", "root")
     units = np.zeros(1, dtype=np.uint64)
     pages = [np.array([root], dtype=np.uint64)]
@@ -74,7 +98,13 @@ def walk(ram: Ram, root: int) -> Walk:
     if found and int(found.ends[-1]) > ram.pages:
         end = int(found.ends[-1])
         raise FormatError("PageTable", "pages", pfn=root, found=f"pfn {end - 1:x}", expected=f"below {ram.pages:x}")
-    return Walk(found, own, xxhash.xxh3_64_intdigest(_fetch(ram, own).tobytes()))
+    own.flags.writeable = False
+    return Walk(found, own, _digest(ram, own))
+
+
+def _digest(ram: Ram, pages: U64) -> int:
+    """Return the XXH3-64 of table pages."""
+    return xxhash.xxh3_64_intdigest(_fetch(ram, pages).tobytes())
 
 
 def read(ram: Ram, root: int) -> Spans:
