@@ -24,14 +24,14 @@ from typing import Any
 import trio
 
 from pkramfs.control import protocol
-from pkramfs.errors import PkramfsError, UsageError
+from pkramfs.errors import PkramfsError, UsageError, explain
 
 log = logging.getLogger(__name__)
 
 Verb = Callable[..., Awaitable[dict[str, Any]]]
 Undo = Callable[[dict[str, Any]], Awaitable[None]]
 
-_READ_SECONDS = 5.0
+_READ_SECONDS, _AGAIN_SECONDS = 5.0, 10.0
 _REQUEST_MAX = 1 << 16
 _BACKLOG = 1024
 """Commands that may wait while we are busy; the kernel takes no more than net.core.somaxconn."""
@@ -39,18 +39,31 @@ _UCRED = struct.Struct("3i")
 
 
 class Server:
-    """Listens at `path` from the moment it is made; answers while `serve` runs."""
+    """Listens at `path` from the moment it is made, if it can; answers while `serve` runs."""
 
-    def __init__(self, path: str, verbs: Mapping[str, Verb], undo: Mapping[str, Undo] | None = None) -> None:
-        self._verbs, self._undo = verbs, undo or {}
-        self._listening = _listen(path)
+    def __init__(
+        self, path: str, verbs: Mapping[str, Verb], undo: Mapping[str, Undo] | None = None, *, patient: bool = False
+    ) -> None:
+        """Listen; where that cannot be, raise OSError, or try again later if `patient`."""
+        self._path, self._verbs, self._undo = path, verbs, undo or {}
+        self._listening = self._try_to_listen() if patient else _listen(path)
         self._active = 0
         self._idle = trio.Condition()
 
     async def serve(self) -> None:
         """Answer until cancelled."""
+        while self._listening is None:
+            await trio.sleep(_AGAIN_SECONDS)
+            self._listening = self._try_to_listen()
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._listening))
         await trio.serve_listeners(self._answer, [listener])
+
+    def _try_to_listen(self) -> socket.socket | None:
+        try:
+            return _listen(self._path)
+        except OSError as error:
+            log.warning("no command can reach this daemon yet: %s", explain(error))
+            return None
 
     async def idle(self) -> None:
         """Wait until no verb is being worked on."""
@@ -131,12 +144,16 @@ async def _hold(stream: trio.SocketStream | None, undo: Callable[[], Awaitable[N
 
 def _listen(path: str) -> socket.socket:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    with protocol.short_path(path) as short:
-        if os.path.lexists(short):
-            os.unlink(short)  # of a daemon that died: we hold the lock
-        listening.bind(short)
-        os.chmod(short, 0o600)
-    listening.listen(_BACKLOG)
+    try:
+        with protocol.short_path(path) as short:
+            if os.path.lexists(short):
+                os.unlink(short)  # of a daemon that died: we hold the lock
+            listening.bind(short)
+            os.chmod(short, 0o600)
+        listening.listen(_BACKLOG)
+    except BaseException:
+        listening.close()
+        raise
     return listening
 
 

@@ -306,7 +306,7 @@ class Daemon:
         """Serve kernel and commands until the mount ends."""
         keeper = self.keeper
         verbs, undo = self.passage.verbs(), keeper.undo() | self.passage.crossing.undo()
-        server = Server(self.lock.path("sock"), verbs, undo)
+        server = Server(self.lock.path("sock"), verbs, undo, patient=self.held is not None)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.serve)
             nursery.start_soon(self._announce)
@@ -385,11 +385,11 @@ class Daemon:
         await holding.watch()
 
     def held_by_another(self) -> None:
-        """Note in the entry who holds the mount now."""
+        """Note in the entry who holds the mount now, and who serves it."""
         try:
             self._write_entry()
         except MachineError as error:
-            log.warning("the entry names a holder that has died: %s", error)
+            log.warning("the entry names a process that has died: %s", error)
 
     async def _be_well(self) -> None:
         """Tell the holder that what was sent again did no harm."""
@@ -417,7 +417,7 @@ class Daemon:
         if waiting.cancelled_caught:
             syscalls.detach_all(self.session.dev)
             raise MachineError(f"the kernel did not answer the mount of {self.mountpoint}")
-        self._write_entry()
+        self._write_entry() if self.held is None else self.held_by_another()  # programs wait, whatever the host lacks
         off = notices.off(self.kernel, self.options.name)
         whence = f": {off}" if off else notices.whence(self.claimed.origin, self.tree, stood_by=self._stood_by)
         self.machine.log(f"pkramfs: {self.options.name or 'a tree'} mounted on {self.mountpoint}{whence}")

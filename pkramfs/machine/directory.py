@@ -6,7 +6,7 @@
     nvram.json                                firmware variables; survive too
     cmdline pkram iomem dmesg kernel.json     exported by the running kernel
     kexec/                                    the image loaded for the next boot
-    mounts/ID.{lock,json,sock,log}            one mount daemon each, ID is its tree id
+    mounts/ID.{lock,json,spare,sock,log}      one mount daemon each, ID is its tree id
     lock  lock.tables                         held to boot; held to change the shared tables
 
 This module knows names, atomic replacement and locks. The chapters that write the files say what

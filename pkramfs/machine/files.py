@@ -6,7 +6,9 @@
 A reader sees the old text or the new, never a part, and a writer that dies leaves the old text. On a
 full file system the writer gets an error and leaves nothing behind. A writer holds the lock of its
 temporary file; a temporary file whose lock is free was left by a dead process, and `clear_temporary`
-removes it.
+removes it. A file that has to be replaced on a full file system, too, has a *spare*: pages that are there already.
+
+    path.spare ──write over──▶ path.spare ──rename──▶ path         and another spare, of the pages that path had
 
 A reader trusts nothing: a path may name a FIFO, a device, a link, a directory, or a file larger than
 memory. `read_file` opens without waiting and accepts only regular files of bounded size; `read_json`
@@ -32,6 +34,7 @@ from typing import Any, NoReturn
 from pkramfs import schema
 from pkramfs.errors import DamagedError, MachineError, explain
 from pkramfs.machine import locks
+from pkramfs.units import PAGE_SIZE, round_up
 
 LIMIT = 32 << 20
 """Most bytes of a file that this program wrote: a kernel.json of half a million ranges has fewer."""
@@ -172,6 +175,50 @@ def replace_file(path: str, text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise MachineError(f"cannot write {path}: {explain(error)}") from None
+
+
+def replace_with_spare(path: str, text: str, spare: str) -> None:
+    """Replace a file, on a full file system by its spare; see to it that there is a spare for the next time.
+
+    For the one process that may write the file: nobody else uses its spare.
+    """
+    data = text.encode("utf-8", "surrogateescape")
+    try:
+        replace_file(path, text)
+    except MachineError:
+        if not _use_spare(path, data, spare):
+            raise
+    with contextlib.suppress(OSError):  # without one the next replacement needs room
+        _make_spare(spare, len(data))
+
+
+def _use_spare(path: str, data: bytes, spare: str) -> bool:
+    """Make the spare the file, if it has room enough; return True if it is that now."""
+    try:
+        fd = open_regular(spare, os.O_WRONLY)
+        try:
+            if os.pwrite(fd, data, 0) < len(data):
+                return False
+            os.ftruncate(fd, len(data))
+        finally:
+            os.close(fd)
+        os.replace(spare, path)
+    except OSError:
+        return False
+    return True
+
+
+def _make_spare(spare: str, size: int) -> None:
+    """Make a spare for a file that may grow by half a page, unless there is one."""
+    wanted = round_up(size + PAGE_SIZE // 2, PAGE_SIZE)
+    with contextlib.suppress(FileNotFoundError):
+        if os.lstat(spare).st_size >= wanted:
+            return
+    fd = open_regular(spare, os.O_WRONLY | os.O_CREAT)
+    try:
+        os.pwrite(fd, bytes(wanted), 0)
+    finally:
+        os.close(fd)
 
 
 def locked(path: str) -> int:

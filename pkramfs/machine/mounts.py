@@ -5,6 +5,7 @@
     mounts/00c0ffee….json    name, mount point, pid, options
     mounts/00c0ffee….sock    its control socket
     mounts/00c0ffee….log     its stdout and stderr
+    mounts/00c0ffee….spare   pages for the next entry, where the host has none any more
 
 The lock is taken before the first page block is leased and removed only by its holder. The entry of a
 dead daemon reads as not alive; once its page blocks are swept, `clear_away` takes its lock, writes the
@@ -25,10 +26,10 @@ from typing import Any
 from pkramfs import schema
 from pkramfs.errors import MachineError, explain
 from pkramfs.machine import locks
-from pkramfs.machine.files import open_regular, read_json, replace_file
+from pkramfs.machine.files import open_regular, read_json, replace_with_spare
 
-_SUFFIXES = ("json", "sock", "lock")
-_ANY_NAME = re.compile(r"([0-9a-f]{16})\.(?:json|sock|lock|log)")
+_SUFFIXES = ("json", "spare", "sock", "lock")
+_ANY_NAME = re.compile(r"([0-9a-f]{16})\.(?:json|spare|sock|lock|log)")
 _LAST_LINES, _LAST_BYTES = 20, 1 << 14
 """Lines and bytes of a dead daemon's log that are kept: an interpreter that aborts prints a stack of calls."""
 _NAME = re.compile(r"[0-9a-f]{16}\.(json|lock)")
@@ -100,7 +101,7 @@ class MountLock:
 
     def write_entry(self, data: dict[str, Any]) -> None:
         """Write the entry of this mount: keys as in MountEntry; others are kept in `extra`."""
-        replace_file(self.path("json"), json.dumps(data, indent=1) + "\n")
+        replace_with_spare(self.path("json"), json.dumps(data, indent=1) + "\n", self.path("spare"))
 
     def release(self) -> None:
         """Remove the entry and release the lock; the lock file goes last, still locked."""

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,27 @@ def test_what_a_dead_daemon_left(tmp_path: Path) -> None:
     assert mounts.live_ids(str(tmp_path)) == set()
     mounts.claim(str(tmp_path), ID).release()
     assert os.listdir(tmp_path) == []
+
+
+def test_an_entry_is_replaced_where_the_host_is_full(host: Any) -> None:
+    """Its next text has pages already, however often; without them it stays what it was."""
+    directory = host.directory / "mounts"
+    directory.mkdir()
+    lock = mounts.claim(str(directory), ID)
+    lock.write_entry(ENTRY)
+    host.fill()
+    for pid in (43, 44, 45):
+        lock.write_entry(ENTRY | {"pid": pid, "longer": "x" * pid})
+        (entry,) = mounts.read_entries(str(directory))
+        assert (entry.pid, entry.damaged) == (pid, "")
+    os.unlink(lock.path("spare"))
+    host.fill()
+    with pytest.raises(MachineError, match="No space left"):
+        lock.write_entry(ENTRY)
+    assert [entry.pid for entry in mounts.read_entries(str(directory))] == [45]
+    host.empty()
+    lock.release()
+    assert os.listdir(directory) == []
 
 
 @pytest.mark.parametrize("name", ["x.json", "12.json", "+00000000000abcd.json", "000000000000abcd.json.tmp", "x.lock"])
@@ -111,7 +133,7 @@ def test_the_files_of_the_dead_are_cleared_away_and_of_nobody_else(tmp_path: Pat
     said: list[str] = []
     mounts.clear_away(str(tmp_path), {ID + 2}, said.append)
     assert sorted(os.listdir(tmp_path)) == sorted(
-        [kept.name, strange.name, *(f"{ID + 1:016x}.{suffix}" for suffix in ("json", "lock"))]
+        [kept.name, strange.name, *(f"{ID + 1:016x}.{suffix}" for suffix in ("json", "lock", "spare"))]
     )
     assert said[-2:] == [f"pkramfs: daemon of tree {ID:016x}: {word}" for word in ("first", "last")] and len(said) == 21
     assert said[0] == f"pkramfs: daemon of tree {ID:016x} (pid 0, ?) has died"

@@ -3,6 +3,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from pkramfs.machine import process
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.mount
 
@@ -89,6 +93,34 @@ def test_a_full_host_is_an_error_and_goes_by(small, fenced, options):
     for name in ("one", "two"):
         (mnt / name).unlink()  # they lack data
     fenced.remount(mnt, "preserve,ro")
+
+
+def test_daemons_die_on_a_full_host(small, fenced):
+    """Others take over; even who mounts the name again needs no room for that. So, too, where nothing can be noted."""
+    mnt = fenced.mount("m", "pkram=m")
+    (mnt / "data").write_bytes(b"data" * 5000)
+    os.sync()
+    small.fill()
+    with open(mnt / "data", "rb") as file:
+        for unwritable in (False, True):
+            entry = fenced.entry(mnt)
+            if unwritable:
+                (fenced.files / "mounts").rename(fenced.files / "elsewhere")
+            os.kill(entry.pid, signal.SIGKILL)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert os.pread(file.fileno(), 20_000, 0) == b"data" * 5000
+            if unwritable:
+                (fenced.files / "elsewhere").rename(fenced.files / "mounts")
+            else:
+                until(lambda entry=entry: fenced.entry(mnt).pid != entry.pid)
+    os.kill(fenced.entry(mnt).holder, signal.SIGSTOP)
+    daemon = next(pid for pid in process.children(fenced.entry(mnt).holder))
+    os.kill(fenced.entry(mnt).holder, signal.SIGKILL)
+    os.kill(daemon, signal.SIGKILL)
+    fenced.gone(entry)
+    done = fenced.helper(mnt, "pkram=m")
+    assert done.returncode == 0, done
+    assert (mnt / "data").read_bytes() == b"data" * 5000
 
 
 def test_a_remount_that_cannot_be_noted_is_done(small, fenced):
