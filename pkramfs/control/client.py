@@ -12,10 +12,14 @@ library only.
 A daemon that works on a verb answers `status` all the same. So `call_long` asks for it now and then, and gives up
 if there is no answer.
 
+Where nobody listens although the mount's lock is held, its daemon has died and another is about to take over: that one
+is waited for. What a daemon was asked when it died is another matter: GoneError.
+
 Kernel: net/unix/af_unix.c
 """
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -23,12 +27,19 @@ from typing import Any
 
 from pkramfs.control import protocol
 from pkramfs.errors import DaemonError, PkramfsError, explain
+from pkramfs.machine import locks
 from pkramfs.mounting import patience
 
 TIMEOUT = 120.0
 LONG_SECONDS, ASK_SECONDS = 3600.0, 30.0
 """How long the longest work may take, and how long a daemon at work may leave `status` unanswered."""
+COMING_SECONDS = 10.0
+"""How long a daemon may take until it listens."""
 _POLL = 0.02
+
+
+class GoneError(DaemonError):
+    """The daemon died, or ended, before it answered."""
 
 
 def call(path: str, verb: str, /, *, timeout: float = TIMEOUT, **args: Any) -> dict[str, Any]:
@@ -97,7 +108,7 @@ class _Connection:
         try:
             answer = protocol.decode(line)
         except ValueError:
-            raise DaemonError(f"the daemon ended before it answered {self._verb}") from None
+            raise GoneError(f"the daemon ended before it answered {self._verb}") from None
         return protocol.result(answer)
 
     def finish(self, timeout: float) -> None:
@@ -109,7 +120,8 @@ class _Connection:
             self._socket.recv(1)
 
     def _connect(self, path: str) -> None:
-        """Connect; a daemon with which too many others wait to speak is asked again."""
+        """Connect; a daemon with which too many others wait to speak is asked again, as is one that is coming."""
+        coming = time.monotonic() + min(COMING_SECONDS, self._left())
         with protocol.short_path(path) as short:
             while True:
                 self._socket.settimeout(self._left())
@@ -118,9 +130,12 @@ class _Connection:
                 except BlockingIOError:  # its queue is full; connect does not wait where there is a timeout
                     if self._left() <= _POLL:
                         raise TimeoutError from None
-                    time.sleep(_POLL)
+                except (ConnectionRefusedError, FileNotFoundError):
+                    if time.monotonic() > coming or not locks.is_held(os.path.splitext(path)[0] + ".lock"):
+                        raise
                 else:
                     return
+                time.sleep(_POLL)
 
     def _line(self, meanwhile: Callable[[], object] | None) -> bytes:
         parts, size, asking = [b""], 0, time.monotonic() + ASK_SECONDS
@@ -155,5 +170,7 @@ class _Connection:
             raise
         except TimeoutError:
             raise DaemonError(f"no answer to {self._verb} within {self._timeout:g} s") from None
+        except (ConnectionResetError, BrokenPipeError):
+            raise GoneError(f"the daemon ended before it answered {self._verb}") from None
         except OSError as error:
             raise DaemonError(f"cannot send {self._verb} to the daemon: {explain(error)}") from None

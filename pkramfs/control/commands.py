@@ -10,8 +10,13 @@ Each raises DaemonError if there is no answer, or an unexpected one, and Refused
 it refuses. Standard library only.
 """
 
-from pkramfs.control.client import TIMEOUT, Held, call, call_long
+import time
+
+from pkramfs.control.client import TIMEOUT, GoneError, Held, call, call_long
 from pkramfs.control.replies import Done, Foreseen, Frozen, Status, read
+
+_PAUSE = 0.02
+"""Seconds before a question is asked again."""
 
 
 class Commands:
@@ -21,8 +26,16 @@ class Commands:
         self.socket = socket
 
     def status(self, *, timeout: float = TIMEOUT) -> Status:
-        """Ask for the state of the tree and its figures."""
-        return read(Status, call(self.socket, "status", timeout=timeout))
+        """Ask for the state of the tree and its figures; if the daemon dies meanwhile, ask the next one."""
+        deadline, left = time.monotonic() + timeout, timeout
+        while True:
+            try:
+                return read(Status, call(self.socket, "status", timeout=left))
+            except GoneError:
+                left = round(deadline - time.monotonic(), 1)
+                if left <= 0:
+                    raise
+                time.sleep(_PAUSE)
 
     def preserve(self, *, strict: bool = False, lossy: bool = False, verify: bool = False) -> Status:
         """Freeze the tree and publish its node; with `lossy` also without data that a refused write-back lost, with

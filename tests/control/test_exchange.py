@@ -2,6 +2,7 @@
 """Client and server on a real socket; the tree is not needed."""
 
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import trio
 
-from pkramfs.control import client, protocol
+from pkramfs.control import client, commands, protocol
 from pkramfs.control.client import Held, call, call_long
 from pkramfs.control.server import Server, _check_peer
 from pkramfs.errors import DaemonError, ErrnoError, UsageError
@@ -171,6 +172,43 @@ def test_no_answer_in_time(path: str) -> None:
     with pytest.raises(DaemonError, match="within"):
         call(path, "silent", timeout=0.05)
     assert call(path, "echo") == {}  # it goes on for others
+
+
+def test_a_daemon_that_is_about_to_take_over_is_waited_for(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holder has the lock meanwhile. Without that nobody would come."""
+    later = path + ".later"
+    os.rename(path, later)
+    with open(path + ".lock", "w") as lock:
+        with pytest.raises(DaemonError, match="No such file"):
+            call(path, "echo")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr(client, "COMING_SECONDS", 0.0)
+        with pytest.raises(DaemonError, match="No such file"):
+            call(path, "echo")
+        monkeypatch.undo()
+        monkeypatch.setattr(client.time, "sleep", lambda _: os.path.exists(path) or os.rename(later, path))
+        assert call(path, "echo", a=1) == {"a": 1}
+
+
+def test_a_question_that_a_daemon_took_along_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a daemon that answers; an order is not given again."""
+    monkeypatch.setattr(commands, "read", lambda _, found: found)
+    with socket.socket(socket.AF_UNIX) as listening, ThreadPoolExecutor() as pool:
+        listening.bind(str(tmp_path / "sock"))
+        listening.listen()
+
+        def serve() -> None:
+            for answer in (b"", b"", b'{"ok": {"files": 1}}\n', b""):
+                with listening.accept()[0] as peer:
+                    peer.recv(100)
+                    peer.send(answer)
+
+        served = pool.submit(serve)
+        told = commands.Commands(str(tmp_path / "sock"))
+        assert told.status() == {"files": 1}
+        with pytest.raises(client.GoneError, match="ended before it answered unpreserve"):
+            told.unpreserve()
+        served.result(60)
 
 
 def test_nobody_listens(tmp_path: Path) -> None:

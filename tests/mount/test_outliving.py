@@ -9,11 +9,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pkramfs.control import client
 from pkramfs.fuse.wire import Op
 from pkramfs.kernel.running import look
 from tests.support.mortal import Held, held, shadows
@@ -335,6 +337,18 @@ def test_during_a_takeover(lab: Any, how: str) -> None:
         lab.gone(entry)
         assert not os.path.ismount(at)
         assert leased(lab) == 0
+
+
+def test_commands_wait_for_the_daemon_that_takes_over(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with held(lab, extra=SLOW) as mount:
+        (mount.directory / "file").write_bytes(b"x")
+        os.sync()
+        os.kill(mount.pid, signal.SIGKILL)
+        until(Path(f"{mount.orders}.begun").exists)
+        wait = time.sleep
+        monkeypatch.setattr(client.time, "sleep", lambda seconds: Path(f"{mount.orders}.go").touch() or wait(seconds))
+        lab.remount(mount.directory, "preserve,ro")
+        assert Path(f"{mount.orders}.go").exists()
 
 
 NO_SHADOW = """
