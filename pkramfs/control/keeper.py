@@ -394,7 +394,10 @@ class Keeper:
     async def upgrade(self) -> Done:
         """Have room made for a daemon that runs the code on disk, unless there is a reason against it."""
         if "holder" not in self.outlives():
-            raise BusyError(f"{self.mountpoint} has no holder, or a kernel before 6.9: umount and mount it")
+            raise BusyError(
+                f"{self.mountpoint} has no holder, unless a new one is just coming, or a kernel before 6.9: "
+                "try again, or preserve, umount and mount it"
+            )
         async with self._lock:
             self._refuse_held()
             self.leaving.set()

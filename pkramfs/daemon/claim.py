@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from pkramfs.errors import MachineError
+from pkramfs.kernel.booting import BOOT_SECONDS
 from pkramfs.kernel.running import Running, shared
 from pkramfs.machine import locks
 from pkramfs.machine.directory import Machine
@@ -81,6 +82,15 @@ class Claiming:
                     "yet: end the programs that use it, or the daemon"
                 )
             time.sleep(_POLL_SECONDS)
+
+    def attach_again(self, starting: ExitStack) -> Running:
+        """Attach to the kernel of a tree that is to be taken over; a kexec that is on its way is waited for.
+
+        A machine is not made for that, as for a first mount: who moved its directory away may put it back.
+        """
+        if not os.path.isdir(self.machine.path()):
+            raise MachineError(f"{self.machine.path()} is gone: put it back, and mount {self.options.name} again")
+        return starting.enter_context(shared(self.machine, BOOT_SECONDS))
 
     def _holder(self) -> MountEntry | None:
         """Return the living mount that has our NAME."""

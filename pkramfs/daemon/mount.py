@@ -54,8 +54,6 @@ from pkramfs.fuse.handshake import Init
 from pkramfs.fuse.operations import Operations
 from pkramfs.fuse.session import Session
 from pkramfs.kernel import crash
-from pkramfs.kernel.booting import BOOT_SECONDS
-from pkramfs.kernel.running import shared
 from pkramfs.machine import process
 from pkramfs.machine.cgroups import MemoryGroups
 from pkramfs.machine.directory import Machine, host_memory
@@ -108,8 +106,7 @@ class Daemon:
                 self.kernel = claiming.attach(self._starting)
                 self.claimed = claiming.claim(self.kernel, self._entry)
             else:
-                kexec = shared(self.machine, BOOT_SECONDS)  # which may be on its way, is waited for
-                self.kernel = self._starting.enter_context(kexec)
+                self.kernel = claiming.attach_again(self._starting)
                 if self.standing is not None and self.kernel.generation == self.standing.kernel.generation:
                     self.kernel = self.standing.kernel
                 self.claimed = claiming.inherit(self.kernel, self.held.lock, **self.held.facts)

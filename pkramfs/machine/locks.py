@@ -126,7 +126,7 @@ def still_named(fd: int, path: str) -> bool:
     """Return True if a path still names the file that is open."""
     try:
         named = os.stat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     mine = os.fstat(fd)
     return (mine.st_dev, mine.st_ino) == (named.st_dev, named.st_ino)

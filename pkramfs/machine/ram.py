@@ -33,6 +33,7 @@ import weakref
 import numpy as np
 
 from pkramfs.errors import ExhaustedError, MachineError, explain
+from pkramfs.machine import locks
 from pkramfs.machine.cgroups import MemoryGroups
 from pkramfs.spans import U64, Spans
 from pkramfs.units import MIB, PAGE_SHIFT, PAGE_SIZE, format_size
@@ -98,6 +99,14 @@ class Ram:
             raise MachineError(
                 f"{self.path} is {format_size(found)} ({found} bytes), but machine.json says "
                 f"{format_size(self.size)} ({self.size} bytes): the memory was cut or replaced"
+            )
+
+    def require_named(self) -> None:
+        """Raise MachineError if others would not find this memory: its file was removed, moved or replaced."""
+        if not locks.still_named(self.fd, self.path):
+            raise MachineError(
+                f"{self.path} is no longer the memory of this mount, but was removed or replaced: put it back, or copy "
+                "the files elsewhere"
             )
 
     def close(self) -> None:

@@ -154,9 +154,11 @@ class Store:
         """Begin a node, to be used in a `with`: leaving it without `finish` discards the node.
 
         With `instead` it takes the place of the node of this name by one store, and the old one's own pages are the
-        caller's. Errors: ENODEV (off), ENAMETOOLONG, EINVAL (empty), EEXIST (also while being saved).
+        caller's. Errors: ENODEV (off), ENAMETOOLONG, EINVAL (empty), EEXIST (also while being saved); MachineError
+        where nobody would find the node, since the file behind RAM was removed or replaced.
         """
         self.root()
+        self.ram.require_named()
         _check_name(name)
         claim = self._claims.take(_SAVE, name)
         if claim is None:

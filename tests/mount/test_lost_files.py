@@ -2,10 +2,14 @@
 """Files of a machine that are lost while trees are preserved in its RAM."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pkramfs.machine import locks
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.mount
 
@@ -34,3 +38,40 @@ def test_a_lost_description_loses_no_tree(lab: Any, how: str) -> None:
     lab.remount(mnt, "preserve,ro")
     assert lab.run("kexec", "-l", "builtin", "--reuse-cmdline", "-e").returncode == 0
     assert (mnt / "file").read_text() == "kept"
+
+
+def test_who_takes_over_makes_no_machine_in_the_place_of_one_that_was_moved_away(lab: Any) -> None:
+    """Put back, and mounted again, it has the tree."""
+    mnt = lab.mount("one")
+    (mnt / "file").write_text("kept")
+    os.sync()
+    entry, away = lab.entry(mnt), lab.files.with_name("away")
+    lab.files.rename(away)
+    os.kill(entry.pid, signal.SIGKILL)
+    until(lambda: not locks.is_held(f"{away}/mounts/{Path(entry.socket).stem}.lock"), "somebody has the tree")
+    assert not lab.files.exists()
+    away.rename(lab.files)
+    mnt = lab.mount("one")
+    assert (mnt / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("options", ["", ",format=1"])
+def test_what_nobody_would_find_is_not_preserved(lab: Any, options: str) -> None:
+    """The file behind RAM is another, or none: the mount goes on, and says so."""
+    mnt = lab.mount("one")
+    (mnt / "file").write_text("kept")
+    ram, away = lab.files / "ram", lab.files / "away"
+    ram.rename(away)
+    for replaced in (False, True):
+        if replaced:
+            with open(ram, "wb") as file:
+                file.truncate(away.stat().st_size)
+        done = lab.helper(mnt, f"remount,preserve,ro{options}")
+        assert done.returncode == 32 and f"{ram} is no longer the memory of this mount" in done.stderr, done
+        assert "was not preserved" in lab.dmesg().splitlines()[-1]
+        (mnt / "file").write_text("goes on")
+    away.rename(ram)
+    (mnt / "file").write_text("kept")
+    lab.remount(mnt, f"preserve,ro{options}")
+    lab.umount(mnt)
+    assert (lab.mount("one") / "file").read_text() == "kept"
