@@ -114,7 +114,7 @@ def _damaged(args: argparse.Namespace, running: "Running") -> int:
 
     survey = running.survey()
     nodes.tell(running, survey, say)
-    kept = {node.tree_id for node in survey.nodes} | running.machine.live_ids()
+    kept = {node.tree_id for node in survey.nodes} | running.machine.held_ids()
     freed = sum(running.leases.blocks_of(owner).total for owner in running.leases.tree_ids() - kept) * BLOCK_SIZE
     if arguments.wants_json(args):
         render.emit_json(said | {"bytes": freed})

@@ -206,7 +206,7 @@ def tell(running: "Running", survey: "Survey", say: Callable[[str, str], None]) 
     from pkramfs.pkram import superblock
     from pkramfs.pkram.node import shown
 
-    kept = {node.tree_id for node in survey.nodes} | running.machine.live_ids()
+    kept = {node.tree_id for node in survey.nodes} | running.machine.held_ids()
     orphans = running.leases.tree_ids() - kept if survey.problems else set()
     for problem in survey.damaged:
         owner = running.owner(problem.pfn) if problem.pfn is not None else 0

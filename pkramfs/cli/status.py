@@ -54,7 +54,7 @@ def gather(machine: "Machine") -> dict[str, Any]:
         except PkramfsError as error:
             found[name] = [] if name in ("mounts", "nodes") else None
             problems.append(f"{name}: {error}")
-    return found | {"problems": problems + _super_block(machine)}
+    return found | {"problems": problems + _super_block(machine) + _unreadable(machine)}
 
 
 def _super_block(machine: "Machine") -> list[str]:
@@ -69,6 +69,19 @@ def _super_block(machine: "Machine") -> list[str]:
         return []
     error = superblock.damage(running.ram, running.store.root())
     return [f"{error}; nothing can be preserved: `pkramctl free --damaged` mends it"] if error else []
+
+
+def _unreadable(machine: "Machine") -> list[str]:
+    """Return which entries of dead daemons cannot be read: their memory is kept, since it may be a tree."""
+    try:
+        found = [entry for entry in machine.mounts() if entry.damaged and not entry.alive]
+    except PkramfsError:
+        return []  # other parts say so
+    return [
+        f"a daemon has died, and {machine.path('mounts', f'{entry.tree_id:016x}.json')}, which tells where its tree "
+        "is, cannot be read: nobody frees that memory until you put the file back, or remove it and mount anything"
+        for entry in found
+    ]
 
 
 def _machine(machine: "Machine") -> dict[str, Any]:

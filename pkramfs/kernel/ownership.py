@@ -4,6 +4,7 @@
     holes, kernel, reserve    the firmware map and kernel.json name these blocks
     a preserved tree          its checksummed node names its pages
     a live tree               its lock is held
+    a tree that was left      the entry of its dead daemon names its log
     a dead tree               an id with a check of its own, or one whose lock file is there and free
     anything else             nobody knows: a damaged word, and maybe somebody's memory
 
@@ -44,9 +45,9 @@ class _Doubt:
     node: bool = False
 
 
-def _maybe_a_mount_s(doubt: _Doubt, live: set[int]) -> bool:
-    """Return True if blocks that seem to be nobody's may be those of a living mount."""
-    return doubt.right == FREE and bool(live)
+def _maybe_a_mount_s(doubt: _Doubt, held: set[int]) -> bool:
+    """Return True if blocks that seem to be nobody's may be those of a mount."""
+    return doubt.right == FREE and bool(held)
 
 
 class Ownership:
@@ -86,12 +87,12 @@ class Ownership:
     def kept(self) -> set[int]:
         """Return the tree ids whose blocks must stay; raise FormatError, naming the block, on any disagreement."""
         self._known = {}  # read all nodes again: what they do not name will be punched
-        live = self._machine.live_ids()
-        for doubt in self._doubts(live):
+        held = self._machine.held_ids()
+        for doubt in self._doubts(held):
             error = self._error(doubt)
-            error.remedy = _REMEDY if _maybe_a_mount_s(doubt, live) else _REMEDY + _OR_MEND
+            error.remedy = _REMEDY if _maybe_a_mount_s(doubt, held) else _REMEDY + _OR_MEND
             raise error
-        return live | self._machine.outlived_ids() | {node.tree_id for node, _ in self._nodes()}
+        return held | {node.tree_id for node, _ in self._nodes()}
 
     def disagreements(self, live: set[int], *, of_nodes: bool = True) -> Iterator[FormatError]:
         """Yield an error for the blocks of each node, state and word where the table and others disagree."""
@@ -102,15 +103,15 @@ class Ownership:
     def mend(self, say: Callable[[str, str], None]) -> None:
         """Write words that other witnesses know, and free blocks that nobody has. The caller holds the table lock.
 
-        `say` is told of each before. Blocks that two claim, or that may be a living mount's, are left alone.
+        `say` is told of each before. Blocks that two claim, or that may be a mount's, are left alone.
         """
-        live = self._machine.live_ids()
-        claimed = live | {node.tree_id for node, _ in self._nodes()}
-        for doubt in list(self._doubts(live)):
+        held = self._machine.held_ids()
+        claimed = held | {node.tree_id for node, _ in self._nodes()}
+        for doubt in list(self._doubts(held)):
             blocks = doubt.blocks
             for other in claimed - {doubt.right}:
                 blocks = blocks - self.leases.blocks_of(other)
-            if not blocks or _maybe_a_mount_s(doubt, live):
+            if not blocks or _maybe_a_mount_s(doubt, held):
                 continue
             say("given_up" if doubt.right == FREE else "mended", str(self._error(doubt)))
             self.leases.correct(blocks, doubt.right)

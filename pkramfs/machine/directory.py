@@ -393,6 +393,10 @@ class Machine:
         """Return the tree ids whose lock is held: their daemons live, with an entry or without."""
         return live_ids(self.path("mounts"))
 
+    def held_ids(self) -> set[int]:
+        """Return the tree ids of mounts whose memory is not to be freed: of living daemons, and what dead ones left."""
+        return mounts.held_ids(self.path("mounts"))
+
     def outlived_ids(self) -> set[int]:
         """Return the tree ids of dead daemons whose trees can be recovered."""
         return outlived_ids(self.path("mounts"))

@@ -207,6 +207,16 @@ def read_entries(directory: str) -> list[MountEntry]:
     return [entry for entry in entries if entry is not None]
 
 
+def held_ids(directory: str) -> set[int]:
+    """Return the tree ids whose memory is not to be freed: those with a lock that is held or an entry that names a log.
+
+    A tree that a dead daemon left may be mounted again between two looks, or be left again. So its entry counts whoever
+    has the lock; and so does an entry that cannot be read, which might name a log.
+    """
+    logged = (entry for entry in read_entries(directory) if entry.journal is not None or entry.damaged)
+    return {entry.tree_id for entry in logged} | live_ids(directory)
+
+
 def outlived_ids(directory: str) -> set[int]:
     """Return the tree ids of dead daemons that left their trees in RAM."""
     return {entry.tree_id for entry in read_entries(directory) if entry.outlived}

@@ -3,6 +3,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from pkramfs.cli import verify
 from pkramfs.errors import FormatError, MachineError, PkramfsError
 from pkramfs.kernel import kernelrecord, nvram, running, staging, succession
+from pkramfs.machine import directory, mounts
 from pkramfs.machine.frames import Frames
 from pkramfs.machine.leases import FREE, HOLE, KERNEL, RESERVE, is_tree_id, new_tree_id
 from pkramfs.spans import Spans
@@ -25,6 +27,44 @@ def test_a_flipped_bit_leaves_no_tree_id() -> None:
         assert is_tree_id(tree_id)
         assert not any(is_tree_id(tree_id ^ 1 << bit) for bit in range(64))
     assert not any(is_tree_id(word) for word in (0, 1, 255, 256, 1 << 63))
+
+
+@pytest.mark.parametrize("when", ["mounted", "damaged"])
+def test_a_tree_that_a_dead_daemon_left_is_swept_by_nobody(lab: Any, when: str, monkeypatch: Any) -> None:
+    """Not even while somebody mounts it, between two looks at who lives; nor if its entry cannot be read."""
+    frames, runs, total = lab.grow(700)
+    lock = lab.machine.claim(frames.tree_id)
+    lock.write_entry({"name": "a", "journal": runs[0][0]})
+    lock.abandon()
+    entry = Path(lock.path("json"))
+    if when == "damaged":
+        entry.write_bytes(entry.read_bytes()[:-9])
+
+    def look_and_mount(directory: str, look: Any = mounts.live_ids) -> set[int]:
+        found: set[int] = look(directory)
+        if when == "mounted" and not taken:
+            taken.append(lab.machine.claim(frames.tree_id))
+        return found
+
+    taken: list[mounts.MountLock] = []
+    for module in (mounts, directory):
+        monkeypatch.setattr(module, "live_ids", look_and_mount)
+    assert lab.up().sweep() == 0
+    assert lab.up().leases.blocks_of(frames.tree_id)
+    assert [crc_of(lab, runs)] == [total]
+    monkeypatch.undo()
+    for one in taken:
+        one.abandon()
+    entry.unlink()
+    assert lab.up().sweep() > 0  # nothing names it any more
+
+
+def crc_of(lab: Any, runs: Any) -> int:
+    """Return the checksum of pages, as `grow` does."""
+    total = 0
+    for start, count in runs:
+        total = zlib.crc32(lab.up().ram.words(start, count).data, total)
+    return total
 
 
 def block_of(lab: Any, which: str) -> int:

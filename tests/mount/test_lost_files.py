@@ -75,3 +75,19 @@ def test_what_nobody_would_find_is_not_preserved(lab: Any, options: str) -> None
     lab.remount(mnt, f"preserve,ro{options}")
     lab.umount(mnt)
     assert (lab.mount("one") / "file").read_text() == "kept"
+
+
+def test_an_entry_that_cannot_be_read_frees_no_tree(lab: Any) -> None:
+    """It may name a log. Status says so; put back, it leads to the tree."""
+    mnt = lab.mount("one")
+    (mnt / "file").write_text("kept")
+    os.sync()
+    entry = lab.entry(mnt)
+    lab.kill(entry)
+    path = Path(entry.socket).with_suffix(".json")
+    good = path.read_bytes()
+    path.write_bytes(good[:-3])
+    lab.umount(lab.mount("two"))
+    assert f"{path}, which tells where its tree is, cannot be read" in lab.run("ctl", "status").stdout
+    path.write_bytes(good)
+    assert (lab.mount("one") / "file").read_text() == "kept"
