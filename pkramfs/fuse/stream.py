@@ -51,7 +51,7 @@ class Stream:
         if self._usable:
             if self._ends is None:
                 self._open()
-            self.left = _PATIENCE if self._usable else 0
+            self.left = _PATIENCE if self._usable and self._ends is not None else 0
 
     def missed(self) -> None:
         """Note that another request came."""
@@ -79,8 +79,12 @@ class Stream:
         return Piped(self._ends[0], self._view[_HEAD:length], self._ram)
 
     def _open(self) -> None:
-        """Make the pipe; without room for the largest request it must not be used."""
-        self._ends = os.pipe2(os.O_CLOEXEC)
+        """Make the pipe, if that can be now; without room for the largest request it must not be used."""
+        try:
+            self._ends = os.pipe2(os.O_CLOEXEC)
+        except OSError as error:  # no descriptor is left, or a user has too many pipes: the data come the usual way
+            log.info("no stream: %s", error.strerror)
+            return
         weakref.finalize(self, _close, self._ends)
         try:
             fcntl.fcntl(self._ends[1], fcntl.F_SETPIPE_SZ, _SIZE)

@@ -174,3 +174,19 @@ def test_a_dead_device_ends_it(kernel: Writer) -> None:
     kernel.write(0, os.urandom(MAX_WRITE))
     kernel.socket.close()
     assert not kernel.filter.serve()
+
+
+def test_without_a_descriptor_for_the_pipe_data_come_the_usual_way(
+    kernel: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that is refused for that would be lost. Later there may be one."""
+
+    def refuse(_: int) -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(os, "pipe2", refuse)
+    for offset in (0, MAX_WRITE):
+        assert not kernel.write(offset, os.urandom(MAX_WRITE)) and not kernel.stream.left
+    monkeypatch.undo()
+    assert not kernel.write(0, os.urandom(MAX_WRITE)) and kernel.stream.left
+    kernel.check()
