@@ -7,7 +7,8 @@
     mounts/00c0ffee….log     its stdout and stderr
     mounts/00c0ffee….spare   pages for the next entry, where the host has none any more
 
-The lock is taken before the first page block is leased and removed only by its holder. The entry of a
+The lock is taken before the first page block is leased and removed only by its holder. Should somebody else remove
+the file, those who hold the lock have it open nevertheless, and the entry names them. The entry of a
 dead daemon reads as not alive; once its page blocks are swept, `clear_away` takes its lock, writes the
 end of its log to the kernel log and removes its files.
 
@@ -128,7 +129,9 @@ def stem(directory: str, tree_id: int) -> str:
 def claim(directory: str, tree_id: int) -> MountLock:
     """Take the lock of a tree id; MachineError if a living daemon holds it."""
     fd = locks.lock_removable(stem(directory, tree_id) + ".lock")
-    if fd is None:
+    if fd is None or _is_open(tree_id, _read_data(stem(directory, tree_id) + ".json")[0] or {}):
+        if fd is not None:
+            os.close(fd)
         raise MachineError(f"tree {tree_id:x} is in use by another mount daemon")
     return MountLock(directory, tree_id, fd)
 
@@ -197,13 +200,13 @@ def _last_lines(path: str) -> list[str]:
     return [line for line in lines if line.strip()][-_LAST_LINES:]
 
 
-def read_entries(directory: str) -> list[MountEntry]:
-    """Return all entries of mounts/, those of dead daemons and damaged ones too."""
+def read_entries(directory: str, *, beside: Container[int] = ()) -> list[MountEntry]:
+    """Return all entries of mounts/, those of dead daemons and damaged ones too; but not of the trees in `beside`."""
     try:
         names = sorted(name for name in os.listdir(directory) if name.endswith(".json"))
     except FileNotFoundError:
         return []
-    entries = (_read_entry(directory, name) for name in names)
+    entries = (_read_entry(directory, name) for name in names if _tree_id(name, ".json") not in beside)
     return [entry for entry in entries if entry is not None]
 
 
@@ -224,7 +227,8 @@ def outlived_ids(directory: str) -> set[int]:
 
 def live_ids(directory: str) -> set[int]:
     """Return the tree ids whose lock is held, with an entry or without."""
-    return {tree_id for tree_id in tree_ids(directory) if locks.is_held(stem(directory, tree_id) + ".lock")}
+    held = {tree_id for tree_id in tree_ids(directory) if locks.is_held(stem(directory, tree_id) + ".lock")}
+    return held | {entry.tree_id for entry in read_entries(directory, beside=held) if entry.alive}
 
 
 def tree_ids(directory: str) -> set[int]:
@@ -256,7 +260,7 @@ def _read_entry(directory: str, name: str) -> MountEntry | None:
         pid=data.get("pid") or 0,
         options=data.get("options") or {},
         dev=data.get("dev"),
-        alive=locks.is_held(stem(directory, tree_id) + ".lock"),
+        alive=locks.is_held(stem(directory, tree_id) + ".lock") or _is_open(tree_id, data),
         socket=stem(directory, tree_id) + ".sock",
         on=None if data.get("on_dev") is None or data.get("on_ino") is None else (data["on_dev"], data["on_ino"]),
         extra={key: value for key, value in data.items() if key not in _KNOWN},
@@ -264,6 +268,24 @@ def _read_entry(directory: str, name: str) -> MountEntry | None:
         journal=data.get("journal"),
         holder=data.get("holder") or 0,
     )
+
+
+def _is_open(tree_id: int, data: dict[str, Any]) -> bool:
+    """Return True if another process that an entry names has the lock of its tree open, though its file was removed."""
+    return any(_has_open(pid, f"{tree_id:016x}.lock (deleted)") for pid in (data.get("pid"), data.get("holder")) if pid)
+
+
+def _has_open(pid: int, name: str) -> bool:
+    """Return True if another process, which may have ended, has a file of this name open."""
+    if pid == os.getpid():
+        return False
+    directory = f"/proc/{pid}/fd"
+    with contextlib.suppress(OSError):  # it has ended, or is another user's
+        for fd in os.listdir(directory):
+            with contextlib.suppress(OSError):  # closed just now
+                if os.path.basename(os.readlink(f"{directory}/{fd}")) == name:
+                    return True
+    return False
 
 
 def _read_data(path: str) -> tuple[dict[str, Any] | None, str]:

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,31 @@ def test_an_entry_lives_as_long_as_its_lock(tmp_path: Path) -> None:
     lock.release()
     assert os.listdir(tmp_path) == []
     assert mounts.live_ids(str(tmp_path)) == set()
+
+
+def test_a_lock_whose_file_was_removed_is_still_held(tmp_path: Path) -> None:
+    """By whoever has it open, and is named in the entry: there are never two daemons for a tree."""
+    lock = mounts.claim(str(tmp_path), ID)
+    if not (daemon := os.fork()):
+        while True:
+            signal.pause()
+    try:
+        lock.write_entry(ENTRY | {"pid": daemon, "journal": 5})
+        lock.abandon()
+        os.unlink(lock.path("lock"))
+        for _ in range(2):  # the second time a file is there, of a lock that nobody holds
+            assert [(entry.alive, entry.outlived) for entry in mounts.read_entries(str(tmp_path))] == [(True, False)]
+            assert mounts.live_ids(str(tmp_path)) == {ID}
+            with pytest.raises(MachineError, match="tree abcd is in use by another mount daemon"):
+                mounts.claim(str(tmp_path), ID)
+        mounts.clear_away(str(tmp_path), (), [].append)
+        assert Path(lock.path("json")).exists()
+    finally:
+        os.kill(daemon, signal.SIGKILL)
+        os.waitpid(daemon, 0)
+    assert [(entry.alive, entry.outlived) for entry in mounts.read_entries(str(tmp_path))] == [(False, True)]
+    mounts.claim(str(tmp_path), ID).release()
+    assert os.listdir(tmp_path) == []
 
 
 def test_who_has_no_entry_yet_is_alive(tmp_path: Path) -> None:

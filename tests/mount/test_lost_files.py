@@ -91,3 +91,19 @@ def test_an_entry_that_cannot_be_read_frees_no_tree(lab: Any) -> None:
     assert f"{path}, which tells where its tree is, cannot be read" in lab.run("ctl", "status").stdout
     path.write_bytes(good)
     assert (lab.mount("one") / "file").read_text() == "kept"
+
+
+def test_a_mount_whose_lock_was_removed_keeps_its_tree_and_its_name(lab: Any) -> None:
+    mnt = lab.mount("one")
+    (mnt / "file").write_text("kept")
+    os.sync()
+    entry = lab.entry(mnt)
+    Path(entry.socket).with_suffix(".lock").unlink()
+    done = lab.helper(lab.dir("elsewhere"), "pkram=one")
+    assert done.returncode == 32 and f"one is mounted on {mnt} already" in done.stderr, done
+    lab.umount(lab.mount("two"))
+    os.kill(entry.pid, signal.SIGKILL)
+    assert os.statvfs(mnt).f_files and lab.run("ctl", "verify").returncode == 0
+    assert (mnt / "file").read_text() == "kept"
+    lab.umount(mnt)
+    assert lab.leased() == 0
