@@ -111,6 +111,8 @@ class Keeper:
         """Has all data of a frozen tree get checksums."""
         self.doubt_all: Callable[[], object] = dict
         """Has all data compared with their checksums again."""
+        self.keeps: Callable[[bool], object] = bool
+        """Is told whether the tree is frozen by preserve, which holds under the next daemon, too."""
         self._complete = False  # the node has a checksum for all data
         tree.preservation.on_withdrawn = self._say_withdrawn
 
@@ -237,7 +239,7 @@ class Keeper:
             )
         self._notice_loss()
         if self.tree.preserved and self.tree.frozen and not (verify and not self._complete):
-            self._kept = True
+            self._keep(yes=True)
             return await self.status()
         await self._freeze()
         try:
@@ -249,7 +251,7 @@ class Keeper:
         except BaseException:
             self.tree.thaw()
             raise
-        self._kept = True
+        self._keep(yes=True)
         self._forget_loss()
         return await self.status()
 
@@ -394,10 +396,8 @@ class Keeper:
     async def upgrade(self) -> Done:
         """Have room made for a daemon that runs the code on disk, unless there is a reason against it."""
         if "holder" not in self.outlives():
-            raise BusyError(
-                f"{self.mountpoint} has no holder, unless a new one is just coming, or a kernel before 6.9: "
-                "try again, or preserve, umount and mount it"
-            )
+            lacks = "has no holder, unless a new one is just coming, or a kernel before 6.9"
+            raise BusyError(f"{self.mountpoint} {lacks}: try again, or preserve, umount and mount it")
         async with self._lock:
             self._refuse_held()
             self.leaving.set()
@@ -406,7 +406,11 @@ class Keeper:
     def keep_frozen(self) -> None:
         """Go on with a tree that `preserve` has frozen under another daemon."""
         self.tree.freeze()
-        self._kept = True
+        self._keep(yes=True)
+
+    def _keep(self, *, yes: bool) -> None:
+        self._kept = yes
+        self.keeps(yes)
 
     async def settled(self) -> None:
         """Wait until no verb is changing the state."""
@@ -428,7 +432,7 @@ class Keeper:
 
     def _thaw(self) -> None:
         self.tree.thaw()
-        self._kept = False
+        self._keep(yes=False)
 
     def _refuse_held(self) -> None:
         if self._holders:

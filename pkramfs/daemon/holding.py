@@ -57,6 +57,10 @@ class Holding:
             if self.leash is not None:
                 self.leash.facts(self._held.facts)
 
+    def kept(self, kept: bool) -> None:
+        """Tell whether the tree is frozen by preserve."""
+        self.tell(kept=kept)
+
     async def be_alone(self) -> None:
         """See to it that no standby maps RAM, nor will."""
         if self.leash is not None:

@@ -286,6 +286,8 @@ class Daemon:
             settings=Settings(tree, self._words, policy=self._policy, changed=self._reconfigured),
         )
         keeper.outlives, keeper.summed = self._outliving, self.sums.status
+        if self.holding is not None:
+            keeper.keeps = self.holding.kept
         keeper.sum_all, keeper.doubt_all = self.sums.sum_all, self.sums.compare
         operations.writer_gone, operations.data_lost = keeper.writer_gone, keeper.data_lost
         self.session = Session(
@@ -372,7 +374,8 @@ class Daemon:
         self._be_held()  # the tree may be changed from now on
         if facts.get("sheltered"):
             unshelter(tree)
-        if tree.preserved and self.claimed.origin is Origin.DAEMON and syscalls.is_read_only(self.session.dev):
+        kept = facts.get("kept", syscalls.is_read_only(self.session.dev))  # a former version does not tell
+        if tree.preserved and self.claimed.origin is Origin.DAEMON and kept:
             self.keeper.keep_frozen()
         self.session.connected = partial(self._resend, suspect=held.suspect)
 

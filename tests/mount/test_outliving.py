@@ -339,6 +339,28 @@ def test_during_a_takeover(lab: Any, how: str) -> None:
         assert leased(lab) == 0
 
 
+def test_a_preserved_tree_stays_frozen_where_the_kernel_does_not_refuse_changes(lab: Any) -> None:
+    """As the mount of an ordinary user, whom fusermount3 makes nothing read-only. Until it is made live again."""
+    with held(lab, extra=BY_FUSERMOUNT3) as mount:
+        at, entry = mount.directory, mount.lab.entry(mount.directory)
+        (at / "file").write_bytes(b"x")
+        os.sync()
+        assert lab.call(at, "preserve")["frozen"] is True
+        for frozen in (True, True, False):
+            if not frozen:
+                lab.call(at, "unpreserve")
+            os.kill(entry.pid, signal.SIGKILL)
+            os.statvfs(at)
+            until(lambda before=entry.pid: mount.pid != before)
+            entry = mount.lab.entry(at)
+            status = lab.status(at)
+            assert (status["frozen"], status["state"]) == (frozen, "preserved" if frozen else "live")
+            if frozen:
+                with pytest.raises(OSError, match="Read-only"):
+                    (at / "more").mkdir()
+        (at / "more").mkdir()
+
+
 def test_commands_wait_for_the_daemon_that_takes_over(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with held(lab, extra=SLOW) as mount:
         (mount.directory / "file").write_bytes(b"x")
