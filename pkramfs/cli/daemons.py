@@ -12,6 +12,7 @@ moved. A daemon that does not answer is named, with its pid and the remedy.
 Kernel: /proc/self/mountinfo, which cannot say whose daemon lives
 """
 
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 5.0
 """How long a daemon may take to answer `status`; it does so between two steps of its longest work."""
+_ENTRY_SECONDS, _POLL = 1.0, 0.02
 _NAMED = 5
 """How many files with lost data are named."""
 
@@ -85,17 +87,24 @@ def _why_not(seen: Seen) -> str:
 
 
 def alive(machine: "Machine") -> list["MountEntry"]:
-    """Return the entries of living daemons by mount point, with the mount points of now."""
-    living = [e for e in machine.mounts() if e.alive]
-    mounted = located(e for e in living if "work" not in e.extra)  # else pkramctl makes a node: archive/claiming.py
-    found = sorted(mounted, key=lambda e: (e.mountpoint, e.tree_id))
-    unknown = machine.live_ids() - {e.tree_id for e in living}
-    if unknown:
-        raise DaemonError(
-            f"{plural(len(unknown), 'process holds', 'processes hold')} a tree but without an entry: "
-            f"find the process that has {machine.path('mounts', f'{min(unknown):016x}.lock')} open (fuser), and end it"
-        )
-    return found
+    """Return the entries of living daemons by mount point, with the mount points of now.
+
+    DaemonError if somebody has a lock but no entry: for longer than a mount has none when it begins or ends.
+    """
+    unknown, deadline = machine.live_ids(), time.monotonic() + _ENTRY_SECONDS
+    while True:
+        entries = machine.mounts()
+        unknown = (unknown & machine.live_ids()) - {e.tree_id for e in entries}
+        if not unknown:
+            break
+        if time.monotonic() > deadline:
+            raise DaemonError(
+                f"{plural(len(unknown), 'process holds', 'processes hold')} a tree but without an entry: find the "
+                f"process that has {machine.path('mounts', f'{min(unknown):016x}.lock')} open (fuser), and end it"
+            )
+        time.sleep(_POLL)
+    mounted = located(e for e in entries if e.alive and "work" not in e.extra)  # else pkramctl makes a node
+    return sorted(mounted, key=lambda e: (e.mountpoint, e.tree_id))
 
 
 def attached(machine: "Machine") -> "Running | None":

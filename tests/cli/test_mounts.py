@@ -166,12 +166,27 @@ def test_stop_names_a_daemon_that_stays(machine, monkeypatch):
         Freezer(machine).stop()
 
 
-def test_a_lock_without_an_entry_is_an_error(machine):
+def test_a_lock_without_an_entry_is_an_error(machine, monkeypatch):
+    monkeypatch.setattr(daemons, "_ENTRY_SECONDS", 0.0)
     daemon = Daemon("a")
     machine.daemons = [daemon]
     machine.mounts = list
     with pytest.raises(DaemonError, match="1 process holds a tree but without an entry"):
         daemons.alive(machine)
+
+
+def test_a_lock_without_an_entry_for_a_moment_is_a_mount_that_begins_or_ends(machine, monkeypatch):
+    """Nor does one matter that begins between two looks."""
+    machine.daemons = [Daemon("a")]
+    entries = [[], list(machine.mounts())]
+    begins_id = entries[1][0].tree_id
+    locks = [{begins_id, 2}, {begins_id, 2}, {begins_id, 3}]
+    monkeypatch.setattr(machine, "live_ids", lambda: locks.pop(0))
+    monkeypatch.setattr(machine, "mounts", lambda: entries.pop(0))
+    waited = []
+    monkeypatch.setattr(daemons.time, "sleep", waited.append)
+    assert [entry.tree_id for entry in daemons.alive(machine)] == [begins_id]
+    assert (len(waited), locks, entries) == (1, [], [])
 
 
 def test_kill_never_touches_a_process_that_is_no_daemon(machine, monkeypatch):
