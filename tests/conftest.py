@@ -17,7 +17,20 @@ import pytest
 from tests.support.places import memory_directory, mounted, take_down
 
 ORDER = (
-    *("prelude", "architecture", "mounting", "machine", "pkram", "kernel", "fs", "fuse", "control", "archive", "cli"),
+    *(
+        "prelude",
+        "architecture",
+        "mounting",
+        "machine",
+        "pkram",
+        "kernel",
+        "fs",
+        "fuse",
+        "control",
+        "archive",
+        "daemon",
+        "cli",
+    ),
     *("mount", "kexec", "conformance", "programs"),
 )
 """Lowest chapter first, so that the lowest broken one reports first."""

@@ -254,6 +254,9 @@ def show_mounts(found: list[dict[str, Any]]) -> None:
         if "unsummed" in mount:
             render.say(f"checksums {mount['mountpoint']}: {_summed(mount)}")
     for mount in found:
+        if mount.get("on_trial") or "went_back" in mount:
+            render.say(f"upgrade   {mount['mountpoint']}: {_upgraded(mount)}")
+    for mount in found:
         if "problem" in mount:
             render.say(f"problem   {mount['problem']}")
 
@@ -270,6 +273,13 @@ def _survives(mount: dict[str, Any]) -> str:
     log = f"log {format_size(mount['log_bytes'])}, {plural(mount['log_requests'], 'request')} since its checkpoint"
     taken = f"; {plural(mount['takeovers'], 'takeover')}" if mount.get("takeovers") else ""
     return f"{', '.join(survives + ['kexec'] * preserved)}; not: {', '.join(lacks)} ({log}{taken})"
+
+
+def _upgraded(mount: dict[str, Any]) -> str:
+    """Return what has become of the last upgrade, unless it was a success."""
+    if mount.get("on_trial"):
+        return "new code serves, on trial: the code before takes over if it fails"
+    return f"new code failed ({mount['went_back']}), the code before serves: pkramctl upgrade tries again"
 
 
 def _summed(mount: dict[str, Any]) -> str:

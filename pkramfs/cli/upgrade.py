@@ -5,10 +5,11 @@ The holder becomes the new code while the daemon serves. Then that makes room be
 starts another daemon, which recovers the tree and goes on. Programs wait for that only.
 
     this command      imports what a holder needs, and recovers each tree in its own memory: it is the code on disk
-    the holder        becomes that code, and says so; if it ends instead, its daemon notices that at once
-    the next daemon   takes over
+    the holder        becomes that code, and says so; if it ends instead, the code before goes on
+    the next daemon   takes over, and is on trial until it has served: if it dies before, the code before goes on
 
-What fails in the first two steps is told in one line, and the daemon that serves goes on.
+What fails is told in one line, and the mounts behind it are left alone: the same code would fail there, too. A daemon
+on trial must answer some requests; so this command asks some of each mount meanwhile.
 
 Kernel: kernel/livepatch/, by other means
 """
@@ -16,6 +17,7 @@ Kernel: kernel/livepatch/, by other means
 import argparse
 import contextlib
 import os
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +26,21 @@ from pkramfs.cli.arguments import need
 from pkramfs.errors import DaemonError, MachineError, PkramfsError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pkramfs.control.replies import Status
     from pkramfs.machine.directory import Machine
     from pkramfs.machine.mounts import MountEntry
 
 SECONDS = 60.0
 """How long the next daemon may take until it answers."""
+_TRIAL_SECONDS = 600.0
+"""How long it may be on trial: as long as the holder waits for a tree of ten million files."""
 _POLL = 0.01
+
+
+class LateError(DaemonError):
+    """New code failed under a mount that it had taken over."""
 
 
 def add(made: argparse.ArgumentParser) -> None:
@@ -44,11 +55,15 @@ def act(args: argparse.Namespace) -> int:
     machine = arguments.existing(args)
     chosen = _chosen(machine, args.mounts)
     _try_new_code()
-    done, problems = [], []
-    for entry in chosen:
+    done, problems, left = [], list[PkramfsError](), list["MountEntry"]()
+    for number, entry in enumerate(chosen):
         try:
             _rehearse(machine, entry)
             done.append(_upgrade(machine, entry))
+        except LateError as error:
+            problems.append(error)
+            left = chosen[number + 1 :]
+            break
         except PkramfsError as error:
             problems.append(error)
     if arguments.wants_json(args):
@@ -60,6 +75,8 @@ def act(args: argparse.Namespace) -> int:
             render.say(f"{one['mountpoint']}: daemon {one['before']} replaced by {one['pid']}, {one['seconds']:.2f} s")
     for problem in problems:
         arguments.complain("pkramctl", str(problem))
+    if left:
+        arguments.complain("pkramctl", f"{', '.join(entry.mountpoint for entry in left)}: left alone for that reason")
     return problems[0].exit_status if problems else 0
 
 
@@ -111,16 +128,59 @@ def _upgrade(machine: "Machine", entry: "MountEntry") -> dict[str, Any]:
     began = time.monotonic()
     with contextlib.suppress(DaemonError):  # it died: then another takes over, or none
         Commands(entry.socket).upgrade()
-    while True:
-        now = next((e for e in machine.mounts() if e.tree_id == entry.tree_id), None)
-        if now is None or not now.alive:
-            raise DaemonError(
-                f"no daemon took over {entry.mountpoint}: pkramctl dmesg says why; mount {entry.name} again"
-            )
-        if now.pid != entry.pid and daemons.ask(now).status is not None:
-            break
-        if time.monotonic() - began > SECONDS:
-            raise DaemonError(f"no daemon took over {entry.mountpoint} within {SECONDS:g} s: pkramctl dmesg says why")
-        time.sleep(_POLL)
+    pid = _taken_over(machine, entry, began)
     seconds = time.monotonic() - began
-    return {"mountpoint": entry.mountpoint, "name": entry.name, "before": entry.pid, "pid": now.pid, "seconds": seconds}
+    pid = _proven(machine, entry, pid)
+    return {"mountpoint": entry.mountpoint, "name": entry.name, "before": entry.pid, "pid": pid, "seconds": seconds}
+
+
+def _taken_over(machine: "Machine", entry: "MountEntry", began: float) -> int:
+    """Wait until another daemon answers; return its pid."""
+    while time.monotonic() - began <= SECONDS:
+        now, status = _look(machine, entry)
+        if now.pid != entry.pid and status is not None:
+            return now.pid
+        time.sleep(_POLL)
+    raise DaemonError(f"no daemon took over {entry.mountpoint} within {SECONDS:g} s: pkramctl dmesg says why")
+
+
+def _proven(machine: "Machine", entry: "MountEntry", pid: int) -> int:
+    """Wait until the new code has served; return its daemon's pid. Raise LateError if the code before serves again."""
+    deadline = time.monotonic() + _TRIAL_SECONDS
+    with _asking(entry):
+        while time.monotonic() < deadline:
+            _, status = _look(machine, entry)
+            if status is not None and (why := status.get("went_back")) is not None:
+                raise LateError(
+                    f"the code on disk failed under {entry.mountpoint} ({why}): daemon {status['pid']} of the code "
+                    "before goes on"
+                )
+            if status is not None and not status.get("on_trial"):
+                return status["pid"]
+            time.sleep(_POLL)
+    raise DaemonError(f"daemon {pid} of {entry.mountpoint} does not answer: pkramctl dmesg says what becomes of it")
+
+
+def _look(machine: "Machine", entry: "MountEntry") -> "tuple[MountEntry, Status | None]":
+    """Return the entry of a mount as it is now, and its daemon's status, if that answers; DaemonError without one."""
+    now = next((e for e in machine.mounts() if e.tree_id == entry.tree_id), None)
+    if now is None or not now.alive:
+        raise DaemonError(f"no daemon took over {entry.mountpoint}: pkramctl dmesg says why; mount {entry.name} again")
+    return now, daemons.ask(now).status
+
+
+@contextlib.contextmanager
+def _asking(entry: "MountEntry") -> "Iterator[None]":
+    """Have the kernel ask the daemon of a mount again and again, if it is in our mount namespace, and ours to use."""
+    over = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(OSError):
+            while not over.wait(_POLL) and os.stat(entry.mountpoint).st_dev == entry.dev:
+                os.statvfs(entry.mountpoint)
+
+    threading.Thread(target=ask, daemon=True).start()  # it may be held up for long, by a daemon that hangs
+    try:
+        yield
+    finally:
+        over.set()

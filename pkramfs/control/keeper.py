@@ -103,7 +103,7 @@ class Keeper:
         self._data_lost = trio.Event()
         self._said: set[int] = set()  # whose loss the log has
         self.stopping, self.leaving = trio.Event(), trio.Event()
-        self.outlives: Callable[[], dict[str, int]] = dict
+        self.outlives: Callable[[], dict[str, Any]] = dict
         """Returns the fields of a status that say how the tree outlives this process."""
         self.summed: Callable[[], dict[str, Any]] = dict
         """Returns the fields of a status that say what is known of the data's checksums."""

@@ -52,6 +52,10 @@ class Status(TypedDict):
     """Checkpoints that this daemon has made."""
     takeovers: NotRequired[int]
     """How often a daemon of this mount was replaced."""
+    on_trial: NotRequired[bool]
+    """True while an upgrade may still go back to the code before."""
+    went_back: NotRequired[str]
+    """Why the last upgrade went back; absent if it did not."""
     unsummed: NotRequired[int]
     """Pieces of files, of 1 MiB at most, that have no checksum yet; absent without verify=data."""
     to_compare: NotRequired[int]
@@ -92,7 +96,7 @@ class Done(TypedDict):
 
 Reply = Status | Foreseen | Frozen | Done
 LISTS = ("writers", "open_deleted", "lost")
-LOG = ("holder", "log_bytes", "log_requests", "log_age", "checkpoints", "takeovers")
+LOG = ("holder", "log_bytes", "log_requests", "log_age", "checkpoints", "takeovers", "on_trial", "went_back")
 SUMS = ("unsummed", "to_compare", "damaged", "damaged_count")
 ADDED = frozenset((*LISTS, *(f"{name}_count" for name in LISTS), "refused", "busy", "options", "held", *LOG, *SUMS))
 """Fields that replies of older versions lack."""

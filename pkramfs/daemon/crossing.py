@@ -18,6 +18,7 @@ Kernel: kernel/kexec_core.c (kernel_kexec), with CONFIG_KEXEC_JUMP
 
 import json
 import os
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,8 +29,9 @@ from pkramfs.control.keeper import Keeper
 from pkramfs.control.replies import Done
 from pkramfs.control.server import Server
 from pkramfs.daemon.holding import Holding, parting
-from pkramfs.daemon.job import CROSSED, HANDED_OVER
+from pkramfs.daemon.job import CROSSED, HANDED_OVER, Held
 from pkramfs.daemon.shadow import Checkpoints
+from pkramfs.daemon.trial import patience, prove
 from pkramfs.errors import DaemonError
 from pkramfs.fs import handles
 from pkramfs.fs.tree import Tree
@@ -70,12 +72,17 @@ class Passage:
         session: Session,
         checkpoints: Checkpoints | None,
         holding: Holding | None,
+        held: Held | None,
         say: Callable[[str], None],
     ) -> None:
         self.crossing = Crossing(keeper, Door(self._shut, self._open, self._tell_sheltered))
         self.users: Users | None = None
         """Who used the tree under the last kernel."""
         self._tree, self._session, self._checkpoints, self._holding = keeper.tree, session, checkpoints, holding
+        self._facts: dict[str, Any] = {} if held is None else held.facts
+        self._trial = -1 if held is None else held.trial
+        if self._trial >= 0 and checkpoints is not None:
+            checkpoints.put_off()
         self._keeper, self._say = keeper, say
         self._decided, self._leaves = trio.Event(), False
 
@@ -150,11 +157,42 @@ class Passage:
         if self._checkpoints is not None:
             await self._checkpoints.stop()
         self._say(f"pkramfs: the holder of {self._keeper.name} is to become the code on disk")
-        if self._holding is not None and await self._holding.renew():
+        counts, journal = self._tree.counts(), self._tree.journal
+        seconds = patience(counts.files + counts.directories, 0 if journal is None else journal.requests)
+        if self._holding is not None and await self._holding.renew(seconds):
             return True
         if self._checkpoints is not None:
             self._checkpoints.go_on()
         return False
+
+    async def be_proven(self) -> None:
+        """Serve for a while under the eyes of the code before, if we are new code."""
+        if self._trial < 0:
+            return
+        await self._session.ready.wait()
+        await prove(self._answered)
+        if self._holding is not None and self._holding.leash is not None:
+            self._holding.leash.proven()
+        os.close(self._trial)
+        self._trial = -1
+        if self._checkpoints is not None:
+            self._checkpoints.go_on()
+
+    def _answered(self) -> int:
+        return 0 if self._session.filter is None else self._session.filter.requests
+
+    def outliving(self) -> dict[str, Any]:
+        """Return how the tree outlives this process, for its status."""
+        journal, holding = self._tree.journal, self._holding
+        if journal is None or self._checkpoints is None:
+            return {}
+        found = {"log_bytes": journal.log.size, "log_requests": journal.requests, "checkpoints": self._checkpoints.made}
+        found |= {"log_age": int(time.monotonic() - self._checkpoints.at), "takeovers": self._facts.get("taken", 0)}
+        if holding is not None and holding.leash is not None and self._session.sends_again:
+            found["holder"] = holding.pid
+        if self._trial >= 0:
+            found["on_trial"] = True
+        return found | ({"went_back": self._facts["went_back"]} if "went_back" in self._facts else {})
 
     async def arrive(self) -> None:
         """Have the kernel of the host let go of what it has cached under the kernel before."""

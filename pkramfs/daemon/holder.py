@@ -18,6 +18,7 @@ this memory.
     before it serves            ends with the same status: the command says why
     of a signal we passed on    ends, as with FINAL: it was told to end and did not serve yet
     FINAL                       ends: no other daemon would do better. Programs get ENOTCONN, the tree stays in RAM
+    on trial, whatever of       ends, if the code before can take the mount back (trial.py)
     HANDED_OVER                 starts another: the code on disk, which it has become while that daemon served
     CROSSED                     becomes the code on disk (execve), unless it runs that already, and starts another
     otherwise                   starts another: at once, then after longer and longer (PAUSES)
@@ -52,11 +53,13 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from pkramfs.daemon import code, leash, serving
+from pkramfs.daemon import code, leash, serving, trial
 from pkramfs.daemon.job import CROSSED, FINAL, HANDED_OVER, Held, Job, words
 from pkramfs.daemon.leash import Leash, Said
 from pkramfs.daemon.standby import STALE, Second
-from pkramfs.errors import PkramfsError
+from pkramfs.errors import PkramfsError, explain
+from pkramfs.journal.layout import read_live
+from pkramfs.kernel.running import look
 from pkramfs.machine import process
 from pkramfs.machine.directory import Machine
 from pkramfs.mounting.options import parse
@@ -111,6 +114,9 @@ def again(argv: Sequence[str]) -> int:
             os.set_inheritable(fd, False)
     holder = Holder(Job(-1, mountpoint, text, ANYTHING))
     holder.held = Held(int(device), int(lock), json.loads(facts), False, users)
+    if reserve := holder.held.facts.pop("reserve", None):
+        holder.held.facts.pop("went_back", None)
+        holder.be_tried(trial.Trial(*reserve))
     if daemon:
         holder.adopt(*daemon)
     return holder.run()
@@ -134,6 +140,9 @@ class Holder:
         """The status with which a daemon has said to leave."""
         self._well = True
         self._second = Second(wanted=_has_standby(job.text))
+        self._trial = trial.Trial()
+        self._went_back = False
+        """True if the code on disk has failed, and was not tried again since."""
         self._deaths: deque[float] = deque(maxlen=DEATHS + 1)
 
     def run(self) -> int:
@@ -147,6 +156,7 @@ class Holder:
             self._end_shadow()
             if self.held is None or status == 0:
                 self._second.end()
+                self._trial.over()
                 return status if status >= 0 else 128 - status
             if status == STALE:  # nothing has happened
                 continue
@@ -156,6 +166,7 @@ class Holder:
                 self._second.end()
                 self._make_room(self.held, status)
                 continue
+            self._try_no_longer(self.held, status)
             if self._is_hopeless(status):
                 self._second.end()
                 return 1
@@ -166,11 +177,18 @@ class Holder:
         """Hold the mount of a daemon that serves and whose holder has died, or was older code in this process."""
         self._pidfd, self._ours = pidfd, socket.socket(fileno=end)
         self._child = process.child(pidfd)
-        self._renewed = self._child > 0
+        self._renewed = self._child > 0 or self._trial.runs
         Leash(self._ours, 0).well()  # it waits for that
+
+    def be_tried(self, reserve: trial.Trial) -> None:
+        """Be new code, which another process may end, to go on with the code before."""
+        assert self.held is not None
+        self._trial, self.held = reserve, self.held._replace(trial=reserve.fd)
+        self._trial.hello()
 
     def _start(self) -> None:
         """Have the standby take over, or fork a daemon."""
+        self._trial.began = True
         if self._second.ready and self.held is not None:
             self._child, self._pidfd, self._ours = self._second.give()
             Leash(self._ours, 0).go(self.held.facts, suspect=self.held.suspect)
@@ -192,9 +210,12 @@ class Holder:
             ours.close()
             for number in _FORWARDED:
                 signal.signal(number, signal.SIG_DFL)
-            if self.held is None:
+            given = Leash(theirs, holder)
+            given.on_trial = self.held is not None and self.held.trial >= 0
+            if self.held is None or given.on_trial:
                 process.die_with_parent()  # who gives up waiting for us kills our parent
-            status = serving.serve(self._job, Leash(theirs, holder), self.held, standby=standby)
+            if not given.on_trial or os.getppid() == holder:
+                status = serving.serve(self._job, given, self.held, standby=standby)
         finally:
             with contextlib.suppress(OSError):
                 sys.stderr.flush()
@@ -238,8 +259,10 @@ class Holder:
         elif said.say == leash.ENDS:
             self._let_go()
         elif said.say == leash.RENEW and self.held is not None:
-            self._second.end()
-            self._become_new_code(self.held, self._pidfd, self._ours.fileno())
+            self._renew(self.held, said.facts.get("patience", trial.LEAST_SECONDS))
+        elif said.say == leash.PROVEN and self.held is not None:
+            self._end_trial()
+            self._log(f"pkramfs: the code on disk has served under {self.held.facts['name']}: the code before it ends")
         elif said.say == leash.LEAVES:
             self._left = said.status
         elif said.say == leash.ALONE:
@@ -259,7 +282,7 @@ class Holder:
             else:
                 _close(held)
             device, lock = said.descriptors
-            self.held = Held(device, lock, said.facts, False)
+            self.held = Held(device, lock, said.facts, False, trial=self._trial.fd)
             self._second.allowed = _has_standby(self._job.text)
         elif said.say == leash.FACTS and held is not None:
             _close_file(held.users)
@@ -273,6 +296,7 @@ class Holder:
 
     def _let_go(self) -> None:
         """Close the connection: its end is the daemon's to give, in order."""
+        self._trial.over()
         if self.held is not None:
             os.close(self.held.device)
             self.held = None
@@ -289,11 +313,75 @@ class Holder:
         """Go on as the code on disk, which forks the next daemon.
 
         Who has become that for this need not again; nor for a kexec, if the code is the same: what runs is then there
-        at once.
+        at once. Who has just gone back from it does not.
         """
+        if self._trial.began:
+            self._end_trial()
+        if (status == HANDED_OVER and self._went_back) or self._trial.runs:
+            return
         if not ((status == CROSSED or self._renewed) and code.fingerprint() == code.running()):
             self._become_new_code(held)
         self._renewed = False
+
+    def _renew(self, held: Held, patience: float) -> None:
+        """Become the code on disk under a daemon that serves; in the process that is left behind, go on if it fails."""
+        self._second.end()
+        self._end_trial()
+        assert self._ours is not None
+        facts = held.facts
+        try:
+            found = trial.keep(self._pidfd, patience, lambda: self._unreadable(held))
+            if isinstance(found, trial.Failed):
+                self._take_back(held, found)
+                return
+            facts = facts | {"reserve": found}
+        except OSError as error:
+            self._log(f"pkramfs: {facts['name']} gets the code on disk without a way back: {explain(error)}")
+        self._become_new_code(held._replace(facts=facts), self._pidfd, self._ours.fileno())
+
+    def _unreadable(self, held: Held) -> str:
+        """Return why this code cannot read the log that newer code leaves, and say so; nothing if it can."""
+        try:
+            read_live(look(Machine.locate(parse(self._job.text).machine)).ram, held.facts["live"])
+        except (PkramfsError, OSError) as error:
+            self._log(f"pkramfs: no way back to the code before under {held.facts['name']}: {error}")
+            return str(error)
+        return ""
+
+    def _take_back(self, held: Held, failed: trial.Failed) -> None:
+        """Hold the mount again after code that has failed; its daemon may be there still."""
+        assert self._ours is not None
+        for number in _FORWARDED:
+            signal.signal(number, lambda number, _: self._forward(number))
+        process.adopt_orphans()
+        self._child, self._went_back = -1, True
+        name, facts = held.facts["name"], held.facts
+        if failed.serves:
+            pidfd = os.pidfd_open(os.getpid())
+            Leash(self._ours, 0).back(pidfd)
+            os.close(pidfd)
+        else:
+            self._left = HANDED_OVER
+            self.held = held._replace(facts=facts | {"went_back": failed.why, "taken": facts.get("taken", 0) + 1})
+        self._log(f"pkramfs: the code on disk has failed under {name} ({failed.why}): the code before goes on")
+
+    def _end_trial(self) -> None:
+        """Let go of the code before."""
+        self._trial.over()
+        if self.held is not None:
+            self.held = self.held._replace(trial=-1)
+
+    def _try_no_longer(self, held: Held, status: int) -> None:
+        """Have the code before take the mount back, which ends us, if we are on trial; return if it does not."""
+        if not self._trial.began:
+            return  # it was the daemon before
+        if not self._trial.runs or status == -self._passed or (status < 0 and serving.panics(self._job, -status)):
+            self._end_trial()
+            return
+        self._second.end()
+        self._log(f"pkramfs: the daemon of {held.facts['name']} {_how(status)}, on trial")
+        self._trial.failed(f"its daemon {_how(status)} before it had served")
+        self._end_trial()
 
     def _become_new_code(self, held: Held, *daemon: int) -> None:
         """Become another holder in this process, with its daemon if there is one."""
@@ -312,12 +400,11 @@ class Holder:
         if not self._well or status != -signal.SIGKILL:
             self._deaths.append(time.monotonic())
         self.held = self.held._replace(suspect=self._recent() >= POISON_DEATHS)
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         often = self._recent() > DEATHS
         hopeless = status in (FINAL, -self._passed) or often or (status < 0 and serving.panics(self._job, -status))
         why = f": {DEATHS + 1} deaths in {WITHIN:g} s are too many" if often else ""
         then = f", and none takes over{why}: mount it again" if hopeless else ", another takes over"
-        self._log(f"pkramfs: the daemon of {self.held.facts['name']} {how}{then}")
+        self._log(f"pkramfs: the daemon of {self.held.facts['name']} {_how(status)}{then}")
         return hopeless
 
     def _end_shadow(self) -> None:
@@ -332,6 +419,10 @@ class Holder:
     def _log(self, line: str) -> None:
         with contextlib.suppress(PkramfsError):
             Machine.locate(parse(self._job.text).machine).log(line)
+
+
+def _how(status: int) -> str:
+    return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
 def _close(held: Held) -> None:

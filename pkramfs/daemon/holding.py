@@ -7,6 +7,8 @@
 The new holder is a fresh process, since fork(2) is not for a process with threads. From its first moment it has the
 connection, so the mount outlives us again, and it starts another daemon if we have died before it knows us.
 
+A holder that becomes the code on disk leaves a copy of itself (trial.py), which says `back` if that code fails.
+
 Kernel: kernel/pid.c (pidfd_poll)
 """
 
@@ -22,7 +24,7 @@ import trio
 
 from pkramfs.daemon import leash
 from pkramfs.daemon.job import Held, Job, words
-from pkramfs.daemon.leash import Leash
+from pkramfs.daemon.leash import Leash, Said
 from pkramfs.machine import process
 from pkramfs.mounting.starting import environment
 
@@ -43,6 +45,10 @@ class Holding:
         self._job, self._say, self._changed = job, say, changed
         self._held: Held | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._pidfd = -1
+        """That of a holder which is neither our parent nor our child."""
+        self._renewed = trio.Event()
+        self._renewed.set()
 
     def hold(self, device: int, lock: int, facts: dict[str, Any]) -> None:
         """Give all to the holder."""
@@ -72,12 +78,23 @@ class Holding:
                         await trio.to_thread.run_sync(process.end, pidfd)
                         os.close(pidfd)
 
-    async def renew(self) -> bool:
-        """Have the holder become the code on disk while we serve; return False if it does not, or there is none."""
+    async def renew(self, patience: float) -> bool:
+        """Have the holder become the code on disk while we serve; return False if it does not, or there is none.
+
+        The next daemon may take `patience` seconds.
+        """
         if self.leash is None:
             return False
-        self.leash.renew()
-        return await _is_ready(self.leash.end)
+        self._renewed = trio.Event()
+        try:
+            self.leash.renew(patience)
+            said = await _said(self.leash.end)
+            if said is not None and said.say == leash.BACK and said.descriptors:
+                self.leash.holder, self._pidfd, self._process = said.facts["holder"], said.descriptors[0], None
+                self._set(self.leash, said.facts["holder"])
+        finally:
+            self._renewed.set()
+        return said is not None and said.say == leash.WELL
 
     def served_by(self, device: int) -> None:
         """Note that the connection has another descriptor now."""
@@ -87,7 +104,11 @@ class Holding:
     async def watch(self) -> None:
         """Start another holder whenever one has died, until cancelled."""
         while True:
+            of = self.pid
             await self._death()
+            await self._renewed.wait()  # it may be back
+            if self.pid != of:
+                continue
             self._say(f"pkramfs: the holder of {self._job.mountpoint} (pid {self.pid}) has died")
             self._set(None, 0)
             for pause in chain(PAUSES, repeat(SELDOM)):
@@ -98,12 +119,13 @@ class Holding:
 
     async def _death(self) -> None:
         """Wait until the holder has died, whose pid is nobody else's as long as it is our parent or our child."""
+        given, self._pidfd = self._pidfd, -1
         try:
-            pidfd = os.pidfd_open(self.pid)
+            pidfd = os.pidfd_open(self.pid) if given < 0 else given
         except ProcessLookupError:
             return
         try:
-            if self._process is not None or os.getppid() == self.pid:
+            if given >= 0 or self._process is not None or os.getppid() == self.pid:
                 await trio.lowlevel.wait_readable(pidfd)
             if self._process is not None:
                 self._process.wait()
@@ -153,12 +175,17 @@ def _spawn(job: Job, held: Held, own: int, end: int) -> "subprocess.Popen[bytes]
 
 
 async def _is_ready(end: socket.socket) -> bool:
-    """Wait until a new holder, or one that is new code, says that it is one; return False if it does not."""
+    """Wait until a new holder says that it is one; return False if it does not."""
+    said = await _said(end)
+    return said is not None and said.say == leash.WELL
+
+
+async def _said(end: socket.socket) -> Said | None:
+    """Wait for what a holder says; return None if it says nothing, or has died."""
     with trio.move_on_after(READY_SECONDS):
         await trio.lowlevel.wait_readable(end)
-        said = leash.receive(end)
-        return said is not None and said.say == leash.WELL
-    return False
+        return leash.receive(end)
+    return None
 
 
 def parting(of: Holding | None, status: int) -> None:

@@ -14,6 +14,9 @@ HANDED_OVER, FINAL, CROSSED = 75, 76, 77
 """Exit statuses of a daemon that leaves its place to another, of one that another could not replace, and of one whose
 place another takes after a kexec."""
 
+LASTING = ("taken", "went_back")
+"""Facts that one daemon has of the others: how many were replaced, and why new code was given up."""
+
 
 class Job(NamedTuple):
     """What a command wants to be mounted, and the descriptor on which it waits for the answer."""
@@ -34,6 +37,8 @@ class Held(NamedTuple):
     """Requests that were not answered may be what daemons die of."""
     users: int = -1
     """The file that says who uses the tree, if a kexec was to come (crossing.py)."""
+    trial: int = -1
+    """What a daemon of new code has open until it is proven (trial.py)."""
 
 
 def words(job: Job, held: Held, *daemon: int) -> list[str]:

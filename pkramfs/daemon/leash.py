@@ -6,15 +6,18 @@
     shadow    a pidfd                  who makes a checkpoint: it must have ended before another daemon starts
     alone     0 or 1                   whether nobody but the daemon may have the tree: no standby
     ready                              a standby has the tree, and waits for `go`
-    renew                              become the code on disk, and say `well` when that is done
+    renew     {patience}               become the code on disk, and say `well` when that is done
+    proven                             this daemon of new code has served: the code before may go
     crosses   a file                   a kexec comes: the file says who uses the tree (crossing.py)
     well                               requests are served that the dead daemon had not seen
     leaves    status                   the daemon makes room, with this exit status
     ends                               the mount ends: start nobody
 
-A message is one JSON object. The holder says two things only: `go`, with the facts, to a standby, and `well` to a
-daemon when it holds that for the first time, as the code that it is. Nothing else is answered: that a holder has died
-is noticed by its pidfd.
+A message is one JSON object. The holder says three things only: `go`, with the facts, to a standby, `well` to a daemon
+when it holds that for the first time, as the code that it is, and `back`, with a pidfd of its own, when it holds that
+again because the code on disk has failed. Nothing else is answered: that a holder has died is noticed by its pidfd.
+
+New code on trial says `hello` to the code before, and `failed` with the reason (trial.py).
 
 Kernel: net/core/scm.c (scm_detach_fds)
 """
@@ -32,6 +35,7 @@ from pkramfs.schema import Anything, Invalid, Maybe, Object, Text, Whole, parse
 
 HELD, FACTS, SHADOW, CROSSES = "held", "facts", "shadow", "crosses"
 WELL, LEAVES, ENDS, RENEW = "well", "leaves", "ends", "renew"
+PROVEN, BACK, HELLO, FAILED = "proven", "back", "hello", "failed"
 ALONE, READY, GO = "alone", "ready", "go"
 _MOST, _DESCRIPTORS = 1 << 16, 2
 _MESSAGE = Object(
@@ -58,6 +62,8 @@ class Leash:
 
     def __init__(self, end: socket.socket, holder: int) -> None:
         self._end, self.holder = end, holder
+        self.on_trial = False
+        """True while our death is to be that of all new code, and so our holder's is ours."""
 
     @property
     def end(self) -> socket.socket:
@@ -67,7 +73,8 @@ class Leash:
     def held(self, device: int, lock: int, facts: dict[str, Any]) -> None:
         """Give the holder what it needs to start another daemon; from now on our death does not end the mount."""
         self._send(HELD, [device, lock], facts=facts)
-        process.die_with_parent(no=True)
+        if not self.on_trial:
+            process.die_with_parent(no=True)
 
     def facts(self, facts: dict[str, Any]) -> None:
         """Tell what has become of the facts."""
@@ -103,9 +110,27 @@ class Leash:
         """Give a file that says who uses the tree, for a daemon of the next kernel."""
         self._send(CROSSES, [users])
 
-    def renew(self) -> None:
-        """Have the holder become the code on disk."""
-        self._send(RENEW)
+    def renew(self, patience: float) -> None:
+        """Have the holder become the code on disk, whose daemon may take so many seconds until it is proven."""
+        self._send(RENEW, facts={"patience": patience})
+
+    def proven(self) -> None:
+        """Tell that we have served, so that the code before may go."""
+        self._send(PROVEN)
+        self.on_trial = False
+        process.die_with_parent(no=True)
+
+    def back(self, pidfd: int) -> None:
+        """Tell a daemon who holds it again; said by the holder."""
+        self._send(BACK, [pidfd], facts={"holder": os.getpid()})
+
+    def hello(self) -> None:
+        """Tell the code before that we know of the trial."""
+        self._send(HELLO)
+
+    def failed(self, why: str) -> None:
+        """Tell the code before why it must go on."""
+        self._send(FAILED, facts={"why": why})
 
     def well(self) -> None:
         """Tell that all is well."""

@@ -21,7 +21,6 @@ import faulthandler
 import logging
 import os
 import signal
-import time
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -35,7 +34,7 @@ from pkramfs.daemon import notices
 from pkramfs.daemon.claim import Claimed, Claiming, Origin
 from pkramfs.daemon.crossing import Passage, read_users
 from pkramfs.daemon.holding import Holding
-from pkramfs.daemon.job import Held
+from pkramfs.daemon.job import LASTING, Held
 from pkramfs.daemon.mountlog import drop_empty, log_to
 from pkramfs.daemon.shadow import Checkpoints
 from pkramfs.daemon.standby import Standing
@@ -285,7 +284,7 @@ class Daemon:
             banned=self.kernel.banned,
             settings=Settings(tree, self._words, policy=self._policy, changed=self._reconfigured),
         )
-        keeper.outlives, keeper.summed = self._outliving, self.sums.status
+        keeper.summed = self.sums.status
         if self.holding is not None:
             keeper.keeps = self.holding.kept
         keeper.sum_all, keeper.doubt_all = self.sums.sum_all, self.sums.compare
@@ -299,7 +298,8 @@ class Daemon:
         )
         if self.checkpoints is not None:
             self.checkpoints.instead = keeper.log_is_long
-        self.passage = Passage(keeper, self.session, self.checkpoints, self.holding, self.machine.log)
+        self.passage = Passage(keeper, self.session, self.checkpoints, self.holding, self.held, self.machine.log)
+        keeper.outlives = self.passage.outliving
 
     async def _live_on(self, tree: Tree) -> None:
         """Serve kernel and commands until the mount ends."""
@@ -317,6 +317,7 @@ class Daemon:
             nursery.start_soon(self.passage.make_room_on_request, server)
             nursery.start_soon(self.passage.depart_on_request, server)
             nursery.start_soon(self.passage.arrive)
+            nursery.start_soon(self.passage.be_proven)
             if self.holding is not None and self._live is not None:
                 nursery.start_soon(self._watch_holder, self.holding)
             if self.held is not None:
@@ -333,17 +334,6 @@ class Daemon:
         """Return True if data get checksums: those of a tree that can be preserved."""
         return self._words.get("verify") == "data" and self.options.name is not None and self.kernel.info.pkram
 
-    def _outliving(self) -> dict[str, int]:
-        """Return how the tree outlives this process, for its status."""
-        journal = self.tree.journal
-        if journal is None or self.checkpoints is None:
-            return {}
-        found = {"log_bytes": journal.log.size, "log_requests": journal.requests, "checkpoints": self.checkpoints.made}
-        found["log_age"] = int(time.monotonic() - self.checkpoints.at)
-        found["takeovers"] = self.held.facts.get("taken", 0) if self.held is not None else 0
-        held = self.holding is not None and self.holding.leash is not None and self.session.sends_again
-        return found | ({"holder": self.holding.pid} if held and self.holding is not None else {})
-
     def _be_held(self) -> None:
         """Give the holder what it needs to start another daemon when this one dies."""
         if self.holding is None or self._live is None:
@@ -357,7 +347,7 @@ class Daemon:
             "init": self.session.init,
             "dev": self.session.dev,
             "on": self.session.on,
-            "taken": self.held.facts.get("taken", 0) if self.held is not None else 0,
+            **({name: self.held.facts[name] for name in LASTING if name in self.held.facts} if self.held else {}),
         }
         self.holding.hold(self.session.descriptor, self.lock.fileno(), facts)
 

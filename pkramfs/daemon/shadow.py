@@ -97,9 +97,15 @@ class Checkpoints:
             self._process.kill()
         await self._done.wait()
 
+    def put_off(self) -> None:
+        """Make none until `go_on`."""
+        self._off = True
+
     def go_on(self) -> None:
-        """Make them again."""
+        """Make them again; one that was due meanwhile is due at the next request."""
         self._off = False
+        assert self._tree.journal is not None
+        self._tree.journal.expect_due()
 
     def all_answered(self, store: Store) -> None:
         """Make one in this process if the daemons before have died too soon to have one made.

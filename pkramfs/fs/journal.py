@@ -132,7 +132,11 @@ class Journal:
     def resume(self, requests: int, done: dict[int, int]) -> None:
         """Go on after another process, whose requests were replayed; see `requests` and `done`."""
         self.requests, self.done = requests, done
-        self.limit = max(self.limit, requests + 1)  # one that was due already is due at the next request
+        self.expect_due()
+
+    def expect_due(self) -> None:
+        """Have a checkpoint that was due already be due at the next request."""
+        self.limit = max(self.limit, self.requests + 1)
 
     # -- what a request changes -----------------------------------------------------------------
 

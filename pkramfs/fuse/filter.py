@@ -87,6 +87,11 @@ class Filter:
         self._stream = Stream(self._buffer, requests.tree.ram)
         self.operations.cache.device = fd
 
+    @property
+    def requests(self) -> int:
+        """Return how many requests were read so far."""
+        return sum(self._counts)
+
     def serve(self) -> bool:
         """Read one request, if there is one, and answer it; False when the device is gone."""
         streams = self._stream.left

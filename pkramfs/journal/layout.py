@@ -7,7 +7,8 @@ which readers check. All but the live page cross a kexec, too, if a node says th
     version 1   chunks of kind 0x4a43, records up to DAMAGED
     version 2   chunks of kind 0x4a44 behind them, and records that tell a whole request
 
-Who goes on with a log of version 1 makes it one of version 2 (`renew`), which the program that began it refuses.
+Who goes on with a log of version 1 makes it one of version 2 (`renew`), which the program that began it refuses. So an
+upgrade over that change has no way back (daemon/trial): a version that writes what the one before reads spares it.
 
     live page   bytes 16 to 55 are published words, which change; the checksum covers bytes 128 to 4095
     base page   never changes: what counts as the beginning

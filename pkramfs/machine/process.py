@@ -95,6 +95,11 @@ def child(pidfd: int) -> int:
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
         return -1
+    return pid(pidfd)
+
+
+def pid(pidfd: int) -> int:
+    """Return the pid of a process, -1 if somebody has waited for its end already."""
     with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
 

@@ -18,6 +18,7 @@ from pkramfs.control.commands import Commands
 from pkramfs.errors import DaemonError
 from pkramfs.machine import process
 from tests.support.lab import REPOSITORY
+from tests.support.mortal import Held, held
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.mount
@@ -76,7 +77,7 @@ def test_a_daemon_that_dies_while_its_holder_becomes_the_new_code(lab: Any) -> N
     assert "was killed by signal 9, another takes over" in lab.run("ctl", "dmesg").stdout
     assert lab.run("ctl", "upgrade", "one").returncode == 0
     (mnt / "more").write_text("y")
-    assert process.children(after.holder) == [lab.entry(mnt).pid]
+    until(lambda: process.children(after.holder) == [lab.entry(mnt).pid])
     lab.umount(mnt)
 
 
@@ -128,3 +129,94 @@ def test_who_has_no_holder_is_refused(lab: Any) -> None:
     assert done.returncode != 0 and "has no holder" in done.stderr and done.stderr.count("\n") == 1
     assert lab.run("ctl", "upgrade", "nothing").returncode == 8
     assert lab.run("ctl", "upgrade").returncode == 2
+
+
+FAILS = {
+    "in recovery": (
+        "fs/recover",
+        "def recover(*_, **__):\n    raise RuntimeError('it is broken')\n",
+        "ended with status 1",
+    ),
+    "in its first request": ("fuse/filter", "Filter.serve = lambda *_: os._exit(3)\n", "ended with status 3"),
+    "when it has served for a while": (
+        "daemon/trial",
+        "async def prove(*_):\n    await trio.sleep(0.2)\n    os.kill(os.getpid(), signal.SIGSEGV)\n",
+        "was killed by signal 11",
+    ),
+    "for ever": ("fs/recover", "def recover(*_, **__):\n    while True:\n        pass\n", "did not serve within 1 s"),
+}
+"""Code that takes over and fails then: the module with the fault, the fault, and what is said of it."""
+DEFAULT = ("in its first request",)
+
+
+def new_code(place: Path, module: str = "", fault: str = "") -> None:
+    """Make the code on disk a copy of ours, with a fault or without."""
+    shutil.copytree(REPOSITORY / "pkramfs", place / "pkramfs", dirs_exist_ok=True)
+    if module:
+        with open(place / "pkramfs" / f"{module}.py", "a") as file:
+            file.write(f"\n\n{fault}")
+
+
+def test_code_that_fails_once_it_has_taken_over(lab: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The code before goes on, programs keep what they have, and another attempt is possible."""
+    extra = f"os.environ['PYTHONPATH'] = {str(tmp_path)!r}\nfrom pkramfs.daemon import trial\ntrial.LEAST_SECONDS = 1\n"
+    chosen = FAILS if request.config.getoption("--long") else {when: FAILS[when] for when in DEFAULT}
+    mount = Held(lab, lab.dir("one"), extra)
+    with open(mount.directory / "gone", "w+") as gone:
+        gone.write("still")
+        gone.flush()
+        os.unlink(mount.directory / "gone")
+        for when, (module, fault, said) in chosen.items():
+            new_code(tmp_path, module, fault)
+            before = mount.pid
+            done = lab.run("ctl", "upgrade", "one")
+            why = said if "within" in said else f"{said} before it had served"
+            told = f"the code on disk failed under {mount.directory} (its daemon {why}): daemon "
+            assert (done.returncode, done.stderr.count("\n")) == (7, 1) and told in done.stderr, (when, done)
+            assert done.stderr.endswith(f" {mount.pid} of the code before goes on\n") and mount.pid != before
+            assert f"the code on disk has failed under one (its daemon {why})" in lab.dmesg(), when
+            assert f"new code failed (its daemon {why}), the code before serves" in lab.run("ctl", "status").stdout
+            (mount.directory / when).touch()
+        assert process.children(lab.entry(mount.directory).holder) == [mount.pid], "nobody else is left"
+        new_code(tmp_path)
+        assert lab.run("ctl", "upgrade", "one").returncode == 0
+        until(lambda: "has served under one: the code before it ends" in lab.dmesg())
+        assert "upgrade   " not in lab.run("ctl", "status").stdout
+        gone.seek(0)
+        assert gone.read() == "still" and sorted(os.listdir(mount.directory)) == sorted(chosen)
+    lab.umount(mount.directory)
+    assert mount.process.wait(60) == -signal.SIGKILL, "the first holder had become the new code, and was ended"
+    for log in lab.files.glob("mounts/*.log"):
+        log.unlink()  # nobody need look for the tracebacks of our faults
+
+
+NEWER = """
+import os
+import pkramfs.journal.layout as layout
+layout.VERSION = 3
+def recover(*args, work=recover, **named):
+    tree = yield from work(*args, **named)
+    layout.renew(args[2], args[1])
+    if not os.path.exists(FLAG):
+        open(FLAG, "w").close()
+        os._exit(3)
+    return tree
+"""
+
+
+def test_a_log_that_the_code_before_cannot_read(lab: Any, tmp_path: Path) -> None:
+    """There is no way back; nothing is touched, and the new code goes on."""
+    with held(lab, extra=f"os.environ['PYTHONPATH'] = {str(tmp_path)!r}\n") as mount:
+        (mount.directory / "file").write_text("x")
+        new_code(
+            tmp_path,
+            "fs/recover",
+            NEWER.replace("FLAG", repr(str(tmp_path / "flag"))).replace("\n", "\nimport os\n", 1),
+        )
+        before = lab.entry(mount.directory)
+        assert lab.run("ctl", "upgrade", "one").returncode == 0
+        said = lab.dmesg()
+        assert "no way back to the code before under one: Live" in said and "version is 3, expected at most 2" in said
+        assert "the daemon of one ended with status 3, another takes over" in said
+        assert (mount.directory / "file").read_text() == "x"
+        assert lab.entry(mount.directory).holder == before.holder
