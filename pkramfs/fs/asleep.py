@@ -7,13 +7,14 @@ A million inodes are two seconds of Python and a gigabyte of objects, most of wh
 columns, checked and complete, they are 170 bytes each and there at once. So a mount serves a tree whose
 directories *sleep*, and each wakes when it is first touched, with all its children. A sleeping part has
 not changed, for every change begins with finding a name, which wakes the directory that holds it. So it
-can be saved from the columns, without being woken (see picture).
+can be saved from the columns, without being woken (see picture). A log that is replayed may change names of a directory
+that sleeps on (see amended).
 
     awake   its Inode is in tree.inodes; a child of an awake directory is awake
     asleep  a directory whose Inode is awake and whose names are not: SleepingDirectory
     beyond  what is below a sleeping directory: no objects at all, but found by number, too (NFS handles)
 
-A file with several names may be awake through one and asleep under another. A request waits until the
+A file may be awake under a name that sleeps: by its number, or through another name. A request waits until the
 directory that it asks for is awake, so large directories (LARGE) are woken before the mount serves.
 
 Kernel: iget_locked() of file systems on disk: an inode is made when it is looked up
@@ -23,13 +24,14 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pkramfs.fs import collector
-from pkramfs.fs.directory import Directory
+from pkramfs.fs.amended import Amended
+from pkramfs.fs.directory import MOST_COOKIE, Directory
 from pkramfs.fs.inode import FIELDS, Inode
 from pkramfs.fs.pagecache import RUN_BYTES, PageMap
 from pkramfs.pkram.treeformat import Array, TreeStream
@@ -38,6 +40,8 @@ from pkramfs.spans import distinct
 if TYPE_CHECKING:
     from pkramfs.pkram.streams.runs import Runs
 
+_ALONE = 4
+"""Of so many names of a directory one may be asked for by its inode's number before all of them wake."""
 LARGE = 10_000
 """Entries of a directory that is not left asleep: some 20 ms to wake."""
 _TYPE = np.uint32(0o170000)
@@ -67,6 +71,22 @@ class SleepingDirectory(Directory):
         inode, packed = self.bed
         packed.wake(inode, self)
 
+    def amend(self) -> Directory | Amended:
+        """Return what takes changes of the names: the amendments of a directory that sleeps on, or itself, awake."""
+        inode, packed = self.bed
+        found = packed.amended.get(inode.ino) or packed.amend(inode)
+        if found is None or found.left <= 0:
+            self.wake()
+            return self
+        return found
+
+    @property
+    def added(self) -> Directory | None:
+        """Return the names that it has beside those in the columns."""
+        inode, packed = self.bed
+        found = packed.amended.get(inode.ino)
+        return None if found is None else found.added
+
 
 class Snapshot(NamedTuple):
     """What sleeps at one moment: by position in the columns, inodes, and directories whose names sleep."""
@@ -74,6 +94,8 @@ class Snapshot(NamedTuple):
     packed: Asleep
     inodes: Array
     folders: Array
+    gone: Array
+    """Rows of the entries that count no more."""
 
     @property
     def sleepers(self) -> int:
@@ -94,6 +116,7 @@ class Asleep:
         self._columns = parts.inodes
         self.pieces, self.edges, self._pages = _pieces(parts, runs)
         self._raw = self.pieces.reshape(-1).view(np.uint8).data  # what a file's map is cut from
+        self._items = [self._columns[name].item for name in FIELDS]
         self._kinds = self._columns["mode"] & _TYPE
         self._linked = (self._columns["nlink"] > 1) & (self._kinds != stat.S_IFDIR)
         self.name_edges = _sums(parts.entries["length"])
@@ -104,6 +127,12 @@ class Asleep:
         self._folders = self._kinds == stat.S_IFDIR
         self.left = int(self._folders.sum())
         self._named: Array | None = None
+        self._alone: dict[int, int] = {}
+        """How many inodes may still wake without their directory, by its position."""
+        self.amended: dict[int, Amended] = {}
+        """Directories whose names sleep and have changed, by number."""
+        self.names_gone = np.zeros(len(parts.entries["child"]), dtype=bool)
+        """Rows of the entries that count no more."""
         self.lookups = 0
         """References that somebody else's kernel may have to each inode, see Tree.assume_known."""
 
@@ -114,7 +143,7 @@ class Asleep:
 
     def snapshot(self) -> Snapshot:
         """Return what sleeps now. Waking changes neither a snapshot nor the columns that it refers to."""
-        return Snapshot(self, self._asleep.copy(), self._folders.copy())
+        return Snapshot(self, self._asleep.copy(), self._folders.copy(), self.names_gone.copy())
 
     # -- waking ----------------------------------------------------------------------------------
 
@@ -137,34 +166,79 @@ class Asleep:
         """Make a directory's names and the inodes that have no object yet."""
         position = self._position(inode.ino)
         low, high = self._rows(position)
-        children = self.parts.entries["child"][low:high]
+        children, cookies = (self.parts.entries[name][low:high] for name in ("child", "cookie"))
+        amended = self.amended.pop(inode.ino, None)
         with collector.paused():
-            inodes = self._children(children, inode)
             edges, blob = self.name_edges[low : high + 1].tolist(), self.parts.names
             names = [blob[start:end] for start, end in pairwise(edges)]
+            if amended is not None and amended.gone:
+                keep = ~self.names_gone[low:high]
+                children, cookies, names = children[keep], cookies[keep], list(compress(names, keep.tolist()))
+            inodes = self._children(children, inode)
             directory.__class__ = Directory  # type: ignore[assignment]
             del directory.bed
-            directory.fill(names, inodes, self.parts.entries["cookie"][low:high].tolist())
+            directory.fill(names, inodes, cookies.tolist())
             for child, name in zip(inodes, names, strict=True):
                 child.folder, child.name = inode, name
+            if amended is not None:
+                directory.append(amended.added)
         self._folders[position] = False
         self.left -= 1
         if not self.left:
             self.done()
 
     def find(self, number: int) -> Inode | None:
-        """Wake the directories above a sleeping inode and return it; None if no inode with this number sleeps."""
+        """Wake a sleeping inode and return it; None if no inode with this number sleeps.
+
+        The directories that lead to it wake, but for the last, whose names sleep on as long as few are asked for.
+        """
         position = self._position(number)
         if position < 0 or not self._asleep[position]:
             return None
+        if self._kinds[position] == stat.S_IFREG:
+            return self.named(self._row(position))
         self._wake_way(position)
         return self.inodes[number]
+
+    def named(self, row: int) -> Inode:
+        """Return the inode that a row of the entries names, awake."""
+        position = self.parts.entries["child"].item(row)
+        number = self._columns["ino"].item(position)
+        if not self._asleep.item(position):
+            return self.inodes[number]
+        above = self.parts.entries["parent"].item(row)
+        self._wake_way(above)
+        left = self._alone.get(above)
+        if left is None:
+            low, high = self._rows(above)
+            left = (high - low) // _ALONE
+        self._alone[above] = left - 1
+        if left <= 0 or self._kinds[position] != stat.S_IFREG:
+            self._rouse(above)
+            return self.inodes[number]
+        folder = self.inodes[self._columns["ino"].item(above)]
+        inode = self._make_alone(position, folder)
+        inode.folder, inode.name = folder, self._name(row)
+        return inode
+
+    def amend(self, folder: Inode) -> Amended | None:
+        """Begin the amendments of a directory whose names sleep; return None if it is better woken."""
+        low, high = self._rows(self._position(folder.ino))
+        if low == high or self.parts.entries["cookie"][high - 1] >= MOST_COOKIE:
+            return None
+        found = self.amended[folder.ino] = Amended(folder, self, low, high)
+        return found
+
+    def wake_amended(self) -> None:
+        """Wake the directories whose names have changed: all others are what the columns say."""
+        for number in list(self.amended):
+            self._rouse(self._position(number))
 
     def _wake_way(self, position: int) -> None:
         """Wake the directories that lead to an inode, from the top down, until it has an object."""
         way = []
-        while self._asleep[position]:
-            position = int(self.parts.entries["parent"][self._row(position)])
+        while self._asleep.item(position):
+            position = self.parts.entries["parent"].item(self._row(position))
             way.append(position)
         for above in reversed(way):
             self._rouse(above)
@@ -175,7 +249,7 @@ class Asleep:
         A path of more than `most` bytes is not followed up to its beginning. None where no name of the inode sleeps.
         """
         position, entries = self._position(number), self.parts.entries
-        rows = np.flatnonzero(entries["child"] == position).tolist() if position >= 0 else []
+        rows = np.flatnonzero((entries["child"] == position) & ~self.names_gone).tolist() if position >= 0 else []
         row = next((row for row in rows if self._folders[entries["parent"][row]]), None)
         if row is None:
             return None
@@ -208,11 +282,11 @@ class Asleep:
             children = self.parts.entries["child"]
             self._named = np.zeros(len(self._asleep), dtype=np.int64)
             self._named[children] = np.arange(len(children))
-        return int(self._named[position])
+        row: int = self._named.item(position)
+        return row
 
     def _name(self, row: int) -> bytes:
-        start, end = self.name_edges[row : row + 2].tolist()
-        return self.parts.names[start:end]
+        return self.parts.names[self.name_edges.item(row) : self.name_edges.item(row + 1)]
 
     def _rouse(self, position: int) -> None:
         """Wake the directory at a position, whose Inode is awake, if its names sleep."""
@@ -223,8 +297,10 @@ class Asleep:
 
     def _position(self, number: int) -> int:
         """Return where an inode number is in the columns, -1 if it is not."""
-        numbers = self._columns["ino"]
-        place = int(np.searchsorted(numbers, np.uint64(number)))
+        numbers, place = self._columns["ino"], number - 1
+        if 0 <= place < len(numbers) and numbers.item(place) == number:
+            return place  # the usual case: nothing was deleted before it
+        place = int(numbers.searchsorted(np.uint64(number)))
         return place if place < len(numbers) and int(numbers[place]) == number else -1
 
     def _rows(self, position: int) -> tuple[int, int]:
@@ -236,12 +312,25 @@ class Asleep:
     # -- making objects --------------------------------------------------------------------------
 
     def _children(self, positions: Array, parent: Inode) -> list[Inode]:
-        """Return the inodes that names of `parent` stand for; another name may have woken some already."""
-        if not self._linked[positions].any():
+        """Return the inodes that names of `parent` stand for, of which some may be awake already."""
+        if self._asleep[positions].all() and not self._linked[positions].any():
             return self._make(positions, parent)
         fresh = distinct(positions[self._asleep[positions]])
         self._make(fresh, parent)
         return [self.inodes[number] for number in self._columns["ino"][positions].tolist()]
+
+    def _make_alone(self, position: int, parent: Inode) -> Inode:
+        """Make the inode of a regular file: `_make` of one takes ten times as long."""
+        if len(self.parts.xattrs["inode"]) or len(self.parts.unwritten["inode"]):
+            return self._make(np.array([position]), parent)[0]
+        inode = Inode(*[item(position) for item in self._items])
+        inode.lookups = self.lookups
+        low, high = self.edges.item(position), self.edges.item(position + 1)
+        if low < high:
+            inode.pages = PageMap(self._raw[low * RUN_BYTES : high * RUN_BYTES], self._pages.item(position))
+        self.inodes[inode.ino] = inode
+        self._asleep[position] = False
+        return inode
 
     def _make(self, positions: Array, parent: Inode | None) -> list[Inode]:
         """Make inodes, which only the inode table names yet."""

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 LAST = 0x7FFFFFFF
 """The place behind every listing's last entry."""
-_MOST = LAST - FIRST_COOKIE
+MOST_COOKIE = LAST - FIRST_COOKIE
+"""The highest number that an entry gets."""
 _BATCH = 256
 
 
@@ -66,11 +67,15 @@ class Directory:
         entry = self.entries.get(name)
         return None if entry is None else entry[0]
 
+    def holds(self, name: bytes) -> bool:
+        """Return True if there is such a name."""
+        return name in self.entries
+
     def add(self, name: bytes, inode: Inode, cookie: int = 0) -> int:
         """Add a name that is not there yet, at the place that `cookie` says if none has come behind it; return that."""
-        if self.next_cookie > _MOST:
+        if self.next_cookie > MOST_COOKIE:
             self._renumber()
-        if not self.next_cookie <= cookie <= _MOST:
+        if not self.next_cookie <= cookie <= MOST_COOKIE:
             cookie = self.next_cookie
         self.next_cookie = cookie + 1
         self.entries[name] = (inode, cookie)
@@ -113,13 +118,19 @@ class Directory:
 
     def fill(self, names: list[bytes], inodes: list[Inode], cookies: list[int]) -> None:
         """Set all entries of a directory at once, cookies ascending."""
-        if cookies and cookies[-1] > _MOST:
+        if cookies and cookies[-1] > MOST_COOKIE:
             cookies = list(range(FIRST_COOKIE, FIRST_COOKIE + len(names)))
         self.entries = dict(zip(names, zip(inodes, cookies, strict=True), strict=True))
         self._names = list(names)
         self._cookies = array("q", cookies)
         self.next_cookie = cookies[-1] + 1 if cookies else FIRST_COOKIE
         self._dead = 0
+
+    def append(self, other: Directory) -> None:
+        """Add the entries of another directory, whose cookies are higher than ours."""
+        for name, (inode, cookie) in other.entries.items():
+            self.add(name, inode, cookie)
+        self.next_cookie = max(self.next_cookie, other.next_cookie)
 
     def _renumber(self) -> None:
         """Begin again with the lowest cookies, once in two thousand million names: a listing that is under way then

@@ -92,7 +92,7 @@ def left_behind(tree: Tree) -> bool:
 
     Of a tree that sleeps nothing wakes but the root, and only if the name is somewhere.
     """
-    if tree.asleep is not None and SHELTER not in bytes(tree.asleep.parts.names):
+    if tree.asleep is not None and not tree.asleep.amended and SHELTER not in bytes(tree.asleep.parts.names):
         return False
     place = tree.lookup(ROOT_INO, SHELTER)
     if place is None or not place.entries:

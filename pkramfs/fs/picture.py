@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 
 from pkramfs.fs import collector
+from pkramfs.fs.asleep import SleepingDirectory
 from pkramfs.fs.directory import Directory
 from pkramfs.fs.inode import FIELDS, Inode
 from pkramfs.fs.pagecache import PageMap
@@ -90,14 +91,18 @@ class _Inodes(NamedTuple):
         found = np.flatnonzero(self.kinds == kind)
         return self.places[found], [self.awake[number] for number in found.tolist()]
 
-    def with_names(self) -> Iterator[tuple[int, Inode]]:
-        """Return places and objects of the directories whose names were awake when the picture was begun."""
+    def with_names(self) -> Iterator[tuple[int, Directory]]:
+        """Return places and names of the directories whose names were awake when the picture was begun.
+
+        Without the rest, of those that sleep the names that they have beside those in their columns.
+        """
         places, folders = self.of_kind(stat.S_IFDIR)
-        pairs = zip(places.tolist(), folders, strict=True)
         if self.rest is None:
-            return (pair for pair in pairs if pair[1].entries is not None and not pair[1].entries.asleep)
+            pairs = zip(places.tolist(), map(_awake_names, folders), strict=True)
+            return ((place, names) for place, names in pairs if names is not None)
+        named = ((place, inode.entries) for place, inode in zip(places.tolist(), folders, strict=True))
         slept = self.rest.slept(np.array([inode.ino for inode in folders], dtype=np.uint64))
-        return compress(pairs, (~slept).tolist())
+        return compress(named, (~slept).tolist())  # type: ignore[arg-type]
 
 
 class _Rest:
@@ -118,6 +123,8 @@ class _Rest:
 
 def take(tree: Tree, *, deleted: bool = False) -> Generator[Progress, None, Picture]:
     """Collect all columns of a frozen tree, in a few steps; with `deleted` also inodes that have no name any more."""
+    if tree.asleep is not None:
+        tree.asleep.wake_amended()
     found = [inode for inode in tree.inodes.values() if inode.nlink or deleted]
     snapshot = tree.asleep.snapshot() if tree.asleep is not None else None
     total = len(found) + (snapshot.sleepers if snapshot is not None else 0)
@@ -215,6 +222,12 @@ def _awake_entries(inodes: _Inodes) -> _Rows:
     return columns, chunks
 
 
+def _awake_names(folder: Inode) -> Directory | None:
+    """Return the names of a directory that are awake."""
+    entries = folder.entries
+    return entries.added if isinstance(entries, SleepingDirectory) else entries
+
+
 def _places(numbers: Array, wanted: Array) -> Array:
     """Return where each wanted number is among numbers, which rise; their length, which is no place, if it is not."""
     places = np.searchsorted(numbers, wanted)
@@ -225,10 +238,9 @@ def _places(numbers: Array, wanted: Array) -> Array:
 def _folders(inodes: _Inodes) -> Iterator[list[tuple[int, Directory]]]:
     """Yield the directories with names, and their places: several at a time, with _STEP names or somewhat more."""
     some, number = list[tuple[int, Directory]](), 0
-    for place, inode in inodes.with_names():
-        assert inode.entries is not None
-        if size := len(inode.entries):
-            some.append((place, inode.entries))
+    for place, entries in inodes.with_names():
+        if size := len(entries):
+            some.append((place, entries))
             number += size
         if number >= _STEP:
             yield some

@@ -7,8 +7,10 @@
              here, so that links and sizes are compared with the truth
     frames   those of files that the log has touched, with one another and with all others; each of these was verified
 
-Every record wakes the directory of each name that it is about, and the inodes that it is about. So the result is the
-same as if the whole tree was written as columns and verified, which takes a million files that sleep nearly a second.
+Every record wakes the inodes that it is about, and the directory of each name that it is about, or amends that: its
+names in the columns that are gone do not count, those that it has beside them are verified here, and the replay has
+seen to it that none is in both. So the result is the same as if the whole tree was written as columns and verified,
+which takes a million files that sleep nearly a second.
 
 Kernel: fs/ext4/fast_commit.c (ext4_fc_replay_check_excluded) looks at what a replay may touch, too
 """
@@ -63,7 +65,8 @@ def frames_of_all(tree: Tree, touched: Touched, before: Spans) -> Spans:
 def _beyond(snapshot: Snapshot, numbers: Array) -> Beyond:
     """Return what sleeps of the inodes that are awake, by their place among `numbers`, which rise."""
     parts, asleep, folders = snapshot.packed.parts, snapshot.inodes, snapshot.folders
-    known, parent, child = parts.inodes["ino"], parts.entries["parent"], parts.entries["child"]
+    known, there = parts.inodes["ino"], ~snapshot.gone
+    parent, child = parts.entries["parent"][there], parts.entries["child"][there]
     is_folder = parts.inodes["mode"] & np.uint32(0o170000) == stat.S_IFDIR
     # Positions of inodes that are awake: once for each name that sleeps; and once for each directory with such names.
     named = child[folders[parent] & ~asleep[child]]

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from pkramfs.errors import FormatError
+from pkramfs.fs.amended import Amended
+from pkramfs.fs.asleep import SleepingDirectory
 from pkramfs.fs.collector import paused
 from pkramfs.fs.directory import Directory
 from pkramfs.fs.inode import Inode
@@ -98,6 +100,9 @@ class Replay:
     def finish(self) -> None:
         """Note which inodes have no name, and which are open for writing."""
         tree = self.tree
+        if tree.asleep is not None:
+            for amended in tree.asleep.amended.values():
+                amended.rest()
         tree.orphans.clear()
         tree.writing.clear()
         for inode in tree.inodes.values():
@@ -191,10 +196,10 @@ class Replay:
 
     def _name(self, above: Inode, inode: Inode, cookie: int, name: bytes) -> None:
         """Give an inode a name in a directory."""
-        entries = above.entries
+        entries = _names(above)
         if entries is None:
             raise self._wrong("folder", above.ino, "a directory")
-        if name in entries.entries:
+        if entries.holds(name):
             raise self._wrong("name", name, "a name that is not there yet")
         entries.add(name, inode, cookie)
         inode.folder, inode.name = above, name
@@ -274,16 +279,20 @@ class Replay:
 
     def _leave(self, folder: int, name: bytes) -> None:
         above = self._find(folder)
-        inode = above.entries.find(name) if above.entries is not None else None
+        entries = _names(above)
+        inode = entries.find(name) if entries is not None else None
         if inode is None:
             raise self._wrong("name", name, "a name of the directory")
         self._unname(above, name, inode)
 
     def _unname(self, above: Inode, name: bytes, inode: Inode) -> None:
         """Take a name from an inode."""
-        entries = above.entries
+        entries = _names(above)
         if entries is None or entries.find(name) is not inode:
             raise self._wrong("name", name, "a name of the directory")
+        if entries.asleep:
+            entries = _names(above)  # what was found may have woken the directory
+            assert entries is not None
         entries.remove(name)
         self.tree.ledger.remove_entry(name)
         self._names[inode.ino] = above, name
@@ -384,8 +393,8 @@ class Replay:
 
     def _named(self, inode: Inode) -> bool:
         """Return True if the last name of an inode that is known is still there."""
-        folder = inode.folder
-        return folder is not None and folder.entries is not None and folder.entries.find(inode.name) is inode
+        entries = None if inode.folder is None else _names(inode.folder)
+        return entries is not None and entries.find(inode.name) is inode
 
     def _lost(self, ino: int, error: int, beyond: int, blocks: Any) -> None:
         files = self.tree.losses.files
@@ -416,3 +425,9 @@ class Replay:
         if self.tree.sums is None:
             self.tree.sums = Sums(self.tree)
         return self.tree.sums
+
+
+def _names(folder: Inode) -> Directory | Amended | None:
+    """Return what has the names of a directory, which may sleep on; None of what is no directory."""
+    entries = folder.entries
+    return entries.amend() if entries.__class__ is SleepingDirectory else entries

@@ -32,18 +32,28 @@ class Both:
         self.asked = 0
         self.whole: str | None = None
         self.awake: str | None = None
+        self.amended = False
+        """Whether the last tree had directories that slept on while their names were changed."""
         self._data = Spans()
         patch.setattr(recover, "recheck", self._recheck)
         patch.setattr(recover, "frames_of_all", self._frames)
 
     def _recheck(self, tree: Tree) -> None:
+        """First what is asked for: to verify all of a tree wakes what a log has amended."""
         self.asked, self.whole, self.awake = self.asked + 1, None, None
+        self.amended = tree.asleep is not None and bool(tree.asleep.amended)
+        failed = None
+        try:
+            recheck.recheck(tree)
+        except FormatError as error:
+            failed = error
         try:
             self._data = verify_whole(tree)
         except FormatError as error:
             self.whole = str(error)
         with self._noted():
-            recheck.recheck(tree)
+            if failed is not None:
+                raise failed
 
     def _frames(self, tree: Tree, touched: recheck.Touched, before: Spans) -> Spans:
         with self._noted():
