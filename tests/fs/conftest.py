@@ -335,10 +335,16 @@ def round_trip(ram, frames, small_store):
 
 
 @pytest.fixture(scope="session")
-def small_round_trip(small_machine):
-    """For hypothesis: an empty tree on the common RAM, and a way to save and restore it."""
-    ram, _, _ = small_machine
+def small_round_trip():
+    """For hypothesis: an empty tree on a RAM that they share, one after the other, and a way to save and restore it.
 
+    It is not that of `small_machine`: what the last tree has left there would be no zeros for whoever comes next.
+    """
+    with small_ram() as ram:
+        yield _round_trips(ram)
+
+
+def _round_trips(ram):
     def make():
         ram.punch(Spans([(16, ram.pages)]))
         return Tree(ram, SmallFrames(ram), Limits()), check
