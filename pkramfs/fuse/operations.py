@@ -43,7 +43,7 @@ from pkramfs.fuse.memory import Spare
 from pkramfs.fuse.net import commit, request, told, waiting
 from pkramfs.fuse.replies import Replies
 from pkramfs.fuse.translate import Asker, Translator, file_size_limit
-from pkramfs.units import PAGE_SIZE
+from pkramfs.units import PAGE_SIZE, pages
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class Operations(pyfuse3.Operations):
         self.writer_gone: Callable[[], None] = _nothing
         self.room: Callable[[], int] = lambda: _ENOUGH
         self.data_lost: Callable[[], None] = _nothing
+        self.taking: Callable[[int, Callable[[], Any]], Any] = lambda _, act: act()  # see brake
         self.cache = doors.Cache()
         self.answer_with(Translator(tree, generation))
         self._forgot: trio.Event | None = None
@@ -288,7 +289,8 @@ class Operations(pyfuse3.Operations):
             await self._punch(inode, *place)
             await self.cache.drop(inode)
         elif name == doors.ALLOCATE:
-            await self._allocate(inode, *await self._range(inode, value))
+            if (later := await self._allocate(inode, *await self._range(inode, value))) is not None:
+                await later
             self.cache.drop_attributes(inode)
         elif name == doors.SPARSIFY:
             await self._sparsify_all(inode)
@@ -313,9 +315,9 @@ class Operations(pyfuse3.Operations):
         self.tree.punch(inode, offset, length)
 
     @request
-    def _allocate(self, inode: int, offset: int, length: int) -> None:
+    def _allocate(self, inode: int, offset: int, length: int) -> Any:
         self.spare.expect()
-        self.tree.allocate(inode, offset, length, keep_size=True)
+        return self.taking(pages(length) + 1, lambda: self.tree.allocate(inode, offset, length, keep_size=True))
 
     @request
     def _sparsify(self, inode: int, first: int, last: int) -> int:

@@ -105,6 +105,7 @@ class Requests:
         self._replies, self._listing = Replies(self.tree, operations.generation), bytearray(MAX_READ + 8)
         operations.answer_with(self._replies)
         self._brake = Brake(self.tree, operations, self._replies)
+        operations.taking = self._brake.taking
         self._handlers = {name: _plain(getattr(operations, name)) for name in dir(operations) if _is_handler(name)}
         hot = self._handlers  # the hot ones are not looked up by name
         self._do_lookup, self._do_getattr = hot["lookup"], hot["getattr"]

@@ -25,6 +25,7 @@ from pkramfs.fs.recover import begin  # noqa: E402
 from pkramfs.fs.tree import Tree  # noqa: E402
 from pkramfs.fuse import filter as module  # noqa: E402
 from pkramfs.fuse import turns, wire  # noqa: E402
+from pkramfs.fuse.brake import Brake  # noqa: E402
 from pkramfs.fuse.filter import RESENT, Filter  # noqa: E402
 from pkramfs.fuse.operations import Operations  # noqa: E402
 from pkramfs.fuse.requests import Requests  # noqa: E402
@@ -267,6 +268,37 @@ def test_an_order_is_answered_when_it_is_done(kernel: Kernel) -> None:
     notified, (error, _, _) = kernel.replies()
     assert notified[:2] == (wire.NOTIFY_INVAL_INODE, 0) and wire.INVAL_INODE.unpack(notified[2]) == (node, -1, 0)
     assert error == 0 and kernel.operations.tree.inode(node).blocks == 8
+
+
+def test_an_order_to_allocate_waits_for_data_on_its_way(kernel: Kernel) -> None:
+    """As fallocate(2) does: its pages may not be those of a write that the kernel has taken already."""
+    _, body = kernel.ask(Op.CREATE, 1, _create(b"file"))
+    node = wire.ENTRY.unpack_from(body)[0]
+    come, asked = trio.Event(), list[int]()
+
+    def taking(count: int, act: Callable[[], object]) -> object:
+        async def wait() -> object:
+            await come.wait()
+            return act()
+
+        asked.append(count)
+        return wait()
+
+    async def both() -> None:
+        async with trio.open_nursery() as nursery:
+            ((work, args),) = kernel.later
+            nursery.start_soon(work, *args)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not kernel.operations.tree.inode(node).blocks and not kernel.replies()
+            come.set()
+
+    assert getattr(kernel.operations.taking, "__func__", None) is Brake.taking
+    kernel.operations.taking = taking
+    order = b"4096:8192"
+    kernel.send(Op.SETXATTR, node, wire.SETXATTR.pack(len(order), 0) + b"user.pkramfs.allocate\0" + order)
+    assert kernel.filter.serve()
+    trio.run(both)
+    assert asked == [3] and kernel.replies()[-1][0] == 0 and kernel.operations.tree.inode(node).blocks == 16
 
 
 def test_anything_else_is_eio_and_a_line_in_the_log(kernel: Kernel, caplog: pytest.LogCaptureFixture) -> None:
