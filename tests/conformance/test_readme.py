@@ -18,6 +18,8 @@ ROWS = {
     "test_map_grows*": "reading a hole through a map",
     "test_access_time*": "atime",
     "test_set_id_bits*chown*": "`chown(-1, -1)`",
+    "test_a_chown_of_nothing*": "`chown(-1, -1)` of a file with set-id bits by its owner",
+    "test_what_flags_forbid_through*": "copy_file_range(2) of nothing",
     "test_advice_for_maps*REMOVE*": "reading a hole through a map",
     "test_a_copy_to_another_mount": "`copy_file_range` from one mount",
     "test_times_of_flags*": "`chattr`",

@@ -52,8 +52,8 @@ def set_flags(name: str, flags: int) -> None:
 
 
 @contextlib.contextmanager
-def _opened(name: str) -> Iterator[int]:
-    fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
+def _opened(name: str, flags: int = os.O_RDONLY) -> Iterator[int]:
+    fd = os.open(name, flags | os.O_NONBLOCK)
     try:
         yield fd
     finally:
@@ -391,6 +391,27 @@ def test_what_flags_forbid(both: Any, what: str, flags: int) -> None:
     both(case)
 
 
+@pytest.mark.parametrize("flags", [IMMUTABLE, APPEND], ids=hex)
+def test_what_flags_forbid_through_a_descriptor_of_before(both: Any, flags: int) -> None:
+    def case(t: Any) -> None:
+        for name, content in (("a", b"content"), ("empty", b""), ("source", b"abc")):
+            write(name, content)
+        with _opened("a", os.O_RDWR) as fd, _opened("empty") as empty, _opened("source") as source:
+
+            def copy_of_nothing() -> int:
+                return os.copy_file_range(empty, fd, 3, 0, 0)
+
+            os.pwrite(fd, b"C", 0)
+            set_flags("a", flags)
+            for access, change in (("none", "now"), ("now", "none"), ("now", "now")):
+                t(system.utimensat, "a", TIMES[access], TIMES[change])
+            t(copy_of_nothing)
+            t(os.copy_file_range, source, fd, 3, 0, 0)
+            set_flags("a", 0)
+
+    both(case)
+
+
 @pytest.mark.parametrize("kind", ["file", "dir"])
 @pytest.mark.parametrize("flags", [0, NODUMP, NOATIME, NODUMP | NOATIME, 0x1, 0x8, 0x100, IMMUTABLE, APPEND], ids=hex)
 def test_setting_flags(both: Any, kind: str, flags: int) -> None:
@@ -528,6 +549,29 @@ def test_idmapped_mounts(both: Any) -> None:
             for name in sorted(os.listdir("below")):
                 t(os.stat, f"below/{name}")
                 t(os.stat, f"above/{name}")
+        finally:
+            system.umount("above")
+
+    both(case)
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root")
+@pytest.mark.parametrize("mode", [0o4755, 0o755], ids=oct)
+def test_a_chown_of_nothing_through_an_idmapped_mount(both: Any, mode: int) -> None:
+    """Its owner may do that."""
+
+    def case(t: Any) -> None:
+        os.mkdir("below", 0o777)
+        os.chmod("below", 0o777)
+        os.mkdir("above")
+        write("below/a", b"x")
+        os.chown("below/a", 101_005, 101_005)
+        os.chmod("below/a", mode)
+        with _user_namespace(101_000, 1000, 1000) as namespace:
+            t(_idmapped, "below", "above", namespace)
+        try:
+            t.other(lambda u: u(os.chown, "above/a", -1, -1), 1005, 1005)
+            t(os.stat, "below/a")
         finally:
             system.umount("above")
 
