@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+import pkramfs
 from pkramfs.control.commands import Commands
 from pkramfs.errors import DaemonError
 from pkramfs.machine import process
-from tests.support.lab import REPOSITORY
 from tests.support.mortal import Held, held
 from tests.support.waiting import until
 
@@ -83,7 +83,7 @@ def test_a_daemon_that_dies_while_its_holder_becomes_the_new_code(lab: Any) -> N
 
 def broken(place: Path, module: str, function: str) -> dict[str, str]:
     """The environment in which the code on disk is a copy of ours, in which a function fails."""
-    shutil.copytree(REPOSITORY / "pkramfs", place / "pkramfs")
+    shutil.copytree(Path(pkramfs.__file__).parent, place / "pkramfs")  # ours, wherever it was installed
     with open(place / "pkramfs" / f"{module}.py", "a") as file:
         file.write(f"\n\ndef {function}(*_: object, **__: object) -> None:\n    raise RuntimeError('it is broken')\n")
     return {"PYTHONPATH": str(place)}
@@ -151,7 +151,8 @@ DEFAULT = ("in its first request",)
 
 def new_code(place: Path, module: str = "", fault: str = "") -> None:
     """Make the code on disk a copy of ours, with a fault or without."""
-    shutil.copytree(REPOSITORY / "pkramfs", place / "pkramfs", dirs_exist_ok=True)
+    ours = Path(pkramfs.__file__).parent  # wherever it was installed
+    shutil.copytree(ours, place / "pkramfs", dirs_exist_ok=True)
     if module:
         with open(place / "pkramfs" / f"{module}.py", "a") as file:
             file.write(f"\n\n{fault}")
