@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The manual's table of differences says everything that differences.py knows."""
+"""What the manual says of differences is everything that differences.py knows."""
 
 import re
 from fnmatch import fnmatchcase
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import pkramfs
-from tests.conformance.differences import DIFFERENCES
+from tests.conformance.differences import DIFFERENCES, PYFUSE3, Difference
 
 ROWS = {
     "test_truncate*": "truncate(2) to the size",
@@ -35,12 +35,31 @@ ROWS = {
 }
 """Which cases are told of in which row: a part of its first column."""
 
+WORDS = {
+    "test_posix_fallocate*": "fallocate",
+    "test_fallocate*": "fallocate",
+    "test_advice_for_maps*REMOVE*": "MADV_REMOVE",
+    "test_seek*": "SEEK_HOLE",
+    "test_tmpfile*": "O_TMPFILE",
+    "test_ioctl*": "chattr",
+    "test_flags*": "XATTR_CREATE",
+}
+"""Which cases of fuse=pyfuse3 are told of by which word of its paragraph."""
+
+
+def _section() -> str:
+    text = (Path(pkramfs.__file__).parent / "resources" / "man" / "mount.pkramfs.8.md").read_text()
+    return text.partition("## DIFFERENCES TO TMPFS")[2].partition("\n## ")[0]
+
 
 def _told() -> list[str]:
     """The first column of the table."""
-    text = (Path(pkramfs.__file__).parent / "resources" / "man" / "mount.pkramfs.8.md").read_text()
-    table = text.partition("## DIFFERENCES TO TMPFS")[2].partition("\n## ")[0]
-    return [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")][1:]
+    return [line.split(" | ")[0].removeprefix("| ") for line in _section().splitlines() if line.startswith("| ")][1:]
+
+
+def _left_over(patterns: dict[str, str], rows: tuple[Difference, ...]) -> list[str]:
+    cases = [re.sub(r"\[(.)\]", r"\1", row.case) for row in rows]
+    return [pattern for pattern in patterns if not any(fnmatchcase(case, pattern) for case in cases)]
 
 
 @pytest.mark.parametrize("case", sorted({row.case for row in DIFFERENCES}))
@@ -50,6 +69,13 @@ def test_a_difference_is_told(case: str) -> None:
     assert all(any(row in told for told in _told()) for row in rows)
 
 
+@pytest.mark.parametrize("case", sorted({row.case for row in PYFUSE3}))
+def test_a_difference_of_pyfuse3_is_told(case: str) -> None:
+    words = [word for pattern, word in WORDS.items() if fnmatchcase(case, pattern)]
+    assert words, f"say here which word of mount.pkramfs(8) tells of {case}"
+    (paragraph,) = (part for part in _section().split("\n\n") if part.startswith("With `fuse=pyfuse3`"))
+    assert all(word in paragraph for word in words)
+
+
 def test_no_row_is_left_over() -> None:
-    cases = [re.sub(r"\[(.)\]", r"\1", row.case) for row in DIFFERENCES]
-    assert [pattern for pattern in ROWS if not any(fnmatchcase(case, pattern) for case in cases)] == []
+    assert _left_over(ROWS, DIFFERENCES) == [] == _left_over(WORDS, PYFUSE3)
