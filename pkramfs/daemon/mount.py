@@ -412,8 +412,8 @@ class Daemon:
         whence = f": {off}" if off else notices.whence(self.claimed.origin, self.tree, stood_by=self._stood_by)
         self.machine.log(f"pkramfs: {self.options.name or 'a tree'} mounted on {self.mountpoint}{whence}")
         self._starting.close()
-        left = notices.sheltered(self.claimed.origin, self.tree)
-        said = [line for line in (off, notices.scarce(self.kernel, self.tree), left) if line]
+        scarce = notices.scarce(self.kernel, self.tree, given=bool(self.options.size))
+        said = [line for line in (off, scarce, notices.sheltered(self.claimed.origin, self.tree)) if line]
         self.reporter.serving("\n".join(f"{self.options.name or self.mountpoint}: {line}" for line in said))
 
     def _reconfigured(self, said: Words) -> None:

@@ -19,10 +19,10 @@ def off(kernel: Running, name: str | None) -> str:
     return f"PKRAM is off in this kernel ({kind}): nothing of it can be preserved"
 
 
-def scarce(kernel: Running, tree: Tree) -> str:
-    """Return a notice if size= is more than the host can ever back."""
+def scarce(kernel: Running, tree: Tree, *, given: bool) -> str:
+    """Return a notice if a given size= is more than the host can ever back; nobody chose the default."""
     size, most = tree.limits.max_pages << PAGE_SHIFT, kernel.ram.most
-    if size <= most:
+    if not given or size <= most:
         return ""
     return (
         f"size={format_size(size)} is more than can be had: the file system behind RAM, or the memory cgroup, has "

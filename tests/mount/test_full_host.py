@@ -148,6 +148,8 @@ def test_df_tells_what_can_be_had_on_a_small_host(small, fenced):
     assert 0 < found.f_bavail * found.f_frsize < 4 * MIB
     other = fenced.helper(fenced.dir("n"), "pkram=n,size=16M")
     assert (other.returncode, other.stdout) == (0, "")
+    default = fenced.helper(fenced.dir("p"), "pkram=p")
+    assert (default.returncode, default.stdout) == (0, "")  # nobody asked for half of RAM
     small.fill(leave=MIB)
     refused = fenced.helper(fenced.dir("o"), "pkram=o,size=16M")
     assert refused.returncode == 32 and "no room behind RAM" in refused.stderr
@@ -181,7 +183,7 @@ def group():
 def test_a_full_memory_cgroup_is_an_error(lab, group):
     """The mount and a writer of more than fits, in one group."""
     directory = lab.dir("m")
-    helper = f"{sys.executable} -m pkramfs mount none {directory} -o pkram=m"
+    helper = f"{sys.executable} -m pkramfs mount none {directory} -o pkram=m,size=4G"
     writer = f"dd if=/dev/urandom of={directory}/big bs=1M count=400"
     script = f"echo $$ > {group}/cgroup.procs && {helper} && exec {writer}"
     done = subprocess.run(
