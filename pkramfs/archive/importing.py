@@ -184,7 +184,7 @@ class _Filling:
         """Give a file its attributes; a directory the others when everything is in it."""
         uid, gid = (member.uid, member.gid) if self._owner.privileged else self._owner
         if not 0 <= uid < 0xFFFF_FFFF or not 0 <= gid < 0xFFFF_FFFF:
-            raise _Fault(f"{exact(member.path)}: its owner {uid}:{gid} is none that a file can have")
+            raise _Fault(f"{exact(member.path)}: invalid owner {uid}:{gid}")
         mode = None if member.kind == stat.S_IFLNK else member.mode
         self._tree.setattr(inode.ino, mode=mode, uid=uid, gid=gid)
         for key, value in member.records.items():

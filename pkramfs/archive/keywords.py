@@ -121,4 +121,4 @@ def _known(name: str, *, user: bool) -> int:
     try:
         return pwd.getpwnam(name).pw_uid if user else grp.getgrnam(name).gr_gid
     except KeyError:
-        raise ValueError(f"{'user' if user else 'group'} {name!r} in an ACL, whom this host does not know") from None
+        raise ValueError(f"{'user' if user else 'group'} {name!r} in an ACL, which this host does not have") from None

@@ -55,7 +55,7 @@ class Stream:
                 f"the archive has no end, after {self.at:,} bytes: cut off? 1,024 zero bytes behind it are an end"
             )
         if not first:
-            self.wrong("it is empty, which is no tar archive")
+            self.wrong("it is empty, which is not a tar archive")
         while len(first) < BLOCK and (more := self._read(BLOCK - len(first))):
             first += more
             self.at += len(more)

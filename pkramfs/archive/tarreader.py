@@ -96,7 +96,7 @@ def _parse(stream: Stream, block: bytes) -> tarfile.TarInfo:
     except tarfile.HeaderError:
         if stream.at > BLOCK:
             stream.wrong(f"a damaged header at byte {stream.at - BLOCK:,}")
-        stream.wrong("no tar archive")
+        stream.wrong("not a tar archive")
     if info.size < 0:
         stream.wrong(f"a header at byte {stream.at - BLOCK:,} says a size of {info.size}")
     return info

@@ -301,7 +301,7 @@ def restart(machine: "Machine", mounts: Sequence[Json], warn: Warn, forks: Forks
     failed = sum(step.bind is None for step, _ in failures)
     if failed:
         stay = "stays" if failed == 1 else "stay"
-        warn(f"{plural(failed, 'tree')} {stay} preserved: mount by hand when the reason is gone")
+        warn(f"{plural(failed, 'tree')} {stay} preserved: mount them by hand when the reason is gone")
     return len(failures)
 
 

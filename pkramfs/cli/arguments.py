@@ -92,6 +92,15 @@ class Parser(argparse.ArgumentParser):
     def _named(self, name: str) -> argparse.Action:
         return self._option_string_actions[name]
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Name an unknown command and one that is spelled like it; argparse would list all commands in one line."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            import difflib
+
+            near = difflib.get_close_matches(value, list(action.choices), n=1)
+            self.error(f"unknown command {value!r}" + "".join(f" (similar: {name})" for name in near))
+        super()._check_value(action, value)
+
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line, and exit with the status of a usage error."""
         self.leave(USAGE, message)
@@ -136,10 +145,12 @@ def add_common(parser: argparse.ArgumentParser, *, debug: Sequence[str] = ("--de
     """
     group = parser.add_argument_group("common options")
     quiet = argparse.SUPPRESS
-    group.add_argument("--machine", metavar="NAME", default=quiet, help="which machine (default: default)")
-    group.add_argument("--root", metavar="DIR", default=quiet, help="where machines are (default: $PKRAM_ROOT)")
+    group.add_argument("--machine", metavar="NAME", default=quiet, help="the machine to use (default: default)")
+    group.add_argument(
+        "--root", metavar="DIR", default=quiet, help="the directory of the machines (default: $PKRAM_ROOT)"
+    )
     group.add_argument(*debug, dest="debug", action="store_true", default=quiet, help="show tracebacks")
-    group.add_argument(logs.OPTION, action="store_true", default=quiet, help="messages on stderr as JSON")
+    group.add_argument(logs.OPTION, action="store_true", default=quiet, help="print messages on stderr as JSON")
     group.add_argument("-V", "--version", nargs=0, action=_Version, default=quiet, help="print the version and exit")
 
 

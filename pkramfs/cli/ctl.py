@@ -4,9 +4,9 @@
     status nodes                 mounts and nodes, their state and size
     verify inspect               check what would cross a kexec; show a record field by field
     ls tree stat cat export      look into a preserved tree (trees.py)
-    doctor                       what is lacking on this host, and the remedy
-    map timeline                 pictures: who has which memory; kernels one after the other
-    metrics                      measures for Prometheus
+    doctor                       what this host lacks, and the remedy
+    map timeline                 pictures: who has which memory; the kernels, the oldest first
+    metrics                      figures for Prometheus
     dmesg iomem report           the kernel's log, its resource map, the report of the last boot
     import cp rename             make nodes, name them                 ┐
     free                         give preserved memory back (freeing)  │
@@ -73,41 +73,43 @@ def parser() -> arguments.Parser:
     made = overview.Parser(prog=PROGRAM, description=_DESCRIPTION)
     _add_shared(made)
     commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=arguments.Parser)
-    _command(commands, "status", status.act, "the machine, its kernel, mounts and nodes")
-    look = _command(commands, "doctor", doctor.act, "what is lacking on this host, and the remedy")
+    _command(commands, "status", status.act, "show the machine, its kernel, mounts and nodes")
+    look = _command(commands, "doctor", doctor.act, "check what this host lacks, and name the remedy")
     look.add_argument(
         "--reserve",
         type=arguments.size,
         metavar="SIZE",
-        help="how to set memory aside that survives a kexec of the host",
+        help="print how to set SIZE of memory aside that survives a kexec of the host",
     )
-    _command(commands, "nodes", nodes.act_nodes, "the preserved nodes, by name")
+    _command(commands, "nodes", nodes.act_nodes, "list the preserved nodes, by name")
     free = _command(commands, "free", freeing.act, "give the memory of preserved nodes back")
     free.add_argument("names", nargs="*", metavar="NAME", help="a mount's NAME, or a node's name")
-    free.add_argument("--all", action="store_true", help="every node that no mount is using")
+    free.add_argument("--all", action="store_true", help="free every node that no mount uses")
     free.add_argument("--damaged", action="store_true", help="give up unreadable nodes, which hide the others")
-    free.add_argument("-n", "--dry-run", action="store_true", help="only say what would go, and what is refused")
+    free.add_argument(
+        "-n", "--dry-run", action="store_true", help="only print what would be freed, and what is refused"
+    )
     check = _command(commands, "verify", verify.act, "check all that would cross a kexec")
-    check.add_argument("names", nargs="*", metavar="NAME", help="only these nodes")
-    check.add_argument("--data", action="store_true", help="compare all data with their checksums, too (verify=data)")
+    check.add_argument("names", nargs="*", metavar="NAME", help="check only these nodes")
+    check.add_argument("--data", action="store_true", help="also compare all data with their checksums (verify=data)")
     progress.add_option(check)
     trees.add(commands, _command)
     _add_files(commands)
-    maps.add(_command(commands, "map", maps.act, "who has which memory, as a picture"))
-    timeline.add(_command(commands, "timeline", timeline.act, "the kernels of the machine, one after the other"))
-    metrics.add(_command(commands, "metrics", metrics.act, "measures for Prometheus"))
-    upgrade.add(_command(commands, "upgrade", upgrade.act, "put the code on disk under mounts that are in use"))
-    _command(commands, "dmesg", _dmesg, "the kernel log")
-    _command(commands, "iomem", _iomem, "the kernel's resource map")
-    _command(commands, "report", report.show, "what the last boot found, reserved and relocated")
-    look = _command(commands, "inspect", inspect.act, "a record that crosses a kexec, field by field")
+    maps.add(_command(commands, "map", maps.act, "draw who has which memory"))
+    timeline.add(_command(commands, "timeline", timeline.act, "list the kernels of the machine, the oldest first"))
+    metrics.add(_command(commands, "metrics", metrics.act, "print figures for Prometheus, or serve them"))
+    upgrade.add(_command(commands, "upgrade", upgrade.act, "replace the daemons of mounts in use by the code on disk"))
+    _command(commands, "dmesg", _dmesg, "print the kernel log")
+    _command(commands, "iomem", _iomem, "print the kernel's resource map")
+    _command(commands, "report", report.show, "show what the last boot found, reserved and relocated")
+    look = _command(commands, "inspect", inspect.act, "show a record that crosses a kexec, field by field")
     look.add_argument("what", metavar="WHAT", choices=inspect.KINDS, help=", ".join(inspect.KINDS))
-    look.add_argument("pfn", nargs="?", type=arguments.pfn, metavar="PFN", help="where (hexadecimal)")
-    _command(commands, "format", inspect.act_format, "the records of pkramfs-format(5), as Markdown")
+    look.add_argument("pfn", nargs="?", type=arguments.pfn, metavar="PFN", help="its page frame number, in hexadecimal")
+    _command(commands, "format", inspect.act_format, "print the records of pkramfs-format(5), as Markdown")
     made_by = _command(commands, "install", installing.act, "put helper links, manual pages and completions in place")
     installing.add(made_by, _parsers)
     _command(commands, "boot", booting.act, "boot the machine, if no kernel is running")
-    overview.add(_command(commands, "help", overview.act, "all commands, a line for each"), made)
+    overview.add(_command(commands, "help", overview.act, "list all commands, a line for each"), made)
     _add_machine(_command(commands, "machine", None, "make, show and remove machines"))
     return made
 
@@ -121,9 +123,9 @@ def _parsers() -> dict[str, argparse.ArgumentParser]:
 
 def _add_shared(made: argparse.ArgumentParser) -> None:
     arguments.add_common(made)
-    quiet, text = argparse.SUPPRESS, "say on stderr what is done"
+    quiet, text = argparse.SUPPRESS, "print on stderr what is done"
     made.add_argument("-v", "--verbose", dest="log_verbose", action="store_true", default=quiet, help=text)
-    made.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="answer in JSON")
+    made.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
 
 
 def _command(commands: Any, name: str, act: Act | None, text: str) -> argparse.ArgumentParser:
@@ -139,20 +141,20 @@ def _add_files(commands: Any) -> None:
     """Add the commands for files on a mount."""
     for name, act, text in (
         ("punch", files.act_punch, "make a range of a file a hole, and give its memory back"),
-        ("allocate", files.act_allocate, "give a range of a file its memory now"),
+        ("allocate", files.act_allocate, "allocate the memory of a range of a file now"),
     ):
         made = _command(commands, name, act, text)
-        made.add_argument("file", metavar="FILE", help="on a pkramfs mount")
-        made.add_argument("offset", type=arguments.size, metavar="OFFSET", help="where the range begins")
-        made.add_argument("length", type=arguments.size, metavar="LENGTH", help="its bytes")
+        made.add_argument("file", metavar="FILE", help="a file on a pkramfs mount")
+        made.add_argument("offset", type=arguments.size, metavar="OFFSET", help="where the range begins, in bytes")
+        made.add_argument("length", type=arguments.size, metavar="LENGTH", help="how many bytes it has")
         if name == "allocate":
             made.add_argument(
                 "--keep-size", action="store_true", help="do not extend the file where the range goes beyond its end"
             )
-    made = _command(commands, "sparsify", files.act_sparsify, "make holes of pages that are all zeros")
-    made.add_argument("paths", nargs="+", metavar="PATH", help="files, or directories with all that is below")
+    made = _command(commands, "sparsify", files.act_sparsify, "turn pages that are all zeros into holes")
+    made.add_argument("paths", nargs="+", metavar="PATH", help="files, or directories with all files below them")
     made = _command(commands, "extents", files.act_extents, "list the parts of a file that are not holes")
-    made.add_argument("file", metavar="FILE", help="on a pkramfs mount")
+    made.add_argument("file", metavar="FILE", help="a file on a pkramfs mount")
 
 
 def _add_machine(made: argparse.ArgumentParser) -> None:
@@ -161,13 +163,13 @@ def _add_machine(made: argparse.ArgumentParser) -> None:
     create.add_argument(
         "--ram", type=hardware.memory, metavar="SIZE|PATH", help="how much RAM (default: the host's), or which memory"
     )
-    create.add_argument("--nodes", type=arguments.number, metavar="N", help="NUMA nodes (default: 1)")
-    create.add_argument("--map", metavar="FILE", help="a firmware map in JSON, as machine.json has it")
-    create.add_argument("--seed", type=int, metavar="N", help="seed of all random choices")
+    create.add_argument("--nodes", type=arguments.number, metavar="N", help="number of NUMA nodes (default: 1)")
+    create.add_argument("--map", metavar="FILE", help="a firmware map in JSON, as in machine.json")
+    create.add_argument("--seed", type=int, metavar="N", help="the seed of all random choices")
     create.add_argument("--force", action="store_true", help="take memory that others may use, or that is not empty")
     _command(verbs, "show", hardware.show, "show the hardware")
     destroy = _command(verbs, "destroy", hardware.destroy, "remove a machine and all its memory")
-    destroy.add_argument("--force", action="store_true", help="even if trees are preserved in it")
+    destroy.add_argument("--force", action="store_true", help="remove it although trees are preserved in it")
 
 
 def _dmesg(args: argparse.Namespace) -> None:

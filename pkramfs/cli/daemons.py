@@ -99,7 +99,7 @@ def alive(machine: "Machine") -> list["MountEntry"]:
             break
         if time.monotonic() > deadline:
             raise DaemonError(
-                f"{plural(len(unknown), 'process holds', 'processes hold')} a tree but without an entry: find the "
+                f"{plural(len(unknown), 'process holds', 'processes hold')} a tree without an entry in mounts/: find the "
                 f"process that has {machine.path('mounts', f'{min(unknown):016x}.lock')} open (fuser), and end it"
             )
         time.sleep(_POLL)

@@ -190,7 +190,7 @@ class Freezer:
             if time.monotonic() > deadline:
                 if killed or not self.force:
                     first = left[0]
-                    raise DaemonError(f"the daemon of {first.mountpoint} (pid {first.pid}) does not end: kill it")
+                    raise DaemonError(f"the daemon of {first.mountpoint} (pid {first.pid}) does not end: kill -9 it")
                 for entry in left:
                     daemons.kill(entry)
                 deadline, killed = time.monotonic() + STOP_SECONDS, True

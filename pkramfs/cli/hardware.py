@@ -48,7 +48,7 @@ def create(args: argparse.Namespace) -> None:
     """Make a machine of the hardware that the options describe."""
     machine = arguments.machine(args)
     if machine.exists():
-        raise MachineError(f"{machine.path()} is there already: `pkramctl machine destroy` removes it")
+        raise MachineError(f"{machine.path()} exists already: `pkramctl machine destroy` removes it")
     if args.ram is not None and not isinstance(args.ram, int):
         _take(args, machine)
         return
@@ -67,7 +67,7 @@ def _take(args: argparse.Namespace, machine: "Machine") -> None:
     need(args.map is None and args.nodes is None, "--ram PATH is one range of memory: leave --map and --nodes out")
     need(args.seed is None or 0 <= args.seed < 1 << 63, f"--seed {args.seed}: give 0 to 2^63 - 1")
     spelled = machine.name.isprintable() and '"' not in machine.name
-    need(spelled, f"invalid machine name {machine.name!r}: a kernel's command line cannot say it")
+    need(spelled, f"invalid machine name {machine.name!r}: a kernel's command line cannot have this word in quotes")
     _refuse_overlap(machine, args.ram)
     found = named.take(machine.name, args.ram, machine.host, seed=args.seed, force=args.force)
     conf.write(machine.conf_path, conf.Conf(found.backing.spec, found.header.uuid))

@@ -46,13 +46,20 @@ def is_for(machine: "Machine") -> bool:
 
 def check(args: argparse.Namespace) -> None:
     """Raise UsageError for what only the simulation can do."""
-    need(not args.load_panic, "its memory is the host's: load a crash kernel with kexec -p")
-    need(not args.panic, "its memory is the host's: no crash of it is simulated")
+    need(not args.load_panic, "this machine is on memory of the host: load a crash kernel with kexec -p")
+    need(not args.panic, "this machine is on memory of the host: --panic is for the simulation")
     need(not args.keep_mounts, "--keep-mounts is for the simulation: a kexec of the host ends all programs")
     need(not args.poison, "--poison is for a machine of the simulation")
-    need(not args.segment and args.mem_min is None and args.mem_max is None, "kexec(8) places the segments itself")
+    need(
+        not args.segment and args.mem_min is None and args.mem_max is None,
+        "kexec(8) chooses the addresses on memory of the host: leave --segment, --mem-min and --mem-max out",
+    )
     if args.image:
-        need(not args.image.startswith("builtin"), f"{args.image} is a kernel of the simulation: give a file")
+        simulated = args.image.startswith("builtin")
+        need(
+            not simulated,
+            f"{args.image} is for the simulation, this machine is on memory of the host: give a kernel file",
+        )
         if not os.path.isfile(args.image):
             raise UsageError(f"cannot load {args.image}: no such file")
 

@@ -50,17 +50,17 @@ class Item(NamedTuple):
 def add(made: argparse.ArgumentParser, parsers: Callable[[], Parsers]) -> None:
     """Add the options of `install` to its parser; `parsers` makes those of all programs, for completions."""
     made.set_defaults(parsers=parsers)
-    made.add_argument("--prefix", metavar="DIR", help="put all of it below DIR (default: /usr/local, /sbin and /etc)")
-    made.add_argument("--etc", metavar="DIR", help="only the files for systemd and udev, below DIR")
-    made.add_argument("--uninstall", action="store_true", help="remove what is ours of it")
-    made.add_argument("--force", action="store_true", help="replace files that are not ours")
+    made.add_argument("--prefix", metavar="DIR", help="put all files below DIR (default: /usr/local, /sbin and /etc)")
+    made.add_argument("--etc", metavar="DIR", help="write only the files for systemd and udev, below DIR")
+    made.add_argument("--uninstall", action="store_true", help="remove the files that it has installed")
+    made.add_argument("--force", action="store_true", help="replace files of others, too")
 
 
 def act(args: argparse.Namespace) -> int:
     """Run `pkramctl install`."""
     wanted = list(items(args.prefix, args.etc, args.parsers()))
     if args.prefix is None and args.etc is None and (by := packager()):
-        raise MachineError(f"{by}'s package puts all in place, and removes it: --prefix DIR makes another copy")
+        raise MachineError(f"{by}'s package installs and removes these files: --prefix DIR makes another copy")
     try:
         done = _remove(wanted) if args.uninstall else _put(wanted, force=args.force)
     except OSError as error:
@@ -161,7 +161,7 @@ def _put(wanted: list[Item], *, force: bool) -> list[Item]:
     missing = [item for item in wanted if not _is_there(item)]
     for item in missing:
         if os.path.lexists(item.path) and not force and not _may_replace(item):
-            raise MachineError(f"{item.path} is there and not ours: move it away, or --force replaces it")
+            raise MachineError(f"{item.path} exists and is not ours: move it away, or --force replaces it")
     for item in missing:
         os.makedirs(os.path.dirname(item.path), exist_ok=True)
         new = f"{item.path}.new"

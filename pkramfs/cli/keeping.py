@@ -101,7 +101,9 @@ class Keeping(Freezer):
             self.departed.add(one.entry.tree_id)
         for one in self._left:
             if not select.select([one.pidfd], [], [], STOP_SECONDS)[0]:
-                raise DaemonError(f"the daemon of {one.entry.mountpoint} (pid {one.entry.pid}) does not end: kill it")
+                raise DaemonError(
+                    f"the daemon of {one.entry.mountpoint} (pid {one.entry.pid}) does not end: kill -9 it"
+                )
         super().stop()
 
     def arrive(self) -> tuple[list[str], int]:
@@ -194,7 +196,7 @@ def _serving(machine: "Machine", before: "MountEntry") -> "Commands | None":
     now = next((e for e in machine.mounts() if e.tree_id == before.tree_id), None)
     if now is None or not now.alive:
         raise DaemonError(
-            f"{before.mountpoint} was not kept: pkramctl dmesg says why; what is preserved stays so: "
+            f"{before.mountpoint} was not kept: pkramctl dmesg says why; its tree stays preserved: "
             f"mount {before.name} again"
         )
     if now.pid == before.pid or daemons.ask(now).status is None:

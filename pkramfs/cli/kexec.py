@@ -33,7 +33,7 @@ _EPILOG = """examples:
 """
 _OFTEN = (
     *("--load", "--exec", "--unload", "--resume", "--initrd", "--append", "--reuse-cmdline"),
-    *("--dry-run", "--force", "--no-remount", "--verbose"),
+    *("--dry-run", "--force", "--keep-mounts", "--verbose"),
 )
 
 
@@ -68,27 +68,33 @@ def _add_actions(made: argparse.ArgumentParser) -> None:
     group = made.add_argument_group("actions")
     flag = partial(group.add_argument, action="store_true")
     flag("-l", "--load", help="load IMAGE for the next -e")
-    flag("-p", "--load-panic", help="load IMAGE as crash kernel into crashkernel=")
+    flag("-p", "--load-panic", help="load IMAGE as crash kernel, into the memory of crashkernel=")
     flag("-u", "--unload", help="unload what was loaded (with -p: the crash kernel)")
     flag("-e", "--exec", help="execute the loaded kernel")
     flag("--panic", help="crash: boot the crash kernel, with PKRAM off")
     flag("--resume", help="finish a kexec that died after the point of no return")
     flag("--cold", help="power off and on: boot with empty memory")
-    flag("-S", "--status", help="say what is loaded")
+    flag("-S", "--status", help="print what is loaded")
 
 
 def _add_loading(made: argparse.ArgumentParser) -> None:
     group = made.add_argument_group("loading")
     how = group.add_mutually_exclusive_group()
     syscall = partial(how.add_argument, action="store_const", dest="syscall")
-    syscall("-s", "--kexec-file-syscall", const="file", help="pkramfs chooses where, clear of preserved pages")
-    syscall("-c", "--kexec-syscall", const="load", help="you choose where; a conflict fails and is listed")
+    syscall("-s", "--kexec-file-syscall", const="file", help="let pkramfs choose addresses, clear of preserved pages")
+    syscall(
+        "-c", "--kexec-syscall", const="load", help="choose addresses yourself; a conflict with preserved pages fails"
+    )
     syscall("-a", "--kexec-syscall-auto", const=None, help="-c if --segment is given, else -s (default)")
     group.add_argument("--initrd", "--ramdisk", metavar="FILE", help="initial RAM disk")
     group.add_argument("--append", "--command-line", metavar="TEXT", help="the new kernel's command line")
-    group.add_argument("--reuse-cmdline", action="store_true", help="the running one, pkram= made current")
-    group.add_argument("--mem-min", metavar="ADDRESS", type=arguments.size, help="place nothing below this")
-    group.add_argument("--mem-max", metavar="ADDRESS", type=arguments.size, help="place nothing at or above this")
+    group.add_argument(
+        "--reuse-cmdline", action="store_true", help="reuse the running command line, with pkram= updated"
+    )
+    group.add_argument("--mem-min", metavar="ADDRESS", type=arguments.size, help="place nothing below this address")
+    group.add_argument(
+        "--mem-max", metavar="ADDRESS", type=arguments.size, help="place nothing at or above this address"
+    )
     group.add_argument(
         "--segment", metavar="FILE@ADDRESS", type=segment, action="append", default=[], help="load one more file"
     )
@@ -100,9 +106,9 @@ def _add_executing(made: argparse.ArgumentParser) -> None:
     flag("-n", "--dry-run", help="print the plan and change nothing")
     flag("-v", "--verbose", help="print each step as it is done")
     flag("--force", help="go on although trees or nodes will be lost")
-    flag("--keep-mounts", help="keep the mounts, with all that is open on them")
-    flag("--no-remount", help="do not mount again what was preserved")
-    flag("--poison", help="fill what was not reserved with a pattern (for tests)")
+    flag("--keep-mounts", help="keep the mounts, with all files that are open there")
+    flag("--no-remount", help="do not mount the preserved trees again")
+    flag("--poison", help="fill memory that was not reserved with a pattern (for tests)")
     flag("-x", "--no-ifdown", help=argparse.SUPPRESS)
     flag("-y", "--no-sync", help=argparse.SUPPRESS)
     group.add_argument("-t", "--type", help=argparse.SUPPRESS)
@@ -125,12 +131,15 @@ def check(args: argparse.Namespace) -> None:
     need(acts, "nothing to do: give -l IMAGE, -p IMAGE, -u, -e, --panic, --resume, --cold or --status")
     need(not (args.load and args.load_panic), "-l and -p exclude each other: give one of them")
     need(len(ways) < 2, f"--{' and --'.join(ways)} exclude each other: give one of them")
-    need(not args.status or not (loads or args.unload or ways), "--status stands alone")
+    need(not args.status or not (loads or args.unload or ways), "--status excludes the other actions: give it alone")
     wants_image = args.load or (args.load_panic and not args.unload)
     need(args.image or not wants_image, "no IMAGE given: a bzImage, an ELF kernel, or builtin")
-    need(not args.image or loads, f"what to do with {args.image}? -l loads it, -p loads it as crash kernel")
+    need(not args.image or loads, f"no action given for {args.image}: -l loads it, -p loads it as crash kernel")
     need(args.exec or not args.keep_mounts, "--keep-mounts is for -e")
-    need(not (args.keep_mounts and args.no_remount), "--keep-mounts and --no-remount exclude each other")
+    need(
+        not (args.keep_mounts and args.no_remount),
+        "--keep-mounts and --no-remount exclude each other: give one of them",
+    )
     need(args.syscall != "file" or not args.segment, "--segment chooses an address: use -c, not -s")
 
 
@@ -239,7 +248,7 @@ def _load(args: argparse.Namespace, machine: "Machine") -> None:
 
     if args.dry_run:
         image = load_image(args.image)
-        render.say(f"load {image.name} {image.version} ({image.kind}), which wants {format_size(image.init_size)}")
+        render.say(f"load {image.name} {image.version} ({image.kind}), which needs {format_size(image.init_size)}")
         return
     done = loading.load(machine, _request(args), panic=args.load_panic)
     for warning in done.warnings:

@@ -216,7 +216,7 @@ def act_cat(args: argparse.Namespace, tree: "SavedTree") -> None:
         if tree.is_directory(place):
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if tree.attributes(place).kind != stat.S_IFREG:
-            raise OSError(errno.EINVAL, "it has no contents, it is no regular file", path)
+            raise OSError(errno.EINVAL, "it is not a regular file", path)
         places.append(place)
     for place in places:
         for data in contents(tree, place):

@@ -45,8 +45,8 @@ _STYLES = {
 
 def add(made: argparse.ArgumentParser) -> None:
     """Add the options of `map` to its parser."""
-    made.add_argument("--svg", metavar="FILE", help="draw it as a picture with a legend (- is stdout)")
-    made.add_argument("--before-after", action="store_true", help="RAM before the last kexec, too, and what moved")
+    made.add_argument("--svg", metavar="FILE", help="write the picture as SVG, with a legend (- is stdout)")
+    made.add_argument("--before-after", action="store_true", help="also draw RAM before the last kexec, and what moved")
 
 
 def act(args: argparse.Namespace) -> None:

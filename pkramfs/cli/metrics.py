@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pkramctl metrics: the measures of a machine in Prometheus' text format, printed once or served.
+"""pkramctl metrics: the figures of a machine in Prometheus' text format, printed once or served.
 
     pkramctl metrics                                  for a textfile collector, or to look at
-    pkramctl metrics --listen unix:/run/pkramfs.sock  for who may open the socket, which is its user's alone
+    pkramctl metrics --listen unix:/run/pkramfs.sock  only this user may open the socket
     pkramctl metrics --listen 127.0.0.1:9464          for a Prometheus on this host
 
-Only a loopback address is listened on: whoever wants more puts a proxy in front, which can ask who is asking. Nothing
+It listens on loopback addresses only. For others put a proxy before it, which can authenticate its clients. Nothing
 is cached, and nothing runs between two scrapes. SIGINT and SIGTERM end it, and remove the socket.
 """
 
@@ -19,7 +19,7 @@ _LOOPBACK = {"127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "[::1]": "::1"}
 
 def add(made: argparse.ArgumentParser) -> None:
     """Add the option of `metrics` to its parser."""
-    text = "serve them over HTTP, on unix:PATH or 127.0.0.1:PORT"
+    text = "serve the figures over HTTP, on unix:PATH or 127.0.0.1:PORT"
     made.add_argument("--listen", metavar="WHERE", type=address, help=text)
 
 

@@ -53,12 +53,12 @@ def parser() -> arguments.Parser:
     made.add_argument("source", metavar="SOURCE", help="the source shown in the mount table, usually `none`")
     made.add_argument("directory", metavar="DIR", help="the mount point, or the mount to change")
     made.add_argument("-o", dest="options", metavar="OPTIONS", action="append", default=[], help="mount options")
-    made.add_argument("-t", dest="type", metavar="TYPE", help="pkramfs or fuse.pkramfs")
-    made.add_argument("-f", dest="fake", action="store_true", help="check the options, do nothing")
+    made.add_argument("-t", dest="type", metavar="TYPE", help="the type: pkramfs or fuse.pkramfs")
+    made.add_argument("-f", dest="fake", action="store_true", help="check the options, and do nothing else")
     made.add_argument("-s", dest="sloppy", action="store_true", help=argparse.SUPPRESS)
     made.add_argument("-n", dest="no_mtab", action="store_true", help=argparse.SUPPRESS)
     made.add_argument("-N", dest="namespace", metavar="NS", help=argparse.SUPPRESS)
-    made.add_argument("-r", "--read-only", dest="read_only", action="store_true", help="as -o ro")
+    made.add_argument("-r", "--read-only", dest="read_only", action="store_true", help="the same as -o ro")
     made.add_argument("-w", "--rw", dest="read_write", action="store_true", help=argparse.SUPPRESS)
     made.add_argument("-v", "--verbose", dest="verbose", action="store_true", help="print what is done")
     progress.add_option(made)
@@ -132,7 +132,7 @@ def _source_words(args: argparse.Namespace) -> list[str]:
 
 def _machine_words(args: argparse.Namespace) -> list[str]:
     machine = getattr(args, "machine", None)
-    return [f"machine={machine}"] if machine else []
+    return [] if machine is None else [f"machine={machine}"]
 
 
 def _check_first(options: "Options") -> None:

@@ -3,8 +3,8 @@
 
     usage: pkramctl [OPTIONS] COMMAND …
 
-    what is there     status nodes map timeline
-    what happened     report dmesg …
+    state             status nodes map …
+    history           report dmesg timeline …
 
 A command that no group names is listed under `more`, so that none can be forgotten. `pkramctl help` has a line for
 each.
@@ -15,9 +15,9 @@ import argparse
 from pkramfs.cli import arguments, render
 
 GROUPS = {
-    "what is there": ("status", "nodes", "map", "iomem", "inspect", "ls", "tree", "stat", "cat", "diff"),
-    "what happened": ("report", "dmesg", "timeline", "metrics"),
-    "is it well?": ("doctor", "verify"),
+    "state": ("status", "nodes", "map", "iomem", "inspect", "ls", "tree", "stat", "cat", "diff"),
+    "history": ("report", "dmesg", "timeline", "metrics"),
+    "checks": ("doctor", "verify"),
     "preserved trees": ("free", "export", "import", "cp", "rename"),
     "mounts": ("upgrade", "punch", "allocate", "sparsify", "extents"),
     "the machine": ("boot", "machine"),
@@ -46,7 +46,7 @@ class Parser(arguments.Parser):
         for title, names in groups.items():
             lines += _entry(title, " ".join(names), wide, self._width()) if names else []
         lines += ["", *_entry("options", ", ".join(self._options()), wide, self._width())]
-        lines += _entry("", "before or after COMMAND, which has its own, too", wide, self._width())
+        lines += _entry("", "before or after COMMAND; a COMMAND has options of its own, too", wide, self._width())
         return "\n".join([*lines, "", *self._more()]) + "\n"
 
     def format_all(self) -> str:
@@ -63,9 +63,9 @@ class Parser(arguments.Parser):
 
     def _more(self) -> list[str]:
         return [
-            f"{self.prog} COMMAND --help    one command and its options",
-            f"{self.prog} help              all commands, a line for each",
-            f"man {self.prog}               all of it",
+            f"{self.prog} COMMAND --help    shows one command and its options",
+            f"{self.prog} help              lists all commands, a line for each",
+            f"man {self.prog}               describes everything",
         ]
 
 

@@ -81,7 +81,7 @@ class Earlier:
 
         found, info = history.read(view.machine)["before"], view.kernel.info
         if found is None or found["generation"] >= info.generation:
-            raise MachineError("no kexec was noted here yet: a picture of RAM before it is taken by pkram-kexec -e")
+            raise MachineError("there is no picture of RAM before a kexec: pkram-kexec -e takes it")
         self.generation, self.taken = int(found["generation"]), float(found["taken"])
         self.parts = memorymap.remembered(view.machine, found)
         self.moves: list[Move] = moves.moves(self.parts, view.parts, info)

@@ -82,7 +82,7 @@ class Target(NamedTuple):
             return
         with holding(self.directory) as held:
             if mount_id(held) != self.mounted.id:
-                raise MountError(f"{self.directory} is another mount than before: look at it, and try again")
+                raise MountError(f"{self.directory} has another mount on it now: check it, and try again")
             within(
                 lambda: mount("none", self.directory, FSTYPE, flags | MS_REMOUNT, "", held=held),
                 REMOUNT_SECONDS,

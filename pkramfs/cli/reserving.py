@@ -64,7 +64,7 @@ def act(args: argparse.Namespace, host: "Host") -> list[Finding]:
     """Print what to do, and return the findings."""
     size = round_up(args.reserve, BLOCK_SIZE)
     if size < _LEAST:
-        raise UsageError(f"--reserve {format_size(args.reserve)} is too small: {format_size(_LEAST)} is the least")
+        raise UsageError(f"--reserve {format_size(args.reserve)} is too small: give at least {format_size(_LEAST)}")
     findings = list(lacking(host))
     place, found = choose(host, size)
     findings += found
@@ -201,9 +201,9 @@ def choose(host: "Host", size: int) -> tuple[Place | None, list[Finding]]:
         pieces = [(end - start) * BLOCK_SIZE for part in parts for start, end in part]
         most = min(max(pieces, default=0), (whole - _OTHERS) * 64 // 65) // BLOCK_SIZE * BLOCK_SIZE
         found = (
-            f"{format_size(size)} of RAM in one piece, with {format_size(_OTHERS)} left for the host, are not to be had"
+            f"no {format_size(size)} of RAM in one piece can be set aside and leave {format_size(_OTHERS)} to the host"
         )
-        remedy = f"--reserve {most // MIB}M is the most" if most >= _LEAST else ""
+        remedy = f"give at most --reserve {most // MIB}M" if most >= _LEAST else ""
         return None, [*findings, Finding("room", ERROR, found, remedy)]
     where = f"{place.start:#x}-{place.start + place.size - 1:#x} in NUMA node {place.node}"
     costs = f"the kernel's data about its pages take {format_size(size // 64)} of the rest"

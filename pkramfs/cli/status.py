@@ -265,7 +265,8 @@ def _survives(mount: dict[str, Any]) -> str:
     """Return what a tree survives and what not, and how long its log is."""
     preserved = mount["state"] == "preserved"
     if "log_bytes" not in mount:
-        return "kexec, daemon crash" if preserved else "nothing: it was mounted without pkram=NAME, or PKRAM is off"
+        lost = "nothing: " + ("PKRAM is off in this kernel" if mount["name"] else "it was mounted without pkram=NAME")
+        return "kexec, daemon crash" if preserved else lost
     held = "holder" in mount
     survives = [*(["daemon crash", "upgrade"] if held else ["daemon crash, once it is mounted again"])]
     remedy = "kexec (preserve it first, or pkram-kexec -e --keep-mounts)" if held else "kexec (preserve it first)"

@@ -26,7 +26,7 @@ from pkramfs.cli.render import Column
 
 def add(made: argparse.ArgumentParser) -> None:
     """Add the option of `timeline` to its parser."""
-    made.add_argument("--svg", metavar="FILE", help="draw it as a picture (- is stdout)")
+    made.add_argument("--svg", metavar="FILE", help="write a picture as SVG (- is stdout)")
 
 
 def act(args: argparse.Namespace) -> None:

@@ -53,11 +53,13 @@ def _add_copies(commands: Any, command: Command) -> None:
 def _add_archives(commands: Any, command: Command) -> None:
     made = _of_a_tree(commands, command, "export", None, "write a preserved tree as a tar archive")
     made.add_argument("file", metavar="FILE", help="the archive; - for standard output")
-    made.add_argument("--best-effort", action="store_true", help="of a damaged tree, what verifies; list the rest")
+    made.add_argument(
+        "--best-effort", action="store_true", help="write what verifies of a damaged tree, and list the rest"
+    )
     made.set_defaults(act=archives.act_export)
     progress.add_option(made)
     made = command(commands, "import", archives.act_import, "preserve the tree that is in a tar archive")
-    made.add_argument("name", metavar="NAME", help="the NAME with which the tree will be mounted")
+    made.add_argument("name", metavar="NAME", help="the NAME of the new tree, for pkram=NAME")
     made.add_argument("file", metavar="FILE", help="the archive; - for standard input")
     progress.add_option(made)
 
@@ -70,7 +72,7 @@ def _of_a_tree(commands: Any, command: Command, name: str, act: Any, text: str) 
 
 def _at_a_path(commands: Any, command: Command, name: str, act: Any, text: str) -> argparse.ArgumentParser:
     made = _of_a_tree(commands, command, name, act, text)
-    made.add_argument("path", nargs="?", default="/", metavar="PATH", help="where in the tree (default: its root)")
+    made.add_argument("path", nargs="?", default="/", metavar="PATH", help="a path in the tree (default: its root)")
     return made
 
 

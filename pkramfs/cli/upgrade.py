@@ -45,7 +45,7 @@ class LateError(DaemonError):
 
 def add(made: argparse.ArgumentParser) -> None:
     """Add the options of `upgrade` to its parser."""
-    made.add_argument("mounts", nargs="*", metavar="DIR|NAME", help="which mounts")
+    made.add_argument("mounts", nargs="*", metavar="DIR|NAME", help="the mounts, by directory or NAME")
     made.add_argument("--all", action="store_true", help="all mounts of the machine")
 
 
@@ -87,7 +87,7 @@ def _chosen(machine: "Machine", wanted: list[str]) -> "list[MountEntry]":
     for one in wanted:
         entry = next((e for e in living if one == e.name or os.path.abspath(one) == e.mountpoint), None)
         if entry is None:
-            raise MachineError(f"{one} is no mount of the machine {machine.path()}: pkramctl status lists them")
+            raise MachineError(f"{one} is not a mount of the machine {machine.path()}: pkramctl status lists them")
         found.append(entry)
     return found or living
 

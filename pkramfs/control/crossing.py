@@ -57,7 +57,7 @@ class Crossing:
         """Stand still, preserved."""
         keeper, tree = self._keeper, self._keeper.tree
         if "holder" not in keeper.outlives():
-            raise BusyError(f"{keeper.mountpoint} has no holder, or a kernel before 6.9: do without --keep-mounts")
+            raise BusyError(f"{keeper.mountpoint} has no holder, or Linux is older than 6.9: leave --keep-mounts out")
         if not await self._door.shut():
             raise BusyError(f"requests to {keeper.mountpoint} wait for room: delete files, or try again")
         try:

@@ -396,7 +396,7 @@ class Keeper:
     async def upgrade(self) -> Done:
         """Have room made for a daemon that runs the code on disk, unless there is a reason against it."""
         if "holder" not in self.outlives():
-            lacks = "has no holder, unless a new one is just coming, or a kernel before 6.9"
+            lacks = "has no holder (a new one may be starting), or Linux is older than 6.9"
             raise BusyError(f"{self.mountpoint} {lacks}: try again, or preserve, umount and mount it")
         async with self._lock:
             self._refuse_held()

@@ -157,7 +157,7 @@ def refuse_strict(tree: Tree) -> None:
     for name, inode, _ in tree.readdir(tree.root.ino, 2):
         path = exact(b"/" + name)
         if not inode.is_file:
-            raise PkramError(f"{path} is no regular file, and pkram_strict preserves nothing else", errno.EINVAL)
+            raise PkramError(f"{path} is not a regular file, and pkram_strict preserves nothing else", errno.EINVAL)
         if inode.nlink != 1:
             raise PkramError(f"{path} has {inode.nlink} hard links, and pkram_strict preserves none", errno.EINVAL)
 

@@ -72,7 +72,7 @@ def _kill_all(machine: Machine) -> None:
     deadline = time.monotonic() + _GONE_SECONDS
     while machine.live_ids():
         if time.monotonic() > deadline:
-            raise MachineError("a mount daemon does not end: kill it, then run pkram-kexec --panic")
+            raise MachineError("a mount daemon does not end: kill -9 it, then run pkram-kexec --panic")
         time.sleep(_POLL_SECONDS)
 
 

@@ -142,7 +142,7 @@ def _refuse_users(machine: Machine, there: Header) -> None:
     if found is None or there.boot_id != machine.host.boot_id or kernelrecord.read(machine, any_layout=True):
         return
     if pids := machine.host.users(found.path):
-        raise MachineError(f"{machine.path()} was removed, but its memory is in use: end process {pids[0]} first")
+        raise MachineError(f"{machine.path()} was removed while its memory is in use: end process {pids[0]} first")
 
 
 def _refuse_in_crash_kernel(machine: Machine) -> None:
@@ -165,7 +165,7 @@ def _header(machine: Machine, ram: Ram) -> Header:
     """Return the header, which was there when the directory was made."""
     there = header.read(ram)
     if there is None:
-        raise MachineError(f"the memory of {machine.path()} has no header any more: it was overwritten")
+        raise MachineError(f"the memory of {machine.path()} no longer has a header: it was overwritten")
     said = machine.configuration()
     if said is not None and there.uuid != said.uuid:
         raise MachineError(f"{said.ram} holds another machine than {machine.conf_path} says: {literal(there.name)}")

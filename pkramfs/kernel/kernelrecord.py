@@ -196,5 +196,5 @@ def check_layout(info: KernelInfo) -> None:
     """Raise MachineError if another version wrote the running kernel's private tables."""
     if info.layout != LAYOUT:
         raise MachineError(
-            f"this kernel runs pkramfs {info.version}, this is {__version__}: pkram-kexec is the upgrade"
+            f"the kernel runs pkramfs {info.version}, this command is {__version__}: upgrade the kernel by pkram-kexec"
         )

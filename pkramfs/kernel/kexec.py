@@ -198,7 +198,7 @@ def _relocations(going: Transition, mounts: Sequence[MountReport]) -> list[str]:
             leased = going.kernel.leases.blocks_of(mount.tree_id).scale(BLOCK_PAGES)
             if count := (leased & banned).total:
                 found.append(
-                    f"to be relocated when it is preserved: up to {plural(count, 'page')} "
+                    f"would be relocated by its preserve: up to {plural(count, 'page')} "
                     f"of {mount.mountpoint} ({mount.name})"
                 )
     return found

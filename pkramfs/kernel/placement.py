@@ -164,7 +164,7 @@ def _reserve(room: Memblock, pending: Pending, name: str, kept: Range | None) ->
     count = round_up(pages(wanted.size), BLOCK_PAGES)
     if wanted.start is not None:
         if not room.is_memory(wanted.start, count * PAGE_SIZE) or room.overlaps(wanted.start, count * PAGE_SIZE):
-            raise ExhaustedError(f"{name}={words.get(pending.cmdline, name)}: that memory is not RAM or is in use")
+            raise ExhaustedError(f"{name}={words.get(pending.cmdline, name)}: that memory is not RAM, or is in use")
         found = wanted.start >> PAGE_SHIFT, (wanted.start >> PAGE_SHIFT) + count
     elif kept and kept[1] - kept[0] == count:
         found = kept  # the loaded segments lie in it, and no preserved pages

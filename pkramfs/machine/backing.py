@@ -163,7 +163,7 @@ def _character_device(spec: Spec, status: os.stat_result, host: Host) -> Backing
         return Backing(DEVMEM, spec.path, spec.size, spec.start)
     known = host.memory_device(status.st_rdev)
     if known is None:
-        raise MachineError(f"{spec.path} is a character device, but no memory: give /dev/daxN.M")
+        raise MachineError(f"{spec.path} is not a device of memory: give /dev/daxN.M")
     size, align = known
     return Backing(DEVDAX, spec.path, round_down(size, max(align, BLOCK_SIZE)))
 
@@ -174,7 +174,7 @@ def make_file(spec: Spec) -> None:
         return
     if spec.size is None or spec.start is not None or _is_among_devices(spec.path):
         more = "" if _is_among_devices(spec.path) else f"; {spec.path}:SIZE makes it"
-        raise MachineError(f"there is no {spec.path}{more}")
+        raise MachineError(f"{spec.path} does not exist{more}")
     size = round_down(spec.size, BLOCK_SIZE)
     if size < LOWEST:
         raise MachineError(f"{spec.path}: {format_size(spec.size)} is too small, {format_size(LOWEST)} is the least")

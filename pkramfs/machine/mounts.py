@@ -236,7 +236,7 @@ def tree_ids(directory: str) -> set[int]:
     try:
         names = os.listdir(directory)
     except OSError as error:  # an empty answer would free the memory of living mounts
-        raise MachineError(f"cannot tell who is mounted: {explain(error)}") from None
+        raise MachineError(f"cannot list the mounts: {explain(error)}") from None
     found = (_tree_id(name, ".lock") for name in names)
     return {tree_id for tree_id in found if tree_id is not None}
 

@@ -65,7 +65,7 @@ def _look(spec: backing.Spec, conf: Conf, host: Host, words: str) -> Found:
         ram.close()
     if there is None:
         raise MachineError(
-            f"{conf.ram} holds no machine any more: it lost its contents, or this kernel did not set it aside "
+            f"{conf.ram} no longer holds a machine: it lost its contents, or this kernel did not set it aside "
             f"(memmap=); `pkramctl machine create{words} --ram {conf.ram} --force` makes a new one"
         )
     if there.uuid != conf.uuid:
@@ -106,7 +106,7 @@ def take(name: str, spec: backing.Spec, host: Host, *, seed: int | None = None, 
 
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
-        raise MachineError(f"{problems[0]}; --force takes it nevertheless")
+        raise MachineError(f"{problems[0]}; --force takes it in spite of this")
 
 
 def _there(ram: Ram, name: str, found: Backing) -> Header | None:

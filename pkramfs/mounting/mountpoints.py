@@ -19,6 +19,8 @@ def resolve(directory: str) -> str:
 
     A path at which something is mounted has none, so that nothing is asked there.
     """
+    if not directory:
+        raise MountError("invalid mount point '': give a directory")
     if os.pardir not in directory.split("/") and syscalls.mounted_at(os.path.abspath(directory)):
         return os.path.abspath(directory)
     return _answer(directory, lambda: os.path.realpath(directory))

@@ -273,7 +273,7 @@ def _number(key: str, value: str, text: str, most: int = _LONG_MAX) -> int:
         raise UsageError(f"mount option {key}={value}: write a number, perhaps with k, m, g or t{percent}")
     number = _integer(match[1]) << _SHIFTS[match[2].lower()]
     if number > most:
-        raise UsageError(f"mount option {key}={value}: {most} is the most")
+        raise UsageError(f"mount option {key}={value}: write at most {most}")
     return number
 
 
@@ -286,7 +286,7 @@ def _integer(text: str) -> int:
 
 def _mode(found: Options, value: str) -> None:
     if not re.fullmatch("[0-7]{1,11}", value) or int(value, 8) > _MODE_MAX:
-        raise UsageError(f"mount option mode={value}: not an octal mode")
+        raise UsageError(f"mount option mode={value}: write octal permissions, as in 1777")
     found.mode = int(value, 8) & 0o7777
 
 
@@ -308,7 +308,7 @@ def _account(key: str, value: str) -> int:
     try:
         return pwd.getpwnam(value).pw_uid if key == "uid" else grp.getgrnam(value).gr_gid
     except KeyError:
-        raise UsageError(f"mount option {key}={value}: neither a number nor a known name") from None
+        raise UsageError(f"mount option {key}={value}: write a number or the name of an account on this host") from None
 
 
 def _huge(found: Options, value: str) -> None:

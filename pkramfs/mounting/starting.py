@@ -100,7 +100,7 @@ class Answer:
                     self.kill()
                     raise MountError(
                         f"the mount daemon (pid {self.pid}) did not serve within {SERVE_SECONDS:g} s and was "
-                        "killed; what is preserved stays so"
+                        "killed; preserved trees stay preserved"
                     )
                 part = os.read(self._answer, 1 << 16)
                 if not part:

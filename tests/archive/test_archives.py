@@ -184,12 +184,12 @@ BAD = {
     "it links to nothing, which is not before it": made(("f", tarfile.LNKTYPE, "nothing", b"")),
     "d: it is a directory already": made(("d", tarfile.DIRTYPE, "", b""), ("d", tarfile.REGTYPE, "", b"")),
     "the archive ends in the middle": file("f", b"x" * 5000)[:4000],
-    "it is empty, which is no tar archive": b"",
+    "it is empty, which is not a tar archive": b"",
     "the archive has no end, after 1,024 bytes": file("f")[:1024],
     "a size of -5 bytes": file("f", size="-5"),
     "it is compressed with zstd": b"\x28\xb5\x2f\xfdxyz",
     "a damaged header at byte 1,024": file("f")[:-1024] + b"y" * 512,
-    "no tar archive": b"hello" * 1000,
+    "not a tar archive": b"hello" * 1000,
     "it is compressed with gzip": b"\x1f\x8b" + bytes(600),
     "at most 16,777,216 are read": HUGE.tobuf(tarfile.GNU_FORMAT),
     "a map of 1,000,000,000,000 parts": sparse(padded(b"1000000000000\n") + b"x"),
@@ -205,7 +205,7 @@ BAD = {
     "ACL entry 'user:4294967295:r--'": file("f", **{keywords.ACL_ACCESS: "user::rwx,user:4294967295:r--"}),
     "d: ACL entry 'x'": made(("d", tarfile.DIRTYPE, "", b""), **{keywords.ACL_DEFAULT: "x"}),
     "f: no device has the number 1099511627776:0": DEVICE.tobuf(tarfile.GNU_FORMAT),
-    "is none that a file can have": file("f", uid=str(1 << 40)),
+    "invalid owner": file("f", uid=str(1 << 40)),
     "a member of type b'V'": made(("f", b"V", "", b"")),
 }
 

@@ -234,5 +234,5 @@ def test_a_failure_is_said_and_counted(monkeypatch):
         assert again.restart(machine, [mount], said.append, ready) == 1
     assert said == [
         "/nowhere/at/all was not mounted again: mount point /nowhere/at/all does not exist",
-        "1 tree stays preserved: mount by hand when the reason is gone",
+        "1 tree stays preserved: mount them by hand when the reason is gone",
     ]

@@ -79,7 +79,7 @@ ERRORS = [
     (["export", "x", ""], 2, "invalid FILE '': give its name, or - for standard output"),
     (["diff", "x", "/dev/null"], 2, "/dev/null is not a directory"),
     (["import", "y", "/nosuch"], 1, "/nosuch: No such file or directory"),
-    (["import", "y", sys.executable], 1, f"{sys.executable}: no tar archive"),
+    (["import", "y", sys.executable], 1, f"{sys.executable}: not a tar archive"),
 ]
 
 

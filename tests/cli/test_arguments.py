@@ -152,3 +152,33 @@ def test_help_is_as_wide_as_the_terminal(columns, width, monkeypatch):
     parser.add_argument("--long", help="word " * 60)
     longest = max(len(line) for line in parser.format_help().splitlines())
     assert width - 12 < longest <= width - 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["statu"], "pkramctl: unknown command 'statu' (similar: status); see pkramctl --help\n"),
+        (["xyzzy"], "pkramctl: unknown command 'xyzzy'; see pkramctl --help\n"),
+        (
+            ["machine", "creat"],
+            "pkramctl machine: unknown command 'creat' (similar: create); see pkramctl machine --help\n",
+        ),
+    ],
+)
+def test_an_unknown_command_is_named_with_a_similar_one(capsys, words, said):
+    from pkramfs.cli import ctl
+
+    assert (ctl.main(words), capsys.readouterr().err) == (2, said)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["none", "", "-o", "pkram=a"], 32, "invalid mount point '': give a directory"),
+        (["none", "/mnt", "-o", "pkram=a", "--machine", ""], 1, "mount option machine needs a value: machine=…"),
+    ],
+)
+def test_an_empty_word_of_a_mount_is_refused(capsys, pkram_root, words, status, said):
+    from pkramfs.cli import mount
+
+    assert (mount.main(words), capsys.readouterr().err) == (status, f"mount.pkramfs: {said}\n")

@@ -87,7 +87,7 @@ def test_create_leaves_a_machine_alone(root, ctl):
     ctl("machine", "create", "--ram", "64M")
     status, _, err = ctl("machine", "create", "--ram", "128M")
     assert status == 8
-    assert "is there already" in err
+    assert "exists already" in err
     assert Machine.locate().hardware().size == 64 << 20
 
 
@@ -125,4 +125,8 @@ def test_memory_in_use_is_not_given_back(root, ctl, monkeypatch):
 def test_a_name_that_no_command_line_can_say(root, ctl):
     for name in ('a"b', "a\nb"):
         status, _, err = ctl("machine", "create", "--machine", name, "--ram", f"{root}/memory:64M")
-        assert status == 2 and "a kernel's command line cannot say it" in err and not os.path.exists(f"{root}/memory")
+        assert (
+            status == 2
+            and "a kernel's command line cannot have this word" in err
+            and not os.path.exists(f"{root}/memory")
+        )

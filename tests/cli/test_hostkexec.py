@@ -121,12 +121,18 @@ def test_a_dry_run_says_what_is_right_and_what_would_be_typed(real: Real, kexec:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["-l", "builtin"], "builtin is a kernel of the simulation: give a file"),
+        (
+            ["-l", "builtin"],
+            "builtin is for the simulation, this machine is on memory of the host: give a kernel file",
+        ),
         (["-l", "/nowhere/vmlinuz"], "cannot load /nowhere/vmlinuz: no such file"),
         (["-p", "/etc/passwd"], "load a crash kernel with kexec -p"),
-        (["--panic"], "no crash of it is simulated"),
+        (["--panic"], "--panic is for the simulation"),
         (["-e", "--poison"], "--poison is for a machine of the simulation"),
-        (["-l", "/etc/passwd", "--mem-min=1M"], "kexec(8) places the segments itself"),
+        (
+            ["-l", "/etc/passwd", "--mem-min=1M"],
+            "kexec(8) chooses the addresses on memory of the host: leave --segment, --mem-min and --mem-max out",
+        ),
     ],
 )
 def test_what_only_the_simulation_can_do_is_said(real: Real, kexec: Any, words: list[str], message: str) -> None:

@@ -23,7 +23,7 @@ def test_what_was_changed_stays_unless_forced(ctl: Any, tmp_path: Path) -> None:
     ctl("install", "--etc", str(tmp_path))
     (tmp_path / UNIT).write_text("mine\n")
     status, _, err = ctl("install", "--etc", str(tmp_path))
-    assert status == 8 and "is there and not ours: move it away, or --force replaces it" in err
+    assert status == 8 and "exists and is not ours: move it away, or --force replaces it" in err
     assert (tmp_path / UNIT).read_text() == "mine\n"
     assert ctl("install", "--etc", str(tmp_path), "--force")[0] == 0
     assert "ExecStop=" in (tmp_path / UNIT).read_text()

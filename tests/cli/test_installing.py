@@ -46,7 +46,7 @@ def test_what_is_not_ours_stays(root, ctl, tmp_path):
         path.write_text("somebody else's\n")
     status, _, err = ctl("install", "--prefix", str(tmp_path))
     assert status == 8
-    assert err == f"pkramctl: {helper} is there and not ours: move it away, or --force replaces it\n"
+    assert err == f"pkramctl: {helper} exists and is not ours: move it away, or --force replaces it\n"
     assert files(tmp_path) == {"sbin/mount.pkramfs", "share/zsh/site-functions/_pkramctl"}  # nothing half done
     assert ctl("install", "--prefix", str(tmp_path), "--uninstall")[0] == 0
     assert page.read_text() == helper.read_text() == "somebody else's\n"
@@ -87,7 +87,7 @@ def test_what_a_distribution_installed_is_its_own(root, ctl, words, monkeypatch)
     monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda self, name: "debian\n")
     status, out, err = ctl("install", *words)
     assert (status, out) == (8, "")
-    assert err == "pkramctl: Debian's package puts all in place, and removes it: --prefix DIR makes another copy\n"
+    assert err == "pkramctl: Debian's package installs and removes these files: --prefix DIR makes another copy\n"
 
 
 def test_a_place_that_cannot_be_written(root, ctl, tmp_path):
@@ -113,7 +113,7 @@ def test_units_go_below_etc(root, ctl, tmp_path, monkeypatch):
     assert files(etc) == {"systemd/system/a@.service", "udev/rules.d/70-a.rules"}
     (etc / "systemd/system/a@.service").write_text("changed by the administrator\n")
     status, _, err = ctl("install", "--etc", str(etc))
-    assert status == 8 and "a@.service is there and not ours" in err
+    assert status == 8 and "a@.service exists and is not ours" in err
 
 
 def every_option(parser: argparse.ArgumentParser) -> set[str]:

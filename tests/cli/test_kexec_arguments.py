@@ -62,10 +62,10 @@ def test_addresses_and_segments():
         ("builtin", "nothing to do"),
         ("--force", "nothing to do"),
         ("-l", "no IMAGE given"),
-        ("-e builtin", "what to do with builtin?"),
+        ("-e builtin", "no action given for builtin: -l loads it"),
         ("-l -p builtin", "give one of them"),
         ("-e --panic", "give one of them"),
-        ("--status -e", "stands alone"),
+        ("--status -e", "--status excludes the other actions"),
         ("-s -l builtin --segment /a@16M", "use -c"),
     ],
 )

@@ -87,7 +87,7 @@ ERRORS = [
     (["ls", "y"], 9, "no node shmem-y is preserved"),
     (["ls", "x", "no\x1b"], 1, "no\\x1b: No such file or directory"),
     (["stat", "x", "way/"], 1, "way/: No such file or directory"),
-    (["cat", "x", "null"], 1, "null: it has no contents, it is no regular file"),
+    (["cat", "x", "null"], 1, "null: it is not a regular file"),
     (["cat", "x"], 2, "the following arguments are required: PATH; see pkramctl cat --help"),
 ]
 

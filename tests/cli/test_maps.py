@@ -78,7 +78,7 @@ def test_a_pair_needs_a_kexec(machine, ctl, kexec):
     lab = Boots(machine)
     lab.preserve("one", 700)
     status, _, err = ctl("map", "--before-after")
-    assert status == 8 and err.startswith("pkramctl: no kexec was noted here yet")
+    assert status == 8 and err.startswith("pkramctl: there is no picture of RAM before a kexec")
     assert kexec("-le", "builtin:2M", "--reuse-cmdline")[0] == 0
     status, out, _ = ctl("map", "--before-after")
     assert status == 0 and "before the kexec, kernel 1, " in out and "\nnow, kernel 2\n" in out

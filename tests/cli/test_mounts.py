@@ -171,7 +171,7 @@ def test_a_lock_without_an_entry_is_an_error(machine, monkeypatch):
     daemon = Daemon("a")
     machine.daemons = [daemon]
     machine.mounts = list
-    with pytest.raises(DaemonError, match="1 process holds a tree but without an entry"):
+    with pytest.raises(DaemonError, match="1 process holds a tree without an entry"):
         daemons.alive(machine)
 
 

@@ -85,15 +85,15 @@ def test_a_small_host_gives_what_is_below_4_gib(host: FakeHost) -> None:
 
 def test_more_than_there_is_is_refused_with_the_most(host: FakeHost, ctl: Any) -> None:
     status, out, _ = ctl("doctor", "--reserve", "13G")
-    assert status == 11 and "→ --reserve 12288M is the most" in out and "memmap" not in out
+    assert status == 11 and "→ give at most --reserve 12288M" in out and "memmap" not in out
     assert ctl("doctor", "--reserve", "12288M")[0] == 0
     ram(host, (1 << 20, 3 * GIB), (4 * GIB, 5 * GIB))
     status, out, _ = ctl("doctor", "--reserve", "20G")
-    most = int(out.partition("→ --reserve ")[2].partition("M")[0])
+    most = int(out.partition("→ give at most --reserve ")[2].partition("M")[0])
     assert status == 11 and most == 3008
     assert ctl("doctor", "--reserve", f"{most}M")[0] == 10 and ctl("doctor", "--reserve", f"{most + 2}M")[0] == 11
     status, _, err = ctl("doctor", "--reserve", "1M")
-    assert status == 2 and "64.0 MiB is the least" in err
+    assert status == 2 and "give at least 64.0 MiB" in err
 
 
 def in_grub(line: str) -> str:

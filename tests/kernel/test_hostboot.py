@@ -381,7 +381,7 @@ def test_a_directory_that_was_removed_is_not_a_boot(lab: RealBoots, monkeypatch:
     shutil.rmtree(lab.machine.path())
     assert "its kernel runs, but the directory of the machine was removed" in lab.refusal()
     monkeypatch.setattr(FakeHost.__mro__[1], "users", lambda *_: [4242])
-    assert "but its memory is in use: end process 4242 first" in lab.refusal()
+    assert "while its memory is in use: end process 4242 first" in lab.refusal()
     with pytest.raises(MachineError, match="end process 4242"), lab.machine.lifecycle(shared=False):
         succession.power_cycle(lab.machine)
     monkeypatch.setattr(FakeHost.__mro__[1], "users", lambda *_: [])
@@ -397,7 +397,7 @@ def test_memory_that_went_away_is_named(lab: RealBoots) -> None:
     ram = lab.machine.ram()
     header.wipe(ram)
     lab.reboot(f"pkram={lab.pfn()}")
-    with pytest.raises(MachineError, match=r"holds no machine any more: it lost its contents, .*memmap="):
+    with pytest.raises(MachineError, match=r"no longer holds a machine: it lost its contents, .*memmap="):
         lab.up()
 
 

@@ -119,7 +119,7 @@ def test_relocations_are_told_by_owner_before_and_after(lab: Any) -> None:
     said = planned(lab, mount).relocations
     expected = (lab.up().leases.blocks_of(frames.tree_id).scale(BLOCK_PAGES) & lab.up().banned()).total
     assert 0 < inside.total <= expected
-    assert said == [f"to be relocated when it is preserved: up to {expected:,} pages of /mnt (a)"]
+    assert said == [f"would be relocated by its preserve: up to {expected:,} pages of /mnt (a)"]
     assert planned(lab, mount, force=True).relocations == [], "forced, it is lost"
 
     lab.publish("a", frames, runs, total)

@@ -77,7 +77,7 @@ def test_another_version_is_refused(lab: Any) -> None:
     lab.up()
     theirs = lab.machine.read_json(kernelrecord.NAME) | {"layout": 99, "version": "9.9"}
     lab.machine.write_json(kernelrecord.NAME, sealed(theirs))
-    with pytest.raises(MachineError, match=r"this kernel runs pkramfs 9\.9.*pkram-kexec is the upgrade"):
+    with pytest.raises(MachineError, match=r"the kernel runs pkramfs 9\.9.*upgrade the kernel by pkram-kexec"):
         lab.up()
 
 

@@ -283,7 +283,7 @@ def test_pages_in_the_way_of_a_loaded_kernel_are_relocated_and_everybody_says_wh
     pkram = f"--append=ro pkram={user.pfn()}"
     user.ok("pkram-kexec", "-c", "-l", "builtin:16M", "--mem-min", "2M", pkram)
     plan = user.run("pkram-kexec", "-e", "--dry-run").stdout
-    (said,) = re.findall(rf"to be relocated when it is preserved: up to ([\d,]+) pages of {path} \(one\)", plan)
+    (said,) = re.findall(rf"would be relocated by its preserve: up to ([\d,]+) pages of {path} \(one\)", plan)
     user.preserve(path)
     (node,) = json.loads(user.ok("pkramctl", "--json", "nodes"))
     assert 0 < node["moved"] <= int(said.replace(",", ""))

@@ -67,10 +67,10 @@ def test_a_file_is_made_where_it_is_given_a_size(place: Path, host: FakeHost) ->
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (Spec("{}"), "there is no {}; {}:SIZE makes it"),
+        (Spec("{}"), "{} does not exist; {}:SIZE makes it"),
         (Spec("{}", MIB), "1.0 MiB is too small, 64.0 MiB is the least"),
-        (Spec("/dev/mem1", GIB, GIB), "there is no /dev/mem1"),
-        (Spec("/dev/dax9.9", GIB), "there is no /dev/dax9.9"),
+        (Spec("/dev/mem1", GIB, GIB), "/dev/mem1 does not exist"),
+        (Spec("/dev/dax9.9", GIB), "/dev/dax9.9 does not exist"),
     ],
 )
 def test_nothing_else_is_made(place: Path, spec: Spec, message: str) -> None:
@@ -90,7 +90,7 @@ def test_a_memory_device_has_the_size_that_sysfs_says(host: FakeHost) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("/dev/null", "/dev/null is a character device, but no memory: give /dev/daxN.M"),
+        ("/dev/null", "/dev/null is not a device of memory: give /dev/daxN.M"),
         ("/dev", "Is a directory"),
         ("/nowhere/ram", "cannot open RAM: /nowhere/ram: No such file or directory"),
     ],
@@ -220,7 +220,7 @@ def test_memory_that_holds_something_is_not_taken(place: Path, host: FakeHost) -
         file.write(bytes(1080) + b"\x53\xef" + bytes(3000))
     with pytest.raises(MachineError, match="holds an ext2, ext3 or ext4 file system: --force overwrites it"):
         named.take("two", spec, host)
-    with pytest.raises(MachineError, match=r"holds no machine any more: .* --force` makes a new one"):
+    with pytest.raises(MachineError, match=r"no longer holds a machine: .* --force` makes a new one"):
         named.find(Conf(str(place), forced.header.uuid), host)
 
 

@@ -73,7 +73,7 @@ def test_a_root_that_cannot_be_written(root: str, monkeypatch: pytest.MonkeyPatc
         pass
     with pytest.raises(MachineError, match="cannot write"):
         machine.write_text("pkram", "1")
-    with pytest.raises(MachineError, match="cannot tell who is mounted"):
+    with pytest.raises(MachineError, match="cannot list the mounts"):
         machine.live_ids()
 
 

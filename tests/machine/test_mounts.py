@@ -136,7 +136,7 @@ def test_an_entry_that_says_little_is_read(tmp_path: Path) -> None:
 
 def test_no_directory_is_no_entry_but_nobody_says_that_none_lives(tmp_path: Path) -> None:
     assert mounts.read_entries(str(tmp_path / "gone")) == []
-    with pytest.raises(MachineError, match="cannot tell who is mounted"):
+    with pytest.raises(MachineError, match="cannot list the mounts"):
         mounts.live_ids(str(tmp_path / "gone"))
 
 
