@@ -198,10 +198,10 @@ def ask(entry: "MountEntry") -> Seen:
 
 def silent(entry: "MountEntry", error: Exception) -> str:
     """Return the message about a daemon that does not answer: which it is, and what to do."""
-    return (
-        f"the daemon of {entry.mountpoint} (pid {entry.pid}) does not answer ({error}): "
-        f"look at it, or kill {entry.pid} and umount {entry.mountpoint}, or use --force and lose its tree"
-    )
+    remedy = f"kill -9 {entry.pid}, and another daemon takes over"
+    if not entry.holder:
+        remedy = f"kill -9 {entry.pid} and umount {entry.mountpoint}, or use --force; either loses its tree"
+    return f"the daemon of {entry.mountpoint} (pid {entry.pid}) does not answer ({error}): {remedy}"
 
 
 def kill(entry: "MountEntry") -> None:

@@ -141,6 +141,8 @@ def check(args: argparse.Namespace) -> None:
         "--keep-mounts and --no-remount exclude each other: give one of them",
     )
     need(args.syscall != "file" or not args.segment, "--segment chooses an address: use -c, not -s")
+    crossed = None not in (args.mem_min, args.mem_max) and args.mem_min >= args.mem_max
+    need(not crossed, "--mem-min is not below --mem-max: no address is left")
 
 
 def _act(args: argparse.Namespace) -> int:

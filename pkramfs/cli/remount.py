@@ -159,8 +159,8 @@ def _expect_answer(directory: str, entry: "MountEntry", daemon: "Commands") -> N
         daemon.status(timeout=patience.ANSWER_SECONDS)
     except DaemonError as error:
         raise MountError(
-            f"the daemon of {directory} (pid {entry.pid}) does not answer ({error}): look at it, or kill {entry.pid}"
-            + ("" if entry.holder else f", which loses its tree, and umount {directory}")
+            f"the daemon of {directory} (pid {entry.pid}) does not answer ({error}): kill -9 {entry.pid}"
+            + (", and another daemon takes over" if entry.holder else f", which loses its tree, and umount {directory}")
         ) from None
 
 

@@ -67,6 +67,7 @@ def test_addresses_and_segments():
         ("-e --panic", "give one of them"),
         ("--status -e", "--status excludes the other actions"),
         ("-s -l builtin --segment /a@16M", "use -c"),
+        ("-l builtin --mem-min 2G --mem-max 2G", "--mem-min is not below --mem-max"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(text, message):
