@@ -2,7 +2,7 @@
 """A tmpfs whose pages are physical.
 
 A kernel's tmpfs is an index of names over pages of memory. This chapter is the same, but its
-pages have known addresses: a file's pages are *runs* of frames of RAM, so a save only records which
+pages have known addresses: a file's pages are *runs* of frames of RAM. So a save only records which
 runs belong to which file, and copies no page. A tree with a log has recorded that already.
 
     /                            directory    names to inodes, and a place in the listing
@@ -15,12 +15,12 @@ runs belong to which file, and copies no page. A tree with a log has recorded th
 What this chapter promises upward:
 
 * It behaves as tmpfs does, to the errno, except where it says otherwise.
-* Every change passes one gate, so a tree can be frozen, and nothing that a published node names is
+* Every change passes one gate, so a tree can be frozen, and no page that a published node names is
   ever changed: the first change of a preserved tree withdraws its node before it is applied.
 * A save publishes everything or nothing; a restore verifies everything before it takes anything.
 * A hole costs nothing and is read without touching RAM; pages that a file gives up go back to the host.
 
-What it assumes from below: a frame that is handed out reads as zeros, frames are leased under the
+It assumes from below: a newly allocated frame reads as zeros, frames are leased under the
 tree's id, and a node appears by one store. It knows neither FUSE nor sockets nor threads, and it
 does not check permissions: the caller has done that (in a mount, the kernel).
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The accesses that are noted as access times, as the flags of a mount ask for.
+"""Which accesses update access times, by the flags of a mount.
 
     relatime      the first access after a change, and after a day        the kernel's default
     strictatime   every access
     nodiratime    none of directories
     noatime, ro   none
 
-A tree knows no mounts: the door that serves it says what applies, each time that an access is due to be noted.
+A tree knows no mounts. The code that serves it (fuse) returns the rule each time that an access is due to be noted.
 
 Kernel: fs/inode.c (atime_needs_update, relatime_need_update)
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Access(NamedTuple):
-    """The accesses that are noted: of files and links, of directories; `always` is not just the first of them."""
+    """Which accesses are noted: of files and links, of directories; `always` notes each, not only the first."""
 
     files: bool = True
     directories: bool = True

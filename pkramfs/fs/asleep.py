@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The part of a restored tree that nobody has asked for yet, as it was read: columns and blobs.
+"""The part of a restored tree that was not looked up yet, in the form in which it was read: columns and blobs.
 
     columns of inodes, names, runs, xattrs  ── a directory is asked for ──▶  its names, and the inodes they name
 
 A million inodes are two seconds of Python and a gigabyte of objects, most of which no one may ever look at; as
-columns, checked and complete, they are 170 bytes each and there at once. So a mount serves a tree whose
-directories *sleep*, and each wakes when it is first touched, with all its children. A sleeping part has
-not changed, for every change begins with finding a name, which wakes the directory that holds it. So it
-can be saved from the columns, without being woken (see picture). A log that is replayed may change names of a directory
-that sleeps on (see amended).
+columns, checked and complete, they take 170 bytes each and are ready at once. So a mount serves a tree whose
+directories *sleep*. Each wakes when it is first touched, with all its children. A sleeping part has
+not changed, because every change begins with a lookup of a name, which wakes the directory of that name. So it
+can be saved from the columns without waking it (see picture). The replay of a log may change names of a directory
+without waking it (see amended).
 
     awake   its Inode is in tree.inodes; a child of an awake directory is awake
     asleep  a directory whose Inode is awake and whose names are not: SleepingDirectory
-    beyond  what is below a sleeping directory: no objects at all, but found by number, too (NFS handles)
+    beyond  everything below a sleeping directory: it has no objects, but can be found by number (NFS handles)
 
 A file may be awake under a name that sleeps: by its number, or through another name. A request waits until the
 directory that it asks for is awake, so large directories (LARGE) are woken before the mount serves.
@@ -50,7 +50,7 @@ _SLICE = 1 << 15
 
 
 class SleepingDirectory(Directory):
-    """A directory whose names are columns. The first look at them makes it a Directory like any other."""
+    """A directory whose names are in columns. The first access to them turns it into a Directory."""
 
     __slots__ = ()
     asleep = True
@@ -67,7 +67,7 @@ class SleepingDirectory(Directory):
         return getattr(self, name)
 
     def wake(self) -> None:
-        """Have the names and their inodes made."""
+        """Make the names and their inodes."""
         inode, packed = self.bed
         packed.wake(inode, self)
 
@@ -89,7 +89,7 @@ class SleepingDirectory(Directory):
 
 
 class Snapshot(NamedTuple):
-    """What sleeps at one moment: by position in the columns, inodes, and directories whose names sleep."""
+    """The sleeping inodes, and directories with sleeping names, at one moment, by position in the columns."""
 
     packed: Asleep
     inodes: Array
@@ -99,12 +99,12 @@ class Snapshot(NamedTuple):
 
     @property
     def sleepers(self) -> int:
-        """Return how many inodes had no object."""
+        """Return the number of inodes that had no object."""
         return int(np.count_nonzero(self.inodes))
 
 
 class Asleep:
-    """The description of a tree and what of it is awake.
+    """The columns of a tree, and which of its inodes are awake.
 
     `parts` are verified columns; rows of `pieces` are (file page, pfn, count) of all files, one file after the other,
     `edges[p]` the first of the inode at position p. `inodes` is where awake inodes go; `done` is called when all are.
@@ -115,7 +115,7 @@ class Asleep:
         self.done: Callable[[], None] = _nobody
         self._columns = parts.inodes
         self.pieces, self.edges, self._pages = _pieces(parts, runs)
-        self._raw = self.pieces.reshape(-1).view(np.uint8).data  # what a file's map is cut from
+        self._raw = self.pieces.reshape(-1).view(np.uint8).data  # the bytes from which a file's map is cut
         self._items = [self._columns[name].item for name in FIELDS]
         self._kinds = self._columns["mode"] & _TYPE
         self._linked = (self._columns["nlink"] > 1) & (self._kinds != stat.S_IFDIR)
@@ -138,17 +138,17 @@ class Asleep:
 
     @property
     def count(self) -> int:
-        """Return how many inodes have no object."""
+        """Return the number of inodes without an object."""
         return int(np.count_nonzero(self._asleep))
 
     def snapshot(self) -> Snapshot:
-        """Return what sleeps now. Waking changes neither a snapshot nor the columns that it refers to."""
+        """Return the inodes and directories that sleep now. Waking changes neither a snapshot nor its columns."""
         return Snapshot(self, self._asleep.copy(), self._folders.copy(), self.names_gone.copy())
 
     # -- waking ----------------------------------------------------------------------------------
 
     def wake_root(self) -> Inode:
-        """Make the root, whose names sleep, and wake what is too large to be woken by a request."""
+        """Make the root, whose names sleep, and wake directories that are too large to be woken by a request."""
         (root,) = self._make(np.zeros(1, dtype=np.int64), None)
         parents, sizes = np.unique(self.parts.entries["parent"], return_counts=True)
         for position in parents[sizes > LARGE].tolist():
@@ -157,13 +157,13 @@ class Asleep:
         return root
 
     def wake_deleted(self) -> None:
-        """Make the inodes that have no name, which nothing else would wake."""
+        """Make the inodes without a name, which no lookup would wake."""
         nameless = np.flatnonzero((self._columns["nlink"] == 0) & self._asleep)
         if len(nameless):
             self._make(nameless, self.inodes[int(self._columns["ino"][0])])
 
     def wake(self, inode: Inode, directory: SleepingDirectory) -> None:
-        """Make a directory's names and the inodes that have no object yet."""
+        """Make the names of a directory, and their inodes that have no object yet."""
         position = self._position(inode.ino)
         low, high = self._rows(position)
         children, cookies = (self.parts.entries[name][low:high] for name in ("child", "cookie"))
@@ -235,7 +235,7 @@ class Asleep:
             self._rouse(self._position(number))
 
     def _wake_way(self, position: int) -> None:
-        """Wake the directories that lead to an inode, from the top down, until it has an object."""
+        """Wake the directories on the way to an inode, from the top down, until it has an object."""
         way = []
         while self._asleep.item(position):
             position = self.parts.entries["parent"].item(self._row(position))
@@ -244,9 +244,9 @@ class Asleep:
             self._rouse(above)
 
     def name_asleep(self, number: int, most: int) -> tuple[Inode, bytes] | None:
-        """Return an awake directory, and the path below it to a name that sleeps there of the inode with this number.
+        """Return an awake directory, and the path below it to a sleeping name of the inode with this number.
 
-        A path of more than `most` bytes is not followed up to its beginning. None where no name of the inode sleeps.
+        A path of more than `most` bytes is cut at its beginning. Return None if no name of the inode sleeps.
         """
         position, entries = self._position(number), self.parts.entries
         rows = np.flatnonzero((entries["child"] == position) & ~self.names_gone).tolist() if position >= 0 else []
@@ -296,7 +296,7 @@ class Asleep:
             directory.wake()
 
     def _position(self, number: int) -> int:
-        """Return where an inode number is in the columns, -1 if it is not."""
+        """Return the position of an inode number in the columns, -1 if it is not there."""
         numbers, place = self._columns["ino"], number - 1
         if 0 <= place < len(numbers) and numbers.item(place) == number:
             return place  # the usual case: nothing was deleted before it
@@ -304,7 +304,7 @@ class Asleep:
         return place if place < len(numbers) and int(numbers[place]) == number else -1
 
     def _rows(self, position: int) -> tuple[int, int]:
-        """Return where a directory's entries are."""
+        """Return the rows of a directory's entries."""
         column = self.parts.entries["parent"]
         low, high = np.searchsorted(column, np.array([position, position + 1], dtype=column.dtype))
         return int(low), int(high)
@@ -333,7 +333,7 @@ class Asleep:
         return inode
 
     def _make(self, positions: Array, parent: Inode | None) -> list[Inode]:
-        """Make inodes, which only the inode table names yet."""
+        """Make inodes; only the inode table refers to them so far."""
         columns, kinds = self._columns, self._kinds[positions]
         made = list(map(Inode, *(columns[name][positions].tolist() for name in FIELDS)))
         self.inodes.update(zip(columns["ino"][positions].tolist(), made, strict=True))
@@ -390,14 +390,14 @@ def _nobody() -> None:
 
 
 def _owned(owner: Array, positions: Array) -> Iterator[tuple[int, range]]:
-    """Yield the place in `positions` of each inode that owns rows, and its rows."""
+    """Yield, for each inode that owns rows, its place in `positions` and its rows."""
     low, high = (np.searchsorted(owner, positions.astype(owner.dtype), side) for side in ("left", "right"))
     for place in np.flatnonzero(high > low).tolist():
         yield place, range(int(low[place]), int(high[place]))
 
 
 def _sums(counts: Array) -> Array:
-    """Return 0 and the running sums of counts: where each begins, and the last ends."""
+    """Return 0 and the running sums of counts: the beginning of each, and the end of the last."""
     edges = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=edges[1:])
     return edges
@@ -406,8 +406,8 @@ def _sums(counts: Array) -> Array:
 def _pieces(parts: TreeStream, runs: Runs) -> tuple[Array, Array, Array]:
     """Cut the page stream into the files' runs, at every edge of a run and of an extent; see Asleep.
 
-    Returns the pieces, the first of each inode (and the end), and how many pages each inode has. Runs are worked
-    through in slices, for where every page lies somewhere else they are millions, and memory that is touched for the
+    Return the pieces, the first piece of each inode (and the end), and the pages of each inode. Runs are worked
+    through in slices: if no two pages are neighbours there are millions of runs, and memory that is touched for the
     first time costs more than the arithmetic.
     """
     # Shapes: E extents, R runs, C cuts, P = R + C pieces, I inodes.

@@ -17,9 +17,9 @@ lost its set-group-id bit in the kernel already.
 
 xattrs: the namespaces of tmpfs (user., trusted., security.) and ACLs; all but ACLs take inode space.
 
-`ls -l` asks each file for its label of SELinux, and no cache knows that there is none. Only a kernel without SELinux
-passes that on, so until somebody stores a label (as one can) the answer is that there are none here, EOPNOTSUPP in
-place of ENODATA: ls(1) takes it for the whole mount, and does not ask again.
+`ls -l` asks each file for its SELinux label, and no cache remembers that there is none. Only a kernel without SELinux
+passes the question on. So until a program stores a label (which is possible) the answer is EOPNOTSUPP instead of
+ENODATA: ls(1) applies it to the whole mount, and does not ask again.
 
 Kernel: fs/attr.c (setattr_copy, setattr_should_drop_sgid), mm/shmem.c (shmem_setattr,
 shmem_xattr_handler_set), fs/xattr.c (simple_xattr_set)
@@ -61,7 +61,7 @@ class Attributes(Truncation):
         caller: Caller = ROOT,
         keep: bool = False,
     ) -> Inode:
-        """Change what is given and return the inode.
+        """Change the given attributes and return the inode.
 
         With `keep` a new owner takes no privileges away, and a new size no capabilities.
         """
@@ -74,7 +74,7 @@ class Attributes(Truncation):
         else:
             refuse_change(inode)
             if mode is None and inode.entries is None and inode.mode & 0o6000 and not keep and capable(caller, CHOWN):
-                _refuse_mode(inode, without_set_id(inode, caller), caller)  # without, the kernel knows that it is his
+                _refuse_mode(inode, without_set_id(inode, caller), caller)  # otherwise the caller owns the file
         if mode is not None and inode.xattrs is not None and acl.ACCESS in inode.xattrs:
             self._expect_records(len(inode.xattrs[acl.ACCESS]))
         self._change(inode, room=LESS)
@@ -98,8 +98,8 @@ class Attributes(Truncation):
     ) -> Inode:
         """Set times alone. The kernel sends this after each write-back and before each deletion, so it is short.
 
-        `touch` says that both are the current time, which anybody who may append may set. By a handle that may write
-        the kernel tells when somebody has written; without one, that ctime alone has changed.
+        With `touch` both are set to the current time, as every caller who may append may do. With a handle that may
+        write the kernel reports the times of a write; without one, a new ctime alone.
         """
         inode = self.inode(number)
         same = _same_times(inode, atime, mtime, ctime)
@@ -120,8 +120,8 @@ class Attributes(Truncation):
     def set_nothing(self, number: int, ctime: int | None, caller: Caller) -> Inode:
         """Serve a change of nothing, or of ctime alone: so FUSE's kernel says that privileges may go.
 
-        Of a file and without ctime, it is a write by somebody who may not keep them: with CAP_FSETID that is about
-        capabilities of the file, which the kernel removes itself, else about set-id bits. All others are chown(-1, -1).
+        For a file, and without ctime, a write follows by a caller who may not keep them: with CAP_FSETID it removes the
+        file's capabilities, which the kernel does itself, otherwise set-id bits. All other cases are chown(-1, -1).
         """
         inode = self.inode(number)
         writes, mode = inode.is_file and ctime is None, inode.mode
@@ -133,7 +133,7 @@ class Attributes(Truncation):
             _refuse_mode(inode, mode, caller)
         self._change(inode, room=LESS)
         inode.mode = mode
-        if not writes:  # else the write's is to come
+        if not writes:  # otherwise the ctime of the write follows
             inode.ctime = clock.now() if ctime is None else clock.clamp(ctime)
         return inode
 
@@ -260,8 +260,8 @@ def _refuse_mode(inode: Inode, mode: int, caller: Caller) -> None:
 
 
 def without_set_id(inode: Inode, caller: Caller) -> int:
-    """Return the mode after a change by an unprivileged caller. Without group execution set-group-ID is no
-    program's privilege: only a stranger to the group takes it away."""
+    """Return the mode after a change by an unprivileged caller. Set-group-ID without group execution is not a
+    privilege of a program: only a caller outside the group loses it."""
     mode = inode.mode & ~stat.S_ISUID
     if mode & stat.S_ISGID and (mode & stat.S_IXGRP or not in_group(caller, inode.gid)):
         mode &= ~stat.S_ISGID

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Write a tree that was rebuilt from its log as a checkpoint: a node that no list names.
 
-It is what `save` writes, and deleted inodes too: somebody may have them open. Frames of files are named, not copied:
-they belong to the tree whose daemon asked for the checkpoint, and which goes on meanwhile.
+It is written as `save` writes a tree, but with deleted inodes, which programs may have open. Frames of files are not
+copied: they belong to the tree whose daemon asked for the checkpoint and serves meanwhile.
 
 Kernel: fs/jbd2/checkpoint.c (jbd2_log_do_checkpoint)
 """
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 def figures(tree: Tree) -> Figures:
-    """Return the figures of a tree, all of which are counted, none looked for."""
+    """Return the figures of a tree. All of them are counters; nothing is searched."""
     counts = tree.counts()
     return Figures(counts.files + counts.directories, counts.pages, counts.bytes, tree.limits.inode_space)
 
 
 class Supply:
-    """Frames that somebody else has allocated, as an allocator."""
+    """An allocator of frames that another process has allocated."""
 
     def __init__(self, runs: list[Run]) -> None:
         self._free = FreeRuns()
@@ -57,7 +57,7 @@ class Supply:
 
 
 def write(tree: Tree, store: Store, name: bytes, supply: Supply) -> Generator[Progress, None, tuple[int, Spans]]:
-    """Write a tree as a node with frames of the supply; return the node's pfn, and the frames that are its own."""
+    """Write a tree as a node with frames of the supply; return the node's pfn, and the frames of its metadata."""
     picture = yield from take(tree, deleted=True)
     with store.prepare_unlisted(name, tree_id=tree.frames.tree_id, frames=supply) as saving:
         with saving.object() as writer:

@@ -2,27 +2,27 @@
 """The base of every part of the tree: the inode table, the gate, and references that keep an inode alive.
 
 **The gate.** Every change of a tree passes through `_change`, after all checks and before the
-first mutation. It is the one narrow place at which a tree can be frozen, at which a preserved
-tree lets go of its node, and where the journal learns which inodes a change is about:
+first mutation. It is the only place at which a tree can be frozen, at which a preserved
+tree withdraws its node, and at which the journal learns which inodes will change:
 
     checks ──▶ gate ──▶ mutation      EROFS while the tree is frozen; ENOSPC if the journal has no room; the first
                                       change of a preserved tree withdraws its node, then it is applied
 
-Whatever is changed below the gate, a name, a run, an attribute, is told to the journal where it is done, and an inode
-that is made by who makes it.
+Below the gate, the code that changes a name, a run of frames or an attribute notes this in the journal; the code that
+makes an inode notes the inode.
 
-The states and what leads from one to another are in preservation, the counters in ledger.
+The states and their transitions are in preservation, the counters in ledger.
 Access times are no change: they are kept when nothing else happens, and skipped while frozen.
 
-**Handles.** The number of an open file is its inode number, with WRITING set when it may write, UNNOTED when it was
-opened with O_NOATIME, and DIRECT when with O_DIRECT, so that a door needs no table of handles and one that is
-replaced can go on. All methods accept either.
+**Handles.** The handle of an open file is its inode number, with WRITING set if it may write, UNNOTED if it was
+opened with O_NOATIME, and DIRECT if with O_DIRECT. So a door (fuse) needs no table of handles, and the next door
+can go on with the same handles. All methods accept handles and inode numbers.
 
-**Sleep.** `inodes` has the inodes that somebody asked for since the tree was restored; see asleep. Only what
+**Sleep.** `inodes` has the inodes that were looked up since the tree was restored; see asleep. Only an inode that
 is found by a name or a number is put there, so a walk through `inodes` sees every inode that is open, looked up,
-deleted or changed. `wake` brings in the others, too.
+deleted or changed. `wake` adds all other inodes.
 
-**References.** Whoever serves the kernel calls `remember` for every inode that an answer names, and
+**References.** The code that serves the kernel calls `remember` for every inode that an answer names, and
 `forget` when the kernel gives references back. An inode without name, reference and handle is reaped: its pages go
 back at once.
 
@@ -69,7 +69,7 @@ _DAY = 86_400 * 10**9
 
 
 class Counts(NamedTuple):
-    """How much a tree holds. `files` is everything that is no directory; `bytes` the sum of file sizes."""
+    """How much a tree holds. `files` counts everything but directories; `bytes` is the sum of file sizes."""
 
     files: int
     directories: int
@@ -106,9 +106,9 @@ class Core:
     # -- the gate -------------------------------------------------------------------------------
 
     def _change(self, *inodes: Inode, room: int = GROWTH) -> None:
-        """Let a change pass that is about these inodes' attributes, or refuse it; see the module's page.
+        """Let a change of these inodes' attributes pass, or refuse it; see the module's page.
 
-        What takes no memory says `room=LESS`: it may use the last of the journal.
+        A change that takes no memory passes `room=LESS`, and may use the last room of the journal.
         """
         preservation, journal = self.preservation, self.journal
         if journal is not None and not preservation.frozen and (inodes or journal.records or journal.log.left < room):
@@ -117,7 +117,7 @@ class Core:
             preservation.change()
 
     def _expect_records(self, size: int) -> None:
-        """Raise ENOSPC unless the journal has room for a change whose records take so many bytes, and the usual."""
+        """Raise ENOSPC unless the journal has room for a change with `size` bytes beyond the usual."""
         if self.journal is not None:
             self.journal.ensure(GROWTH + size)
 
@@ -127,12 +127,12 @@ class Core:
             self.journal.touch(inode)
 
     def commit(self, asker: int = 0) -> None:
-        """Make what was changed outlive this process; called before anybody is told that it is done."""
+        """Make the changes of this request outlive this process; called before the request is answered."""
         if self.journal is not None:
             self.journal.commit(asker)
 
     def tell(self) -> None:
-        """Make outlive this process what may come later: who reads which file."""
+        """Make the notes that could wait outlive this process, too: which files are open for reading."""
         if self.journal is not None:
             self.journal.tell()
 
@@ -155,11 +155,11 @@ class Core:
         self.preservation.thaw()
 
     def hold_for_save(self) -> None:
-        """Keep as many frames free from now on as saving this tree needs; see ledger."""
+        """Keep as many frames free from now on as a save of this tree needs; see ledger."""
         self.ledger.hold_for_save()
 
     def _node_gone(self, pages: Spans) -> None:
-        """Free the pages that only the node used; the next growth looks how much a save needs."""
+        """Free the pages that only the node used; the next growth computes how much a save needs."""
         self.ledger.hold_again()
         if pages and not (self.journal is not None and self.journal.holds(pages)):
             self.frames.free(pages.starts, pages.counts)
@@ -227,7 +227,7 @@ class Core:
         inode.lookups += 1
 
     def assume_known(self) -> None:
-        """Count a reference to every inode, for one that the kernel has: what it gives back it gives back whole."""
+        """Count one reference to every inode for all that the kernel has; it gives back those of an inode together."""
         for inode in self.inodes.values():
             inode.lookups = max(inode.lookups, 1)
         if self.asleep is not None:
@@ -236,7 +236,7 @@ class Core:
     def forget(self, number: int, count: int = 1, *, closed: bool = False) -> None:
         """Take back `count` references that `remember` had counted.
 
-        `closed` says that what has no reference any more is not open either, whatever a daemon that died has told.
+        `closed` says that an inode without references is not open either, even if the log of a dead daemon says so.
         """
         inode = self.inodes.get(number)
         if inode is not None:
@@ -257,7 +257,7 @@ class Core:
             self.journal.reap(inode)
 
     def drop_inode(self, inode: Inode) -> None:
-        """Forget an inode that has no pages any more."""
+        """Forget an inode whose pages are freed."""
         self.orphans.pop(inode.ino, None)
         self.unnamed.discard(inode.ino)
         self.tails.discard(inode.ino)
@@ -270,7 +270,7 @@ class Core:
         self.ledger.remove_inode(inode)
 
     def _free_pages(self, inode: Inode, pages: PageMap, first: int, last: int = END) -> None:
-        """Give the frames of a range of file pages back to the host, once that cannot be undone any more."""
+        """Give the frames of a range of file pages back to the host, once the log has the change."""
         if self.sums is not None:
             self.sums.cut(inode, first, last)
         before = pages.runs
@@ -300,7 +300,7 @@ class Core:
         inode.xattrs = xattrs or None
 
     def forget_sums(self) -> None:
-        """Have no checksums of data any more; the log is told, for stores will not say any more which they outdate."""
+        """Drop all checksums of data and note this in the log: later stores do not note which sums they outdate."""
         if self.sums is not None:
             rows, damaged = self.sums.size
             self.ledger.add_sums(-rows)
@@ -312,7 +312,7 @@ class Core:
     # -- handles --------------------------------------------------------------------------------
 
     def release(self, handle: int) -> None:
-        """Close what `open` returned."""
+        """Close a handle that `open` returned."""
         inode = self.inodes.get(handle & INO_MASK)
         if inode is None:
             return
@@ -320,7 +320,7 @@ class Core:
             inode.writers = max(inode.writers - 1, 0)
             if not inode.writers:
                 self.writing.pop(inode.ino, None)
-        inode.opens = max(inode.opens - 1, inode.writers)  # whose daemon died may not know the last of its readers
+        inode.opens = max(inode.opens - 1, inode.writers)  # a daemon that took over may not know the last readers
         if not inode.opens:
             inode.unprivileged = False
         if self.journal is not None:
@@ -329,7 +329,7 @@ class Core:
             self._reap(inode)
 
     def close_all(self, inode: Inode) -> None:
-        """Take back every handle and reference: those who had them are gone."""
+        """Take back every handle and reference: their owners are gone."""
         inode.opens = inode.writers = inode.lookups = 0
         inode.unprivileged = False
         self.writing.pop(inode.ino, None)
@@ -340,7 +340,7 @@ class Core:
         self._reap(inode)
 
     def _read_time(self, inode: Inode) -> None:
-        """Note an access, if the mount's flags want it. They are asked for when it is due, and else once a tick."""
+        """Note an access, if the mount's flags want it. The flags are read if a note is due, or once a tick."""
         if self.preservation.frozen or inode.flags & NOATIME:
             return
         now = clock.coarse()
@@ -377,16 +377,16 @@ class Core:
         return len(self.writing)
 
     def lost(self, most: int = NAMED) -> list[bytes]:
-        """Return paths of the first few files of which data are lost; `lost_count` says how many there are."""
+        """Return paths of the first few files with lost data; `lost_count` says how many there are."""
         return [self.path(self.inodes[ino]) for ino in islice(self._lost(), most)]
 
     @property
     def lost_count(self) -> int:
-        """Return the number of files of which data are lost."""
+        """Return the number of files with lost data."""
         return sum(1 for _ in self._lost())
 
     def _lost(self) -> Iterator[int]:
-        """Yield the files that have a name: of one that is deleted nothing would be preserved anyway."""
+        """Yield the files with lost data that have a name; deleted files are not preserved anyway."""
         return (ino for ino in self.losses.files if self.inodes[ino].nlink)
 
     def deleted(self, most: int = NAMED) -> list[bytes]:
@@ -402,10 +402,10 @@ class Core:
         return (inode for inode in map(self.inodes.__getitem__, self.orphans) if inode.opens)
 
     def path(self, inode: Inode) -> bytes:
-        """Return a path of an inode from the root, for people; only the end of one that is longer than PATH_MAX.
+        """Return a path of an inode from the root, for people. Of a path longer than PATH_MAX only the end is returned.
 
-        It is found from below, by what each inode knows of its name, so that neither the size nor the depth of the
-        tree matters. An inode that is deleted is named so, and by its number if nobody knows its name.
+        The path is built from the inode upwards, by the name that each inode had last, so that the size of the
+        tree does not matter. A deleted inode is marked as deleted, and shown by its number if it never had a name.
         """
         if inode is self.root:
             return b"/"
@@ -430,7 +430,7 @@ class Core:
         return b"/" + b"/".join(reversed(parts))
 
     def _other_name(self, inode: Inode) -> tuple[Inode, bytes] | None:
-        """Find another name of an inode that has lost its last one: one that sleeps, or by a short walk."""
+        """Find another name of an inode whose last known name is gone: among sleeping names, or by a short walk."""
         if self.asleep is not None and (place := self.asleep.name_asleep(inode.ino, PATH_MAX)) is not None:
             return place
         folders, left = deque([self.root]), _SEARCH

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Names to inodes, and a place in the listing that stays right while entries come and go.
+"""Names to inodes, and a listing whose places stay valid while entries come and go.
 
-Every entry has a *cookie*, a number that only rises, given when the name appears and kept for as
+Every entry has a *cookie*, a number that only rises. The entry gets it when the name appears, and keeps it for as
 long as it exists. Listing is newest first, "the entries whose cookie is less than c": a program in
 the middle of a listing sees each entry that stays exactly once, whatever is created or removed
 meanwhile (seekdir too). New entries are out of reach, so a program that creates a name for each
 one it lists comes to an end.
 
-To the outside a listing has *places* (d_off, telldir), which rise while cookies fall, so that every place before
+Callers see *places* of a listing (d_off, telldir), which rise while cookies fall, so that every place before
 the end is less than the end, and fit 31 bits:
 
     0  1  2 … LAST - cookie …  LAST       `.`, `..`, the entries, the end, which is tmpfs's own number
@@ -16,8 +16,8 @@ the end is less than the end, and fit 31 bits:
     _cookies  3  4  5  6  7        ascending      the order, searched by bisection
     _names    a  b  -  d  -        - removed      squeezed out when more than half are dead
 
-Whatever comes to a name by rename is a new entry, the newest: in the same directory, in place of
-another inode, and both of two that are exchanged.
+An inode that a rename moves becomes a new entry, the newest: in the same directory, in place of
+another inode, and both inodes of an exchange.
 
 Kernel: fs/libfs.c (simple_offset_add, offset_iterate_dir), which tmpfs uses since 6.6
 """
@@ -72,7 +72,7 @@ class Directory:
         return name in self.entries
 
     def add(self, name: bytes, inode: Inode, cookie: int = 0) -> int:
-        """Add a name that is not there yet, at the place that `cookie` says if none has come behind it; return that."""
+        """Add a new name with `cookie`, or with the next one if `cookie` is not the highest; return the cookie."""
         if self.next_cookie > MOST_COOKIE:
             self._renumber()
         if not self.next_cookie <= cookie <= MOST_COOKIE:
@@ -84,16 +84,16 @@ class Directory:
         return cookie
 
     def remove(self, name: bytes) -> None:
-        """Remove a name that is there."""
+        """Remove an existing name."""
         self._names[bisect_left(self._cookies, self.entries.pop(name)[1])] = None
         self._dead += 1
         if self._dead > 32 and self._dead * 2 > len(self._names):
             self._squeeze()
 
     def after(self, place: int) -> Iterator[tuple[bytes, Inode, int]]:
-        """Yield (name, inode, place behind it) of what a listing that came to `place` has still to show, newest first.
+        """Yield (name, inode, place behind it) of the entries from `place` on, newest first.
 
-        It looks one entry ahead: behind the last one is LAST.
+        It looks one entry ahead: the place behind the last entry is LAST.
         """
         cookie, held = min(LAST + 1 - place, self.next_cookie), None
         while True:  # removals between two entries are fine; a rename is seen by the next call
@@ -133,8 +133,8 @@ class Directory:
         self.next_cookie = max(self.next_cookie, other.next_cookie)
 
     def _renumber(self) -> None:
-        """Begin again with the lowest cookies, once in two thousand million names: a listing that is under way then
-        may show again what it has shown, but misses nothing."""
+        """Begin again with the lowest cookies, once in two thousand million names. A listing that is under way then
+        may show an entry twice, but misses none."""
         names, inodes, _ = self.columns()
         self.fill(names, list(inodes), list(range(FIRST_COOKIE, FIRST_COOKIE + len(names))))
 

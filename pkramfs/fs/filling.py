@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Frames for holes: before a write, and for fallocate.
 
-`huge=` of a mount says how many come at once:
+`huge=` of a mount says how many are taken at once:
 
     never, advise   the pages that are asked for           (madvise never reaches a FUSE daemon)
     always          whole 2 MiB of the file, aligned, where all of them are a hole
     within_size     the same, if those 2 MiB end within the size that the file has or gets
 
 A *huge page* is 512 pages of a file in 512 frames, both aligned: one entry of order 9 when it is preserved.
-It needs no mark of its own: a hole punched into it leaves pages like any others, as when tmpfs splits it.
-Where no huge page is to be had, small ones will do. (So it was in tmpfs; since Linux 6.14 it tries all
-orders between. Here adjacent pages are joined to the largest orders when they are preserved.)
+It has no mark: a hole punched into it leaves ordinary pages, as when tmpfs splits a huge page.
+If no huge page is free, small pages are taken. (tmpfs did the same; since Linux 6.14 it tries all
+orders in between. Here a preserve joins adjacent pages to the largest orders.)
 
-What a huge page holds beyond the end of its file is zeros that nobody reads, but it counts against
-size=. These *tails* are given back before anybody meets ENOSPC; so are they, as everything beyond the
-end, when a file is cut. (Tails of a restored tree only go when the file is cut.)
+The part of a huge page beyond the end of its file holds zeros that nobody reads, but it counts against
+size=. These *tails* are freed before a caller gets ENOSPC, and when the file is cut, like everything beyond its
+end. (Tails of a restored tree are freed only when the file is cut.)
 
-Frames come without memory of the host, which gives it when they are written. Where something else is to be
-done with them (fallocate's promise, the rest of a huge page, pages of which a write covers only some) the host
-gives it at once (`back`), so that no frame of a file is without.
+New frames have no memory of the host; the host allocates it when they are written. If they are not written at
+once (fallocate, the rest of a huge page, pages that a write covers in part) the host allocates it now (`back`),
+so that every frame of a file has memory.
 
 Kernel: mm/shmem.c (shmem_huge_global_enabled, shmem_alloc_and_add_folio, shmem_unused_huge_shrink)
 """
@@ -48,11 +48,11 @@ class Filling(Attributes):
     huge = "never"
 
     def _fill_holes(self, inode: Inode, first: int, last: int, end: int, *, back: bool) -> list[Run]:
-        """Give every page in [first, last) a frame of zeros, all or none, and return the runs that were made.
+        """Give every page in [first, last) a frame of zeros, all or none, and return the new runs.
 
-        They are in order of index; huge pages may begin before `first` and end behind `last`.
+        The runs (index, pfn, count) are in order of index; huge pages may begin before `first` and end behind `last`.
 
-        Without `back` the caller writes all of them at once, and takes those back that it cannot write.
+        Without `back` the caller writes all of them at once, and frees those that it cannot write.
         """
         if self.preservation.frozen:
             raise fail(errno.EROFS)
@@ -89,13 +89,13 @@ class Filling(Attributes):
         return self._insert(inode, holes, frames)
 
     def _take(self, holes: list[Hole], order: int = 0, beside: Frames | None = None) -> Frames:
-        """Take frames for holes, `beside` others that are not counted yet; raise ENOSPC if both do not fit."""
+        """Take frames for holes; raise ENOSPC unless they fit together with `beside` others, not counted yet."""
         total = _total(holes)
         self.limits.require_pages(total + _total(beside) if beside else total)
         return self.frames.allocate(total, order) if total else []
 
     def _back(self, frames: Frames) -> None:
-        """Have the host give frames memory; ENOSPC if it has none."""
+        """Make the host allocate memory for frames; raise ENOSPC if it has none."""
         for pfn, count in frames:
             self.ram.back_run(pfn, count)
 
@@ -153,24 +153,24 @@ class Filling(Attributes):
         except OSError as error:
             if error.errno != errno.ENOSPC or self.tails:
                 self._return(frames)
-                raise  # with tails to give back it is worth another try
+                raise  # freeing tails may make room for another try
         self._return(frames)
         return []
 
     def _note_tail(self, inode: Inode, huge: list[Hole], end: int) -> None:
-        """Remember a file whose last huge page goes on behind its end, unless fallocate put pages there."""
+        """Note a file whose last huge page goes on behind its end, unless fallocate put pages there."""
         past = pages(max(end, inode.size))
         if sum(huge[-1]) > past and not (inode.pages is not None and inode.pages.between(past, sum(huge[-1]) + 1)):
             self.tails.add(inode.ino)
 
     def _give_back_tails(self) -> None:
-        """Free what huge pages hold behind the ends of their files."""
+        """Free the tails of all huge pages."""
         while self.tails:
             inode = self.inodes[self.tails.pop()]
             if inode.pages is not None:
                 self._change(room=LESS)
                 self._free_pages(inode, inode.pages, pages(inode.size))
-            self.commit()  # what is given back is wanted at once
+            self.commit()  # the freed pages are needed at once
 
 
 def _total(runs: list[tuple[int, int]]) -> int:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What preserving a tree would do now: what is in the way, what would not be preserved, what would be copied.
+"""A dry run of preserving a tree: what prevents it, what would not be preserved, what would be copied.
 
-    refused   files open for writing, lost data, what pkram_strict does not know, no room for the description
-    lost      files without a name that are still open; where that is allowed, files whose data are lost already
+    refused   files open for writing, lost data, files that pkram_strict does not preserve, no room for the description
+    lost      open files without a name; with `lossy`, files that have lost data
     moved     files with pages where a loaded kernel will be copied; they are relocated, and that takes time
 
-Nothing is frozen and nothing changes, so it is true for this moment only. `seconds` is the time until the node is
-published, from what that has taken on the machine that README measures; before it the kernel writes back what is dirty,
-which only the kernel knows.
+Nothing is frozen and nothing changes, so the result holds for this moment only. `seconds` is an estimate of the time
+until the node is published, by the measurements of README. Before that the kernel writes back its dirty pages, whose
+number only the kernel knows.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Foresight(NamedTuple):
 
 
 def foresee(tree: Tree, banned: Spans, *, whole: bool = False, strict: bool = False, lossy: bool = False) -> Foresight:
-    """Return what preserving the tree would do now; `whole` and `strict` as in sealing."""
+    """Return the foresight of preserving the tree now; `whole` and `strict` as in sealing."""
     counts, ledger = tree.counts(), tree.ledger
     moved = list(_moved(tree, banned)) if banned else []
     copied = sum(pages for _, pages in moved)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the kernel has of a tree: open files, references, and files without a name; told to whoever goes on with both.
+"""The kernel's side of a tree, for the daemon that takes over: open files, references, files without a name.
 
-A node holds a tree, not who uses it. When a mount stays over a kexec the kernel's side of it stays, too, and whoever
-takes it over is told what the kernel has:
+A node holds a tree, but not its users. When a mount is kept over a kexec, the kernel keeps its side of it, and the
+daemon that takes over needs to know it:
 
     open        how often each file is open, and how, by number             open_files ─▶ reopen
     known       inodes that the kernel may have in its caches               known
     deleted     files without a name: a node has only files with names      shelter ─▶ unshelter
 
-So deleted files get names while they cross: their numbers, in a directory that nobody sees, because it is made when no
-request is read any more and removed before the first one is.
+So deleted files get names while they cross: their numbers, in a directory that no program sees. It is made after the
+last request was read, and removed before the next one is.
 
 Kernel: fs/nfs/unlink.c (nfs_sillyrename)
 """
@@ -32,7 +32,7 @@ Row = tuple[int, int, int, bool]
 
 
 def open_files(tree: Tree) -> list[Row]:
-    """Return (inode, handles, those that may write, whether writing drops set-id bits) of all that is open."""
+    """Return (inode, handles, those that may write, whether writing drops set-id bits) of each open file."""
     return [(i.ino, i.opens, i.writers, i.unprivileged) for i in tree.inodes.values() if i.opens]
 
 
@@ -49,14 +49,14 @@ def reopen(tree: Tree, rows: list[Row]) -> None:
 
 
 def known(tree: Tree) -> list[int] | None:
-    """Return the inodes to which the kernel has references, None if it may have one to any."""
+    """Return the inodes to which the kernel has references, or None if it may have one to any inode."""
     if tree.asleep is not None and tree.asleep.lookups:
         return None
     return [inode.ino for inode in tree.inodes.values() if inode.lookups]
 
 
 def numbers(tree: Tree) -> list[int]:
-    """Return the numbers of all inodes, and perhaps of some that were."""
+    """Return the numbers of all inodes, and perhaps of some that are gone."""
     sleeping: list[int] = [] if tree.asleep is None else tree.asleep.parts.inodes["ino"].tolist()
     return list({*tree.inodes, *sleeping})
 
@@ -80,7 +80,7 @@ def unshelter(tree: Tree) -> None:
         return
     times = tree.root.mtime, tree.root.ctime
     for name, inode, _ in list(tree.readdir(place.ino, 2)):
-        if name.removesuffix(_LINKABLE) == b"%d" % inode.ino:  # else it is somebody's own
+        if name.removesuffix(_LINKABLE) == b"%d" % inode.ino:  # otherwise the directory is a user's
             tree.unname(inode, place, name, linkable=name.endswith(_LINKABLE))
     if not len(place.entries):
         tree.rmdir(ROOT_INO, SHELTER)
@@ -88,9 +88,9 @@ def unshelter(tree: Tree) -> None:
 
 
 def left_behind(tree: Tree) -> bool:
-    """Return True if deleted files still have the names that they crossed with: whoever had them open is gone.
+    """Return True if deleted files still have the names with which they crossed: their users are gone.
 
-    Of a tree that sleeps nothing wakes but the root, and only if the name is somewhere.
+    In a sleeping tree this wakes the root alone, and only if some directory has the name.
     """
     if tree.asleep is not None and not tree.asleep.amended and SHELTER not in bytes(tree.asleep.parts.names):
         return False

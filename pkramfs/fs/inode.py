@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One file of any kind: its attributes, and what holds it alive.
+"""One file of any kind: its attributes, and the counts that keep it alive.
 
     names in directories      nlink      0: deleted
     the kernel's references   lookups    counted by Tree.remember and Tree.forget
     open handles              opens      of which `writers` may write
 
-`folder` and `name` are where it was named last, so that it can be named to people without a search; what became of
-that name since, whoever reads them has to look up (core.path).
+`folder` and `name` are the directory and name that it got last, so that messages can name it without a search. The
+name may be gone since then: core.path checks it.
 
-An inode goes when all three are 0 (a directory counts `nlink` as Unix does: 2 and one for each
+An inode is freed when all three are 0 (a directory counts `nlink` as Unix does: 2 and one for each
 subdirectory). Exactly one of `entries` (directory), `pages` (regular file that holds pages) and
 `target` (symlink) is in use. Times are nanoseconds since the epoch. Slots keep an empty file with
 its name well below 1 KiB.
@@ -42,7 +42,7 @@ CHOWN, FOWNER, FSETID, SYS_ADMIN = 0, 3, 4, 21
 class Caller(Protocol):
     """The user of a request; pyfuse3's request context fits.
 
-    `groups`, where present, are supplementary groups; `capable` tells of a capability, else root has all.
+    `groups`, if present, are supplementary groups; `capable` checks a capability, without it root has all.
     """
 
     @property
@@ -54,7 +54,7 @@ class Caller(Protocol):
 
 
 class Credentials(NamedTuple):
-    """A Caller where there is no request: in restores, tools, tests."""
+    """A Caller for code without a request: restores, tools, tests."""
 
     uid: int = 0
     gid: int = 0
@@ -125,10 +125,10 @@ class Inode:
         self.ino, self.mode, self.uid, self.gid = ino, mode, uid, gid
         self.atime, self.mtime, self.ctime = atime, mtime, ctime
         self.nlink, self.size, self.rdev = nlink, size, rdev
-        self.btime, self.flags = btime, flags  # 0: nobody knows; see protection
+        self.btime, self.flags = btime, flags  # 0: not known; see protection
         self.lookups = self.opens = self.writers = 0
-        self.sent = False  # the kernel was told its attributes for ever, and nobody has opened it for writing since
-        self.unprivileged = False  # open for writing by somebody whose writes drop set-id bits
+        self.sent = False  # the kernel may cache its attributes for ever, and nobody has opened it for writing since
+        self.unprivileged = False  # open for writing by a caller whose writes drop set-id bits
         self.entries: Directory | None = None
         self.pages: PageMap | None = None
         self.unwritten: PageMap | None = None  # see data

@@ -3,18 +3,18 @@
 
     counted                    for
     ----------------------------------------------------------------------------
-    pages, inode space         size= and nr_inodes= (in `limits`, which says ENOSPC)
+    pages, inode space         size= and nr_inodes= (in `limits`, which raises ENOSPC)
     directories, bytes         status
     runs, stream bytes         the room that a save needs
 
-**Room for the save.** A tree that is to be preserved holds as many frames free as its save needs, while it grows and
+**Room for the save.** A tree with a name keeps as many frames free as its save needs, while it grows and
 shrinks, so that writers meet ENOSPC before the tree can no longer be preserved:
 
     weight     bytes of the description without extents, and RUN_WEIGHT for each run
     held       enough for the weight at the last look, and _HOLD_AHEAD more
     look again when the weight is above that, or has shrunk to half of it
 
-A preserved tree holds nothing: its node exists. It holds again at the first growth after it has let go of the node.
+A preserved tree keeps none: its node exists. It keeps frames again at the first growth after it has withdrawn the node.
 
 Kernel: mm/shmem.c (shmem_inode_acct_blocks, shmem_reserve_inode)
 """
@@ -89,7 +89,7 @@ class Ledger:
         self.stream_bytes += _INODE
 
     def remove_inode(self, inode: Inode) -> None:
-        """Take an inode out of the count, whose pages and xattrs are gone already."""
+        """Take an inode out of the count; its pages and xattrs are gone already."""
         weight = _INODE
         limits = self.limits
         limits.inode_space -= INODE_SPACE
@@ -121,7 +121,7 @@ class Ledger:
         self.limits.inode_space += INODE_SPACE
 
     def add_links(self, count: int) -> None:
-        """Count further hard links (a negative number: that are no more)."""
+        """Count further hard links (negative: removed ones)."""
         self.limits.inode_space += count * INODE_SPACE
 
     def remove_link(self) -> None:
@@ -149,24 +149,24 @@ class Ledger:
     # -- content --------------------------------------------------------------------------------
 
     def add_bytes(self, count: int) -> None:
-        """Count how much longer a file is (a negative number: how much shorter)."""
+        """Count the bytes by which a file grew (negative: shrank)."""
         self.bytes += count
 
     def add_pages(self, pages: int, runs: int) -> None:
-        """Count pages and runs that a file has got (negative numbers: that it has lost)."""
+        """Count pages and runs that a file has gained (negative: lost)."""
         self.limits.pages += pages
         self.runs += runs
 
     def add_unwritten(self, runs: int) -> None:
-        """Count runs of pages that were allocated and never written (a negative number: that are no more)."""
+        """Count runs of pages that were allocated and never written (negative: removed ones)."""
         self.stream_bytes += _UNWRITTEN * runs
 
     def add_sums(self, count: int) -> None:
-        """Count checksums of data (a negative number: that are no more)."""
+        """Count checksums of data (negative: removed ones)."""
         self.stream_bytes += SUMS.width * count
 
     def add_damaged(self, count: int) -> None:
-        """Count pieces of files that are damaged (a negative number: that are well again)."""
+        """Count damaged pieces of files (negative: repaired ones)."""
         self.stream_bytes += DAMAGED.width * count
 
     # -- room for the save ----------------------------------------------------------------------
@@ -181,7 +181,7 @@ class Ledger:
         self._hold_above, self._hold_below = weight + _HOLD_AHEAD, weight // 2 - _HOLD_AHEAD // 2
 
     def hold_again(self) -> None:
-        """Look at the next growth how many frames to hold: the node is gone."""
+        """Compute at the next growth how many frames to hold: the node is gone."""
         if self._hold_above != math.inf:
             self._hold_above = -1
 

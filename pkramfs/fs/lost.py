@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Data that programs wrote and that did not arrive, because a write-back was refused.
+"""Data that programs wrote and that are lost, because a write-back was refused.
 
 write(2) into the kernel's cache and a store through a mapping succeed at once. When the kernel writes back later and
-there is no room, it tells whoever calls fsync or close next (errseq), and keeps the page as if nothing had happened.
-A program that does not ask, or stores and unmaps, never learns of it; once the page is dropped from the
-cache it reads as it was before. So a tree remembers which pages of which files are *lost*:
+there is no room, it reports the error to the next fsync or close (errseq), and keeps the page as if nothing had
+happened. A program that calls neither, or stores and unmaps, never learns of it. When the page is dropped from the
+cache, the range reads as before. So a tree remembers which pages of which files are *lost*:
 
-    lost ── the page is written, whole ──────▶ not lost: what is in the cache comes again, or somebody writes anew
-         ── the file is cut before it ───────▶ not lost: nobody wants it
+    lost ── the page is written, whole ──────▶ not lost: the cached page arrives after all, or is written anew
+         ── the file is cut before it ───────▶ not lost: the page is gone
          ── a hole is punched, the file goes ─▶ the same
-         ── the tree is preserved all the same (lossy): what is missing is named and forgotten
+         ── the tree is preserved in spite of it (lossy): the missing pages are named and forgotten
 
-Pages are bits of one number for each 2 MiB of a file. Of a file that has lost pages in more than LIMIT of them
-everything from there on counts as lost, until it is cut.
+A number for each 2 MiB of a file has a bit for each page. If a file has lost pages in more than LIMIT of these ranges,
+everything from there on counts as lost, until the file is cut.
 
 Kernel: mm/filemap.c (mapping_set_error), lib/errseq.c; there the page is forgotten with its inode
 """
@@ -48,7 +48,7 @@ class LostPages:
                 self._from = block
 
     def remove(self, first: int, last: int) -> None:
-        """Take the pages [first, last) out of those that are lost."""
+        """Mark the pages [first, last) as not lost."""
         for block, bits in _masks(first, last) if last - first <= LIMIT * BLOCK_PAGES else self._among(first, last):
             left = self._blocks.get(block, 0) & ~bits
             if left:
@@ -57,22 +57,22 @@ class LostPages:
                 self._blocks.pop(block, None)
 
     def state(self) -> tuple[int, dict[int, int]]:
-        """Return the first 2 MiB from which on all is lost (-1: none), and the mask of each that has lost pages."""
+        """Return the 2 MiB range from which on all is lost (-1: none), and the mask of each range with lost pages."""
         return -1 if self._from is None else self._from, self._blocks
 
     def set_state(self, beyond: int, blocks: dict[int, int]) -> None:
-        """Set what `state` returned."""
+        """Set a state that `state` returned."""
         self._from, self._blocks = None if beyond < 0 else beyond, blocks
 
     def cut(self, first: int) -> None:
-        """Forget all that is lost from page `first` on."""
+        """Forget all lost pages from page `first` on."""
         if self._from is not None and first <= self._from * BLOCK_PAGES:
             self._from = None
         if self._blocks:
             self.remove(first, (max(self._blocks) + 1) * BLOCK_PAGES)
 
     def _among(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Return `_masks` of a long range, only for each 2 MiB that has lost pages."""
+        """Return `_masks` of a long range, but only for each 2 MiB with lost pages."""
         found = []
         for block in self._blocks:
             start = block * BLOCK_PAGES
@@ -91,7 +91,7 @@ class Losses:
         """Called with the number of a file of which other pages are lost than before."""
 
     def note(self, ino: int, offset: int, end: int, error: int) -> None:
-        """Note that the bytes [offset, end) of a file did not arrive, and the errno."""
+        """Note that the bytes [offset, end) of a file were refused with this errno."""
         if offset < end:
             self.refused += 1
             found = self.files.get(ino)
@@ -112,7 +112,7 @@ class Losses:
             self.changed(ino)
 
     def cut(self, ino: int, size: int) -> None:
-        """Forget what is lost beyond the new size of a file that was cut."""
+        """Forget lost pages beyond the new size of a file that was cut."""
         found = self.files.get(ino)
         if found is not None:
             found.cut(pages(size))
@@ -124,7 +124,7 @@ class Losses:
         self.files.pop(ino, None)
 
     def forget(self) -> None:
-        """Forget all that is lost: the tree was preserved without it."""
+        """Forget all losses: the tree was preserved without these data."""
         files, self.files = self.files, {}
         for ino in files:
             self.changed(ino)

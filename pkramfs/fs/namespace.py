@@ -49,8 +49,8 @@ class Namespace(Core):
     def lookup(self, parent: int, name: bytes) -> Inode | None:
         """Return the inode of a name, or None: absent names are looked up all the time, so they are no exception.
 
-        By `.` a file is found, too: so the kernel asks for what a file handle names and it has forgotten. What is
-        deleted it has forgotten for good, although its FORGET may be still on the way.
+        The name `.` finds files, too: the kernel looks up file handles (NFS) like this if it has forgotten the inode. A
+        deleted inode is not found, even if its FORGET has not arrived yet.
         """
         inode = self.inodes.get(parent) or self._find_asleep(parent)
         if inode.entries is None:
@@ -145,7 +145,7 @@ class Namespace(Core):
         return inode
 
     def link(self, number: int, parent: int, name: bytes) -> Inode:
-        """Add a name to a file that has at least one, or the first to one of `tmpfile`."""
+        """Add a name to a file that has at least one name, or that `tmpfile` made."""
         inode = self.inode(number)
         if inode.entries is not None:
             raise fail(errno.EPERM)
@@ -182,7 +182,7 @@ class Namespace(Core):
         return inode
 
     def _place_for(self, parent: int, name: bytes, space: int = INODE_SPACE) -> Inode:
-        """Check all that a new name needs, so much inode space included, and return its directory."""
+        """Check everything that a new name needs, with `size` bytes of inode space, and return its directory."""
         folder = self.directory(parent)
         if len(name) > NAME_MAX:
             raise fail(errno.ENAMETOOLONG)
@@ -195,7 +195,7 @@ class Namespace(Core):
 
     def _check_place(self, folder: Inode, space: int) -> None:
         if not folder.nlink:
-            raise fail(errno.ENOENT)  # removed, but still somebody's working directory
+            raise fail(errno.ENOENT)  # removed, but still the working directory of a program
         if self.preservation.frozen:
             raise fail(errno.EROFS)  # not ENOSPC
         if folder.flags:
@@ -282,7 +282,7 @@ class Namespace(Core):
         self._remove(folder, name, inode)
 
     def _remove(self, folder: Inode, name: bytes, inode: Inode) -> None:
-        """Take a name away from an inode, and the inode if that was all that held it."""
+        """Take a name away from an inode; free the inode if nothing else holds it."""
         self._displace(folder, name)
         folder.mtime = folder.ctime = now = clock.now()
         if self.journal is not None:
@@ -302,7 +302,7 @@ class Namespace(Core):
         folder.size -= ENTRY_SIZE
 
     def _drop_name(self, inode: Inode, folder: Inode, name: bytes, now: int) -> None:
-        """Account for a name that an inode has lost and that is out of the directory already."""
+        """Update counters and times of an inode whose name was already taken out of the directory."""
         inode.ctime = now
         if inode.entries is not None:
             inode.nlink = 0
@@ -328,7 +328,7 @@ class Namespace(Core):
         self._put_in(folder, name, inode)
 
     def unname(self, inode: Inode, folder: Inode, name: bytes, *, linkable: bool) -> None:
-        """Take the name back that an inode has from `name_again`."""
+        """Remove the name that `name_again` gave to an inode."""
         self._change(folder, inode, room=LESS)
         self._take_out(folder, name)
         inode.nlink = 0
@@ -400,7 +400,7 @@ class Namespace(Core):
             raise fail(errno.EINVAL)
 
     def _check_ancestry(self, inode: Inode, victim: Inode | None, source: Inode, target: Inode, flags: int) -> None:
-        """Refuse a rename that puts a directory below itself, or replaces it by what it contains."""
+        """Refuse a rename that puts a directory below itself, or replaces it by an inode inside it."""
         if source is target:
             return
         if inode.entries is not None and self._is_below(target, inode):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Read a tree as a node holds it, whichever way it was preserved, without taking it over.
+"""Read the tree that a node holds, in whichever form it was preserved, without taking it over.
 
     two objects        as they are
-    a log              checkpoint and log made a tree in this process, and that written as the two objects would be
+    a log              a tree is made of checkpoint and log in this process, and written as two objects
 
-So who looks into nodes, copies or exports them, has one form to understand: the byte stream and the page stream of
+So code that lists, copies or exports nodes has one form to understand: the byte stream and the page stream of
 pkram/treeformat. Nothing is adopted, claimed or changed, and files are not read.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class NoFrames(Frames):
-    """The frames of a tree that is only read: it has none, and gets none."""
+    """An allocator without frames, for a tree that is only read."""
 
     def __init__(self, ram: Ram, tree_id: int) -> None:
         self.ram, self.tree_id, self.policy = ram, tree_id, None
@@ -52,9 +52,9 @@ def _as_objects(tree: Tree, node: Node) -> list[tuple[bytes, Runs]]:
 
 
 class Sound(NamedTuple):
-    """The part of a damaged log that can be read: its tree as two objects, what is wrong, and the log's own frames.
+    """The readable part of a damaged log: its tree as two objects, the faults, and the log's own frames.
 
-    Files that had such frames were deleted in the part that is missing.
+    Files with such frames were deleted in the missing part.
     """
 
     objects: list[tuple[bytes, Runs]]
@@ -71,7 +71,7 @@ def sound_part(store: Store, node: Node, allowed: Spans) -> Sound:
 
 
 def read_tree(store: Store, node: Node) -> Tree:
-    """Make the tree that a node holds, which nobody else has; FormatError if anything about it is wrong."""
+    """Make the tree that a node holds and no process serves; raise FormatError if anything about it is wrong."""
     with store.open_unlisted(node.pfn, store.pages_of(node)) as load:
         if node.log_pfn:
             return _with_sums(read_log(store, node, load.frames).tree, node)
@@ -81,7 +81,7 @@ def read_tree(store: Store, node: Node) -> Tree:
 
 
 def _with_sums(tree: Tree, node: Node) -> Tree:
-    """Have a tree of a log know how many pieces had no checksum, of which a log tells nothing."""
+    """Give a tree of a log the number of pieces without a checksum, which the log does not record."""
     unsummed = read_seal(tree.ram, node.log_pfn, node.tree_id).unsummed
     if unsummed is not None:
         tree.sums = tree.sums or Sums(tree)

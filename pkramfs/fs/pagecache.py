@@ -17,8 +17,8 @@ Runs never overlap and are in order of index; neighbours that continue each othe
 (inside a leaf). A hole is simply no run. Nothing here touches RAM or counts limits.
 
 The host has memory for every frame of a map, so that a load or a store cannot fail. For a restored map
-that is unknown (an image of RAM may have been copied with its zeros made holes):
-`backed` names the pieces of the file that were looked at since, and is None where there is no doubt.
+this is not known (an image of RAM may have been copied with its zeros made holes).
+`backed` has the pieces of the file that were checked since, and is None if no check is needed.
 
 Kernel: mm/filemap.c, include/linux/xarray.h; mm/shmem.c (shmem_insert_page, patches 23 and 36-38)
 """
@@ -107,7 +107,7 @@ class PageMap:
         """Make [first, last) a hole; returns the (pfn, count) that were there."""
         if first >= last:
             return []
-        if not first and last == END and not self.firsts:  # what most files lose: all
+        if not first and last == END and not self.firsts:  # the usual case: all pages of a file are removed
             leaf = self.leaves[0]
             gone = list(zip(leaf[1::3], leaf[2::3], strict=True))
             del leaf[:]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A frozen tree as the columns of treeformat: what is awake from its objects, what sleeps from its columns.
+"""A frozen tree as the columns of treeformat: awake inodes from their objects, sleeping ones from their columns.
 
     awake inodes ──┐                          ┌── positions: inodes of both, by inode number
                    ├──▶ merged by position ──▶│   names, extents, xattrs, targets: those of the first inode first
-    asleep ────────┘                          └── exactly what the tree would give with all of it awake
+    asleep ────────┘                          └── the same as if all inodes were awake
 
-Nothing is woken to be saved, and a tree of which nothing was looked at is mostly copied. The work is done in a
-few steps between which a caller may do something else; what wakes meanwhile is saved as it slept.
+Nothing is woken to be saved, and a tree without lookups is mostly copied. The work is done in a
+few steps, between which a caller may do something else. An inode that wakes meanwhile is saved as it slept.
 
 Kernel: mm/shmem_pkram.c (shmem_save_pkram), patches 24 and 38: inode by inode
 """
@@ -46,7 +46,7 @@ _NOTHING = np.empty(0, dtype=np.uint64)
 
 
 class Progress(NamedTuple):
-    """How far a long work is: `done` of `total` steps of this stage."""
+    """The progress of long work: `done` of `total` steps of this stage."""
 
     stage: str
     done: int
@@ -54,7 +54,7 @@ class Progress(NamedTuple):
 
 
 def complete(work: Generator[Progress, None, T]) -> T:
-    """Run a long work to its end."""
+    """Run long work to its end and return its result."""
     while True:
         try:
             next(work)
@@ -69,7 +69,7 @@ class Picture(NamedTuple):
     columns: dict[str, Columns]
     blobs: dict[str, bytes]
     runs: Array  # rows of (file index, pfn, count), all files after one another
-    unsummed: int | None = None  # pieces of files without a checksum; None where nobody makes any
+    unsummed: int | None = None  # number of pieces without a checksum; None if no checksums are made
 
     def page_stream(self) -> Runs:
         """Return (index, pfn, count) of all runs, by their place in the stream of all files' pages."""
@@ -78,7 +78,7 @@ class Picture(NamedTuple):
 
 
 class _Inodes(NamedTuple):
-    """Inodes with an object, by number, and where each comes among all; the rest, if there is one."""
+    """Inodes with an object, by number, and the place of each among all; and the sleeping rest, if there is one."""
 
     awake: list[Inode]
     kinds: Array
@@ -122,7 +122,7 @@ class _Rest:
 
 
 def take(tree: Tree, *, deleted: bool = False) -> Generator[Progress, None, Picture]:
-    """Collect all columns of a frozen tree, in a few steps; with `deleted` also inodes that have no name any more."""
+    """Collect all columns of a frozen tree, in a few steps; with `deleted` also inodes without a name."""
     if tree.asleep is not None:
         tree.asleep.wake_amended()
     found = [inode for inode in tree.inodes.values() if inode.nlink or deleted]
@@ -150,7 +150,7 @@ def take(tree: Tree, *, deleted: bool = False) -> Generator[Progress, None, Pict
 
 
 def take_awake(tree: Tree) -> Picture:
-    """Collect the columns of what is awake, deleted inodes too, without names that sleep; but the sums of all."""
+    """Collect the columns of awake inodes, deleted ones too, without sleeping names; but the sums of all inodes."""
     with collector.paused():
         inodes, table = _inode_columns(list(tree.inodes.values()), None)
         entries, names = _entry_columns(inodes)
@@ -229,7 +229,7 @@ def _awake_names(folder: Inode) -> Directory | None:
 
 
 def _places(numbers: Array, wanted: Array) -> Array:
-    """Return where each wanted number is among numbers, which rise; their length, which is no place, if it is not."""
+    """Return the place of each wanted number among ascending numbers; their length for one that is not there."""
     places = np.searchsorted(numbers, wanted)
     places[numbers[np.minimum(places, len(numbers) - 1)] != wanted] = len(numbers)
     return places
@@ -275,7 +275,7 @@ def _sleeping_entries(rest: _Rest) -> _Rows:
 
 
 def _chunks(blob: bytes, edges: Array, rows: Array, places: Array) -> list[tuple[int, bytes]]:
-    """Cut from a blob what belongs to rows, with the place of its owner: a piece for each stretch without a gap.
+    """Cut the bytes of rows from a blob: a piece for each stretch without a gap, with the place of its owner.
 
     Owners may share a stretch only if nothing comes between them, so a stretch ends where places jump, too.
     """
@@ -314,7 +314,7 @@ def _order(owners: Array) -> Array | None:
 
 
 def _extent_columns(inodes: _Inodes, table: Columns) -> tuple[Columns, Array]:
-    """Return where pages belong (a new extent after every hole), and all runs one after the other."""
+    """Return the extents (a new one after every hole), and all runs one after the other."""
     runs, owner = _awake_runs(inodes)
     if inodes.rest is not None:
         asleep, owners = _sleeping_runs(inodes.rest)
@@ -372,11 +372,11 @@ def _unwritten_columns(inodes: _Inodes) -> Columns:
 
 
 def _sum_columns(tree: Tree, table: Columns, extents: Columns) -> tuple[dict[str, Columns], int | None]:
-    """Return the checksums of data and what is damaged, of the inodes in the table; and how many pieces have none."""
+    """Return checksums and damage of the data of all inodes in the table, and the number of pieces without a sum."""
     if tree.sums is None:
         return _no_sums(), None
     found = tree.sums.columns()
-    if tree.orphans:  # which may not be there
+    if tree.orphans:  # sums of these may not exist
         for name, columns in found.items():
             keep = among(columns["ino"], table["ino"].view(np.uint64))
             found[name] = {column: values[keep] for column, values in columns.items()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Pieces of files, and the checksum of one: what a bit that flips in preserved memory is noticed by.
+"""Pieces of files, and the checksum of a piece, which reveals a flipped bit in preserved memory.
 
     file        |<---- piece 0, 1 MiB ---->|<------- piece 1 ------->|
     frames      ####....####################......##
@@ -7,15 +7,15 @@
 
 The sum of a piece is that of its *frames*, whole, one after the other in the order of the file, so
 
-* a hole costs nothing and is not touched; where the holes are is under the checksum of the description anyway;
-* pages that were allocated and never written, or lie behind the end of the file, count: they read as zeros one day;
+* a hole costs nothing and is not touched; the description, which has a checksum, records the holes;
+* pages that were allocated and never written, or lie behind the end of the file, count: later they may be read;
 * a file that grows without a store keeps its sums.
 
-The seed is the number of the inode and of the piece, so that frames in another's place are damage, too.
+The seed has the number of the inode and of the piece, so that frames of another piece are damage, too.
 
-Why 1 MiB: it is the most that one request reads, so a first read checks one or two of them, 0.2 ms each; xxhash lets
-go of the interpreter lock from 100 kB on; and 24 bytes of description for each come to 0.002 % of the data. A smaller
-piece would lose less to one bit, but such a file is to be restored from elsewhere in any case.
+Why 1 MiB: one request reads at most 1 MiB, so a first read checks one or two pieces, 0.2 ms each. xxhash releases the
+interpreter lock for 100 kB or more. 24 bytes of description for each piece are 0.002 % of the data. A smaller piece
+would lose fewer bytes to a flipped bit, but the user has to restore a damaged file from elsewhere in either case.
 
 Kernel: fs/btrfs/file-item.c (btrfs_csum_one_bio), there a sum for each 4 KiB
 """
@@ -46,7 +46,7 @@ _SEED_MASK = (1 << 64) - 1
 
 
 def buffer() -> memoryview:
-    """Return the memory that `digest` needs."""
+    """Return a buffer for `digest`."""
     return memoryview(bytearray(PIECE_SIZE))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The state of a tree: live or preserved, frozen or not, and which event leads from which state to which.
+"""The state of a tree, live or preserved, frozen or not, and its transitions.
 
     event       live        frozen      preserved   kept         what happens
     --------------------------------------------------------------------------------------------
@@ -11,13 +11,13 @@
     withdraw    refused     refused     live        frozen       the node goes by one store
     lose        refused     refused     live        frozen       the node is gone already (it was damaged)
 
-*Preserved* says that a published node holds this very tree; *kept* is preserved and frozen, as after `preserve` and
+*Preserved* means that a published node holds this very tree. *Kept* means preserved and frozen, as after `preserve` and
 until the kexec. A restored tree is preserved and not frozen: its first change withdraws the node, so nothing that a
 published node names is ever changed. If the withdrawal fails the change fails, and the state stays as it is.
 
-Once the node is gone its own pages (metadata and relocated copies, no file's) are free memory.
+Once the node is gone its own pages (metadata and relocated copies, but no page of a file) are free memory.
 
-All who drive this object (save, restore, the gate in core, the daemon's verbs, the soak, tests) do so from one thread;
+All users of this object (save, restore, the gate in core, the daemon's verbs, the soak, tests) run in one thread;
 it knows neither trio nor the store.
 
 Kernel: fs/super.c (freeze_super, thaw_super); mm/shmem_pkram.c, patch 24
@@ -59,8 +59,8 @@ TABLE = {
 class Preservation:
     """The state of one tree, and the node that holds it.
 
-    `guarded` says that a change has to ask `change` first. `pages` are those that only the node uses; `free` takes
-    them back. `on_withdrawn` is called each time that the tree has let go of its node.
+    `guarded` is True if a change has to call `change` first. `pages` are those that only the node uses; `free` takes
+    them back. `on_withdrawn` is called after each withdrawal of the node.
     """
 
     __slots__ = ("_free", "_withdraw", "frozen", "guarded", "on_withdrawn", "pages", "preserved")
@@ -88,7 +88,7 @@ class Preservation:
     def preserve(self, withdraw: Callable[[], object], pages: Spans) -> None:
         """Note that a save has published the tree's node, which `withdraw` withdraws by one store.
 
-        It has taken the place of the node before, if there was one, whose pages are freed.
+        If it has replaced an earlier node, the pages of that one are freed.
         """
         self._enter("preserve")
         before, self._withdraw, self.pages = self.pages, withdraw, pages
@@ -125,7 +125,7 @@ class Preservation:
         self.on_withdrawn()
 
     def _check(self, event: str) -> State:
-        """Return the state that an event leads to; raise PkramError where the table has none."""
+        """Return the next state after an event; raise PkramError if the table has none."""
         state = TABLE[event].get(self.state)
         if state is None:
             described = f"{'preserved' if self.preserved else 'live'}{' and frozen' if self.frozen else ''}"

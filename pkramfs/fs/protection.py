@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The flags of chattr(1): what they forbid, and where they are inherited.
+"""The flags of chattr(1): which calls they forbid, and when they are inherited.
 
     i  IMMUTABLE   no write but through open descriptors, no new link, no other name or attribute
     a  APPEND      opened for writing only to append; never cut, removed or renamed
@@ -27,7 +27,7 @@ _EITHER = IMMUTABLE | APPEND
 
 
 def refuse_change(inode: Inode) -> None:
-    """Raise EPERM if attributes, times and further names are not to be changed."""
+    """Raise EPERM if attributes, times and links of an inode must not change."""
     if inode.flags & _EITHER:
         raise fail(errno.EPERM)
 
@@ -39,13 +39,13 @@ def refuse_entry(folder: Inode) -> None:
 
 
 def refuse_removal(folder: Inode, inode: Inode) -> None:
-    """Raise EPERM if a name is not to be taken out of a directory."""
+    """Raise EPERM if a name must not be taken out of a directory."""
     if (folder.flags | inode.flags) & _EITHER:
         raise fail(errno.EPERM)
 
 
 def refuse_open(inode: Inode, flags: int) -> None:
-    """Raise EPERM if a file is not to be opened like this."""
+    """Raise EPERM if a file must not be opened with these flags."""
     if not inode.flags & _EITHER or inode.entries is not None:
         return
     writing = flags & os.O_ACCMODE != os.O_RDONLY
@@ -56,13 +56,13 @@ def refuse_open(inode: Inode, flags: int) -> None:
 
 
 def refuse_size(inode: Inode, *, opened: bool) -> None:
-    """Raise EPERM if a file is not to be cut or made longer; `opened`: through a descriptor that may write."""
+    """Raise EPERM if the size of a file must not change; `opened`: through a descriptor that may write."""
     if inode.flags & APPEND or (inode.flags & IMMUTABLE and not opened):
         raise fail(errno.EPERM)
 
 
 def refuse_space(inode: Inode, *, punch: bool) -> None:
-    """Raise EPERM if fallocate(2) is not to give pages, or take them."""
+    """Raise EPERM if fallocate(2) must not add or remove pages."""
     if inode.flags & IMMUTABLE or (punch and inode.flags & APPEND):
         raise fail(errno.EPERM)
 

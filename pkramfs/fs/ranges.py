@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Ranges of files: where data and holes are, and copies from one file to another.
 
-    seek     the next data or hole from an offset on, found without looking at the runs of the whole file
-    copy     run by run, from frames to frames; what is a hole there becomes a hole here
+    seek     the next data or hole from an offset on, found without a walk over all runs of the file
+    copy     run by run, from frames to frames; a hole in the source becomes a hole in the target
 
-A copy takes no more than MOST at once, so that others are answered meanwhile: a short count, with which
+A copy takes at most MOST bytes at once, so that other requests are answered in between: a short count, with which
 copy_file_range(2) may come back at any time.
 
 Kernel: mm/filemap.c (mapping_seek_hole_data), fs/read_write.c (vfs_copy_file_range)

@@ -7,12 +7,12 @@
              here, so that links and sizes are compared with the truth
     frames   those of files that the log has touched, with one another and with all others; each of these was verified
 
-Every record wakes the inodes that it is about, and the directory of each name that it is about, or amends that: its
-names in the columns that are gone do not count, those that it has beside them are verified here, and the replay has
-seen to it that none is in both. So the result is the same as if the whole tree was written as columns and verified,
-which takes a million files that sleep nearly a second.
+Every record wakes the inodes that it changes. It also wakes the directory of each name that it changes, or amends that
+directory: names that are gone from its columns do not count, names that were added are verified here, and the replay
+ensures that no name is in both. So the result is the same as if the whole tree were written as columns and verified,
+which takes nearly a second for a million sleeping files.
 
-Kernel: fs/ext4/fast_commit.c (ext4_fc_replay_check_excluded) looks at what a replay may touch, too
+Kernel: fs/ext4/fast_commit.c (ext4_fc_replay_check_excluded) also records what a replay may touch
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Touched = dict[int, list[tuple[int, int]]]
 
 
 def recheck(tree: Tree) -> None:
-    """Raise FormatError unless a tree that records were applied to holds, frames apart."""
+    """Raise FormatError unless a tree follows the rules after records were applied, except those of frames."""
     picture = take_awake(tree)
     columns, beyond = picture.columns, None
     if tree.asleep is not None:
@@ -50,7 +50,7 @@ def recheck(tree: Tree) -> None:
 
 
 def frames_of_all(tree: Tree, touched: Touched, before: Spans) -> Spans:
-    """Return the frames of all files, which were those of `before`; raise FormatError if two files have one."""
+    """Return the frames of all files, from those `before` the replay; raise FormatError if two files share one."""
     found = [tree.inodes[ino].pages for ino in touched if ino in tree.inodes]
     raw = b"".join(chain.from_iterable(pages.leaves for pages in found if pages is not None))
     # (runs, 3): file page, frame and pages of each run of a file that was touched.
@@ -63,7 +63,7 @@ def frames_of_all(tree: Tree, touched: Touched, before: Spans) -> Spans:
 
 
 def _beyond(snapshot: Snapshot, numbers: Array) -> Beyond:
-    """Return what sleeps of the inodes that are awake, by their place among `numbers`, which rise."""
+    """Return the sleeping names and directories of awake inodes, by their place among `numbers`, which rise."""
     parts, asleep, folders = snapshot.packed.parts, snapshot.inodes, snapshot.folders
     known, there = parts.inodes["ino"], ~snapshot.gone
     parent, child = parts.entries["parent"][there], parts.entries["child"][there]
@@ -80,7 +80,7 @@ def _beyond(snapshot: Snapshot, numbers: Array) -> Beyond:
 
 
 def _places(numbers: Array, wanted: Array) -> Array:
-    """Return where inodes are that must be awake; raise FormatError for the first that is gone."""
+    """Return the places of inodes, which must be awake; raise FormatError for the first that is gone."""
     places = np.searchsorted(numbers, wanted)
     lacking = numbers[np.minimum(places, len(numbers) - 1)] != wanted
     if lacking.any():
@@ -90,7 +90,7 @@ def _places(numbers: Array, wanted: Array) -> Array:
 
 
 def _of_awake(snapshot: Snapshot, columns: Columns) -> Columns:
-    """Return the rows of inodes that do not sleep: of those that do they were verified, and are the same."""
+    """Return the rows of awake inodes; rows of sleeping inodes were verified, and have not changed."""
     known = snapshot.packed.parts.inodes["ino"]
     at = np.minimum(np.searchsorted(known, columns["ino"]), len(known) - 1)
     keep = ~((known[at] == columns["ino"]) & snapshot.inodes[at])

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The records of a journal: what a request has changed, as results.
+"""The records of a journal: the changes of a request, as results.
 
-A record says what is, never what to do: the attributes that an inode has now, not that it was truncated. So a reader
-needs none of the rules by which they came about, and a later version may have others.
+A record holds a state, never an operation: the present attributes of an inode, not that it was truncated. So a reader
+needs none of the rules that led to the state, and a later version may have other rules.
 
     INODE     all attributes of an inode, how it is open, and the target of a symbolic link
     OPENED    how an inode is open, alone
-    ENTER     a directory has a name, for an inode, at a place of the listing; LEAVE: it has it no more
+    ENTER     a directory has a name, for an inode, at a place of the listing; LEAVE: the name is gone
     RUN       pages of a file are in these frames; CUT: a range of a file has none
     RESERVED  pages of a file were never written (fallocate); USED: a range has no such pages
-    ZERO      bytes of a file that stay behind something cut are zeros
+    ZERO      bytes of a page that was cut are zeros
     XATTR     an extended attribute has a value; UNSET: it is gone
     REAPED    an inode is gone
-    LOST      which pages of a file were not stored (see lost); none: all is well
-    SUMMED    checksums of pieces of files (see sums); UNSUMMED: pieces of a file have none, of inode 0: nothing has
-    DAMAGED   which pages of a piece of a file are damaged; none: it is well
+    LOST      which pages of a file are lost (see lost), perhaps none
+    SUMMED    checksums of pieces of files (see sums); UNSUMMED: pieces without one; with inode 0: no piece has one
+    DAMAGED   which pages of a piece of a file are damaged, perhaps none
     MADE, GONE, MOVED, TIMES, WROTE: see brief
 
 A record begins with its kind, a 16-bit number that some use, and its length, a multiple of 8. Bytes are padded with
@@ -88,7 +88,7 @@ LOST_MOST = 60
 
 
 def pack_inode(i: Inode, unnamed: Container[int]) -> bytes:
-    """Return the record of an inode's attributes; it may be one of the `unnamed`."""
+    """Return the record of an inode's attributes; the inode may be one of the `unnamed`."""
     target, marks = i.target, UNPRIVILEGED if i.unprivileged else 0
     if not i.nlink and i.ino in unnamed:
         marks |= UNNAMED
@@ -147,7 +147,7 @@ def pack_reaped(ino: int) -> bytes:
 
 
 def pack_lost(ino: int, error: int, beyond: int, pieces: dict[int, int]) -> bytes:
-    """Return the record of lost pages: a mask for each 2 MiB, and from which on all is lost (-1: none is)."""
+    """Return the record of lost pages: a mask for each 2 MiB, and the first from which on all is lost (-1: none)."""
     if len(pieces) > LOST_MOST:
         beyond, pieces = 0, {}
     body = b"".join(_PIECE.pack(piece, mask.to_bytes(64, "little")) for piece, mask in pieces.items())
@@ -165,9 +165,9 @@ def pack_damaged(ino: int, piece: int, mask: int) -> bytes:
 
 
 def unpack(body: bytes, at: int, position: int, apply: dict[int, Callable[..., None]]) -> int:
-    """Pass the values of each record of a chunk, from byte `at` on, to what `apply` has for its kind; return how many.
+    """Call the function in `apply` for the kind of each record of a chunk, from byte `at` on; return their number.
 
-    They come in the order in which they are packed, but names, values and targets, b"" if there is none, come last.
+    Its arguments are the values in the order of the record, but names, values and targets (b"" if absent) come last.
     `position` is the chunk's, for errors.
     """
     count, size = 0, len(body)
@@ -200,7 +200,7 @@ def _read_inode(body: bytes, at: int, extra: int, end: int) -> Values:
 
 
 def _behind(struct: Struct) -> Callable[[bytes, int, int, int], Values]:
-    """Return what reads a record of numbers with a name behind them."""
+    """Return a function that reads a record of numbers with a name behind them."""
     values, size = _behind_head(struct), struct.size
 
     def read(body: bytes, at: int, extra: int, end: int) -> Values:
@@ -248,7 +248,7 @@ def _bytes(body: bytes, start: int, size: int, end: int) -> bytes:
 
 
 def _behind_head(struct: Struct) -> Callable[[bytes, int], Values]:
-    """Return what unpacks the values of a record at a place, without its head."""
+    """Return a function that unpacks the values of a record at a place, without its head."""
     return Struct(struct.format.replace("HHI", "8x")).unpack_from
 
 

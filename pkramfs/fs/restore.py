@@ -6,10 +6,10 @@
              rule        with the figures                        anything is changed
 
 A node has the tree in two objects (unpack), or names a log that holds it (sealing): then the checkpoint that the log
-begins with is unpacked, and brought up to date as after the death of a daemon (recover). The log goes on under this
-kernel; what the dead had open is closed, and what had no name goes.
+begins with is unpacked, and brought up to date as after the death of a daemon (recover). The log continues under this
+kernel; files that the dead daemon had open are closed, and inodes without a name are freed.
 
-Before the last step nothing has happened: whatever fails leaves the node as it was, published, to be tried again with
+Nothing has changed before the last step: any failure leaves the node as it was, published, to be tried again with
 other options. After it the node stays too: the tree is *preserved* until its first change (see preservation). Inode
 numbers, hard links, holes, times and places in listings are those of the tree that was saved.
 
@@ -65,7 +65,7 @@ def _from_log(store: Store, load: Load, ram: Ram, frames: Frames, limits: Limits
     name = os.fsencode(mount_name(node.name) or "")
     reopened = partial(Log.reopen, ram, frames, name, store.generation(), rebuilt.log)
     tree = yield from go_on(rebuilt, reopened, own)
-    # Before it is preserved: who had files open is gone, and so are the losses that preserving has accepted.
+    # Before `preserve`: the users of open files are gone, and so are the losses that the preserve has accepted.
     tree.losses.forget()
     close_all(tree)
     tree.preservation.restore(partial(store.withdraw, node.name), own)

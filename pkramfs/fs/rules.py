@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Numbers that every tree keeps to: what operations enforce is what a restore verifies.
+"""Limits of every tree: operations enforce them, and a restore verifies them.
 
 Kernel: include/uapi/linux/limits.h, include/uapi/linux/xattr.h, mm/shmem.c
 """

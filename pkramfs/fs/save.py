@@ -4,12 +4,12 @@
     tree ──▶ object 0: byte stream   all inodes, names, xattrs, holes, as columns (pkram/treeformat)
          ──▶ object 1: page stream   all files' frames in one index space, without gaps
 
-Pages are not copied, they are named: runs of frames that continue each other, also from one file to
-the next, become one run. So the cost is in proportion to inodes and runs, not to bytes. The node
-appears when it is complete, by one store, or never: whatever goes wrong before discards it.
+Pages are not copied; the node names them. Runs of frames that continue each other, also from one file to
+the next, become one run. So the cost is proportional to inodes and runs, not to bytes. The node
+appears when it is complete, by one store, or never: a failure before that discards it.
 
 Every kind of inode is kept, FIFOs and sockets as names; files that are deleted but still open are
-not, and the report names them. `strict` refuses what PKRAM itself refuses, and writes an entry for each
+not, and the report names them. `strict` refuses inodes that PKRAM itself refuses, and writes an entry for each
 page, or for each huge page where the mount's huge= asks for them: the two columns of the announcement.
 
 Long work: a generator that yields Progress and returns the report; the tree must stay frozen.
@@ -48,7 +48,7 @@ _SLICE = 1 << 20
 
 
 class SaveReport(NamedTuple):
-    """The result of a save. `deleted` names the first few that could not be: open files without a name."""
+    """The result of a save. `deleted` has the paths of the first few open files without a name, which were left out."""
 
     files: int
     directories: int
@@ -78,7 +78,7 @@ def save(
 ) -> Generator[Progress, None, SaveReport]:
     """Save a frozen tree as node `node_name` and publish it; the tree is preserved from then on.
 
-    With `instead` it is preserved already, and the new node takes the place of the old one by one store.
+    With `instead` the tree is preserved already, and the new node replaces the old one by one store.
     """
     require_frozen(tree)
     if strict:
@@ -118,7 +118,7 @@ def save(
 
 
 def report(tree: Tree, began: float, described: int, runs: int) -> SaveReport:
-    """Return the report on a save that is done, and that began at a time; `described` are bytes besides the files'."""
+    """Return the report on a finished save that began at a time; `described` are the bytes besides the files'."""
     counts = tree.counts()
     return SaveReport(
         files=counts.files - len(tree.orphans),
@@ -143,17 +143,17 @@ def require_frozen(tree: Tree) -> None:
 
 
 def _begin_with(tree: Tree, node: Node, moved: int) -> None:
-    """Have the tree's log begin with the node, if that has everything: not copies, nor a tree with deleted files."""
+    """Begin the tree's log with the node, if that is complete: without relocated copies and deleted files."""
     if tree.journal is None or moved or tree.orphans:
         return
-    with contextlib.suppress(ExhaustedError):  # then it begins where it did
+    with contextlib.suppress(ExhaustedError):  # the log keeps its beginning
         tree.journal.rebase(node.pfn, Spans())
         if tree.sums is not None:
             tree.sums.table.tell(slice(None), tree.sums.table.untold)
 
 
 def refuse_strict(tree: Tree) -> None:
-    """Raise PkramError (EINVAL) for what PKRAM itself does not preserve."""
+    """Raise PkramError (EINVAL) for an inode that PKRAM itself does not preserve."""
     for name, inode, _ in tree.readdir(tree.root.ino, 2):
         path = exact(b"/" + name)
         if not inode.is_file:
@@ -165,7 +165,7 @@ def refuse_strict(tree: Tree) -> None:
 def save_runs(writer: ObjectWriter, runs: Array) -> int:
     """Save the page stream, a slice at a time; return the number of runs, joined where frames continue each other.
 
-    What comes last in a slice may go on in the next one, so it is held back.
+    The last run of a slice may continue in the next slice, so it is held back.
     """
     total, index = 0, 0
     held = np.empty((0, 3), dtype=np.int64)
@@ -197,7 +197,7 @@ def _save_huge(writer: ObjectWriter, runs: Array) -> int:
     # is not aligned where the frame is.
     low, high = -(-pfn // BLOCK_PAGES) * BLOCK_PAGES, (pfn + count) // BLOCK_PAGES * BLOCK_PAGES
     blocks = np.where((at - pfn) % BLOCK_PAGES == 0, np.maximum(high - low, 0) // BLOCK_PAGES, 0)
-    # (R,): the end of what comes before the first huge page of a run.
+    # (R,): the end of the pages before the first huge page of a run.
     end = np.where(blocks, low, pfn + count)
     # (H,): the number of each huge page in its run, and how far behind the begin of the run it lies.
     number = np.arange(int(blocks.sum())) - np.repeat(np.cumsum(blocks) - blocks, blocks)

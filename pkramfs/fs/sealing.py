@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Preserve a tree: by its log, which takes the same few milliseconds whatever the tree holds, or whole.
+"""Preserve a tree by its log, which takes the same few milliseconds whatever it holds, or write it whole.
 
     a log?  ──no──▶ whole: every inode and run is written (save)
       │yes
-    seal    one page: where the log begins and ends, and what the tree must come to
+    seal    one page: where the log begins and ends, and the figures of the tree
     node    a page table of the tree's frames, the seal; published by one store
 
-The log and the checkpoint that it begins with are in the tree's frames already, so there is nothing to write but the
-seal. The page table names every frame that the tree uses; where these are scattered so much that the table would take
-time, whole page blocks, free frames included.
+The log and the checkpoint with which it begins are in the tree's frames already, so only the seal has to be written.
+The page table names every frame that the tree uses. If the frames are so scattered that the table would take long, it
+names whole page blocks, including free frames.
 
-A log that is long is quick to seal and slow to replay. So the tree is written whole afterwards, while it can be read
-and programs go on (save): that node takes the place of the first by one store, and the log begins with it.
+A long log is quick to seal and slow to replay. So the tree is written whole afterwards (save), while programs can read
+it. That node replaces the first one by one store, and the log begins with it.
 
-While the node is published its daemon appends to the log behind the seal (who has what open), and makes no
-checkpoint. The first change withdraws the node by one store, and checkpoint and log go on where they are.
+While the node is published its daemon makes no checkpoint, and appends behind the seal only which files are open. The
+first change withdraws the node by one store; checkpoint and log continue.
 
-Written whole are a strict node (PKRAM's own two columns), one of format 1 (which releases before 2 can load), and a
-tree with frames where a loaded kernel will be copied: there they are relocated, and copies are not the log's frames.
+These are always written whole: a strict node (PKRAM's own way), a node of format 1 (which older releases can load), and
+a tree with frames where a loaded kernel will be copied: these frames are relocated, and the log does not name the
+copies.
 
-Kernel: mm/shmem_pkram.c (shmem_save_pkram); fs/jbd2/journal.c (jbd2_journal_flush) has to write what this leaves
+Kernel: mm/shmem_pkram.c (shmem_save_pkram); fs/jbd2/journal.c (jbd2_journal_flush), which must write the journal back
 """
 
 from __future__ import annotations
@@ -67,16 +68,16 @@ def preserve(
 
 
 def is_long(tree: Tree) -> bool:
-    """Return True if a tree is preserved and its log had better be shorter."""
+    """Return True if a tree is preserved and its log is long enough to be shortened."""
     return tree.preserved and tree.journal is not None and tree.journal.requests > LONG
 
 
 def shorten(tree: Tree, store: Store, node_name: bytes, banned: Spans | None = None) -> Generator[Progress, None, None]:
     """Shorten the log of a tree that is preserved.
 
-    If the log holds it, it is written whole instead, and the log begins with that. If the log begins with the node
-    already, it has told nothing since but who has what open. A tree that is not frozen is frozen for that, in one step,
-    in which nobody sees it.
+    If the log holds the tree, the tree is written whole, and the log begins with that node. If the log begins with the
+    node already, it has only recorded open files since, and begins anew. A tree that is not frozen is frozen for this
+    one step, during which no request is answered.
     """
     if not tree.frozen:
         tree.freeze()
@@ -95,7 +96,7 @@ def shorten(tree: Tree, store: Store, node_name: bytes, banned: Spans | None = N
 
 
 def frames_to_name(tree: Tree, banned: Spans) -> Spans | None:
-    """Return the frames for the page table; None if some of them cannot stay where they are, or there is no log."""
+    """Return the frames for the page table; None if there is no log, or some frames have to be relocated."""
     if tree.journal is None:
         return None
     frames = tree.frames

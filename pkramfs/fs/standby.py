@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Follow the log of a living tree, so as to have it at once when its daemon dies.
+"""Follow the log of a live tree, so that a copy of the tree is ready when its daemon dies.
 
     prepare    rebuild the tree from the last checkpoint and the log, verified as a recovery is
-    follow     apply what has been committed since; when another checkpoint counts, it is time to begin anew
-    finish     the same once more, when nobody appends any more, and say which frames the files have
+    follow     apply the records committed since; when there is a new checkpoint, another standby begins anew
+    finish     the same once more, after the daemon has died, and return which frames the files have
 
-Every record is checked as it is applied. The whole is not verified again at the end: that would take what this is to
-save. But which frames files have is known from what was verified and from the files that were changed since, and no
-frame may be in two of them.
+Every record is checked as it is applied. The whole tree is not verified again at the end: that would take the time that
+a standby is to save. But the frames of all files are known from the last verification and from the files changed since,
+and no frame may be in two of them.
 
-Who appends knows nothing of this reader. What it frees may be used for something else while we read. So the base is
-looked at again after reading.
+The daemon knows nothing of this reader, and may reuse frames of its log while they are read. So the base is checked
+again after reading.
 
 Kernel: fs/jbd2/recovery.c, run while the other node of a cluster lives
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Follower:
-    """A copy of a living tree, made from its log."""
+    """A copy of a live tree, made from its log."""
 
     def __init__(self, store: Store, live: int, ram: Ram, frames: Frames, limits: Limits) -> None:
         self._store, self._live, self._ram, self._frames, self._limits = store, live, ram, frames, limits
@@ -46,19 +46,19 @@ class Follower:
         """How far the log was followed."""
 
     def prepare(self) -> Generator[Progress, None, None]:
-        """Make the copy; FormatError if that fails, also because the log was changed meanwhile."""
+        """Make the copy; raise FormatError if that fails, perhaps because the log was changed meanwhile."""
         rebuilt = yield from rebuild(self._store, self._live, self._ram, self._frames, self._limits)
         rebuilt.replay.touched = {}
         self._rebuilt, self.position = rebuilt, rebuilt.log.live.tail
 
     def follow(self) -> bool:
-        """Bring the copy up to date; return False if it cannot be any more."""
+        """Bring the copy up to date; return False if that is no longer possible."""
         if read_position(self._ram, self._live, TAIL_AT, "tail") == self.position:
             return True
         return self._catch_up() is not None
 
     def _catch_up(self) -> Opened | None:
-        """Apply what is new and return the log; None if another checkpoint counts."""
+        """Apply the new records and return the log; None if there is a new checkpoint."""
         assert self._rebuilt is not None
         base = self._rebuilt.log.base
         try:
@@ -68,7 +68,7 @@ class Follower:
             self._rebuilt.replay.run(chunks(self._ram, log, start=self.position))
         except FormatError:
             if self._open().base != base:
-                return None  # what we read belongs to somebody else by now
+                return None  # the frames that were read may be used for something else by now
             raise
         if self._open().base != base:
             return None
@@ -83,7 +83,7 @@ class Follower:
         return self._frames.leases.blocks_of(self._frames.tree_id).scale(BLOCK_PAGES)
 
     def finish(self) -> Rebuilt | None:
-        """Return the tree as it was when its daemon died, or None if it must be recovered in the ordinary way."""
+        """Return the tree as it was when its daemon died, or None if it has to be recovered from the checkpoint."""
         log = self._catch_up()
         rebuilt = self._rebuilt
         if log is None or rebuilt is None:

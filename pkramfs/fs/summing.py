@@ -5,11 +5,11 @@
              first those that crossed a kexec and were not compared yet,
              then those that have rested, then those that never had a sum
 
-Nothing is locked meanwhile: a piece that is changed loses its row or gets a newer mark, and then a digest that was
-made of it is dropped. What is found to be another than its sum is looked at once more before it is called damaged.
+Nothing is locked: a piece that is changed meanwhile loses its row or gets a newer mark, and then its digest is dropped.
+A piece that does not match its sum is compared a second time before it is marked as damaged.
 
-A step is BATCH bytes or so: some 3 ms of a thread that has let go of the interpreter lock, and then has a turn among
-requests. While requests keep the interpreter busy the thread gets it only now and then, and so gives way by itself.
+A step is about BATCH bytes: some 3 ms of a thread without the interpreter lock, and then a turn among the requests.
+While requests keep the interpreter busy, the thread rarely gets the lock, and so does not disturb them.
 
 Kernel: fs/btrfs/scrub.c
 """
@@ -45,7 +45,7 @@ _PIECE_MASK = (1 << KEY_SHIFT) - 1
 
 
 class Job(NamedTuple):
-    """A piece to be digested: what the table said of it (a row, or a mark), and its frames."""
+    """A piece to be digested: its row or mark in the table, and its frames."""
 
     ino: int
     piece: int
@@ -55,7 +55,7 @@ class Job(NamedTuple):
 
 
 class Summing:
-    """The work on the sums of one tree; `threads` is how many digest at once."""
+    """The work on the sums of one tree; `threads` is the number of threads that digest at once."""
 
     def __init__(self, tree: Tree, sums: Sums, threads: int = 1) -> None:
         self._tree, self.sums, self._threads = tree, sums, threads
@@ -64,11 +64,11 @@ class Summing:
 
     @property
     def left(self) -> int:
-        """Return how many pieces have no sum, or one that nobody has compared."""
+        """Return the number of pieces without a sum, or with a sum that was not compared yet."""
         return self.sums.table.pending + self.sums.table.doubted
 
     def take(self, *, compare: bool = True, make: bool = True) -> list[Job]:
-        """Return what is to be digested next: what is to be compared, and what has rested and is to get a sum."""
+        """Return the pieces to be digested next: first those to be compared, then those that get a new sum."""
         jobs, size = list[Job](), 0
         for ino, piece, found, state in self._next(compare, make):
             runs = self.sums.runs(ino, piece)
@@ -82,7 +82,7 @@ class Summing:
         return jobs
 
     def _next(self, compare: bool, make: bool) -> Iterator[tuple[int, int, int, int]]:
-        """Yield inode number, piece, row or mark and state of what may be worked on."""
+        """Yield inode number, piece, row or mark, and state of the pieces to work on."""
         table = self.sums.table
         if compare and table.doubted:
             yield from self._rows(DOUBTED)
@@ -117,7 +117,7 @@ class Summing:
         return each(one, len(jobs), threads=self._threads)
 
     def settle(self, jobs: list[Job], digests: list[int]) -> None:
-        """Note the sums of what is as it was when it was taken, and find what is damaged."""
+        """Note the sums of pieces that were not changed since they were taken, and find damaged ones."""
         table, made = self.sums.table, list[int]()
         for job, value in zip(jobs, digests, strict=True):
             if not self._is_as_it_was(job):
@@ -144,7 +144,7 @@ class Summing:
         )
 
     def _keep(self, made: list[int]) -> None:
-        """Have room for the sums of new rows in what a save writes, and tell the log; else they are forgotten again."""
+        """Reserve room for new sums in the save, and write them to the log; forget them if there is no room."""
         tree, table = self._tree, self.sums.table
         try:
             tree.ledger.grow()
@@ -159,17 +159,17 @@ class Summing:
                 tell(tree, self.sums)
 
     def step(self, *, compare: bool = True) -> int:
-        """Work on some pieces here and now; return how many."""
-        self._tree.commit()  # what was cut is zeros only then
+        """Digest and settle some pieces in this thread; return their number."""
+        self._tree.commit()  # the rest of a cut page is zeros only after the commit
         jobs = self.take(compare=compare)
         self.settle(jobs, self.digests(jobs))
         return len(jobs)
 
 
 def tell(tree: Tree, sums: Sums) -> None:
-    """Tell the log of the sums that it does not know: those that were made while the tree was preserved.
+    """Write the sums to the log that it does not have: those that were made while the tree was preserved.
 
-    A preserved tree's log may begin anew at any time with a node that lacks them. Where the log has no room they stay
+    A preserved tree's log may begin anew at any time with a node that lacks them. If the log has no room they stay
     unknown to it.
     """
     table, journal = sums.table, tree.journal
@@ -181,7 +181,7 @@ def tell(tree: Tree, sums: Sums) -> None:
 
 
 def compare_all(tree: Tree, threads: int) -> Iterator[int]:
-    """Compare all data of a tree that nobody changes with their sums; yield how many bytes were, step by step."""
+    """Compare all data of an unchanging tree with their sums; yield the number of bytes after each step."""
     assert tree.sums is not None
     begin(tree, tree.sums)
     work = Summing(tree, tree.sums, threads)
@@ -191,7 +191,7 @@ def compare_all(tree: Tree, threads: int) -> Iterator[int]:
 
 
 def begin(tree: Tree, sums: Sums) -> None:
-    """Have all data of a tree get sums, also what it has without: those there are already are to be compared."""
+    """Begin to sum all data of a tree that have no sum yet, and to compare the sums that exist."""
     owner, first, count = _extents(tree)
     sums.begin(owner, first, count)
 

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The checksums of a tree's data (`-o verify=data`): what loses them, what asks for them, and what is damaged.
+"""The checksums of a tree's data (`-o verify=data`): when they are dropped, when compared, and damage.
 
-    a store, a hole filled or made ──▶ the piece has no sum; the log is told before the store
-    a read, a copy from it         ──▶ a piece that nobody has compared since it crossed a kexec is compared first
-    a change of a part of it       ──▶ the same: what stays would get a new sum, and a flipped bit would be hidden
+    a store, a hole filled or made ──▶ the piece has no sum; the log has this before the store
+    a read, a copy from it         ──▶ a piece that was not compared since it crossed a kexec is compared first
+    a change of a part of it       ──▶ the same: otherwise the new sum would hide a flipped bit in the rest
 
-A piece that is not what its sum says is *damaged*, page by page: reading one of its pages is EIO, and so is a store to
-a part of one. A page that is written whole, or freed, is well again; when all pages of a piece are, it is like any
-other that was written.
+If a piece does not match its sum, all its pages are *damaged*: reading one of them fails with EIO, and so does a store
+to a part of one. A page that is written whole, or freed, is no longer damaged; when no page of a piece is damaged, it
+is like any other piece that was written.
 
-Between the tree and its log: a store over data leaves no record, so the log has one that takes the sum away, and it
-counts before the first byte is stored. Whatever else changes frames has a record, from which a reader takes the sum
-away by itself. So what a log comes to has no sum that could be wrong. Sums that were made are told, too.
+Between the tree and its log: a store over data leaves no record. So a record of its own takes the sum away, and is
+committed before the first byte is stored. Every other change of frames has a record, from which a reader takes the sum
+away by itself. So the result of a log has no wrong sum. New sums are recorded, too.
 
-Sums are made in steps: see summing. pieces says what a sum is, sumtable what is known of each piece.
+Sums are made in steps (summing). pieces defines a sum, and sumtable has the state of each piece.
 
 Kernel: fs/btrfs/inode.c (btrfs_data_csum_ok), fs/ext4/extents_status.c
 """
@@ -63,7 +63,7 @@ class Owner(Protocol):
 
 
 class Sums:
-    """See the module's page. `found` is called with inode number and piece when one is found to be damaged."""
+    """See the module's page. `found` is called with inode number and piece for each new damage."""
 
     def __init__(self, tree: Owner) -> None:
         self._tree, self._ram = tree, tree.ram
@@ -77,18 +77,18 @@ class Sums:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Return how many sums, and how many damaged pieces, a save writes."""
+        """Return the number of sums, and of damaged pieces, that a save writes."""
         return self.table.known, len(self.damaged)
 
     @property
     def lacking(self) -> int:
-        """Return how many pieces have no sum that the log knows."""
+        """Return the number of pieces without a sum in the log."""
         return self.table.pending + self.table.untold
 
     # -- before something is read ----------------------------------------------------------------
 
     def require(self, inode: Inode, first: int, last: int) -> None:
-        """Raise EIO if one of the pages [first, last) is damaged; compare what nobody has compared yet."""
+        """Raise EIO if one of the pages [first, last) is damaged, after comparing pieces that were not compared yet."""
         for piece in range(first >> PIECE_SHIFT, ((last - 1) >> PIECE_SHIFT) + 1):
             row = self.table.doubtful(inode.ino, piece)
             if row is not None:
@@ -125,11 +125,11 @@ class Sums:
     def before_write(self, inode: Inode, offset: int, end: int) -> bool:
         """Note that bytes [offset, end) are about to be stored.
 
-        Return True if there are sums that must go first: `tell`, then commit, then `drop`.
+        Return True if the log must lose sums first: then call `tell`, commit, and `drop`.
         """
         first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
         low, high, table = first >> PIECE_SHIFT, (last - 1) >> PIECE_SHIFT, self.table
-        if low == high and not self.damaged:  # the usual: it is marked already, or new
+        if low == high and not self.damaged:  # the usual case: the piece is marked already, or new
             key = inode.ino << KEY_SHIFT | low
             found = table.late.get(key)
             if found == table.mark:
@@ -151,17 +151,17 @@ class Sums:
         return False
 
     def tell(self, inode: Inode, offset: int, end: int) -> None:
-        """Tell the log that bytes [offset, end) have no sum any more."""
+        """Note for the log that bytes [offset, end) no longer have a sum."""
         if self._tree.journal is not None:
             self._tree.journal.unsum(inode.ino, *_pieces(offset, end))
 
     def drop(self, inode: Inode, offset: int, end: int) -> None:
-        """Take the sums of bytes [offset, end) away, which the log knows by now; else the next store would not wait."""
+        """Take the sums of bytes [offset, end) away once the log has this; earlier, the next store would not wait."""
         for piece in range(*_pieces(offset, end)):
             self._touch(inode.ino, piece)
 
     def stored(self, inode: Inode, offset: int, end: int) -> None:
-        """Note that bytes [offset, end) were stored: damaged pages among them that were written whole are well."""
+        """Note that bytes [offset, end) were stored: damaged pages that were written whole are repaired."""
         if not self.damaged:
             return
         page = end >> PAGE_SHIFT
@@ -174,7 +174,7 @@ class Sums:
         self._mend(inode.ino, *_whole(inode, offset, end), tell=True)
 
     def _clear_behind(self, ino: int, end: int) -> None:
-        """Clear the rest of a page behind the end of its file, which a bit may have flipped in, too."""
+        """Clear the rest of a page behind the end of its file, where a bit may have flipped, too."""
         page = end >> PAGE_SHIFT
         for index, pfn, count in self.runs(ino, page >> PIECE_SHIFT):
             if index <= page < index + count:
@@ -194,7 +194,7 @@ class Sums:
         self._touch(inode.ino, page >> PIECE_SHIFT)
 
     def cut(self, inode: Inode, first: int, last: int = END, *, compare: bool = True) -> None:
-        """Note that pages [first, last) are about to lose their frames; without `compare` nothing is looked at."""
+        """Note that pages [first, last) are about to lose their frames; without `compare` no piece is compared."""
         there, before = inode.pages, -1
         if there is None:
             return
@@ -212,7 +212,7 @@ class Sums:
                     self._touch(inode.ino, piece)
 
     def _leave(self, inode: Inode, piece: int, first: int, last: int) -> None:
-        """Compare a piece of which only the pages [first, last) will be others: the rest must not get a new sum."""
+        """Compare a piece before its pages [first, last) are replaced: a new sum must not hide damage in the rest."""
         row = self.table.doubtful(inode.ino, piece)
         if row is not None and not self._is_all(inode, piece, first, last):
             self.compare(inode.ino, piece, row)
@@ -240,19 +240,19 @@ class Sums:
         return self.damaged.get(ino << KEY_SHIFT | piece, 0)
 
     def _set_damage(self, ino: int, piece: int, mask: int) -> None:
-        """Have these pages of a piece be damaged, and tell the log."""
+        """Mark these pages of a piece as damaged, and note it for the log."""
         self.mark_damaged(ino, piece, mask)
         if self._tree.journal is not None:
             self._tree.journal.damage(ino, piece, mask)
 
     def tell_damage(self) -> None:
-        """Tell the log of all damage again."""
+        """Note all damage for the log again."""
         if self._tree.journal is not None:
             for key, mask in self.damaged.items():
                 self._tree.journal.damage(key >> KEY_SHIFT, key & _PIECE_MASK, mask)
 
     def mark_damaged(self, ino: int, piece: int, mask: int) -> None:
-        """Have these pages of a piece be damaged; with 0 it is well, and has no sum."""
+        """Mark the pages of a piece whose bits are set as damaged; with 0 none is, and the piece has no sum."""
         key = ino << KEY_SHIFT | piece
         self._tree.ledger.add_damaged(bool(mask) - (key in self.damaged))
         if mask:
@@ -262,13 +262,13 @@ class Sums:
             self.damaged.pop(key, None)
 
     def _refuse_parts(self, ino: int, partly: set[int]) -> None:
-        """Raise EIO if one of the pages of which a part is to be written is damaged."""
+        """Raise EIO if a page that would be written in part is damaged."""
         for page in partly:
             if self._mask(ino, page >> PIECE_SHIFT) & bits(page >> PIECE_SHIFT, page, page + 1):
                 raise fail(errno.EIO)
 
     def _mend(self, ino: int, first: int, last: int, *, tell: bool) -> None:
-        """Take damage away from the pages [first, last), which are written or gone."""
+        """Mark the pages [first, last) as not damaged: they are written or gone."""
         low, high = first >> PIECE_SHIFT, (last - 1) >> PIECE_SHIFT
         for key in [key for key in self.damaged if key >> KEY_SHIFT == ino and low <= key & _PIECE_MASK <= high]:
             piece = key & _PIECE_MASK
@@ -283,7 +283,7 @@ class Sums:
                 self._touch(ino, piece)
 
     def broken(self) -> list[tuple[int, int, int]]:
-        """Return inode number, first page and number of pages of all that is damaged, in order."""
+        """Return inode number, first page and number of pages of all damaged ranges, in order."""
         found = []
         for key, mask in sorted(self.damaged.items()):
             start = (key & _PIECE_MASK) << PIECE_SHIFT
@@ -295,7 +295,7 @@ class Sums:
         return found
 
     def lines(self, most: int | None = None) -> list[str]:
-        """Return bytes and path of what is damaged, for people."""
+        """Return bytes and path of each damaged range, for people."""
         tree = self._tree
         return [
             f"bytes {first << PAGE_SHIFT}-{((first + count) << PAGE_SHIFT) - 1} of {exact(tree.path(tree.inode(ino)))}"
@@ -321,7 +321,7 @@ class Sums:
         return {"sums": rows._asdict(), "damaged": damaged}
 
     def adopt(self, sums: Columns, damaged: Columns, *, complete: bool) -> None:
-        """Begin with what `columns` returned, verified: nothing of it was compared yet. It is weighed already."""
+        """Begin with verified `columns`: none of these sums was compared yet, and the ledger counts them already."""
         self.complete = complete
         empty = np.empty(0, dtype=np.uint64)
         self.table.merge(Rows(**{name: sums[name] for name in Rows._fields}), (empty, empty), (empty, empty))
@@ -331,9 +331,9 @@ class Sums:
             self.damaged[ino << KEY_SHIFT | piece] = mask
 
     def begin(self, owner: Array, first: Array, count: Array) -> None:
-        """Have every piece that has frames get a sum: these are the runs of all files, by inode number, sorted.
+        """Begin to sum every piece that has frames, from the sorted runs (inode, page, pages) of all files.
 
-        Sums that are known are to be compared.
+        Known sums will be compared.
         """
         rows = self.table.rows()
         keys = list(self.damaged)
@@ -347,7 +347,7 @@ def _pieces(offset: int, end: int) -> tuple[int, int]:
 
 
 def _whole(inode: Inode, offset: int, end: int) -> tuple[int, int]:
-    """Return the pages [first, last) of which a store to bytes [offset, end) leaves nothing as it was."""
+    """Return the pages [first, last) that a store to bytes [offset, end) replaces completely."""
     return pages(offset), pages(end) if end >= inode.size else end >> PAGE_SHIFT
 
 

@@ -2,15 +2,15 @@
 """Which pieces of a tree have a checksum, which wait for one, and which were changed too recently.
 
     BARE      has frames and no sum yet        a row of the arrays
-    DOUBTED   has a sum that nobody has compared since it crossed a kexec, or another daemon's death
+    DOUBTED   has a sum that was not compared since it crossed a kexec, or another daemon's death
     SOUND     has a sum that was made or compared here
     marked    was changed in a round: a negative number instead of a row
 
-Rows are in arrays, so that saving them is a copy: those that were loaded come first, sorted, and are searched; what
-came later is found by `late`. A sleeping file's rows are rows like any others; nothing is woken for them.
+Rows are in arrays, so that saving them is a copy. Loaded rows come first, sorted, and are found by a search; later
+rows are found by `late`. The rows of a sleeping file are like any others; nothing is woken for them.
 
-**Coming to rest.** A piece that is changed is marked with the current round. A round later (`turn`) those that still
-have the mark have rested and may be summed; a piece that was changed again has a newer mark. So the usual write, to a
+**Coming to rest.** A piece that is changed is marked with the current round. A round later (`turn`) pieces that still
+have the mark may be summed; a piece that was changed again has a newer mark. So the usual write, to a
 piece that is marked already, costs one look-up.
 """
 
@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
 
 class SumTable:
-    """See the module's page. `weigh` is told how many sums more (or, negative, fewer) there are to be saved."""
+    """See the module's page. `weigh` is called with the number of new (or, negative, dropped) sums to be saved."""
 
     def __init__(self, weigh: Callable[[int], object]) -> None:
         self._weigh = weigh
@@ -56,7 +56,7 @@ class SumTable:
         self.load(Rows(empty, empty, empty), np.empty(0, dtype=np.uint8))
 
     def load(self, rows: Rows, state: Array) -> None:
-        """Begin with these rows, sorted by inode and piece; sums that are known already were weighed."""
+        """Begin with these rows, sorted by inode and piece; `weigh` has counted their sums already."""
         self._ino, self._piece, self.sums = (np.array(column, dtype=np.uint64) for column in rows)
         self.state = np.array(state, dtype=np.uint8)
         self.told = np.ones(len(self.state), dtype=bool)
@@ -76,7 +76,7 @@ class SumTable:
     # -- looking --------------------------------------------------------------------------------
 
     def find(self, ino: int, piece: int) -> int | None:
-        """Return the row of a piece, or a mark, which is negative; None if nothing is known of it."""
+        """Return the row of a piece, or its mark, which is negative; None if the table does not have it."""
         found = self.late.get(ino << KEY_SHIFT | piece)
         return self._search(ino, piece) if found is None and ino <= self.last else found
 
@@ -90,7 +90,7 @@ class SumTable:
         return int(np.searchsorted(column, np.uint64(ino))), int(np.searchsorted(column, np.uint64(ino + 1)))
 
     def doubtful(self, ino: int, piece: int) -> int | None:
-        """Return the row of a piece whose sum nobody has compared."""
+        """Return the row of a piece whose sum was not compared yet, or None."""
         row = self.find(ino, piece) if self.doubted else None
         return row if row is not None and row >= 0 and self.state[row] == DOUBTED else None
 
@@ -100,11 +100,11 @@ class SumTable:
 
     @property
     def known(self) -> int:
-        """Return how many pieces have a sum."""
+        """Return the number of pieces with a sum."""
         return int(np.count_nonzero(self.state[: self.used] >= DOUBTED))
 
     def rows(self) -> Rows:
-        """Return all that have a sum, in any order."""
+        """Return all rows with a sum, in any order."""
         state = self.state[: self.used]
         keep = slice(0, self.used) if state.size and state.min() >= DOUBTED else np.flatnonzero(state >= DOUBTED)
         return Rows(self._ino[keep].copy(), self._piece[keep].copy(), self.sums[keep].copy())
@@ -112,11 +112,11 @@ class SumTable:
     # -- changing -------------------------------------------------------------------------------
 
     def touch(self, ino: int, piece: int) -> None:
-        """Mark a piece: it was changed, and has no sum any more."""
+        """Mark a piece as changed: it no longer has a sum."""
         self.mark_found(ino, piece, self.find(ino, piece))
 
     def mark_found(self, ino: int, piece: int, found: int | None) -> None:
-        """Mark a piece likewise, which `find` has found."""
+        """Mark a piece that `find` has found as changed."""
         if found is not None:
             self.pending -= 1
             if found >= 0:
@@ -124,7 +124,7 @@ class SumTable:
         self.mark_new(ino << KEY_SHIFT | piece)
 
     def mark_new(self, key: int) -> None:
-        """Mark a piece of which nothing is known."""
+        """Mark a piece that is not in the table as changed."""
         self.pending += 1
         self.late[key] = self.mark
         if not self.touched:
@@ -132,13 +132,13 @@ class SumTable:
         self.touched[key] = None
 
     def give_up(self, ino: int, piece: int) -> None:
-        """Take the sum of a piece away for which there is no room; it gets none until it is changed again."""
+        """Drop the sum of a piece for want of room; it gets none until it is changed again."""
         self.touch(ino, piece)
         del self.touched[ino << KEY_SHIFT | piece]
         self.late[ino << KEY_SHIFT | piece] = _GIVEN_UP
 
     def remove(self, ino: int, piece: int) -> None:
-        """Forget a piece: it has no frames any more, or it is damaged."""
+        """Forget a piece that has lost its frames, or is damaged."""
         found = self.find(ino, piece)
         if found is None:
             return
@@ -162,7 +162,7 @@ class SumTable:
         return state
 
     def put(self, ino: int, piece: int, value: int, state: int = SOUND) -> int:
-        """Note the sum of a piece, in a row: one that was made (SOUND), or that a log tells of."""
+        """Note the sum of a piece in a row: one that was made (SOUND), or one from a log."""
         self.remove(ino, piece)
         row = self._unused.pop() if self._unused else self._append()
         self._ino[row], self._piece[row], self.sums[row], self.state[row] = ino, piece, value, state
@@ -174,19 +174,19 @@ class SumTable:
         return row
 
     def complete(self, row: int, value: int) -> None:
-        """Note the sum of a piece that has a row without."""
+        """Note the sum of a piece whose row has none."""
         self.sums[row], self.state[row], self.told[row] = value, SOUND, False
         self.pending -= 1
         self.untold += 1
         self._weigh(1)
 
     def tell(self, rows: Array | slice | int, count: int) -> None:
-        """Note that the log knows so many sums more."""
+        """Note that so many more sums are in the log."""
         self.told[rows] = True
         self.untold -= count
 
     def unknown(self, most: int) -> Array:
-        """Return rows with sums that the log does not know, at most so many."""
+        """Return rows with sums that are not in the log, at most so many."""
         return np.flatnonzero(~self.told[: self.used] & (self.state[: self.used] >= DOUBTED))[:most]
 
     def three(self, rows: Array) -> list[tuple[int, int, int]]:
@@ -208,29 +208,30 @@ class SumTable:
         return row
 
     def agree(self, row: int) -> None:
-        """Note that the sum of a row was compared, and is right."""
+        """Note that the sum of a row was compared and matches."""
         if self.state[row] == DOUBTED:
             self.doubted -= 1
         self.state[row] = SOUND
 
     def doubt(self) -> None:
-        """Have all sums compared again."""
+        """Mark all sums as not compared."""
         self.state[self.state == SOUND] = DOUBTED
         self.doubted = int(np.count_nonzero(self.state[: self.used] == DOUBTED))
 
     # -- rounds ---------------------------------------------------------------------------------
 
     def turn(self) -> None:
-        """Begin another round: what was changed in this one rests from now on, unless it is changed again."""
+        """Begin another round: pieces changed in this one rest from now on, unless they are changed again."""
         self.rested, self.mark = self.mark, self.mark - 1
         left, self.resting, self.touched = self.resting, self.touched, {}
-        for key in left:  # of the round before, which nobody has looked at yet
+        for key in left:  # of the round before, not summed yet
             if self.late.get(key, 0) < 0:
                 self.late[key] = self.rested
                 self.resting[key] = None
 
     def merge(self, rows: Rows, bare: tuple[Array, Array], without: tuple[Array, Array]) -> None:
-        """Begin anew with sums to be compared, and with pieces that have frames: BARE where none of the sums is theirs.
+        """Begin anew with sums to be compared, and with pieces that have frames; a piece without one of the sums is
+        BARE.
 
         Pieces `without` are left out.
         """
@@ -241,7 +242,7 @@ class SumTable:
         ]
         ino, piece, sums = (np.concatenate([np.asarray(part[n]).astype(np.uint64) for part in parts]) for n in range(3))
         state = np.concatenate([np.full(len(part[0]), part[3], dtype=np.uint8) for part in parts])
-        # Of each piece the one that says most: GONE (it is left out), else its sum, else that it has none.
+        # For each piece: GONE (it is left out), else its sum, else no sum.
         rank = np.array([0, 2, 1, 1], dtype=np.uint8)[state]
         order = np.lexsort((rank, piece, ino))
         ino, piece, sums, state = ino[order], piece[order], sums[order], state[order]

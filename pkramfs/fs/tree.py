@@ -7,14 +7,14 @@
     tree.write(handle, 0, b"bytes"); tree.read(handle, 0, 5); tree.release(handle)
 
 Operations take inode numbers (or handles), raise OSError with the errno that tmpfs would give, and
-return inodes, from which a door reads attributes. Each operation is atomic among callers in one
+return inodes, whose attributes the caller (fuse) reads. Each operation is atomic among callers in one
 thread. The parts, one page each:
 
     preservation live or preserved, frozen or not
     ledger       all counters, and the room that a save needs
     core         inode table, the gate for every change, references
     namespace    names: look-up, create, link, unlink, rename, readdir
-    truncation   what files give up: cut, holes
+    truncation   pages that files give up: cut, holes
     attributes   setattr, xattrs, ACLs
     filling      frames for holes, one by one or as huge pages
     data         open, read, write, truncate, holes

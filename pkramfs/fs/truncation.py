@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Pages that files give up: truncation, holes, and what is cleared of pages that stay.
+"""Pages that files give up: truncation, holes, and clearing the rest of pages that stay.
 
     size 5000        page 0 |================|  page 1 |===.............|   the dots are zeros
 
-Whatever shrinks a file, or punches a hole into it, frees the whole pages and clears the rest of those of which a part
-stays. So beyond the end of a file its last page is zeros, and growth is a number.
+An operation that shrinks a file, or punches a hole into it, frees whole pages and clears the freed part of pages that
+stay. So the last page is zeros beyond the end of its file, and growing a file only changes its size.
 
-Pages that fallocate gave to a file and that nobody has written are *unwritten*: they read as zeros and count as a hole
-(SEEK_HOLE). A write, or whatever frees them, ends that.
+Pages that fallocate gave to a file and that were not written yet are *unwritten*: they read as zeros and count as a
+hole (SEEK_HOLE) until they are written or freed.
 
 Kernel: mm/truncate.c, mm/shmem.c (shmem_undo_range)
 """
@@ -68,7 +68,7 @@ class Truncation(Core):
                 self.journal.clear(inode, start, end, address, maybe_hole=maybe_hole)
 
     def clear_behind(self, inode: Inode, end: int) -> None:
-        """Zero what pages hold between the size of a file and `end`."""
+        """Zero the bytes of pages between the size of a file and `end`."""
         pages, at = inode.pages, inode.size
         if pages is None:
             return
@@ -77,12 +77,12 @@ class Truncation(Core):
                 self.clear(inode, max(page << PAGE_SHIFT, at), (page + 1) << PAGE_SHIFT)
 
     def zero(self, address: int, size: int, *, maybe_hole: bool) -> None:
-        """Zero bytes of one page of RAM; one that is `maybe_hole` may not be touched unless it holds something else."""
+        """Zero bytes of one page of RAM; if it is `maybe_hole`, touch it only if it does not read as zeros."""
         if not maybe_hole or any(self._peek(address, address + size)):
             self.ram.bytes[address : address + size] = _ZEROS[:size]
 
     def _make_hole(self, inode: Inode, start: int, end: int) -> None:
-        """Free the whole pages of a range, and clear what it has of others."""
+        """Free the whole pages of a range, and clear its parts of other pages."""
         if inode.pages is None:
             return
         first, last = (start + _IN_PAGE) >> PAGE_SHIFT, end >> PAGE_SHIFT
@@ -106,10 +106,10 @@ class Truncation(Core):
         inode.unwritten = there if there.count else None
 
     def _mark_written(self, inode: Inode, first: int, last: int) -> None:
-        """Take that note of [first, last) away: the pages are written, or gone.
+        """Note that the pages [first, last) are no longer unwritten: they are written, or gone.
 
-        That may split a run in two, which a save has to tell. Where it has no room for more, the file loses its notes:
-        its pages count as data, which is all that the notes are for.
+        That may split a run in two, which a save has to write. If there is no room for another run, the file loses all
+        its unwritten runs; its pages then count as data.
         """
         there = inode.unwritten
         if there is None:
@@ -135,6 +135,6 @@ class Truncation(Core):
         return True
 
     def _peek(self, start: int, stop: int) -> Buffer:
-        """Return the bytes of RAM that the host may have no memory for."""
+        """Return bytes of RAM for which the host may have no memory, without touching the mapping."""
         first, last = start >> PAGE_SHIFT, (stop + _IN_PAGE) >> PAGE_SHIFT
         return self.ram.peek(first, last - first)[start - (first << PAGE_SHIFT) : stop - (first << PAGE_SHIFT)]

@@ -3,8 +3,8 @@
 
     read both ──▶ verify ──▶ (within limits?) ──▶ fill an empty tree: its root is awake, all else sleeps
 
-All is read and checked, but inodes are made when somebody asks for them: see asleep. Nothing is adopted here: that is
-for who goes on with the tree (restore, recover).
+Everything is read and checked, but inodes are made when they are looked up: see asleep. Nothing is adopted here; the
+caller that continues the tree does that (restore, recover).
 
 Kernel: mm/shmem_pkram.c (shmem_load_pkram), patches 23-24 and 36-41
 """
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 
 class Contents(NamedTuple):
-    """What a tree was made of: the frames of the node itself, and those of all files."""
+    """The frames of an unpacked tree: those of the node itself, and those of all files."""
 
     metadata: Spans
     data: Spans
 
 
 def unpack(load: Load, tree: Tree, allowed: Spans, *, deleted: bool = False) -> Contents:
-    """Fill an empty tree with what a node holds; raise FormatError unless its files' frames lie in `allowed`.
+    """Fill an empty tree from a node; raise FormatError unless its files' frames lie in `allowed`.
 
-    With `deleted` inodes without a name are welcome, as checkpoints have them. Without, raise ExhaustedError for a
+    With `deleted`, inodes without a name are allowed, as in checkpoints. Otherwise raise ExhaustedError for a
     tree that is larger than its limits, before anything is filled.
     """
     saved = _load(load)
@@ -58,7 +58,7 @@ def unpack(load: Load, tree: Tree, allowed: Spans, *, deleted: bool = False) -> 
 
 
 class _Saved(NamedTuple):
-    """What a node holds: the byte stream, the runs of the page stream, their frames, and those of the node itself."""
+    """The contents of a node: the byte stream, the runs of the page stream, their frames, and the node's own frames."""
 
     stream: memoryview
     runs: Runs
@@ -67,7 +67,7 @@ class _Saved(NamedTuple):
 
 
 def _fill(tree: Tree, parts: TreeStream, saved: _Saved, pages: int, space: int) -> None:
-    """Put a verified tree into an empty one: its root and what has no name are awake."""
+    """Put a verified tree into an empty one: its root and inodes without a name are awake."""
     packed = Asleep(parts, saved.runs)
     packed.wake_root()
     packed.wake_deleted()

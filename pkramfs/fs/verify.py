@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The rules of a tree, all checked on what a node holds before a single frame is taken.
+"""The rules of a tree, all checked on the contents of a node before a single frame is taken.
 
-PKRAM trusts what it loads: a name with a slash, a directory inside itself or a frame that two files
-share would all come to life. Here a restore begins with this page. It assumes nothing but that the
-lengths of the columns agree (TreeStream), and is arithmetic over whole columns, so that a million
-files take a fraction of a second. What fails is named: column, row, what was found and what not.
+PKRAM trusts the data that it loads: a name with a slash, a directory inside itself or a frame that two files
+share would all be restored. Here a restore begins with these checks. They assume only that the
+lengths of the columns agree (TreeStream), and work on whole columns, so that a million
+files take a fraction of a second. An error names column, row, the value found and the value expected.
 
     names     1 to 255 bytes, no NUL, no slash, not `.` and not `..`, each once in its directory
     shape     one root; every other directory has exactly one name, and the way up ends at the root
@@ -58,8 +58,8 @@ _NAMESPACES = (b"user.", b"trusted.", b"security.")
 
 
 class Beyond(NamedTuple):
-    """What the columns leave out, for each of their inodes: names that it has there, and of its own names there how
-    many there are, and how many of them are directories."""
+    """The part of a tree that the columns leave out: for each inode of the columns, its names there, and of its own
+    entries there their number, and the number of directories among them."""
 
     names: Array
     entries: Array
@@ -69,7 +69,7 @@ class Beyond(NamedTuple):
 def verify(tree: TreeStream, runs: Runs, allowed: Spans, used: Spans | None = None, *, deleted: bool = False) -> None:
     """Raise FormatError unless columns and page stream are a tree whose frames lie in `allowed`.
 
-    With `deleted` inodes without a name are welcome: those that somebody has open still.
+    With `deleted`, inodes without a name are allowed: programs may have them open.
     `used` are the frames of the runs, if they are known: from millions of runs they take seconds to sort.
     """
     verify_columns(tree, deleted=deleted)
@@ -77,7 +77,7 @@ def verify(tree: TreeStream, runs: Runs, allowed: Spans, used: Spans | None = No
 
 
 def verify_columns(tree: TreeStream, beyond: Beyond | None = None, *, deleted: bool = False) -> None:
-    """Raise FormatError unless columns are a tree, as `verify` does, or a part of one: all but what is `beyond`."""
+    """Raise FormatError unless columns are a tree, as `verify` does, or a tree without the part `beyond`."""
     kinds = tree.inodes["mode"] & np.uint32(0o170000)
     if beyond is None:
         nothing = np.zeros(len(kinds), dtype=np.int64)
@@ -197,7 +197,7 @@ def _verify_each_name_once(tree: TreeStream) -> None:
 
 
 def _shared(keys: Array) -> Array:
-    """Return the places of keys that occur more than once. To sort keys alone is much faster than to sort places."""
+    """Return the places of keys that occur more than once. Sorting keys alone is much faster than sorting places."""
     ordered = np.sort(keys)
     again = ordered[1:][ordered[1:] == ordered[:-1]]
     return np.flatnonzero(among(keys, again)) if len(again) else again
@@ -292,7 +292,7 @@ def _last_not_behind(values: Array, wanted: Array, low: Array, high: Array) -> A
 
 
 def exact_sum(counts: Array) -> int:
-    """Return a sum that does not wrap round: of halves it is safe, for there are less than 2**32 numbers."""
+    """Return a sum that does not wrap round: it adds the 32-bit halves of fewer than 2**32 numbers."""
     low, high = counts & np.uint64(0xFFFFFFFF), counts >> np.uint64(32)
     return int(low.sum()) + (int(high.sum()) << 32)
 
