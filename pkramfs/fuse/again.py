@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Answers to requests that another daemon has done and could not answer any more.
+"""Answers to requests that a daemon had done when it died, before it could answer them.
 
-A daemon dies between the store that makes a request count and its reply. The kernel sends the request again, and to
-do it again would be wrong: the name is there already, or is gone. It is answered from the tree as it is now.
+A daemon may die between the store that makes a request count and its reply. The kernel sends the request again. Doing
+it again would be wrong: the name exists already, or is gone. So the answer is taken from the tree as it is now.
 
     CREATE, MKNOD, MKDIR, SYMLINK, LINK, TMPFILE     the inode that the name stands for
-    OPEN                                             the handle that it was given
-    UNLINK, RMDIR, RENAME, RELEASE, an xattr         it is done
+    OPEN                                             the handle
+    UNLINK, RMDIR, RENAME, RELEASE, an xattr         success
 
-What is left out may be done twice and comes to the same: data at the same place, the same attributes.
+All other requests may be done twice with the same result: data at the same place, the same attributes.
 
 Kernel: fs/fuse/dev.c (fuse_chan_resend)
 """
@@ -29,7 +29,7 @@ _NAME_AT = {Op.MKNOD: wire.MKNOD.size, Op.MKDIR: wire.MKDIR.size, Op.SYMLINK: 0,
 
 
 def resume(operations: Operations) -> None:
-    """Take over from another daemon: all that the kernel may know is known, and what it has forgotten goes."""
+    """Take over from another daemon: count what the kernel may know, and free what it has forgotten."""
     tree = operations.tree
     tree.assume_known()
     operations.translate.guessed.update(tree.writing)
@@ -53,8 +53,7 @@ class Again:
         }
 
     def answer(self, header: Header, body: memoryview, made: int) -> Any:
-        """Return the body of the reply to a request that was done and has made an inode, or 0; None for one that may
-        be done twice."""
+        """Return the body of the reply to a request that was done and `made` an inode (or 0); None: do it again."""
         method = self._table.get(header[1])
         return None if method is None else method(header, body, made)
 
@@ -74,7 +73,7 @@ class Again:
         return None if inode is None else self._entry_and_handle(inode, body)
 
     def _inode(self, made: int) -> Inode | None:
-        """Return the inode that a request has made, if it has."""
+        """Return the inode that a request has made, or None."""
         return self._tree.inodes.get(made)
 
     def _entry_and_handle(self, inode: Inode, body: memoryview) -> Any:

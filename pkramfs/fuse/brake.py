@@ -1,33 +1,35 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""ENOSPC for write(2) before the kernel has taken what there is no room for.
+"""ENOSPC for write(2), before the kernel accepts data for which there is no room.
 
-With the writeback cache write(2) is done when the kernel has the data. A lack of room shows when they are written back:
-who writes without end never hears of it, and what was taken meanwhile is lost (fs/lost). But the kernel asks for the
-attributes of a file before it takes data for it, when those it has are too old, and hands our error on:
+With the writeback cache write(2) returns when the kernel has the data. A lack of room shows only when they are written
+back: a program that writes without end never learns of it, and the accepted data are lost (fs/lost). But before the
+kernel accepts data for a file, it asks for the file's attributes if those in its cache are too old, and passes an error
+on to the program:
 
     write(2) ── attributes good? ─ yes ──────────────────────────────────────▶ the kernel takes the data
                      └ no ── GETATTR of a descriptor ──▶ room? ─ yes ─────────▶ … and for so long it need not ask
                                                           └ no ── ENOSPC
 
-So attributes of a file that is written to are good for as long as the fastest writer takes to fill what is left, and
-where that is little, not at all: then each write(2) asks. /proc says how much it will bring, and where (callers). How
-much the kernel still has nobody says. So all that was let through is expected, less what has arrived since. When what
-is expected and the next write would not fit, the kernel is told to write back, we wait, and know what is left. A write
-that brings no page, for those are there, goes on whatever is left. One is refused if its pages are more than that.
-Before the kernel is told, those are waited for who were let through and have not written yet, some milliseconds.
+So the attributes of a file with writers are valid for as long as the fastest writer takes to fill the remaining room.
+If little room is left they are not valid at all: then each write(2) asks. /proc shows the size and the place of the
+write (callers). The kernel does not tell how many dirty pages it holds. So the pages of every admitted write count as
+*expected*, less those that have arrived since. If the expected pages and the next write would not fit together, the
+daemon tells the kernel to write back, waits, and then knows the room that is left. A write that needs no new page is
+always admitted. Any other write is refused if it needs more pages than there are. Before a write-back the daemon waits,
+some milliseconds, for admitted threads that have not written yet.
 
-Where /proc says nothing each write is believed to bring twice what those before brought. Now and then the kernel is
-told to write back, to see what a write of each file brings, and those are refused who would not fit:
+If /proc shows nothing, a write is assumed to bring twice as much as the writes before. Now and then the kernel is told
+to write back, to measure the writes of each file. Then these files are refused if their next write would not fit:
 
     a file that grew, by its usual write          a file without a page, or that has lost some
 
-Others may be overwriting what they have. If not, they lose one write, and the next is refused.
+Writers of other files may be overwriting. If they are not, they lose one write, and the next one is refused.
 
-Who takes pages without a write (fallocate, copy_file_range) waits for those that are on their way, too.
+Requests that take pages without a write (fallocate, copy_file_range) also wait for expected pages to arrive.
 
-A file of small writes need not ask for some milliseconds. A store through a mapping asks nobody, as little as a write
-through pyfuse3, which does not say who asks. Whoever reads behind the end, or looks for it, asks the same question, and
-is found out by /proc, too.
+A file with small writes need not ask for some milliseconds. A store through a mapping never asks, nor does a write
+through pyfuse3, which does not tell which thread asks. A read behind the end of the file, or a seek to it, asks the
+same question; /proc tells it from a write.
 
 Kernel: fs/fuse/file.c (fuse_cache_write_iter), fs/fuse/dir.c (fuse_update_get_attr)
 """
@@ -75,40 +77,40 @@ _LOOK = 20_000_000
 
 
 class Host(Protocol):
-    """What a brake needs of the mount: fuse.operations."""
+    """The part of the mount that a brake needs: fuse.operations."""
 
     cache: Any
 
     def room(self) -> int:
-        """Return how many pages are to be had, for any tree."""
+        """Return the pages of room in the machine, for any tree."""
 
     def may_forget(self) -> bool:
-        """Return True if the memory of deleted files will come back."""
+        """Return True if the memory of deleted files will be freed soon."""
 
     async def wait_for_room(self) -> None:
-        """Wait for that."""
+        """Wait until it was freed, or will not be."""
 
 
 class Teller(Protocol):
-    """What tells the kernel how long attributes are good: fuse.replies."""
+    """The part that tells the kernel how long attributes are valid: fuse.replies."""
 
     def hold(self, nanoseconds: int) -> None:
-        """Have the attributes of files that are written to be good for so long."""
+        """Make the attributes of files with writers valid for so many nanoseconds."""
 
 
 class _Writer:
-    """A file whose writers ask, as it was when the kernel had written back all, and how often they have asked since."""
+    """A file whose writers ask: its state at the last full write-back, and the number of questions since."""
 
     __slots__ = ("asks", "bytes", "long", "pages", "rested", "size", "usual")
 
     def __init__(self, inode: Inode, usual: int | None = None, *, long: bool = False) -> None:
-        self.bytes = 0  # that the writes brought which asked, where /proc tells
+        self.bytes = 0  # pages that admitted writes brought, by /proc
         self.pages, self.size, self.asks, self.rested = _held(inode), inode.size, 0, False
         self.usual, self.long = usual, long
         """Bytes that a write adds, if known; True if they are known of many writes, so that not each needs to ask."""
 
     def again(self, inode: Inode) -> "_Writer":
-        """Return the file as it is now. What is known of many writes is found out again: they may be larger now."""
+        """Return the present state of the file. Its usual write is measured again: writes may be larger now."""
         if not self.asks or self.rested:
             return _Writer(inode, self.usual)
         grown = max(inode.size - self.size, 0) if _held(inode) > self.pages else 0
@@ -116,12 +118,12 @@ class _Writer:
         return _Writer(inode, grown // self.asks, long=self.asks >= _MANY)
 
     def needs(self, inode: Inode) -> int:
-        """Return the pages that the next write will take, as far as one can know."""
+        """Return an estimate of the pages that the next write will take."""
         return pages(inode.size + self.usual) - pages(inode.size) if self.usual else 0
 
 
 class Brake:
-    """Answers who is about to write whether there is room."""
+    """Tells threads that are about to write whether there is room."""
 
     def __init__(self, tree: Tree, host: Host, teller: Teller) -> None:
         self._tree, self._host, self._teller = tree, host, teller
@@ -142,7 +144,7 @@ class Brake:
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
-        """Have the answer to `ask` that is made here tell the kernel not to ask for a moment, if the file is slow."""
+        """While the answer to `ask` is made, let a slow file's attributes be valid for a moment."""
         if self._rests:
             self._teller.hold(_REST)
         try:
@@ -153,14 +155,14 @@ class Brake:
                 self._rests = False
 
     def glance(self) -> None:
-        """Look whether room is short, now and then: somebody opens a file to write."""
+        """Check now and then whether room is short: a file is opened for writing."""
         if time.monotonic_ns() >= self._next_look:
             self._left()
 
     def ask(self, number: int, pid: int) -> Coroutine[Any, Any, None] | None:
-        """Return None if a write by a thread to a file may go on, or what comes before: it may end with ENOSPC."""
+        """Return None if a thread may write to a file, or a coroutine to run before that, which may raise ENOSPC."""
         left, self._rests = self._left(), False
-        self._flying.pop(pid, None)  # who asks again has written
+        self._flying.pop(pid, None)  # a thread that asks again has written
         if left >= SHORT:
             self._known = False
             self._writers.clear()
@@ -172,7 +174,7 @@ class Brake:
         return None if self._passes(self._tree.inode(number), call, left, pid) else self._settle(number, call, pid)
 
     async def _ask_again(self, number: int, pid: int) -> None:
-        """Answer a thread that has asked and does not wait yet."""
+        """Answer a thread that has asked but does not wait yet."""
         call = None
         for _ in range(_PAUSES):
             await trio.sleep(_PAUSE)
@@ -183,11 +185,11 @@ class Brake:
             await self._settle(number, call, pid)
 
     def taking(self, count: int, act: Callable[[], Result]) -> Result | Coroutine[Any, Any, Result]:
-        """Have an act take up to `count` pages by itself, once what is on its way to those has arrived."""
+        """Run an action that takes up to `count` pages itself, after the expected pages have arrived."""
         if not count:
             return act()
         recent = time.monotonic_ns() < self._next_look
-        if recent and self._seen - count >= 2 * SHORT:  # nobody fills half of that so soon
+        if recent and self._seen - count >= 2 * SHORT:  # no writer fills half of that so soon
             self._seen -= count
             return self._apart(act)
         left = self._left()
@@ -201,7 +203,7 @@ class Brake:
             return self._apart(act)
 
     def _apart(self, act: Callable[[], Result]) -> Result:
-        """Do it, and do not take its pages for those that are on their way."""
+        """Run the action, and do not count its pages as expected pages that have arrived."""
         before = self._tree.limits.pages
         try:
             return act()
@@ -209,7 +211,7 @@ class Brake:
             self._before += max(self._tree.limits.pages - before, 0)
 
     def _passes(self, inode: Inode, call: Call | None, left: int, pid: int) -> bool:
-        """Let another write through if there is room for it, and expect it."""
+        """Admit another write if there is room for it, and expect its pages."""
         if call is None:
             return not self._settling and self._granted(inode, left)
         if not call.count:
@@ -217,7 +219,7 @@ class Brake:
         left -= self._on_its_way()
         count = pages(call.count) + 1
         if not self._known or self._settling or count > left:
-            count = _missing(inode, call, None, count)  # where it ends the kernel knows better than we, for now
+            count = _missing(inode, call, None, count)  # only the kernel knows the end of the file now
             if not count:
                 return True
             if not self._known or self._settling or count > left:
@@ -228,13 +230,13 @@ class Brake:
         return True
 
     def _fly(self, pid: int) -> None:
-        """Note that a thread was let through, and may not have written yet."""
+        """Note that a thread was admitted, and may not have written yet."""
         if len(self._flying) > _FILES:
             self._flying.clear()
         self._flying[pid] = time.monotonic_ns()
 
     async def _landed(self) -> None:
-        """Wait until those have written who were let through: what they write is to be written back, too."""
+        """Wait until admitted threads have written: the write-back must include their data."""
         while self._flying:
             late = time.monotonic_ns() - _FLIGHT
             self._flying = {pid: since for pid, since in self._flying.items() if since > late and _may_write(pid)}
@@ -257,11 +259,11 @@ class Brake:
             writer.asks = writer.bytes = 0
 
     def _on_its_way(self) -> int:
-        """Return the pages that the kernel may still bring."""
+        """Return the expected pages that have not arrived yet."""
         return max(self._expected - max(self._tree.limits.pages - self._before, 0), 0)
 
     def _granted(self, inode: Inode, left: int) -> bool:
-        """Do as `_passes` for a write of which nothing is known."""
+        """Do as `_passes` for a write of which /proc shows nothing."""
         writer = self._writers.get(inode.ino)
         if not self._known or writer is None:
             return False
@@ -293,18 +295,18 @@ class Brake:
         self._expected += count
 
     async def _settle(self, number: int, call: Call | None, pid: int) -> None:
-        """Have what is on its way arrive, and refuse the writer if there is no room for more."""
+        """Make the expected pages arrive, and refuse the writer if there is no room for more."""
         async with self._one:
             inode = self._tree.inode(number)
             if self._passes(inode, call, self._left(), pid):
-                return  # others have settled meanwhile
+                return  # another writer has settled meanwhile
             await self._write_back()
             writer = self._writers.setdefault(inode.ino, _Writer(inode))
             needed = self._needed(inode, writer, call)
             if self._free() < needed and self._host.may_forget():
                 await self._host.wait_for_room()
             if self._free() < needed:
-                writer.usual = None  # the next may be smaller
+                writer.usual = None  # the next write may be smaller
                 raise fail(errno.ENOSPC)
             self._grant(writer, self._may_bring(writer) if call is None else needed)
             self._fly(pid)
@@ -316,11 +318,11 @@ class Brake:
         return max(writer.needs(inode), int(not _held(inode) or inode.ino in self._tree.losses.files))
 
     def _free(self) -> int:
-        """Return the pages of room for which nobody was let through."""
+        """Return the pages of room that are not expected to be filled."""
         return self._left() - self._on_its_way()
 
     async def _write_back(self) -> None:
-        """Have the kernel write back, and let nobody through meanwhile who brings more."""
+        """Make the kernel write back, and admit no new pages meanwhile."""
         self._settling = True
         try:
             await self._landed()
@@ -330,7 +332,7 @@ class Brake:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        """Take all files as they are now: what was written to them is here."""
+        """Note the present state of all files: everything written to them has arrived."""
         writers = self._writers.items()
         self._writers = {
             ino: writer.again(self._tree.writing[ino]) for ino, writer in writers if ino in self._tree.writing
@@ -341,7 +343,7 @@ class Brake:
         self._known, self._expected, self._before = True, 0, self._tree.limits.pages
 
     def _left(self) -> int:
-        """Return the pages of room, and tell for how long that will do."""
+        """Return the pages of room, and set for how long attributes are valid with so much room."""
         limits = self._tree.limits
         left = self._host.room()
         if limits.max_pages:
@@ -357,7 +359,7 @@ def _held(inode: Inode) -> int:
 
 
 def _missing(inode: Inode, call: Call, size: int | None, most: int) -> int:
-    """Return the pages that a write to a file of that size takes; `most` if nobody knows where it goes."""
+    """Return the pages that a write to a file of that size takes; `most` if its place is not known."""
     start = call.place(size)
     if start is None:
         return most

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a thread that waits for an answer is about to do with a file, read from /proc: FUSE does not say.
+"""The system call in which a thread waits for an answer, read from /proc, because FUSE does not tell.
 
-A thread that waits for us is inside a system call, and /proc/PID/syscall shows which, with its arguments. Where the
-file stands, and whether it is open to append, is in /proc/PID/fdinfo. Both hold still while it waits: other threads
-that use the same descriptor wait for the same lock.
+A thread that waits for the daemon is inside a system call, and /proc/PID/syscall shows the call with its arguments.
+/proc/PID/fdinfo shows the position of the file, and whether it is open to append. Neither changes while the thread
+waits: other threads that use the same descriptor wait for the same lock.
 
-The answer is None where nobody can know: the thread has ended or is in another pid namespace, Yama or another user's
-rights forbid to look, or the call has no place or length of its own (io_uring, splice, asynchronous I/O).
+The answer is None if it cannot be known: the thread has ended or is in another pid namespace, Yama or the rights of
+another user forbid the access, or the call has no place or length of its own (io_uring, splice, asynchronous I/O).
 
 Kernel: fs/proc/base.c (proc_pid_syscall), fs/proc/fd.c (seq_show), include/uapi/linux/fs.h (RWF_APPEND)
 """
@@ -33,7 +33,7 @@ _BIT63 = 1 << 63
 
 
 class Call:
-    """A call that brings `count` bytes: none if it only reads."""
+    """A call that writes `count` bytes, 0 if it only reads."""
 
     __slots__ = ("_append", "_fd", "_pid", "_start", "count")
 
@@ -42,7 +42,7 @@ class Call:
         self.count = count
 
     def place(self, size: int | None) -> int | None:
-        """Return where in a file of that size the bytes go; None if that cannot be read, or `size` is not known."""
+        """Return the offset of the bytes in a file of that size; None if it cannot be read, or `size` is not known."""
         try:
             with open(f"/proc/{self._pid}/fdinfo/{self._fd}", "rb", buffering=0) as file:
                 _, position, _, flags, *_ = file.read(64).split()
@@ -54,11 +54,11 @@ class Call:
 
 
 def look(pid: int) -> Call | None:
-    """Return what a thread is about to do; raise BlockingIOError while it has not begun to wait."""
+    """Return the call of a thread; raise BlockingIOError while it has not begun to wait."""
     try:
         with open(f"/proc/{pid}/syscall", "rb", buffering=0) as file:
             number, *words = file.read(256).split()
-    except (OSError, ValueError):  # ValueError: it has just ended
+    except (OSError, ValueError):  # ValueError: the thread has just ended
         return None
     if number == b"running":
         raise BlockingIOError(errno.EAGAIN, "it is running", f"/proc/{pid}/syscall")
@@ -76,13 +76,13 @@ def _understood(pid: int, number: int, arguments: list[int]) -> Call | None:
     count = length if number in (_WRITE, _PWRITE) else _vector(pid, buffer, length)
     if count is None:
         return None
-    placed = number not in (_WRITE, _WRITEV) and not (number == _PWRITEV2 and start & _BIT63)  # -1: where it stands
+    placed = number not in (_WRITE, _WRITEV) and not (number == _PWRITEV2 and start & _BIT63)  # -1: current
     append = number == _PWRITEV2 and bool(flags & _RWF_APPEND)
     return Call(pid, fd & 0xFFFFFFFF, min(count, _LARGEST), start if placed else None, append=append)
 
 
 def _vector(pid: int, buffer: int, length: int) -> int | None:
-    """Return how many bytes a vector of buffers holds; None if it cannot be read."""
+    """Return the bytes of a vector of buffers (iovec); None if it cannot be read."""
     try:
         with open(f"/proc/{pid}/mem", "rb", buffering=0) as file:
             raw = os.pread(file.fileno(), min(length, _VECTORS) * 16, buffer)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Count requests by kind, and time some, where another process can read it and the daemon does nothing for it.
+"""Counters of requests by kind, some of them timed, in memory that another process reads without the daemon's help.
 
     words   0  the layout's version         2  bytes of replies of a page or more
             1  bytes of requests, likewise  8  requests of each kind (opcodes below KINDS)
             8 + KINDS  for each kind: nanoseconds, then how many took less than 2, 4, 8 … 2^31 ns
 
-They lie in a memfd of the daemon, which `pkramctl metrics` finds in /proc/PID/fd: no verb, no file that stays. A word
-is stored whole, so a reader sees a number of before or after.
+The words are in a memfd of the daemon, which `pkramctl metrics` finds in /proc/PID/fd. A word
+is stored whole, so a reader sees the number before or after a change.
 
 All requests are counted. Only the first of a turn (turns.py) is timed: one that came after a pause, or one in 5 ms of
 requests without a pause; reading the clock twice for each would cost more than all the rest. Time is what the daemon
@@ -36,7 +36,7 @@ _FOUND = (f"/memfd:{_NAME} (deleted)", f"/memfd:{_NAME}")
 
 
 class Snapshot(NamedTuple):
-    """What a daemon has counted: bytes each way, requests by opcode, and of the timed ones nanoseconds and buckets."""
+    """The counters of a daemon: bytes each way, requests by opcode, and nanoseconds and buckets of timed requests."""
 
     received: int
     sent: int
@@ -45,11 +45,11 @@ class Snapshot(NamedTuple):
 
 
 def make() -> memoryview:
-    """Return the words, shared if the host allows it; a daemon that cannot share them counts for itself."""
+    """Return the words, shared if the host allows it; otherwise they are private to the daemon."""
     try:
         fd = os.memfd_create(_NAME, os.MFD_CLOEXEC)
         os.ftruncate(fd, WORDS * 8)
-        shared = mmap.mmap(fd, WORDS * 8)  # keeps a descriptor of its own, by which it is found
+        shared = mmap.mmap(fd, WORDS * 8)  # keeps a descriptor of its own, by which readers find it
         os.close(fd)
     except OSError as error:
         log.info("requests are counted, but nobody can read it: %s", explain(error))
@@ -67,12 +67,12 @@ def note(words: memoryview, kind: int, nanoseconds: int) -> None:
 
 
 def read(pid: int) -> Snapshot | None:
-    """Return what the daemon `pid` has counted; None if it is gone, another user's, or of an older version."""
+    """Return the counters of daemon `pid`; None if it is gone, another user's, or of an older version."""
     directory = f"/proc/{pid}/fd"
     try:
         names = os.listdir(directory)
     except OSError:
-        return None  # it has ended, or we may not look
+        return None  # the process has ended, or is not readable
     for name in names:
         path = os.path.join(directory, name)
         with contextlib.suppress(OSError):  # closed since

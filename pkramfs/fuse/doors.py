@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What FUSE's requests cannot say: hole punching and the like, through extended attributes of a file.
+"""Operations for which FUSE has no request: hole punching and the like, through extended attributes of a file.
 
     setfattr -n user.pkramfs.punch    -v OFFSET:LENGTH FILE     FALLOC_FL_PUNCH_HOLE
     setfattr -n user.pkramfs.allocate -v OFFSET:LENGTH FILE     FALLOC_FL_KEEP_SIZE: pages now, or ENOSPC
     setfattr -n user.pkramfs.sparsify FILE                      pages that are all zeros become holes
     getfattr -n user.pkramfs.sparsify --only-values FILE        the same, and how many pages that were
-    getfattr -n user.pkramfs.extents[.OFFSET] --only-values FILE    what is no hole: `offset:length` lines
+    getfattr -n user.pkramfs.extents[.OFFSET] --only-values FILE    parts that are no holes: `offset:length` lines
 
 pyfuse3 has no request for any of them, and setxattr(2) is the one call that carries a file and a text.
-These attributes are orders, not values: they are in no listing and in no preserved tree. After a setxattr(2) the kernel
-sets the change time of the file. So there is a way around it for the order that changes no contents, while somebody has
-the file open for writing: a restored tree without zeros stays preserved.
+These attributes are commands, not values: they are in no listing and in no preserved tree. After a setxattr(2) the
+kernel sets the change time of the file. So a command that changes no contents can also be given by getxattr(2), while a
+program has the file open for writing: a restored tree without zeros stays preserved.
 
-A page that is punched may also lie in the kernel's cache, changed or not. So the kernel is told to let
-go of the file before (what is changed reaches us first) and after (what was read meanwhile). Telling
-it waits for its WRITEs, which we must answer: hence a thread, and few at a time. Writers stay
-out for as long: setxattr(2) holds the inode's lock, as write(2) does. Through a mapping one can
-write meanwhile, as with a real fallocate.
+A page that is punched may also be in the kernel's cache, dirty or not. So the kernel is told to drop its pages of
+the file before the punch (dirty data arrive first) and after it (pages that were read meanwhile). This notification
+waits for WRITEs, which the daemon must answer: hence a thread, and few pages at a time. Writers wait for as long,
+because setxattr(2) holds the inode's lock, as write(2) does. Stores through a mapping are possible meanwhile, as with
+a real fallocate.
 
 Kernel: mm/shmem.c (shmem_fallocate), fs/fuse/inode.c (fuse_reverse_inval_inode)
 """
@@ -44,7 +44,7 @@ _THREADS = 4
 
 
 class Cache:
-    """The kernel's cache of our files, which it lets go of when told: through `device`, or by pyfuse3's session."""
+    """The kernel's cache of the mount's files, and notifications to drop it: through `device`, or pyfuse3's session."""
 
     def __init__(self) -> None:
         self.device: int | None = None
@@ -55,14 +55,14 @@ class Cache:
         self._closed: trio.Event | None = None
 
     async def drop(self, number: int, offset: int = 0, length: int = 0) -> None:
-        """Have the kernel write back and forget the data of an inode (a length of 0: from `offset` to its end).
+        """Make the kernel write back and drop the data of an inode (a length of 0: from `offset` to its end).
 
         It may wait for WRITEs to be answered.
         """
         await self._in_thread(partial(self._drop, number, offset, length))
 
     async def drop_all(self, numbers: Iterable[int]) -> None:
-        """Have the kernel write back and forget the data, the attributes and the listings of many inodes."""
+        """Make the kernel write back and drop the data, the attributes and the listings of many inodes."""
         await self._in_thread(partial(self._drop_each, numbers))
 
     async def _in_thread(self, work: Callable[[], None]) -> None:
@@ -78,21 +78,21 @@ class Cache:
                 self._closed.set()
 
     async def close(self) -> None:
-        """Take no more, and wait for those under way, while there still is somebody to answer them.
+        """Accept no more notifications, and wait for those under way, while requests are still answered.
 
-        A thread that waits for a WRITE which nobody will answer cannot even be killed, and with it stay
-        the process and all who use the mount.
+        A thread that waits for a WRITE without an answer cannot even be killed; it would keep the process and all
+        users of the mount waiting.
         """
         self._closed = trio.Event()
         if self._going:
             await self._closed.wait()
 
     def drop_attributes(self, number: int) -> None:
-        """Have the kernel ask for the attributes again. Never waits."""
+        """Make the kernel ask for the attributes again. Never waits."""
         self.knows(number)
 
     def knows(self, number: int) -> bool:
-        """Return True if the kernel has an inode with this number; it asks for its attributes again."""
+        """Return True if the kernel has an inode with this number; it then asks for its attributes again."""
         try:
             self._tell(number, -1, 0)
         except FileNotFoundError:
@@ -109,7 +109,7 @@ class Cache:
             self._drop(number, 0, 0)
 
     def _drop(self, number: int, offset: int, length: int) -> None:
-        with contextlib.suppress(FileNotFoundError):  # it has none of it
+        with contextlib.suppress(FileNotFoundError):  # the kernel has no pages of the inode
             self._tell(number, offset, length)
 
     def _tell(self, number: int, offset: int, length: int) -> None:
@@ -141,7 +141,7 @@ def parse_start(name: bytes) -> int:
 
 
 def listing(extents: Iterable[tuple[int, int]]) -> bytes:
-    """Return lines of `offset:length`, as many as an attribute can hold; the caller asks again for the rest."""
+    """Return lines of `offset:length`, as many as fit into an attribute; the caller asks again for the rest."""
     found = bytearray()
     for offset, length in extents:
         found += b"%d:%d\n" % (offset, length)
@@ -151,7 +151,7 @@ def listing(extents: Iterable[tuple[int, int]]) -> bytes:
 
 
 async def in_turn(act: Callable[[int, int], Awaitable[int]], windows: Iterable[tuple[int, int]]) -> int:
-    """Do it to each window, others having a turn in between, and return the sum."""
+    """Call the function for each window, with a turn for other requests in between, and return the sum."""
     found = 0
     for first, last in list(windows):
         found += await act(first, last)

@@ -3,23 +3,22 @@
 
     kernel ──request──▶ read ──▶ Requests ──▶ Operations ──▶ write ──reply──▶ kernel
                          │           │
-                         │           └─ it has to wait (room, the kernel's cache): a task answers later
-                         └─ the device is gone: pyfuse3 finds out for itself, and ends its loop
+                         │           └─ a request that has to wait (room, the kernel's cache): a task answers later
+                         └─ the device is gone: pyfuse3 sees this, too, and ends its loop
 
-pyfuse3 asks whether there is something to read and is not told while all can be answered here. What a
-request costs by way of libfuse, pyfuse3 and a coroutine is saved, and requests that they do not know are
-possible. They stay a complete path of their own: without a filter (`-o fuse=pyfuse3`) every request is theirs, served
-by the same Operations.
+pyfuse3 waits for something to read, and is not woken while all requests can be answered here. This saves the cost of
+libfuse, pyfuse3 and a coroutine for each request, and allows requests that they do not know. They stay a complete path:
+without a filter (`-o fuse=pyfuse3`) they get every request, and the same Operations serve it.
 
-What a request has changed is committed before it is answered (fs/journal), in one place: where the reply is written.
+The changes of a request are committed before it is answered (fs/journal), in one place: where the reply is written.
 
 No request ends the mount, and none is left without an answer:
 
     shorter than a header, or of another length than it says     no answer is possible, or EINVAL
-    an opcode that nobody knows                                  ENOSYS, and the kernel does not ask again
+    an unknown opcode                                            ENOSYS, and the kernel does not ask again
     cut, or a name without an end                                EINVAL
-    INTERRUPT                                                    ENOSYS: nothing here waits for long
-    a reply that the kernel does not want any more               that was aborted, nobody waits for it
+    INTERRUPT                                                    ENOSYS: no request waits for long
+    a reply to an aborted request                                is dropped: no program waits for it
     a reply that the kernel refuses                              EIO in its place
     a change that cannot be committed                            ENOSPC in its place
 
@@ -73,7 +72,7 @@ RESENT = 1 << 63
 
 
 class Filter:
-    """What is read from the descriptor `fd` and answered there."""
+    """Reads requests from the descriptor `fd` and answers them there."""
 
     def __init__(self, requests: Requests, fd: int, spawn: Spawn) -> None:
         self.operations, self.fd, self._spawn, self._requests = requests.operations, fd, spawn, requests
@@ -82,7 +81,7 @@ class Filter:
         self._table, self._commit = requests.table, requests.tree.commit
         self.words = counters.make()
         self._counts = self.words[counters.COUNTS : counters.TIMES]
-        self._buffer = bytearray(b"\1") * ROOM  # touched: who dies while the kernel faults in a page loses a request
+        self._buffer = bytearray(b"\1") * ROOM  # touched: a death in the middle of a page fault would lose a request
         self._view, self._into = memoryview(self._buffer), [self._buffer]
         self._stream = Stream(self._buffer, requests.tree.ram)
         self.operations.cache.device = fd
@@ -93,7 +92,7 @@ class Filter:
         return sum(self._counts)
 
     def serve(self) -> bool:
-        """Read one request, if there is one, and answer it; False when the device is gone."""
+        """Read one request, if there is one, and answer it; return False when the device is gone."""
         streams = self._stream.left
         try:
             length = self._stream.take(self.fd) if streams else _readv(self.fd, self._into)
@@ -123,14 +122,14 @@ class Filter:
         return True
 
     def _look_for_stream(self, header: Header) -> None:
-        """Take the next requests through a pipe, behind a large WRITE that is new and comes from the page cache."""
+        """Take the next requests through a pipe after a large WRITE from the page cache."""
         if self._buffer[_FLAGS] & wire.WRITE_CACHE and not header[2] & RESENT:
             self._stream.expect()
 
     def _streamed(self, header: Header, length: int) -> bool:
-        """Serve a large WRITE whose data are still in the pipe; False if it is another request, or was not stored.
+        """Serve a large WRITE whose data are still in the pipe; return True if they were stored.
 
-        Then all of it is in the buffer, to be served like any other.
+        Otherwise the whole request is in the buffer, to be served like any other.
         """
         if length <= LARGE:
             self._stream.missed()
@@ -149,7 +148,7 @@ class Filter:
         return False
 
     def _stored(self, handle: int, offset: int, data: Piped) -> bool:
-        """Return True if all of it is stored. What is in the way of that the usual way meets, too, and tells."""
+        """Return True if all of it was stored. The usual path meets the same obstacle, and reports it."""
         try:
             self.operations.spare.expect()
             return self._requests.tree.write(handle, offset, data, stamp=False) == len(data)
@@ -167,8 +166,8 @@ class Filter:
         return there
 
     def rest(self) -> None:
-        """Do what waited until nobody asks for anything."""
-        with contextlib.suppress(OSError, MemoryError):  # it stays noted, and nobody was promised anything
+        """Do the work that waited until no request is there."""
+        with contextlib.suppress(OSError, MemoryError):  # the notes stay, and no answer depends on them
             self._requests.tree.tell()
 
     def answer(self, header: Header, body: memoryview) -> None:
@@ -182,7 +181,7 @@ class Filter:
         except OSError as error:
             code = error.errno or errno.EIO
             if code == errno.ENOSPC and self.operations.may_forget():
-                self._uncommitted(0)  # what it has changed and cut, before others write there
+                self._uncommitted(0)  # commits its changes, and clears what it cut, before others write there
                 self._later(self._when_there_is_room, header, bytes(body))
                 return
         except FUSEError as error:
@@ -216,12 +215,12 @@ class Filter:
     # -- after another daemon --------------------------------------------------------------------
 
     def resume(self, done: dict[int, int], *, suspect: bool, well: Callable[[], object]) -> None:
-        """Have the kernel send again what another daemon has read and not answered.
+        """Make the kernel send again the requests that another daemon has read and not answered.
 
-        The requests in `done` were done (see Journal), and are answered from what has become of them. One of them is
-        unanswered, or several where who took over died, too: each does others first. All others were not done; if
-        they are `suspect` they are refused, because one may be what the others died of. `well` is called when they
-        are behind us.
+        The requests in `done` were done (see Journal), and are answered from their results. There is one such
+        request, or several if a daemon died during a takeover, too: each daemon does others first. All other
+        requests were not done. If they are `suspect` they are refused, because one of them may have killed the
+        daemons before. `well` is called when all of them are answered.
         """
         self._well: Callable[[], object] | None = well
         self._done = {number | RESENT: made for number, made in done.items()}
@@ -250,12 +249,12 @@ class Filter:
     # -- answering later ------------------------------------------------------------------------
 
     def _later(self, work: Callable[..., Any], header: Header, what: Any) -> None:
-        """Have a task go on with a request that has to wait."""
+        """Start a task that finishes a request that has to wait."""
         self.waiting += 1
         self._spawn(work, header, what)
 
     async def _when_there_is_room(self, header: Header, body: bytes) -> None:
-        """Serve a request again for which there was no room, after the kernel has let go of something."""
+        """Serve a request again that found no room, after the kernel has freed some."""
         try:
             await self.operations.wait_for_room()
         finally:
@@ -263,7 +262,7 @@ class Filter:
             self.answer(header, memoryview(body))
 
     async def _when_it_is_done(self, header: Header, work: Any) -> None:
-        """Answer with what a handler that waits comes to."""
+        """Answer with the result of a handler that waits."""
         try:
             found = await work
         except FUSEError as error:
@@ -305,11 +304,11 @@ class Filter:
                 self._send_error(number, errno.EIO)
 
     def _reply_error(self, number: int, code: int) -> None:
-        """Answer with an errno. A request that is refused may have changed something, too."""
+        """Answer with an errno. A refused request may have changed something, too."""
         self._send_error(number, self._uncommitted(0) or code)
 
     def _uncommitted(self, number: int) -> int:
-        """Commit what the request with this number has changed; return 0, or the errno if that is not possible."""
+        """Commit the changes of the request with this number; return 0, or the errno if that fails."""
         try:
             self._commit(number)
         except (OSError, MemoryError) as error:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which accesses the mount's flags ask to be noted, as they are now.
+"""Which accesses are noted by the present flags of a mount.
 
-FUSE's kernel leaves access times to the daemon and does not say with which flags a file was reached. They
-stand in mountinfo, where a remount, by whatever program, shows before it returns: poll(2) says then that
-something was mounted or changed, and our line is read again.
+FUSE's kernel leaves access times to the daemon and does not send the flags of the mount. They are in mountinfo,
+which shows every remount before it returns: poll(2) then reports that a mount has changed, and the line of this
+mount is read again.
 
-A tree may lie in several places (bind mounts) with other flags each: those of its own mount point count, or,
-where it is not there any more, of the first place.
+A tree may be mounted in several places (bind mounts) with different flags. Those of its own mount point count, or,
+if it is no longer there, those of the first place.
 
 Kernel: fs/proc_namespace.c (mounts_poll), fs/namespace.c (touch_mnt_namespace)
 """
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class MountFlags:
-    """The rule for access times of one mount: call it to know what applies now."""
+    """The rule for access times of one mount; calling it returns the present rule."""
 
     def __init__(self, dev: int, mountpoint: str) -> None:
         self._dev, self._mountpoint, self._rule = dev, mountpoint, Access()
@@ -40,7 +40,7 @@ class MountFlags:
         return self._rule
 
     def close(self) -> None:
-        """Let go of the table."""
+        """Close the table."""
         self._table.close()
 
     def _read(self) -> None:
@@ -50,11 +50,11 @@ class MountFlags:
             log.warning("access times go on as they are: %s", explain(error))
             return
         here = [mounted for mounted in found if mounted.mountpoint == self._mountpoint] or found
-        if here:  # else it is detached, and whoever is still inside goes on as before
+        if here:  # otherwise the mount is detached, and the last rule stays for its users
             self._rule = rule(here[0].flags)
 
 
 def rule(flags: int) -> Access:
-    """Return what MS_ flags, as mountinfo shows them, say about access times."""
+    """Return the rule for access times by MS_ flags, as mountinfo shows them."""
     noted = not flags & (MS_NOATIME | MS_RDONLY)
     return Access(noted, noted and not flags & MS_NODIRATIME, noted and not flags & MS_RELATIME)

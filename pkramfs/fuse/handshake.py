@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""INIT: what kernel and daemon agree on, said by us instead of by libfuse.
+"""INIT: kernel and daemon agree on features, which this module chooses instead of libfuse.
 
-    kernel ──INIT──▶ we read it, choose, answer ──▶ kernel
+    kernel ──INIT──▶ read it, choose, answer ──▶ kernel
                           │
                           └─ the same INIT, through a socket pair ─▶ libfuse
-                                        its answer goes nowhere; from then on it reads /dev/fuse
+                                        its answer is dropped; from then on it reads /dev/fuse
 
-libfuse and pyfuse3 do not let a file system choose all that FUSE offers. What we choose else:
+libfuse and pyfuse3 do not let a file system choose all features of FUSE. These are chosen here:
 
     HANDLE_KILLPRIV_V2   the kernel need not ask for security.capability before each write
                          (20 times the speed of small cached writes)
-    DONT_MASK            the umask is ours to apply: not where a default ACL rules
+    DONT_MASK            the daemon applies the umask, except where a default ACL replaces it
     CACHE_SYMLINKS       a link's target is asked for once
     PARALLEL_DIROPS      look-ups in one directory do not wait for each other
 
-and no AUTO_INVAL_DATA: nobody but the kernel changes a file, so its pages stay true.
+and no AUTO_INVAL_DATA: only the kernel changes files, so its pages stay valid.
 
-Nor ASYNC_DIO. With it the kernel lets go of cached pages before an asynchronous O_DIRECT write (libaio, io_uring)
-and not again when the write is done. What another process reads meanwhile stays in the cache as it was, for good, and
-the next buffered write of one byte puts the stale page back over the direct write. Without it the kernel waits
-for each such write, as for a synchronous one, and then lets go again.
+Nor ASYNC_DIO. With it the kernel drops cached pages before an asynchronous O_DIRECT write (libaio, io_uring), but not
+again when the write is done. A page that another process reads meanwhile stays in the cache with the old data, and the
+next buffered write of one byte writes the stale page over the direct write. Without the feature the kernel waits for
+each such write, as for a synchronous one, and then drops the pages again.
 
 `Operations.init` is called while libfuse works on its INIT, before anything else is read: there
 the real descriptor takes the place of the socket, by dup2. (Later would be too late: trio would go on
@@ -94,12 +94,12 @@ def read_init(fd: int) -> Init:
 
 
 def choose(offered: int) -> int:
-    """Return the features that we want of those that the kernel offers."""
+    """Return the features to use, of those that the kernel offers."""
     return offered & WANTED
 
 
 def answer(init: Init, wanted: int = 0) -> bytes:
-    """Return our reply to the kernel; `wanted` are features of the second word."""
+    """Return the reply to the kernel; `wanted` are features of the second word."""
     more = wanted & init.more if init.flags & INIT_EXT else 0
     body = _INIT_REPLY.pack(
         MAJOR,
@@ -134,7 +134,7 @@ class Handshake:
 
     @classmethod
     def again(cls, device: int, init: Init) -> "Handshake":
-        """Return one for a connection on which another process has answered INIT already."""
+        """Return a Handshake for a connection on which another process has already answered INIT."""
         one = cls.__new__(cls)
         one._introduce(device, init)
         return one

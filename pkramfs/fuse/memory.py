@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A daemon that may have no more memory (RLIMIT_AS, or a host without overcommit) refuses, and goes on answering.
+"""A daemon without more memory (RLIMIT_AS, or a host without overcommit) refuses growth, and still answers requests.
 
-    enough       each request that makes the tree larger is worked on
-    no more      what was kept for that moment is let go, so that answering goes on; such requests are ENOMEM ...
-    enough again ... until as much can be kept again
+    enough       each request that makes the tree larger is served
+    no more      the spare memory is freed, so that answering goes on; such requests fail with ENOMEM ...
+    enough again ... until as much spare memory can be allocated again
 
-What fails first need not be a handler, whose caller can be told: pyfuse3 and trio need memory, too, and a request that
-is lost there is never answered. So it is seen beforehand whether a few MiB can be had. Where memory is short in
-spite of it the process ends (session.py, daemon/mount.py), which wakes whoever waits for an answer.
+The first failure need not be in a handler, whose caller gets an errno: pyfuse3 and trio need memory, too, and a request
+that is lost there is never answered. So the daemon checks beforehand whether it can allocate a few MiB. If memory is
+short in spite of that, the process ends (session.py, daemon/mount.py), which wakes all programs that wait for an
+answer.
 
 Kernel: mm/util.c (__vm_enough_memory), mm/mmap.c (may_expand_vm)
 """
@@ -22,14 +23,14 @@ log = logging.getLogger(__name__)
 
 
 class Spare:
-    """Address space that is there for answers only."""
+    """Address space that is kept for answers only."""
 
     def __init__(self) -> None:
         self._kept: mmap.mmap | None = mmap.mmap(-1, _SPARE)
         self._grown = 0
 
     def expect(self) -> None:
-        """Raise MemoryError if there is not enough to make the tree larger and still to answer whoever asks."""
+        """Raise MemoryError unless there is enough to make the tree larger and still answer requests."""
         self._grown += 1
         if self._kept is not None and self._grown % _EACH:
             return
@@ -41,7 +42,7 @@ class Spare:
             raise MemoryError from None
 
     def let_go(self) -> None:
-        """Have memory for answers, and for the log, which is told once."""
+        """Free the spare memory for answers; note this in the daemon's log once."""
         if self._kept is not None:
             self._kept.close()
             self._kept = None

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The net below request handlers: whatever one raises becomes an errno, for nothing else may reach pyfuse3.
+"""The net below request handlers: every exception becomes an errno, because nothing else may reach pyfuse3.
 
     OSError           its errno
-    ENOSPC            once more, when the kernel has let go of what was just deleted (see operations)
-    MemoryError       ENOMEM, and nothing may grow until there is more again (memory.py)
-    anything else     EIO, the traceback in the daemon's log; the mount lives on
+    ENOSPC            tried once more, after the kernel has forgotten deleted inodes (see operations)
+    MemoryError       ENOMEM, and the tree may not grow until there is more memory (memory.py)
+    anything else     EIO, with the traceback in the daemon's log; the mount goes on
 
-Whatever it was, what the handler has changed outlives the daemon before pyfuse3 tells the kernel.
+In every case the changes of the handler are committed before pyfuse3 answers the kernel.
 
 Kernel: fs/fuse/dev.c (fuse_dev_do_write, which takes an errno from 0 to 511)
 """
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Forgetful(Protocol):
-    """What can wait until the kernel has let go of deleted inodes."""
+    """An object that can wait until the kernel has forgotten deleted inodes."""
 
     spare: Spare
     tree: Tree
@@ -73,7 +73,7 @@ def request(
 def waiting(
     handler: Callable[Concatenate[H, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[H, P], Coroutine[Any, Any, T]]:
-    """Make a request handler of a coroutine that is made of handlers that do not wait."""
+    """Make a request handler of a coroutine that calls handlers that do not wait."""
 
     @functools.wraps(handler)
     async def answer(self: H, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -94,7 +94,7 @@ def waiting(
 
 
 def commit(operations: Forgetful) -> None:
-    """Commit what a handler has changed; raise FUSEError if that is not possible."""
+    """Commit the changes of a handler; raise FUSEError if that fails."""
     try:
         operations.tree.commit()
         operations.tree.tell()
@@ -104,9 +104,9 @@ def commit(operations: Forgetful) -> None:
 
 
 def commit_again(operations: Forgetful, error: OSError | MemoryError, number: int = 0) -> int:
-    """Commit once more if memory was short, with that which was kept; return 0, or the errno if it does not help.
+    """Commit once more if memory was short, with the spare memory; return 0, or the errno if that fails, too.
 
-    What is not committed stays noted: the next commit has it, too.
+    Changes that are not committed stay noted, for the next commit.
     """
     if isinstance(error, MemoryError):
         operations.spare.let_go()
@@ -121,7 +121,7 @@ def commit_again(operations: Forgetful, error: OSError | MemoryError, number: in
 
 
 def told(error: Exception) -> int:
-    """Return the errno of what a handler raised."""
+    """Return the errno for an exception of a handler."""
     return errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None) or errno.EIO
 
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One method for each kind of request: from pyfuse3's words to the tree's and back.
+"""One method for each kind of request, from pyfuse3's arguments to the tree's and back.
 
 Handlers are ordinary functions; net.request makes the coroutine that pyfuse3 wants and the net below
 it. They never wait, so each request is atomic and the answer may be a view of RAM or an object that
 is used again for the next answer.
 
-`rm big; cp other .` works on a full tmpfs. Here the memory of a deleted file comes back with the
-kernel's FORGET, which it sends after other requests. So a request that found no room waits, bounded
-and outside the handler, for the next FORGET while deleted inodes are left that nobody has open.
+`rm big; cp other .` works on a full tmpfs. Here the memory of a deleted file is freed by the kernel's
+FORGET, which it sends after other requests. So a request that found no room waits, for a limited time and
+outside the handler, for the next FORGET, as long as there are deleted inodes that no program has open.
 
-A write that did not fit whole is ENOSPC, not a short count: behind the writeback cache nobody reads
-the count, and the rest would be lost in silence. The error reaches the program at close or fsync, if it
-asks: the kernel keeps it with the inode (errseq). For those that do not ask the tree remembers what is lost.
+A write that does not fit whole fails with ENOSPC instead of a short count: behind the writeback cache no
+program reads the count, and the rest would be lost silently. A program that calls close or fsync gets the
+error, which the kernel keeps with the inode (errseq). For other programs the tree records the loss.
 
 References: an inode that is named in an answer to look-up, create, mknod, mkdir, symlink, link or
 readdir (but for `.` and `..`) is remembered by the tree; the kernel gives that back with FORGET.
@@ -80,12 +80,12 @@ class Operations(pyfuse3.Operations):
         self.spare = Spare()
 
     def answer_with(self, translator: Translator | Replies) -> None:
-        """Have handlers answer in these words: pyfuse3's, or the kernel's own."""
+        """Make handlers answer through this translator: pyfuse3's, or the kernel's own."""
         self.translate = cast(Translator, translator)
         self.entry, self._attributes = self.translate.entry, self.translate.attributes
 
     def may_forget(self) -> bool:
-        """Return True if deleted inodes wait for nothing but a FORGET, and waiting for it is worth while."""
+        """Return True if a FORGET would free deleted inodes, and is worth waiting for."""
         orphans = self.tree.orphans
         if not orphans or self._hopeless == orphans.keys():
             return False
@@ -96,7 +96,7 @@ class Operations(pyfuse3.Operations):
         waited = set(self.tree.orphans)
         if self._forgot is None:
             self._forgot = trio.Event()
-        with trio.move_on_after(_FORGET_SECONDS, shield=True) as waiting:  # or nobody would answer the request
+        with trio.move_on_after(_FORGET_SECONDS, shield=True) as waiting:  # otherwise the request would get no answer
             await self._forgot.wait()
         if waiting.cancelled_caught:
             self._hopeless = waited
@@ -105,13 +105,13 @@ class Operations(pyfuse3.Operations):
         self.ready()
 
     def drop_attributes(self) -> None:
-        """Have the kernel ask for the attributes of every file again."""
+        """Make the kernel ask for the attributes of every file again."""
         for inode in self.tree.inodes.values():
             if inode.lookups:
                 self.cache.drop_attributes(inode.ino)
 
     def named(self, inode: Inode) -> EntryAttributes:
-        """Give the kernel a reference; return the answer that does."""
+        """Count a reference of the kernel, and return the answer that gives it."""
         self.tree.remember(inode)
         return self.entry(inode)
 
@@ -128,7 +128,7 @@ class Operations(pyfuse3.Operations):
             commit(self)
 
     def forgotten(self, inodes: Sequence[tuple[int, int]]) -> None:
-        """Take back references that the kernel has given up: pairs of an inode number and how many."""
+        """Take back references that the kernel has given up: pairs of an inode number and a count."""
         for at, (number, count) in enumerate(inodes, 1):
             try:
                 self.tree.forget(number, count, closed=True)
@@ -233,7 +233,7 @@ class Operations(pyfuse3.Operations):
         *,
         touch: bool = False,
     ) -> EntryAttributes:
-        """Serve SETATTR: what is None stays. `touch`: both times are now's, not such as somebody has chosen."""
+        """Serve SETATTR: attributes given as None stay. `touch`: both times are the current time, not chosen ones."""
         if size is None and mode is None and uid is None and gid is None:
             if atime is None and mtime is None:
                 return self._attributes(self.tree.set_nothing(number, ctime, Asker(ctx)))
@@ -282,7 +282,7 @@ class Operations(pyfuse3.Operations):
         self.tree.setxattr(inode, name, value, flags, Asker(ctx))
 
     async def _order(self, inode: int, name: bytes, value: bytes) -> None:
-        """Do what an attribute orders."""
+        """Carry out the command that an attribute stands for."""
         if name == doors.PUNCH:
             place = await self._range(inode, value)
             await self.cache.drop(inode)
@@ -298,7 +298,7 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EOPNOTSUPP)
 
     async def _sparsify_all(self, inode: int) -> int:
-        """Make holes of a file's zeros, and return how many pages that were."""
+        """Turn the zero pages of a file into holes, and return their number."""
         windows = doors.windows(self.tree.extents(inode, allocated=True))
         found = await doors.in_turn(lambda *window: self._sparsify(inode, *window), windows)
         self.cache.drop_attributes(inode)
@@ -332,7 +332,7 @@ class Operations(pyfuse3.Operations):
     @request
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         known = self.tree.inode(inode)
-        # Who asks is found in /proc, and that is slow. When somebody writes the kernel says so: see change.
+        # Reading the caller from /proc is slow, and not needed: the kernel announces a write (see change).
         cut = flags & os.O_TRUNC and (known.mode & 0o6000 or known.xattrs)
         handle = self.tree.open_inode(known, flags, Asker(ctx) if cut else ROOT)
         self._count_direct(handle, 1)
@@ -350,22 +350,22 @@ class Operations(pyfuse3.Operations):
         return self._opened_anew(inode, flags, ctx)
 
     def _opened_anew(self, inode: Inode, flags: int, ctx: RequestContext) -> tuple[FileInfo, EntryAttributes]:
-        """Open a file that was just made; the answer names and describes it."""
+        """Open a new file; the answer names and describes it."""
         handle = self.tree.open_inode(inode, flags & ~os.O_TRUNC, ctx)
         self._count_direct(handle, 1)
         opened = self.translate.opened(handle), self.named(inode)
-        self.translate.guessed.discard(inode.ino)  # every close has the kernel ask for the blocks again
+        self.translate.guessed.discard(inode.ino)  # every close makes the kernel ask for the blocks again
         return opened
 
     @request
     def read(self, handle: int, offset: int, size: int) -> bytes:
-        return cast(bytes, self.tree.read(handle, offset, size))  # or a view of RAM, which is sent as it is
+        return cast(bytes, self.tree.read(handle, offset, size))  # or a view of RAM, which is sent without a copy
 
     @request
     def write(self, handle: int, offset: int, data: bytes, cached: bool | None = None) -> int:
-        """Store what the kernel writes back (`cached`), or what a program writes directly, which is told at once.
+        """Store data that the kernel writes back (`cached`), or that a program writes directly and is answered at once.
 
-        pyfuse3 does not say which; then it is direct if nobody but such programs can write to the file.
+        pyfuse3 does not tell which; then a write is direct if only programs with O_DIRECT can write to the file.
         """
         # With the writeback cache the kernel owns mtime and sends it when it has written back; a late
         # WRITE must not overwrite what it, or utimensat, has set before. It says, too, when a write takes
@@ -421,7 +421,7 @@ class Operations(pyfuse3.Operations):
 
     @waiting
     async def seek_behind_writers(self, handle: int, offset: int, whence: int) -> int:
-        """Seek while somebody may write: the kernel has pages that we have not seen.
+        """Seek while a program may write: the kernel may have pages that have not arrived.
 
         What we have as data is data, so only a hole can be wrong, and the end. The kernel writes back where the answer
         stands on one, and then we look again.
@@ -442,7 +442,7 @@ class Operations(pyfuse3.Operations):
             step *= 4
 
     def _sought(self, handle: int, offset: int, whence: int) -> int | None:
-        """Return what `seek` finds, or None."""
+        """Return the result of `seek`, or None."""
         try:
             return self.tree.seek(handle, offset, whence)
         except OSError as error:
@@ -466,7 +466,7 @@ class Operations(pyfuse3.Operations):
             self._writer_gone(handle & INO_MASK)
 
     def _count_direct(self, handle: int, change: int) -> None:
-        """Count those who can write to a file directly and not otherwise."""
+        """Count the handles that can write to a file only directly (O_DIRECT)."""
         if handle & DIRECT and handle & WRITING:
             number = handle & INO_MASK
             self._direct[number] = self._direct.get(number, 0) + change
@@ -494,4 +494,4 @@ class Operations(pyfuse3.Operations):
 
 
 def _nothing() -> None:
-    """Do nothing: nobody wants to know."""
+    """Do nothing."""

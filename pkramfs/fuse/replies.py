@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Attributes of an inode as the kernel wants them, in bytes: the Translator of what the filter answers.
+"""Attributes of an inode in the kernel's bytes: the Translator of the filter.
 
 It has the methods of translate.Translator, so that the same handlers answer pyfuse3 and the device. A time is split
-into seconds and nanoseconds, and that is all there is to do. The three answers repeat the list of fields on purpose:
+into seconds and nanoseconds; all else is packed as it is. The three answers repeat the list of fields on purpose:
 one pack() without a tuple in between is on the path of every lookup and getattr.
 
 Kernel: include/uapi/linux/fuse.h (fuse_attr, fuse_entry_out, fuse_attr_out), fs/fuse/inode.c
@@ -41,12 +41,12 @@ class Replies:
         self.hold(int(WRITTEN * _SECOND))
 
     def hold(self, nanoseconds: int) -> None:
-        """Have the attributes of files that are written to be good for so long, less than a second."""
+        """Make the attributes of files with writers valid for so many nanoseconds, less than a second."""
         self._held = nanoseconds
         self._written = _VALID.pack(self._generation, _FOREVER, 0, 0, nanoseconds)
 
     def _blocks(self, inode: Inode) -> int:
-        """Return the blocks of a file: at least a page of one that may have data which we have not seen (translate)."""
+        """Return the blocks of a file, at least a page if the kernel may hold data of it (see translate)."""
         pages = inode.pages
         if pages is not None and pages.count:
             return pages.count * BLOCKS_PER_PAGE
@@ -86,12 +86,12 @@ class Replies:
         )
 
     def listing(self, reply: bytearray, room: int, entries: Iterable[tuple[bytes, Inode, int]]) -> int:
-        """Put names into a buffer, each with what `entry` says, as far as there is room; return where they end.
+        """Put names into a buffer, each with its `entry`, as far as there is room; return where they end.
 
-        The kernel gets a reference to all that it does not know yet. Of what it knows it is told nothing, as of `.` and
-        `..`: it would only forget that there is no ACL, and ask for that again. This is done for each file of an `ls`:
-        what many have in common is packed once, the name together with the rest, and times that are the same are
-        divided once.
+        The kernel gets a reference to each inode that it does not know yet. For inodes that it knows, and for `.` and
+        `..`, only the name is sent: attributes would make it forget that there is no ACL, and ask again. This code runs
+        for each file of an `ls`: fields that many files share are packed once, the name together with the rest, and
+        equal times are divided once.
         """
         at, remember, plain = 0, self._tree.remember, self._tree.huge == "never"
         for name, inode, cookie in entries:
@@ -203,13 +203,13 @@ class Replies:
 
 @functools.cache
 def _line(length: int) -> Callable[..., None]:
-    """Return what packs wire.ENTRY_OF_LISTING and a name of so many bytes into a buffer, padded to a multiple of 8."""
+    """Return a packer of wire.ENTRY_OF_LISTING and a name of so many bytes, padded to a multiple of 8."""
     return Struct(f"<Q32sQQQqqqIIIIIII12sQQII{length}s{-length % 8}x").pack_into
 
 
 @functools.cache
 def _short_line(length: int) -> Callable[..., None]:
-    """Return what packs a name likewise, without its attributes."""
+    """Return a packer of a name alone, without attributes."""
     return Struct(f"<{wire.ENTRY.size}xQQII{length}s{-length % 8}x").pack_into
 
 

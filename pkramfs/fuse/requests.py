@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Each kind of request: its bytes taken apart, the handler of Operations asked, the answer as bytes.
+"""Each kind of request: parse its bytes, call the handler of Operations, return the answer as bytes.
 
     header · body  ──▶  Operations.lookup(parent, name, who asks)  ──▶  the body of a reply
 
-There is one method for each opcode, and they decide nothing: Operations is the one class of handlers, for pyfuse3 as
-well. What a method returns is written behind the header of a reply: bytes, a tuple of them, or
+There is one method for each opcode. They make no decisions: Operations is the one class of handlers, for pyfuse3 as
+well. The result of a method is written behind the header of a reply: bytes, a tuple of them, or
 None where the kernel expects no reply. A handler that waits is a coroutine, and then so is the answer. A request that
 is too short raises struct.error, and ValueError if a name in it has no end.
 
@@ -52,10 +52,10 @@ _UNKNOWN, _NOBODY = 0xFFFFFFFF, 65534
 
 
 class Context:
-    """Who asks, as pyfuse3.RequestContext has it.
+    """The caller of a request, with the fields of pyfuse3.RequestContext.
 
-    Where mounts may be idmapped, only requests that make something say who asks; for others /proc is read when a
-    rule needs it. Nobody is root who is gone.
+    Where mounts may be idmapped, only requests that make an inode carry the caller's ids; for others /proc is read when
+    a rule needs them. A caller that is gone never counts as root.
     """
 
     __slots__ = ("_gid", "_uid", "pid", "umask")
@@ -84,12 +84,12 @@ class Context:
         return supplementary_groups(self.pid)
 
     def capable(self, capability: int) -> bool:
-        """Return True if the thread that asks has a capability, as /proc says; of others root."""
+        """Return True if the calling thread has a capability by /proc; if that cannot be read, if it is root."""
         return capable(self.pid, capability) if self.pid else self.uid == 0
 
 
 def _ids(pid: int) -> tuple[int, int]:
-    """Return the user and group that a process has for files."""
+    """Return the file system uid and gid of a process."""
     try:
         uids, gids = status_fields(pid, b"Uid", b"Gid")  # real, effective, saved, for files
         return uids[3], gids[3]
@@ -200,7 +200,7 @@ class Requests:
 
     def _getattr(self, header: Header, body: memoryview) -> Answer:
         flags, handle = wire.GETATTR.unpack_from(body)
-        if flags & wire.GETATTR_FH and handle & WRITING:  # so asks write(2), but not fstat(2)
+        if flags & wire.GETATTR_FH and handle & WRITING:  # write(2) asks like this, but not fstat(2)
             before = self._brake.ask(header[3], header[6])
             if before is not None:
                 return self._getattr_after(before, header[3])
@@ -380,7 +380,7 @@ def _translated(flags: int, table: dict[int, int]) -> int:
 
 
 def _packed(struct: Struct, waiting: Answer) -> Answer:
-    """Return an answer that packs a number which comes later."""
+    """Return an awaitable answer that packs a number."""
 
     async def pack() -> bytes:
         return struct.pack(await waiting)
@@ -397,7 +397,7 @@ def _is_handler(name: str) -> bool:
 
 
 def _plain(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the plain function below a handler; a handler that really waits is returned as it is."""
+    """Return the plain function below a handler; return a handler that really waits as it is."""
     function = getattr(handler, "__wrapped__", None)
     if function is None or inspect.iscoroutinefunction(function):
         return handler
@@ -433,12 +433,12 @@ def _sized(value: bytes, size: int) -> bytes:
 
 
 async def _sized_later(waiting: Any, size: int) -> bytes:
-    """Return `_sized` for a value that comes later."""
+    """Return `_sized` of an awaitable value."""
     return _sized(await waiting, size)
 
 
 def _empty(waiting: Answer) -> Answer:
-    """Return an empty answer, perhaps later: it went well."""
+    """Return an empty answer (success), perhaps an awaitable one."""
     return _emptied(waiting) if inspect.iscoroutine(waiting) else b""
 
 

@@ -4,16 +4,16 @@
     root     open /dev/fuse ─▶ mount(2) with fd=N ─┐
     a user   fusermount3, which sends the fd back ─┴▶ handshake ─▶ pyfuse3 ─▶ serve
 
-In both cases we hold the descriptor ourselves, so that another process could. As root mount(2) gets the
-flags that root asked for (libfuse would add nosuid and nodev). The source is what the user said, by custom `none`,
+In both cases the daemon holds the descriptor itself, so that it can pass it to another process. As root mount(2) gets
+the flags that root asked for (libfuse would add nosuid and nodev). The source is the user's word, by custom `none`,
 and `fuse.pkramfs` the type, which sends remounts to /sbin/mount.fuse.pkramfs.
 
 The session ends when the kernel says so (umount, the last user gone) or after `terminate`. A daemon
 that dies leaves ENOTCONN at the mount point, never an empty directory that looks like lost files.
 
 Two tasks take turns at reading and answering, so that one may wait (for room) while the other goes
-on. There is one session in a process, pyfuse3 keeps it in globals. Reading never blocks: a request
-whose asker is killed may be gone when we come to read it, and then verbs must still be heard.
+on. There is one session in a process, because pyfuse3 keeps it in globals. Reading never blocks: a request
+whose caller was killed may be gone before it is read, and then the daemon must still answer verbs.
 
 Kernel: fs/fuse/inode.c (fuse_fill_super), fs/fuse/dev.c; libfuse util/fusermount.c
 """
@@ -76,7 +76,7 @@ class Session:
         """Device and inode number of the directory below the mount."""
 
     def mount(self, flags: int, *, allow_other: bool = False, on: tuple[int, int | None] | None = None) -> None:
-        """Attach to the directory; MachineError with the reason if the system refuses.
+        """Attach to the directory; raise MachineError with the reason if the system refuses.
 
         `allow_other` is for users: root's mounts are for all anyway. `on` is the directory that it must be.
         """
@@ -98,7 +98,7 @@ class Session:
             raise MachineError(f"cannot serve {self.mountpoint}: {error}") from None
 
     def take_over(self, device: int, init: Init, dev: int | None, on: tuple[int, int] | None) -> None:
-        """Go on with a mount whose daemon has died: its connection is still there."""
+        """Take over a mount whose daemon has died, through its connection."""
         self.dev, self.on = dev, on
         try:
             self._handshake = Handshake.again(device, init)
@@ -110,22 +110,22 @@ class Session:
 
     @property
     def descriptor(self) -> int:
-        """Return the descriptor of the connection: once it is served, that from which requests are read."""
+        """Return the descriptor of the connection; once it is served, requests are read from it."""
         return self._handshake.fd if self._handshake.device < 0 else self._handshake.device
 
     @property
     def sends_again(self) -> bool:
-        """Return True if the kernel can send again what a daemon has not answered."""
+        """Return True if the kernel can send unanswered requests again."""
         return bool(self._handshake.init.more & HAS_RESEND)
 
     @property
     def init(self) -> Init:
-        """Return what the kernel offered when the connection was made."""
+        """Return the kernel's offer (INIT) when the connection was made."""
         return self._handshake.init
 
     @contextmanager
     def _directory(self, expected: tuple[int, int | None] | None) -> Iterator[int]:
-        """Hold the directory to mount on, if it is the one that is expected."""
+        """Open the directory to mount on, and check that it is the expected one."""
         with ExitStack() as stack:
             try:
                 held = stack.enter_context(syscalls.holding(self.mountpoint))
@@ -157,15 +157,15 @@ class Session:
                     self._spawn = nursery.start_soon
                     await pyfuse3.main(_TASKS, _MOST)
             except* BlockingIOError:
-                serving = True  # whoever asked was killed between our waking up and our reading
+                serving = True  # the caller was killed between poll and read
             except* MemoryError:
                 self.operations.spare.let_go()
-                raise  # a request is lost, and only the end of the connection wakes whoever waits for it
+                raise  # a request is lost, and only the end of the connection wakes its caller
 
     async def stand_still(self) -> bool:
-        """Read no more requests until `go_on`; return False if one that was read is not answered before long.
+        """Read no more requests until `go_on`; return False if a request that was read stays unanswered for long.
 
-        Called by a task, so that no request is being read, nor worked on but for those that wait for something.
+        A task calls it, so no request is being read, and only requests that wait for something are unanswered.
         """
         assert self.filter is not None
         with trio.move_on_after(_QUIET_SECONDS):
@@ -183,12 +183,12 @@ class Session:
             shut.set()
 
     def answer_all(self) -> None:
-        """Leave nobody waiting for an answer that cannot come."""
+        """Answer the requests that can no longer be served."""
         sys.unraisablehook = self._unanswered
 
     def _unanswered(self, failure: "sys.UnraisableHookArgs") -> None:
-        """End when memory was short where nobody could be told, as on the way from C to a handler: that request is
-        never answered, and only the end of the connection wakes whoever waits for it."""
+        """End the process if memory was short outside of a handler, as on the way from C to one: that request is
+        never answered, and only the end of the connection wakes its caller."""
         if isinstance(failure.exc_value, MemoryError):
             try:
                 self.operations.spare.let_go()
@@ -200,11 +200,11 @@ class Session:
             sys.__unraisablehook__(failure)
 
     def terminate(self) -> None:
-        """Stop serving; what is still open there gets ENOTCONN when the process ends."""
+        """Stop serving; files that are still open there answer ENOTCONN when the process ends."""
         pyfuse3.terminate()
 
     def close(self) -> None:
-        """Let go of the kernel's end. Call it once, after `serve`."""
+        """Close the connection. Call it once, after `serve`."""
         pyfuse3.close(unmount=False)
 
 
@@ -225,7 +225,7 @@ def _mount_as_root(mountpoint: str, held: int, flags: int, source: str) -> int:
 
 
 def _mount_as_user(mountpoint: str, flags: int, allow_other: bool, source: str) -> int:
-    """Have fusermount3 mount, and take the connection's descriptor from it."""
+    """Mount through fusermount3, and receive the connection's descriptor from it."""
     words = [source_word(source), "subtype=pkramfs", "default_permissions", *(["allow_other"] * allow_other)]
     words += [word for bit, word in _USER_FLAGS.items() if flags & bit]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -251,12 +251,12 @@ def _mount_as_user(mountpoint: str, flags: int, allow_other: bool, source: str) 
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["fusermount3 failed"])[-1]
             raise MachineError(f"cannot mount on {mountpoint}: {reason.removeprefix('fusermount3: ')}")
-        theirs.close()  # so that we do not wait for what never comes
+        theirs.close()  # so that no wait is without end
         return _receive_descriptor(ours)
 
 
 def _tune(dev: int | None, dirty: int | None = None) -> None:
-    """Tell the kernel how much to read ahead and to keep unwritten for a file system, if we may: that is root's.
+    """Set how much the kernel reads ahead and keeps unwritten for a file system, as root.
 
     Read-ahead is 128 KiB by default, and so are the requests. With one whole request the first read of a large file
     took two thirds of the time; with more it took as long, and a fault in a mapping, which reads that
@@ -279,13 +279,13 @@ def _tune(dev: int | None, dirty: int | None = None) -> None:
 
 
 def _raise(path: str, value: int, *, lower: bool = False) -> None:
-    """Write a number to a file that has a lower one, or with `lower` whichever it has."""
+    """Write a number to a file that has a lower one, or with `lower` any other one."""
     try:
         with open(path, "r+", encoding="ascii") as file:
             if lower or int(file.read()) < value:
                 file.seek(0)
                 file.write(str(value))
-    except OSError as error:  # /sys is missing or read-only in many a container, max_bytes before Linux 6.2
+    except OSError as error:  # /sys is missing or read-only in many containers, max_bytes before Linux 6.2
         log.info("not tuned: %s", explain(error))
 
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Requests taken from the device by way of a pipe, while large WRITEs follow one another.
+"""Requests read from the device through a pipe, while large WRITEs follow one another.
 
 The kernel puts references to the pages of a WRITE into a pipe, from where they are copied to their frames: one copy
-less (machine/piped). New files took the daemon 0.80 of its time, files that were there 0.87. It pays for data of the
-page cache only: pages of an O_DIRECT write are copied into the pipe. And for one large WRITE after the other: another
-request has to be read from the pipe again. So a stream begins behind a large WRITE and ends soon without one.
+less (machine/piped). The daemon needed 0.80 of the time for new files, and 0.87 for existing ones. The gain is for data
+of the page cache only, because pages of an O_DIRECT write are copied into the pipe; and for large WRITEs in sequence,
+because any other request has to be read from the pipe again. So a stream begins behind a large WRITE and ends soon
+after the last one.
 
 A pipe that any user may have holds 256 pieces, and a request may be a header and as many pages as INIT has allowed:
-MAX_WRITE is 255 pages. Where a predecessor, whose mount was taken over, has allowed more, the kernel refuses (EINVAL)
-before it gives a request away.
+MAX_WRITE is 255 pages. If an earlier daemon of the mount has allowed more, the kernel refuses (EINVAL)
+before it removes a request from its queue.
 
 Kernel: fs/fuse/dev.c (fuse_dev_splice_read, fuse_ref_folio), fs/pipe.c (pipe_set_size)
 """
@@ -58,7 +59,7 @@ class Stream:
         self.left -= 1
 
     def take(self, fd: int) -> int:
-        """Move one request into the pipe, and of a large one the head into the buffer, else all; return its length."""
+        """Read one request into the pipe, then the head of a large one, or all, into the buffer; return its length."""
         assert self._ends is not None
         try:
             length = os.splice(fd, self._ends[1], _SIZE)
@@ -88,7 +89,7 @@ class Stream:
         weakref.finalize(self, _close, self._ends)
         try:
             fcntl.fcntl(self._ends[1], fcntl.F_SETPIPE_SZ, _SIZE)
-        except OSError as error:  # who has many pipes may not have another large one
+        except OSError as error:  # a user with many pipes gets no more large ones
             log.info("no streams: %s", error.strerror)
             self._usable = False
 

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Attributes of an inode in pyfuse3's words, without making an object for each answer.
+"""Attributes of an inode in pyfuse3's structures, without a new object for each answer.
 
-Answers are sent before the handler's coroutine gives way to anybody else, so one EntryAttributes and
+Answers are sent before the handler's coroutine yields, so one EntryAttributes and
 one StatvfsData, made once, serve every request. That keeps a look-up or a line of a listing at a
 dozen stores.
 
-Timeouts are endless: we alone change the tree, and every change comes through the kernel. Only the
-blocks of a file that is written to grow when the kernel writes back, and it does not look: attributes
-of such a file are good for WRITTEN seconds, so that `du` sees a download grow.
+Timeouts are endless: only the daemon changes the tree, and every change comes through the kernel. But the
+blocks of a file with writers grow at the write-back, and the kernel does not update them. So attributes
+of such a file are valid for WRITTEN seconds, and `du` sees a download grow.
 
-A file without blocks has no data, and tar and others believe that without reading it. So a file of which the
-kernel may have data that we have not seen has a page at least, until the last who can write is gone (RELEASE
-comes after the last write-back, of mappings too). Then the kernel is told to ask again what was only `guessed`.
+A file without blocks has no data, and tar and others rely on that without reading it. So while the kernel may have data
+of a file that have not arrived, the file is shown with at least a page, until the last writer is gone (RELEASE comes
+after the last write-back, also of mappings). Then the kernel is told to ask again for attributes that were `guessed`.
 
 Kernel: include/uapi/linux/fuse.h (fuse_attr, fuse_entry_out), fs/fuse/inode.c (fuse_change_attributes)
 """
@@ -35,7 +35,7 @@ WRITTEN = 0.5
 
 
 class Asker:
-    """Who asks, with the supplementary groups that FUSE does not send: /proc is read where a rule needs them."""
+    """The caller, with the supplementary groups that FUSE does not send: /proc is read if a rule needs them."""
 
     __slots__ = ("_context", "umask")
 
@@ -58,7 +58,7 @@ class Asker:
         return supplementary_groups(self._context.pid)
 
     def capable(self, capability: int) -> bool:
-        """Return True if the thread that asks has a capability, as /proc says; of others root."""
+        """Return True if the calling thread has a capability by /proc; if that cannot be read, if it is root."""
         return capable(self._context.pid, capability) if self._context.pid else self.uid == 0
 
 
@@ -76,7 +76,7 @@ def status_fields(pid: int, *names: bytes, base: int = 10) -> list[list[int]]:
 
 
 def supplementary_groups(pid: int) -> Collection[int]:
-    """Return the supplementary groups of a process; none if it is gone, or in a pid namespace beside ours."""
+    """Return the supplementary groups of a process; none if it is gone, or in a pid namespace that is not visible."""
     try:
         return status_fields(pid, b"Groups")[0]
     except OSError:
@@ -84,9 +84,9 @@ def supplementary_groups(pid: int) -> Collection[int]:
 
 
 def capable(pid: int, capability: int) -> bool:
-    """Return True if a thread has a capability. Those that it has in another user namespace are for what is there.
+    """Return True if a thread has a capability. Capabilities in another user namespace do not count.
 
-    A daemon without privileges may not see the namespaces of others: there root is believed.
+    A daemon without privileges cannot read the namespaces of others; then uid 0 counts as root.
     """
     try:
         if not status_fields(pid, b"CapEff", base=16)[0][0] >> capability & 1:
@@ -149,7 +149,7 @@ class Translator:
         return entry
 
     def absent(self) -> pyfuse3.EntryAttributes:
-        """Return the answer that there is no such name, which the kernel may remember."""
+        """Return the answer that the name does not exist, which the kernel may cache."""
         return self._absent
 
     def opened(self, handle: int) -> pyfuse3.FileInfo:

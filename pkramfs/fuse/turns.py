@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whose turn it is: requests one after the other while they come, then everybody else.
+"""Scheduling: requests are served one after the other while they arrive; then all other tasks have a turn.
 
 For each request pyfuse3 takes a lock, waits for the device, reads, works and answers. Under trio that is two
 rounds of the scheduler and five system calls, and they are most of what a small request costs:
@@ -9,17 +9,17 @@ rounds of the scheduler and five system calls, and they are most of what a small
 
 (On two quiet processors a file system that does nothing created 6,000 files a second with the former, and
 18,000 with the latter.) So the scheduler is left out while requests follow each other. After an answer the
-next request is waited for right here, for LINGER; only then, or when requests have come without a
-break for TURN, does the reader wait as trio wants it, and everything else in the daemon has its turn: verbs,
-a save, signals. They wait for TURN at most; an idle daemon sleeps in trio and costs nothing.
+reader waits here for the next request, for LINGER. Only then, or when requests have come without a
+break for TURN, does it wait through trio, and all other tasks of the daemon have a turn: verbs, a save,
+signals. They wait for TURN at most; an idle daemon sleeps in trio and costs nothing.
 
-A wait that sleeps lets its processor halt, and the next request pays for waking it: more than for everything
-else, in virtual machines above all. So the first part of LINGER, a *window*, is spent asking again and again; see
-`Window` for when it pays.
+A sleeping wait lets its processor halt, and the next request pays for waking it: more than for everything
+else, especially in virtual machines. So during the first part of LINGER, a *window*, the reader polls; see
+`Window` for when this pays.
 
-The lock does not hand itself over either. Who gives it back makes one of the others runnable, who sees at trio's
-next round whether it is free: if the reader waits for requests again, nothing has happened; if its handler
-waits for something (room), or it has ended, the other goes on reading.
+The lock is not handed over either. A task that releases it makes one of the waiters runnable, which sees at trio's
+next round whether the lock is free. If the reader waits for requests again, nothing has changed; if its handler
+waits for something (room), or it has ended, the waiter continues reading.
 
 pyfuse3 takes the scheduler that it uses from its own module variable `trio`, so that pyfuse3.asyncio can put
 another one there. `Turns` is put there for the same reason: it is trio, but for these two.
@@ -58,13 +58,13 @@ _CALM = 16
 
 
 class Window:
-    """How long to ask for the next request without sleeping: `seconds`, from nothing to WINDOW.
+    """How long to poll for the next request without sleeping: `seconds`, from 0 to WINDOW.
 
-    It opens when sleeps are short, for then requests follow each other; each request that comes inside opens it
-    wide, each that does not halves it, and what was closed so is opened again ever more rarely. It stays shut
+    It opens when sleeps are short, because then requests follow each other. A request inside the window opens it
+    to WINDOW; a window without a request halves it, and each closing makes the next opening rarer. It stays closed
 
-    * with one processor: who would send a request needs the one that asks for it;
-    * where others want the processors, which shows in being preempted: they would lose by it what requests gain, and
+    * with one processor: the client needs the processor that the poll would use;
+    * if other processes want the processors, which shows in preemptions: they would lose what requests gain, and
       a processor that never halts wakes us quickly anyway.
     """
 
@@ -104,7 +104,7 @@ class Window:
             self._look()
 
     def _look(self) -> None:
-        """Close the window if others want the processors."""
+        """Close the window if other processes want the processors."""
         preempted = _preemptions()
         if preempted != self._preempted or len(os.sched_getaffinity(0)) < 2:
             self._preempted = preempted
@@ -117,7 +117,7 @@ def _preemptions() -> int:
 
 
 class Lock:
-    """Mutual exclusion among pyfuse3's workers, free to take and to give back while nobody waits inside."""
+    """Mutual exclusion among pyfuse3's workers, without a cost while no holder waits."""
 
     def __init__(self) -> None:
         self._held = False
@@ -134,7 +134,7 @@ class Lock:
 
 
 class Device:
-    """Waiting for one descriptor: first here, then in trio. Everything else is trio.lowlevel's."""
+    """Waiting for one descriptor, first here, then in trio. All other functions are those of trio.lowlevel."""
 
     def __init__(self) -> None:
         self._turn_ends = 0.0
@@ -148,7 +148,7 @@ class Device:
         return getattr(trio.lowlevel, name)
 
     async def wait_readable(self, fd: int) -> None:
-        """Wait for something to read that pyfuse3 shall read: with a filter, for the end."""
+        """Wait for a request that pyfuse3 shall read; with a filter, for the end of the device."""
         if fd != self._watched:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
@@ -163,7 +163,7 @@ class Device:
     def _serve(self, served: Filter) -> bool:
         """Answer requests while they follow each other; return True at the end of the device.
 
-        It is `linger` again, for each request of a mount: names that are local and one call less save a twentieth.
+        It repeats `linger`, because it runs for each request: local names and one call less save a twentieth.
         """
         clock, poll, window, ends, serve = time.monotonic, self._poll, self._window, self._turn_ends, served.serve
         while not served.waiting and (now := clock()) < ends:
@@ -179,20 +179,20 @@ class Device:
         return False
 
     async def _begin(self, fd: int) -> None:
-        """Let all others have their turn, and begin ours with the next request."""
+        """Let all other tasks have a turn, and begin a new turn of requests with the next one."""
         if self.filter is not None:
             self.filter.rest()
         await trio.lowlevel.wait_readable(fd)
-        while self.shut is not None:  # nobody is at work but those who may wait: see Session.stand_still
+        while self.shut is not None:  # only tasks that may wait are at work: see Session.stand_still
             await self.shut.wait()
         self._turn_ends = time.monotonic() + TURN
         self._window.turn()
 
     def linger(self) -> bool:
-        """Wait for the next request while the turn lasts, first without sleep; whether there is one."""
+        """Wait for the next request while the turn lasts, first without sleeping; return True if there is one."""
         now, poll, window = time.monotonic(), self._poll, self._window
         if now >= self._turn_ends or (self.filter is not None and self.filter.waiting):
-            return False  # who waits for something will only hear of it from the scheduler
+            return False  # tasks that wait are woken only by the scheduler
         if window.seconds:
             end = now + window.seconds
             while not poll(0):
@@ -210,7 +210,7 @@ class Device:
 
 
 class Turns:
-    """What pyfuse3 shall take for trio."""
+    """The module that pyfuse3 uses as trio."""
 
     Lock = Lock
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""FUSE's requests and replies as they lie on the device: numbers and structures, no rules.
+"""FUSE's requests and replies as bytes on the device: numbers and structures, no rules.
 
-    request   header · what the opcode has · names, each with its NUL · data
-    reply     length, error, number of the request · what the opcode has
+    request   header · fields of the opcode · names, each with its NUL · data
+    reply     length, error, number of the request · fields of the opcode
 
-All is little-endian here and naturally aligned, so that one Struct reads what a C structure holds.
+All numbers are little-endian and naturally aligned, so that one Struct reads a C structure.
 
 Kernel: include/uapi/linux/fuse.h
 """
@@ -14,7 +14,7 @@ from struct import Struct
 
 
 class Op(IntEnum):
-    """What is asked for."""
+    """The opcodes of requests."""
 
     LOOKUP = 1
     FORGET = 2
