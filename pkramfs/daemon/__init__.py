@@ -4,13 +4,13 @@
     mount.pkramfs ──starts──▶ daemon
                                 │  claim: a NAME has one tree, and a tree one daemon
                                 │         ├─ a node has the NAME          restore
-                                │         ├─ a dead daemon had it         recover
-                                │         └─ nobody                       a new tree
+                                │         ├─ a dead daemon had the NAME   recover
+                                │         └─ neither                      a new tree
                                 ▼
                               mount: build, serve, take down
 
-Below this chapter nobody knows of both the machine and FUSE; above it are only the commands, which talk to a daemon
-through its socket. Whatever a daemon promises to the kernel is in RAM first, so that its death loses nothing.
+No chapter below knows both the machine and FUSE; above are only the commands, which talk to a daemon
+through its socket. A daemon answers the kernel only after the change is in RAM, so that its death loses nothing.
 
 Reading order: job, leash, holding, mountlog, tasks, claim, notices, shadow, summing, crossing, standby, mount, serving,
 code, holder, forking.

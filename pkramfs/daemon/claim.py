@@ -5,10 +5,10 @@
     a dead daemon had the NAME       its tree id; the tree is recovered from its log
     neither                          a new tree id; the tree is empty
 
-A name has one mount at a time: whoever takes one holds a lock meanwhile, and a daemon of the same NAME that is about
-to end is waited for.
+A name has one mount at a time: a daemon that claims a name holds a lock meanwhile, and waits for a daemon of the same
+NAME that is about to end.
 
-Kernel: fs/super.c (sget_fc), which finds a super block that is mounted already
+Kernel: fs/super.c (sget_fc), which finds a mounted super block
 """
 
 import enum
@@ -52,7 +52,7 @@ class Origin(enum.Enum):
 
 
 class Claimed(NamedTuple):
-    """A tree id that is taken. `live` is the page that leads to the log of a tree that outlived its daemon."""
+    """A tree id that is claimed. `live` is the live page of the log, if the tree outlived its daemon."""
 
     lock: MountLock
     origin: Origin
@@ -61,7 +61,7 @@ class Claimed(NamedTuple):
 
 
 class Claiming:
-    """The way of one mount to its tree id."""
+    """How one mount gets its tree id."""
 
     def __init__(self, machine: Machine, options: Options, mountpoint: str, expected: Expected) -> None:
         self.machine, self.options, self.mountpoint, self.expected = machine, options, mountpoint, expected
@@ -75,7 +75,7 @@ class Claiming:
             if holder is None:
                 return kernel
             self._refuse_mounted(holder)
-            starting.close()  # a kexec may be what it is waiting for
+            starting.close()  # it may be waiting for a kexec
             if time.monotonic() > deadline:
                 raise MachineError(
                     f"{holder.name} was mounted on {holder.mountpoint} and its daemon (pid {holder.pid}) has not ended "
@@ -93,13 +93,13 @@ class Claiming:
         return starting.enter_context(shared(self.machine, BOOT_SECONDS))
 
     def _holder(self) -> MountEntry | None:
-        """Return the living mount that has our NAME."""
+        """Return the live mount of this NAME."""
         if self.options.name is None:
             return None
         return next((e for e in self.machine.mounts() if e.alive and e.name == self.options.name), None)
 
     def _refuse_mounted(self, holder: MountEntry) -> None:
-        """Raise MachineError if the NAME is mounted elsewhere, AlreadyMounted if it is mounted just here."""
+        """Raise MachineError if the NAME is mounted elsewhere, AlreadyMounted if it is mounted here."""
         places, whose = _places(holder)
         if not places:
             return  # unmounted, or about to be mounted
@@ -110,7 +110,7 @@ class Claiming:
         )
 
     def claim(self, kernel: Running, entry: Callable[[Claimed], dict[str, Any]]) -> Claimed:
-        """Take the tree id of the NAME, or a new one, and write its entry, so that nobody else takes the NAME."""
+        """Claim the tree id of the NAME, or a new one, and write its entry, so that no other mount gets the NAME."""
         with locks.held(self.machine.path("lock.names"), what=f"taking a name on the machine {self.machine.path()}"):
             holder = self._holder()
             if holder is not None:
@@ -125,7 +125,7 @@ class Claiming:
         self, kernel: Running, lock: int, *, tree_id: int, live: int, log_at: int, generation: int | None = None,
         **_: object,
     ) -> Claimed:  # fmt: skip
-        """Take a tree over from a daemon that has ended, with its lock; MachineError if it did not cross a kexec.
+        """Take a tree over from a daemon that has ended, with its lock; raise MachineError if it did not cross a kexec.
 
         `generation` is the kernel under which that daemon had the tree; an older holder does not tell.
         """
@@ -141,7 +141,7 @@ class Claiming:
 
     def _origin(self, kernel: Running) -> tuple[int, Origin, int | None]:
         """Return the tree id, where the tree comes from, and the live page of its log."""
-        wanted = self.options.name and kernel.info.pkram  # else an ordinary tmpfs, as in a crash kernel
+        wanted = self.options.name and kernel.info.pkram  # otherwise a plain tmpfs, as in a crash kernel
         node = kernel.store.find(node_name(self.options.name or "")) if wanted else None
         dead = self._dead(kernel) if wanted and node is None else None
         if self.expected.tree is not None and (node is None or node.tree_id != self.expected.tree):
@@ -153,25 +153,25 @@ class Claiming:
         return new_tree_id(), Origin.NOTHING, None
 
     def _dead(self, kernel: Running) -> MountEntry | None:
-        """Return the dead mount that had our NAME and whose tree is still in RAM."""
+        """Return the dead mount of this NAME whose tree is still in RAM."""
         found = (e for e in self.machine.mounts() if e.outlived and e.name == self.options.name)
         return next((e for e in found if kernel.leases.blocks_of(e.tree_id)), None)
 
 
 def _places(holder: MountEntry) -> tuple[list[str], str]:
-    """Return where a living daemon's tree is mounted, and whose mount namespace that is in if it is not ours."""
+    """Return where a live daemon's tree is mounted, and whose mount namespace it is in if not the same."""
     found = [one.mountpoint for one in syscalls.mounts() if one.dev == holder.dev]
     if found:
         return found, ""
     try:
         there = syscalls.mounts(holder.pid)
     except OSError:
-        return [], ""  # it has ended, or is not ours to look at
+        return [], ""  # the process has ended, or is not readable
     return [one.mountpoint for one in there if one.dev == holder.dev], f" in the mount namespace of pid {holder.pid}"
 
 
 def _size(path: str) -> int:
-    """Return the size of a log, which a former daemon of the tree id may have begun."""
+    """Return the size of the mount's log file, which an earlier daemon of the tree id may have begun."""
     try:
         return os.stat(path, follow_symlinks=False).st_size
     except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which code this process runs, told by the files that it came from.
+"""Which code this process runs, identified by the files that it was loaded from.
 
 A kexec boots the code on disk. A holder that runs that code already need not start again.
 
@@ -14,7 +14,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def fingerprint() -> int:
-    """Return a number that changes when the interpreter or a file of this package on disk does."""
+    """Return a number that changes with the interpreter and with every file of this package on disk."""
     found = [_state(os.path.realpath(sys.executable))]
     for directory, _, names in os.walk(_PACKAGE):
         found += [_state(os.path.join(directory, name)) for name in sorted(names) if name.endswith(".py")]
@@ -23,12 +23,12 @@ def fingerprint() -> int:
 
 @cache
 def running() -> int:
-    """Return the fingerprint of what this process runs: it is asked for when all is imported, and inherited."""
+    """Return the fingerprint of the running code: computed after all imports, and inherited by forks."""
     return fingerprint()
 
 
 def _state(path: str) -> tuple[int, int, int, int]:
-    """Return what tells one content of a file from another; nothing of a file that is gone."""
+    """Return values that change with the content of a file; none for a file that is gone."""
     try:
         status = os.stat(path)
     except OSError:

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a daemon leaves to the next: that of the next kernel, when a mount stays over a kexec, or one of newer code.
+"""How a daemon hands its mount over: to a daemon of the next kernel, when the mount is kept over a kexec, or of newer
+code.
 
     daemon of the old kernel                        holder                      daemon of the new kernel
-    stand still, save the tree as a node
-    what the kernel of the host has ──memfd──▶      keeps device and lock
+    stop reading, save the tree as a node
+    users of the tree ──memfd──▶                    keeps device and lock
     end                                             starts a daemon ──────▶     wait for the machine's lock
                                                                                 restore the tree from the node
-                                                                                open what is open, RESEND, serve
-                                                                                have the host's caches let go
+                                                                                reopen files, RESEND, serve
+                                                                                drop the host's caches
 
-Frames and names come from the node, as in every restore. The rest is not the tree's but the host's side of the mount,
-which no kexec of this machine ends: handles, references, requests. So it goes by the holder, which has the connection.
-If it turns out that the old kernel lives on the tree is recovered from its log, as after any death.
+Frames and names come from the node, as in every restore. Handles, references and requests belong to the host's side of
+the mount, which a kexec of this machine does not end. So they go through the holder, which has the connection. If the
+old kernel goes on after all, the tree is recovered from its log, as after any death.
 
 Kernel: kernel/kexec_core.c (kernel_kexec), with CONFIG_KEXEC_JUMP
 """
@@ -43,14 +44,14 @@ _KIND = Object({"open": ListOf(Row((_INO, Whole(1), Whole(), Flag()))), "known":
 
 
 class Users(NamedTuple):
-    """What the kernel has of a tree: open files, and the inodes in its caches; None if that may be all."""
+    """The kernel's side of a tree: open files, and the inodes in its caches (None: perhaps all)."""
 
     open: list[handles.Row]
     known: list[int] | None
 
 
 def write_users(tree: Tree) -> int:
-    """Return the descriptor of a file in memory that says who uses a tree."""
+    """Write the users of a tree to a file in memory, and return its descriptor."""
     found = Users(handles.open_files(tree), handles.known(tree))
     fd = os.memfd_create("pkramfs-crossing", os.MFD_CLOEXEC)
     with open(fd, "wb", closefd=False) as file:
@@ -59,12 +60,12 @@ def write_users(tree: Tree) -> int:
 
 
 def read_users(fd: int) -> Users:
-    """Return what such a file says; it may be read again."""
+    """Return the users in such a file; it may be read again."""
     return Users(**_KIND.read(parse(os.pread(fd, os.fstat(fd).st_size, 0))))
 
 
 class Passage:
-    """The daemon's part of a crossing: before it, and with `users` after it. `say` writes to the kernel log."""
+    """The daemon's part of a crossing: before the kexec, and with `users` after it. `say` writes to the kernel log."""
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class Passage:
         self._decided, self._leaves = trio.Event(), False
 
     async def _shut(self) -> bool:
-        """Read no more requests, and have nobody else work on the tree's frames."""
+        """Stop reading requests, and stop all other work on the tree's frames."""
         if not await self._session.stand_still():
             return False
         if self._checkpoints is not None:
@@ -108,7 +109,7 @@ class Passage:
             self._holding.tell(sheltered=True)
 
     async def depart_on_request(self, server: Server) -> None:
-        """End for a kexec: who takes over is told who uses the tree."""
+        """End for a kexec, and leave the users of the tree to the next daemon."""
         await self.crossing.departing.wait()
         await server.idle()
         self._tree.commit()
@@ -121,7 +122,7 @@ class Passage:
         return self._keeper.verbs() | self.crossing.verbs() | {"upgrade": self.upgrade}
 
     async def upgrade(self) -> Done:
-        """Make room for a daemon that runs the code on disk, once this is answered; DaemonError if it cannot be had."""
+        """Make room for a daemon that runs the code on disk, after the answer; raise DaemonError if it is refused."""
         await self._keeper.upgrade()
         await self._decided.wait()
         if not self._leaves:
@@ -133,14 +134,14 @@ class Passage:
         return f"the holder of {self._keeper.name} does not become the code on disk: daemon {os.getpid()} goes on"
 
     def _decide(self, *, leaves: bool) -> None:
-        """Tell who has asked for the code on disk whether it comes."""
+        """Tell the caller of `upgrade` whether the code on disk will take over."""
         self._leaves = leaves
         self._decided.set()
         if not leaves:
             self._keeper.leaving, self._decided = trio.Event(), trio.Event()
 
     async def make_room_on_request(self, server: Server) -> None:
-        """Make room for a daemon of the code on disk, as if this one died, but between two requests."""
+        """End between two requests, so that a daemon of the code on disk takes over as after a death."""
         await self._keeper.leaving.wait()
         while not await self._renew_holder():
             self._say(f"pkramfs: {self._unchanged}")
@@ -153,7 +154,7 @@ class Passage:
         parting(self._holding, HANDED_OVER)
 
     async def _renew_holder(self) -> bool:
-        """Have the holder become the code on disk while we serve; it could not wait for who makes a checkpoint now."""
+        """Make the holder run the code on disk while this daemon serves; it could not wait for a shadow meanwhile."""
         if self._checkpoints is not None:
             await self._checkpoints.stop()
         self._say(f"pkramfs: the holder of {self._keeper.name} is to become the code on disk")
@@ -195,7 +196,7 @@ class Passage:
         return found | ({"went_back": self._facts["went_back"]} if "went_back" in self._facts else {})
 
     async def arrive(self) -> None:
-        """Have the kernel of the host let go of what it has cached under the kernel before."""
+        """Make the kernel of the host drop all that it cached under the kernel before."""
         if self.users is not None:
             await self._session.ready.wait()
             known = handles.numbers(self._tree) if self.users.known is None else self.users.known

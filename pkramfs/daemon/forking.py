@@ -3,14 +3,14 @@
 
     command                                          this process
     Forks()             ── fork, exec ──▶            imports all that a daemon needs, once
-    .start(DIR, OPTIONS)                             looks at nothing
+    .start(DIR, OPTIONS)                             reads nothing
     .serve(expected)    ── JSON, a pipe ──▶          fork ──▶ holder of one mount, which answers through the pipe
                         ◀── pid, pidfd ──
-    .give_up()          ── closes the socket ──▶     ends; those that were forked stay
+    .give_up()          ── closes the socket ──▶     ends; forked holders stay
 
-A Python that starts takes ten times as long as what a mount does then. So of many mounts each would wait for the
-others' imports. And each mount reads the page tables of all preserved trees, which it must not lease: this process
-reads them once, before it forks, and those that it forks only compare checksums.
+Starting Python takes ten times as long as mounting. With a process for each of many mounts, each would wait for the
+imports of the others. Each mount also reads the page tables of all preserved trees, whose memory it must not lease:
+this process reads them once, before it forks, and its children only compare checksums.
 
 Kernel: kernel/fork.c (copy_process)
 """
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     os.set_inheritable(int(fd), False)
     if process.threads() > 1:
         return 1
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # their exit status is not needed
     code.running()
     gc.freeze()
     looked = False
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _next(command: socket.socket) -> tuple[int, str, str, str] | None:
-    """Return the descriptor for the answer, the directory, the options, and what must be found; None at the end."""
+    """Return the descriptor for the answer, directory, options, and the expected directory; None at the end."""
     text, extra, _, _ = command.recvmsg(_MOST, socket.CMSG_SPACE(4))
     if not text:
         return None
@@ -93,7 +93,7 @@ def _hold(job: Job, command: socket.socket) -> None:
 
 
 def _tell(command: socket.socket, pid: int) -> None:
-    """Tell the command whom we have forked, with a pidfd unless it has ended."""
+    """Tell the command the pid of the forked holder, with a pidfd unless it has ended."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where a holder goes on that has become the code on disk: `python -m pkramfs hold`.
+"""The entry of a holder that has replaced itself by the code on disk: `python -m pkramfs hold`.
 
-Kernel: execve(2), which keeps descriptors that are meant to be kept
+Kernel: execve(2), which keeps descriptors without close-on-exec
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a daemon is started with: by a command, or by the holder of a mount whose daemon has died.
+"""The arguments of a daemon, from a command, or from the holder of a mount whose daemon has died.
 
 Kernel: struct fs_context
 """
@@ -19,7 +19,7 @@ LASTING = ("taken", "went_back")
 
 
 class Job(NamedTuple):
-    """What a command wants to be mounted, and the descriptor on which it waits for the answer."""
+    """What to mount, and the descriptor on which the command waits for the answer."""
 
     fd: int
     mountpoint: str
@@ -28,7 +28,7 @@ class Job(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What a holder has of a mount whose daemon has died."""
+    """The parts of a mount that a holder keeps when its daemon has died."""
 
     device: int
     lock: int
@@ -42,6 +42,6 @@ class Held(NamedTuple):
 
 
 def words(job: Job, held: Held, *daemon: int) -> list[str]:
-    """Return the command line of a holder that goes on with a mount, and perhaps a pidfd and a socket of its daemon."""
+    """Return the command line of a holder that continues a mount, perhaps with pidfd and socket of its daemon."""
     said = [str(held.device), str(held.lock), json.dumps(held.facts), str(held.users), *map(str, daemon)]
     return [sys.executable, "-P", "-m", "pkramfs", "hold", job.mountpoint, job.text, *said]

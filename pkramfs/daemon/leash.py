@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a daemon tells the holder of its mount: a socket between the two, and descriptors that go over it.
+"""The socket between a daemon and the holder of its mount: messages, and descriptors that go with them.
 
-    held      device, lock, facts      the mount is there: start another daemon with these when this one dies
+    held      device, lock, facts      the mount exists: start another daemon with these when this one dies
     facts     facts                    the same with other facts
-    shadow    a pidfd                  who makes a checkpoint: it must have ended before another daemon starts
-    alone     0 or 1                   whether nobody but the daemon may have the tree: no standby
+    shadow    a pidfd                  the process that makes a checkpoint: it must end before another daemon starts
+    alone     0 or 1                   whether only the daemon may have the tree, so no standby
     ready                              a standby has the tree, and waits for `go`
-    renew     {patience}               become the code on disk, and say `well` when that is done
-    proven                             this daemon of new code has served: the code before may go
-    crosses   a file                   a kexec comes: the file says who uses the tree (crossing.py)
-    well                               requests are served that the dead daemon had not seen
+    renew     {patience}               run the code on disk, and send `well` when that is done
+    proven                             this daemon of new code has served: the old code may end
+    crosses   a file                   a kexec comes: the file has the users of the tree (crossing.py)
+    well                               requests are served that the dead daemon had not read
     leaves    status                   the daemon makes room, with this exit status
-    ends                               the mount ends: start nobody
+    ends                               the mount ends: start no daemon
 
-A message is one JSON object. The holder says three things only: `go`, with the facts, to a standby, `well` to a daemon
-when it holds that for the first time, as the code that it is, and `back`, with a pidfd of its own, when it holds that
-again because the code on disk has failed. Nothing else is answered: that a holder has died is noticed by its pidfd.
+A message is one JSON object. The holder sends only three messages: `go`, with the facts, to a standby; `well` to a daemon
+when it first holds that daemon's mount, as the code that it runs; and `back`, with a pidfd of its own, when it holds the
+mount again because the code on disk has failed. No other message is answered; the daemon notices the death of a holder by
+its pidfd.
 
-New code on trial says `hello` to the code before, and `failed` with the reason (trial.py).
+New code on trial sends `hello` to the old code, and `failed` with the reason (trial.py).
 
 Kernel: net/core/scm.c (scm_detach_fds)
 """
@@ -71,33 +72,33 @@ class Leash:
         return self._end
 
     def held(self, device: int, lock: int, facts: dict[str, Any]) -> None:
-        """Give the holder what it needs to start another daemon; from now on our death does not end the mount."""
+        """Give the holder all that another daemon needs; from now on the death of this one does not end the mount."""
         self._send(HELD, [device, lock], facts=facts)
         if not self.on_trial:
             process.die_with_parent(no=True)
 
     def facts(self, facts: dict[str, Any]) -> None:
-        """Tell what has become of the facts."""
+        """Send the changed facts."""
         self._send(FACTS, facts=facts)
 
     def shadow(self, pidfd: int) -> None:
-        """Tell who makes a checkpoint."""
+        """Send the pidfd of the process that makes a checkpoint."""
         self._send(SHADOW, [pidfd])
 
     def alone(self, *, yes: bool) -> None:
-        """Tell whether a standby may not be."""
+        """Tell whether a standby is forbidden."""
         self._send(ALONE, status=int(yes))
 
     def ready(self) -> None:
-        """Tell that we stand by."""
+        """Tell that this standby is ready."""
         self._send(READY)
 
     def go(self, facts: dict[str, Any], *, suspect: bool) -> None:
-        """Have a standby take over; said by the holder, through its end."""
+        """Make a standby take over; the holder sends this through its end."""
         self._send(GO, facts=facts, status=int(suspect))
 
     def said(self, seconds: float) -> "Said | None":
-        """Return what the holder says within that time, None if nothing; EOFError if it has died."""
+        """Return the next message of the holder, None if none comes in time; raise EOFError if the holder has died."""
         poll = select.poll()
         poll.register(self._end, select.POLLIN)
         if not poll.poll(seconds * 1000):
@@ -107,29 +108,29 @@ class Leash:
         return found
 
     def crosses(self, users: int) -> None:
-        """Give a file that says who uses the tree, for a daemon of the next kernel."""
+        """Send the file with the users of the tree, for a daemon of the next kernel."""
         self._send(CROSSES, [users])
 
     def renew(self, patience: float) -> None:
-        """Have the holder become the code on disk, whose daemon may take so many seconds until it is proven."""
+        """Make the holder run the code on disk, whose daemon may take `patience` seconds until it is proven."""
         self._send(RENEW, facts={"patience": patience})
 
     def proven(self) -> None:
-        """Tell that we have served, so that the code before may go."""
+        """Tell that this daemon has served, so that the old code may end."""
         self._send(PROVEN)
         self.on_trial = False
         process.die_with_parent(no=True)
 
     def back(self, pidfd: int) -> None:
-        """Tell a daemon who holds it again; said by the holder."""
+        """Tell a daemon that this process holds its mount again; sent by the holder."""
         self._send(BACK, [pidfd], facts={"holder": os.getpid()})
 
     def hello(self) -> None:
-        """Tell the code before that we know of the trial."""
+        """Tell the old code that this process knows of the trial."""
         self._send(HELLO)
 
     def failed(self, why: str) -> None:
-        """Tell the code before why it must go on."""
+        """Tell the old code why it must go on."""
         self._send(FAILED, facts={"why": why})
 
     def well(self) -> None:
@@ -137,7 +138,7 @@ class Leash:
         self._send(WELL)
 
     def leaves(self, status: int) -> None:
-        """Tell with which status we are about to end, for a holder that is not our parent."""
+        """Send the status with which this daemon is about to end, for a holder that is not its parent."""
         self._send(LEAVES, status=status)
 
     def ends(self) -> None:
@@ -147,7 +148,7 @@ class Leash:
     def _send(self, say: str, descriptors: list[int] | None = None, **more: Any) -> None:
         passed = array.array("i", descriptors or []).tobytes()
         extra = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)] if passed else []
-        with contextlib.suppress(BrokenPipeError, ConnectionError):  # it was killed
+        with contextlib.suppress(BrokenPipeError, ConnectionError):  # the holder was killed
             self._end.sendmsg([json.dumps({"say": say} | more).encode()], extra)
 
 

@@ -3,8 +3,8 @@
 
     mount.pkramfs ──starts──▶ python -m pkramfs mount-daemon FD DIR OPTIONS [GO]
 
-    import all this, wait for GO ◀── "go"              until then it looks at nothing: it may be prestarted
-    attach the machine (first use boots it)            nobody may kexec until we serve
+    import all this, wait for GO ◀── "go"              until then it reads nothing: it may be started early
+    attach the machine (first use boots it)            no kexec is possible until it serves
     claim the NAME and a tree id                       the id of its node, or a new one
     restore the tree from its node, or make a new one
     mount(2), listen, answer ──▶ FD: "serving"         or the reason why not, as one line
@@ -132,9 +132,9 @@ class Daemon:
 
     @property
     def _outlives(self) -> bool:
-        """Return True if the tree is to outlive this process in its log, though no node holds it.
+        """Return True if the tree shall outlive this process in its log, though no node holds it.
 
-        That is so when this is no orderly end, and somebody has seen the tree, or it outlived another daemon before.
+        That is so if the end is not orderly, and the mount was served, or the tree outlived another daemon before.
         """
         recovering = self.claimed.origin in (Origin.LOG, Origin.DAEMON)
         return self._live is not None and not self._ended and (self._served or recovering)
@@ -154,7 +154,7 @@ class Daemon:
         drop_empty(self.lock.path("log"))
 
     def _forget_log(self) -> None:
-        """Have the entry name no log any more: who is killed while it frees a tree leaves none to recover."""
+        """Remove the log from the entry: if this process dies while it frees the tree, nothing is to be recovered."""
         self._live, self.claimed = None, self.claimed._replace(live=None)
         try:
             self._write_entry()
@@ -162,7 +162,7 @@ class Daemon:
             log.warning("the entry names a log that is being freed: %s", error)
 
     def _let_go(self) -> None:
-        """Give the tree id back, or leave it to who mounts the NAME again."""
+        """Release the tree id, or leave it to the next mount of the NAME."""
         tree = getattr(self, "tree", None)
         if self._outlives and (tree is None or not tree.preserved):
             self.claimed.lock.abandon()
@@ -194,7 +194,7 @@ class Daemon:
         }
 
     def _write_entry(self) -> None:
-        """Write the entry of this mount, from which it is mounted again and its log is found."""
+        """Write the entry of this mount, by which it is mounted again and its log is found."""
         self.lock.write_entry(self._entry(self.claimed, self.session.dev if self._served else None))
 
     async def _build(self) -> Tree:
@@ -217,7 +217,7 @@ class Daemon:
         )
 
     def _copied(self, limits: Limits) -> Rebuilt | None:
-        """Return the tree that this process has from standing by, with the limits of now; None if it has none."""
+        """Return the tree of a standby, with the present limits; None if this process was none."""
         if self.standing is None or self.frames is not self.standing.frames:
             return None
         rebuilt = self.standing.taken(limits)
@@ -227,7 +227,7 @@ class Daemon:
     # -- the life -------------------------------------------------------------------------------
 
     async def _serve_or_end(self) -> None:
-        """Serve. When memory was short in trio itself it may never come back from its end: then the process ends."""
+        """Serve. If memory was short in trio itself it may never return from its end; then the process ends."""
         try:
             await self._serve()
         except BaseException as error:
@@ -271,7 +271,7 @@ class Daemon:
             self.session.close()
 
     def _prepare(self, tree: Tree) -> None:
-        """Make what serves the kernel and the commands."""
+        """Make the objects that serve the kernel and the commands."""
         operations = Operations(tree, _generation(self.lock.tree_id))
         operations.room, operations.cache.write_back = self.frames.room, lambda: flush(self.session.dev)
         self.keeper = keeper = Keeper(
@@ -325,7 +325,7 @@ class Daemon:
             if self.checkpoints is not None:
                 nursery.start_soon(self.checkpoints.serve)
             await self.session.serve()
-            await server.idle()  # a save completes, and its command is told
+            await server.idle()  # a save completes, and its command gets the answer
             await keeper.settled()
             nursery.cancel_scope.cancel()
 
@@ -335,7 +335,7 @@ class Daemon:
         return self._words.get("verify") == "data" and self.options.name is not None and self.kernel.info.pkram
 
     def _be_held(self) -> None:
-        """Give the holder what it needs to start another daemon when this one dies."""
+        """Give the holder all that it needs to start another daemon when this one dies."""
         if self.holding is None or self._live is None:
             return
         facts = {
@@ -352,7 +352,7 @@ class Daemon:
         self.holding.hold(self.session.descriptor, self.lock.fileno(), facts)
 
     def _take_over(self, held: Held) -> None:
-        """Go on with the mount of a daemon that has died, or that has ended for a kexec."""
+        """Take over the mount of a daemon that has died, or that has ended for a kexec."""
         facts, tree = held.facts, self.tree
         self._served = True
         self.session.take_over(
@@ -375,14 +375,14 @@ class Daemon:
         await holding.watch()
 
     def held_by_another(self) -> None:
-        """Note in the entry who holds the mount now, and who serves it."""
+        """Note the pids of the present holder and daemon in the entry."""
         try:
             self._write_entry()
         except MachineError as error:
             log.warning("the entry names a process that has died: %s", error)
 
     async def _be_well(self) -> None:
-        """Tell the holder that what was sent again did no harm."""
+        """Tell the holder that the requests that were sent again did no harm."""
         await trio.sleep(WELL_SECONDS)
         self._tell_well()
 
@@ -393,7 +393,7 @@ class Daemon:
             self.checkpoints.all_answered(self.kernel.store)
 
     def _resend(self, *, suspect: bool) -> None:
-        """Have the kernel send again what was not answered; find out what it has forgotten meanwhile."""
+        """Make the kernel send unanswered requests again; find out which inodes it has forgotten meanwhile."""
         assert self.session.filter is not None and self.tree.journal is not None
         self.session.filter.resume(
             self.tree.journal.done, suspect=suspect, well=partial(self._tell_well, answered=True)
@@ -401,7 +401,7 @@ class Daemon:
         resume(self.session.operations)
 
     async def _announce(self) -> None:
-        """Report that the mount is served, once the kernel has answered."""
+        """Report that the mount serves, once the kernel has answered."""
         with trio.move_on_after(READY_SECONDS) as waiting:
             await self.session.ready.wait()
         if waiting.cancelled_caught:
@@ -417,7 +417,7 @@ class Daemon:
         self.reporter.serving("\n".join(f"{self.options.name or self.mountpoint}: {line}" for line in said))
 
     def _reconfigured(self, said: Words) -> None:
-        """Write changed options to the entry, from which the tree is mounted again; a full host does not undo them."""
+        """Write changed options to the entry, by which the tree is mounted again; a full host does not undo them."""
         try:
             self._write_entry()
         except MachineError as error:
@@ -430,7 +430,7 @@ class Daemon:
             self.session.operations.drop_attributes()  # st_blksize is another
 
     def _begin_journal(self, tree: Tree) -> None:
-        """Have the tree outlive this process from now on, unless nothing of it could be preserved anyway."""
+        """Begin the log, by which the tree outlives this process, unless the tree could not be preserved anyway."""
         if not self.kernel.info.pkram:
             return
         if tree.journal is None:
@@ -456,7 +456,7 @@ class Daemon:
                 return
 
     async def _unmount(self) -> None:
-        """Flush and unmount; detach what is still in use, which then gets ENOTCONN."""
+        """Flush and unmount; detach a mount that is still in use, whose users then get ENOTCONN."""
         try:
             await in_thread(partial(syscalls.detach_all, self.session.dev, lazy=False))
             # Now the session ends, and this task with it, unless the mount is used in another mount namespace.

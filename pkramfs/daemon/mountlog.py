@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The log of one mount, mounts/ID.log: a record a line, whatever is in it.
+"""The log of one mount, mounts/ID.log: one line for each record, whatever it contains.
 
 Kernel: kernel/printk/printk.c
 """
@@ -17,7 +17,7 @@ log = logging.getLogger("pkramfs")
 
 
 class _OneLine(logging.Formatter):
-    """A formatter that makes a record one line, below which nothing looks like another record."""
+    """A formatter that puts a record on one line, and indents a traceback so that it does not look like a record."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
@@ -27,7 +27,7 @@ class _OneLine(logging.Formatter):
 
 
 def begin_log() -> None:
-    """Log to stderr, which `_log_to` later makes a file."""
+    """Log to stderr, which `log_to` later redirects to a file."""
     handler = logging.StreamHandler()
     handler.setFormatter(_OneLine("%(asctime)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

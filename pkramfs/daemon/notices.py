@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The words that a mount begins with, in the kernel log and for the user: where its tree comes from, what is off."""
+"""The notices at the start of a mount, for the kernel log and the user: the origin of its tree, and warnings."""
 
 import os
 
@@ -31,14 +31,14 @@ def scarce(kernel: Running, tree: Tree, *, given: bool) -> str:
 
 
 def sheltered(origin: Origin, tree: Tree) -> str:
-    """Return a notice if a kexec that failed has left deleted files with names, and who had them open is gone."""
+    """Return a notice if a failed kexec has left deleted files with names, and their users are gone."""
     if origin not in (Origin.NODE, Origin.LOG) or not handles.left_behind(tree):
         return ""
     return f"/{exact(handles.SHELTER)} has the files that were deleted but open when its mount was lost: remove it"
 
 
 def whence(origin: Origin, tree: Tree, *, stood_by: bool) -> str:
-    """Return where a tree comes from, to be appended to the line that names its mount."""
+    """Return the origin of a tree, to be appended to the line that names its mount."""
     if origin is Origin.NOTHING:
         return ""
     if origin is Origin.DAEMON:

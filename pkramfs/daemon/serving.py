@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run one daemon: its log, and how its failure is told.
+"""Run one daemon: its log, and its exit status.
 
     it serves, and ends in order    0
-    it cannot mount                 1, and the command that waits is told why
+    it cannot mount                 1, and the waiting command gets the reason
     it cannot take over             FINAL: its holder need not try again
 
 Kernel: kernel/exit.c (do_exit)
@@ -46,7 +46,7 @@ def read_job(argv: Sequence[str] | None = None) -> Job | None:
 
 
 def serve(job: Job, leash: Leash | None = None, held: Held | None = None, *, standby: bool = False) -> int:
-    """Run the daemon of one mount, which a holder keeps if it gave a leash; `held` is one to be taken over, for a
+    """Run the daemon of one mount, with a holder if there is a leash; `held` is a mount to be taken over, by a
     `standby` when the holder says so."""
     text, mountpoint = job.text, job.mountpoint
     reporter = Reporter(job.fd) if held is None else Reporter(-1)
@@ -79,7 +79,7 @@ def serve(job: Job, leash: Leash | None = None, held: Held | None = None, *, sta
 
 
 def _words(held: Held, text: str) -> str:
-    """Return the options that a mount has now: a remount may have changed them."""
+    """Return the present options of a mount: a remount may have changed them."""
     machine = Machine.locate(parse(text).machine)
     found = next((e for e in machine.mounts() if e.tree_id == held.facts["tree_id"]), None)
     return text if found is None else option_string(found.options)

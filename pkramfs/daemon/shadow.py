@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Checkpoints, made by another process while the daemon goes on.
+"""Checkpoints, made by another process while the daemon serves.
 
     daemon                                        shadow
     frames for it, the position S ── JSON ──▶     rebuild the tree from the last checkpoint and the log, up to S
                                                   compare its figures with the daemon's at S
     publish it, free what is older ◀── JSON ──    write it as a node that no list names
 
-The shadow does what a daemon does that takes over. So each checkpoint is a rehearsal of recovery, and one that does
-not come to the daemon's own figures is thrown away and reported: the log goes on from the checkpoint before. A shadow
-that dies costs its frames until then. One whose daemon dies is killed, by the kernel and, so that somebody waits for
-that, by the holder, which has its pidfd: the next daemon takes its frames for free.
+The shadow does the same as a daemon that takes over. So each checkpoint is a rehearsal of recovery. A checkpoint whose
+figures differ from the daemon's is dropped and reported, and the log continues from the checkpoint before. A shadow
+that dies leaves its frames, which the daemon frees. If the daemon dies, the kernel kills the shadow; the holder does
+so, too, and waits for its end by its pidfd, before the next daemon takes the shadow's frames as free.
 
 Kernel: fs/jbd2/checkpoint.c
 """
@@ -61,7 +61,7 @@ class Checkpoints:
         self._due = trio.Event()
         self.made, self.at = 0, time.monotonic()
         self._off = False
-        self._store: Store | None = None  # by which the next one is made here
+        self._store: Store | None = None  # the next checkpoint is made in this process
         self._process: subprocess.Popen[bytes] | None = None
         self._done = trio.Event()
         self._done.set()
@@ -71,7 +71,7 @@ class Checkpoints:
         tree.journal.due = self.due
 
     def due(self) -> None:
-        """Have one made."""
+        """Make a checkpoint soon."""
         self._due.set()
 
     async def serve(self) -> None:
@@ -91,27 +91,27 @@ class Checkpoints:
                     self._done.set()
 
     async def stop(self) -> None:
-        """Make none any more, and end the process that makes one now."""
+        """Stop making checkpoints, and end the process that makes one now."""
         self._off = True
         if self._process is not None:
             self._process.kill()
         await self._done.wait()
 
     def put_off(self) -> None:
-        """Make none until `go_on`."""
+        """Make no checkpoint until `go_on`."""
         self._off = True
 
     def go_on(self) -> None:
-        """Make them again; one that was due meanwhile is due at the next request."""
+        """Continue making checkpoints; one that was due meanwhile is due at the next request."""
         self._off = False
         assert self._tree.journal is not None
         self._tree.journal.expect_due()
 
     def all_answered(self, store: Store) -> None:
-        """Make one in this process if the daemons before have died too soon to have one made.
+        """Make a checkpoint in this process if the daemons before have died too soon to make one.
 
-        Otherwise the log would grow with every death, and with it the time that each takeover takes. It must not be
-        earlier: what the dead had done and not answered is told by the log that goes.
+        Otherwise the log would grow with every death, and with it the time of each takeover. It must not be earlier:
+        the log that it replaces tells which requests the dead daemons had done and not answered.
         """
         journal = self._tree.journal
         assert journal is not None
@@ -158,7 +158,7 @@ class Checkpoints:
             _free(tree, runs)
             raise
         pages = Spans((start, start + count) for start, count in answer.get("pages", []))
-        if self._store is not None:  # it will be made here
+        if self._store is not None:  # this process makes it
             _free(tree, runs)
             return
         if "error" in answer or journal.log.base != base or tree.preserved:
@@ -181,21 +181,21 @@ class Checkpoints:
         self.made, self.at = self.made + 1, time.monotonic()
 
     def _leave_it(self) -> None:
-        """Make none while the tree is preserved: its node needs the log as it is, or is a checkpoint itself."""
+        """Skip the checkpoint of a preserved tree: its node needs the log as it is, or is a checkpoint itself."""
         journal = self._tree.journal
         assert journal is not None
         journal.limit = journal.requests + LONG
         self.instead()
 
     def _put_off(self, why: str) -> None:
-        """Try again when as many requests have come as make a checkpoint due."""
+        """Try again after as many requests as make a checkpoint due."""
         journal = self._tree.journal
         assert journal is not None
         journal.limit = journal.requests + REQUESTS
         self._say(f"pkramfs: {why}")
 
     async def _ask(self, position: int, runs: list[Run], expected: Figures) -> dict[str, Any]:
-        """Have a shadow make one; return its answer, or why there is none."""
+        """Make a shadow write a checkpoint; return its answer, or the reason why there is none."""
         assert self._tree.journal is not None
         request = {
             "machine": self._machine.path(),
@@ -208,7 +208,7 @@ class Checkpoints:
             "parent": os.getpid(),
         }
         package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        process = subprocess.Popen(  # by this thread, as long as which lives it may live
+        process = subprocess.Popen(  # started by this thread: the kernel kills the shadow when this thread ends
             [sys.executable, "-P", "-m", "pkramfs", "checkpoint"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -230,7 +230,7 @@ class Checkpoints:
         return answer
 
     def _tell(self, process: subprocess.Popen[bytes]) -> None:
-        """Tell the holder whom it has to wait for. A shadow whose daemon dies before that has not begun."""
+        """Tell the holder for which process to wait. If the daemon dies before that, the shadow has not begun."""
         self._process = process
         if self._holding is not None and self._holding.leash is not None:
             pidfd = os.pidfd_open(process.pid)
@@ -250,12 +250,12 @@ def _nothing() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the checkpoint that stdin asks for; print the node and its frames."""
+    """Read a request from stdin, make the checkpoint; print the node and its frames."""
     os.nice(_NICE)
     this.die_with_parent()
     request = json.loads(sys.stdin.buffer.read())
     if os.getppid() != request["parent"]:
-        return 1  # it died before: its frames are another's
+        return 1  # the daemon has died: the frames may belong to another
     try:
         answer = _make(request)
     except (PkramfsError, OSError) as error:

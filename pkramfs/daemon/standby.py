@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A daemon that is there before it is needed: `-o standby`.
+"""A second daemon that is ready before it is needed: `-o standby`.
 
     holder ──fork──▶ standby        rebuilds the tree from checkpoint and log, then follows the log's tail
        │                │ ready
        │  the daemon dies
        └─────── go ────▶│           applies the rest, adopts the frames, serves: it is the daemon now
 
-So a takeover takes as long for a million files as for a thousand. The price is memory: a second tree, as it lies in
-RAM after a restore, asleep but for what was changed since the checkpoint; and a second reading of each change.
+So a takeover takes as long for a million files as for a thousand. The price is memory for a second tree, in the form of
+a restored one, asleep except for changes since the checkpoint; and processor time to read each change once more.
 
-When another checkpoint counts the standby ends, and the holder forks another, which begins there. Until that is
-ready a takeover takes as long as without one. So it does when anything is odd: a standby that cannot go on ends with
-STALE, and has changed nothing. Whatever it does it holds no lock of the machine meanwhile, and no kexec waits for it:
-daemons see to it that there is none when a kernel ends.
+When there is a new checkpoint, the standby ends, and the holder forks another, which begins with that. Until this one
+is ready, a takeover takes as long as without a standby. The same holds after any problem: a standby that cannot
+continue ends with STALE, and has changed nothing. A standby holds no lock of the machine, and no kexec waits for it:
+daemons ensure that there is none when a kernel ends.
 
 Kernel: drivers/md/raid1.c (a spare), by other means
 """
@@ -52,17 +52,17 @@ _SOON, _SELDOM = 0.01, 0.2
 
 
 class Standing(NamedTuple):
-    """What a standby has when it takes over."""
+    """The state of a standby when it takes over."""
 
     kernel: Running
     frames: Frames
     follower: Follower
 
     def taken(self, limits: Limits) -> Rebuilt | None:
-        """Return the tree of a daemon that has died, with the limits of now; None if it must be recovered."""
+        """Return the tree of a daemon that has died, with the present limits; None if it must be recovered."""
         try:
             rebuilt = self.follower.finish()
-        except FormatError:  # a recovery will say so, if it is true
+        except FormatError:  # if this is damage, a recovery will report it
             return None
         if rebuilt is not None:
             there = rebuilt.tree.limits
@@ -71,11 +71,11 @@ class Standing(NamedTuple):
 
 
 def stand_by(options: Options, held: Held, leash: Leash) -> tuple[Standing, Held]:
-    """Follow the tree until the holder says that it is ours; end this process if that cannot be any more."""
+    """Follow the tree until the holder sends `go`; end this process if following is no longer possible."""
     process.die_with_parent()
     with contextlib.ExitStack() as ending:
         ending.callback(os._exit, STALE)
-        with contextlib.suppress(PkramfsError, OSError, EOFError):  # a daemon that is started will say what is wrong
+        with contextlib.suppress(PkramfsError, OSError, EOFError):  # the next daemon will report the fault
             with collector.paused():
                 standing = _prepare(options, held)
             gc.freeze()
@@ -100,7 +100,7 @@ def _prepare(options: Options, held: Held) -> Standing:
 
 
 def _follow(follower: Follower, held: Held, leash: Leash) -> Held | None:
-    """Follow the log; return what the holder says when the tree is ours, None if another checkpoint counts."""
+    """Follow the log; return the message `go` of the holder, or None if there is a new checkpoint."""
     pause = _SOON
     while (said := leash.said(pause)) is None:
         before = follower.position
@@ -124,26 +124,26 @@ class Second:
 
     @property
     def is_due(self) -> bool:
-        """Return True if one should be started now."""
+        """Return True if a standby should be started now."""
         return self.allowed and self.pid < 0 and time.monotonic() - self._started >= self._pause
 
     @property
     def watched(self) -> list[int]:
-        """Return the descriptors that say something about it."""
+        """Return the descriptors to poll for it."""
         return [] if self.pid < 0 or self.ours is None else [self.pidfd, self.ours.fileno()]
 
     @property
     def patience(self) -> float | None:
-        """Return how many milliseconds to wait until one may be due."""
+        """Return the milliseconds until a standby may be due."""
         return self._pause * 1000 if self.allowed and self.pid < 0 else None
 
     def began(self, pid: int, ours: socket.socket) -> None:
-        """Note that one was started."""
+        """Note that a standby was started."""
         self.pid, self.pidfd, self.ours = pid, os.pidfd_open(pid), ours
         self.ready, self._started = False, time.monotonic()
 
     def hear(self, ready: set[int]) -> None:
-        """Take what it says, or that it has ended."""
+        """Read its message, or notice its end."""
         if self.ours is not None and self.ours.fileno() in ready:
             said = messages.receive(self.ours)
             if said is not None and said.say == messages.READY:

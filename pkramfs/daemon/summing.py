@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Checksums of data made and compared in the background (`-o verify=data`).
 
-    restored ──▶ all sums are compared ──▶ what has rested gets a sum ──▶ sleep until something is changed
+    restored ──▶ all sums are compared ──▶ rested pieces get a sum ──▶ sleep until something is changed
                  a step at a time, the digests in a thread
 
-While requests are served the steps give way: as long as this process is busy with them, nine tenths of the time
-nothing is digested.
+The steps give way to requests: while this process is busy with requests, nothing is digested for nine tenths of the
+time.
 
-Kernel: fs/btrfs/scrub.c, drivers/md/md.c (speed_limit_min: what a resync leaves to others)
+Kernel: fs/btrfs/scrub.c, drivers/md/md.c (speed_limit_min limits a resync)
 """
 
 import contextlib
@@ -48,11 +48,11 @@ class Background:
         self._turn = trio.Lock()
 
     def switch(self, *, on: bool) -> None:
-        """Have data get checksums, or no more; those that there are go with it."""
+        """Switch checksums of data on, or off, which drops the existing ones."""
         if not on:
             self._work = None
             self._tree.forget_sums()
-            with contextlib.suppress(ExhaustedError):  # no store passes before the log has it
+            with contextlib.suppress(ExhaustedError):  # committed before any store
                 self._tree.commit()
         elif self._work is None:
             self._tree.sums = sums = self._tree.sums or Sums(self._tree)
@@ -67,7 +67,7 @@ class Background:
         self._stirred.set()
 
     def _found(self, ino: int, piece: int) -> None:
-        """Tell the kernel log of a piece that is damaged."""
+        """Write a damaged piece to the kernel log."""
         self._said += 1
         if self._said <= _NAMED:
             path = exact(self._tree.path(self._tree.inode(ino)))
@@ -91,7 +91,7 @@ class Background:
         }
 
     def compare(self) -> None:
-        """Have all data compared with their sums again."""
+        """Compare all data with their sums again."""
         if self._work is None:
             raise ErrnoError(
                 f"{self._mountpoint} was mounted without verify=data: there are no checksums", errno.EINVAL
@@ -116,7 +116,7 @@ class Background:
             await self._stirred.wait()
 
     async def _settle(self, work: Summing) -> None:
-        """Work on all that has rested, giving way to requests."""
+        """Sum and compare pieces until none is left, giving way to requests."""
         busy = _Busy()
         while work is self._work:
             began = time.monotonic()
@@ -126,10 +126,10 @@ class Background:
                 await trio.sleep(_GIVE_WAY * (time.monotonic() - began))
 
     async def _step(self, work: Summing, *, compare: bool = True) -> bool:
-        """Work on some pieces, in a thread; False if nothing has rested."""
+        """Work on some pieces, in a thread; return False if there is none."""
         async with self._turn:
             try:
-                self._tree.commit()  # what was cut is zeros only then
+                self._tree.commit()  # the rest of a cut page is zeros only after the commit
             except ExhaustedError:
                 return False
             jobs = work.take(compare=compare)
@@ -142,11 +142,11 @@ class Background:
             return True
 
     async def sum_all(self) -> None:
-        """Have all data get a checksum now, of a tree that is frozen."""
+        """Give all data of a frozen tree a checksum now."""
         work = self._work
         if work is None:
-            return  # PKRAM is off, as preserve is about to say
-        for _ in range(2):  # what was changed just now, and in the round before
+            return  # PKRAM is off; the preserve will report this
+        for _ in range(2):  # changes of this round, and of the round before
             while await self._step(work, compare=False):
                 pass
             work.sums.table.turn()
@@ -155,7 +155,7 @@ class Background:
 
 
 class _Busy:
-    """Whether this thread has done much else than wait since it was asked last."""
+    """Tells whether this thread was busy since the last question."""
 
     def __init__(self) -> None:
         self._wall, self._own = time.monotonic(), time.thread_time()

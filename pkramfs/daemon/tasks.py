@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How a daemon runs: under trio, and in threads where a call may wait for our own mount.
+"""How a daemon runs: under trio, with threads for calls that may wait for its own mount.
 
 Kernel: kernel/kthread.c
 """
@@ -28,12 +28,12 @@ def run(function: Callable[[], Awaitable[None]]) -> None:
 
 
 async def in_thread(work: Callable[[], None]) -> None:
-    """Run a call that may wait for our own mount in a thread, so that we can answer meanwhile."""
+    """Run a call that may wait for this daemon's mount in a thread, so that requests are answered meanwhile."""
     await trio.to_thread.run_sync(work, abandon_on_cancel=True)
 
 
 async def flush(dev: int | None) -> None:
-    """Have the kernel send what is dirty, through a place where the mount can still be reached."""
+    """Make the kernel write back dirty data, through a path where the mount can still be reached."""
     for place in syscalls.places(dev)[:1]:
         try:
             await in_thread(partial(syscalls.syncfs, place, dev))

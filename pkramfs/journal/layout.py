@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The pages of a log: live page, base page, seal page, segments, chunks.
 
-They cross the death of a daemon, and so the change from one version of this program to the next: hence a version,
-which readers check. All but the live page cross a kexec, too, if a node says that a log holds its tree.
+They outlive a daemon, and the next daemon may run a later version of this program: hence a version, which readers
+check. All but the live page cross a kexec, too, if a node names the log as its tree.
 
     version 1   chunks of kind 0x4a43, records up to DAMAGED
-    version 2   chunks of kind 0x4a44 behind them, and records that tell a whole request
+    version 2   chunks of kind 0x4a44 behind them, and records that describe a whole request
 
-Who goes on with a log of version 1 makes it one of version 2 (`renew`), which the program that began it refuses. So an
-upgrade over that change has no way back (daemon/trial): a version that writes what the one before reads spares it.
+A daemon that continues a log of version 1 turns it into version 2 (`renew`), which older programs refuse. So an upgrade
+from version 1 to 2 has no way back (daemon/trial). A later version should write what its predecessor can read.
 
     live page   bytes 16 to 55 are published words, which change; the checksum covers bytes 128 to 4095
-    base page   never changes: what counts as the beginning
-    seal page   never changes: what counted at the moment at which the tree was preserved
+    base page   never changes: the beginning of the log
+    seal page   never changes: beginning and end of the log when the tree was preserved
     segment     64 bytes of header, then chunks; `next` is published when the next segment is ready
     chunk       32 bytes of header, then records (fs/records)
 
@@ -166,7 +166,7 @@ class Live(NamedTuple):
 
 
 def write_live(ram: Ram, pfn: int, name: bytes, tree_id: int, generation: int, base: int) -> None:
-    """Write a live page of a log in which nothing counts yet."""
+    """Write a live page of a log without a committed chunk."""
     page = ram.page(pfn)
     fields = {"version": VERSION, "name_length": len(name), "name": name, "tree_id": tree_id, "generation": generation}
     head = LIVE.pack(magic=LIVE_MAGIC, **fields)
@@ -205,9 +205,9 @@ def read_live(ram: Ram, pfn: int) -> Live:
 
 
 def renew(ram: Ram, pfn: int) -> None:
-    """Make a live page say that its log is of this version, whose records will follow.
+    """Set the version of a log in its live page to this version, whose records will follow.
 
-    Between the two stores the page is of this version with the checksum of the one before, which we accept.
+    Between the two stores the page has this version and the checksum of the version before, which `read_live` accepts.
     """
     page, at = ram.page(pfn), pfn << PAGE_SHIFT
     if LIVE.read(page).version != VERSION:
@@ -254,7 +254,7 @@ def read_base(ram: Ram, pfn: int, tree_id: int) -> Base:
 
 
 class Figures(NamedTuple):
-    """What a tree and its copy must have in common."""
+    """The figures that a tree and its copy must have in common."""
 
     inodes: int
     pages: int
@@ -262,7 +262,7 @@ class Figures(NamedTuple):
     inode_space: int
 
     def stored(self) -> "Figures":
-        """Return the figures as a seal page has them."""
+        """Return the figures in the form of a seal page."""
         return self._replace(bytes=self.bytes & WORD)
 
 
@@ -306,7 +306,7 @@ class Segment(NamedTuple):
 
     @property
     def room(self) -> int:
-        """Return the bytes that chunks may take."""
+        """Return the room for chunks, in bytes."""
         return (self.pages << PAGE_SHIFT) - SEGMENT.size
 
     def address(self, position: int) -> int:
@@ -315,7 +315,7 @@ class Segment(NamedTuple):
 
 
 def write_segment(ram: Ram, segment: Segment, tree_id: int) -> None:
-    """Write the header of a segment that nothing leads to yet."""
+    """Write the header of a segment that is not linked yet."""
     head = bytearray(
         SEGMENT.pack(magic=SEGMENT_MAGIC, base=segment.base, size=segment.pages << PAGE_SHIFT, tree_id=tree_id)
     )
@@ -358,5 +358,5 @@ def old_digest(length: int, flags: int, position: int, asker: int, body: bytes |
 
 
 def chunk_digest(covered: bytes | memoryview, flags: int) -> int:
-    """Return the checksum of a chunk: of all behind it, its position first, seeded with its flags."""
+    """Return the checksum of a chunk, over all bytes behind the checksum, seeded with the chunk's flags."""
     return xxhash.xxh3_64_intdigest(covered, seed=flags)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Read a log: every chunk that counts, each checked.
+"""Read a log: every committed chunk, each checked.
 
-Nothing is trusted: the segments must lie in the tree's page blocks, each position follow the one before, each
-checksum fit, and the end be exactly at the tail. What does not fit is a FormatError with position and field.
+Nothing is trusted. The segments must lie in the tree's page blocks, each position must follow the one before, each
+checksum must match, and the last chunk must end at the tail. A violation is a FormatError with position and field.
 
 Kernel: fs/jbd2/recovery.c (do_one_pass)
 """
@@ -46,10 +46,10 @@ AHEAD = CHUNK.size - COVERED
 
 
 class Opened(NamedTuple):
-    """A log that was opened for reading: its live page, its base page, and its segments so far as they count.
+    """A log that was opened for reading: its live page, its base page, and its segments up to the tail.
 
-    One that was sealed has `figures`, which its tree must come to, and a live page made from the seal: the real one
-    may say anything.
+    A sealed log has `figures`, which its tree must have, and a live page made from the seal, because the real one may
+    have changed since.
     """
 
     live: Live
@@ -73,7 +73,7 @@ def open_log(ram: Ram, live_pfn: int, allowed: Spans) -> Opened:
 
 
 def open_sealed(ram: Ram, pfn: int, tree_id: int, generation: int, allowed: Spans) -> Opened:
-    """Open the log that a seal page ends; all of it must lie in `allowed`, the frames of the node that it holds."""
+    """Open a sealed log; all of it must lie in `allowed`, the frames of its node."""
     seal = read_seal(ram, pfn, tree_id)
     for field in ("base", "segment", "live"):
         _require_inside(allowed, getattr(seal, field), 1, "Seal", field, pfn)
@@ -103,7 +103,7 @@ def _segments(ram: Ram, live: Live, base: Base, allowed: Spans, last: int = 0) -
         if before is not None and not before.base <= segment.base <= before.base + before.room:
             raise FormatError("Segment", "base", pfn=pfn, found=segment.base, expected=f"after {before.base}")
         if segment.base > live.tail:
-            return  # it was begun, and nothing in it counts
+            return  # a new segment without committed chunks
         yield segment
         if not following or pfn == last:
             return
@@ -147,13 +147,13 @@ def chunks(ram: Ram, log: Opened, tail: int | None = None, start: int | None = N
 
 
 def _old_digest(kind: int, length: int, flags: int, covered: bytes) -> int:
-    """Return the checksum that a chunk of version 1 must have, -1 for what is none."""
+    """Return the checksum that a chunk of version 1 must have, -1 if it is no such chunk."""
     position, asker = int.from_bytes(covered[:8], "little"), int.from_bytes(covered[8:16], "little")
     return old_digest(length, flags, position, asker, covered[16:]) if kind == OLD_KIND else -1
 
 
 def _refused(segment: Segment, position: int, head: tuple[int, ...], covered: bytes, end: int) -> FormatError:
-    """Return what is wrong with a chunk, which reaches to `end` at most."""
+    """Return the error for a faulty chunk, which reaches to `end` at most."""
     length, kind, flags, checksum, number, _ = head
     if kind not in (CHUNK_KIND, OLD_KIND) or flags & ~LAST:
         expected = f"{CHUNK_KIND:#x} or {OLD_KIND:#x}"
