@@ -3,14 +3,14 @@
 
     call(path, verb, **args)                     → the answer, a JSON object
     call_long(path, verb, **args)                the same, for a verb that may take long
-    held = Held(path, verb, undo="")             → held.answer; in force until held.release(), or until we die
+    held = Held(path, verb, undo="")             → held.answer; in force until held.release(), or this process ends
 
-This knows no verbs: commands.py has them, with typed replies. DaemonError means that there was no answer: nobody
-listens, the daemon died, or it took too long. A refusal is protocol.RefusedError, with the daemon's words. Standard
+This module knows no verbs: commands.py has them, with typed replies. DaemonError means that there was no answer: no
+daemon listens, it died, or it took too long. A refusal is protocol.RefusedError, with the daemon's words. Standard
 library only.
 
-A daemon that works on a verb answers `status` all the same. So `call_long` asks for it now and then, and gives up
-if there is no answer.
+A daemon that works on a verb still answers `status`. So `call_long` asks for it now and then, and gives up if there is
+no answer.
 
 Where nobody listens although the mount's lock is held, its daemon has died and another is about to take over: that one
 is waited for. What a daemon was asked when it died is another matter: GoneError.
@@ -74,7 +74,7 @@ class Held:
         self._peer.close()
 
     def release(self, timeout: float = TIMEOUT) -> None:
-        """End it, and wait until the daemon has taken it back; DaemonError if it does not say so in time."""
+        """End it, and wait until the daemon has taken it back; raise DaemonError if it does not confirm in time."""
         if self.answer.get("held"):
             self._peer.finish(timeout)
         else:
@@ -127,7 +127,7 @@ class _Connection:
                 self._socket.settimeout(self._left())
                 try:
                     self._socket.connect(short)
-                except BlockingIOError:  # its queue is full; connect does not wait where there is a timeout
+                except BlockingIOError:  # its queue is full; with a timeout, connect does not wait
                     if self._left() <= _POLL:
                         raise TimeoutError from None
                 except (ConnectionRefusedError, FileNotFoundError):

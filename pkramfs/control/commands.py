@@ -4,7 +4,7 @@
     commands = Commands(entry.socket)
     commands.status(timeout=5)["frozen"]
     commands.preserve(strict=True)               waits as long as the daemon answers `status` meanwhile
-    held = commands.freeze()                     in force until held.release(), or until we die
+    held = commands.freeze()                     in force until held.release(), or until this process dies
 
 Each raises DaemonError if there is no answer, or an unexpected one, and RefusedError with the daemon's own words if
 it refuses. Standard library only.
@@ -45,11 +45,11 @@ class Commands:
         return read(Status, call_long(self.socket, "preserve", strict=strict, **more))
 
     def foresee(self, *, strict: bool = False, lossy: bool = False) -> Foreseen:
-        """Ask what `preserve` would do now; nothing is changed."""
+        """Return the foresight of `preserve` without changing anything."""
         return read(Foreseen, call(self.socket, "foresee", strict=strict, lossy=lossy))
 
     def compare(self) -> None:
-        """Have all data compared with their checksums; `status` says how many pieces are left, and what is damaged."""
+        """Compare all data with their checksums in the background; `status` has the pieces left, and the damage."""
         read(Done, call(self.socket, "compare"))
 
     def unpreserve(self, *, patient: bool = False) -> Status:
@@ -57,7 +57,7 @@ class Commands:
         return read(Status, (call_long if patient else call)(self.socket, "unpreserve"))
 
     def upgrade(self) -> None:
-        """Have another daemon take over, which runs the code on disk; the answer comes before that, when it is sure."""
+        """Make a daemon that runs the code on disk take over; the answer comes once this is certain, before it."""
         read(Done, call_long(self.socket, "upgrade"))
 
     def freeze(self, *, undo: bool = True, timeout: float = TIMEOUT) -> Held:
@@ -74,7 +74,7 @@ class Commands:
         return held
 
     def cross(self, *, timeout: float = TIMEOUT) -> Held:
-        """Have the daemon stand still with its tree preserved, while the connection lasts."""
+        """Make the daemon stop reading requests, with its tree preserved, while the connection lasts."""
         held = Held(self.socket, "cross", undo="", timeout=timeout)
         try:
             read(Frozen, held.answer)
@@ -84,11 +84,11 @@ class Commands:
         return held
 
     def depart(self, *, timeout: float = TIMEOUT) -> None:
-        """End the daemon, and have its holder start another, which takes over after the kexec."""
+        """End the daemon; its holder starts another, which takes over after the kexec."""
         read(Done, call(self.socket, "depart", timeout=timeout))
 
     def arrived(self, *, timeout: float = TIMEOUT) -> None:
-        """Wait until the kernel has let go of what it had cached before the kexec."""
+        """Wait until the kernel of the host has dropped all that it cached before the kexec."""
         read(Done, call(self.socket, "arrived", timeout=timeout))
 
     def reconfigure(self, words: dict[str, str | bool], pages: int | None = None, inodes: int | None = None) -> None:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A mount that stays over a kexec: the verbs with which a command leads its daemons through it.
+"""The verbs by which a command keeps a mount over a kexec.
 
     cross     no request is read any more; the tree is preserved as it is, open files too; holds as long as its
               connection, then all goes on
     depart    the daemon ends for good; its holder has another one take over under the next kernel
     arrived   the kernel of the host has let go of what it had cached under the old one
 
-Who has files open for writing may write on into the host's cache meanwhile. That is what nobody has called preserved:
-it reaches the next daemon, as it would have reached this one.
+Programs with files open for writing may still write into the host's cache. These data are not part of the preserved
+tree: they reach the next daemon, as they would have reached this one.
 
 Kernel: kernel/power/process.c (freeze_processes)
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Door(NamedTuple):
-    """What the daemon does for a crossing."""
+    """The actions of the daemon in a crossing."""
 
     shut: Callable[[], Awaitable[bool]]
     """Reads no more requests; False if one that was read is not answered before long."""
@@ -69,7 +69,7 @@ class Crossing:
         return {"preserved": True}
 
     async def _shelter(self, tree: "Tree") -> None:
-        """Have deleted files preserved, too."""
+        """Give deleted files names, so that they are preserved, too."""
         if not tree.orphans:
             return
         if tree.lookup(tree.root.ino, handles.SHELTER) is not None:
@@ -91,7 +91,7 @@ class Crossing:
                 tree.freeze()
 
     async def release(self, answer: Frozen) -> None:
-        """Go on, unless we are about to end: the connection of `cross` has ended."""
+        """Go on after the connection of `cross` has ended, unless the daemon is about to end."""
         if not self.departing.is_set():
             await self._keeper.release(answer)
             await self._go_on()
@@ -113,6 +113,6 @@ class Crossing:
         return {}
 
     async def arrived(self) -> Done:
-        """Return when nothing in the host's caches is older than this daemon."""
+        """Return when the host's caches contain nothing from before this daemon."""
         await self.has_arrived.wait()
         return {}

@@ -16,17 +16,17 @@ A file that is open for writing may have dirty pages that the kernel has not sen
 comes after the last of them, so `preserve` waits, bounded, until the tree counts no writers. Between
 that and `freeze` nothing is awaited, so no open can slip in.
 
-A freeze belongs to a kexec, which may be killed: so it ends with the connection that asked for it. While it holds
-nobody else can thaw the tree. Once `stop` was asked for nothing is thawed: what was preserved stays so.
+A freeze belongs to a kexec, which may be killed, so it ends with the connection that asked for it. While it holds
+no other command can thaw the tree. After `stop` nothing is thawed, so that a preserved tree stays preserved.
 
 Data that a refused write-back lost (fs/lost) would be zeros in the preserved tree. So `preserve` refuses and names
 the files, until they are mended; with `lossy` it goes on, the log names the files, and the losses are forgotten.
-`watch_losses` has the log name each such file once, some time after its first loss.
+`watch_losses` names each such file in the log once, some time after its first loss.
 
 The lock lets one verb at a time change the state. `status` needs no lock: it runs between two steps
 of a save.
 
-What state follows which event, and what becomes of the node, is decided in fs/preservation.
+fs/preservation decides which state follows an event, and when the node is withdrawn.
 
 Kernel: fs/super.c (freeze_super), mm/shmem_pkram.c (shmem_save_pkram), patch 24
 """
@@ -148,7 +148,7 @@ class Keeper:
         self._data_lost.set()
 
     async def watch_losses(self) -> None:
-        """Have the kernel log name the files that lose data, until cancelled."""
+        """Name the files that lose data in the kernel log, until cancelled."""
         while True:
             await self._data_lost.wait()
             self._data_lost = trio.Event()
@@ -179,7 +179,7 @@ class Keeper:
                 self._long.set()
 
     async def _shorten(self) -> bool:
-        """Shorten the log if it is long; return False if that has to be tried again: somebody reads the node."""
+        """Shorten the log if it is long; return False if that has to be tried again because the node is being read."""
         try:
             if is_long(self.tree):
                 await drive(shorten(self.tree, self.store, self.node_name, self._banned()))
@@ -256,7 +256,7 @@ class Keeper:
         return await self.status()
 
     async def _sum_all(self) -> None:
-        """Have all data get checksums; a node that may lack some is withdrawn, to be saved anew."""
+        """Give all data checksums; withdraw a node that may lack some, so that it is saved anew."""
         self._settings.reconfigure({"verify": "data"})
         await self.sum_all()
         if self.tree.preserved and not self._complete:
@@ -282,7 +282,7 @@ class Keeper:
         self.tree.commit()
 
     async def _save(self, strict: bool) -> None:
-        """Publish the node, and tell the log what it holds and what it lacks."""
+        """Publish the node, and write its contents and losses to the kernel log."""
         whole, banned = self._settings.whole, self._banned()
         work = preserve(self.tree, self.store, self.node_name, whole=whole, strict=strict, banned=banned)
         report = await drive(work)
@@ -301,7 +301,7 @@ class Keeper:
             self._say(f"pkramfs: {self.name}: nor {'is' if more == 1 else 'are'} {plural(more, 'other open file')}")
 
     async def foresee(self, strict: bool = False, lossy: bool = False) -> Foreseen:
-        """Return what `preserve` would do now."""
+        """Return the foresight of `preserve` now."""
         banned, whole = self._banned(), self._settings.whole
         found = foresee(self.tree, banned, whole=whole, strict=strict or self.strict, lossy=lossy)
         lists = {
@@ -326,7 +326,7 @@ class Keeper:
         }
 
     async def compare(self) -> Done:
-        """Have all data compared with their checksums."""
+        """Compare all data with their checksums in the background."""
         self.doubt_all()
         return {}
 
@@ -352,7 +352,7 @@ class Keeper:
             return {"preserved": self.tree.preserved}
 
     async def freeze_in_use(self) -> None:
-        """Freeze and preserve the tree with all that is open; `release` takes the freeze back.
+        """Freeze and preserve the tree with all open files; `release` takes the freeze back.
 
         The caller has seen to it that no request is read until then.
         """
@@ -394,7 +394,7 @@ class Keeper:
         return {}
 
     async def upgrade(self) -> Done:
-        """Have room made for a daemon that runs the code on disk, unless there is a reason against it."""
+        """Make room for a daemon that runs the code on disk, unless the mount cannot be upgraded."""
         if "holder" not in self.outlives():
             lacks = "has no holder (a new one may be starting), or Linux is older than 6.9"
             raise BusyError(f"{self.mountpoint} {lacks}: try again, or preserve, umount and mount it")
@@ -450,7 +450,7 @@ class Keeper:
             self.tree.preservation.lose()
 
     def _say_withdrawn(self) -> None:
-        """Tell the kernel log that the tree has let go of its node."""
+        """Note in the kernel log that the tree has withdrawn its node."""
         self._say(f"pkramfs: {self.name} is no longer preserved: it is changed again")
 
 
@@ -459,7 +459,7 @@ async def _nothing() -> None:
 
 
 async def drive(work: Generator[Any, None, T]) -> T:
-    """Run a long work to its end, answering requests between its steps."""
+    """Run long work to its end, answering requests between its steps."""
     while True:
         try:
             next(work)
@@ -474,7 +474,7 @@ def _texts(paths: list[bytes]) -> list[str]:
 
 
 def _first(lines: list[str]) -> list[str]:
-    """Return as many lines as an answer can hold."""
+    """Return as many lines as fit into an answer."""
     room, found = LINE_MAX // 16, list[str]()
     for line in lines:
         room -= len(line)

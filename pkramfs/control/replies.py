@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a daemon replies to each verb: declared once, written by the keeper, checked where a command reads it.
+"""The replies of a daemon to each verb: declared once, written by the keeper, checked when a command reads them.
 
     status preserve unpreserve    Status
     foresee                       Foreseen
     freeze thaw                   Frozen
     compare reconfigure stop      Done
 
-A reply of another version may have fields that this version does not know, which are left out, or lack those of
-ADDED, which get the value that they had before they were told of. Anything else that is missing or of another type
-makes the reply unexpected: `read` raises a DaemonError that names the field. Standard library only.
+A reply of another version may have fields that this version does not know, which are dropped, or lack those of
+ADDED, which get their former implied value. Any other missing field, or one of another type, makes the reply
+unexpected: `read` raises a DaemonError that names the field. Standard library only.
 """
 
 from typing import Any, NotRequired, TypedDict, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -73,7 +73,7 @@ class Frozen(TypedDict):
 
 
 class Foreseen(TypedDict):
-    """What preserve would do now: see fs/foresight. Of long lists only the first are named, the counts are complete."""
+    """The foresight of a preserve (fs/foresight). Long lists are cut; the counts are complete."""
 
     refused: list[str]
     refused_count: int
@@ -146,6 +146,6 @@ _DECLARED: dict[object, Object] = {kind: _declared(kind) for kind in (Status, Fo
 
 
 def unnamed(status: Status | Foreseen, what: str) -> int:
-    """Return how many more there are of which a status names the first few; `what` is one of its lists."""
+    """Return the number of entries that a status does not name; `what` is one of its lists."""
     counted = cast(dict[str, Any], status)
     return max(int(counted[f"{what}_count"]) - len(counted[what]), 0)

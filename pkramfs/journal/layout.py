@@ -52,7 +52,7 @@ LIVE = Record(
         F("magic", "u8", 0, "PKRAMlv1"),
         F("checksum", "u8", 8, "XXH3-64 of bytes 128-4095, seeded with the page's pfn"),
         F("base", "u8", BASE_AT, "published: base page"),
-        F("tail", "u8", TAIL_AT, "published: the end of what counts"),
+        F("tail", "u8", TAIL_AT, "published: position of the end of the log"),
         F("zeroed", "u8", ZEROED_AT, "published: up to here, parts of pages that were cut are zeros"),
         F("growing", "u8", GROWING_AT, "published: inode number of the file that was written behind its end last"),
         F("grown", "u8", GROWN_AT, "published: no byte from there on was written"),
@@ -66,7 +66,7 @@ LIVE = Record(
 BASE = Record(
     "Base",
     80,
-    "What a log begins with.",
+    "The beginning of a log.",
     [
         F("magic", "u8", 0, "PKRAMbs1"),
         F("checksum", "u8", 8, "XXH3-64 of bytes 32-4095, seeded with the page's pfn"),
@@ -74,7 +74,7 @@ BASE = Record(
         F("tree_id", "u8", 40, "as the live page's"),
         F("node", "u8", 48, "pfn of the node that holds the tree as it was, 0: it was empty"),
         F("segment", "u8", 56, "pfn of the segment that holds the position"),
-        F("position", "u8", 64, "first byte of the log that counts"),
+        F("position", "u8", 64, "position of the first byte of the log"),
     ],
 )
 SEAL = Record(
@@ -89,8 +89,8 @@ SEAL = Record(
         F("version", "u4", 48, "as the live page's"),
         F("base", "u8", 56, "pfn of the base page"),
         F("segment", "u8", 64, "pfn of the last segment"),
-        F("tail", "u8", 72, "the end of what counts"),
-        F("live", "u8", 80, "pfn of the live page, which means nothing to who reads the node"),
+        F("tail", "u8", 72, "position of the end of the log"),
+        F("live", "u8", 80, "pfn of the live page; a reader of the node ignores it"),
         F("inodes", "u8", 88, "inodes of the tree, deleted ones that were open included"),
         F("pages", "u8", 96, "pages of the tree, as size= counts them"),
         F("bytes", "u8", 104, "sum of the sizes of all files, modulo 2^64: sparse files may add up to more"),

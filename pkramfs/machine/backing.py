@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What may lie behind RAM, and how to tell one from the other.
+"""The kinds of memory that RAM may consist of, and how to tell them apart.
 
-    kind     what                          unused pages     survives                         named as
+    kind     memory                        unused pages     survives                         named as
     file     a file                        are holes        its file system's end: tmpfs's   PATH[:SIZE]
                                                             with the kernel
     fsdax    a file on ext4 or xfs with    are zeroed       a kexec, if `memmap=` is given   PATH[:SIZE]
@@ -12,13 +12,13 @@
     block    any other block device, by    are zeroed       processes only                   PATH, forced
              way of the page cache
 
-What is set aside is never given back: blocks that a file on DAX had returned to its file system might be somebody
-else's when they are stored to again, and a store into a mapping cannot fail but by SIGBUS.
+Memory set aside is never given back: the file system could give the freed blocks of a file on DAX to another file, and
+a later store into the mapping would end in SIGBUS.
 
 A machine's own `ram` file (directory.py) is a `file`, and the only one whose size the machine chooses. The others are
-named by the user, and examined before they are taken: `examine` returns what is wrong with them. Only a regular file is
-ever read or written by its descriptor. With all others a read at an offset may mean another thing than memory at that
-address (of /dev/mem: whatever lies there physically), so they are reached through their mapping alone (mapped.py).
+named by the user, and examined before they are taken: `problems` yields their faults. Only a regular file is
+read or written by its descriptor. On the other kinds an offset may not mean an address of the machine's memory (in
+/dev/mem it is a physical address of the host), so they are accessed through their mapping alone (mapped.py).
 
 Kernel: drivers/dax/device.c, fs/dax.c, drivers/char/mem.c, drivers/nvdimm/e820.c; statx(2), STATX_ATTR_DAX
 """
@@ -42,7 +42,7 @@ FILE, FSDAX, DEVDAX, DEVMEM, BLOCK = "file", "fsdax", "devdax", "devmem", "block
 
 
 class Kind(NamedTuple):
-    """What is known of a kind of backing."""
+    """The properties of a kind of backing."""
 
     sparse: bool
     """Pages that nobody uses are holes, which cost nothing and can be told from pages in use."""
@@ -89,7 +89,7 @@ class Backing:
 
     @property
     def traits(self) -> Kind:
-        """Return what is known of its kind."""
+        """Return the properties of its kind."""
         return KINDS[self.kind]
 
     @property
@@ -118,7 +118,7 @@ def is_path(text: str) -> bool:
 
 
 def parse(text: str) -> Spec:
-    """Parse what names memory; raise UsageError for anything else."""
+    """Parse the words that name memory; raise UsageError for anything else."""
     match = _SPEC.fullmatch(text)
     if match is None or not os.path.isabs(match["path"]):
         raise UsageError(f"invalid memory {text!r}: write /PATH, /PATH:SIZE or /dev/mem:SIZE@ADDRESS")
@@ -130,7 +130,7 @@ def parse(text: str) -> Spec:
 
 
 def find(spec: Spec, host: Host) -> Backing:
-    """Return what lies at a path, and change nothing; raise MachineError for what can never be memory."""
+    """Return the memory at a path without changing it; raise MachineError for a file that cannot be memory."""
     fd = _open(spec.path, os.O_RDWR)
     try:
         status = os.fstat(fd)
@@ -197,11 +197,11 @@ def _is_among_devices(path: str) -> bool:
     try:
         return os.stat(os.path.dirname(path)).st_dev == os.stat("/dev").st_dev
     except OSError:
-        return False  # making the file says what is wrong
+        return False  # making the file reports the error
 
 
 def allocate(backing: Backing) -> None:
-    """Have the file system allocate all of a DAX file, so that no store can fail; other kinds need nothing."""
+    """Make the file system allocate all of a DAX file, so that no store can fail; other kinds need nothing."""
     if backing.kind != FSDAX:
         return
     fd = _open(backing.path, os.O_RDWR)
@@ -215,7 +215,7 @@ def allocate(backing: Backing) -> None:
 
 
 def problems(backing: Backing, host: Host) -> Iterator[str]:
-    """Yield what speaks against taking this memory, each as one line with its remedy."""
+    """Yield the reasons not to take this memory, each as one line with its remedy."""
     status = os.stat(backing.path)
     if backing.kind in (FILE, FSDAX):
         if status.st_uid != os.geteuid():
@@ -236,7 +236,7 @@ def problems(backing: Backing, host: Host) -> Iterator[str]:
 
 
 def refuse_used(backing: Backing, host: Host) -> None:
-    """Raise MachineError while another process has the memory open: nobody can want two machines in it."""
+    """Raise MachineError while another process has the memory open: two machines must not share it."""
     if pids := host.users(backing.path) if backing.kind != DEVMEM else []:
         raise MachineError(f"{backing.path} is open in process {pids[0]}: end it first")
 
@@ -250,7 +250,7 @@ def overlap(one: Spec, other: Spec) -> bool:
 
 
 def _of_range(backing: Backing, host: Host) -> Iterator[str]:
-    """Yield what is wrong with a range of physical memory."""
+    """Yield the faults of a range of physical memory."""
     start, end = backing.start, backing.start + backing.size
     name = next((name for first, last, name in host.resources() if first <= start and end <= last), "not set aside")
     where = f"{start:#x}-{end - 1:#x}"
@@ -282,7 +282,7 @@ LOOKED_AT = 128 << 10
 
 
 def contents(first: bytes) -> str:
-    """Return what seems to lie in memory that begins with these bytes; empty if they are all zeros."""
+    """Return the likely content of memory that begins with these bytes; empty if they are all zeros."""
     for at, sign, what in _SIGNS:
         if first[at : at + len(sign)] == sign:
             return what

@@ -6,8 +6,8 @@
     memory.max …          limit, use, and what can be freed   ┘
 
 A full group is worse than a full file system. A daemon that needs one more page waits until dirty pages of the group
-are written, and those may wait for the daemon; or the kernel kills a process. So room is what the limit leaves, less a
-reserve. The reserve is larger than what the mount may have dirty (see `dirty`): writers in the group always leave pages
+are written, and those may wait for the daemon; or the kernel kills a process. So room is the rest below the limit, less
+a reserve. The reserve is larger than the dirty data of the mount (see `dirty`): writers in the group always leave pages
 that can be freed. The clean page cache counts as free, because the kernel takes it back when it needs memory.
 
 A look costs about 0.1 ms, so `room` looks a few times a second, more often where room is scarce, and subtracts what
@@ -110,7 +110,7 @@ class MemoryGroups:
 def _groups(member: str, mountinfo: str) -> Iterator[tuple[str, _Names]]:
     """Yield the directories of the groups that hold this process, innermost first, for each version in use."""
     paths = {}
-    for line in member.split("\n"):  # names may hold what str.splitlines and str.split take for ends and blanks
+    for line in member.split("\n"):  # names may contain what str.splitlines treats as line ends
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0" and not controllers:

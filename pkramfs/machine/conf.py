@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""NAME.conf: which memory is the RAM of a machine. It is all that is kept on disk of a machine on real memory.
+"""NAME.conf: which memory is the RAM of a machine. It is the only file on disk of a machine on real memory.
 
     # /etc/pkramfs/default.conf
     ram = /dev/dax0.0
     uuid = 5ab0…
 
-`pkramctl machine create --ram PATH` writes it. `uuid` is that of the header in the memory: a device that got another
-number at this boot, or holds another machine, is not taken for ours. The files of root's machines are in /etc/pkramfs.
-Where PKRAM_ROOT says in which directory machines are, NAME.conf lies there, beside the machine NAME.
+`pkramctl machine create --ram PATH` writes it. `uuid` is the uuid of the header in the memory: it tells the device from
+one that got its number at this boot, or that holds another machine. The files of root's machines are in /etc/pkramfs.
+If PKRAM_ROOT names the directory of the machines, NAME.conf is there, beside the machine NAME.
 
 Kernel: /etc/mdadm.conf (ARRAY … uuid=…), in spirit
 """
@@ -28,7 +28,7 @@ _REMEDY = "write `ram = PATH` and `uuid = UUID`, or remove it and `pkramctl mach
 
 @dataclass(frozen=True)
 class Conf:
-    """What the file says: the words that name memory (backing.parse), and the machine's UUID."""
+    """The content of the file: the words that name memory (backing.parse), and the machine's UUID."""
 
     ram: str
     uuid: str
@@ -45,7 +45,7 @@ def files(place: str) -> list[str]:
 
 
 def read(path: str) -> Conf | None:
-    """Read a file; None if it is missing, DamagedError if it says anything else than it should."""
+    """Read a file; return None if it is missing, raise DamagedError if its content is invalid."""
     try:
         data = read_file(path, 1 << 16)
     except OSError as error:

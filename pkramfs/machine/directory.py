@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A machine is a directory: its RAM, its hardware, and what its kernel exports.
+"""A machine is a directory: its RAM, its hardware, and the files that its kernel exports.
 
     machine.json  ram                         the hardware; survives a kexec. RAM may be elsewhere (named.py)
     machine.json.copy                         from which a lost machine.json is made again
@@ -9,12 +9,12 @@
     mounts/ID.{lock,json,spare,sock,log}      one mount daemon each, ID is its tree id
     lock  lock.tables                         held to boot; held to change the shared tables
 
-This module knows names, atomic replacement and locks. The chapters that write the files say what
-they mean, and declare what they accept in them (schema.py). JSON files are replaced by rename, so a
+This module knows names, atomic replacement and locks. The chapters that write the files define their
+meaning, and declare their schemas (schema.py). JSON files are replaced by rename, so a
 reader sees the old one or the new one.
 
-The owner of the directory owns the memory. Everybody may write to /dev/shm, so the default place is
-checked before use: it must be ours, and nobody else may be able to replace parts of it. A place that
+The owner of the directory owns the memory. Every user may write to /dev/shm, so the default place is
+checked before use: it must belong to this user, and no other user may be able to replace parts of it. A place that
 PKRAM_ROOT names is root's own choice.
 
 Kernel: /proc/cmdline, /proc/iomem, /sys/kernel/pkram, /sys/firmware/memmap
@@ -88,7 +88,7 @@ class Machine:
 
     @classmethod
     def on_host(cls) -> list["Machine"]:
-        """Return our machines whose memory is the host's, by name; those, too, that are not up in this boot yet.
+        """Return our machines on memory of the host, by name, including those that are not up in this boot yet.
 
         A copy of a NAME.conf under another name is no other machine.
         """
@@ -104,7 +104,7 @@ class Machine:
         return sorted(found.values(), key=lambda one: one.name)
 
     def is_ours(self) -> bool:
-        """Return True if the directory itself, not what a link leads to, is ours."""
+        """Return True if the directory itself, not the target of a link, belongs to this user."""
         found = os.lstat(self.directory)
         return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
@@ -152,7 +152,7 @@ class Machine:
         return os.path.join(place, f"{self.name}{conf.SUFFIX}")
 
     def configuration(self) -> conf.Conf | None:
-        """Return what names the machine's memory, None if RAM is a file of its own."""
+        """Return the configuration that names the machine's memory, None if RAM is a file of its own."""
         return None if os.path.isdir(self.conf_path) else conf.read(self.conf_path)
 
     def _make(self, hardware: FirmwareMap | None) -> None:
@@ -168,7 +168,7 @@ class Machine:
             self._check_fits(made, kept)
             self.log(f"machine.json was lost and is made again{' from its copy' if made is kept else ''}")
         else:
-            self.remove("ram")  # it is empty: its maker died, or another user made it here before us
+            self.remove("ram")  # empty: its maker died, or another user made it before us
             Ram(self.path("ram"), made.size, create=True).close()
         for name in (COPY, HARDWARE_JSON):
             self.write_json(name, {"version": 1, **made.to_json()})
@@ -226,7 +226,7 @@ class Machine:
     def _check_owner(self) -> None:
         """Raise MachineError if another user could replace our memory with memory of their own."""
         parent, mine = os.path.dirname(self.directory), os.geteuid()
-        open_to_all = parent == default_root()  # anybody may have made it before us
+        open_to_all = parent == default_root()  # another user may have made it before us
         for place in (parent, self.directory) if open_to_all else (self.directory,):
             try:
                 found = (os.lstat(place), os.stat(place))

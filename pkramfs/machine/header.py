@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The header in page 0 of RAM that the user named: all that must cross a boot of the host beside RAM itself.
+"""The header in page 0 of RAM that the user named: everything beside RAM that must survive a boot of the host.
 
     0        512      2048      2560     4096
-    | slot 0 | mounts | slot 1 | mounts   |          page 0 is never usable, so nobody else writes there
+    | slot 0 | mounts | slot 1 | mounts   |          page 0 is never usable, so nothing else is written there
 
 The directory of a machine may lie in /run, and end with the host's kernel. RAM stays, if both kernels set it aside.
-The header says whose it is, how large, what the last kernel was, and where its super block lies: a new directory is
-made from it. A header is written to the slot that does not hold the current one, with a higher sequence number, and
-the last store of it makes its checksum right: a write that was torn at any byte leaves the header before it. A boot
-writes both, one after the other: then neither names a super block of the past, and damage to one costs nothing.
+The header identifies the machine, its size, the last kernel, and the pfn of its super block: a new directory is made
+from it. A header is written to the slot that does not hold the current one, with a higher sequence number, and its last
+store makes the checksum valid, so a torn write leaves the header before it. A boot writes both slots, one after the
+other: then neither names an old super block, and damage to one loses nothing.
 
-Behind each slot is a list of mounts, so that what was mounted can be mounted again where no fstab says so. The header
-has its length and checksum. A damaged list is an empty one: it must not cost the header.
+Behind each slot is a list of mounts, so that they can be mounted again without fstab. The header has the length and
+checksum of the list. A damaged list counts as empty; it does not invalidate the header.
 
 It is reached through the mapping alone, whatever lies behind RAM. Only the holder of the machine lock writes it.
 
@@ -46,7 +46,7 @@ HEADER = Record(
         F("sequence", "u8", 16, "the higher one of two sound headers is the current one"),
         F("version", "u4", 24, "1"),
         F("features", "u4", 28, "0; unknown ones are refused"),
-        F("uuid", "16s", 32, "the machine, whatever its memory is called"),
+        F("uuid", "16s", 32, "identifies the machine, whatever the path of its memory"),
         F("size", "u8", 48, "bytes of RAM, page 0 included"),
         F("seed", "u8", 56, "seed of all random choices"),
         F("generation", "u8", 64, "how many kernels the machine has had; 0 before the first boot"),
@@ -98,7 +98,7 @@ def new(name: str, size: int, seed: int) -> Header:
 
 
 def read(ram: Ram) -> Header | None:
-    """Return the current header, None if there is none; VersionError if a later version of pkramfs wrote it."""
+    """Return the current header, None if there is none; raise VersionError if a later version of pkramfs wrote it."""
     return parse(ram.peek(0), ram.size)
 
 
@@ -167,7 +167,7 @@ def write_both(ram: Ram, header: Header) -> Header:
 
 
 def is_alone(ram: Ram, header: Header) -> bool:
-    """Return True if the other slot does not say the same as the current header, lists of mounts aside."""
+    """Return True if the other slot differs from the current header, apart from the lists of mounts."""
     other = _slot(ram.peek(0), 1 - header.slot)
     return other is None or replace(other, sequence=header.sequence, mounts=header.mounts) != header
 

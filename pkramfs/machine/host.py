@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The computer under the machine: what its kernel says of itself and of its devices.
+"""The computer under the machine: facts from its kernel about itself and its devices.
 
-    /proc/sys/kernel/random/boot_id      another one: another kernel was booted
+    /proc/sys/kernel/random/boot_id      changes when a kernel boots
     /proc/sys/kernel/bootloader_type     whether a kernel or firmware booted this one
     /proc/cmdline                        pkram=
-    /proc/vmcore                         there in a crash kernel only
-    /proc/iomem, /sys/firmware/memmap    what is RAM, and what it is used for
+    /proc/vmcore                         exists in a crash kernel only
+    /proc/iomem, /sys/firmware/memmap    which ranges are RAM, and their use
     /sys/dev/char/M:m                    size and alignment of a device of memory
 
-Only a machine on real memory (backing.py) asks. All of it is text, and none of it is trusted to be there: a
-container may hide any of these files. PKRAM_HOST names a directory whose proc and sys are read in place of the
-host's; tests boot as often as they like that way.
+Only machines on real memory (backing.py) need this. All of it is text, and each file may be missing, because a
+container may hide it. PKRAM_HOST names a directory whose proc and sys are read in place of the host's; tests use it
+to boot a host as often as they like.
 
 Kernel: drivers/char/random.c, arch/x86/kernel/ksysfs.c, fs/proc/cmdline.c, fs/proc/vmcore.c, drivers/dax/bus.c
 """
@@ -62,7 +62,7 @@ class Host:
 
     @property
     def kexeced(self) -> bool | None:
-        """Return True if a kernel booted this one, False if firmware did, None if nobody can tell."""
+        """Return True if a kernel booted this one, False if firmware did, None if that is not known."""
         loader = self.loader
         return None if loader is None else loader >> 4 == _KEXEC_LOADER
 
@@ -90,7 +90,7 @@ class Host:
         return (_number(size), _number(align)) if _number(size) else None
 
     def users(self, path: str) -> list[int]:
-        """Return the processes that have a file open, but for this one; they are never those of a test's host."""
+        """Return the other processes that have a file open; none on the fake host of a test."""
         path = os.path.realpath(path)
         pids = [int(name) for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid()]
         return sorted(pid for pid in pids if path in _open_files(pid))
@@ -110,7 +110,7 @@ class Host:
         return found
 
     def firmware_map(self) -> list[tuple[int, int, str]]:
-        """Return what firmware said of memory: first byte, byte behind the last, type; nothing where it is not kept."""
+        """Return the firmware's memory map: first byte, byte behind the last, type; empty if it is not kept."""
         place, found = self.path("sys/firmware/memmap"), []
         for name in os.listdir(place) if os.path.isdir(place) else []:
             start, end, kind = (
@@ -138,7 +138,7 @@ class Host:
 
 
 def _open_files(pid: int) -> list[str]:
-    """Return the paths of what a process has open, none if it has ended or is not ours to look at."""
+    """Return the paths of a process's open files, none if it has ended or is not readable."""
     found, place = [], f"/proc/{pid}/fd"
     with contextlib.suppress(OSError):
         for name in os.listdir(place):

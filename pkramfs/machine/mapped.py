@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""RAM on memory that has no holes, reached through its mapping alone.
+"""RAM on memory without holes, accessed through its mapping alone.
 
     Ram          a sparse file: holes, fallocate, pread, pwrite
     MappedRam    devdax, /dev/mem, a file on DAX: loads and stores only
 
-All of it is there from the beginning, so that no store can fail, nothing need be backed first, and no room is shared
-with others. What cannot be given back is zeroed: a page that is handed out reads as zeros here, too. Such memory does
-not say which pages were ever used: all of it counts as data.
+All of it is allocated from the beginning, so that no store can fail, nothing need be backed first, and no room is
+shared with others. Pages are zeroed instead of given back: an allocated page reads as zeros here, too. Such memory does
+not record which pages were ever used, so all of it counts as data.
 
-A file on DAX is mapped with MAP_SYNC. So the kernel refuses a file that is not, and a page that was stored to stays
-found there although nobody has written the file system's own tables back when the kernel dies.
+A file on DAX is mapped with MAP_SYNC. So the kernel refuses a file that is not on DAX, and a stored page can be found
+after the kernel dies, although the file system's own tables were not written back.
 
 Kernel: mmap(2), MAP_SYNC; drivers/dax/device.c (dax_mmap), drivers/char/mem.c (mmap_mem)
 """
@@ -33,7 +33,7 @@ def open_ram(backing: Backing) -> Ram:
 
 
 class MappedRam(Ram):
-    """Memory of which the descriptor is good for nothing but to be mapped."""
+    """Memory whose descriptor can only be mapped."""
 
     sparse = False
 
@@ -45,7 +45,7 @@ class MappedRam(Ram):
             self.bytes = cast(memoryview, _Copied(self.bytes))
 
     def _check_size(self, create: bool) -> None:
-        """Refuse a file that was cut, or of which the file system has not allocated all; mmap(2) checks a device."""
+        """Refuse a file that was cut, or is not allocated completely; mmap(2) checks a device."""
         if self._backing.kind != FSDAX:
             return
         status = os.fstat(self.fd)
@@ -81,7 +81,7 @@ class MappedRam(Ram):
         self._memory[at : at + len(data)] = data
 
     def back_run(self, pfn: int, count: int) -> None:
-        """Do nothing: all of it is there."""
+        """Do nothing: all of it is allocated."""
 
     def punch_run(self, pfn: int, count: int) -> None:
         self.zero(pfn, count)
@@ -101,7 +101,7 @@ class MappedRam(Ram):
         return self.size
 
     def check_room(self, size: int, *, floor: float = 1.0) -> None:
-        """Do nothing: who has a page has the memory for it."""
+        """Do nothing: every page has its memory."""
 
 
 class _Copied:

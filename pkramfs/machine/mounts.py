@@ -82,7 +82,7 @@ class MountEntry:
 
     @property
     def outlived(self) -> bool:
-        """Return True if the daemon is dead and left the tree in RAM, to be recovered by whoever mounts the name."""
+        """Return True if the daemon is dead and left the tree in RAM, for the next mount of the name to recover."""
         return not self.alive and self.journal is not None and self.name is not None
 
 

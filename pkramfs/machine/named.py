@@ -4,10 +4,10 @@
     take     pkramctl machine create --ram PATH    examine it, write a header and NAME.conf
     find     a first mount after a boot            NAME.conf ─▶ memory ─▶ header: the same machine as before
 
-Memory in which a machine lies already is taken as it is, with all that is preserved in it: NAME.conf may be lost with a
-disk. What holds anything else, or is no memory that could survive, is refused unless the user insists.
+Memory that already holds a machine is taken as it is, with everything that is preserved in it: NAME.conf may have been
+lost with a disk. Memory that holds anything else, or that could not survive, is refused without --force.
 
-Kernel: drivers/nvdimm/claim.c (who has a namespace), drivers/md/md.c (assembling by UUID), in spirit
+Kernel: drivers/nvdimm/claim.c (the owner of a namespace), drivers/md/md.c (assembling by UUID), in spirit
 """
 
 import contextlib
@@ -40,9 +40,9 @@ class Found(NamedTuple):
 
 
 def find(conf: Conf, host: Host, words: str = "") -> Found:
-    """Find the machine that a configuration names; MachineError if it is not there any more.
+    """Find the machine that a configuration names; raise MachineError if it is gone.
 
-    Devices of memory are numbered as they are found: the one that holds the UUID is looked for among all. `words` are
+    The numbers of memory devices may change at a boot: the one with the UUID is searched among all. `words` are
     the options by which a command finds the machine, for a remedy.
     """
     spec = backing.parse(conf.ram)
@@ -56,7 +56,7 @@ def find(conf: Conf, host: Host, words: str = "") -> Found:
 
 
 def _look(spec: backing.Spec, conf: Conf, host: Host, words: str) -> Found:
-    """Return what lies at a path; MachineError if that is not the machine of the configuration."""
+    """Return the memory at a path; raise MachineError if it is not the machine of the configuration."""
     found = backing.find(spec, host)
     ram = open_ram(found)
     try:
@@ -86,7 +86,7 @@ def _siblings(path: str) -> list[str]:
 
 
 def take(name: str, spec: backing.Spec, host: Host, *, seed: int | None = None, force: bool = False) -> Found:
-    """Take memory for the machine `name`: as it is if the machine lies in it, else with a new header."""
+    """Take memory for the machine `name`: as it is if it holds the machine, otherwise with a new header."""
     backing.make_file(spec)
     found = backing.find(spec, host)
     backing.refuse_used(found, host)
@@ -110,7 +110,7 @@ def _refuse(problems: Sequence[str]) -> None:
 
 
 def _there(ram: Ram, name: str, found: Backing) -> Header | None:
-    """Return the header of our machine if it is there already, None if memory is empty."""
+    """Return the header of this machine if the memory holds it, None if the memory is empty."""
     try:
         there = header.read(ram)
     except FormatError as error:

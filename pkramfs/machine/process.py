@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Process attributes that a daemon must not inherit from the shell in which mount was typed.
 
-A mount lives for months, and so would everything that its shell had set. `shed` sets what a service of init has:
+A mount lives for months, and would keep all settings of its shell. `shed` sets the values of a service of init:
 
     limits      root: none on file size, processor time, address space and data; others: their hard limits
     nice, idle  ordinary scheduling and I/O priority, if they were lower
@@ -44,7 +44,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def shed() -> None:
-    """Reset what was inherited, as far as this process may."""
+    """Reset inherited attributes, as far as this process may."""
     for name in _FREE:
         _raise(getattr(resource, f"RLIMIT_{name}"), resource.RLIM_INFINITY)
     for name, least in _LEAST.items():
@@ -57,12 +57,12 @@ def shed() -> None:
 
 
 def threads() -> int:
-    """Return how many threads this process has: one that has several cannot be forked."""
+    """Return the number of threads of this process; with several it must not fork."""
     return len(os.listdir("/proc/self/task"))
 
 
 def die_with_parent(*, no: bool = False) -> None:
-    """Have the kernel kill this process when its parent dies; `no` takes that back."""
+    """Make the kernel kill this process when its parent dies; `no` takes that back."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0 if no else signal.SIGKILL, 0, 0, 0)
 
 

@@ -81,7 +81,7 @@ class Ram:
             os.close(self.fd)
             why = f"{path}: {explain(error)}" if isinstance(error, OSError) else error
             raise MachineError(f"cannot map RAM of {format_size(size)}: {why}") from None
-        self._end = weakref.finalize(self, os.close, self.fd)  # who forgets RAM must not keep the file open
+        self._end = weakref.finalize(self, os.close, self.fd)  # also if the object is forgotten without `close`
         self.bytes = memoryview(self._mapping)
         self.u64: U64 = np.frombuffer(self._mapping, dtype="<u8")
         self._granted, self._grant_ends = 0, 0.0  # see check_room
@@ -138,7 +138,7 @@ class Ram:
     def read(self, pfn: int, into: memoryview) -> None:
         """Copy whole pages from pfn into a buffer without mapping them: for data that is read once.
 
-        200 MiB that nobody had mapped took 24 ms to read this way and 23 ms just to map, a fault for each 64 KiB.
+        200 MiB of unmapped pages took 24 ms to read this way, and 23 ms only to map, with a fault for each 64 KiB.
         """
         at, done, size = pfn << PAGE_SHIFT, 0, len(into)
         try:
@@ -183,7 +183,7 @@ class Ram:
         if size >= _MANY and not self._is_mapped(at, size):
             self._populate(at, size)
         self.bytes[at : at + size] = data
-        if 0 < size < _MANY and not self._mapped[first]:  # stores have mapped them: who reads them need not ask
+        if 0 < size < _MANY and not self._mapped[first]:  # stores have mapped them, so a later read need not map them
             last = (at + size - 1 >> PAGE_SHIFT) + 1
             self._mapped[first:last] = b"\1" * (last - first)
 
@@ -213,7 +213,7 @@ class Ram:
         self._mapped[first:last] = b"\1" * (last - first)
 
     def _unmapped(self, pfn: int, count: int) -> None:
-        """Note that pages are not mapped any more. (Who leases a page block punches it, whoever had it before.)"""
+        """Note that pages are no longer mapped. (A process that leases a page block punches it first.)"""
         if count < _MANY_PAGES:
             self._mapped[pfn : pfn + count] = bytes(count)
         else:

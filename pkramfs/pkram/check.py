@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Validators that trust nothing: they read everything that would cross a kexec, and compare it with itself.
+"""Validators that trust nothing: they read everything that would cross a kexec, and compare the parts with one another.
 
     super block ── magic, checksum, version; a page of memory, in no node
     node list ──── every node reached, none twice; a name once; not from the future
     each node ──── page table, objects, links, bytes; every frame has one use, and every use its frame
     nodes ──────── no frame belongs to two; all are memory, and in their owner's page blocks
-    region list ── where there is one: every node, the super block and the list itself are in it
+    region list ── if there is one: every node, the super block and the list itself are in it
 
 Ordinary readers stop at the first problem. `check` goes on as long as it can: a damaged node does not
-hide the next, because the word that leads there has a check of its own. Every problem is one line for
+hide the next one, because the word that leads there has a check of its own. Every problem is one line for
 people.
 
 PKRAM itself finds damage only when it loads (D15).
@@ -59,9 +59,9 @@ def check(
 
     `usable` are the pages that are memory; `owned(tree_id)` returns those of an owner's page blocks.
     `visit` looks into a sound node and returns the problems there. Without `handed_over` no kexec is under
-    way, and a region list is a meaningless remainder that is not checked.
+    way, and a region list is an unused remainder that is not checked.
 
-    A node may be withdrawn, or another take its place, while it is read: then what was read is no damage, and all is
+    A node may be withdrawn, or replaced, while it is read: then an inconsistency is not damage, and everything is
     read again.
     """
     for _ in range(_LOOKS - 1):

@@ -173,7 +173,7 @@ def own_pages(node: Node, table: Walk) -> Spans:
 def check_frames(node: Node, table: Walk, readers: list[ObjectReader]) -> Spans:
     """Check that no frame has two uses and that the page table has every used frame; return these frames.
 
-    What the log of a node uses is checked by who reads it: here everything that the page table names counts as used.
+    The reader of a log checks the frames that the log uses; here all frames in the page table count as used.
     """
     if node.log_pfn and node.log_pfn not in table.spans:
         raise FormatError("Node", "log", pfn=node.pfn, found=f"pfn {node.log_pfn:x}", expected="a page of its table")

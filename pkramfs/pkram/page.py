@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Metadata pages: sealing what is written, checking what is read.
+"""Metadata pages: sealing a page that is written, checking a page that is read.
 
 Writers fill a page, set its checksum with `seal_page`, and make it reachable last. Readers use
 `read_page`, which trusts nothing: the pfn must be memory, the magic and the checksum right. The words

@@ -8,7 +8,7 @@
 
 The name is under the checksum of the node's page, so it cannot be changed in place. The page table names the node's
 page, and its own, so it is written anew as well; objects and contents stay. Until the store the old node stands,
-after it the new one, and nobody ever sees both or neither.
+after it the new one, and no reader ever sees both or neither.
 """
 
 from pkramfs.machine.ram import Ram

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Search for nodes that a damaged list does not lead to any more, by their own pages.
+"""Search for nodes that a damaged list no longer leads to, by their own pages.
 
     Super ──► a ──► b ──✗       c ──► d        one word was damaged: c and d are whole, but out of reach
 

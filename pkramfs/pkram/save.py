@@ -45,7 +45,7 @@ class State(enum.Enum):
 
 
 class Place(NamedTuple):
-    """The node list as a save sees it: the generation of its super block, and what can be done there."""
+    """The node list as a save sees it: the generation of its super block, and the operations on the list."""
 
     generation: int
     publish: Callable[[bytes, int], None]
@@ -57,7 +57,7 @@ class Place(NamedTuple):
 
 
 class Save:
-    """A node being saved; nobody sees it before `finish`. Use it in a `with`."""
+    """A node being saved; it is not visible before `finish`. Use it in a `with`."""
 
     def __init__(
         self,
@@ -116,15 +116,15 @@ class Save:
         return writer
 
     def pages(self, count: int) -> list[int]:
-        """Take zeroed frames for whatever the node is to lead to besides objects; return their pfns."""
+        """Take zeroed frames for structures that the node leads to besides objects; return their pfns."""
         self._expect_open()
         found: list[int] = self._frames.pages(count).tolist()
         return found
 
     def log(self, pfn: int, pages: Spans) -> None:
-        """Have a log hold what is saved, instead of objects: the page that seals it, and all pages that it leads to.
+        """Save a log instead of objects: the page that seals it, and all pages to which it leads.
 
-        More pages than that may be named: all of the owner's, free ones too. None is copied, so none may be banned.
+        `pages` may contain more: all pages of the owner, including free ones. None is copied, so none may be banned.
         """
         self._expect_open()
         if self._writers:
@@ -181,7 +181,7 @@ class Save:
         )
 
     def discard(self) -> None:
-        """Give back everything that the save has taken. A node that was published after all stays.
+        """Free everything that the save has taken. A node that was published after all stays.
 
         Kernel: pkram_discard_save()
         """

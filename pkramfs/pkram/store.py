@@ -111,13 +111,13 @@ class Store:
         return read_table(self.ram, node).spans
 
     def pages_of_tree(self, tree_id: int) -> Spans:
-        """Return every frame of all nodes of an owner, who may have saved more than one."""
+        """Return every frame of all nodes of an owner, which may have saved more than one."""
         return Spans.union(self.pages_of(node) for node in self.nodes() if node.tree_id == tree_id)
 
     def own_pages(self, node: Node) -> Spans:
-        """Return the frames that a node which is published uses for itself, which its owner can free afterwards.
+        """Return the frames that a published node uses for itself; its owner can free them after a withdrawal.
 
-        The log of a node is no part of it: it was there before, and stays.
+        The log of a node is not among them: it existed before, and stays.
         """
         table = read_table(self.ram, node)
         if node.log_pfn:
@@ -153,9 +153,9 @@ class Store:
     ) -> Save:
         """Begin a node, to be used in a `with`: leaving it without `finish` discards the node.
 
-        With `instead` it takes the place of the node of this name by one store, and the old one's own pages are the
+        With `instead` it replaces the node of this name by one store, and the old one's own pages become the
         caller's. Errors: ENODEV (off), ENAMETOOLONG, EINVAL (empty), EEXIST (also while being saved); MachineError
-        where nobody would find the node, since the file behind RAM was removed or replaced.
+        if the file behind RAM was removed or replaced, so that the node could not be found.
         """
         self.root()
         self.ram.require_named()
@@ -177,7 +177,7 @@ class Store:
             raise
 
     def prepare_unlisted(self, name: bytes, *, tree_id: int, frames: Allocator) -> Save:
-        """Begin a node that no list will name: a checkpoint, which whoever knows its pfn opens by `open_unlisted`."""
+        """Begin a node that no list will name: a checkpoint, which `open_unlisted` opens by its pfn."""
         place = Place(self.generation(), lambda *_: None, lambda _: False, False)
         claim = Claim(shared=True)
         return Save(self.ram, place, name, tree_id, frames, Spans(), strict=False, align=False, claim=claim)
@@ -197,7 +197,7 @@ class Store:
     # -- loading ---------------------------------------------------------------------------------
 
     def prepare_load(self, name: bytes, *, consume: bool = False) -> "Load":
-        """Open a node after checking all of it; a FormatError says what is wrong.
+        """Open a node after checking all of it; raise FormatError for the first fault.
 
         `consume` is PKRAM's own contract: the node is withdrawn at once, and the caller frees the
         frames that it does not use. Errors: ENODEV, ENOENT, EBUSY (being saved).
@@ -291,7 +291,7 @@ class Store:
             self._put_in_place(old, pfn)
 
     def _replace(self, old: Node, name: bytes, pfn: int) -> None:
-        """Put a node of the same name in the place of another; EBUSY while somebody loads that."""
+        """Replace a node by another of the same name; raise EBUSY while the old one is being loaded."""
         claim = self._claims.take(_LOAD, name)
         if claim is None:
             raise PkramError(f"node {shown(name)} is being loaded", errno.EBUSY)
@@ -337,7 +337,7 @@ class Store:
         return self.mend().problems
 
     def survey(self, pages: Spans | None = None, owner: Callable[[int], int] = lambda _: 0) -> Survey:
-        """Read the whole list and note what is damaged. If anything is, search for nodes in `pages`, too.
+        """Read the whole list and note damage. If there is any, search for nodes in `pages`, too.
 
         Without `pages` nothing can be searched for: then a word in which one bit has flipped is read nevertheless.
         `owner(pfn)` returns the tree id that has leased the page block of a page.
@@ -396,7 +396,7 @@ class Store:
             write_word(self.ram, at, NEXT, following)
 
     def free(self, names: list[bytes] | None = None) -> int:
-        """Withdraw nodes: these, or all that nobody saves or loads; how many pages that gives back.
+        """Withdraw these nodes, or all that are not being saved or loaded; return the number of freed pages.
 
         The pages are free once their owners' page blocks are swept. Errors: those of `withdraw`, for
         the first name that has one; the ones before it are gone by then.
@@ -459,7 +459,7 @@ class Load:
 
 
 def _metadata(spans: Spans, readers: list[ObjectReader]) -> Spans:
-    """Return what is left of a node's frames without those of its page streams."""
+    """Return the frames of a node without those of its page streams."""
     for reader in readers:
         spans = spans - reader.data
     return spans

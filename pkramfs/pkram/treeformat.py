@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The contract, second half: a file tree as a byte stream of a header, columns and blobs.
 
-All that crosses a kexec in RAM is declared in two modules: in `format`, what a node is, under FORMAT_VERSION;
-here, what a file tree writes into its node, under TREE_VERSION. `fs` fills and verifies the columns, and
-declares no layout of its own. The node of a tree has two objects, in this order:
+Everything that crosses a kexec in RAM is declared in two modules: `format` declares a node, under FORMAT_VERSION;
+this module declares the streams of a file tree in its node, under TREE_VERSION. `fs` fills and verifies the columns,
+and declares no layout of its own. The node of a tree has two objects, in this order:
 
     object 0   byte stream    this module
     object 1   page stream    the pages of all files, one after the other, without gaps
@@ -23,14 +23,14 @@ and a microsecond each. Rows name inodes by their *position* in the inode column
     extents   places of a file's pages: the next `count` pages of the page stream are the file's pages
               from `first` on. Between extents are holes.
     xattrs    name and value, one behind the other in the blob
-    unwritten pages of extents that read as zeros, and that are holes to who looks for data
+    unwritten pages of extents that read as zeros, and count as holes (SEEK_HOLE)
     sums      checksums of the files' data, a row for each piece of 1 MiB that has one, in any order
-    damaged   pages that were not what their sum said, a row for each piece that has some
+    damaged   pages that did not match their sum, a row for each piece with such pages
 
 Sums and damage name inodes by their number, so that they stand for themselves.
 
-What came later is there only if the header's flags say so, so that streams without it are as they were, and whoever
-does not know a flag refuses the stream.
+Later additions are present only if the header's flags have their bits. So streams without them keep their form, and a
+reader that does not know a flag refuses the stream.
 
 Kernel: the 48-byte header that shmem writes for each file (patch 24), here for every kind of inode
 """
@@ -227,7 +227,7 @@ class TreeStream:
 
     @classmethod
     def of(cls, header: bytes, columns: dict[str, Columns], blobs: dict[str, bytes]) -> "TreeStream":
-        """Return what reading a stream of these columns would give, without writing it."""
+        """Return the TreeStream that reading a stream of these columns would give, without writing it."""
         made = cls.__new__(cls)
         made.header = TREE.read(header)
         for section in SECTIONS:

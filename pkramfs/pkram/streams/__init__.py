@@ -3,6 +3,6 @@
 
 writer      one object: bytewriter, pagewriter       reader      one object, checked whole
 linkwriter  rows of blocks to links                  linkreader  a chain of links, checked
-link        what a link page is, and how it is made  runs        what the links of a chain say
+link        a link page, and how it is made          runs        the runs in the links of a chain
 scattered   the same for single pages                columns, completeness, indices
 """

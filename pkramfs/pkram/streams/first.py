@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The beginning of an object's byte stream, where the rest need not be read: for whoever lists nodes.
+"""The beginning of an object's byte stream, read without the rest, to list nodes.
 
 Object page and first link are checked, the bytes are not: their checksum is that of the whole stream.
 

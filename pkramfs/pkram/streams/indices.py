@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Which indices a page stream names, each at most once: checked while the stream is saved.
 
-A stream with two pages for one index would be refused by every load (the original finds out when it loads, too,
-and loses the file). Links are written in batches, in any order and from any thread. Where each batch is in order
-and no two of them overlap, nothing is named twice; that is known without keeping the indices:
+Every load would refuse a stream with two pages for one index (PKRAM notices it at the load, too, and loses the
+file). Links are written in batches, in any order and from any thread. If each batch is in order and no two batches
+overlap, no index is named twice; that can be checked without keeping the indices:
 
     batch 1  |0 ───── 300|          batch 3  |900 ── 1200|
                      batch 2  |300 ────── 900|
 
-So it is for whoever saves a file from start to end, or cut into chunks (row 32). Of all others nothing is known
-but that there is doubt, and the stream has to be looked at.
+This holds for a file that is saved from start to end, or in chunks (row 32). In all other cases the stream is
+doubtful, and its indices have to be read.
 
 Kernel: mm/shmem.c (shmem_add_to_page_cache, whose EEXIST a load gets)
 """

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Link pages: packed entries (frame, order, flags) of index-contiguous runs. How they are made.
+"""Link pages: packed entries (frame, order, flags) of index-contiguous runs, and how they are made.
 
     link  index 512: | 2^9 at 40000 | 2^0 at 51 | 2^0 at 52 |      indices 512, 1024, 1025
 
-A link tells the index of its first entry only; the others follow from the sizes before them. So a
+A link has the index of its first entry only; the others follow from the sizes before them. So a
 jump in the index begins a new link, and a link can be read without any other. With `align`, links
 also begin where an aligned group of indices would not fit whole (row 43), so that a loader gets
 batches that begin on round indices: 448 of 504 (of PKRAM's 510) entries for base pages, 504 for huge.
 
-What is to be written is *rows*: row k stands for repeat[k] blocks of one order that follow one
+The input is *rows*: row k stands for repeat[k] blocks of one order that follow one
 another in index and in memory. Where links begin is computed on rows; entries are made for 64 links
-at a time, which is what fits the L2 cache, so memory does not grow with what is saved.
+at a time, which fit into the L2 cache, so memory does not grow with the saved pages.
 
 Kernel: mm/pkram.c (struct pkram_link, pkram_add_link), patches 4, 5, 33 and 43
 """
@@ -292,7 +292,7 @@ def expand(blocks: Rows, offsets: I64, first: int, last: int) -> U64:
     entries[0] += np.uint64(first - int(offsets[low])) * step[0]
     if len(entries) == last - first:
         return entries
-    # What of each row is wanted, and the position of each entry within its row: shape (last - first,).
+    # The part of each row that is needed, and the position of each entry within its row: shape (last - first,).
     repeat = np.minimum(offsets[low + 1 : high + 1], last) - np.maximum(offsets[part], first)
     within = np.arange(last - first, dtype=np.uint64) - np.repeat(np.cumsum(repeat) - repeat, repeat).astype(np.uint64)
     return np.repeat(entries, repeat) + within * np.repeat(step, repeat)
@@ -308,7 +308,7 @@ def _entries(blocks: Rows, part: slice) -> U64:
 
 
 class Links:
-    """A buffer for links that are being made, and what the checksum of each covers."""
+    """A buffer for links that are being made, and the bytes that the checksum of each covers."""
 
     def __init__(self, number: int) -> None:
         self.words = np.zeros((number, PAGE_WORDS), dtype=np.uint64)

@@ -14,7 +14,7 @@ pass over all links costs as much as a load may take, and so does having them ma
 200 MiB, where pread brings them into the cache in 24. READ links at a time leave several threads room, for
 the checksums hold the interpreter: with 64 links, two threads were hardly faster than one.
 
-What the entries say is read by `runs`.
+`runs` reads the entries.
 
 Kernel: mm/pkram.c (pkram_remove_link, pkram_load_file_pages), patches 4, 33 and 36
 """
@@ -138,7 +138,7 @@ class _Shared(Iterator[tuple[U64, U64, U8]]):
 
 
 class _Survey:
-    """What is kept of each link while a chain is followed: by position, so that a wrong guess is overwritten."""
+    """The fields kept of each link while a chain is followed, by position, so that a wrong guess is overwritten."""
 
     def __init__(self, ram: Ram, links: int) -> None:
         self.ram, self.benches = ram, parallel.Workbenches(lambda: Workbench(min(links, READ)))

@@ -9,7 +9,7 @@ until they fill 64 links, so a file of one page does not cost a link of its own 
 them up writes them, outside of the lock. Links carry their index, so the order in which they were
 added, which happens under the lock, does not matter to a reader.
 
-Memory does not grow with what is saved: arrays that are given are worked through in slices.
+Memory does not grow with the saved pages: the given arrays are worked through in slices.
 
 Kernel: mm/pkram.c (pkram_save_file_page), patches 4, 5, 32 to 34
 """
@@ -105,7 +105,7 @@ class PageWriter:
         return index, pfn, count
 
     def _each(self, work: Callable[[int], Rows], runs: int) -> None:
-        """Make rows of every slice of a call, on all CPUs, and add what they become in the order of slices."""
+        """Make rows of every slice of a call, on all CPUs, and add their links in the order of slices."""
 
         def write(number: int) -> U64 | None:
             blocks = work(number)
@@ -232,7 +232,7 @@ class PageWriter:
     # -- the end -----------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Write links of what was collected."""
+        """Write links of the collected rows."""
         if self._collected:
             full, self._collected = self._collected, []
             self._write(_together(full))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the links of a stream say: the fewest runs (index, pfn, count), by index.
+"""The content of the links of a stream: the fewest runs (index, pfn, count), by index.
 
     steady links      one run each, known from the header and the first entry: nothing is read again
     all others        entries, STEP links at a time, on all CPUs
@@ -66,7 +66,7 @@ def _wrong(chain: Chain, found: str, expected: str) -> FormatError:
 class _Reading:
     """A chain cut into stretches of steady links and single steps of others.
 
-    Columns are virtual memory for the runs of all steps that are read; only what is written becomes real.
+    Columns are virtual memory for the runs of all steps; only written parts take real memory.
     """
 
     def __init__(self, chain: Chain) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Links of pages that lie one here and one there: what `link` does for rows, for single pages only.
+"""Links of scattered pages: the work of `link` for rows of single pages only.
 
     pages  7 341 52 9 …    ─►  | 2^0 at 7 | 2^0 at 341 | 2^0 at 52 | …       an entry each
 

@@ -65,7 +65,7 @@ class ObjectWriter:
         return self._pages.relocated
 
     def give_up(self) -> None:
-        """Take no frames for this object any more: its save was discarded."""
+        """Take no more frames for this object: its save was discarded."""
         self._completeness.fail(PkramError("its node is not being saved any more", errno.EINVAL))
 
     def _expect_open(self) -> None:
@@ -105,7 +105,8 @@ class ObjectWriter:
         self._pages.save_pages(index, pfn, order)
 
     def finish(self) -> None:
-        """Write what was collected and chain the links; the object is complete. PkramError if a part of it is missing.
+        """Write the collected rows and chain the links, which completes the object. Raise PkramError if a part is
+        missing.
 
         Kernel: pkram_finish_save_obj()
         """

@@ -3,11 +3,11 @@
 
     add     whole 1 GiB units ─► FULL in the upper level
             whole 2 MiB units ─► FULL in the lower level
-            what is left      ─► bits of bitmaps; one that fills up becomes FULL and its slot is free
+            the rest          ─► bits of bitmaps; one that fills up becomes FULL and its slot is free
 
-A table belongs to a node that nobody sees yet, so nothing here needs an order of stores. Frames of a
-node belong to one object only: adding a page that is there already is an error (PKRAM panics, D19),
-and so is removing one that is not. Both are noticed before anything was changed.
+A table belongs to a node that is not visible yet, so nothing here needs an order of stores. Frames of a
+node belong to one object only: adding a page twice is an error (PKRAM panics, D19),
+and so is removing a page that is not in the table. Both are noticed before anything is changed.
 
 All work is arrays of units; the only loops are over stretches of 1 GiB entries. Pages come from
 `allocate(n)`, and the table can list its own pages: see `close`.
@@ -43,7 +43,7 @@ class TableWriter:
         self.root = int(self._take(1)[0])
 
     def add(self, spans: Spans) -> None:
-        """Mark pages preserved; PkramError (EEXIST) and nothing changed if one is already."""
+        """Mark pages as preserved; if one is already, raise PkramError (EEXIST) and change nothing."""
         if not spans:
             return
         if int(spans.ends[-1]) > self.ram.pages or int(spans.starts[0]) == 0:
@@ -68,7 +68,7 @@ class TableWriter:
         self._store_bits(blocks, partial, before | bits)
 
     def remove(self, spans: Spans) -> None:
-        """Take pages out; PkramError (ENOENT) and nothing changed if one is not in."""
+        """Take pages out; if one is not in the table, raise PkramError (ENOENT) and change nothing."""
         if not spans:
             return
         if int(spans.ends[-1]) > self.ram.pages or self._missing(spans):
@@ -90,9 +90,9 @@ class TableWriter:
         self._prune(units)
 
     def close(self, unlisted: Callable[[], Spans]) -> int:
-        """Add what `unlisted()` gives until it gives nothing, and return the checksum.
+        """Add the pages that `unlisted()` returns until it returns none, and return the checksum.
 
-        Adding pages may need table pages, which `unlisted` then gives as well.
+        Adding pages may need table pages, which `unlisted` then returns as well.
         """
         while spans := unlisted():
             if len(spans) > 1 or not self._add_few(int(spans.starts[0]), int(spans.ends[0])):
