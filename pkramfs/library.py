@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a program preserves without a mount: arrays and bytes under a name, mapped after a kexec where they lie.
+"""Preserve arrays and bytes of a program under a name, without a mount; map them after a kexec where they lie.
 
     with open_machine() as machine:              boots it if need be; no kexec in here
         found = machine.load("primes")           None: nothing of that name crossed
@@ -58,7 +58,7 @@ def open_machine(name: str | None = None) -> Iterator[OpenMachine]:
 
 
 class Saved(Mapping[str, Arrays]):
-    """What was saved: arrays by name, and `state`, the program's own bytes."""
+    """Saved data: arrays by name, and `state`, the program's own bytes."""
 
     def __init__(self, ram: Ram, state: bytes, entries: list[dict[str, Any]], runs: list[Run]) -> None:
         self.state = state
@@ -107,7 +107,7 @@ class OpenMachine:
         self.kernel = kernel
 
     def nodes(self) -> list[str]:
-        """Return the names of what is preserved."""
+        """Return the names of all preserved nodes."""
         return [shown(node.name) for node in self.kernel.store.nodes()]
 
     def save(self, name: str, arrays: Mapping[str, Arrays], state: bytes = b"") -> None:
@@ -134,7 +134,7 @@ class OpenMachine:
                 saving.finish()
 
     def load(self, name: str) -> Saved | None:
-        """Return what was saved, checked; None if nothing of that name is preserved. It stays preserved."""
+        """Return the saved data of a name, checked; None if there are none. The node stays preserved."""
         key = _key(name)
         if self.kernel.store.find(key) is None:
             return None

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A node that is being made without a mount: its name and its tree id are claimed as a mount claims them.
 
-    lock.names ─▶ nobody has the NAME ─▶ new tree id, its lock, its entry ─▶ frames … a save publishes
+    lock.names ─▶ the NAME is free ─▶ new tree id, its lock, its entry ─▶ frames … a save publishes
                                                                         └─▶ or all of it is given back
 
-The entry in mounts/ keeps a mount from taking the NAME meanwhile, and says what work is done, so that nobody takes it
-for a mount. Whoever dies leaves what a dead daemon leaves: page blocks without a lock holder, which the next sweep
+The entry in mounts/ keeps a mount from taking the NAME meanwhile, and names the work, so that it does not count as a
+mount. A command that dies leaves the same as a dead daemon: page blocks without a lock holder, which the next sweep
 frees.
 
 Kernel: fs/super.c (sget_fc)
@@ -29,7 +29,7 @@ from pkramfs.units import BLOCK_PAGES
 
 @contextmanager
 def named(kernel: Running, name: bytes) -> Iterator[None]:
-    """Keep everybody from taking a node's name for a moment; raise PkramError (EEXIST, EBUSY) if somebody has it."""
+    """Reserve a node's name for a moment; raise PkramError (EEXIST, EBUSY) if it is taken."""
     if len(name) > NAME_MAX:
         raise PkramError(f"node name of {len(name)} bytes is too long: at most {NAME_MAX}", errno.ENAMETOOLONG)
     machine = kernel.machine
@@ -53,7 +53,7 @@ def named(kernel: Running, name: bytes) -> Iterator[None]:
 
 @contextmanager
 def claimed(kernel: Running, name: bytes, work: str) -> Iterator[Frames]:
-    """Give the frames of a new tree; what is in them stays only if a node of this name was published in the block."""
+    """Yield the frames of a new tree; they are freed unless a node of this name was published in the block."""
     with named(kernel, name):
         lock = kernel.machine.claim(new_tree_id())
         lock.write_entry({"name": mount_name(name), "mountpoint": f"pkramctl {work}", "pid": os.getpid(), "work": work})

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Two trees compared: preserved ones, or one with a directory of the host.
 
-    names        merged in order, directory by directory; what only one has is told once, not all that is below it
+    names        merged in order, directory by directory; a directory on one side only is one difference
     attributes   type, permissions, owner, links, size, device, target, mtime, extended attributes and ACLs
     contents     a piece at a time, holes against holes without reading them
 
-Of directories, size and links are not compared: they follow from what is in them, which is. Times of access, change and
+Sizes and links of directories are not compared: they follow from the entries, which are. Times of access, change and
 birth are not compared, nor inode numbers: a copy has its own.
 
 Counterparts: diff(1) with -r, cmp(1), rsync(1) with -nic
@@ -29,7 +29,7 @@ Data = Iterator[tuple[int, bytes]]
 
 
 class Difference(NamedTuple):
-    """One difference. `what` names the attribute; for what only one side has it is `only`, the other value None."""
+    """One difference. `what` names the attribute; it is `only` for a name on one side, whose other value is None."""
 
     path: bytes
     what: str
@@ -38,7 +38,7 @@ class Difference(NamedTuple):
 
 
 class Side(Protocol):
-    """What is asked of a tree. A place is whatever the side says it is."""
+    """One side of a comparison. The side defines the type of a place."""
 
     def children(self, place: Any, /) -> list[tuple[bytes, Any]]: ...
     def attributes(self, place: Any, /) -> Attributes: ...
@@ -54,11 +54,11 @@ class HostTree:
         self.top = top
 
     def children(self, place: bytes) -> list[tuple[bytes, bytes]]:
-        """Return (name, place) of what is in a directory."""
+        """Return (name, place) of each entry of a directory."""
         return [(name, os.path.join(place, name)) for name in os.listdir(place)]
 
     def attributes(self, place: bytes) -> Attributes:
-        """Return what lstat(2) tells."""
+        """Return the attributes, as lstat(2) does."""
         s = os.lstat(place)
         times = (s.st_atime_ns, s.st_mtime_ns, s.st_ctime_ns, 0)
         blocks = s.st_blocks // BLOCKS_PER_PAGE * BLOCKS_PER_PAGE
@@ -76,7 +76,7 @@ class HostTree:
         return {os.fsencode(name): os.getxattr(place, name, follow_symlinks=False) for name in names}
 
     def data(self, place: bytes) -> Data:
-        """Yield (offset, bytes) of what is no hole."""
+        """Yield (offset, bytes) of the parts that are no holes."""
         fd = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             at, size = 0, os.fstat(fd).st_size
@@ -126,7 +126,7 @@ def compare(left: SavedTree, right: Side, top: Any, *, times: bool = True) -> It
 def _merged(
     path: bytes, ours: list[tuple[bytes, int]], theirs: list[tuple[bytes, Any]]
 ) -> tuple[list[tuple[bytes, int, Any]], list[Difference]]:
-    """Return what both directories have, in order of names, and what only one has."""
+    """Return the names that both directories have, in order, and those that only one has."""
     here, there, above = dict(ours), dict(theirs), path if path.endswith(b"/") else path + b"/"
     both = [(above + name, here[name], there[name]) for name in sorted(here.keys() & there.keys())]
     single = [

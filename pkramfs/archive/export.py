@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A preserved tree as a tar archive, written as a stream.
 
-    "./"  the root ─▶ "./etc/" ─▶ "./etc/passwd" …     a directory before what is in it, oldest names first
+    "./"  the root ─▶ "./etc/" ─▶ "./etc/passwd" …     a directory before its entries, oldest names first
 
-    pax header    what the old header cannot say: keywords
+    pax header    keywords for facts that do not fit into the old header
     header        as every tar reads it
-    data          of a file with holes its map, then what is no hole
+    data          for a file with holes: its map, then the parts that are no holes
 
 A file with several names is written with its first and linked from the others. Not in the archive: sockets, times of
 birth (GNU tar would warn of each), and which pages were allocated without being written. Memory does not grow with
@@ -54,7 +54,7 @@ class LeftOut(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What was written: names, bytes of contents without holes, and what was left out."""
+    """The result: names, bytes of contents without holes, and the files that were left out."""
 
     names: int
     bytes: int

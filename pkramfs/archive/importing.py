@@ -44,7 +44,7 @@ class _Fault(Exception):
 
 
 class Owner(NamedTuple):
-    """The user who imports."""
+    """The user that imports."""
 
     uid: int
     gid: int
@@ -58,7 +58,7 @@ class Owner(NamedTuple):
 def fill(
     tree: Tree, archive: str, members: Iterable[Member], owner: Owner, *, total: int = 0
 ) -> Generator[Progress, None, Report]:
-    """Put the members of an archive into an empty tree that nobody else sees; ArchiveError names the one at fault.
+    """Put the members of an archive into an empty, private tree; raise ArchiveError that names the member at fault.
 
     `total` is how many bytes the archive has, if that is known.
     """
@@ -157,7 +157,7 @@ class _Filling:
         return tree.mknod(folder.ino, name, kind | 0o600)
 
     def _forget(self, inode: Inode) -> None:
-        """Give up what is still to be done with a file that is replaced."""
+        """Drop pending attributes of a file that is replaced."""
         if inode.nlink == 1:
             self._flagged.pop(inode.ino, None)
 

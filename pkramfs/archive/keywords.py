@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a tar archive says of a file beyond its header of 1988: the keywords of pax headers, written and read.
+"""The keywords of pax headers: facts of a file that do not fit into tar's header of 1988, written and read.
 
     mtime atime ctime               seconds with a fraction of nine digits
     SCHILY.xattr.NAME               one extended attribute; in NAME `=` and `%` are %3D and %25, as GNU tar has it,
@@ -50,7 +50,7 @@ def time_text(ns: int) -> str:
 
 
 def parse_time(text: str) -> int:
-    """Return a time in ns; ValueError for what is none."""
+    """Return a time in ns; raise ValueError for an invalid one."""
     match = _TIME.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"time {text!r}")
@@ -90,7 +90,7 @@ def acl_text(value: bytes) -> str:
 
 
 def parse_acl(text: str) -> bytes:
-    """Return the ACL that a text says; ValueError for what is none, or names a user whom this host does not know."""
+    """Parse the text of an ACL; raise ValueError if it is invalid, or names a user that this host does not have."""
     entries = [_acl_entry(line) for line in re.split(r"[,\n]", text) if line.partition("#")[0].strip()]
     return acl.pack(sorted(entries, key=lambda entry: (entry[0], entry[2])))
 

@@ -6,10 +6,10 @@
     targets   of symbolic links: one length that is wrong follows from the others; else all are given up
     extents   the same; a file whose pages do not rise is given up
     names     one that cannot be is replaced by damaged-name-N; names whose lengths do not add up are lost
-    shape     names that lead nowhere are dropped; what has no name left is in the root, as lost-N (N is its number)
+    shape     names that lead nowhere are dropped; files without any name go into the root, as lost-N (N: inode number)
     xattrs    those that cannot be are dropped
 
-What is given up keeps its name, so that it can be listed. What links and directories count of others is counted anew.
+A file that is given up keeps its name, so that it can be listed. Link counts and sizes of directories are counted anew.
 Columns that say which bytes are whose (lengths) and do not add up in more than one place end the work: nothing after
 the first of them could be trusted.
 
@@ -53,7 +53,7 @@ _PAGES_MAX = (MAX_SIZE >> PAGE_SHIFT) + 1
 
 
 def mend(parts: TreeStream) -> tuple[dict[int, str], list[str]]:
-    """Mend a description in place; return why which places are given up, and what else was wrong.
+    """Mend a description in place; return the places that are given up, with reasons, and other faults.
 
     FormatError if lengths do not add up. Inodes may be left without a name (fs.verify, deleted).
     """
@@ -108,7 +108,7 @@ class _Mending:
             self.problems.append("inode numbers are damaged, and made anew; checksums of data are not compared")
 
     def kinds(self) -> None:
-        """Find a type for what names lead through, and give up what breaks the rules of its type."""
+        """Make inodes with entries directories, and give up inodes that break the rules of their type."""
         mode, size, parent = self.inodes["mode"], self.inodes["size"], self.parts.entries["parent"]
         holds = np.bincount(parent[parent < self.total], minlength=self.total) > 0
         holds[0] = True
@@ -180,7 +180,7 @@ class _Mending:
         starts = np.cumsum(length) - length
         if int(length.sum()) != len(blob) or not (length > 0).all():
             none = np.flatnonzero(length == 0)
-            known[:] = False  # one length is wrong, and nobody knows which: but for those of none
+            known[:] = False  # one length is wrong, and it is not known which; only lengths of 0 are certain
             if len(none):
                 behind = np.arange(len(length)) > none[-1]
                 starts = np.where(behind, len(blob) - int(length.sum()) + starts, starts)
@@ -229,7 +229,7 @@ class _Mending:
         self.parts.names = b"".join(names)
 
     def _lost_name(self, place: int, others: set[bytes]) -> bytes:
-        """Return a name for what has none, which no other file of the root has."""
+        """Return a new name for a file without one, unique in the root."""
         name = b"lost-%d" % int(self.inodes["ino"][place])
         while name in others:
             name += b"~"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What can still be read of a damaged node: its tree as far as it verifies, and which files it has lost pages of.
+"""The readable part of a damaged node: its tree as far as it verifies, and the files that have lost pages.
 
     page table damaged     ─▶ the page blocks of the tree's id stand for it
-    object damaged         ─▶ its fields are tried: what they lead to has checksums of its own
+    object damaged         ─▶ its fields are tried: the pages that they lead to have checksums of their own
     link damaged           ─▶ its entries are lost; its `next`, which has a check, leads on, or a neighbour does
     description damaged    ─▶ if its rules hold (fs/verify) it is taken as it is; else rows are given up (mending.py)
     log damaged            ─▶ the tree as it was before the first request that cannot be read
@@ -55,7 +55,7 @@ class Salvaged(NamedTuple):
 
 
 def salvage(kernel: Running, name: bytes) -> Salvaged:
-    """Read what can be read of a node; raise FormatError if not even the tree's description can be."""
+    """Read the readable part of a node; raise FormatError if even the tree's description cannot be read."""
     survey = kernel.survey()
     node = next((node for node in survey.nodes if node.name == name), None)
     if node is None:
@@ -75,7 +75,7 @@ def _refused(kernel: Running, name: bytes) -> list[str]:
 
 
 def _from_objects(kernel: Running, node: Node) -> Salvaged:
-    """Read what can be read of a tree that was saved whole."""
+    """Read the readable part of a tree that was saved whole."""
     reading = _Reading(kernel.ram, node, _frames(kernel, node))
     description, contents = reading.objects()
     parts = reading.description(description)
@@ -98,7 +98,7 @@ def _from_log(kernel: Running, node: Node) -> Salvaged:
 
 
 def _frames(kernel: Running, node: Node) -> tuple[Spans, list[str]]:
-    """Return the pages that may be a node's, and what is wrong with its page table."""
+    """Return the pages that may be a node's, and the faults of its page table."""
     try:
         return read_table(kernel.ram, node).spans, []
     except FormatError as error:
@@ -191,7 +191,7 @@ class _Reading:
     # -- the description ------------------------------------------------------------------------
 
     def description(self, found: Any) -> TreeStream:
-        """Return the tree's description: sound, or what is there."""
+        """Return the tree's description, or its readable part."""
         index, start, count = self._entries(found.bytes_head, self._node.pages)
         length = int(found.data_length)
         if pages(length) > self._node.pages:
@@ -205,7 +205,7 @@ class _Reading:
         return TreeStream(bytes(stream[:length]))
 
     def runs(self, found: Any, total: int) -> Runs:
-        """Return the page stream without gaps: what is lost has frames from LOST on."""
+        """Return the page stream without gaps: lost pages have frames from LOST on."""
         index, start, count = self._entries(found.pages_head, self._node.pages)
         inside = index + count <= np.uint64(total)
         known = Spans.from_runs(start, count) - self._allowed

@@ -45,7 +45,7 @@ class Sound:
         return bool(self._table.used or self._masks)
 
     def expect(self, ino: int, first: int, last: int, path: Callable[[], str]) -> None:
-        """Raise FormatError, with the file's path, unless the pages [first, last) are what they were."""
+        """Raise FormatError, with the file's path, unless the pages [first, last) match their checksums."""
         for piece in range(first >> PIECE_SHIFT, ((last - 1) >> PIECE_SHIFT) + 1):
             if self._is_damaged(ino, piece) & bits(piece, first, last):
                 start = piece * PIECE_SIZE
@@ -63,7 +63,7 @@ class Sound:
         return Counter(key >> KEY_SHIFT for key in self._masks)
 
     def _is_damaged(self, ino: int, piece: int) -> int:
-        """Return the damaged pages of a piece as bits; compare it, if nobody has yet."""
+        """Return the damaged pages of a piece as bits, after comparing it if that was not done yet."""
         key, first = ino << KEY_SHIFT | piece, piece << PIECE_SHIFT
         row = self._table.doubtful(ino, piece)
         if row is not None:

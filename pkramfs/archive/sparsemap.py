@@ -28,7 +28,7 @@ _DIGITS = 12
 
 
 def read(body: Body, block: bytes, records: dict[str, str], *, old: bool) -> tuple[int, Extents]:
-    """Return a file's size and where its bytes belong; what is left in `body` are those bytes."""
+    """Return a file's size and the ranges of its bytes; the rest of `body` are those bytes."""
     if old:
         numbers, size = _old(body, block), _field(body, block[_SIZE : _SIZE + _DIGITS])
     elif (records.get(keywords.SPARSE_MAJOR), records.get(keywords.SPARSE_MINOR)) == ("1", "0"):

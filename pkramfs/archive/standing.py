@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Whether a node that is being read is still preserved, asked after each piece.
 
-    read a piece ──▶ does the node stand? ──yes──▶ the piece is what was preserved
+    read a piece ──▶ is the node still published? ──yes──▶ the piece is the preserved one
                                           └─no───▶ ChangedError: its mount took it back, or it was freed
 
 A withdrawal marks the node's page before anything that the node names may change, and a page that is used again has
@@ -20,7 +20,7 @@ from pkramfs.units import PAGE_SHIFT
 
 
 class ChangedError(PkramError):
-    """The node was withdrawn while it was read; what was read of it last may be anything."""
+    """The node was withdrawn while it was read; the last piece may contain anything."""
 
     default_errno = errno.ESTALE
 

@@ -17,7 +17,7 @@ Extents = list[tuple[int, int]]
 
 
 class ArchiveError(PkramfsError):
-    """An archive cannot be read; the message names it, the member and what is wrong."""
+    """An archive cannot be read; the message names it, the member and the fault."""
 
 
 class Stream:
@@ -70,7 +70,7 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 
 def compression(first: bytes) -> str:
-    """Return by what the first bytes of a file say that it is compressed; empty if by nothing."""
+    """Return the kind of compression by the first bytes of a file; empty if there is none."""
     return next((kind for magic, kind in _COMPRESSED.items() if first.startswith(magic)), "")
 
 
@@ -97,7 +97,7 @@ class Body:
                 at += len(part)
 
     def skip(self) -> None:
-        """Read over what is left."""
+        """Skip the rest."""
         self.left, left = 0, self.left + self._padding
         while left:
             left -= len(self.stream.exactly(min(left, PIECE)))

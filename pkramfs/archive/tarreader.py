@@ -67,7 +67,7 @@ class Member:
 
 
 def read(source: Callable[[int], bytes], name: str) -> Iterator[Member]:
-    """Yield each member; what it holds may be read until the next one is asked for."""
+    """Yield each member; its contents can be read until the next one is requested."""
     stream, common = Stream(source, name), dict[str, str]()
     records, kept = dict[str, str](), 0
     while (block := stream.block()) is not None:
@@ -118,7 +118,7 @@ def _records(stream: Stream, content: bytes) -> dict[str, str]:
 
 
 def _member(stream: Stream, info: tarfile.TarInfo, block: bytes, records: dict[str, str]) -> tuple[Body, Member]:
-    """Return the member that a header and the records before it describe, and what follows the header."""
+    """Return the member that a header and the records before it describe, and the bytes behind the header."""
     stream.member = records.get(keywords.SPARSE_NAME) or records.get("path") or info.name
     if info.type not in _KINDS:
         stream.wrong(f"a member of type {info.type!r}, which is not known")

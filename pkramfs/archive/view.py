@@ -58,7 +58,7 @@ _ROWS = 1 << 14
 
 
 class Attributes(NamedTuple):
-    """What stat(2) tells of a file. Times are ns since the epoch; `btime` is 0 where nobody knows."""
+    """The attributes of a file, as stat(2) shows them. Times are ns since the epoch; `btime` is 0 if not known."""
 
     ino: int
     mode: int
@@ -111,7 +111,7 @@ class SavedTree:
     # -- names ----------------------------------------------------------------------------------
 
     def children(self, place: int) -> list[tuple[bytes, int]]:
-        """Return (name, place) of what is in a directory, oldest first; nothing for a file."""
+        """Return (name, place) of each entry of a directory, oldest first; none for a file."""
         low, high = self._rows(place)
         edges = self._packed.name_edges[low : high + 1].tolist()
         places = self.parts.entries["child"][low:high].tolist()
@@ -123,7 +123,7 @@ class SavedTree:
         return int(low), int(high)
 
     def child(self, place: int, name: bytes) -> int | None:
-        """Return what a directory has under a name, None if it has no such name."""
+        """Return the place of a name in a directory, None if it has no such name."""
         low, high = self._rows(place)
         for row in (low + np.flatnonzero(self.parts.entries["length"][low:high] == len(name))).tolist():
             start = int(self._packed.name_edges[row])
@@ -170,7 +170,7 @@ class SavedTree:
         return place
 
     def walk(self, place: int = ROOT, path: bytes = b"") -> Iterator[tuple[bytes, int]]:
-        """Yield (path, place) of a file and of all below it, directories before what is in them, oldest first."""
+        """Yield (path, place) of a file and of all below it, directories before their entries, oldest first."""
         left = [(path, place)]
         while left:
             path, place = left.pop()
@@ -225,7 +225,7 @@ class SavedTree:
             yield begin, min(end, size) - begin
 
     def data(self, place: int) -> Iterator[tuple[int, bytes]]:
-        """Yield (offset, bytes) of what is no hole, in order, up to 1 MiB at a time.
+        """Yield (offset, bytes) of the parts that are no holes, in order, up to 1 MiB at a time.
 
         Raise ChangedError if that is over, FormatError where data are not what their checksums say.
         """
@@ -241,7 +241,7 @@ class SavedTree:
                 yield offset, data if offset + len(data) <= size else data[: size - offset]
 
     def _data_runs(self, place: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the runs of a file that hold data before its end; what was only allocated counts as a hole."""
+        """Yield the runs of a file that hold data before its end; pages that were only allocated count as holes."""
         if self._kinds[place] != stat.S_IFREG:
             return
         unwritten, end = self._unwritten(place), -(-int(self.parts.inodes["size"][place]) >> PAGE_SHIFT)
@@ -275,7 +275,7 @@ class SavedTree:
         return exact(b"/" + b"/".join(reversed(names)))
 
     def damaged_data(self) -> dict[int, int]:
-        """Return how many pieces of which places are not what their checksums say; all data are read."""
+        """Return the number of pieces that do not match their checksums, by place; all data are read."""
         found = self.sound.damaged() if self.sound else {}
         return {int(np.searchsorted(self.parts.inodes["ino"], ino)): count for ino, count in found.items()}
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Boot: from RAM, a firmware map and a command line to a running kernel, in the order of a real boot.
 
-    purgatory    are the loaded segments what was loaded?                      ┐
+    purgatory    do the loaded segments match their checksums?                ┐
     params       command line out of RAM                                       │ reads only
     find         pkram= → super block → region list → nodes, all checked       │
     place        KASLR, tables, reserve: everything has room                   ┘
@@ -54,7 +54,7 @@ def nothing(_step: str) -> None:
 
 
 def boot(machine: Machine, *, force: bool = False, after_step: AfterStep = nothing) -> KernelInfo:
-    """Boot what nvram.json says is pending. The caller holds the machine lock exclusively."""
+    """Boot the pending boot of nvram.json. The caller holds the machine lock exclusively."""
     pending = nvram.pending(machine)
     if pending is None:
         raise MachineError(f"{machine.path(nvram.NAME)}: no boot is pending")
@@ -74,7 +74,7 @@ def boot(machine: Machine, *, force: bool = False, after_step: AfterStep = nothi
 
 @dataclass
 class BootProgress:
-    """A boot under way: what it knows so far. Each step adds to it."""
+    """A boot under way: the results of its steps so far. Each step adds to them."""
 
     machine: Machine
     hardware: FirmwareMap
@@ -136,7 +136,7 @@ def params(boot: BootProgress) -> None:
 
 
 def find(boot: BootProgress) -> None:
-    """Find what the last kernel left, or decide that nothing is expected."""
+    """Find the data of the last kernel, or decide that none are expected."""
     for name, count in boot.pending.lost:
         _lose(boot, name, count, "given up by a forced kexec")
     pfn = words.pkram_pfn(boot.cmdline)
@@ -196,7 +196,7 @@ def place(boot: BootProgress) -> None:
 
 
 def release(boot: BootProgress) -> None:
-    """Punch every page that nobody reserved, whatever the last kernel had there."""
+    """Punch every page that is not reserved, whatever the last kernel had there."""
     if boot.pending.crash:
         return  # the dead kernel's memory stays as it is, to be looked at
     kept = boot.early.reserved.spans.outward(PAGE_SIZE)
@@ -206,7 +206,7 @@ def release(boot: BootProgress) -> None:
         boot.ram.poison(boot.ram.data_spans() - kept)
     elif boot.ram.sparse:
         boot.ram.punch(Spans([(0, boot.ram.pages)]) - kept)
-    # Where there are no holes, punching is zeroing, and who leases a page block zeroes it in any case.
+    # On memory without holes punching would be zeroing, and a lease of a page block zeroes it anyway.
     _log_memory(boot)
 
 
@@ -229,7 +229,7 @@ def move(boot: BootProgress) -> None:
 
 
 def build_tables(boot: BootProgress) -> None:
-    """Write the lease table: holes, the kernel's own, what was handed over, preserved trees."""
+    """Write the lease table: holes, the kernel's own blocks, blocks that were handed over, preserved trees."""
     handed_over = destinations(boot.pending.segments) | (boot.found.stale if boot.found else Spans())
     reserve = Spans([boot.placed.reserve]) if boot.placed.reserve else Spans()
     nodes = boot.found.nodes if boot.found else ()
@@ -291,7 +291,7 @@ def publish(boot: BootProgress) -> None:
 
 
 def _report(boot: BootProgress) -> dict[str, Any]:
-    """Return what `pkramctl report` shows: nodes found and lost, pages reserved, and the time of each step."""
+    """Return the report for `pkramctl report`: nodes found and lost, pages reserved, and the time of each step."""
     nodes = boot.found.nodes if boot.found else ()
     return {
         "cmdline": boot.shown,

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The process that boots: started, perhaps before its time, told to go, listened to.
 
-    with prepared(machine) as waiting:      it imports what a boot needs, and looks at nothing
+    with prepared(machine) as waiting:      it imports the modules of a boot, and reads nothing
         waiting.until_ready()
         …                                   the old kernel ends
         run(machine, force=…)               "go": it boots, in the process that is there, or in one that is started now
                                             at the end of the block one that was not used ends without a trace
 
-What a boot knows is the machine's directory. That its process has existed for a while changes nothing about it, but
+A boot reads only the machine's directory. It makes no difference that its process has existed for a while, but
 it takes the start of an interpreter off the time in which no kernel runs.
 
 Kernel: kernel/kexec_core.c (kexec_load, long before kernel_kexec)
@@ -53,7 +53,7 @@ class Waiting:
         self._said = b""
 
     def until_ready(self) -> None:
-        """Wait until it has imported what it needs, or has ended."""
+        """Wait until it has imported its modules, or has ended."""
         deadline = time.monotonic() + BOOT_SECONDS
         while READY not in self._said and self._hear(deadline):
             pass
@@ -80,7 +80,7 @@ class Waiting:
             self.process.kill()
 
     def _hear(self, deadline: float) -> bool:
-        """Take more of what it says; return False at its end."""
+        """Read more of its output; return False at its end."""
         assert self.process.stdout is not None
         ready = select.poll()
         ready.register(self.process.stdout, select.POLLIN)
@@ -91,7 +91,7 @@ class Waiting:
         return bool(part)
 
     def _listen(self) -> list[str]:
-        """Return what it says until it ends; its steps are for whoever waits for them."""
+        """Return its output until it ends, without its steps, which go to the progress display."""
         deadline = time.monotonic() + BOOT_SECONDS
         while self._hear(deadline):
             if steps := _STEPS.findall(self._said):
@@ -106,7 +106,7 @@ _prepared: list[Waiting] = []
 
 @contextlib.contextmanager
 def prepared(machine: Machine) -> Iterator[Waiting]:
-    """Have a process ready for the boot of a machine; one that nobody has used ends with the block."""
+    """Keep a process ready for the boot of a machine; an unused one ends with the block."""
     waiting = Waiting(machine)
     _prepared.append(waiting)
     try:

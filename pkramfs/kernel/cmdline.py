@@ -231,7 +231,7 @@ def memory_limit(cmdline: str) -> int | None:
 
 
 def check_text(cmdline: str) -> None:
-    """Raise UsageError for what no kernel takes as a command line."""
+    """Raise UsageError for a text that no kernel accepts as a command line."""
     if "\n" in cmdline or "\0" in cmdline:
         raise UsageError("the command line has a line break or a NUL in it")
     length = len(cmdline.encode("utf-8", "surrogateescape"))

@@ -45,7 +45,7 @@ class Costs:
         return self.conflicting + self.at_risk
 
     def to_json(self) -> dict[str, Any]:
-        """Return for programs the figures, and what each way withholds and copies, in pages and bytes."""
+        """Return for programs the figures, and the pages and bytes that each way withholds and copies."""
         bans = {"pages": self.banned, "bytes": self.banned * PAGE_SIZE}
         scratch = {"pages": self.aside, "bytes": self.aside * PAGE_SIZE}
         return {
@@ -68,7 +68,7 @@ class Costs:
 
 
 def compare(kernel: Running, loaded: Loaded, preserved: Spans) -> Costs:
-    """Compare what the loaded kernel costs in either way, on this machine now."""
+    """Compare the costs of the loaded kernel in both ways, on this machine now."""
     banned = destinations(loaded.segments)
     scratch = kernel.info.reserved.get("Scratch", (0, 0))
     return Costs(

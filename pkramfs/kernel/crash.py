@@ -12,7 +12,7 @@ A mount daemon that aborts or faults (SIGABRT, SIGSEGV, SIGBUS, …) is this ker
 interpreter writes into the daemon's log how it ended. With `panic_on_oops` on the command line the
 oops is a panic. No process is the kernel and could see it happen; so the next mount or pkram-kexec
 finds the dead daemon's entry and panics before doing anything else (`notice`). A daemon killed with
-SIGKILL is no oops: somebody wanted that. Without a crash kernel the log says so and the kernel goes
+SIGKILL is not an oops, but intended. Without a crash kernel the log reports it and the kernel goes
 on, because a panic could only lose every other tree.
 
 Kernel: kernel/crash_core.c, kernel/panic.c (panic_on_oops), include/linux/crash_dump.h (is_kdump_kernel),
@@ -41,7 +41,7 @@ def notice(machine: Machine) -> Running | None:
     with machine.lifecycle(shared=False):
         oops = _oops(machine)
         if oops is None:
-            return None  # somebody else noticed it first
+            return None  # another process noticed it first
         entry, how = oops
         reason = f"Fatal exception: {how} in the daemon of {entry.mountpoint} (pid {entry.pid})"
         if staging.read(machine, staging.CRASH_JSON) is None:
@@ -65,7 +65,7 @@ def _oops(machine: Machine) -> tuple[MountEntry, str] | None:
 
 
 def _kill_all(machine: Machine) -> None:
-    """Kill every other daemon and wait for its end: a panic asks nobody."""
+    """Kill every other daemon and wait for its end: a panic asks no daemon."""
     for entry in machine.mounts():
         if entry.alive:
             kill(entry)

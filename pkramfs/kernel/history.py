@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""history.json: what a machine's kernels were, for the people who ask later. Nothing is decided by it.
+"""history.json: the past kernels of a machine, for people. No decision depends on it.
 
-    kernels    the kernels that have ended, the last 32: when, how, what they found, and what their log told
-    before     who had which pages when the last kexec was decided (memorymap.py)
-    kexec      what was predicted of the last kexec, and how long it took
+    kernels    the last 32 kernels that have ended: when, how, the nodes they found, and events of their logs
+    before     the owners of all pages when the last kexec was decided (memorymap.py)
+    kexec      the prediction of the last kexec, and how long it took
 
 A kexec drops the kernel log and kernel.json, as a real one drops dmesg; so their facts are noted on the way. What
 cannot be noted is only logged: no kernel lives longer for it. Lists and texts are bounded, because the file is written
@@ -133,14 +133,14 @@ def note_end(machine: "Machine") -> None:
 
 
 def note_before(machine: "Machine", generation: int, parts: list[dict[str, Any]]) -> None:
-    """Note who has which pages, of a kernel that is about to end; raise MachineError if that cannot be written."""
+    """Note the owners of all pages of a kernel that is about to end; raise MachineError if that cannot be written."""
     data = _kept(machine)
     data["before"] = {"generation": generation, "taken": time.time(), "parts": parts}
     machine.write_json(NAME, data)
 
 
 def note_foreseen(machine: "Machine", generation: int, facts: dict[str, Any]) -> None:
-    """Note what is predicted of the kexec that brings the kernel of this generation up."""
+    """Note the prediction of the kexec that boots the kernel of this generation."""
     _note_kexec(machine, {"generation": generation, "foreseen": facts, "pause": None})
 
 
@@ -159,7 +159,7 @@ def _note_kexec(machine: "Machine", what: dict[str, Any]) -> None:
 
 
 def _kept(machine: "Machine") -> dict[str, Any]:
-    """Return what was noted before, nothing if it is damaged: it is only shown, and begins anew."""
+    """Return the earlier notes, none if they are damaged: they are only shown, and begin anew."""
     try:
         return read(machine)
     except MachineError as error:

@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A boot of the host, noticed by a machine on memory that may have survived it.
 
-    boot id of            what happened                          decision
+    boot id of            event                                  decision
     host = kernel.json    nothing                                this kernel goes on
     host = pending        the boot of now was interrupted        go on with it
-    host = header         the directory was lost meanwhile       refuse; a user may say pkram= by hand
+    host = header         the directory was lost meanwhile       refuse; a user may give pkram= by hand
     another one           the host was booted                    see below
 
-A kernel of ours ends with the host's. RAM and its header (machine/header.py) stay if both kernels set them aside, and
-the command line may say where to look, as in the series. So the next mount decides:
+The machine's kernel ends with the host's. RAM and its header (machine/header.py) stay if both kernels set them aside,
+and the command line may name the super block, as in the series. So the next mount decides:
 
     nothing was preserved                      boot, and find nothing
     in a crash kernel (/proc/vmcore)           refuse: its command line is a copy of the dead kernel's
     through firmware                           refuse: it may have overwritten memory
     by kexec, with the current pkram=          boot, and restore
     by kexec, without it or with another       refuse, and name both ways out
-    metadata are damaged                       refuse, and say what can be read
+    metadata are damaged                       refuse, and name what can be read
 
-A user who insists (--force) needs no pkram=, for the header has it, and gets what can be read: damaged nodes leave the
-list (`_salvage`), as in a forced kexec of the simulation (salvage.py). That one also searches for nodes behind a
-break of the list; here the lease table is gone by which they are told from the contents of files. A break that is one
-flipped bit is bridged.
+With --force pkram= is not needed, because the header has it, and readable trees are restored: damaged nodes leave the
+list (`_salvage`), as in a forced kexec of the simulation (salvage.py). That kexec also searches for nodes behind a
+break of the list; here this is impossible, because the lease table that tells them from file contents is gone. A break
+by one flipped bit is repaired.
 
-A refusal changes nothing. Of the command line only pkram= is for us: what else it says is for the host's kernel, which
-has understood it. Where several machines are on memory of one host, `pkram=NAME:PFN` is for one of them alone; a number
-without a name is for all machines that are not named. Each decides for itself.
+A refusal changes nothing. Of the command line only pkram= is for pkramfs; all other words are for the host's kernel,
+which has understood it. Where several machines are on memory of one host, `pkram=NAME:PFN` is for one of them alone; a
+number without a name is for all machines that are not named. Each decides for itself.
 
 What comes back after a boot may be mounted again by /etc/fstab, or by --resume: the header has the list that a machine
 of the simulation keeps in nvram.json.
@@ -60,7 +60,7 @@ _FIRMWARE = "memory went through firmware"
 
 
 def is_noticed(machine: Machine, pending: Pending | None) -> bool:
-    """Return True if it is for `decide` to say what comes, because no boot of ours was decided in this one."""
+    """Return True if `decide` has to choose, because no boot of the machine was decided in this boot of the host."""
     if machine.elsewhere() is None:
         return False
     return pending is None or pending.host.get("boot_id") != machine.host.boot_id
@@ -94,7 +94,7 @@ def decide(machine: Machine, *, append: str = "", force: bool = False) -> None:
 
 
 def _ways_out(machine: Machine, there: Header, found: "_Found", why: str) -> str:
-    """Return why a boot is refused, and what can be done."""
+    """Return the reason for a refused boot, and the remedy."""
     pfn, command = format_pfn(there.super_pfn), f"pkram-kexec{machine.words}"
     gives_up = f"`{command} --cold --force` gives it up"
     if found.problems:
@@ -108,7 +108,7 @@ def _ways_out(machine: Machine, there: Header, found: "_Found", why: str) -> str
 
 
 def waiting(machine: Machine) -> str:
-    """Return in words what is preserved in the memory of a machine that is not up, empty if nothing is."""
+    """Describe what is preserved in the memory of a machine that is not up; empty if nothing is."""
     if machine.elsewhere() is None or kernelrecord.read(machine, any_layout=True) is not None:
         return ""
     ram = machine.ram()
@@ -117,7 +117,7 @@ def waiting(machine: Machine) -> str:
 
 
 def _refusal(machine: Machine, there: Header, append: str, force: bool) -> str:
-    """Return why this boot must not restore what is preserved, empty if it may."""
+    """Return why this boot must not restore preserved trees, empty if it may."""
     host = machine.host
     if there.boot_id == host.boot_id and not append and not force:
         return "its kernel runs, but the directory of the machine was removed"
@@ -146,7 +146,7 @@ def _refuse_users(machine: Machine, there: Header) -> None:
 
 
 def _refuse_in_crash_kernel(machine: Machine) -> None:
-    """Raise MachineError in a kernel that looks at a dead one, whoever insists."""
+    """Raise MachineError in a kernel that examines a dead one, even with --force."""
     if machine.host.is_crash_kernel:
         raise MachineError("this is a crash kernel (/proc/vmcore is there): what was preserved is left as it is")
 
@@ -173,7 +173,7 @@ def _header(machine: Machine, ram: Ram) -> Header:
 
 
 def facts(machine: Machine) -> dict[str, Any]:
-    """Return what a boot must know of the host; nothing for a machine of the simulation."""
+    """Return the facts of the host that a boot needs; none for a machine of the simulation."""
     if machine.elsewhere() is None:
         return {}
     host = machine.host
@@ -188,7 +188,7 @@ def _image(machine: Machine) -> ImageInfo:
 
 
 class _Found(NamedTuple):
-    """What is preserved: nodes that can be read, and what is wrong with the others."""
+    """The preserved nodes that can be read, and the faults of the others."""
 
     nodes: list[IncomingNode]
     problems: list[FormatError]
@@ -197,7 +197,7 @@ class _Found(NamedTuple):
 
     @property
     def readable(self) -> bool:
-        """Return False for what another version left, or a later kernel took over: nothing in it is to be mended."""
+        """Return False for data of another version, or that a later kernel took over: they must not be mended."""
         return not any(isinstance(error, StaleError | VersionError) for error in self.problems)
 
     def __str__(self) -> str:
@@ -229,7 +229,7 @@ def _look(ram: Ram, there: Header) -> _Found:
 
 
 def _salvage(machine: Machine, ram: Ram, there: Header) -> list[NodePages]:
-    """Take what cannot be read out of the list of nodes; return what is lost by that. May be repeated."""
+    """Take unreadable nodes out of the list; return the losses. May be repeated."""
     store, lost = Store(ram, there.super_pfn, machine.tables), list[NodePages]()
 
     def tell(survey: Survey) -> None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What must be true of a kernel that kexec(8) loads, if memory of the host is to survive it.
+"""The conditions under which memory of the host survives a kernel that kexec(8) loads.
 
-    memmap= …     sets memory aside. No kexec hands it on, so the new command line repeats it, word by word
-    pkram=PFN     is the number of this kernel's super block. Where several machines are on memory of this host,
-                  pkram=NAME:PFN says it for each
+    memmap= …     sets memory aside. A kexec does not pass it on, so the new command line repeats it, word by word
+    pkram=PFN     is the number of this kernel's super block. If several machines are on memory of this host,
+                  pkram=NAME:PFN gives it for each
 
-kexec(8) does the loading, and nobody can ask the host's kernel for the command line of what was loaded. So what we had
-it load is noted in a file of the machine, which ends with this boot, and looked at again before `-e`.
+kexec(8) does the loading, and the host's kernel does not show the command line of a loaded kernel. So the command line
+is noted in a file of the machine, which ends with this boot, and checked again before `-e`.
 
 Kernel: arch/x86/kernel/e820.c (parse_memmap_one), kernel/kexec_core.c; kexec-tools kexec/kexec.c
 """
@@ -36,7 +36,7 @@ _LOADED = schema.Object(
 
 @dataclass(frozen=True)
 class HostLoaded:
-    """What kexec(8) was given."""
+    """The kernel that was loaded with kexec(8)."""
 
     image: str
     cmdline: str
@@ -44,17 +44,17 @@ class HostLoaded:
 
 
 def note(machine: Machine, image: str, cmdline: str) -> None:
-    """Note what was loaded."""
+    """Note the loaded kernel."""
     machine.write_json(NAME, {"image": image, "cmdline": cmdline, "boot_id": machine.host.boot_id})
 
 
 def forget(machine: Machine) -> None:
-    """Forget what was loaded."""
+    """Forget the loaded kernel."""
     machine.remove(NAME)
 
 
 def read(machines: Sequence[Machine]) -> HostLoaded | None:
-    """Return what we had kexec(8) load; None if nothing is loaded, or somebody else had it loaded."""
+    """Return the kernel that pkramfs loaded with kexec(8); None if none is loaded, or by another program."""
     for machine in machines:
         data = machine.read_json(NAME, _LOADED, "remove it and load the kernel again")
         if data is not None and machine.host.kexec_loaded and data["boot_id"] == machine.host.boot_id:
@@ -63,7 +63,7 @@ def read(machines: Sequence[Machine]) -> HostLoaded | None:
 
 
 class Wanted(NamedTuple):
-    """What the next command line must say for a machine: its super block's pfn."""
+    """The word for a machine on the next command line: pkram= with its super block's pfn."""
 
     machine: str
     pfn: int
@@ -77,9 +77,9 @@ class Wanted(NamedTuple):
 
 
 def wanted(machine: Machine, info: KernelInfo) -> tuple[list[Wanted], list[str]]:
-    """Return what the next command line must say for the machines of this host, and what cannot be known, as lines.
+    """Return the words for the machines of this host on the next command line, and a line for each unknown one.
 
-    One that is not up in this boot may have preserved trees, too: its header names the super block.
+    A machine that is not up in this boot may have preserved trees, too: its header names the super block.
     """
     machines, unknown = Machine.on_host(), list[str]()
     pfns = {machine.name: info.super_pfn}
@@ -103,7 +103,7 @@ def _super_pfn(machine: Machine) -> int:
 
 
 def compose(machine: Machine, needs: Sequence[Wanted], append: str | None, *, reuse: bool) -> str:
-    """Compose the next command line: the running one's with the current pkram=, then what is appended."""
+    """Compose the next command line: the running one with the current pkram=, then the appended words."""
     said = ""
     if reuse:
         pkram = " ".join(one.word for one in needs) or f"{words.PKRAM}={words.PKRAM_OFF}"
@@ -123,7 +123,7 @@ def reserving(cmdline: str) -> list[str]:
 
 
 def problems(machine: Machine, needs: Sequence[Wanted], cmdline: str) -> Iterator[PkramfsError]:
-    """Yield what would lose preserved memory if this command line were the next kernel's."""
+    """Yield the faults of a command line by which the next kernel would lose preserved memory."""
     there = set(words.words(cmdline))
     for word in reserving(machine.host.cmdline):
         if word not in there:
@@ -140,7 +140,7 @@ def problems(machine: Machine, needs: Sequence[Wanted], cmdline: str) -> Iterato
 
 
 def kept(machine: Machine, needs: Sequence[Wanted], cmdline: str) -> list[str]:
-    """Return the words that do what they must, for a plan."""
+    """Return the correct words of the command line, for a plan."""
     there = words.words(cmdline)
     right = [f"{word} is repeated" for word in reserving(machine.host.cmdline) if word in there]
     for one in needs:

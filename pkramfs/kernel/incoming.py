@@ -6,7 +6,7 @@
 
 Reading changes nothing and needs no allocator, so the planner uses it on the living kernel, and boot
 before it has decided anything. The region list must hold every page of every node; a short list
-would let boot punch somebody's data, so it is an error, not a warning.
+would let boot punch preserved data, so it is an error, not a warning.
 
 Kernel: mm/pkram.c (pkram_reserve, pkram_init), patches 10 to 14
 """
@@ -61,7 +61,7 @@ class Incoming:
 
 
 def examine(ram: Ram, super_pfn: int, usable: Spans, *, listed: bool = True) -> Incoming:
-    """Find and check what `pkram=` names; raise FormatError or StaleError if it is damaged or was consumed.
+    """Find and check the super block of `pkram=`; raise FormatError if it is damaged, StaleError if it was consumed.
 
     Unless it is `listed`, there is no region list to be believed: kexec(8) has nobody write one, and all that was
     preserved are the pages that the nodes name.
@@ -122,7 +122,7 @@ def described(ram: Ram, node: Node) -> IncomingNode:
 
 
 def unchecked(ram: Ram, node: Node) -> int | None:
-    """Return how many pieces of files, of 1 MiB at most, have no checksum in a node; None if none has or who knows."""
+    """Return the number of pieces of files (at most 1 MiB each) without a checksum in a node; None if not known."""
     if mount_name(node.name) is None:
         return None
     try:
@@ -130,5 +130,5 @@ def unchecked(ram: Ram, node: Node) -> int | None:
             return read_seal(ram, node.log_pfn, node.tree_id).unsummed
         header = TREE.read(first_page(ram, node.object_pfn))
     except PkramfsError:
-        return None  # `verify` says what is wrong
+        return None  # `verify` reports the fault
     return header.unsummed if header.magic == TREE_MAGIC and header.flags & HAS_SUMS else None

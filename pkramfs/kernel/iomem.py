@@ -35,7 +35,7 @@ def current(kernel: Running) -> str:
 
 
 def render(hardware: FirmwareMap, owners: Iterable[tuple[str, Spans]]) -> str:
-    """Draw the map: firmware ranges, and inside RAM what `owners` hold (spans in pages)."""
+    """Draw the map: firmware ranges, and inside RAM the ranges of `owners` (spans in pages)."""
     width = max(8, len(f"{hardware.size - 1:x}"))
     inner = sorted(line for owner, spans in owners for line in _pieces(owner, spans))
     lines, at = [], 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""kernel.json: the decisions of one boot, for everybody who works under this kernel.
+"""kernel.json: the decisions of one boot, for all processes under this kernel.
 
 The kernel is no process; it is this record and the tables in RAM that it points to. Boot writes the
 record last, by rename: that is the moment at which the kernel is up. `layout` is the version of the
@@ -8,10 +8,10 @@ kexec is the upgrade, because pkram/format.py alone declares what crosses it. Th
 punching memory, so it carries a checksum: a damaged kernel.json is refused.
 
     super_pfn, reserve_blocks    the super block and the blocks held back for its region list
-    lease_table_pfn, blocks      who owns which page block
+    lease_table_pfn, blocks      the owners of page blocks
     reserved                     named page ranges that are the kernel's: image, tables, scratch …
-    old_super_pfn, stale         what the last kernel handed over: consumed, then freed (succession.py)
-    initmem                      what only boot needed: the loaded segments
+    old_super_pfn, stale         data of the last kernel: consumed, then freed (succession.py)
+    initmem                      pages that only boot needed: the loaded segments
 
 Kernel: boot_params, /sys/kernel/pkram, the symbols _text … _end
 """

@@ -9,13 +9,13 @@ A Plan is a list of operations, each with describe(), details() and execute(), a
 before: refusals, losses, and the pages that were or will be relocated, with their owners. A dry run
 prints the same object that `-e` executes. The order of a kexec:
 
-     caller   lock the machine exclusively; freeze every mount, flushed; ask what each has preserved
+     caller   lock the machine exclusively; freeze every mount, flushed; ask each for its preserved tree
      plan     refuse: mounts not preserved, nodes that pkram= would lose, no room for the next kernel
      1        load again elsewhere, if preserved pages have come to lie in a destination
-     2        have the host give memory to the destinations: others could take what is only checked
+     2        allocate memory of the host for the destinations: a check alone reserves nothing
      3        write the region list into the reserve, and name it in the super block
      4        read all of it back as boot will, and place the next kernel
-     5        nvram.json: the pending boot, and what to mount again
+     5        nvram.json: the pending boot, and the mounts to make again
      6        stop the mounts: their daemons detach and end
      7        see that the planned nodes are still there: the last chance to refuse
      ──────── remove kernel.json: the point of no return (and cmdline, pkram, iomem, dmesg) ─────────
@@ -109,7 +109,7 @@ def plan(
 
 
 def _crossing(going: Transition) -> dict[str, Any]:
-    """Return the figures of what crosses and what does not, as the report of the boot will count them."""
+    """Return the figures of all that crosses and of all losses, as the report of the boot will count them."""
     nodes = going.nodes if going.keeps else []
     trees = {node.tree_id for node in nodes}
     return {
@@ -136,7 +136,7 @@ def _operations(going: Transition, mounts: Sequence[MountReport], stop: Callable
 
 
 def _losses(going: Transition, mounts: Sequence[MountReport]) -> list[PkramfsError]:
-    """Return an error for each loss, and note in `going` what crosses and what does not."""
+    """Return an error for each loss, and note in `going` which nodes cross and which do not."""
     found: list[PkramfsError] = []
     for mount in mounts:
         if not mount.preserved and not mount.kept:

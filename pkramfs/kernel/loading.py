@@ -93,7 +93,7 @@ def unload(machine: Machine, *, panic: bool = False) -> bool:
 
 
 def compose_cmdline(kernel: Running, request: Request) -> str:
-    """Compose the next kernel's command line: the running one's with the current pkram=, then what is appended."""
+    """Compose the next kernel's command line: the running one with the current pkram=, then the appended words."""
     cmdline = ""
     if request.reuse_cmdline:
         pfn = format_pfn(kernel.info.super_pfn)
@@ -170,7 +170,7 @@ def owners(kernel: Running, nodes: list[IncomingNode]) -> dict[str, Spans]:
 
 
 def _rooms(kernel: Running, owned: dict[str, Spans]) -> list[Spans]:
-    """Return the room for segments, best first: blocks that nobody has, then all that is not preserved."""
+    """Return the room for segments, best first: free blocks, then all pages that are not preserved."""
     info, usable = kernel.info, kernel.machine.hardware().usable
     if scratch := info.reserved.get("Scratch"):
         return [Spans([scratch]) - Spans(part for name, part in info.reserved.items() if name != "Scratch")]
@@ -213,7 +213,7 @@ def _warnings(kernel: Running, loaded: Loaded, nodes: list[IncomingNode]) -> lis
 
 
 def _wrong_pfn(kernel: Running, loaded: Loaded) -> str:
-    """Return in words what the command line says instead of the super block's pfn; empty if it names that pfn."""
+    """Describe what the command line has instead of the super block's pfn; empty if it has that pfn."""
     if words.pkram_pfn(loaded.cmdline) == kernel.info.super_pfn:
         return ""
     said = words.get(loaded.cmdline, "pkram")

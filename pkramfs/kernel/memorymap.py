@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who has which pages, as a picture: parts of RAM, and rows of cells to draw them in.
+"""A picture of RAM by owner: the parts, and rows of cells to draw them in.
 
     parts          hole, kernel, reserve, leased, preserved, ended and free part RAM: each page is in one of them.
                    The destination of a loaded image lies over the others.
@@ -11,8 +11,8 @@
                 7.0 GiB free                       (folded)
     3f0000000   AAAA%%%%........
 
-A cell shows who has most of it; nobody counts least, and a destination most. The work grows with ranges and cells, not
-with pages. iomem.py shows the same as text, by address; this is for people who want to see where things lie.
+A cell shows the owner of most of it; free pages count least, and a destination most. The work grows with ranges and
+cells, not with pages. iomem.py shows the same as text, by address.
 
 Kernel: /proc/iomem, /proc/kpageflags, tools/mm/page-types.c
 """
@@ -60,12 +60,12 @@ class Row(NamedTuple):
 
     @property
     def folded(self) -> bool:
-        """Return True if nobody has any of it."""
+        """Return True if none of it has an owner."""
         return all(len(row) == 1 for row in self.cells)
 
 
 def parts(kernel: Running, mounts: Mapping[int, str], *, readable: bool = True) -> list[Part]:
-    """Return who has which pages now; `mounts` has the mount point of each living tree.
+    """Return the owners of all pages now; `mounts` has the mount point of each live tree.
 
     Raise FormatError if the nodes cannot be read, or leave them out if they are not `readable`.
     """
@@ -107,7 +107,7 @@ def _leased(kernel: Running, mounts: Mapping[int, str], nodes: Sequence[Incoming
 
 
 def _apart(found: Iterable[Part]) -> list[Part]:
-    """Return parts without what an earlier one has, so that each page is in one."""
+    """Return parts without the pages of earlier ones, so that each page is in one part."""
     taken, apart = Spans(), []
     for part in found:
         apart.append(part._replace(pages=part.pages - taken))
@@ -116,7 +116,7 @@ def _apart(found: Iterable[Part]) -> list[Part]:
 
 
 def remember(kernel: Running) -> None:
-    """Note who has which pages, for a picture after the kexec; what cannot be noted is logged, and stops nothing."""
+    """Note the owners of all pages, for a picture after the kexec; a failure is logged, and stops nothing."""
     machine = kernel.machine
     try:
         if kernel.info.layout == LAYOUT:

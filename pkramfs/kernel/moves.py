@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What moved in RAM over the last kexec, and why: two pictures of it (memorymap.py), and the report of the boot.
+"""Moves in RAM over the last kexec, with reasons, from two pictures of RAM (memorymap.py) and the report of the boot.
 
     stayed     a preserved tree is where it was: a kexec copies none of its pages. Some may have been moved when it was
                preserved, out of the way of the loaded kernel
-    moved      the kernel, to where KASLR put it; what boot made anew
-    ended      what was copied only to be booted; what nobody preserved; what was given back since
+    moved      the kernel, to the slot that KASLR chose; tables that boot made anew
+    ended      segments copied only for the boot; trees that were not preserved; memory freed since
 
 The earlier picture is coarse where a part had many ranges, so ranges decide nothing here but to show.
 
@@ -34,7 +34,7 @@ class Move(NamedTuple):
 
 
 def moves(before: Sequence[Part], now: Sequence[Part], info: KernelInfo) -> list[Move]:
-    """Return what became of each owner in `before`; `info` is the running kernel's record."""
+    """Return the move of each owner in `before`; `info` is the running kernel's record."""
     found = []
     for part in before:
         if part.kind == PRESERVED:
@@ -50,7 +50,7 @@ def moves(before: Sequence[Part], now: Sequence[Part], info: KernelInfo) -> list
 
 
 def _tree(part: Part, now: Sequence[Part], report: dict[str, Any]) -> Move:
-    """Return what became of a preserved tree."""
+    """Return the move of a preserved tree."""
     after = next((one for one in now if (one.kind, one.owner) == (PRESERVED, part.owner)), None)
     node = next((node for node in report.get("nodes") or [] if node["name"] == part.owner), None)
     if node is None:
@@ -80,7 +80,7 @@ def _freed(part: Part, now: Iterable[Part]) -> str:
 
 
 def _kernels(part: Part, now: Iterable[Part], report: dict[str, Any]) -> list[Move]:
-    """Return what became of one of the kernel's own ranges."""
+    """Return the move of one of the kernel's own ranges."""
     after = next((one for one in now if (one.kind, one.owner) == (part.kind, part.owner)), None)
     if after is None:
         return []

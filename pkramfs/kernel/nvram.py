@@ -2,8 +2,8 @@
 """nvram.json: the few facts that cross a kexec beside RAM, as firmware variables would.
 
     boot_count   how many kernels this machine has had; the next kernel's generation is one more
-    pending      the boot that was decided and is not finished: whoever finds it goes on with it
-    mounts       what to mount again after the boot (the machine's /etc/fstab)
+    pending      the boot that was decided and is not finished: the next command finishes it
+    mounts       the mounts to make again after the boot (the machine's /etc/fstab)
     pause        seconds that the last kexec took beside copying, as a prediction of the next
 
 The pending boot is written before the point of no return and cleared when the new kernel has
@@ -62,7 +62,7 @@ class ImageInfo:
 
     @classmethod
     def of(cls, image: "Image") -> "ImageInfo":
-        """Return what boot must know of an image."""
+        """Return the facts of an image that boot needs."""
         return cls(**{name: getattr(image, name) for name in cls.__dataclass_fields__})
 
 
@@ -197,7 +197,7 @@ def read(machine: "Machine") -> dict[str, Any]:
 
 
 def _write(machine: "Machine", data: dict[str, Any]) -> None:
-    """Replace nvram.json, sealed; raise MachineError rather than write what could not be read again."""
+    """Replace nvram.json, sealed; raise MachineError for content that could not be read again."""
     try:
         _declared(_frames(machine)).read(data)
     except schema.Invalid as error:
@@ -270,7 +270,7 @@ def mounts(machine: "Machine") -> list[dict[str, Any]]:
 
 
 def _wrong_mount(data: Any) -> str:
-    """Return what is wrong with an entry of the list of mounts; empty if it is sound."""
+    """Return the fault of an entry of the list of mounts; empty if it is sound."""
     wrong = _wrong_place(data, _MOUNT, ("mountpoint",))
     if wrong:
         return wrong
@@ -287,7 +287,7 @@ def _wrong_mount(data: Any) -> str:
 
 
 def _wrong_place(data: Any, fields: dict[str, Any], needed: tuple[str, ...]) -> str:
-    """Return what is wrong with the place of an entry; empty if it is sound."""
+    """Return the fault of the place of an entry; empty if it is sound."""
     if not isinstance(data, dict):
         return f"mounts: {data!r}"
     for part, known in ((data, fields), (data.get("on", {}), _ON)):

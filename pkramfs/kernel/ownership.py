@@ -6,7 +6,7 @@
     a live tree               its lock is held
     a tree that was left      the entry of its dead daemon names its log
     a dead tree               an id with a check of its own, or one whose lock file is there and free
-    anything else             nobody knows: a damaged word, and maybe somebody's memory
+    anything else             not known: a damaged word, and perhaps a tree's memory
 
 A word of the table lets a sweep punch a block, and a zero lets anybody lease it. So a sweep first asks
 the other witnesses (`disagreements`), and a lease never takes a block that they name (`guarded`).
@@ -46,12 +46,12 @@ class _Doubt:
 
 
 def _maybe_a_mount_s(doubt: _Doubt, held: set[int]) -> bool:
-    """Return True if blocks that seem to be nobody's may be those of a mount."""
+    """Return True if blocks that seem to be free may be those of a mount."""
     return doubt.right == FREE and bool(held)
 
 
 class Ownership:
-    """The lease table of a running kernel, and what the kernel knows of its page blocks without the table."""
+    """The lease table of a running kernel, and the owners of page blocks that are known without the table."""
 
     def __init__(self, machine: Machine, info: KernelInfo, store: Store) -> None:
         self._machine, self._info, self._store = machine, info, store
@@ -86,7 +86,7 @@ class Ownership:
 
     def kept(self) -> set[int]:
         """Return the tree ids whose blocks must stay; raise FormatError, naming the block, on any disagreement."""
-        self._known = {}  # read all nodes again: what they do not name will be punched
+        self._known = {}  # read all nodes again: blocks that they do not name will be punched
         held = self._machine.held_ids()
         for doubt in self._doubts(held):
             error = self._error(doubt)
@@ -101,7 +101,7 @@ class Ownership:
                 yield self._error(doubt)
 
     def mend(self, say: Callable[[str, str], None]) -> None:
-        """Write words that other witnesses know, and free blocks that nobody has. The caller holds the table lock.
+        """Write words that other witnesses confirm, and free blocks without an owner. The caller holds the table lock.
 
         `say` is told of each before. Blocks that two claim, or that may be a mount's, are left alone.
         """

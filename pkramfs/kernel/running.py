@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Find the running kernel, as everybody who works under it does.
+"""Find the running kernel, for all processes that work under it.
 
     attach(machine)        the kernel, booted on first use; a pending boot is resumed
     look(machine)          the kernel if one is up; changes nothing                          (pkramctl)
     shared(machine)        the kernel, and no kexec while the block lasts       (starting a mount)
-    exclusively(machine)   the kernel, and nobody else                          (loading, -e)
+    exclusively(machine)   the kernel, without other processes                  (loading, -e)
 
 All but `look` take the machine lock themselves: never call them while holding it. Callers who hold it
 call `look`, or succession.bring_up.
@@ -138,7 +138,7 @@ def look(machine: Machine, *, any_layout: bool = False) -> Running:
 
 @contextmanager
 def shared(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Running]:
-    """Give the running kernel, brought up if need be; no kexec happens while the block lasts."""
+    """Yield the running kernel, booted if need be; no kexec happens while the block lasts."""
     if not machine.exists():
         machine.create()
     while True:
@@ -150,12 +150,12 @@ def shared(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Running]
                 yield kernel
                 return
         with exclusively(machine, timeout):
-            pass  # brought up, but somebody may kexec before we have the lock again: look again
+            pass  # brought up, but a kexec may come before the lock is taken again: look again
 
 
 @contextmanager
 def exclusively(machine: Machine, timeout: float = LOCK_SECONDS) -> Iterator[Running]:
-    """Give the running kernel, brought up if need be; nobody else starts anything while the block lasts.
+    """Yield the running kernel, booted if need be; no other process starts anything while the block lasts.
 
     It may be another version's, whose lease table is not for us: kexec is the upgrade.
     """

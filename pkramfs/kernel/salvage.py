@@ -4,7 +4,7 @@
     list      a ──✗   b ──▶ c         search finds b and c by their own pages (pkram/rescue.py)
     kexec     a ──▶ b ──▶ c           unless one of them cannot be read itself
 
-What `pkramctl free --damaged` does, in the plan of a kexec: looking changes nothing, and the list is made whole
+The work of `pkramctl free --damaged`, in the plan of a kexec: finding changes nothing, and the list is mended
 as the plan's first step.
 """
 
@@ -23,7 +23,7 @@ from pkramfs.units import format_pfn, plural
 
 @dataclass
 class Salvage:
-    """Nodes that are whole, what is wrong beside them, and what is lost by that."""
+    """The intact nodes, the faults of the list, and the losses."""
 
     nodes: list[IncomingNode]
     problems: list[FormatError]
@@ -31,7 +31,7 @@ class Salvage:
 
 
 def look(kernel: Running) -> Salvage:
-    """Find what a forced kexec can take along."""
+    """Find the nodes that a forced kexec can hand over."""
     survey = kernel.survey()
     found = Salvage([], list(survey.problems), [])
     for error in survey.damaged:

@@ -72,7 +72,7 @@ def declared(frames: int) -> schema.Kind:
 
 
 def from_json(items: Iterable[dict[str, Any]]) -> list[Segment]:
-    """Make segments again of what `to_json` gave."""
+    """Make segments from the result of `to_json`."""
     return [Segment(**item) for item in items]
 
 
@@ -161,7 +161,7 @@ def _no_hole(segment: Segment, room: Spans) -> str:
 
 
 def check_destinations(segments: Sequence[Segment], usable: Spans, owners: dict[str, Spans], remedy: str) -> None:
-    """Raise ConflictError unless every segment lies in RAM, apart from the others and from what `owners` own."""
+    """Raise ConflictError unless every segment lies in RAM, apart from the others and from the pages of `owners`."""
     foreign = [s for s in segments if not usable.covers(s.pfn, s.end)]
     pairs = pairwise(sorted(segments, key=lambda s: s.pfn))
     problems = [f"{s.describe()}: not all of it is usable RAM" for s in foreign]

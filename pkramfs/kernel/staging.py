@@ -134,7 +134,7 @@ def sweep(machine: "Machine") -> None:
         try:
             loaded = read(machine, name)
         except DamagedError:
-            return  # whoever wants that kernel gets the error; loading it again sweeps
+            return  # an execution of that kernel gets the error; loading again sweeps
         named |= {s.file for s in loaded.segments} if loaded else set()
     with os.scandir(machine.path(DIRECTORY)) as entries:
         for entry in entries:

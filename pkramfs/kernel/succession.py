@@ -69,7 +69,7 @@ def bring_up(machine: Machine, *, force: bool = False) -> KernelInfo:
 
 
 def take_back_regions(ram: Ram, info: KernelInfo) -> None:
-    """Forget the region list of a kexec that failed or died: it would be short of what is preserved later.
+    """Forget the region list of a kexec that failed or died: it would lack nodes that are preserved later.
 
     The machine lock may be held shared here: no kexec is on its way.
     """
@@ -142,7 +142,7 @@ def start_boot(machine: Machine, *, force: bool = False) -> None:
 
 
 def take_over(machine: Machine, info: KernelInfo) -> None:
-    """Consume the old super block, free what only boot needed, and only then count the kernel as booted."""
+    """Consume the old super block, free pages that only boot needed, and only then count the kernel as booted."""
     ram = machine.ram()
     machine.keep_copy()
     unneeded = Spans(info.stale) | Spans(info.initmem)
@@ -169,7 +169,7 @@ def _free_blocks(machine: Machine, ram: Ram, info: KernelInfo, blocks: Spans) ->
 
 
 def _refuse_needed(ram: Ram, info: KernelInfo, unneeded: Spans) -> None:
-    """Raise FormatError if what is about to be punched is preserved, or this kernel's own."""
+    """Raise FormatError if pages about to be punched are preserved, or this kernel's own."""
     nodes = incoming.nodes(ram, info.super_pfn) if info.pkram else []
     if needed := unneeded & (Spans.union(node.spans for node in nodes) | info.own_pages):
         pages = f"pfn {format_pfn(int(needed.starts[0]))}, which is in use"

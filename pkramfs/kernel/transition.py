@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The steps of a kexec: what each one does, how it describes itself, and how it is undone.
+"""The steps of a kexec: how each one is done, described, and undone.
 
 The planner (kexec.py) decides which of them a kexec needs, and in which order; its essay has the list, with the
 numbers that the operations carry here. All of them share a Transition: the facts about the dying kernel and
@@ -48,13 +48,13 @@ class MountReport:
 
     @property
     def content(self) -> str:
-        """Return what is in the mount, in words; where its daemon is dead nobody has counted."""
+        """Describe the contents of the mount; a dead daemon's tree was not counted."""
         return "its tree" if self.files is None else plural(self.files, "file")
 
 
 @dataclass
 class Transition:
-    """The facts that the operations of one plan share: the dying kernel, the loaded one, and what crosses."""
+    """The facts that the operations of one plan share: the dying kernel, the loaded one, and the nodes that cross."""
 
     kernel: Running
     loaded: Loaded
@@ -192,7 +192,7 @@ class WriteRegions(Operation):
         superblock.set_regions(ram, info.super_pfn, head)
 
     def undo(self) -> None:
-        """Forget the list: it would be short of what is preserved later."""
+        """Forget the list: it would lack nodes that are preserved later."""
         kernel, info = self.going.kernel, self.going.kernel.info
         succession.take_back_regions(kernel.ram, info)
         kernel.ram.punch(info.reserve_pages - Spans([(info.super_pfn, info.super_pfn + 1)]))
@@ -214,7 +214,7 @@ class _Reserve:
 
 @dataclass
 class Verify(Operation):
-    """4: read what crosses as boot will, and place the next kernel, before anything is stopped."""
+    """4: read the nodes as boot will, and place the next kernel, before anything is stopped."""
 
     going: Transition
 
