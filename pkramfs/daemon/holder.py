@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The process that holds a mount: it outlives daemons, and starts another when one dies.
+"""The process that holds a mount: it outlives daemons, and starts a new one when one dies.
 
     mount.pkramfs ──starts──▶ holder ──fork──▶ daemon        builds the tree, mounts, serves
                                 │  ◀─ device, lock ─┘
@@ -8,8 +8,8 @@
                                                              did not answer, and goes on
 
 The kernel ends a mount when the last descriptor of its connection is closed. The holder has one, so that programs
-which use the mount wait a moment and go on: with their open files, locks, maps and working directories. It does
-nothing else, has one thread, and has imported all that a daemon needs; so the next daemon is there at once, and shares
+that use the mount wait a moment and go on, with their open files, locks, maps and working directories. It does
+nothing else, has one thread, and has imported all that a daemon needs. So the next daemon starts at once, and shares
 this memory.
 
     the daemon ends             the holder
@@ -24,16 +24,17 @@ this memory.
     otherwise                   starts another: at once, then after longer and longer (PAUSES)
     more than DEATHS in WITHIN  ends, as with FINAL
 
-What counts is a death of the daemon's own, and any before it was *well*: before it came to a request that the dead had
-not seen. Kills from outside (SIGKILL, of the OOM killer too) of daemons that are well are no reason to give up. After
-POISON_DEATHS, requests that the dead did not answer are refused with EIO: one of them may be what kills.
+Deaths by the daemon's own fault count, and all deaths before it was *well*, that is, before it came to a request that
+the dead daemons had not read. Kills from outside (SIGKILL, also by the OOM killer) of daemons that are well do not
+count. After POISON_DEATHS, requests that the dead daemons did not answer are refused with EIO: one of them may be the
+cause.
 
-A holder may die, too. Its daemon notices that, and starts another holder, which has not forked that daemon and can only
-watch it: by a pidfd, and by what the daemon says when it leaves. A holder starts a daemon only when the one before has
-ended, and is started only when the one before has ended. So there are never two daemons for a tree.
+A holder may die, too. Its daemon notices this, and starts a new holder. That one has not forked the daemon and can only
+watch it: by a pidfd, and by the message that a daemon sends when it leaves. A holder starts a daemon only after the one
+before has ended, and is started only after the holder before has ended. So there are never two daemons for a tree.
 
-A daemon that is to be replaced by the code on disk first asks its holder to become that (execve), which takes most of
-the time, and serves meanwhile. That holder knows its child by a pidfd, as one that has not forked it.
+For an upgrade the daemon first asks its holder to run the code on disk (execve), which takes most of the time, and
+serves meanwhile. The new code of the holder knows the daemon by a pidfd, like a holder that has not forked it.
 
 A mount without a name has no journal, and one with fuse=pyfuse3 cannot tell whether a request was done: they have no
 holder and end with their daemon.

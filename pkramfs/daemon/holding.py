@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The daemon's care for its holder: what the holder must know, and another one when it dies.
+"""The daemon's side of its holder: the facts that the holder needs, and a new holder when it dies.
 
-    facts     whatever another daemon needs beside device and lock; told again when they change
-    watch     the holder's pidfd ─▶ it has died ─▶ start another, which gets device, lock, facts, and a pidfd of ours
+    facts     all that another daemon needs beside device and lock; sent again when they change
+    watch     the holder's pidfd ─▶ it has died ─▶ start another, which gets device, lock, facts, and the daemon's pidfd
 
 The new holder is a fresh process, since fork(2) is not for a process with threads. From its first moment it has the
 connection, so the mount outlives us again, and it starts another daemon if we have died before it knows us.

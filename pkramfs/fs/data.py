@@ -3,18 +3,19 @@
 
 Two invariants make holes and growth free of cost:
 
-* A frame that `Frames` hands out reads as zeros, so a write touches only what it writes.
-* Beyond the end of a file its last page is zeros (see truncation). So growth is a number, and a shrink
-  followed by growth shows zeros.
+* A newly allocated frame reads as zeros, so a write touches only the bytes that it writes.
+* Beyond the end of a file its last page is zeros (see truncation). So growing only changes the size, and a
+  shrink followed by growth shows zeros.
 
-A hole is read from one static block of zeros: RAM is not touched, for reading a hole of a shared
+A hole is read from one static block of zeros. RAM is not touched, because reading a hole of a shared
 mapping would make the host allocate the page. A range that one run covers is read as a view
-of RAM without a copy; the caller must be done with it before the next change of the tree. Where a daemon may be
-replaced it is mapped first: one that is killed while the kernel faults in pages of a reply has answered with EIO.
+of RAM without a copy; the caller must be done with it before the next change of the tree. If the daemon may be
+replaced, the view is mapped first: a daemon that is killed while the kernel faults in pages of a reply would have
+answered with EIO.
 
-A write first takes all frames it needs at once, then passes the gate, then copies run by run. Where
-they do not all fit it is split at a page until what fits is written: a short count, as write(2)
-has it, and ENOSPC only if not one byte could be written.
+A write first takes all frames that it needs, then passes the gate, then copies run by run. If the frames
+do not all fit, the write is split at a page until a part fits: a short count, as in write(2),
+and ENOSPC only if not one byte could be written.
 
 Kernel: mm/filemap.c (generic_perform_write), mm/shmem.c (shmem_file_read_iter, shmem_fallocate)
 """
@@ -64,7 +65,7 @@ class Data(Filling):
         )
 
     def open_inode(self, inode: Inode, flags: int, caller: Caller) -> int:
-        """Open a file that the caller has in hand, as `open` does."""
+        """Open an inode as `open` does."""
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         if writing and self.preservation.frozen:
             raise fail(errno.EROFS)
@@ -87,7 +88,7 @@ class Data(Filling):
         self._change(inode, room=LESS)
         self._resize(inode, 0)
         self.losses.cut(inode.ino, 0)
-        if inode.mode & 0o6000 or inode.xattrs:  # else nobody need know who it is
+        if inode.mode & 0o6000 or inode.xattrs:  # otherwise the caller's identity is not needed
             self._drop_privileges(inode, caller, keep_set_id=capable(caller, FSETID))
         inode.mtime = inode.ctime = clock.now()
 
@@ -121,7 +122,7 @@ class Data(Filling):
         return self._gather(runs, offset, end, view) if runs else zeros(end - offset)
 
     def _viewer(self, inode: Inode, first: int, last: int) -> Viewer:
-        """Return how the bytes of pages [first, last) may be read: in place, if the host has memory for all of them."""
+        """Return the reader of pages [first, last): in place if the host has memory for all of them."""
         pages = inode.pages
         if pages is not None and pages.backed is not None and not self._backed(pages, first, last):
             return self._peek
@@ -144,7 +145,7 @@ class Data(Filling):
         return True
 
     def _has_room(self, runs: list[Run]) -> bool:
-        """Return True if the host has memory for these frames alone, or gives it now."""
+        """Return True if the host has memory for these frames, or allocates it now."""
         try:
             self._back_runs(runs)
         except ExhaustedError:
@@ -174,9 +175,9 @@ class Data(Filling):
     # -- writing --------------------------------------------------------------------------------
 
     def write(self, number: int, offset: int, data: Any, *, stamp: bool = True) -> int:
-        """Write bytes, which may be Piped, at `offset`; return how many were written: all, or what there was room for.
+        """Write bytes, which may be Piped, at `offset`; return the number written, less than all if room is short.
 
-        Without `stamp` times and privileges stay as they are: for a kernel that owns them and will set them.
+        Without `stamp` times and set-id bits stay: the kernel owns them and will set them.
         """
         inode = self.inodes.get(number & INO_MASK) or self._find_asleep(number & INO_MASK)
         if not inode.is_file:
@@ -237,7 +238,7 @@ class Data(Filling):
         return size
 
     def _take_back(self, inode: Inode, offset: int, end: int, *, into_holes: bool) -> None:
-        """Free again what a write has allocated, because the host had no memory for it."""
+        """Free the frames of a write again, because the host had no memory for them."""
         if into_holes and inode.pages is not None:
             self._free_pages(inode, inode.pages, offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT)
             inode.pages = inode.pages if inode.pages.count else None
@@ -259,7 +260,7 @@ class Data(Filling):
     def _runs_for_writing(self, inode: Inode, offset: int, end: int) -> tuple[list[Run], Store, bool]:
         """Fill the holes of a range, pass the gate, and return its runs, how to store there, and True if all was holes.
 
-        The host has not given memory yet for frames that fill holes.
+        The host has not allocated memory yet for frames that fill holes.
         """
         first, last = offset >> PAGE_SHIFT, (end + _IN_PAGE) >> PAGE_SHIFT
         pages = inode.pages
@@ -279,7 +280,7 @@ class Data(Filling):
         return inode.pages.between(first, last), store, bool(made) and not runs
 
     def lose(self, number: int, offset: int, end: int, error: int = errno.EIO) -> None:
-        """Remember that bytes of a file, which a program believes to have written, could not be stored; see lost."""
+        """Note that bytes of a file, which a program has written, could not be stored; see lost."""
         inode = self.inodes.get(number & INO_MASK)
         if inode is not None and inode.is_file:
             self.losses.note(inode.ino, offset, end, error)
@@ -300,7 +301,7 @@ class Data(Filling):
         self._fill_holes(inode, first, last, end, back=True)
         self._mark_unwritten(inode, holes)
         if keep_size:
-            self.tails.discard(inode.ino)  # what is behind the end was asked for
+            self.tails.discard(inode.ino)  # pages behind the end were asked for
         if end > inode.size and not keep_size:
             self._resize(inode, end)
         if stamp:
@@ -308,7 +309,7 @@ class Data(Filling):
             self._touch(inode)
 
     def punch(self, number: int, offset: int, size: int, *, stamp: bool = True) -> None:
-        """Make a range a hole: it reads as zeros and whole pages go back to the host. For `stamp` see `write`."""
+        """Make a range a hole: it reads as zeros, and the host gets whole pages back. For `stamp` see `write`."""
         inode = self.file_range(number, offset, size)
         refuse_space(inode, punch=True)
         end = offset + size
@@ -320,7 +321,7 @@ class Data(Filling):
             self._touch(inode)
 
     def sparsify(self, number: int, first: int = 0, last: int = END) -> int:
-        """Give back the pages of a file in [first, last) that are all zeros, and return how many they were."""
+        """Give back the pages of a file in [first, last) that are all zeros; return their number."""
         inode = self.inode(number)
         if inode.pages is None:
             return 0
@@ -341,7 +342,7 @@ class Data(Filling):
         return sum(end - start for start, end in empty)
 
     def _zeros(self, pfn: int, count: int) -> Spans:
-        """Find the frames among `count` from pfn that are all zeros; those that were never touched stay so."""
+        """Find the frames among `count` from pfn that are all zeros, without touching untouched ones."""
         touched = self.ram.data_spans(pfn, pfn + count)
         found = touched.gaps(pfn, pfn + count)
         for start, end in touched:
@@ -367,7 +368,7 @@ class Data(Filling):
             yield begin, end - begin
 
     def file_range(self, number: int, offset: int, size: int) -> Inode:
-        """Return the file if it can have such a range; else raise as fallocate(2): EISDIR, ENODEV, EINVAL, EFBIG."""
+        """Return the file if it can have such a range, or raise as fallocate(2): EISDIR, ENODEV, EINVAL, EFBIG."""
         inode = self.inode(number)
         if inode.entries is not None:
             raise fail(errno.EISDIR)
@@ -389,7 +390,7 @@ def handle_for(ino: int, flags: int) -> int:
 
 
 def written(inode: Inode, first: int, last: int) -> list[Run]:
-    """Return the runs of a file in [first, last) that hold data; what was only allocated counts as a hole."""
+    """Return the runs of a file in [first, last) that hold data; pages that were only allocated count as holes."""
     if inode.pages is None:
         return []
     runs = inode.pages.between(first, last)

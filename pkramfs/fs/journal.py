@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The journal of a tree: what each request has changed, told to a log before the request is answered.
+"""The journal of a tree: the changes of each request, written to a log before the request is answered.
 
-    request ──▶ the tree changes, and notes here what ──▶ commit ──▶ frames are freed ──▶ the request is answered
+    request ──▶ the tree changes, and notes it here ──▶ commit ──▶ frames are freed ──▶ the request is answered
 
-Nothing is stored before `commit`: then all records of a request become one chunk, and one store makes it count. What
-cannot be taken back waits for that: frames that files have given up are freed afterwards, and the rest of a page
-that was cut is cleared afterwards. So a daemon that dies before the store has done nothing, and one that dies after
-it has done everything but what recovery does again.
+Nothing is stored before `commit`. Then all records of a request become one chunk, and one store makes it count. Actions
+that cannot be undone wait for this store: only afterwards the daemon frees the frames that files have given up, and
+clears the rest of a page that was cut. So a daemon that dies before the store has changed nothing. If it dies after the
+store, the request is done, and recovery repeats the rest.
 
-Attributes are not told one by one: the gate (core) names the inodes that a change is about, and `commit` writes what
-they have become. Of the requests that come most one record tells all (brief): the first change that a request notes
-may be such a one, and whatever else it notes comes behind that. Data that are written over data need no record, since
-they are in their frames; nor do reading, look-ups and access times.
+Attributes are not noted one by one. The gate (core) names the inodes that will change, and `commit` writes their new
+attributes. For the most frequent requests one short record holds everything (brief): the first change that a request
+notes may be of this kind, and further notes follow it. Data that overwrite data need no record, since they are in their
+frames; nor do reads, look-ups and access times.
 
-Where RAM is so full that the log gets no frames, how files are open is told later: who only reads needs no room. Who
-reads a file that has a name is told late in any case, when nobody asks for anything or with many others: a daemon that
-dies before that leaves a successor who does not know the last readers, whose files the kernel's references keep.
+If RAM is so full that the log gets no frames, the open counts of files are written later, so that opening a file for
+reading needs no room. An open for reading of a file with a name is always written late, when no request waits or
+together with many others. A daemon that dies before that leaves a successor that does not know the last readers; the
+kernel's references keep their files.
 
 A tree without a name cannot be found again and has no journal; then `tree.journal` is None.
 
@@ -75,7 +76,7 @@ _TELL_OPEN = (pack_made, pack_gone, pack_open)
 
 
 class Damage(Protocol):
-    """What knows which data are damaged."""
+    """The part that knows which data are damaged."""
 
     def tell_damage(self) -> None:
         """Note all damage."""
@@ -98,7 +99,7 @@ class Owner(Protocol):
 
 
 class Journal:
-    """What one tree tells its log; `pages` are those of the checkpoint that only the log needs."""
+    """The journal of one tree; `pages` are those of the checkpoint that only the log needs."""
 
     def __init__(self, tree: Owner, log: Log, pages: Spans | None = None) -> None:
         self.log, self.pages = log, pages or Spans()
@@ -114,9 +115,9 @@ class Journal:
         """The first inode that was made since the last commit, 0: none was."""
         self._opened: dict[int, Inode] = {}
         self._late: dict[int, Inode] = {}
-        self._looked: dict[int, Inode] = {}  # whose access time is another
+        self._looked: dict[int, Inode] = {}  # inodes with another access time
         self._looks_due = False
-        self._open: dict[int, Inode] = {}  # all that anybody has open
+        self._open: dict[int, Inode] = {}  # all inodes with open handles
         self._freed: list[tuple[Sequence[int], Sequence[int]]] = []
         self._cut: list[tuple[int, int, bool]] = []
         self._losing: set[int] = set()
@@ -130,18 +131,18 @@ class Journal:
         tree.losses.changed = self.lose
 
     def resume(self, requests: int, done: dict[int, int]) -> None:
-        """Go on after another process, whose requests were replayed; see `requests` and `done`."""
+        """Continue after another process, whose requests were replayed; see `requests` and `done`."""
         self.requests, self.done = requests, done
         self.expect_due()
 
     def expect_due(self) -> None:
-        """Have a checkpoint that was due already be due at the next request."""
+        """Make a checkpoint that was due already due at the next request."""
         self.limit = max(self.limit, self.requests + 1)
 
     # -- what a request changes -----------------------------------------------------------------
 
     def ensure(self, size: int = GROWTH) -> None:
-        """Have room for so many bytes of records beside those that are noted already; raise ENOSPC if there is none."""
+        """Take room for so many bytes of records beside those noted already; raise ENOSPC if there is none."""
         if self.records:
             if self._measured is not self.records:
                 self._measured, self._size, self._sized = self.records, 0, 0
@@ -152,7 +153,7 @@ class Journal:
             self.log.ensure(size)
 
     def change(self, inodes: tuple[Inode, ...], room: int) -> None:
-        """Note that attributes of inodes change; have room for so many bytes of records, or raise ENOSPC."""
+        """Note that attributes of inodes change; take room for so many bytes of records, or raise ENOSPC."""
         if self.records or self.log.left < room:
             self.ensure(room)
         for inode in inodes:
@@ -169,10 +170,10 @@ class Journal:
             self._fresh = inode.ino
 
     def opened(self, inode: Inode, *, late: bool = False) -> None:
-        """Note that an inode is open in another way; its attributes tell that, too, if they change.
+        """Note that the open counts of an inode change; a record of its attributes includes them.
 
-        Of a file that has a name it may be told `late` that somebody reads it, with others, or when nobody asks for
-        anything: the kernel's references keep it as well.
+        For a file with a name an open for reading may be written `late`, with others, or when no request waits: the
+        kernel's references keep the file, too.
         """
         ino, brief = inode.ino, self._brief
         if (brief is not None and brief[1] is inode and brief[0] in _TELL_OPEN) or ino in self._dirty:
@@ -191,7 +192,7 @@ class Journal:
             self._open.pop(ino, None)
 
     def looked(self, inode: Inode) -> None:
-        """Note another access time, which is told late: a read must not fail for want of room, and seldom has one."""
+        """Note a new access time, which is written late: a read must not fail for want of room."""
         self._looked[inode.ino] = inode
         if len(self._looked) >= _MANY:
             self._hurry()
@@ -205,11 +206,11 @@ class Journal:
         self.records.append(pack_leave(folder.ino, name))
 
     def _is_first(self) -> bool:
-        """Return True if the request has noted nothing yet that must be told in order."""
+        """Return True if the request has noted nothing yet that must be written in order."""
         return self._brief is None and not self._dirty and not self.records
 
     def made(self, folder: Inode, name: bytes, inode: Inode, cookie: int) -> None:
-        """Note a name that was made for a new inode, which has the times of the directory."""
+        """Note a new name with a new inode, which has the times of the directory."""
         if self._brief is None and not self._dirty and not self.records:
             self._brief = pack_made, inode, folder, name, cookie, inode.ctime
         else:
@@ -218,7 +219,7 @@ class Journal:
             self.enter(folder, name, inode, cookie)
 
     def gone(self, folder: Inode, name: bytes, inode: Inode, now: int) -> None:
-        """Note that a name is gone, since `now`, and what else becomes of its inode."""
+        """Note that a name is gone, since `now`, and the new attributes of its inode."""
         if self._brief is None and not self._dirty and not self.records:
             self._brief = pack_gone, inode, folder, name, now
         else:
@@ -230,7 +231,7 @@ class Journal:
         self, source: Inode, name: bytes, inode: Inode, target: Inode, new_name: bytes, cookie: int,
         victim: Inode | None, now: int,
     ) -> None:  # fmt: skip
-        """Note that a name became another, since `now`, perhaps in place of a victim, which is as it will be."""
+        """Note that a name was moved, since `now`, perhaps in place of a victim with its new attributes."""
         if self._is_first():
             number = 0 if victim is None else victim.ino
             self._brief = pack_moved, inode, source, name, target, new_name, cookie, number, now
@@ -252,7 +253,7 @@ class Journal:
             self._dirty[inode.ino] = inode
 
     def wrote(self, inode: Inode) -> None:
-        """Note that size and times of a file change, because it is written."""
+        """Note that size and times of a file change by a write."""
         brief = self._brief
         if brief is None and not self._dirty and not self.records:
             self._brief = pack_wrote, inode, _NO_RUN
@@ -260,7 +261,7 @@ class Journal:
             self._dirty[inode.ino] = inode
 
     def put(self, inode: Inode, runs: list[tuple[int, int, int]]) -> None:
-        """Note runs (file page, pfn, pages) that a file has got, and, as `wrote` does, its new size and times."""
+        """Note new runs (file page, pfn, pages) of a file, and its new size and times, as `wrote` does."""
         if len(runs) == 1 and self._brief is None and not self._dirty and not self.records:
             self._brief = pack_wrote, inode, runs[0]
             return
@@ -277,11 +278,11 @@ class Journal:
         self.records.append(pack_range(Kind.RESERVED, inode.ino, first, count))
 
     def use(self, inode: Inode, first: int, last: int) -> None:
-        """Note that no pages in [first, last) are unwritten any more."""
+        """Note that no pages in [first, last) are unwritten."""
         self.records.append(pack_range(Kind.USED, inode.ino, first, last))
 
     def clear(self, inode: Inode, start: int, end: int, address: int, *, maybe_hole: bool) -> None:
-        """Note bytes [start, end) of a file, at an address of RAM, that are to be zeros once this is committed."""
+        """Note bytes [start, end) of a file, at an address of RAM, to be zeroed after the commit."""
         self.records.append(pack_range(Kind.ZERO, inode.ino, start, end))
         self._cut.append((address, end - start, maybe_hole))
 
@@ -300,15 +301,15 @@ class Journal:
         self.records.append(pack_reaped(inode.ino))
 
     def lose(self, ino: int) -> None:
-        """Note that other pages of a file are lost than before."""
+        """Note that the lost pages of a file have changed."""
         self._losing.add(ino)
 
     def unsum(self, ino: int, low: int, high: int) -> None:
-        """Note that pieces [low, high) of a file have no checksum any more; of inode 0: nothing has."""
+        """Note that pieces [low, high) of a file have lost their checksum; inode 0: no piece has one."""
         self.records.append(pack_range(Kind.UNSUMMED, ino, low, high))
 
     def sum(self, rows: Sequence[tuple[int, int, int]]) -> bool:
-        """Note checksums (inode number, piece, sum) that were made; False if there is no room for what is optional."""
+        """Note new checksums (inode number, piece, sum); return False if there is no room for optional records."""
         size = sum(map(len, self.records)) + 24 * len(rows)
         try:
             self.log.ensure(LESS + size)
@@ -322,13 +323,13 @@ class Journal:
         self.records.append(pack_damaged(ino, piece, mask))
 
     def free(self, starts: Sequence[int], counts: Sequence[int]) -> None:
-        """Free frames once this is committed."""
+        """Free frames after the commit."""
         self._freed.append((starts, counts))
 
     # -- the end of a request -------------------------------------------------------------------
 
     def commit(self, asker: int = 0) -> None:
-        """Make all that was noted count; `asker` is the number of the request that is about to be answered."""
+        """Commit all notes; `asker` is the number of the request that is about to be answered."""
         brief = self._brief
         if self._dirty or self.records or self._opened or self._losing or self._looks_due:
             self._write(asker)
@@ -346,7 +347,7 @@ class Journal:
             self._settle()
 
     def tell(self) -> None:
-        """Tell what may be told late."""
+        """Write the notes that may be written late."""
         if self._late or self._looked:
             self._hurry()
             self.commit()
@@ -357,10 +358,10 @@ class Journal:
         self._looks_due = bool(self._looked)
 
     def _write(self, asker: int) -> None:
-        """Append what was noted to the log. No comprehensions and no list[bytes]() here: they take 0.2 and 0.4 µs."""
+        """Append the notes to the log. No comprehensions and no list[bytes]() here: they take 0.2 and 0.4 µs."""
         unnamed, log, late = self._tree.unnamed, self.log, False
         parts: list[bytes] = []
-        dirty: dict[int, Inode] = {}  # now: what is in the log must not be noted still, for want of memory
+        dirty: dict[int, Inode] = {}  # now: notes that are in the log must not be kept, even if memory runs out
         records: list[bytes] = []
         if self._brief is not None:
             parts.append(self._brief[0](self._brief, 0, 0)[AHEAD:])
@@ -384,14 +385,14 @@ class Journal:
             self._look(requests)
 
     def _look(self, requests: int) -> None:
-        """Say that a checkpoint is due, if it is."""
+        """Ask for a checkpoint if one is due."""
         if requests == self.limit or self.log.size > SIZE:
             self.due()
 
     def _tell_late(self, parts: list[bytes]) -> bool:
-        """Add what may be told later: how files are open, if their attributes do not tell, access times, what is lost.
+        """Add the late notes: open counts of files whose attributes are not written, access times, losses.
 
-        Return False if it must be told later.
+        Return False if there is no room, so that they have to be written later.
         """
         unnamed, log = self._tree.unnamed, self.log
         more: list[bytes] = []
@@ -408,7 +409,7 @@ class Journal:
         return room
 
     def _has_room(self, parts: list[bytes], more: list[bytes]) -> bool:
-        """Return False if `more` must wait: it would use the last room, which is for what changes the tree."""
+        """Return False if `more` must wait: it would use the last room, which is kept for changes of the tree."""
         try:
             self.log.ensure(LESS + sum(map(len, parts)) + sum(map(len, more)))
         except ExhaustedError:
@@ -416,13 +417,13 @@ class Journal:
         return True
 
     def _scarce(self) -> None:
-        """Ask for a checkpoint before frames are out: it gives back the segments."""
+        """Ask for a checkpoint before frames run out: it frees segments of the log."""
         self.due()
 
     def _settle(self) -> None:
-        """Do what waited for the commit."""
+        """Do the actions that waited for the commit."""
         if self._cut:
-            while self._cut:  # none twice, should memory be short half-way: somebody may have written there since
+            while self._cut:  # none twice if memory runs out half-way: the bytes may have been written since
                 address, size, maybe_hole = self._cut[-1]
                 self._tree.zero(address, size, maybe_hole=maybe_hole)
                 self._cut.pop()
@@ -445,10 +446,10 @@ class Journal:
         return True
 
     def rebase(self, node: int, pages: Spans, position: int | None = None) -> None:
-        """Begin with another checkpoint: the node that holds the tree as it was at `position`, by default now.
+        """Begin the log with another checkpoint: the node with the tree as it was at `position`, by default now.
 
-        `pages` are what the new one uses for itself, to be freed when it is no longer needed. What a node does not
-        tell, who has what open and what is lost, is told again behind the position before the checkpoint counts.
+        `pages` are those that the new node uses for itself, to be freed when it is no longer needed. A node does not
+        hold open counts and losses, so these are written again behind the position before the checkpoint counts.
         """
         self.commit()
         position = self.log.tail if position is None else position
@@ -462,7 +463,7 @@ class Journal:
             self._frames.free(old.starts, old.counts)
 
     def trim(self) -> None:
-        """Begin with the same node now, since which nothing was told but who has what open, and what is damaged."""
+        """Begin the log with the same node now, since which only open counts and damage were written."""
         self.commit()
         position, sums = self.log.tail, self._tree.sums
         if sums is not None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Make the tree of a daemon that has died: its checkpoint, and what it did since.
+"""Make the tree of a daemon that has died, from its checkpoint and its log.
 
     live page ──▶ checkpoint ──▶ replay ──▶ verify ──▶ within limits? ──▶ adopt the frames, go on with the log
                   a node, or     every      what it     size=,
                   nothing;       record     may have    nr_inodes=
                   every rule                changed
 
-Before the last step nothing has been changed: whatever fails leaves log and frames as they were, to be tried again.
+Nothing is changed before the last step: a failure leaves log and frames as they were, to be tried again.
 
 Checkpoints are made the same way: another process recovers the tree from the last one, and saves it as a node that no
 list names (`checkpoint`). So each checkpoint is a rehearsal of recovery.
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class Rebuilt(NamedTuple):
-    """A tree made from a log, which nothing was adopted for yet."""
+    """A tree made from a log; no frames were adopted yet."""
 
     tree: Tree
     log: Opened
@@ -64,7 +64,7 @@ def rebuild(
 
 
 def rebuild_sealed(store: Store, node: Node, tree: Tree, allowed: Spans) -> Generator[Progress, None, Rebuilt]:
-    """Fill an empty tree with what the log of a node describes, up to its seal; change nothing else."""
+    """Fill an empty tree from the log of a node, up to its seal; change nothing else."""
     log = open_sealed(store.ram, node.log_pfn, node.tree_id, node.generation, allowed)
     rebuilt = yield from _rebuild(store, log, tree, allowed)
     if (found := figures(rebuilt.tree).stored()) != log.figures:
@@ -75,14 +75,14 @@ def rebuild_sealed(store: Store, node: Node, tree: Tree, allowed: Spans) -> Gene
 def rebuild_sound(
     store: Store, node: Node, tree: Tree, allowed: Spans
 ) -> Generator[Progress, None, tuple[Rebuilt, str]]:
-    """Fill an empty tree with what the log of a node describes, up to where it is damaged; tell what is wrong."""
+    """Fill an empty tree from the log of a node, up to the first damage; return the fault."""
     log, wrong = open_sealed(store.ram, node.log_pfn, node.tree_id, node.generation, allowed), list[str]()
     rebuilt = yield from _rebuild(store, log, tree, allowed, sound=wrong)
     return rebuilt, " ".join(wrong)
 
 
 def _sound(read: Iterator[Chunk], wrong: list[str]) -> Iterator[Chunk]:
-    """Yield the chunks of whole requests before the first that cannot be read; tell what is wrong with that."""
+    """Yield the chunks of whole requests before the first that cannot be read; note its fault."""
     request = list[Chunk]()
     try:
         for chunk in read:
@@ -109,14 +109,14 @@ def _rebuild(
     found = Contents(Spans(), Spans())
     if log.base.node:
         with store.open_unlisted(log.base.node, allowed) as load:
-            # Files that were deleted since may have had any frames, which others use now: the end is checked.
+            # Files deleted since may have had frames that other files use now: the result is checked.
             found = unpack(load, tree, Spans([(1, store.ram.pages)]), deleted=True)
     yield Progress("replay", 0, 1)
     replay = Replay(tree, log.live.zeroed)
     read = chunks(store.ram, log, position)
     replay.run(read if sound is None else _sound(read, sound))
     data = found.data
-    if replay.records:  # else it is what was verified when it was unpacked
+    if replay.records:  # otherwise the frames were verified when the checkpoint was unpacked
         yield Progress("verify", 0, 1)
         recheck(tree)
         data = frames_of_all(tree, replay.touched, data)
@@ -131,10 +131,10 @@ def recover(
     store: Store, live: int, ram: Ram, frames: Frames, limits: Limits, generation: int, taken: bytes | None = None,
     rebuilt: Rebuilt | None = None,
 ) -> Generator[Progress, None, Tree]:  # fmt: skip
-    """Recover the tree of a log, if it is not `rebuilt` already, and go on with both.
+    """Recover the tree of a log, if it is not `rebuilt` already, and continue both.
 
-    Who has taken over a mount says so by the name of the tree's node, which may hold it still. Otherwise nobody has
-    anything open, and what has no name goes.
+    A caller that has taken over a mount passes the name of the tree's node, which may still hold the tree. Without it
+    no file is open, and inodes without a name are freed.
     """
     if rebuilt is None:
         rebuilt = yield from rebuild(store, live, ram, frames, limits)
@@ -160,7 +160,7 @@ def go_on(rebuilt: Rebuilt, resume: Callable[[], Log], kept: Spans) -> Generator
     rebuilt.replay.clear()
     with contextlib.suppress(OSError):  # it is gone
         tree.clear_behind(tree.inode(log.live.growing), log.live.grown)
-    resumed.note_zeroed()  # before anything else is written there
+    resumed.note_zeroed()  # before other data are written there
     tree.journal = Journal(tree, resumed, rebuilt.metadata)
     tree.journal.resume(rebuilt.replay.requests, rebuilt.replay.done)
     for inode in tree.inodes.values():
@@ -170,7 +170,7 @@ def go_on(rebuilt: Rebuilt, resume: Callable[[], Log], kept: Spans) -> Generator
 
 
 def close_all(tree: Tree) -> None:
-    """Have another connection begin: close what the dead had open, and free what has no name."""
+    """Begin another connection: close the files of the dead daemon, and free inodes without a name."""
     assert tree.journal is not None
     with contextlib.suppress(ExhaustedError):
         tree.journal.log.write([])

@@ -3,11 +3,11 @@
 
     a checkpoint, or an empty tree ──▶ record by record ──▶ the tree as it was when the last request was answered
 
-Every record is checked against the tree as it is at that point: an inode that is not there, a name that is there
-already, pages over pages are a FormatError with the position. What only the whole tree shows (shape, link counts,
-each frame once) is checked by verify when all is done.
+Every record is checked against the tree as it is at that point: a missing inode, a name that exists already, or pages
+over pages are a FormatError with the position. Properties of the whole tree (shape, link counts, each frame once) are
+checked by verify at the end.
 
-The tree has no journal while this goes on, so nothing is told twice, and no frame is taken or freed.
+The tree has no journal during the replay, so nothing is written to the log twice, and no frame is taken or freed.
 
 Kernel: fs/ext4/fast_commit.c (ext4_fc_replay_…)
 """
@@ -67,7 +67,7 @@ class Replay:
         }
 
     def run(self, chunks: Iterable[Chunk]) -> None:
-        """Apply every record; FormatError, with its position, at the first that does not fit."""
+        """Apply every record; raise FormatError, with its position, for the first that is invalid."""
         apply, done = self._apply, deque(self.done.items(), maxlen=_DONE)
         records = requests = 0
         with paused():
@@ -77,7 +77,7 @@ class Replay:
                 records += told
                 if last:
                     requests += 1
-                    if not told:  # another connection begins, which counts anew
+                    if not told:  # a new connection begins, which counts references anew
                         done.clear()
                     elif asker:
                         done.append((asker, self._latest))
@@ -87,7 +87,7 @@ class Replay:
         self.requests += requests
 
     def clear(self) -> None:
-        """Clear what the last request had cut, if its daemon did not come to it."""
+        """Clear the rest of pages that the last request cut, if its daemon died before that."""
         for at, inode, start, end in self._to_clear:
             if at >= self.zeroed and inode.ino in self.tree.inodes:
                 self.tree.clear(inode, start, end)
@@ -256,7 +256,7 @@ class Replay:
         inode.ctime = now
 
     def _changed(self, folder: Inode, size: int, nlink: int, now: int) -> None:
-        """Set what a directory is after a change of its names."""
+        """Set the attributes of a directory after a change of its names."""
         if size > MAX_SIZE:
             raise self._wrong("size", size, "one that its type can have")
         if nlink > _LINKS:
@@ -392,7 +392,7 @@ class Replay:
         self._names.pop(ino, None)
 
     def _named(self, inode: Inode) -> bool:
-        """Return True if the last name of an inode that is known is still there."""
+        """Return True if the last known name of an inode still exists."""
         entries = None if inode.folder is None else _names(inode.folder)
         return entries is not None and entries.find(inode.name) is inode
 

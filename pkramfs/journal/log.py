@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Append to a log: chunks into segments, and the tail that makes them count.
+"""Append to a log: chunks into segments, and the tail that commits them.
 
-    write    a chunk is stored behind the tail: nothing counts yet
-    commit   the tail is published: all that was written counts
-    ensure   frames for what is to come, or ENOSPC, before anything has been changed
-    rebase   another checkpoint: what only the old one needed is freed
+    write    a chunk is stored behind the tail: not committed yet
+    commit   the tail is published: all written chunks count
+    ensure   frames for the coming chunks, or ENOSPC, before anything has been changed
+    rebase   another checkpoint: frames that only the old one needed are freed
 
-One segment is always there beyond the one in use as long as RAM has frames, so that even on a full machine files can
-be deleted, which is how it stops to be full. Segments are backed by the host when they are taken: a store there
-cannot fail.
+As long as RAM has frames, there is a spare segment beyond the one in use, so that files can be deleted even on a full
+machine. The host allocates the memory of a segment when it is taken, so that a store there cannot fail.
 
 Kernel: fs/jbd2/journal.c (jbd2_journal_next_log_block), fs/jbd2/commit.c
 """
@@ -123,7 +122,7 @@ class Log:
         cls, ram: Ram, frames: Frames, live: int, generation: int, base_page: int, base: Base, segments: list[Segment],
         tail: int,
     ) -> Log:  # fmt: skip
-        """Go on with a log that was read, behind its tail."""
+        """Continue a log that was read, behind its tail."""
         log = cls(ram, frames, live, generation)
         log.base, log.base_page, log.segments, log.position, log.tail = base, base_page, segments, tail, tail
         last = segments[-1]
@@ -132,12 +131,12 @@ class Log:
         ram.back_run(last.pfn, last.pages)
         ram.back_run(live, 1)
         renew(ram, live)
-        link_segment(ram, last.pfn, 0)  # what was begun behind it does not count, and its frames are free
+        link_segment(ram, last.pfn, 0)  # chunks behind the tail do not count, and frames behind it are free
         return log
 
     @classmethod
     def reopen(cls, ram: Ram, frames: Frames, name: bytes, generation: int, sealed: Opened) -> Log:
-        """Go on with a log that was sealed, under another kernel; the seal goes on to be true."""
+        """Continue a sealed log under another kernel; the seal stays valid."""
         live, tail = sealed.live, sealed.live.tail
         write_live(ram, live.pfn, name, frames.tree_id, generation, live.base)
         log = cls.resume(ram, frames, live.pfn, generation, live.base, sealed.base, sealed.segments, tail)
@@ -145,7 +144,7 @@ class Log:
         return log
 
     def seal(self, pfn: int, figures: Figures, unsummed: int | None = None) -> None:
-        """Write a seal page: what counts now. What is appended later counts only for who begins at the live page."""
+        """Write a seal page of the present log. Chunks appended later are seen only through the live page."""
         seal = Seal(self.base_page, self.segments[-1].pfn, self.tail, self.live, figures, unsummed)
         write_seal(self.ram, pfn, seal, self.frames.tree_id, self._generation)
 
@@ -161,7 +160,7 @@ class Log:
         self._spare = fresh
 
     def _take_any(self, least: int) -> Run:
-        """Take a segment of at least so many pages, of those that are held for a save if there are no others."""
+        """Take a segment of at least so many pages, from the frames held for a save if there are no others."""
         wanted = max(SEGMENT_PAGES, least)
         try:
             return _take_segment(self.ram, self.frames, wanted, least)
@@ -171,7 +170,7 @@ class Log:
         return run
 
     def write(self, parts: list[bytes], asker: int = 0) -> None:
-        """Store records behind the tail, as one chunk or, if they are many, several."""
+        """Store records behind the tail, as one chunk or several."""
         body = b"".join(parts)
         length = _HEAD + len(body)
         if length <= self.left:
@@ -183,7 +182,7 @@ class Log:
             self._write_pieces(parts, asker)
 
     def _write_pieces(self, parts: list[bytes], asker: int) -> None:
-        """Store records that no segment holds together: as many in each chunk as fit; all of them or none."""
+        """Store records that do not fit into one segment, as many in each chunk as fit; all of them or none."""
         position, left, used = self.position, self.left, len(self.segments)
         try:
             self._write_some(parts, asker)
@@ -219,7 +218,7 @@ class Log:
         self.position, self.left = after, left
 
     def commit(self) -> None:
-        """Publish the tail: all that was written counts from now on."""
+        """Publish the tail: all written chunks count from now on."""
         self.ram.publish(self._tail_at, guard(self.position, self._tail_at))
         self.tail = self.position
 
@@ -230,7 +229,7 @@ class Log:
             self.write(parts, asker)
             try:
                 self.commit()
-            except MemoryError:  # it will be written again, and must not be there twice
+            except MemoryError:  # it will be written again, and must not occur twice
                 if self.segments[-1].base <= self.tail:
                     self.position, self.left = self.tail, self.left + self.position - self.tail
                 raise
@@ -238,27 +237,27 @@ class Log:
             self.put(covered)
 
     def put(self, covered: bytes) -> None:
-        """Store what a request has changed, behind its position and who asked, and commit it; it fits.
+        """Store and commit the records of a request, with position and request number; they must fit.
 
-        All that changes something comes this way, so that it makes few calls: the checksum is `chunk_digest`, the word
-        that is published `guard`.
+        Every request with a change runs this code, so it makes few calls: it repeats `chunk_digest` for the checksum
+        and `guard` for the published word.
         """
         length, position = COVERED + len(covered), self.position
         tail, left = position + length, self.left - length
         chunk = _pack_head(length, CHUNK_KIND, LAST, _digest(covered, LAST)) + covered
         word = (tail ^ self._tail_mark) * FACTOR & CHECK | tail
         self._append(self._ahead + position, chunk, self._tail_at, word)
-        self.position, self.tail, self.left = tail, tail, left  # now: memory may have been short for all above
+        self.position, self.tail, self.left = tail, tail, left  # now: any step above may have failed for want of memory
 
     def note_zeroed(self) -> None:
-        """Publish that the parts of pages which were cut are zeros."""
+        """Publish that the rest of cut pages is zeroed."""
         write_position(self.ram, self.live, ZEROED_AT, self.tail)
 
     def note_growing(self, ino: int, end: int) -> None:
-        """Publish that bytes of a file behind its end are about to be written, up to `end`, before its size says so.
+        """Publish that bytes of a file behind its end are about to be written, up to `end`, before its size changes.
 
-        Who recovers a tree clears them, if its daemon did not come to the end of that request. One file is enough:
-        all before have their sizes.
+        A recovery clears them if the daemon did not finish that request. One file is enough: the sizes of all files
+        before are committed.
         """
         if ino != self._growing or end > self._grown:
             self._growing, self._grown = ino, round_up(end, _GROWING)
@@ -268,21 +267,21 @@ class Log:
     # -- segments -------------------------------------------------------------------------------
 
     def _next_room(self, length: int) -> int:
-        """Return the bytes that the next segment has for a chunk, after trying to have enough."""
+        """Return the room for a chunk in the next segment, after trying to get enough."""
         if length <= MOST >> 1:
             with contextlib.suppress(ExhaustedError):
                 self.ensure(max(length, self.left + 1))
         return 0 if self._spare is None else _room(self._spare)
 
     def _switch(self) -> None:
-        """Go on in the spare segment, and try to have another."""
+        """Continue in the spare segment, and try to take another."""
         if self._spare is None:
             raise ExhaustedError("no room for the journal")
         run, self._spare = self._spare, None
         before = self.segments[-1].pfn
         self._use(Segment(*run, self.position))
         link_segment(self.ram, before, run[0])
-        with contextlib.suppress(ExhaustedError):  # `ensure` tries again when it is needed
+        with contextlib.suppress(ExhaustedError):  # `ensure` tries again when one is needed
             self._spare = _take_segment(self.ram, self.frames, SEGMENT_PAGES)
 
     def _use(self, segment: Segment) -> None:
@@ -300,7 +299,7 @@ class Log:
     # -- checkpoints ----------------------------------------------------------------------------
 
     def rebase(self, node: int, position: int) -> None:
-        """Begin with another checkpoint: the node that holds the tree as it was at `position`.
+        """Begin the log with another checkpoint: the node with the tree as it was at `position`.
 
         Published by one store. The old base page and the segments before that position are freed afterwards; the
         old node is the caller's. Raise ExhaustedError, and change nothing, if there is no frame for the base page.
