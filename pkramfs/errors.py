@@ -14,7 +14,7 @@
     │   └─ DamagedError                    a file of it is damaged: file, field, found, expected
     └─ PkramError (OSError)            9   an error of the PKRAM core: EEXIST, ENOENT, EBUSY, ENODEV, …
 
-A message is one line for people: what is wrong, where, and what to do. Chapters raise these or
+A message is one line for people: the fault, the place, and the remedy. Chapters raise these or
 built-in OSErrors; only `fuse` turns them into FUSEError and only `cli` into exit statuses.
 mount.pkramfs returns the statuses of mount(8) instead (1 usage, 2 system, 32 failure).
 

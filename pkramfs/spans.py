@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sets of page ranges: what is usable, preserved, reserved, banned, free.
+"""Sets of page ranges: usable, preserved, reserved, banned, free.
 
     |..####....##........|     Spans([(2, 6), (10, 12)])
      0         10

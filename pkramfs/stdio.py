@@ -115,7 +115,7 @@ def pour(data: bytes | memoryview) -> None:
 
 
 def finish(program: str, status: int) -> int:
-    """Write what stdout still holds; return `status`, or the exit status of a failure to write."""
+    """Flush stdout; return `status`, or the exit status of a failure to write."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
 
     arguments   shared options, exit statuses, errors as one line
     logs        -v and --log-json
-    signals     what a signal does to a command, and where it has to wait
+    signals     signals: undo the command, or wait until its end
     render      tables for people, the same as JSON for programs
     destination a file that appears whole, or not at all
     progress    a bar on a terminal, lines for programs
@@ -32,9 +32,9 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     verify      check all that would cross a kexec             ├ pkramctl's subjects
     report      the last boot                                  │
     maps        RAM as a picture; mapsheet: as SVG             │
-    ramview     what both of them show                         │
+    ramview     the view that both of them show                │
     timeline    kernels one after the other; timesheet: as SVG │
-    generations what both of them show                         │
+    generations the records that both of them show             │
     metrics     measures for Prometheus, printed; serving      │
     installing  what belongs in place; completions for shells  │
     overview    --help of pkramctl on one screen               │
@@ -42,7 +42,7 @@ mounts are served by daemons, `control` talks to daemons but does not know what 
     doctor      what is lacking here; checkup: on any host;    │
                 reserving: to survive a kexec of the host      │
     files       holes in files on a mount                      │
-    freeing     give nodes up, or say what would go            │
+    freeing     give nodes up, or list what would go           │
     trees       look, archives, compare, copies: what is in    │
                 preserved trees, which opening finds           │
     hardware    make, show and remove machines                 ┘

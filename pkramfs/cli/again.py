@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Mount again after a kexec what is mounted now, as it is mounted now.
+"""Mount the present mounts again after a kexec, as they are mounted now.
 
     plan()      from the mount table, when all is frozen: every place of every preserved tree, its flags,
-                what it lies on, and in which order; and a note on what cannot be mounted again, and why
+                the mount below it, and the order; and a note on each mount that cannot be made again, and why
     restart()   after the boot: each place after those that it lies on, several at once
 
     nvram.json, an entry of `mounts`
@@ -61,7 +61,7 @@ def plan(seen: Sequence[Seen]) -> Plan:
 
 
 def waiting(machine: "Machine") -> list[Json]:
-    """Return what an earlier command left to be mounted again, and nobody has mounted since."""
+    """Return the mounts that an earlier command left to be made again, and that were not made since."""
     from pkramfs.kernel import nvram
 
     mounted = {entry.name for entry in machine.mounts() if entry.alive}
@@ -82,7 +82,7 @@ class _Planner:
         self.notes: list[str] = []
 
     def _sorted(self) -> list[int]:
-        """Return the ids of all mounts: what a mount lies on, or is a bind mount of, comes before it.
+        """Return the ids of all mounts in order: after the mount below, and after the source of a bind mount.
 
         In the table a mount that was moved keeps its old place.
         """
@@ -162,7 +162,7 @@ class _Planner:
         return ""
 
     def _on(self, one: Mounted, entry: "MountEntry | None") -> Json:
-        """Return what a mount lies on, as far as can be known."""
+        """Return the mount below a mount, as far as it is known."""
         from pkramfs.mounting.binds import covered
 
         upper = self.table.by_id.get(one.parent)
@@ -176,7 +176,7 @@ class _Planner:
         return {} if found is None else {"dev": found[0], "ino": found[1]}
 
     def _lost_inside(self) -> None:
-        """Note what others have mounted inside of trees: it goes when the trees go."""
+        """Note other file systems mounted inside of trees: they are unmounted with the trees."""
         for one in self.table.mounts:
             if one.dev not in self.ours and any(upper.dev in self.kept for upper in self.table.above(one)):
                 self.notes.append(f"{one.mountpoint} ({one.fstype}) is mounted inside a tree and is not mounted again")
@@ -235,7 +235,7 @@ def namespaces() -> Iterator[tuple[int, list[Mounted]]]:
 
 
 def _inode(one: Mounted) -> int | None:
-    """Return the inode number of what a bind mount shows."""
+    """Return the inode number of a bind mount's root."""
     try:
         with syscalls.holding(one.mountpoint, directory=False) as held:
             return os.fstat(held).st_ino if syscalls.mount_id(held) == one.id else None
@@ -288,7 +288,7 @@ def places(mount: Json) -> list[str]:
 
 
 def restart(machine: "Machine", mounts: Sequence[Json], warn: Warn, forks: Forks) -> int:
-    """Mount again what was preserved; warn of each failure, and return how many there are."""
+    """Mount the preserved trees again; warn of each failure, and return the number of failures."""
     from pkramfs.cli import arguments
 
     with ExitStack() as held:

@@ -4,7 +4,7 @@
     export NAME FILE|-      FILE appears by rename when it is whole; `-` is standard output
     import NAME FILE|-      the node appears by one store when all is in it; `-` is standard input
 
-What could not be put into the archive is listed on stderr, and the status is then 1.
+Files that could not be put into the archive are listed on stderr, and the status is then 1.
 
 Counterparts: GNU tar, dump(8)
 """
@@ -48,7 +48,7 @@ def act_export(args: argparse.Namespace) -> int:
 
 
 def _salvaged(args: argparse.Namespace) -> "tuple[SavedTree, dict[int, str], bool]":
-    """Return what can be read of a damaged tree, what cannot, and whether nothing is wrong; list what is."""
+    """Return the readable part of a damaged tree, the rest, and True if nothing is wrong; list the faults."""
     from pkramfs.archive.salvage import salvage
     from pkramfs.kernel import running
 
@@ -122,7 +122,7 @@ def _say_imported(args: argparse.Namespace, report: "Report") -> int:
 
 
 def _say_exported(args: argparse.Namespace, report: "Report") -> int:
-    """List what the archive lacks, and print what it has unless it is on stdout."""
+    """List the files that the archive lacks, and print its figures unless it is on stdout."""
     left_out = [{"path": exact(path), "reason": reason} for path, reason in report.left_out]
     for one in left_out:
         arguments.warn("pkramctl", f"left out: /{one['path']}: {one['reason']}")

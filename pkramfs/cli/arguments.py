@@ -102,11 +102,11 @@ class Parser(argparse.ArgumentParser):
         super()._check_value(action, value)
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line, and exit with the status of a usage error."""
+        """Print the error in one line, and exit with the status of a usage error."""
         self.leave(USAGE, message)
 
     def leave(self, status: int, message: str) -> NoReturn:
-        """Say what is wrong with the command line, in one line, and end."""
+        """Print an error of the command line in one line, and exit."""
         complain(self.prog, f"{message}; see {self.prog} --help")
         self.exit(status)
 
@@ -257,7 +257,7 @@ def _run(parser: argparse.ArgumentParser, act: Action, words: Sequence[str], deb
 
 
 def _report(program: str, error: Exception, *, debug: bool) -> int:
-    """Print an error and say with what status to leave."""
+    """Print an error and return the exit status."""
     if debug:
         import traceback
 
@@ -269,7 +269,7 @@ def _report(program: str, error: Exception, *, debug: bool) -> int:
     elif isinstance(error, OSError):
         lines, status = [explain(error)], PkramfsError.exit_status
     elif ended := signals.status():
-        return ended  # an import of C code makes an error of its own of the signal
+        return ended  # an import of C code turns the signal into an error of its own
     else:
         kind = type(error).__name__
         lines, status = [f"internal error: {kind}: {error}; --debug shows where, please report it"], BUG

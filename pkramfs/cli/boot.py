@@ -7,7 +7,7 @@ gives up if its parent was gone before it began. Signals that end commands do no
 back to. A user who types it (no --parent) has it take the machine lock itself, for instance to go on with `--force`
 after a boot that stopped at damaged metadata.
 
-Kernel: what the bootloader calls; arch/x86/boot/compressed/head_64.S
+Kernel: the entry that the bootloader calls; arch/x86/boot/compressed/head_64.S
 """
 
 import itertools
@@ -82,7 +82,7 @@ def _boot_for(parent: int, directory: str, force: bool) -> None:
 
 
 def _tell(numbers: Iterator[int], total: int, _step: str) -> None:
-    """Tell who waits for this boot that another step is done."""
+    """Tell the waiting command that another step of the boot is done."""
     stdio.tell(f"step {next(numbers)} of {total}")
 
 

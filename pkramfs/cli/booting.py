@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """pkramctl boot: bring a machine up without mounting anything, for services that have to come first.
 
-What the first mount does: a machine that is not there is made, one without a kernel is booted, a boot that was
-interrupted is finished. If a kernel runs already, nothing is done. What was mounted before the boot and crossed it is
+Does the same as the first mount: make a machine that does not exist, boot one without a kernel, finish a boot that was
+interrupted. If a kernel runs already, nothing is done. A mount from before the boot whose tree crossed it is
 not mounted again, but named: as the line by which mount(8) does it.
 
-Kernel: what the bootloader does at power-on
+Kernel: the work of the bootloader at power-on
 """
 
 import argparse
@@ -26,7 +26,7 @@ def act(args: argparse.Namespace) -> None:
 
     machine = arguments.machine(args)
     before = kernelrecord.read(machine, any_layout=True) if machine.exists() else None
-    process.shed()  # what boots must not end by a limit of this shell
+    process.shed()  # the boot must not end by a limit of this shell
     info = running.attach(machine).info
     if arguments.wants_json(args):
         booted = before is None or before.generation != info.generation
@@ -48,6 +48,6 @@ def _waiting(machine: "Machine") -> list[dict[str, Any]]:
 
 
 def line(mount: dict[str, Any]) -> str:
-    """Return what to type to mount a tree again."""
+    """Return the command line that mounts a tree again."""
     words = [word if value is True else f"{word}={value}" for word, value in mount.get("options", {}).items()]
     return f"mount -t pkramfs -o {shlex.quote(','.join(words))} none {shlex.quote(str(mount['mountpoint']))}"

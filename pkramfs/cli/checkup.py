@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Checks of a host: can it serve mounts, and will it keep what is preserved? Each finding has its remedy.
+"""Checks of a host: can it serve mounts, and will it keep preserved trees? Each finding has its remedy.
 
     versions     pkramfs, Python, Linux, and the packages that it needs
     fuse         /dev/fuse, and the right to mount
-    helpers      what mount(8) runs: /sbin/mount.pkramfs, /sbin/mount.fuse.pkramfs
-    limits       what a daemon that is started here would keep of this shell's limits
+    helpers      the helpers that mount(8) runs: /sbin/mount.pkramfs, /sbin/mount.fuse.pkramfs
+    limits       limits of this shell that a daemon started here would keep
     cgroup       the memory that this process's cgroup allows
     logind       whether an ordinary user's files stay after the logout
 
-A check reads and never changes. It looks at a Host, which a test makes of a directory of its own.
+A check changes nothing. It reads a Host, which a test makes of a directory of its own.
 
 Kernel: fs/fuse/dev.c, mm/memcontrol.c; systemd: logind.conf(5), RemoveIPC=
 """
@@ -34,7 +34,7 @@ _SECONDS = 60
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at: which check, one of LEVELS, what was found, and what to do about it."""
+    """The result of one check: its name, one of LEVELS, the finding, and the remedy."""
 
     check: str
     level: str
@@ -107,7 +107,7 @@ def _number(version: str) -> list[int]:
 
 
 def fuse(host: Host) -> Iterator[Finding]:
-    """Check the device, and who may mount."""
+    """Check the device, and the right to mount."""
     device = host.path("/dev/fuse")
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
@@ -182,9 +182,9 @@ def _helper(link: str, ours: str, use: str) -> Finding:
 
 
 def limits(ram: int) -> Iterator[Finding]:
-    """Check what a daemon that is started here keeps of the limits of this shell, with `ram` bytes of RAM.
+    """Check the limits of this shell that a daemon started here keeps, with `ram` bytes of RAM.
 
-    In a process of its own, which puts off its limits as a daemon does: ours must stay.
+    It runs in a process of its own, which sheds its limits as a daemon does, because those of this process must stay.
     """
     import subprocess
 
@@ -247,7 +247,7 @@ def _user(host: Host) -> str:
 
 
 def _keeps_ipc(host: Host) -> bool:
-    """Return True if logind.conf says RemoveIPC=no; what is read last counts."""
+    """Return True if logind.conf says RemoveIPC=no; the last file that is read counts."""
     said = "yes"
     for directory in ("/usr/lib/systemd", "/etc/systemd", "/run/systemd"):
         dropins = host.path(f"{directory}/logind.conf.d")

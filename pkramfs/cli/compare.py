@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pkramctl diff: what differs between two preserved trees, or between one and a directory.
+"""pkramctl diff: the differences between two preserved trees, or between one and a directory.
 
     /a/f: size 3 and 5                 the left one's value first
     /a/f: content differs at byte 17

@@ -20,7 +20,7 @@ _FILES = ("FILE", "PATH", "DIR", "IMAGE", "FILE@ADDRESS", "WHERE")
 
 
 class Option(NamedTuple):
-    """An option: its names, its help in a line, and what its value is: nothing, a file, a choice, or anything."""
+    """An option: its names, its help in a line, and the kind of its value: none, a file, a choice, or any."""
 
     names: tuple[str, ...]
     text: str
@@ -29,7 +29,7 @@ class Option(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A place in a command line: the path of commands to it (`/machine`), and what may follow."""
+    """A place in a command line: the path of commands to it (`/machine`), and the words that may follow."""
 
     path: str
     commands: tuple[tuple[str, str], ...]

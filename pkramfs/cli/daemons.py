@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The mount daemons of a machine: which live, where their mounts are, and in what state.
+"""The mount daemons of a machine: which are alive, where their mounts are, and their states.
 
     alive()      the entries of living daemons, each with the mount point of now
     owner()      the daemon of a file system that is mounted, and its machine
@@ -71,7 +71,7 @@ def lost(status: "Status") -> str:
 
 
 def damaged(status: "Status") -> str:
-    """Return a sentence about data that are not what their checksums say, or nothing if there are none."""
+    """Return a sentence about data that do not match their checksums, or nothing if there are none."""
     count, named = status.get("damaged_count", 0), status.get("damaged", [])[:_NAMED]
     if not count:
         return ""
@@ -119,7 +119,7 @@ def attached(machine: "Machine") -> "Running | None":
 
 
 def outlived(machine: "Machine") -> list["MountEntry"]:
-    """Return the entries of dead daemons whose trees are still in RAM, for whoever mounts their names."""
+    """Return the entries of dead daemons whose trees are still in RAM, for the next mounts of their names."""
     entries = sorted((e for e in machine.mounts() if e.outlived), key=lambda e: (e.name or "", e.tree_id))
     running = attached(machine) if entries else None
     if running is None or not running.info.pkram:
@@ -197,7 +197,7 @@ def ask(entry: "MountEntry") -> Seen:
 
 
 def silent(entry: "MountEntry", error: Exception) -> str:
-    """Return the message about a daemon that does not answer: which it is, and what to do."""
+    """Return the message about a daemon that does not answer, with the remedy."""
     remedy = f"kill -9 {entry.pid}, and another daemon takes over"
     if not entry.holder:
         remedy = f"kill -9 {entry.pid} and umount {entry.mountpoint}, or use --force; either loses its tree"

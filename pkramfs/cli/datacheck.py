@@ -2,9 +2,9 @@
 """pkramctl verify --data: compare all data with their checksums (`-o verify=data`).
 
     nodes, logs of dead daemons     compared here, from RAM
-    living trees                    their daemons compare: they know what is being changed
+    live trees                      their daemons compare: they know which data are being changed
 
-One line for each damaged range. What has no checksum is counted, never called sound.
+One line for each damaged range. Data without a checksum are counted, and never called sound.
 """
 
 import time
@@ -29,7 +29,7 @@ _STAGE = "verify"
 
 
 class Found(NamedTuple):
-    """What was compared: bytes of data, pieces without a checksum, trees that have none at all, and problems."""
+    """The result: bytes compared, pieces without a checksum, trees without any checksum, and problems."""
 
     bytes: int
     unchecked: int
@@ -77,7 +77,7 @@ class Check:
             return []  # the check of the metadata says so
 
     def _guarded(self, name: str, work: Callable[[], None]) -> None:
-        """Do a part of the check; what cannot be read is a problem of its own."""
+        """Do a part of the check; an unreadable tree is a problem."""
         try:
             work()
         except FormatError:
@@ -112,7 +112,7 @@ class Check:
                 return
 
     def _compare(self, name: str, tree: "Tree", expect: Callable[[], None]) -> None:
-        """Compare a tree that nobody else changes; `expect` raises if it was changed all the same."""
+        """Compare a tree that no daemon changes; `expect` raises if it was changed anyway."""
         from pkramfs.fs.summing import compare_all
         from pkramfs.pkram.parallel import workers
 

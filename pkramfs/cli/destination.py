@@ -24,7 +24,7 @@ STDIO = "-"
 
 @contextmanager
 def destination(path: str, *, text: bool = False) -> Iterator["Out"]:
-    """Give what writes to a file, which appears when the block is over, or to stdout; nothing half is left behind."""
+    """Yield a writer to a file, which appears at the end of the block, or to stdout; no partial file is left behind."""
     need(path, "invalid FILE '': give its name, or - for standard output")
     if path == STDIO:
         need(text or not sys.stdout.isatty(), "an archive is not for a terminal: name a file, or pipe it")

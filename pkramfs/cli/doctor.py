@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pkramctl doctor: what would keep a mount from working, or a preserved tree from staying, and the remedy.
+"""pkramctl doctor: find what would prevent a mount, or lose a preserved tree, and name the remedy.
 
     ok        fuse       /dev/fuse can be opened
     error     helpers    /sbin/mount.fuse.pkramfs is missing: `mount -o remount` does not work
@@ -71,7 +71,7 @@ def examine(machine: "Machine", host: Host) -> Iterator[Finding]:
 def _place(machine: "Machine") -> Iterator[Finding]:
     """Check that the machine's directory is ours and can be used, or made."""
     if machine.exists():
-        machine.hardware()  # raises what is wrong with it: another user's, damaged
+        machine.hardware()  # raises an error for a machine of another user, or a damaged one
         named = machine.elsewhere()
         for name in ("", "mounts", "kexec", *(["ram"] if named is None else [])):
             path = machine.path(name) if name else machine.path()
@@ -102,7 +102,7 @@ def _nearest(path: str) -> str:
 
 
 def _room(machine: "Machine", ram: int) -> Iterator[Finding]:
-    """Check the file system behind RAM: its kind, its size, and what is left of it."""
+    """Check the file system behind RAM: its kind, its size, and its free space."""
     point, kind = _file_system(_nearest(machine.path()))
     host = os.statvfs(_nearest(machine.path()))
     whole, left = host.f_blocks * host.f_frsize, host.f_bavail * host.f_frsize
@@ -169,7 +169,7 @@ def _running(machine: "Machine") -> Iterator[Finding]:
 
 
 def _parted(problem: str) -> tuple[str, str]:
-    """Part a message into what is wrong, and the remedy after its last colon or semicolon, if there is one."""
+    """Part a message into the fault, and the remedy after its last colon or semicolon, if there is one."""
     for mark in ("; ", ": "):
         what, _, remedy = problem.rpartition(mark)
         if what and not remedy.startswith("/"):

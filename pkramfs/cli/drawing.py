@@ -104,12 +104,12 @@ class Sheet:
         self.bottom = max(self.bottom, y + size * 0.3)
 
     def paragraph(self, x: float, text: str, *, size: float = 12, fill: str = INK) -> None:
-        """Write text below what is there, broken where the sheet ends."""
+        """Write text below the drawing, broken at the edge of the sheet."""
         for line in broken(printable(text), (self.width - x - 20) / size):
             self.text(x, self.bottom + size * 1.25, line, size=size, fill=fill)
 
     def legend(self, rows: Sequence[tuple[str, str, str]]) -> None:
-        """Write what colours mean below what is there, in two columns: colour, name, figures."""
+        """Write the legend below the drawing, in two columns: colour, name, figures."""
         self.bottom += 14
         half, top = -(-len(rows) // 2), self.bottom
         column = (self.width - 40) / 2
@@ -131,12 +131,12 @@ class Sheet:
 
 
 def wide(text: str) -> float:
-    """Return how wide text may be in a proportional face, in ems: rather too much, as nobody is asked."""
+    """Return an upper estimate of the width of text in a proportional face, in ems."""
     return sum(1.0 if char in "mwMW@%" or not char.isascii() else 0.4 if char in _NARROW else 0.7 for char in text)
 
 
 def cut(text: str, room: float) -> str:
-    """Return text that fits in so many ems: what is too long ends in an ellipsis."""
+    """Return text that fits into so many ems; a text that is cut ends in an ellipsis."""
     if wide(text) <= room:
         return text
     while text and wide(text) + 1 > room:

@@ -6,19 +6,19 @@ planner:
 
     machine lock, exclusive
       ├ freeze every mount, flushed ──── one does not answer ──→ thaw, status 7
-      ├ plan, with what the mounts said ─ trees or nodes lost ─→ thaw, name them, status 6
+      ├ plan, with the mounts' answers ── trees or nodes lost ─→ thaw, name them, status 6
       ├ start the daemons of the next kernel, which wait to be told
       ├ stop the daemons, wait for their locks ─ one stays ────→ status 7
       ├ ═══ point of no return (inside the plan) ═══
       └ boot in a fresh process
     machine lock released
-    mount again what was preserved (mounting takes the lock shared)
+    mount the preserved trees again (mounting takes the lock shared)
 
 With --keep-mounts the daemons stand still, and end without detaching: see keeping.py.
 
 Before the point of no return a failure, or a signal (SIGINT, SIGTERM, SIGHUP), leaves the machine as it was. After
-it a signal waits until all is mounted again, and whoever comes next after a failure resumes the boot. A command that
-is killed takes nothing back: the daemons thaw by themselves, and what was stopped already waits for --resume.
+it a signal waits until all is mounted again, and the next command after a failure resumes the boot. A command that
+is killed takes nothing back: the daemons thaw by themselves, and mounts that were already stopped wait for --resume.
 
 Kernel: kernel/kexec_core.c (kernel_kexec)
 """
@@ -51,7 +51,7 @@ _NAMED = 10
 
 
 def dry_run(args: argparse.Namespace, machine: "Machine") -> int:
-    """Print what -e would do, and return the exit status that it would have, as far as can be known."""
+    """Print the plan of -e, and return its exit status, as far as it is known."""
     from pkramfs.cli import keeping
     from pkramfs.kernel import kexec
 
@@ -263,7 +263,7 @@ def _mount_again(
     forks: "Forks | None" = None,
     kept: Sequence[str] = (),
 ) -> int:
-    """Mount again what was preserved, and report that the new kernel is up."""
+    """Mount the preserved trees again, and report that the new kernel is up."""
     from pkramfs.cli import again
     from pkramfs.kernel import nvram, running
     from pkramfs.mounting.forks import Forks
@@ -285,7 +285,7 @@ def _mount_again(
 
 
 def resume(args: argparse.Namespace, machine: "Machine") -> int:
-    """Finish a boot that was interrupted, and what comes after it."""
+    """Finish a boot that was interrupted, and mount the trees again."""
     from pkramfs.kernel import nvram, succession
 
     boots = _boots_with_the_host(machine)

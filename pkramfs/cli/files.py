@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """pkramctl punch, allocate, sparsify, extents: holes in files on a mount.
 
-Whoever may write to a file may do this; no machine is looked for. What fallocate(2) can do on the mount is left to
-it. Where it cannot (fuse=pyfuse3), and for the rest, orders go through extended attributes (fuse/doors.py), so a
+Write permission for the file is enough; no machine is needed. Operations that fallocate(2) can do on the mount are left
+to it. Where it cannot (fuse=pyfuse3), and for the rest, orders go through extended attributes (fuse/doors.py), so a
 file on another file system is refused before it is given one.
 
 Kernel: fallocate(2), lseek(2) SEEK_DATA, fallocate(1) --dig-holes
@@ -66,7 +66,7 @@ def act_sparsify(args: argparse.Namespace) -> None:
         for file in _files(path):
             fd = _open(file, os.O_RDWR)
             try:
-                os.fsync(fd)  # the daemon sees only what is written back
+                os.fsync(fd)  # the daemon sees only data that were written back
                 files, pages = files + 1, pages + _sparsified(fd, file)
             finally:
                 os.close(fd)
@@ -137,7 +137,7 @@ def _touch(fd: int) -> None:
     try:
         os.utime(fd, ns=(os.fstat(fd).st_atime_ns, time.time_ns()))
     except PermissionError:
-        os.utime(fd)  # a user who may write, but is not the owner, may set both to now
+        os.utime(fd)  # a user with write permission who is not the owner may set both to now
 
 
 def _files(path: str) -> Iterator[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pkramctl free: give nodes up, or with --dry-run say what would go and what would be refused.
+"""pkramctl free: give nodes up, or with --dry-run list what would be freed and what would be refused.
 
     shmem-x: 4,096 pages (16.0 MiB) would be given back
       lost   /a/file, 1.0 MiB
@@ -67,14 +67,14 @@ def _named(args: argparse.Namespace, machine: "Machine", running: "Running") -> 
 
 
 def _outlived(running: "Running", entry: "MountEntry") -> dict[str, Any]:
-    """Return what goes with the tree of a daemon that has died; only a mount could tell which files it has."""
+    """Return the loss of a dead daemon's tree; only a mount could list its files."""
     pages = running.leases.blocks_of(entry.tree_id).total * BLOCK_PAGES
     problem = "its daemon has died: mount it to see them"
     return {"name": entry.name, "pages": pages, "bytes": pages * PAGE_SIZE, "problem": problem, "lost": []}
 
 
 def _lost(running: "Running", node: "Node") -> dict[str, Any]:
-    """Return what goes with a node."""
+    """Return the loss of a node."""
     plain = {"name": exact(node.name), "pages": node.pages, "bytes": node.pages * PAGE_SIZE, "problem": None}
     try:
         return plain | {"lost": list(_files(running, node))}
@@ -106,7 +106,7 @@ def _say(found: list[dict[str, Any]]) -> None:
 
 
 def _damaged(args: argparse.Namespace, running: "Running") -> int:
-    """Say what `free --damaged` would find again, mend and give up."""
+    """Print what `free --damaged` would find again, mend and give up."""
     said: dict[str, list[str]] = {"given_up": [], "found": [], "mended": []}
 
     def say(kind: str, line: str) -> None:

@@ -2,14 +2,14 @@
 """Freeze all mounts of a machine for a kexec, take that back, or end their daemons.
 
     freeze()    flush the kernel's dirty pages, then no change until thaw()     -e, first step
-    thaw()      take back exactly what freeze() did                             -e, refused
+    thaw()      undo freeze() exactly                                           -e, refused
     stop()      every daemon detaches and ends; returns when all locks are free -e
     kill()      every daemon ends at once                                       --panic
 
 A daemon that does not answer stops everything, with its pid and the remedy, unless forced: then it is killed,
 because a process of the old kernel that still maps RAM must not live to see the new one.
 
-What is frozen is frozen as long as we hold a connection to its daemon, so nothing stays frozen when we are killed.
+A mount is frozen as long as this process holds a connection to its daemon, so none stays frozen if it is killed.
 
 Kernel: kernel/reboot.c (kernel_restart_prepare), fs/sync.c (SYSCALL_DEFINE1(syncfs)),
         include/linux/freezer.h
@@ -95,7 +95,7 @@ class Freezer:
     def _frozen_now(self, entry: "MountEntry", *, before: bool) -> Seen:
         """Freeze one mount and see how it is; a refusal (files open for writing) is final unless forced.
 
-        `before` says that it is frozen already, for daemons of older versions, which do not remember who froze them.
+        `before`: it is frozen already, for daemons of older versions, which do not record who froze them.
         """
         from pkramfs.control.commands import Commands
 
@@ -111,7 +111,7 @@ class Freezer:
         return daemons.ask(entry)
 
     def _flush(self, entry: "MountEntry") -> str:
-        """Let the kernel send its dirty pages, so that the daemon knows all that was written; return what went wrong.
+        """Make the kernel send its dirty pages, so that the daemon has all written data; return the error, if any.
 
         The kernel tells an error once, and may tell an old one that was mended since.
         """
@@ -205,12 +205,12 @@ class Freezer:
 def _sync(entry: "MountEntry", sync: "Callable[[int, str], None]") -> None:
     """Call syncfs(2) on a mount, if it is mounted where its entry says; OSError if data did not arrive.
 
-    It imports nothing: a process that was forked for it does not read the code, which somebody may be replacing.
+    It imports nothing: the process that is forked for it must not read code that may just be replaced.
     """
     try:
         directory = os.open(entry.mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
-        return  # detached, or in another namespace: only its daemon can say what has arrived
+        return  # detached, or in another namespace: only its daemon knows which data have arrived
     try:
         if entry.dev is None or os.fstat(directory).st_dev == entry.dev:
             sync(directory, entry.mountpoint)

@@ -46,7 +46,7 @@ def lasting(seconds: float) -> str:
 
 
 def facts(kernel: dict[str, Any], now: float) -> str:
-    """Return what a kernel was, in a line: how long it ran, what it found, what it lost."""
+    """Describe a kernel in a line: how long it ran, the nodes that it found and lost."""
     said = [f"{'' if kernel['ended'] else 'up for '}{lasting(up_for(kernel, now))}"]
     if kernel["nodes"]:
         size = format_size(sum(node["pages"] for node in kernel["nodes"]) * PAGE_SIZE)

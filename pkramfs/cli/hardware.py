@@ -33,7 +33,7 @@ RUN_LINK = "/run/pkram"
 
 
 def memory(text: str) -> "int | Spec":
-    """Parse what --ram says: a size, or memory of the host."""
+    """Parse the value of --ram: a size, or memory of the host."""
     if "/" not in text:
         return arguments.size(text)
     from pkramfs.machine import backing
@@ -192,7 +192,7 @@ def destroy(args: argparse.Namespace) -> None:
 
 
 def _forget(machine: "Machine") -> None:
-    """Give back memory that the user named: without its header it is nobody's."""
+    """Give back memory that the user named, by wiping its header."""
     from pkramfs.machine import header
 
     if machine.elsewhere() is None:

@@ -6,7 +6,7 @@
                                        ─▶ else stop the mounts, sync, kexec -e
     -u    ─▶ kexec -u
 
-kexec(8) and systemctl kexec work without us, as in the announcement; what they do not do is ask whether the next kernel
+kexec(8) and systemctl kexec work without pkramfs, as in the announcement; but they do not check whether the next kernel
 will find anything. All machines of the host end at once, so all of them are looked at, whichever was named. A refusal
 names what would be lost, and `--force` goes on. `--dry-run` prints the checks and the commands. After the boot the
 first mount, or --resume, brings a machine up (kernel/hostboot.py).
@@ -45,7 +45,7 @@ def is_for(machine: "Machine") -> bool:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UsageError for what only the simulation can do."""
+    """Raise UsageError for options that only the simulation supports."""
     need(not args.load_panic, "this machine is on memory of the host: load a crash kernel with kexec -p")
     need(not args.panic, "this machine is on memory of the host: --panic is for the simulation")
     need(not args.keep_mounts, "--keep-mounts is for the simulation: a kexec of the host ends all programs")
@@ -65,7 +65,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def status(machine: "Machine") -> int:
-    """Print what is loaded."""
+    """Print the loaded kernel."""
     from pkramfs.kernel import hostload
 
     if not machine.host.kexec_loaded:
@@ -112,7 +112,7 @@ def load(args: argparse.Namespace, machine: "Machine") -> int:
 
 
 def _needs(machine: "Machine", info: "KernelInfo") -> "list[Wanted]":
-    """Return what the next command line must say, and warn of machines of which that is unknown."""
+    """Return the words for the next command line, and warn of machines whose words are unknown."""
     from pkramfs.kernel import hostload
 
     needs, unknown = hostload.wanted(machine, info)
@@ -153,7 +153,7 @@ def execute(args: argparse.Namespace, machine: "Machine") -> int:
 
 
 def _execute_alone(args: argparse.Namespace, machine: "Machine", needs: "Sequence[Wanted]") -> int:
-    """Stop the mounts and boot, where there is no systemd. If that fails, mount again what was stopped."""
+    """Stop the mounts and boot, without systemd. If that fails, mount the stopped trees again."""
     from pkramfs.cli import again
 
     warn = partial(arguments.warn, PROGRAM)
@@ -182,7 +182,7 @@ def _execute_alone(args: argparse.Namespace, machine: "Machine", needs: "Sequenc
 
 
 def _go_back(going: "Sequence[Freezer]", back: "list[tuple[Machine, list[dict[str, Any]]]]", warn: "Warn") -> None:
-    """Thaw what is frozen, and mount again what was stopped."""
+    """Thaw frozen mounts, and mount stopped trees again."""
     from pkramfs.cli import again
     from pkramfs.mounting.forks import Forks
 
@@ -197,7 +197,7 @@ def _go_back(going: "Sequence[Freezer]", back: "list[tuple[Machine, list[dict[st
 
 
 def _describe(args: argparse.Namespace, machine: "Machine", needs: "Sequence[Wanted]") -> int:
-    """Print what -e would do, and return the exit status that it would have."""
+    """Print the plan of -e, and return its exit status."""
     from pkramfs.kernel import hostload
 
     seen = [one for each in _machines(machine) for one in daemons.look(each)]
@@ -266,7 +266,7 @@ def _of_simulations(machine: "Machine") -> list[PkramfsError]:
 
 
 def _nodes(machine: "Machine") -> list[str]:
-    """Return what is preserved in a machine that is up, in words."""
+    """Describe what is preserved in a machine that is up."""
     from pkramfs.errors import FormatError
     from pkramfs.kernel import running
     from pkramfs.pkram.node import shown

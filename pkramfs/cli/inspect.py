@@ -165,7 +165,7 @@ def _letters(magic: int) -> str:
 
 
 def _entries(what: str, page: bytes, values: Any) -> list[dict[str, Any]]:
-    """Return what follows the header of a link or of a page of regions."""
+    """Return the entries behind the header of a link or of a page of regions."""
     if what == "link":
         return list(_link_entries(page, values))
     if what == "regions":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pkramctl install: what an installation of a Python package cannot put in place, and --uninstall, which removes it.
+"""pkramctl install: put the files in place that a Python package cannot, and remove them (--uninstall).
 
     helpers        /sbin/mount.pkramfs, /sbin/mount.fuse.pkramfs       links to this installation's helper
     pages          PREFIX/share/man/man8/pkramctl.8 …                  links to this installation's manual pages
@@ -107,7 +107,7 @@ def _reload() -> None:
 
 
 def items(prefix: str | None, etc: str | None, parsers: Parsers) -> Iterator[Item]:
-    """Yield what belongs in place."""
+    """Yield the files to install."""
     if prefix is not None or etc is None:
         below = os.path.abspath(prefix or _PREFIX)
         yield from _helpers(os.path.join(below, "sbin") if prefix else _SBIN)
@@ -193,7 +193,7 @@ def _is_there(item: Item) -> bool:
 
 
 def _may_replace(item: Item) -> bool:
-    """Return True if what is there is an earlier one of ours: a link to a file of that name, or what we made."""
+    """Return True if the existing file is an earlier one of ours: a link to a file of that name, or one we wrote."""
     if item.target:
         name = os.path.basename(item.target)
         return os.path.islink(item.path) and os.path.basename(os.readlink(item.path)) == name

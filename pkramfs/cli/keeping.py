@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """pkram-kexec -e --keep-mounts: lead mounts through a kexec with all that is open on them.
 
-    freeze()      what is dirty is flushed; who cannot be kept is noted, and frozen as without --keep-mounts
+    freeze()      flush dirty data; note mounts that cannot be kept, and freeze them as without --keep-mounts
     cross()       no daemon reads requests any more, each tree is preserved          programs wait from here …
     stop()        the daemons end; their holders start others, which wait for the machine's lock
     ═══ the kernel ends, the next one boots, the machine's lock is released ═══
     arrive()      each daemon has taken its mount over                               … to here
-                  and the kernel of the host has let go of what it had cached
+                  and the kernel of the host has dropped its caches
 
 From `cross` on nothing may be looked up on the mounts: it would wait for us. So we leave such a directory, and refuse
 to go if our output or our own code lies there.
@@ -160,7 +160,7 @@ def refusals(seen: list[Seen]) -> list[PkramfsError]:
 
 
 def _ours(entry: "MountEntry") -> str | None:
-    """Return what this process itself needs of a mount, or None."""
+    """Return the part of this process that lies on a mount, or None."""
     for place, of in (("our output", 1), ("our output", 2), (sys.prefix, sys.prefix), (__file__, __file__)):
         with contextlib.suppress(OSError):
             if os.stat(of).st_dev == entry.dev:
@@ -176,7 +176,7 @@ def _pidfd(entry: "MountEntry") -> int:
 
 
 def _arrive(machine: "Machine", before: "MountEntry", deadline: float) -> None:
-    """Wait until another daemon serves a mount and the kernel has let go of what it had cached; DaemonError if not."""
+    """Wait until another daemon serves a mount and the kernel has dropped its caches; raise DaemonError if not."""
     while (serving := _serving(machine, before)) is None:
         if time.monotonic() > deadline:
             raise DaemonError(f"no daemon serves {before.mountpoint}: its holder may be stopped")

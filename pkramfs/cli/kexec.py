@@ -5,7 +5,7 @@
     -l IMAGE, -p IMAGE      load   ├ in this order, as far as they are given
     -e                      execute┘
 
-What `-e` and its kin do is in executing.py.
+The work of `-e` and its kin is in executing.py.
 
 Kernel: kexec-tools kexec/kexec.c, kernel/kexec_core.c (kernel_kexec)
 """
@@ -163,7 +163,7 @@ def _act(args: argparse.Namespace) -> int:
         render.say("execute it: load it without --dry-run to see that plan")
         return 0
     if args.exec:
-        arguments.existing(args)  # what has never been cannot be followed by another
+        arguments.existing(args)  # a kexec makes no machine
         return executing.dry_run(args, machine) if args.dry_run else executing.execute(args, machine)
     for way, go in (("panic", executing.panic), ("resume", executing.resume), ("cold", executing.cold)):
         if getattr(args, way):
@@ -210,7 +210,7 @@ def _notice_oops(args: argparse.Namespace, machine: "Machine") -> None:
 
 
 def _status(machine: "Machine") -> int:
-    """Print what is loaded."""
+    """Print the loaded kernels."""
     from pkramfs.kernel import staging
 
     for title, loaded in (

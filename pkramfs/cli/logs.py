@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Messages of a command through the standard logging module: -v says what is done, --log-json makes each an object.
+"""Messages of a command through the standard logging module: -v prints what is done, --log-json makes each an object.
 
     {"time": "2026-11-29T13:40:05.120Z", "level": "error", "program": "pkramctl", "logger": "pkramfs.cli",
      "message": "no kernel is running in …"}
 
 Without these options a message is a line of text, and logging is not even imported. With --log-json everything that a
 command says on stderr is such a line, errors of the command line included; stdout is as ever. Texts in it are exact, as
-in all JSON (render.py). What modules below log at INFO, such as lines for the kernel log, shows with -v.
+in all JSON (render.py). Messages of modules below at level INFO, such as lines for the kernel log, show with -v.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ def kept(program: str, words: Sequence[str]) -> Iterator[None]:
 
 
 def verbose(program: str) -> None:
-    """Say from now on what is done."""
+    """Print from now on what is done."""
     import logging
 
     if not _began:
@@ -46,7 +46,7 @@ def verbose(program: str) -> None:
 
 
 def info(message: str) -> None:
-    """Say what is done, to who asked for it."""
+    """Print what is done, if -v asked for it."""
     if _began:
         import logging
 

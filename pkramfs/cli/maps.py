@@ -11,7 +11,7 @@
     A      preserved        shmem-one    300 MiB        2
     a      leased by        /mnt2         50 MiB        3
 
-ramview.py gathers, kernel/memorymap.py decides who has what and lays it out, mapsheet.py draws the SVG.
+ramview.py gathers, kernel/memorymap.py finds the owners and lays them out, mapsheet.py draws the SVG.
 
 Kernel: /proc/iomem, tools/mm/page-types.c
 """
@@ -73,7 +73,7 @@ def mark(part: "Part", number: int) -> str:
 
 
 def show(parts: "Sequence[Part]") -> None:
-    """Print RAM as rows of characters, as wide as the terminal, and what they mean."""
+    """Print RAM as rows of characters, as wide as the terminal, and their meaning."""
     unit, rows = lay_out([parts], _cells([parts]))
     render.say(f"a character is {format_size(unit)}")
     known = numbers([parts])

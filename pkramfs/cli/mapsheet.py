@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""RAM as a sheet of SVG: rows of coloured cells with their addresses, a legend, and what moved over the last kexec.
+"""RAM as a sheet of SVG: rows of coloured cells with their addresses, a legend, and the moves of the last kexec.
 
     address │ cells                 before │ ① ─── ② │ now
             │ 7.0 GiB free                 │         │
                                     ① Kernel image: another kernel, from pfn 1b400 to pfn 1b5200: KASLR chose …
 
-Rows are those of the terminal (kernel/memorymap.py). A pair has the same rows on both sides, so that what stayed is at
-the same height, and lines join what moved.
+Rows are those of the terminal (kernel/memorymap.py). A pair has the same rows on both sides, so that parts that stayed
+are at the same height, and lines join parts that moved.
 """
 
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ def _numbered(moves: "Sequence[Move]") -> dict[str, str]:
 def _ties(
     sheet: Sheet, places: tuple[Place, Place], rows: "Sequence[Row]", moves: "Sequence[Move]", known: Known
 ) -> None:
-    """Draw between two maps: a level line in each row for what stayed, a curve for what moved."""
+    """Draw between two maps: a level line in each row for parts that stayed, a curve for each move."""
     left, right = places
     x, tops, marks = left.x + left.cell * _PAIR_CELLS, _heights(rows), _numbered(moves)
     for move in moves:
@@ -143,12 +143,12 @@ def _fill(part: "Part", known: Known) -> str:
 
 
 def _name(part: "Part") -> str:
-    """Return what a part is called in the legend."""
+    """Return the name of a part in the legend."""
     return part.owner if part.kind in ("kernel", "reserve") else f"{WORDS[part.kind]} {part.owner}".strip()
 
 
 def _tip(part: "Part") -> str:
-    """Return what a browser shows over a part."""
+    """Return the tooltip of a part."""
     return f"{_name(part)}, {format_size(part.pages.total * PAGE_SIZE)}"
 
 
@@ -159,7 +159,7 @@ def _legend(parts: "Sequence[Part]", known: Known) -> list[tuple[str, str, str]]
 def _join(
     sheet: Sheet, rows: "Sequence[Row]", one: "tuple[Place, Spans]", other: "tuple[Place, Spans]", mark: str
 ) -> None:
-    """Draw a curve from what moved to where it is now, with its number at both ends."""
+    """Draw a curve from the old to the new place of a part, with its number at both ends."""
     (left, before), (right, now) = one, other
     tops = _heights(rows)
     start = left.y + _height(rows, tops, int(before.starts[0]))

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The measures of a machine, as families of metrics for Prometheus.
 
-    machine    memory by owner, RAM behind it and what may still be used, NUMA nodes
+    machine    memory by owner, RAM behind it and the room left, NUMA nodes
     kernel     generation, when it was booted, phases of the boot, the pause of the last kexec
     nodes      size, relocated pages, when preserved
     mounts     state, files, bytes, lost data, the last preserve and restore; the log, takeovers, deaths of daemons
     requests   by kind, with latencies, as each daemon counts them (fuse/counters.py)
 
-Names follow Prometheus' rules: base units (bytes, seconds), `_total` for what only grows. A part that cannot be read
-counts in pkramfs_problems and hides no other. Labels that are names are escaped as for a terminal: they must be UTF-8.
+Names follow Prometheus' rules: base units (bytes, seconds), `_total` for counters that only grow. A part that cannot be
+read counts in pkramfs_problems and hides no other. Labels that are names are escaped as for a terminal: they must be
+UTF-8.
 """
 
 import re

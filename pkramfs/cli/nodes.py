@@ -5,7 +5,7 @@
     shmem-mytmpfs   mounted     2.0 GiB    524,288           0     nothing   3f8
     shmem-other     preserved   4.0 MiB      1,024          12         all   4a10
 
-UNCHECKED is what has no checksum: all data, or up to so many bytes that were changed too shortly before (verify=data).
+UNCHECKED are data without a checksum: all, or up to so many bytes that were changed shortly before (verify=data).
 
 `free` takes the node's tree id the way a mount does, by its lock file, so that it cannot free what
 a mount is loading, saving or using; then it withdraws the node by one store, and what the tree had
@@ -88,7 +88,7 @@ def refuse_loss(machine: "Machine") -> None:
 
 
 def _unfinished(machine: "Machine") -> bool:
-    """Return True if the old kernel is gone and the new one not up, so that nobody knows the nodes."""
+    """Return True if the old kernel is gone and the new one not up, so that the nodes are not known."""
     from pkramfs.kernel import kernelrecord, nvram
 
     pending = nvram.pending(machine)
@@ -202,7 +202,7 @@ def _free_damaged(args: argparse.Namespace, machine: "Machine") -> int:
 
 
 def tell(running: "Running", survey: "Survey", say: Callable[[str, str], None]) -> None:
-    """Name what will be found again and what will be given up, tree by tree, before anything is changed."""
+    """Name the nodes that will be found again and given up, tree by tree, before anything is changed."""
     from pkramfs.pkram import superblock
     from pkramfs.pkram.node import shown
 
@@ -271,7 +271,7 @@ def _place(machine: "Machine", node: bytes) -> str | None:
 
 
 def absent(machine: "Machine", node: bytes) -> str:
-    """Return why there is no such node: nobody has the name, or a mount that goes on changing."""
+    """Return why there is no such node: the name is unknown, or belongs to a live mount."""
     name, place = mount_name(node), _place(machine, node)
     if name is not None and any(entry.outlived and entry.name == name for entry in machine.mounts()):
         return f"the daemon of {name} has died, and its tree is in RAM: mount {name} to see it"
@@ -292,7 +292,7 @@ def _discard(machine: "Machine", running: "Running", entry: "MountEntry") -> dic
 
 
 def in_use(machine: "Machine", node: "Node") -> str:
-    """Return why a node cannot be freed: whose it is, and what to do."""
+    """Return why a node cannot be freed: its user, and the remedy."""
     place = next((entry.mountpoint for entry in machine.mounts() if entry.tree_id == node.tree_id), "a mount")
     return (
         f"{exact(node.name)} is in use by {place}: `mount -o remount,rw {place}` takes it back, umount and free drop it"

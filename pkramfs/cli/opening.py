@@ -2,7 +2,7 @@
 """Find the tree that NAME means, and read it.
 
 The machine's lock is held while a tree is found and its columns are checked, not while its contents are read, so a long
-work keeps nobody from mounting or from a kexec; if the node goes meanwhile the work ends with an error.
+work blocks neither a mount nor a kexec; if the node goes meanwhile the work ends with an error.
 """
 
 import argparse

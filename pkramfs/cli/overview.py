@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pkramctl --help on one screen: the commands by what they are for, and where to read more.
+"""pkramctl --help on one screen: the commands by purpose, and where to read more.
 
     usage: pkramctl [OPTIONS] COMMAND …
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What was predicted of the kexec that booted this kernel, beside what was seen: a part of pkramctl report.
+"""The prediction of the kexec that booted this kernel beside the result: a part of pkramctl report.
 
     LAST KEXEC      PREDICTED      SEEN
     pause              0.51 s    0.48 s
@@ -10,7 +10,7 @@
     mounted again           1         1
 
 The prediction is that of the plan which `pkram-kexec -e` carried out, and which its dry run prints (kernel/history.py
-keeps it); the boot counted what it found by itself. What differs is named below.
+keeps it); the boot has counted on its own. Differences are named below.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +28,7 @@ _WORDS = {"nodes": "nodes", "pages": "preserved", "moved": "relocated", "lost": 
 
 
 class Prediction(NamedTuple):
-    """Figures by name, as they were predicted and as they were seen; `pause` is None where nobody measured it."""
+    """Figures by name, as predicted and as seen; `pause` is None if it was not measured."""
 
     foreseen: dict[str, Any]
     seen: dict[str, Any]

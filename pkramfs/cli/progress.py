@@ -5,7 +5,7 @@
     {"stage": "export", "done": 1288490188, "total": 3221225472, "seconds": 1.5, "rate": 858993458.7, "left": 2.25}
 
 A bar appears on stderr after half a second, if stderr is a terminal, and leaves nothing behind. Lines of JSON go to
-stderr, two a second and one at the end; `total` and `left` are null where nobody knows. Work that yields Progress is
+stderr, two a second and one at the end; `total` and `left` are null if not known. Work that yields Progress is
 driven by `drive`; while a command only waits for others (`waiting`), mounting.patience calls us now and then. No
 thread draws: a fork in the middle of its work would inherit its locks.
 """
@@ -72,7 +72,7 @@ class Bar:
         self.tick()
 
     def tick(self) -> None:
-        """Draw what is known, if it is time."""
+        """Draw the progress, if it is time."""
         if self._mode == "none" or (now := time.monotonic()) < self._next:
             return
         self._next = now + (_DRAW_SECONDS if self._mode == "bar" else _JSON_SECONDS)
@@ -197,7 +197,7 @@ def waiting(args: argparse.Namespace | None, title: str) -> Iterator[Bar]:
 
 
 def drive(work: Generator[Any, None, T], args: argparse.Namespace | None = None) -> T:
-    """Run a long work to its end and return its result; show what it yields."""
+    """Run long work to its end and return its result; show its progress."""
     with waiting(args, "") as drawn:
         while True:
             try:
@@ -208,7 +208,7 @@ def drive(work: Generator[Any, None, T], args: argparse.Namespace | None = None)
 
 
 def shown(work: Iterator[T], args: argparse.Namespace | None = None) -> Iterator[T]:
-    """Yield what a long work yields besides Progress, which is shown."""
+    """Yield the results of long work; show its Progress."""
     from pkramfs.fs.picture import Progress
 
     with waiting(args, "") as drawn:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What pkramctl map shows, in a terminal (maps.py) and as SVG (mapsheet.py) alike: RAM now, RAM earlier, its rows.
+"""The content of pkramctl map, in a terminal (maps.py) and as SVG (mapsheet.py): RAM now, RAM earlier, its rows.
 
-View       who has which pages now
-Earlier    who had them before the last kexec, and what moved since
+View       the owners of all pages now
+Earlier    the owners before the last kexec, and the moves since
 lay_out    the rows and cells of pictures of one RAM
 numbers    each owner has a number among those of its kind: a letter, and a tint
 """
@@ -49,7 +49,7 @@ class View:
 
     @property
     def title(self) -> str:
-        """Return what is shown, in a line."""
+        """Return a title for the picture."""
         info = self.kernel.info
         size = format_size(self.machine.hardware().usable.total * PAGE_SIZE)
         return f"RAM of {self.machine.path()}: {size}, kernel {info.generation} ({info.image})"
@@ -74,7 +74,7 @@ def _parts(kernel: "Running") -> "list[Part]":
 
 
 class Earlier:
-    """RAM before the last kexec, and what moved since."""
+    """RAM before the last kexec, and the moves since."""
 
     def __init__(self, view: View) -> None:
         from pkramfs.kernel import history, memorymap, moves

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`mount -o remount,preserve,dryrun DIR`: what preserving would do now, without doing it.
+"""`mount -o remount,preserve,dryrun DIR`: a dry run of preserving the tree.
 
     mytmpfs on /mnt: 12 files, 3.0 GiB; about 5 ms, 148 KiB of description
     refused   /a/f: open for writing
@@ -7,8 +7,8 @@
     moved     /big, 512 pages
     unchecked up to 3.0 MiB
 
-*Refused* is what keeps the tree from being preserved, *lost* what would not be in it, *moved* what is copied because a
-loaded kernel will lie there, *unchecked* what has no checksum yet (verify=data). The status is 32, mount(8)'s failure,
+*Refused* files prevent the preserve, *lost* ones would not be preserved, *moved* ones would be copied because a
+loaded kernel will lie there, *unchecked* data have no checksum yet (verify=data). The status is 32, mount(8)'s failure,
 if anything is in the way.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def rehearse(directory: str, entry: "MountEntry", daemon: "Commands", options: Options) -> int:
-    """Print what preserving would do; return the exit status."""
+    """Print the foresight of a preserve; return the exit status."""
     from pkramfs.control.replies import unnamed
 
     if entry.name is None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`mount -o remount,…` on a mounted tree: preserve it, take that back, change its limits.
 
-    asked for                 result ro?   what is done
+    asked for                 result ro?   action
     preserve                  yes          kernel ro ─▶ daemon preserves        fails: kernel rw again
     preserve                  no           refused
     preserve,verify           yes          as preserve, once all data have checksums
     preserve,lossy            yes          as preserve, also without data that a refused write-back lost
-    preserve,dryrun           either       nothing; it says what preserve would do (rehearse.py)
+    preserve,dryrun           either       none; prints what preserve would do (rehearse.py)
     rw                        no           daemon, if frozen, withdraws and thaws ─▶ kernel rw
     nopreserve                either       daemon withdraws and thaws ─▶ kernel as asked
     ro                        yes          kernel ro only; the tree stays live
@@ -54,7 +54,7 @@ _NAMED = 5
 
 
 def remount(directory: str, options: Options, verbose: bool = False) -> int:
-    """Do what the options ask for; raise PkramfsError with the reason if that is refused."""
+    """Carry out the options; raise PkramfsError with the reason if they are refused."""
     with holding(directory) as held:
         found = mount_id(held)
     mounted = next((one for one in mounts() if one.id == found), None)
@@ -76,7 +76,7 @@ class Target(NamedTuple):
     def set_flags(self, before: int, flags: int) -> None:
         """Have the kernel change the flags; without root they stay as they are.
 
-        The mount is held only meanwhile: nobody could unmount it while it is held.
+        The mount is held only meanwhile, because it cannot be unmounted while it is held.
         """
         if os.geteuid() != 0 or flags == before:
             return
@@ -201,7 +201,7 @@ def _preserve(target: Target, flags: int, options: Options) -> "Status":
 
 
 def _say_preserved(target: Target, status: "Status", verbose: bool) -> None:
-    """Warn of what is not preserved, and if asked for, say what is."""
+    """Warn of files that are not preserved, and with -v print the figures."""
     from pkramfs.control.replies import unnamed
 
     for path in status["open_deleted"]:
@@ -231,7 +231,7 @@ def _remember(target: Target) -> None:
 
 
 def _make_writable(target: Target, flags: int, before: int) -> None:
-    """Take back what `_make_read_only` did, if the mount was not read-only before."""
+    """Undo `_make_read_only`, if the mount was not read-only before."""
     if not before & MS_RDONLY:
         with signals.deferred():
             target.set_flags(flags, before)

@@ -135,7 +135,7 @@ def paint(lines: Iterable[Sequence[tuple[str, str]]]) -> None:
 
 
 def heading(text: str) -> None:
-    """Print the title of what follows."""
+    """Print a title."""
     if not _fancy():
         say(text)
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pkramctl report: what the last boot found, reserved, relocated and lost, and how long each phase took.
+"""pkramctl report: pages that the last boot found, reserved, relocated and lost, and the time of each phase.
 
     kernel     generation 2, kexec boot of builtin
     found      2 nodes, 110 MiB in 3 ranges
@@ -107,7 +107,7 @@ def _summary(info: "KernelInfo") -> list[tuple[str, Any]]:
 
 
 def _lost_size(count: int) -> str:
-    return f" ({_pages(count)})" if count else ""  # nobody counts the pages of what was never preserved
+    return f" ({_pages(count)})" if count else ""  # pages of trees that were never preserved are not counted
 
 
 def _unchecked(node: dict[str, Any]) -> str:

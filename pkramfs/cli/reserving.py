@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""pkramctl doctor --reserve SIZE: can this host keep trees over a kexec of its own, and what its boot loader must say.
+"""pkramctl doctor --reserve SIZE: can this host keep trees over its own kexec, and the line for its boot loader.
 
-    what this kernel lacks     its configuration, lockdown, kexec(8)
+    lacks of this kernel       its configuration, lockdown, kexec(8)
     where                      RAM above 4 GiB in one NUMA node, at a multiple of 1 GiB if that fits, else of 2 MiB
     the line                   memmap=SIZE!ADDRESS, quoted as GRUB's file or grubby take it
     after the reboot           how the range becomes a device, and the device a machine
@@ -61,7 +61,7 @@ class Boot(NamedTuple):
 
 
 def act(args: argparse.Namespace, host: "Host") -> list[Finding]:
-    """Print what to do, and return the findings."""
+    """Print the steps, and return the findings."""
     size = round_up(args.reserve, BLOCK_SIZE)
     if size < _LEAST:
         raise UsageError(f"--reserve {format_size(args.reserve)} is too small: give at least {format_size(_LEAST)}")
@@ -86,7 +86,7 @@ def act(args: argparse.Namespace, host: "Host") -> list[Finding]:
 
 
 def steps_for(host: "Host", place: Place) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield the steps: what each is about, and its lines."""
+    """Yield the steps: title and lines of each."""
     boot = loader(host, place)
     yield f"1. Have {boot.loader} set it aside, at every boot, and reboot:", boot.lines
     number = len(_names(host, "sys/bus/nd/devices", r"region\d+"))
@@ -105,7 +105,7 @@ def steps_for(host: "Host", place: Place) -> Iterator[tuple[str, tuple[str, ...]
 
 
 def summary(host: "Host") -> Iterator[Finding]:
-    """Yield whether this host's own kexec can be survived, and what is lacking where that is wanted."""
+    """Yield findings about surviving this host's own kexec, if memory is set aside."""
     from pkramfs.kernel import hostload
 
     words = hostload.reserving(host.cmdline)
@@ -120,7 +120,7 @@ def summary(host: "Host") -> Iterator[Finding]:
 
 
 def lacking(host: "Host", arch: str = "") -> Iterator[Finding]:
-    """Yield what this kernel and this host lack for it."""
+    """Yield the lacks of this kernel and this host."""
     import shutil
 
     arch = arch or os.uname().machine
@@ -151,7 +151,7 @@ def _hibernates(host: "Host") -> bool:
 
 
 def _configured(host: "Host") -> Iterator[Finding]:
-    """Yield what the kernel was built without."""
+    """Yield the options that the kernel was built without."""
     config = _config(host)
     if config is None:
         yield Finding(
@@ -189,7 +189,7 @@ def _config(host: "Host") -> str | None:
 
 
 def choose(host: "Host", size: int) -> tuple[Place | None, list[Finding]]:
-    """Return the range to take, None if there is none, and what is to be said about it."""
+    """Return the range to take, None if there is none, and findings about it."""
     free, findings = _free(host), list[Finding]()
     whole = free.total * BLOCK_SIZE
     if not _knows_uses(host):

@@ -70,19 +70,19 @@ def server(where: Any, registry: "CollectorRegistry") -> Iterator[Server]:
 
 
 def _clear(path: str) -> None:
-    """Remove a socket that nobody listens on any more; leave everything else to bind(2), which refuses."""
+    """Remove a socket without a listener; leave everything else to bind(2), which refuses."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             return
     except OSError:
-        return  # nothing is there, or bind says what is wrong
+        return  # nothing is there, or bind reports the fault
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
         except OSError:
-            pass  # bind says what is wrong
+            pass  # bind reports the fault
 
 
 def name(server: Server) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Handle SIGINT, SIGTERM and SIGHUP in a command: take back what was begun and leave, but never half-way.
+"""Handle SIGINT, SIGTERM and SIGHUP in a command: undo its work and exit, but never half-way.
 
     with heard():                        a signal is an Ended exception, wherever the command is
         with Deferral() as waiting:
@@ -10,7 +10,7 @@
 Only the first signal counts: a second one would interrupt the taking back. A signal that was ignored when we
 started (nohup) stays ignored.
 
-Kernel: signal(7); include/linux/sched/signal.h (what a system call does that may not be interrupted)
+Kernel: signal(7); include/linux/sched/signal.h (uninterruptible system calls)
 """
 
 import signal

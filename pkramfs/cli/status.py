@@ -58,7 +58,7 @@ def gather(machine: "Machine") -> dict[str, Any]:
 
 
 def _super_block(machine: "Machine") -> list[str]:
-    """Return what is wrong with the super block, which no node need show: nothing can be preserved then."""
+    """Return the fault of the super block, which no node need show: then nothing can be preserved."""
     from pkramfs.pkram import superblock
 
     try:
@@ -92,7 +92,7 @@ def _machine(machine: "Machine") -> dict[str, Any]:
         backed = ram.backed
         ram.close()
     except PkramfsError:
-        pass  # the parts that need RAM say what is wrong with it
+        pass  # the parts that need RAM report its fault
     named = machine.elsewhere()
     said = {"memory": named.spec, "kind": named.kind} if named else {}
     return {"directory": machine.path(), "ram": hardware.usable.total * PAGE_SIZE, "backed": backed, **said}
@@ -175,7 +175,7 @@ def _mount(seen: daemons.Seen) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print what `gather` found."""
+    """Print the result of `gather`."""
     from pkramfs.machine.directory import Machine
 
     render.fields(
@@ -262,7 +262,7 @@ def show_mounts(found: list[dict[str, Any]]) -> None:
 
 
 def _survives(mount: dict[str, Any]) -> str:
-    """Return what a tree survives and what not, and how long its log is."""
+    """Describe which events a tree survives, and the length of its log."""
     preserved = mount["state"] == "preserved"
     if "log_bytes" not in mount:
         lost = "nothing: " + ("PKRAM is off in this kernel" if mount["name"] else "it was mounted without pkram=NAME")
@@ -284,7 +284,7 @@ def _upgraded(mount: dict[str, Any]) -> str:
 
 
 def _summed(mount: dict[str, Any]) -> str:
-    """Return what is known of the checksums of a tree's data."""
+    """Describe the checksums of a tree's data."""
     lacking, waiting = mount["unsummed"], mount["to_compare"]
     has = f"up to {format_size(lacking * MIB)} unchecked" if lacking else "all data have one"
     return f"{has}, up to {format_size(waiting * MIB)} to be compared" if waiting else has

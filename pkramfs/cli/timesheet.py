@@ -104,7 +104,7 @@ def _stripe(sheet: Sheet, x: float, y: float, stroke: str) -> None:
 
 
 def _pause(sheet: Sheet, axis: Axis, pair: tuple[dict[str, Any], dict[str, Any]], y: float) -> None:
-    """Join the end of a kernel with the beginning of the next, and say how long nobody was served."""
+    """Join the end of a kernel with the beginning of the next, and write the pause between them."""
     before, after = pair
     start, end = axis.x(before["ended"] or after["booted"]), axis.x(after["booted"])
     sheet.line([(start, y - _ROW + _BAR), (end, y)], COLOURS["pause"], dashed=True)

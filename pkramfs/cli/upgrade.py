@@ -4,12 +4,12 @@
 The holder becomes the new code while the daemon serves. Then that makes room between two requests, and the holder
 starts another daemon, which recovers the tree and goes on. Programs wait for that only.
 
-    this command      imports what a holder needs, and recovers each tree in its own memory: it is the code on disk
-    the holder        becomes that code, and says so; if it ends instead, the code before goes on
-    the next daemon   takes over, and is on trial until it has served: if it dies before, the code before goes on
+    this command      imports the modules of a holder, and recovers each tree in its own memory: it is the code on disk
+    the holder        becomes that code, and says so; if it ends instead, the old code goes on
+    the next daemon   takes over, and is on trial until it has served; if it dies before that, the old code goes on
 
-What fails is told in one line, and the mounts behind it are left alone: the same code would fail there, too. A daemon
-on trial must answer some requests; so this command asks some of each mount meanwhile.
+A failure is reported in one line, and the remaining mounts are left alone, because the same code would fail there, too.
+A daemon on trial must answer some requests, so this command sends some to each mount meanwhile.
 
 Kernel: kernel/livepatch/, by other means
 """
@@ -117,7 +117,7 @@ def _rehearse(machine: "Machine", entry: "MountEntry") -> None:
 
 
 def _told(error: Exception) -> str:
-    """Return what an error says, with its kind unless it is one of ours."""
+    """Return the text of an error, with its type unless it is one of ours."""
     return str(error) if isinstance(error, PkramfsError) else f"{type(error).__name__}: {error}"
 
 

@@ -19,7 +19,7 @@ class User(NamedTuple):
 
 
 def processes() -> dict[int, list[str]]:
-    """Return what all programs have open, as far as /proc shows it to us: read once for however many mounts."""
+    """Return the open files of all programs that /proc shows, read once for any number of mounts."""
     return {int(pid): _links(pid) for pid in os.listdir("/proc") if pid.isdecimal() and int(pid) != os.getpid()}
 
 

@@ -7,7 +7,7 @@
     nodes ──────── no page belongs to two
     lease table ── agrees on each page block with nodes, locks and the kernel
     each tree ──── names, links, extents agree (a node of pkramfs's own: shmem-NAME)
-    --data ─────── the contents of files are what their checksums say: datacheck
+    --data ─────── the contents of files match their checksums: datacheck
 
 Every problem is one line. The check goes on after a problem as far as it can. PKRAM itself finds out when it loads.
 """
@@ -110,7 +110,7 @@ def check_logs(running: "Running", names: list[str]) -> tuple[list[str], list[st
 
 
 def log_problem(running: "Running", entry: "MountEntry") -> str:
-    """Return what is wrong with a log. One that is written to may be read while its checkpoint changes: look again."""
+    """Return the fault of a log. A live log may be read while its checkpoint changes; then read it again."""
     from pkramfs.fs.limits import Limits
     from pkramfs.fs.recover import rebuild
     from pkramfs.machine.frames import Frames

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Bind mounts: what a mount lies on, and how a part of a file system is mounted elsewhere.
+"""Bind mounts: the file below a mount, and mounting a part of a file system elsewhere.
 
     covered()   open_tree(2) of the directory above, cloned ─▶ in the copy nothing is mounted ─▶ stat of the name
     bind()      open_tree(2) of the part, cloned ─▶ mount_setattr(2) ─▶ move_mount(2) onto what is held
@@ -60,7 +60,7 @@ def covered(one: Mounted, table: Table) -> tuple[int, int] | None:
 
 
 def bind(root: int, part: str, held: int, flags: int, inode: int | None = None) -> None:
-    """Mount a part of the file system whose root is held onto what is held, with a mount's own flags.
+    """Mount a part of the file system whose root is held onto a held file, with a mount's own flags.
 
     ESTALE if the part has another inode number than the one that is expected.
     """

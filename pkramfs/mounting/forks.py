@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Mounts that are started by a process which has imported what they need: the command's end of daemon/forking.
+"""Mounts started by a process that has imported their modules: the command's end of daemon/forking.
 
 A kexec starts that process while the old kernel goes and the new one boots. It looks at nothing and touches nothing
 until it is told to fork. If it cannot be had, daemons are started one by one.
@@ -61,7 +61,7 @@ class Forks:
 
 
 class Forked(Answer):
-    """A daemon that was forked for us; ConnectionError if there is nobody to fork it."""
+    """A daemon that was forked for this command; raises ConnectionError if the forking process is gone."""
 
     def __init__(self, forks: socket.socket, turn: threading.Lock, directory: str, text: str, expected: Expected):
         super().__init__()
@@ -93,7 +93,7 @@ class Forked(Answer):
                 os.close(self._pidfd)
 
     def end(self) -> str:
-        """Wait until the daemon has ended, kill it if it does not; nobody tells us its status."""
+        """Wait until the daemon has ended, kill it if it does not; its status is not known here."""
         if self._pidfd >= 0:
             poll = select.poll()
             poll.register(self._pidfd, select.POLLIN)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What mount(8) expects of a mount helper: its name, its exit statuses, and errors that carry them.
+"""The conventions of mount(8) for a mount helper: its name, its exit statuses, and errors that carry them.
 
 Kernel: util-linux, mount(8), EXIT STATUS and EXTERNAL HELPERS
 """

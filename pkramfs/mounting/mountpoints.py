@@ -38,5 +38,5 @@ def prepare(directory: str) -> None:
 
 
 def _answer(directory: str, question: Callable[[], T]) -> T:
-    """Return the answer to a question about a directory; raise StuckError if nobody answers in time."""
+    """Return the answer to a question about a directory; raise StuckError if it takes too long."""
     return patience.within(question, patience.ANSWER_SECONDS, f"{directory} to answer")

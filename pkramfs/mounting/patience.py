@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class StuckError(ErrnoError):
-    """There was no answer in time; the message says to what."""
+    """There was no answer in time; the message names the question."""
 
     default_errno = errno.ETIMEDOUT
 
@@ -43,7 +43,7 @@ TICK_SECONDS = 0.1
 def calling(meanwhile: Callable[[], None], told: Callable[[float], None] = lambda _: None) -> Iterator[None]:
     """Have `meanwhile` called ten times a second while anything in the block waits; it must be short.
 
-    `told` gets what `tell` is told.
+    `told` gets the argument of `tell`.
     """
     both = meanwhile, told
     _meanwhile.append(both)
@@ -60,7 +60,7 @@ def tell(part: float) -> None:
 
 
 def tick() -> bool:
-    """Do what is to be done meanwhile; return True if there is anything."""
+    """Do pending work; return True if there was any."""
     for meanwhile, _ in _meanwhile[-1:]:
         meanwhile()
     return bool(_meanwhile)
@@ -77,7 +77,7 @@ def is_ready(waiting: select.poll, deadline: float) -> bool:
 
 
 def within(work: Callable[[], T], seconds: float, what: str) -> T:
-    """Return what `work` returns (numbers, text, tuples of them), or raise its OSError; StuckError if it is late."""
+    """Return the result of `work` (numbers, text, tuples of them), or raise its OSError; StuckError if it is late."""
     ours, theirs = os.pipe()
     child = os.fork()
     if not child:
@@ -90,7 +90,7 @@ def within(work: Callable[[], T], seconds: float, what: str) -> T:
             os.kill(child, signal.SIGKILL)  # it has sent all, or its time is over
         os.close(ours)
     status = 0
-    with contextlib.suppress(ChildProcessError):  # who started us may have us ignore SIGCHLD: it is gone already
+    with contextlib.suppress(ChildProcessError):  # SIGCHLD may be ignored by inheritance: the child is gone
         _, status = os.waitpid(child, os.WNOHANG if answer is None else 0)  # it may be a while until it ends
     if answer is None:
         raise StuckError(f"waited {seconds:g} s for {what}, in vain")

@@ -2,7 +2,7 @@
 """Both ends of the two pipes between a command that mounts and the daemon that it starts.
 
     command                                            daemon
-    Starting(DIR, OPTIONS)   ── fork, exec ──▶         imports what it needs, then wait_for_go()
+    Starting(DIR, OPTIONS)   ── fork, exec ──▶         imports its modules, then wait_for_go()
     .serve(expected)         ── "go " + JSON ──▶       looks at the machine, mounts, serves
       returns its message    ◀── one line of JSON ──   Reporter.serving(message) or Reporter.failed(reason)
     .give_up()               ── closes the pipe ──▶    ends without a trace
@@ -199,12 +199,12 @@ def wait_for_go(fd: int) -> Expected | None:
 
 
 def read_expected(text: bytes) -> Expected:
-    """Return what a command has said a daemon must find."""
+    """Return the directory that a command expects a daemon to find."""
     return Expected(**_EXPECTED.read(parse(text)))
 
 
 class Reporter:
-    """The pipe to the command that started this daemon: one line, once. With -1 nobody waits."""
+    """The pipe to the command that started this daemon: one line, once. With -1 no command waits."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""mount(2), umount2(2), and what is mounted: the system calls that Python's library lacks.
+"""mount(2), umount2(2), and the mount table: the system calls that Python's library lacks.
 
 What is mounted is read from /proc/self/mountinfo, never by stat of the mount point: that would be
 a request to a daemon that may be dead, or be ourselves.
@@ -106,10 +106,10 @@ def _check(result: int, target: str) -> None:
 
 
 def hold(path: str, start: int | None = None, *, directory: bool = True) -> int:
-    """Return a descriptor (O_PATH) of what an absolute path leads to from `start`, or from the root.
+    """Return a descriptor (O_PATH) of the file at an absolute path from `start`, or from the root.
 
     ELOOP where a component is a symbolic link. A path that was read from the mount table, or resolved, has none:
-    so somebody has changed it since. With `directory`, ENOTDIR where it leads to something else.
+    so it was changed since. With `directory`, ENOTDIR for any other file.
     """
     held = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) if start is None else os.dup(start)
     names = [name for name in path.split("/") if name]
@@ -141,7 +141,7 @@ def _step(above: int, name: str, *, directory: bool) -> int:
 
 @contextmanager
 def holding(path: str, start: int | None = None, *, directory: bool = True) -> Iterator[int]:
-    """Hold what a path leads to for a while; see `hold`."""
+    """Hold the file at a path for a while; see `hold`."""
     held = hold(path, start, directory=directory)
     try:
         yield held
@@ -150,7 +150,7 @@ def holding(path: str, start: int | None = None, *, directory: bool = True) -> I
 
 
 def identity(held: int) -> tuple[int, int]:
-    """Return device and inode number of what is held."""
+    """Return device and inode number of a held file."""
     found = os.fstat(held)
     return found.st_dev, found.st_ino
 
@@ -161,7 +161,7 @@ def same(found: tuple[int, int], expected: tuple[int, int | None]) -> bool:
 
 
 def held_path(held: int) -> str:
-    """Return the path by which the kernel finds what a descriptor of ours holds, whatever its name is by now."""
+    """Return the path by which the kernel finds the file of a descriptor, whatever its name is by now."""
     return f"/proc/self/fd/{held}"
 
 
@@ -256,7 +256,7 @@ def mounted_since(before: set[int], directory: str) -> Mounted | None:
 
 
 class Table:
-    """The mount table of a namespace: what lies on what, and what a path can reach."""
+    """The mount table of a namespace: which mount lies on which, and which a path can reach."""
 
     def __init__(self, found: Iterable[Mounted]) -> None:
         self.mounts = list(found)
@@ -278,11 +278,11 @@ class Table:
             one = upper
 
     def cover(self, one: Mounted) -> Mounted | None:
-        """Return what is mounted over exactly the root of a mount."""
+        """Return the mount over exactly the root of a mount."""
         return self._children.get(one.id, {}).get(one.mountpoint)
 
     def hidden(self, one: Mounted) -> Mounted | None:
-        """Return what is mounted over a directory on the way to a mount, so that its path leads elsewhere."""
+        """Return the mount over a directory on the way to a mount, so that its path leads elsewhere."""
         for lower in (one, *self.above(one)):
             path, beside = lower.mountpoint, self._children.get(lower.parent, {})
             while path != "/":
@@ -339,7 +339,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def syncfs(directory: str, dev: int | None = None) -> None:
-    """Have the kernel send what is dirty in the file system of a directory; with `dev`, only if it is that one."""
+    """Make the kernel write back dirty data of the file system of a directory; with `dev`, only if it is that one."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if dev in (None, os.fstat(fd).st_dev):
@@ -349,5 +349,5 @@ def syncfs(directory: str, dev: int | None = None) -> None:
 
 
 def sync_held(fd: int, directory: str) -> None:
-    """Have the kernel send what is dirty, by a descriptor; OSError, once, if something could not be written back."""
+    """Make the kernel write back dirty data, by a descriptor; raise OSError, once, if some could not be written."""
     _check(_libc.syncfs(fd), directory)
