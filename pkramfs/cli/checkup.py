@@ -112,10 +112,10 @@ def fuse(host: Host) -> Iterator[Finding]:
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
-        remedy = "modprobe fuse; a container gets the device from who starts it (--device /dev/fuse)"
+        remedy = "modprobe fuse; start a container with --device /dev/fuse"
         yield Finding("fuse", ERROR, f"{device} is missing: nothing can be mounted", remedy)
     except OSError as error:
-        remedy = f"chmod 666 {device}, as udev does; a container needs the right from who starts it"
+        remedy = f"chmod 666 {device}, as udev does; start a container with --device /dev/fuse"
         yield Finding("fuse", ERROR, f"{explain(error)}: nothing can be mounted", remedy)
     else:
         yield Finding("fuse", OK, f"{device} can be opened")
@@ -196,7 +196,7 @@ def limits(ram: int) -> Iterator[Finding]:
         found, _, remedy = (said[2] or said[0]).partition(": ")
         yield Finding("limits", ERROR, f"{found}: a daemon refuses to start", remedy)
     else:
-        yield Finding("limits", OK, "a daemon started here has none that RAM exceeds")
+        yield Finding("limits", OK, "no limit of this shell is too small for RAM")
 
 
 def cgroup(ram: int) -> Iterator[Finding]:

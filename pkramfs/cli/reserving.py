@@ -206,12 +206,12 @@ def choose(host: "Host", size: int) -> tuple[Place | None, list[Finding]]:
         remedy = f"give at most --reserve {most // MIB}M" if most >= _LEAST else ""
         return None, [*findings, Finding("room", ERROR, found, remedy)]
     where = f"{place.start:#x}-{place.start + place.size - 1:#x} in NUMA node {place.node}"
-    costs = f"the kernel's data about its pages take {format_size(size // 64)} of the rest"
+    costs = f"the kernel's data about its pages take {format_size(size // 64)} of the remaining memory"
     if place.start < _HIGH:
         low = f"{where} is below 4 GiB, where kernels, their initial RAM disks and crash kernels are placed"
         findings.append(Finding("room", WARNING, low, "see that crashkernel= does not overlap it"))
     else:
-        findings.append(Finding("room", OK, f"{format_size(size)} can be had: {where}; {costs}"))
+        findings.append(Finding("room", OK, f"{format_size(size)} can be set aside: {where}; {costs}"))
     return place, findings
 
 

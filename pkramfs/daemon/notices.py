@@ -25,7 +25,7 @@ def scarce(kernel: Running, tree: Tree, *, given: bool) -> str:
     if not given or size <= most:
         return ""
     return (
-        f"size={format_size(size)} is more than can be had: the file system behind RAM, or the memory cgroup, has "
+        f"size={format_size(size)} is more than the host has: the file system behind RAM, or the memory cgroup, has "
         f"{format_size(most)}"
     )
 

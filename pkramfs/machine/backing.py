@@ -219,7 +219,7 @@ def problems(backing: Backing, host: Host) -> Iterator[str]:
     status = os.stat(backing.path)
     if backing.kind in (FILE, FSDAX):
         if status.st_uid != os.geteuid():
-            yield f"{backing.path} is user {status.st_uid}'s: chown it"
+            yield f"{backing.path} belongs to user {status.st_uid}: chown it"
         if status.st_mode & 0o022:
             yield f"{backing.path} can be written by others: chmod go-w"
     elif status.st_mode & 0o002:

@@ -234,7 +234,9 @@ class Machine:
                 continue  # missing: the caller reports that, or makes it
             strangers = {status.st_uid for status in found} - {mine}
             if strangers and (mine != 0 or open_to_all):
-                raise MachineError(f"{place} is user {min(strangers)}'s: set PKRAM_ROOT to a directory of yours")
+                raise MachineError(
+                    f"{place} belongs to user {min(strangers)}: set PKRAM_ROOT to a directory of your own"
+                )
             if open_to_all and found[1].st_mode & 0o022 and not found[1].st_mode & stat.S_ISVTX:
                 raise MachineError(f"{place} can be written by others: chmod go-w it, or set PKRAM_ROOT")
 

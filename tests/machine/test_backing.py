@@ -118,7 +118,7 @@ def test_a_file_of_others_is_named(place: Path, host: FakeHost, monkeypatch: pyt
     assert list(backing.problems(found, host)) == [f"{place} can be written by others: chmod go-w"]
     place.chmod(0o600)
     monkeypatch.setattr(os, "geteuid", lambda: 4321)
-    assert list(backing.problems(found, host)) == [f"{place} is user {place.stat().st_uid}'s: chown it"]
+    assert list(backing.problems(found, host)) == [f"{place} belongs to user {place.stat().st_uid}: chown it"]
 
 
 def test_memory_that_somebody_has_open_is_not_taken(

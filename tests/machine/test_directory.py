@@ -202,7 +202,7 @@ def test_a_place_that_a_stranger_made_first_is_refused(
     own(open_place / below, 4242, monkeypatch)
     machine = Machine.locate()
     for use in (machine.create, machine.hardware, machine.ram, lambda: machine.lifecycle(shared=True)):
-        with pytest.raises(MachineError, match=r"is user 4242's: set PKRAM_ROOT to a directory of yours"):
+        with pytest.raises(MachineError, match=r"belongs to user 4242: set PKRAM_ROOT to a directory of your own"):
             use()
     assert os.listdir(open_place / "default") == []
 
@@ -212,7 +212,7 @@ def test_root_may_name_anybodys_machine(machine: Machine, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert machine.hardware().size == 64 * MIB
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(MachineError, match="is user 4242's"):
+    with pytest.raises(MachineError, match="belongs to user 4242"):
         machine.hardware()
 
 

@@ -138,7 +138,7 @@ def test_df_tells_what_can_be_had_on_a_small_host(small, fenced):
     done = fenced.helper(directory, "pkram=m,size=4G")
     assert done.returncode == 0
     assert done.stdout == (
-        "m: size=4.0 GiB is more than can be had: the file system behind RAM, or the memory cgroup, has 64.0 MiB\n"
+        "m: size=4.0 GiB is more than the host has: the file system behind RAM, or the memory cgroup, has 64.0 MiB\n"
     )
     found = os.statvfs(directory)
     assert found.f_blocks * found.f_frsize == 4 << 30
