@@ -27,5 +27,5 @@ claimed tree id are nobody else's. It knows neither commands nor daemons.
 In reading order: standing, view; keywords, export, stream, sparsemap, tarreader, importing, claiming; copying;
 compare; salvage.
 
-Kernel: none; dump(8) and restore(8) read and make file systems in this way
+Kernel: no counterpart; dump(8) and restore(8) read and make file systems in this way
 """
