@@ -84,18 +84,21 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="real-kexec", description=summary, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--backend", choices=("devdax", "fsdax", "devmem", "both"), default="devdax")
-    parser.add_argument("--kernel", default="trixie", metavar="SUITE")
-    parser.add_argument("--to", metavar="SUITE")
-    parser.add_argument("--userland", default="trixie", metavar="SUITE")
-    parser.add_argument("--package", default="linux-image-cloud-amd64")
-    parser.add_argument("--kexecs", type=int, default=2)
+    text = "where the machine's memory is (default: devdax)"
+    parser.add_argument("--backend", choices=("devdax", "fsdax", "devmem", "both"), default="devdax", help=text)
+    text = "the Debian suite of the first kernel (default: trixie)"
+    parser.add_argument("--kernel", default="trixie", metavar="SUITE", help=text)
+    parser.add_argument("--to", metavar="SUITE", help="the suite of the second kernel (default: as --kernel)")
+    parser.add_argument("--userland", default="trixie", metavar="SUITE", help="the suite of the programs")
+    parser.add_argument("--package", default="linux-image-cloud-amd64", help="the package of the kernels")
+    parser.add_argument("--kexecs", type=int, default=2, help="how many kexecs (default: 2)")
     parser.add_argument("--systemd", action="store_true", help="with units and `systemctl kexec`, unattended")
-    parser.add_argument("--control", choices=CONTROLS + CONTROLS_OF_TWO)
-    parser.add_argument("--controls", action="store_true")
+    parser.add_argument("--control", choices=CONTROLS + CONTROLS_OF_TWO, help="one fault on purpose, see below")
+    parser.add_argument("--controls", action="store_true", help="all faults, one after the other")
     parser.add_argument("--keep", action="store_true", help="keep images and logs")
     parser.add_argument("--timeout", type=float, default=1800, metavar="SECONDS", help="for each guest")
-    parser.add_argument("--cache", default=os.path.expanduser("~/.cache/pkramfs-guests"), metavar="DIR")
+    cache = os.path.expanduser("~/.cache/pkramfs-guests")
+    parser.add_argument("--cache", default=cache, metavar="DIR", help="where fetched packages stay")
     args = parser.parse_args()
     controls = CONTROLS_OF_TWO if args.backend == "both" else CONTROLS
     if args.control and args.control not in controls:
