@@ -27,8 +27,8 @@ does not check permissions: the caller has done that (in a mount, the kernel).
 Reading order: failure, rules, clock, access, limits, inode, protection, directory, pagecache, preservation, ledger,
 lost, then the tree: core, acl, namespace, truncation, attributes, filling, data, ranges, tree; checksums of its data:
 pieces, sumtable, sums, summing; then what outlives a daemon's death: records, journal, replay, recheck, checkpoint,
-recover, standby; what crosses a kexec: picture, save, sealing, foresight, verify, unpack, restore, asleep, handles,
-nodes (`pkram.treeformat` declares the saved form); and collector, for processes that serve a large tree.
+recover, standby; what crosses a kexec: picture, save, sealing, foresight, verify, unpack, restore, amended, asleep,
+handles, nodes (`pkram.treeformat` declares the saved form); and collector, for processes that serve a large tree.
 
 Kernel: mm/shmem.c
 """

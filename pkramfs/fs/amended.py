@@ -19,13 +19,23 @@ Kernel: fs/overlayfs/readdir.c (ovl_dir_cache), which puts two directories toget
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from pkramfs.fs.directory import Directory
+from pkramfs.fs.inode import Inode
+from pkramfs.pkram.treeformat import Array, TreeStream
 
-if TYPE_CHECKING:
-    from pkramfs.fs.asleep import Asleep
-    from pkramfs.fs.inode import Inode
+
+class Sleeping(Protocol):
+    """What sleeps: see asleep."""
+
+    parts: TreeStream
+    name_edges: Array
+    names_gone: Array
+
+    def named(self, row: int) -> Inode:
+        """Return the inode that a row of the entries names, awake."""
+        ...
 
 
 class Amended:
@@ -34,7 +44,7 @@ class Amended:
     __slots__ = ("_names", "_packed", "added", "folder", "gone", "high", "left", "low")
     asleep = True
 
-    def __init__(self, folder: Inode, packed: Asleep, low: int, high: int) -> None:
+    def __init__(self, folder: Inode, packed: Sleeping, low: int, high: int) -> None:
         assert folder.entries is not None
         self.folder, self._packed, self.low, self.high = folder, packed, low, high
         self.gone: set[int] = set()

@@ -5,8 +5,8 @@ import ast
 from pathlib import Path
 
 TOP = Path(__file__).parents[2]
-ALLOWED = [{"pkramfs.fs.asleep", "pkramfs.fs.directory", "pkramfs.fs.inode"}]
-"""An inode has a directory, which has inodes; one that sleeps wakes them."""
+ALLOWED = [{f"pkramfs.fs.{name}" for name in ("amended", "asleep", "directory", "inode")}]
+"""An inode has a directory, which has inodes; one that sleeps wakes them, or is amended, and has some of them awake."""
 
 
 def named(path: Path) -> str:
