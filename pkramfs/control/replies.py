@@ -96,9 +96,12 @@ class Done(TypedDict):
 
 Reply = Status | Foreseen | Frozen | Done
 LISTS = ("writers", "open_deleted", "lost")
-LOG = ("holder", "log_bytes", "log_requests", "log_age", "checkpoints", "takeovers", "on_trial", "went_back")
+LOG = ("holder", "log_bytes", "log_requests", "log_age", "checkpoints", "takeovers")
+UPGRADE = ("on_trial", "went_back")
 SUMS = ("unsummed", "to_compare", "damaged", "damaged_count")
-ADDED = frozenset((*LISTS, *(f"{name}_count" for name in LISTS), "refused", "busy", "options", "held", *LOG, *SUMS))
+ADDED = frozenset(
+    (*LISTS, *(f"{name}_count" for name in LISTS), "refused", "busy", "options", "held", *LOG, *UPGRADE, *SUMS)
+)
 """Fields that replies of older versions lack."""
 
 _MOST = 1 << 127

@@ -272,7 +272,7 @@ def test_verbs_name_themselves(keeper: Keeper) -> None:
 
 
 def test_what_is_said_is_what_commands_read(keeper: Keeper) -> None:
-    keeper.outlives = lambda: dict.fromkeys(LOG, 1)
+    keeper.outlives = lambda: dict.fromkeys(LOG, 1) | {"on_trial": True, "went_back": "its holder ended"}
     keeper.summed = lambda: {"unsummed": 1, "to_compare": 1, "damaged": ["bytes 0-4095 of /f"], "damaged_count": 1}
     said: dict[Any, Any] = {Status: ask(keeper.status), Frozen: ask(keeper.thaw), Done: ask(keeper.stop)}
     said[Foreseen] = ask(keeper.foresee)

@@ -45,9 +45,10 @@ def play(scene, unreadable, said, lives):
     os.kill(daemon, signal.SIGKILL)
     os.waitpid(daemon, 0)
     if scene == "its daemon fails":
-        fork(said)
+        other = fork(said)
         tried.failed("it is broken")
         say("it goes on", tried.runs)
+        os.kill(other, signal.SIGKILL)
     elif scene == "its daemon hangs":
         fork(said)
         signal.pause()
@@ -70,8 +71,7 @@ for line in sys.stdin:
     os.close(lives)
     with open(said) as file, open(living) as alive:
         print(file.read(), flush=True)
-        if not unreadable:
-            alive.read()
+        alive.read()
     os.waitpid(pid, 0)
 """
 """A process that plays scenes of a holder that becomes new code; each prints what is said by who goes on."""
