@@ -31,13 +31,17 @@ _LINE = re.compile(r"\[ *([0-9]+\.[0-9]+)\] (.*)")
 _EVENTS = (
     (re.compile(r"pkramfs: daemon of tree .*(?:has died|Fatal Python error)"), DIED),
     (re.compile(r"pkramfs: the daemon of .*, (?:another takes|and none takes) over"), DIED),
+    (re.compile(r"pkramfs: the code on disk has failed under "), DIED),
     (re.compile(r"pkramfs: .* mounted on .* again by daemon [0-9]+"), TAKEN),
     (re.compile(r"(?:Kernel panic|kernel panic) "), DIED),
     (re.compile(r"(?:kexec: refused|kexec: died|mount\.pkramfs: )"), REFUSED),
     (re.compile(r"pkram: .* is lost|pkram: gave up a node"), LOST),
     (re.compile(r"pkramfs: .* (?:mounted on|preserved:|unmounted,|makes room for another)|pkram: freed node"), RUNS),
 )
-_DEATH = re.compile(r"pkramfs: (?:daemon of tree .* has died|the daemon of .*, (?:another takes|and none takes) over)")
+_DEATH = re.compile(
+    r"pkramfs: (?:daemon of tree .* has died|the daemon of .*, (?:another takes|and none takes) over"
+    r"|the code on disk has failed under .* \(its daemon )"
+)
 _COUNT = schema.Whole()
 _FACTS: dict[str, schema.Kind] = {name: _COUNT for name in ("mounts", "nodes", "pages", "moved", "lost")}
 _FORESEEN = schema.Object(_FACTS | {"pause": schema.Number(0), "names": schema.ListOf(schema.Text())})

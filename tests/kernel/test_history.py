@@ -128,6 +128,8 @@ LOG = """\
 [    5.200000] pkramfs: one mounted on /mnt again by daemon 77
 [    5.300000] pkramfs: daemon 77 of one makes room for another
 [    5.400000] pkramfs: the daemon of one was killed by signal 9, and none takes over: mount it again
+[    5.500000] pkramfs: the code on disk has failed under one (its daemon ended with status 3): the code before goes on
+[    5.600000] pkramfs: the code on disk has failed under one (its holder ended): the code before goes on
 [    6.000000] kexec: refused: /mnt: 1 file would be lost
 [    7.000000] pkram: shmem-one is lost (10 pages): given up by a forced kexec
 nonsense
@@ -145,10 +147,12 @@ def test_what_a_log_tells():
         (5.2, "taken"),
         (5.3, "runs"),
         (5.4, "died"),
+        (5.5, "died"),
+        (5.6, "died"),
         (6.0, "refused"),
         (7.0, "lost"),
     ]
-    assert history.deaths(LOG) == 3
+    assert history.deaths(LOG) == 4
     assert len(history.events(LOG * 99)) == history.MOST_EVENTS
     long = json.dumps(history.events(f"[ 1.0] pkramfs: {'x' * 9999} mounted on /\n"))
     assert len(long) < 300
