@@ -99,8 +99,8 @@ def alive(machine: "Machine") -> list["MountEntry"]:
             break
         if time.monotonic() > deadline:
             raise DaemonError(
-                f"{plural(len(unknown), 'process holds', 'processes hold')} a tree without an entry in mounts/: find the "
-                f"process that has {machine.path('mounts', f'{min(unknown):016x}.lock')} open (fuser), and end it"
+                f"{plural(len(unknown), 'process holds', 'processes hold')} a tree without an entry in mounts/: find "
+                f"the process that has {machine.path('mounts', f'{min(unknown):016x}.lock')} open (fuser), and end it"
             )
         time.sleep(_POLL)
     mounted = located(e for e in entries if e.alive and "work" not in e.extra)  # else pkramctl makes a node

@@ -17,7 +17,6 @@ Kernel: kernel/livepatch/, by other means
 import argparse
 import contextlib
 import os
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +171,8 @@ def _look(machine: "Machine", entry: "MountEntry") -> "tuple[MountEntry, Status 
 @contextlib.contextmanager
 def _asking(entry: "MountEntry") -> "Iterator[None]":
     """Have the kernel ask the daemon of a mount again and again, if it is in our mount namespace, and ours to use."""
+    import threading
+
     over = threading.Event()
 
     def ask() -> None:

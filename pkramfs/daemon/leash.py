@@ -13,10 +13,10 @@
     leaves    status                   the daemon makes room, with this exit status
     ends                               the mount ends: start no daemon
 
-A message is one JSON object. The holder sends only three messages: `go`, with the facts, to a standby; `well` to a daemon
-when it first holds that daemon's mount, as the code that it runs; and `back`, with a pidfd of its own, when it holds the
-mount again because the code on disk has failed. No other message is answered; the daemon notices the death of a holder by
-its pidfd.
+A message is one JSON object. The holder sends only three messages: `go`, with the facts, to a standby; `well` to a
+daemon when it first holds that daemon's mount, as the code that it runs; and `back`, with a pidfd of its own, when it
+holds the mount again because the code on disk has failed. No other message is answered; the daemon notices the death of
+a holder by its pidfd.
 
 New code on trial sends `hello` to the old code, and `failed` with the reason (trial.py).
 
