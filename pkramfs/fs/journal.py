@@ -54,7 +54,7 @@ from pkramfs.fs.records import (
     pack_unset,
     pack_xattr,
 )
-from pkramfs.journal.log import GROWTH, LESS
+from pkramfs.journal.log import FREEING, GROWTH, LESS
 from pkramfs.spans import Spans
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ class Journal:
 
     def ensure(self, size: int = GROWTH) -> None:
         """Take room for so many bytes of records beside those noted already; raise ENOSPC if there is none."""
+        frees = size == FREEING
         if self.records:
             if self._measured is not self.records:
                 self._measured, self._size, self._sized = self.records, 0, 0
@@ -150,7 +151,7 @@ class Journal:
             self._sized = len(self.records)
             size += self._size
         if self.log.left < size:
-            self.log.ensure(size)
+            self.log.ensure(size, last=frees)
 
     def change(self, inodes: tuple[Inode, ...], room: int) -> None:
         """Note that attributes of inodes change; take room for so many bytes of records, or raise ENOSPC."""

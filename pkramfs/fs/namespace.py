@@ -31,7 +31,7 @@ from pkramfs.fs.inode import ROOT, Caller, Inode
 from pkramfs.fs.limits import INLINE_TARGET, INODE_SPACE
 from pkramfs.fs.protection import INHERITED, refuse_change, refuse_entry, refuse_removal
 from pkramfs.fs.rules import ENTRY_SIZE, NAME_MAX, TARGET_MAX, UNNOTED
-from pkramfs.journal.log import LESS
+from pkramfs.journal.log import FREEING, LESS
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 
@@ -261,7 +261,7 @@ class Namespace(Core):
             raise fail(errno.EISDIR)
         if folder.flags | inode.flags:
             refuse_removal(folder, inode)
-        self._change(room=LESS)
+        self._change(room=FREEING)
         self._remove(folder, name, inode)
 
     def rmdir(self, parent: int, name: bytes) -> None:
@@ -277,7 +277,7 @@ class Namespace(Core):
             raise fail(errno.ENOTDIR)
         if inode.entries.entries:
             raise fail(errno.ENOTEMPTY)
-        self._change(room=LESS)
+        self._change(room=FREEING)
         folder.nlink -= 1
         self._remove(folder, name, inode)
 

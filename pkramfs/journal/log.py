@@ -73,6 +73,8 @@ LESS, GROWTH = 6 << 10, 28 << 10
 A request has names, targets and a few inodes: some 6 KiB, at most 16. The rest is for those that are not asked:
 closing, forgetting, data that are lost, and for deletions, which is how a full machine stops to be full.
 """
+FREEING = LESS + 8
+"""The same for a deletion. Its log may take even the memory that the host leaves to others, to give back more."""
 
 
 class Log:
@@ -150,22 +152,30 @@ class Log:
 
     # -- appending ------------------------------------------------------------------------------
 
-    def ensure(self, size: int = GROWTH) -> None:
-        """Take frames now for a request that appends so many bytes; raise ExhaustedError (ENOSPC) if there are none."""
+    def ensure(self, size: int = GROWTH, *, last: bool = False) -> None:
+        """Take frames now for a request that appends so many bytes; raise ExhaustedError (ENOSPC) if there are none.
+
+        `last` takes even the memory that the host leaves to others.
+        """
         if self.left >= size or (self._spare is not None and _room(self._spare) >= size):
             return
-        fresh = self._take_any(pages(size + SEGMENT.size))
+        fresh = self._take_any(pages(size + SEGMENT.size), last=last)
         if self._spare is not None:
             _free(self.frames, [self._spare])
         self._spare = fresh
 
-    def _take_any(self, least: int) -> Run:
+    def _take_any(self, least: int, *, last: bool = False) -> Run:
         """Take a segment of at least so many pages, from the frames held for a save if there are no others."""
         wanted = max(SEGMENT_PAGES, least)
         try:
             return _take_segment(self.ram, self.frames, wanted, least)
         except ExhaustedError:
-            run = _take_segment(self.ram, self.frames, wanted, least, held=True)
+            try:
+                run = _take_segment(self.ram, self.frames, wanted, least, held=True)
+            except ExhaustedError:
+                if not last:
+                    raise
+                run = _take(self.ram, self.frames, least, held=True, last=True)[0]
         self.scarce()
         return run
 
@@ -320,9 +330,9 @@ def _room(run: Run) -> int:
     return (run[1] << PAGE_SHIFT) - SEGMENT.size
 
 
-def _take(ram: Ram, frames: Frames, count: int, *, held: bool = False) -> list[Run]:
+def _take(ram: Ram, frames: Frames, count: int, *, held: bool = False, last: bool = False) -> list[Run]:
     """Take one run of zeroed frames, backed by the host."""
-    runs = frames.allocate(count, held=held)
+    runs = frames.allocate(count, held=held, last=last)
     if len(runs) > 1:
         _free(frames, runs)
         raise ExhaustedError(f"no {count} frames in a row")

@@ -224,15 +224,16 @@ class Frames:
             self._ensure(pages)
         self._held = pages
 
-    def allocate(self, count: int, order: int = 0, *, held: bool = False) -> list[Run]:
+    def allocate(self, count: int, order: int = 0, *, held: bool = False, last: bool = False) -> list[Run]:
         """Allocate runs of exactly `count` pages in all, few and large, zero-filled.
 
-        With `order`, runs start at multiples of 2**order as far as memory allows. Raise ExhaustedError
-        (ENOSPC), and allocate nothing, if RAM or the host behind it is full.
+        With `order`, runs start at multiples of 2**order as far as memory allows. `held` frames are those kept for
+        a save; `last` takes even the memory that the host leaves to others. Raise ExhaustedError (ENOSPC), and
+        allocate nothing, if RAM or the host behind it is full.
         """
         if count <= 0:
             return []
-        self.ram.check_room(count << PAGE_SHIFT, floor=_FLOOR_FOR_SAVE if held else 1.0)
+        self.ram.check_room(count << PAGE_SHIFT, floor=0.0 if last else _FLOOR_FOR_SAVE if held else 1.0)
         order = min(order, MAX_ORDER)
         self._ensure(count + (0 if held else self._held), align=max(1, (1 << order) // BLOCK_PAGES))
         if order == 0:

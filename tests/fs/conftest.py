@@ -73,7 +73,7 @@ class SmallFrames:
     def hold(self, pages: int) -> None:
         self.held = pages
 
-    def allocate(self, count: int, order: int = 0, *, held: bool = False) -> list[tuple[int, int]]:
+    def allocate(self, count: int, order: int = 0, *, held: bool = False, last: bool = False) -> list[tuple[int, int]]:
         if count > self.free_pages - (0 if held else self.held):
             raise ExhaustedError("out of pages")
         runs, left = [], count

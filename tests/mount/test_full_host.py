@@ -123,6 +123,22 @@ def test_daemons_die_on_a_full_host(small, fenced):
     assert (mnt / "data").read_bytes() == b"data" * 5000
 
 
+def test_files_are_deleted_on_a_full_host_however_short_the_log_is(small, fenced):
+    """That is how it stops to be full. What does not give memory back has had its ENOSPC before."""
+    mnt = fenced.mount("m", "pkram=m")
+    for number in range(400):
+        (mnt / f"{number}").write_bytes(b"x")
+    os.sync()
+    small.fill()
+    with pytest.raises(OSError, check=lambda error: error.errno == errno.ENOSPC):
+        for _ in range(20_000):
+            os.rename(mnt / "0", mnt / "again")
+            os.rename(mnt / "again", mnt / "0")
+    for path in list(mnt.iterdir()):
+        path.unlink()
+    assert os.listdir(mnt) == []
+
+
 def test_a_remount_that_cannot_be_noted_is_done(small, fenced):
     mnt = fenced.mount("m", "pkram=m,size=4M")
     small.fill()
