@@ -33,7 +33,7 @@ def test_every_path_is_named(tree, sh) -> None:
 
 def test_strict_has_its_own_reasons(tree, sh) -> None:
     sh.mkdir(b"d")
-    assert foresee(tree, Spans(), strict=True).refused[0][1].startswith("/d is no regular file")
+    assert foresee(tree, Spans(), strict=True).refused[0][1].startswith("/d is not a regular file")
 
 
 def test_no_room(tree, sh, monkeypatch) -> None:

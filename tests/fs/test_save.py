@@ -138,9 +138,9 @@ def test_only_a_frozen_tree_is_saved(tree, sh, small_store) -> None:
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda t: t.mkdir(1, b"d", 0o755), "/d is no regular file"),
-        (lambda t: t.symlink(1, b"l", b"x"), "/l is no regular file"),
-        (lambda t: t.mknod(1, b"p", 0o010600), "/p is no regular file"),
+        (lambda t: t.mkdir(1, b"d", 0o755), "/d is not a regular file"),
+        (lambda t: t.symlink(1, b"l", b"x"), "/l is not a regular file"),
+        (lambda t: t.mknod(1, b"p", 0o010600), "/p is not a regular file"),
         (lambda t: t.link(t.create(1, b"f", 0o644).ino, 1, b"g"), "/[fg] has 2 hard links"),
     ],
 )

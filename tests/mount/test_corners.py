@@ -35,7 +35,7 @@ def test_strict_said_at_the_remount(lab: Any) -> None:
     (mnt / "directory").mkdir()
     done = lab.helper(mnt, "remount,preserve,ro,pkram_strict")
     assert done.returncode == 32
-    assert "/directory is no regular file" in done.stderr
+    assert "/directory is not a regular file" in done.stderr
     assert lab.nodes() == []
     (mnt / "directory").rmdir()
     lab.remount(mnt, "preserve,ro,pkram_strict")

@@ -104,10 +104,10 @@ def test_everything_survives(lab: Any) -> None:
 
 
 KINDS = {
-    "directory": (lambda top: (top / "bad").mkdir(), "/bad is no regular file"),
-    "symlink": (lambda top: (top / "bad").symlink_to("x"), "/bad is no regular file"),
-    "fifo": (lambda top: os.mkfifo(top / "bad"), "/bad is no regular file"),
-    "socket": (lambda top: os.mknod(top / "bad", stat.S_IFSOCK | 0o600), "/bad is no regular file"),
+    "directory": (lambda top: (top / "bad").mkdir(), "/bad is not a regular file"),
+    "symlink": (lambda top: (top / "bad").symlink_to("x"), "/bad is not a regular file"),
+    "fifo": (lambda top: os.mkfifo(top / "bad"), "/bad is not a regular file"),
+    "socket": (lambda top: os.mknod(top / "bad", stat.S_IFSOCK | 0o600), "/bad is not a regular file"),
     "hard link": (lambda top: os.link(top / "good", top / "good too"), "has 2 hard links"),
     "odd name": (lambda top: (top / "bad\nname").mkdir(), "/bad"),
 }
