@@ -45,7 +45,7 @@ import trio
 from pkramfs.fs.failure import fail
 from pkramfs.fs.inode import Inode
 from pkramfs.fs.tree import Tree
-from pkramfs.fuse.callers import Call, look
+from pkramfs.fuse.callers import Call, look, run_time
 from pkramfs.fuse.translate import WRITTEN
 from pkramfs.units import PAGE_SHIFT, PAGE_SIZE, pages
 
@@ -70,8 +70,8 @@ _FILES = 1000
 """Files of which it is known how they are written to."""
 _PAUSE, _PAUSES = 0.0005, 40
 """Seconds between two looks at a thread that does not wait for us yet, and how many."""
-_FLIGHT = 50_000_000
-"""Nanoseconds after which a thread that was let through has written, whatever it seems to do."""
+_FLIGHT, _LONGEST = 50_000_000, 1_000_000_000
+"""Nanoseconds of its run time, or of any time, after which an admitted thread has written, whatever it seems to do."""
 _LOOK = 20_000_000
 """Nanoseconds after which the room is looked up again when a file is opened, or takes pages by itself."""
 
@@ -135,8 +135,8 @@ class Brake:
         """True while the kernel writes back: who brings a page waits for the result."""
         self._known = False
         """False while there may be anything in the kernel's cache."""
-        self._flying: dict[int, int] = {}
-        """Threads that were let through and have not asked again, and when that was."""
+        self._flying: dict[int, tuple[int, int | None]] = {}
+        """Threads that were admitted and have not asked again: when that was, and their run time then."""
         self._next_look = self._seen = 0
         """When the room is to be looked up again, and how many pages it was."""
         self._rests = False
@@ -233,13 +233,12 @@ class Brake:
         """Note that a thread was admitted, and may not have written yet."""
         if len(self._flying) > _FILES:
             self._flying.clear()
-        self._flying[pid] = time.monotonic_ns()
+        self._flying[pid] = time.monotonic_ns(), run_time(pid)
 
     async def _landed(self) -> None:
         """Wait until admitted threads have written: the write-back must include their data."""
         while self._flying:
-            late = time.monotonic_ns() - _FLIGHT
-            self._flying = {pid: since for pid, since in self._flying.items() if since > late and _may_write(pid)}
+            self._flying = {pid: since for pid, since in self._flying.items() if _may_write(pid, *since)}
             await trio.sleep(_PAUSE if self._flying else 0)
 
     def _note(self, inode: Inode, call: Call, left: int) -> None:
@@ -368,8 +367,14 @@ def _missing(inode: Inode, call: Call, size: int | None, most: int) -> int:
     return last - first - held
 
 
-def _may_write(pid: int) -> bool:
-    """Return True if a thread is writing, or is not known not to."""
+def _may_write(pid: int, since: int, ran: int | None) -> bool:
+    """Return True if a thread that was admitted may still write: by what it does, its run time, and the time since.
+
+    Run time counts, because on a busy host a thread may wait for a processor for longer than its write takes.
+    """
+    age, now = time.monotonic_ns() - since, run_time(pid)
+    if age > _LONGEST or (age if ran is None or now is None else now - ran) > _FLIGHT:
+        return False
     try:
         call = look(pid)
     except BlockingIOError:

@@ -8,7 +8,8 @@ waits: other threads that use the same descriptor wait for the same lock.
 The answer is None if it cannot be known: the thread has ended or is in another pid namespace, Yama or the rights of
 another user forbid the access, or the call has no place or length of its own (io_uring, splice, asynchronous I/O).
 
-Kernel: fs/proc/base.c (proc_pid_syscall), fs/proc/fd.c (seq_show), include/uapi/linux/fs.h (RWF_APPEND)
+Kernel: fs/proc/base.c (proc_pid_syscall, proc_pid_schedstat), fs/proc/fd.c (seq_show), include/uapi/linux/fs.h
+(RWF_APPEND)
 """
 
 import errno
@@ -64,6 +65,15 @@ def look(pid: int) -> Call | None:
         raise BlockingIOError(errno.EAGAIN, "it is running", f"/proc/{pid}/syscall")
     arguments = [int(word, 16) for word in words]
     return _understood(pid, int(number), arguments)
+
+
+def run_time(pid: int) -> int | None:
+    """Return the nanoseconds for which a thread has run; None if it has ended, or the kernel does not count them."""
+    try:
+        with open(f"/proc/{pid}/schedstat", "rb", buffering=0) as file:
+            return int(file.read(64).split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _understood(pid: int, number: int, arguments: list[int]) -> Call | None:

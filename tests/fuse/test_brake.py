@@ -304,12 +304,42 @@ def test_who_was_let_through_and_has_not_written_yet(told: Told, monkeypatch: py
     told.limits.max_pages = 105
     told.at, told.count = 0, 1
     monkeypatch.setattr(brake, "look", look)
-    monkeypatch.setattr(brake, "_FLIGHT", 60 * 10**9)  # however long this process has to wait between the looks
+    monkeypatch.setattr(brake, "run_time", lambda _: 0)
+    monkeypatch.setattr(brake, "_LONGEST", 60 * 10**9)  # however long this process has to wait between the looks
     assert told.brake.ask(2, slow) is None
     assert not told.put(1, None, 5 * PAGE_SIZE)
     assert told.put(1, None, 4 * PAGE_SIZE)
     told.arrive(1)
     assert (told.lost, looks) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("ran", "longest"),
+    [([0, 0, brake._FLIGHT + 1], 60 * 10**9), ([0] * 3, -1), ([None] * 3, 60 * 10**9)],
+    ids=["it has run", "long ago", "nobody knows whether it has run"],
+)
+def test_who_was_let_through_is_not_waited_for_without_end(
+    told: Told, monkeypatch: pytest.MonkeyPatch, ran: list[int | None], longest: int
+) -> None:
+    """A thread that seems to run goes on with something else when it has run for long enough."""
+    busy, times, looks = 7, iter(ran), 0
+
+    def look(pid: int) -> Any:
+        nonlocal looks
+        looks += pid == busy
+        if pid == busy and looks > 1:
+            raise BlockingIOError
+        return told.look(pid)
+
+    assert told.put(1, None, PAGE_SIZE)
+    told.arrive(1)
+    told.limits.max_pages = 105
+    told.at, told.count = 0, 1
+    monkeypatch.setattr(brake, "look", look)
+    monkeypatch.setattr(brake, "run_time", lambda _: next(times, ran[-1]))
+    monkeypatch.setattr(brake, "_LONGEST", longest)
+    assert told.brake.ask(2, busy) is None
+    assert told.put(1, None, 4 * PAGE_SIZE)
 
 
 def test_pages_that_are_taken_without_a_write(told: Told) -> None:
