@@ -217,7 +217,7 @@ def _save_files(kernel: Running, files: int) -> None:
 
 
 def _recovery(table: Table, place: Lab, files: int, requests: int, *, spread: bool) -> None:
-    """Add the processor time to restore a tree, and to recover it with files made since, `spread` over all directories."""
+    """Add the processor time to restore a tree, and to recover it with files made since, `spread` over directories."""
     kernel = attach(Machine(str(place.machine)))
     _save_files(kernel, files)
     node = kernel.store.find(b"shmem-files")
