@@ -80,7 +80,7 @@ class Session:
 
         `allow_other` is for users: root's mounts are for all anyway. `on` is the directory that it must be.
         """
-        before = {one.id for one in syscalls.mounts()}
+        before = syscalls.mounts()
         with self._directory(on) as held:
             if os.geteuid() == 0:
                 device = _mount_as_root(self.mountpoint, held, flags, self.source)

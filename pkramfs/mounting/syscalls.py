@@ -249,10 +249,17 @@ def mounted_at(directory: str) -> Mounted | None:
     return found[-1] if found else None
 
 
-def mounted_since(before: set[int], directory: str) -> Mounted | None:
-    """Return the mount of ours that is not among these ids; of several, the one on a directory."""
-    found = [one for one in mounts() if one.id not in before and one.fstype == FSTYPE]
-    return next((one for one in reversed(found) if one.mountpoint == directory), found[-1] if found else None)
+def mounted_since(before: Iterable[Mounted], directory: str) -> Mounted | None:
+    """Return the pkramfs mount that was made on a directory since `before`.
+
+    The kernel gives the id and the device of a mount that has ended to the next one, which may so look as one of
+    `before`. The path may differ from `directory`, if that was moved.
+    """
+    found, known = [one for one in mounts() if one.fstype == FSTYPE], set(before)
+    here = [one for one in found if one.mountpoint == directory]
+    fresh = [one for one in found if one not in known]
+    chosen = [one for one in fresh if one.mountpoint == directory] or here or fresh
+    return chosen[-1] if chosen else None
 
 
 class Table:

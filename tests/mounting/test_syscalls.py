@@ -95,3 +95,30 @@ def test_the_mount_of_what_is_held(tmp_path: Path) -> None:
     with syscalls.holding("/proc") as held:
         proc = syscalls.mounted_at("/proc")
         assert proc is not None and syscalls.mount_id(held) == proc.id
+
+
+def made(id_: int, place: str, dev: int = 7, fstype: str = syscalls.FSTYPE) -> syscalls.Mounted:
+    return syscalls.Mounted(dev, place, fstype, 0, id=id_)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        ([made(5, "/x")], [made(5, "/x"), made(6, "/a", 8), made(9, "/b", 9)], made(6, "/a", 8)),
+        ([made(5, "/x")], [made(5, "/a"), made(6, "/b", 8)], made(5, "/a")),
+        ([made(5, "/a")], [made(5, "/a"), made(6, "/b", 8)], made(5, "/a")),
+        ([made(5, "/a")], [made(5, "/a"), made(6, "/a", 8)], made(6, "/a", 8)),
+        ([made(5, "/x")], [made(5, "/x"), made(6, "/moved", 8)], made(6, "/moved", 8)),
+        ([made(5, "/x")], [made(5, "/x"), made(6, "/a", 8, "tmpfs")], None),
+    ],
+    ids=["beside another", "an id again", "id, device and place again", "over another", "moved", "none"],
+)
+def test_the_mount_that_was_made(
+    monkeypatch: pytest.MonkeyPatch,
+    before: list[syscalls.Mounted],
+    now: list[syscalls.Mounted],
+    expected: syscalls.Mounted | None,
+) -> None:
+    """The kernel gives ids again at once: in two tests that ran side by side, a mount took the id of one that ended."""
+    monkeypatch.setattr(syscalls, "mounts", lambda: now)
+    assert syscalls.mounted_since(before, "/a") == expected
